@@ -1,0 +1,46 @@
+# Everything runs in .venv, which is made on first use. PYTHON=python3.12 picks the interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+MINIMUM := 3, 11
+
+.PHONY: help demo test test-slow lint bench
+
+help:
+	@echo "make demo       train both families, print a table, write report.html"
+	@echo "make test       all tests but the slow ones, doctests included"
+	@echo "make test-slow  the slow tests"
+	@echo "make lint       ruff and mypy"
+	@echo "make bench      speed, side by side with peers (PyTorch where it is installed)"
+
+demo: $(INSTALLED)
+	$(BIN)/twinstack compare first_light
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m "not slow" --durations=10
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m slow --durations=10 || [ $$? -eq 5 ] # 5: there is none
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks
+
+# The stamp is made last, so that a broken installation is begun anew.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < ($(MINIMUM)))' 2>/dev/null || { \
+		echo "twinstack needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) --version 2>&1 | head -n 1);" \
+			"name another: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
+	@echo "Making .venv and installing; this takes a minute or two and 1.5 GB."
+	@if command -v uv >/dev/null; then \
+		uv venv --clear --python $(PYTHON) .venv && \
+		uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'; \
+	else \
+		$(PYTHON) -m venv --clear .venv && \
+		$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'; \
+	fi
+	@touch $@

@@ -1,0 +1,139 @@
+"""Two locales side by side: their names, and choices that are the same on every machine."""
+
+import datetime
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+from babel import Locale, numbers, units
+from babel.core import get_global
+from babel.languages import get_official_languages
+
+Item = TypeVar("Item")
+
+COMMON_TERRITORIES = tuple(
+    (
+        "AR AU BR CA CN DE FR GB ID IN IT JP KR MX RU SA TR US ZA "  # the G20's countries
+        "AT BE BG CY CZ DK EE ES FI GR HR HU IE LT LU LV MT NL PL PT RO SE SI SK "  # and the rest of the EU
+        "CH IS LI NO"  # and EFTA
+    ).split()
+)
+"""Territories that occur in many phrases, and so do their official languages and currencies; any other name occurs
+once, on its own."""
+
+CURRENCY_DATE = datetime.date(2024, 1, 1)
+"""Currencies count as current on this day (babel's own default is today)."""
+
+FIRST_YEAR, YEARS = 1950, 100
+"""One century, so that a year of two digits is unambiguous."""
+
+UNITS = (
+    "length-millimeter length-centimeter length-meter length-kilometer length-inch length-foot length-yard length-mile "
+    "mass-milligram mass-gram mass-kilogram mass-pound mass-ounce volume-milliliter volume-liter volume-cubic-meter "
+    "volume-gallon area-square-meter area-square-kilometer area-hectare area-acre speed-kilometer-per-hour "
+    "speed-mile-per-hour speed-meter-per-second temperature-celsius temperature-fahrenheit digital-byte "
+    "digital-kilobyte digital-megabyte digital-gigabyte digital-terabyte duration-second duration-minute duration-hour "
+    "duration-day duration-week duration-month duration-year power-watt power-kilowatt energy-kilowatt-hour "
+    "energy-joule energy-kilocalorie electric-volt electric-ampere frequency-hertz frequency-megahertz pressure-bar "
+    "pressure-hectopascal angle-degree"
+).split()
+
+PROBES = (1, 2, 5)
+"""Numbers that tell plural forms apart."""
+
+SPACES = str.maketrans(dict.fromkeys("\u00a0\u2007\u2009\u202f", " "))
+"""Non-breaking, figure, thin and narrow spaces are ordinary ones here, as a tokenizer makes them."""
+
+
+class Draw:
+    """Pseudo-random choices from a hash of (kind, index), equal on every machine and Python.
+
+    >>> draw = Draw("date", 7)
+    >>> 0 <= draw.below(10) < 10
+    True
+    >>> [Draw("date", i).pick("abc") for i in range(3)] == [Draw("date", i).pick("abc") for i in range(3)]
+    True
+    """
+
+    def __init__(self, kind: str, index: int):
+        self._state = int.from_bytes(hashlib.blake2b(f"{kind}/{index}".encode(), digest_size=48).digest(), "little")
+
+    def below(self, n: int) -> int:
+        self._state, value = divmod(self._state, n)
+        return value
+
+    def pick(self, items: Sequence[Item]) -> Item:
+        return items[self.below(len(items))]
+
+    def number(self, digits: int) -> int:
+        """A whole number of at most `digits` digits, small ones as likely as large ones."""
+        length = 1 + self.below(digits)
+        return self.below(10**length)
+
+    def moment(self) -> datetime.datetime:
+        start = datetime.datetime(FIRST_YEAR, 1, 1)
+        days = (datetime.datetime(FIRST_YEAR + YEARS, 1, 1) - start).days
+        return start + datetime.timedelta(days=self.below(days), seconds=self.below(86_400))
+
+
+class Pair:
+    """Two locales and the tables that several kinds share."""
+
+    def __init__(self, source: str, target: str):
+        self.locales = self.source, self.target = Locale.parse(source), Locale.parse(target)
+        self.languages = self._names("languages")
+        self.territories = self._names("territories")
+        self.scripts = self._names("scripts")
+        self.currencies = self._names("currencies")
+
+    def _names(self, field: str) -> dict[str, tuple[str, str]]:
+        """Code -> its name in both locales, for the codes that both name."""
+        source, target = getattr(self.source, field), getattr(self.target, field)
+        return {code: (plain(source[code]), plain(target[code])) for code in sorted(source.keys() & target.keys())}
+
+    def both(self, render: Callable[[Locale], str]) -> tuple[str, str]:
+        return plain(render(self.source)), plain(render(self.target))
+
+    def common(self) -> dict[str, dict[str, tuple[str, str]]]:
+        """The names in common use: field -> code -> name in both locales."""
+        languages = {code for t in COMMON_TERRITORIES for code in get_official_languages(t, de_facto=True)}
+        likely = get_global("likely_subtags")
+        scripts = {likely[code].split("_")[1] for code in languages if code in likely} | {"Hant"}
+        currencies = {c for t in COMMON_TERRITORIES for c in numbers.get_territory_currencies(t, CURRENCY_DATE)}
+        codes = {
+            "territories": set(COMMON_TERRITORIES),
+            "languages": languages,
+            "scripts": scripts,
+            "currencies": currencies,
+        }
+        return {
+            field: {code: names for code, names in getattr(self, field).items() if code in codes[field]}
+            for field in codes
+        }
+
+    def unit_names(self) -> dict[str, str]:
+        return {unit: plain(units.get_unit_name(unit, "long", self.source) or unit) for unit in UNITS}
+
+
+def plain(text: str) -> str:
+    """`text` with every kind of blank as one ordinary space.
+
+    >>> plain("5\\u202f000\\xa0€")
+    '5 000 €'
+    """
+    return " ".join(text.translate(SPACES).split())
+
+
+def separable(forms: Iterable[Item], render: Callable[[Item, int], str]) -> list[Item]:
+    """Those forms whose source texts cannot be taken for an earlier form's; judged by a few probes.
+
+    English writes "5m" for metres and for minutes: the second of them has to go, since a source has one target.
+    """
+    kept: list[Item] = []
+    seen: set[str] = set()
+    for form in forms:
+        texts = {plain(render(form, probe)) for probe in PROBES}
+        if not texts & seen:
+            kept.append(form)
+        seen |= texts
+    return kept

@@ -1,0 +1,147 @@
+"""What a run reads: source, tokenizer, objective and the shape of its rows.
+
+Everything here is checked when it is made, so a wrong value is one clear line before any work starts. Defaults live
+here and nowhere else.
+"""
+
+import dataclasses
+from typing import Literal
+
+from common.errors import UserError, nearest
+
+SOURCE_SCHEMES = ("tfds", "jsonl", "tsv", "text")
+MODEL_TYPES = ("unigram", "bpe")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """Where text comes from, and which fields of a record are read.
+
+    Raises UserError for an unknown scheme, or when neither `inputs` and `targets` nor `text` is named.
+    """
+
+    name: str
+    """`tfds:NAME` (for example `tfds:cldr_translate/en_de`), `jsonl:PATH`, `tsv:PATH` or `text:PATH`; PATH may hold
+    `{split}`."""
+    inputs: str | None
+    """Field that holds the inputs; None where records are plain text."""
+    targets: str | None
+    text: str | None = None
+    """Field that holds plain text, in place of `inputs` and `targets`."""
+    group: str | None = None
+    """Field by which scores are grouped (kind of phrase, task); not read by models."""
+    train_split: str = "train"
+    validation_split: str = "validation"
+
+    def __post_init__(self) -> None:
+        scheme, _, rest = self.name.partition(":")
+        if scheme not in SOURCE_SCHEMES or not rest:
+            raise UserError(
+                f"source.name {self.name!r} must be SCHEME:NAME; scheme {scheme!r} is unknown or nothing follows it, "
+                + nearest(scheme, SOURCE_SCHEMES)
+            )
+        pair = self.inputs is not None and self.targets is not None
+        if (self.inputs is None) != (self.targets is None) or pair == (self.text is not None):
+            raise UserError("source: name either both inputs and targets, or text alone")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """A SentencePiece model: loaded from a file, or trained on the run's own training split.
+
+    Trained models use pad 0, eos 1, unk 2; a loaded model keeps its own. Sentinels are ids on top of the pieces. The
+    fields from `vocab_size` to `training_records` say how to train and are not read where `path` is given, except
+    `sentinels`, which holds for both.
+    """
+
+    path: str | None = None
+    """A SentencePiece `.model` file; None trains one."""
+    sentinels: int = 0
+    """Extra ids on top, that stand for spans cut out of a text (T5: 100)."""
+    vocab_size: int = 1024
+    """Pieces and sentinels together."""
+    model_type: Literal["unigram", "bpe"] = "unigram"
+    split_digits: bool = True
+    """Every digit is a piece of its own."""
+    byte_fallback: bool = True
+    """Spend 256 ids on single bytes, so that every text can be written and read back; without them a character that the
+    training text lacks becomes `unk`."""
+    character_coverage: float = 0.9995
+    """Share of the training text's characters that get a piece of their own. The rest is written in bytes, so without
+    `byte_fallback` it must be 1."""
+    training_records: int = 50_000
+    """At most that many records, evenly spaced over the training split, are trained on."""
+
+    def __post_init__(self) -> None:
+        if self.model_type not in MODEL_TYPES:
+            raise UserError(
+                f"tokenizer.model_type {self.model_type!r} is unknown, {nearest(self.model_type, MODEL_TYPES)}"
+            )
+        if self.sentinels < 0:
+            raise UserError(f"tokenizer.sentinels is {self.sentinels}; the least is 0")
+        if self.path is None and self.vocab_size <= self.sentinels:
+            raise UserError(f"tokenizer.vocab_size {self.vocab_size} leaves no room for {self.sentinels} sentinels")
+        if self.training_records < 1:
+            raise UserError(f"tokenizer.training_records is {self.training_records}; the least is 1")
+        if not 0.9 <= self.character_coverage <= 1 or (self.character_coverage < 1 and not self.byte_fallback):
+            raise UserError(
+                f"tokenizer.character_coverage {self.character_coverage} must lie in 0.9..1, "
+                "and be 1 without byte_fallback"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Supervised:
+    """Inputs and targets as the source gives them, loss on all target tokens.
+
+    T5's convention (seqio's `append_eos`) ends both sides with eos.
+    """
+
+    kind: Literal["supervised"] = "supervised"
+    eos_after_inputs: bool = True
+    eos_after_targets: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CausalLM:
+    """Plain text as targets behind empty inputs, loss on every token."""
+
+    kind: Literal["causal_lm"] = "causal_lm"
+    eos: bool = True
+    """End each text with eos."""
+
+
+Objective = Supervised | CausalLM
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """One stream of batches: `rows` packed rows of `input_length` + `target_length` slots a step.
+
+    Raises UserError for sizes that cannot hold anything and for an objective whose fields the source does not name.
+    """
+
+    source: SourceConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    objective: Objective = Supervised()
+    rows: int
+    """Rows a step, over all hosts."""
+    input_length: int
+    """Input slots a row, in tokens."""
+    target_length: int
+    """Target slots a row, in tokens."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {
+            "rows": 1,
+            "input_length": 1 if isinstance(self.objective, Supervised) else 0,
+            "target_length": 1,
+            "seed": 0,
+        }
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise UserError(f"data.{name} is {getattr(self, name)}; the least is {bound}")
+        if isinstance(self.objective, CausalLM) != (self.source.text is not None):
+            wanted = "text" if isinstance(self.objective, CausalLM) else "inputs and targets"
+            raise UserError(f"data.objective {self.objective.kind!r} reads {wanted}, which data.source does not name")

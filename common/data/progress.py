@@ -1,0 +1,22 @@
+"""What a terminal shows while data are made; nothing is shown elsewhere."""
+
+import contextlib
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import track
+
+T = TypeVar("T")
+
+
+def bar(items: Sequence[T], title: str) -> Iterable[T]:
+    """The items, with a bar and the time left on standard error."""
+    console, hidden = Console(stderr=True), not sys.stderr.isatty()
+    return track(items, description=title, console=console, transient=True, disable=hidden)
+
+
+def spinner(title: str) -> contextlib.AbstractContextManager[object]:
+    """Around work whose end nobody can foresee."""
+    return Console(stderr=True).status(title) if sys.stderr.isatty() else contextlib.nullcontext()

@@ -1,0 +1,49 @@
+"""The protocol through which the loop, decoding and the ledgers meet a model family."""
+
+from typing import Any, Protocol
+
+import jax
+
+from common.compute.ledger import ForwardFlops
+from common.compute.moments import Moments
+from common.data.batch import Batch
+from common.infer.prompt import Prompt
+from common.nn.recipe import Recipe
+
+
+class ModelConfig(Protocol):
+    """A frozen dataclass, validated when it is made."""
+
+    @property
+    def recipe(self) -> Recipe: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def param_count(self) -> int:
+        """Exact number of parameters."""
+        ...
+
+    def flops(self, text: Moments) -> ForwardFlops:
+        """Exact matrix-product FLOPs of a forward pass over `text`."""
+        ...
+
+
+class Model(Protocol):
+    """An NNX module. Legend: B rows, T target slots, D model, V vocab."""
+
+    def hidden(self, batch: Batch, dropout_key: jax.Array | None = None) -> jax.Array:
+        """h_BTD on the target slots; without a key dropout is off."""
+        ...
+
+    def head(self) -> jax.Array:
+        """w_DV in float32: logits are `hidden @ w_DV`, taken in chunks."""
+        ...
+
+    def prefill(self, prompt: Prompt, max_new_tokens: int) -> Any:
+        """A cache (opaque pytree) that has read the inputs and has room for `max_new_tokens` decoder inputs."""
+        ...
+
+    def decode(self, tokens_B: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        """h_BD after the decoder inputs `tokens_B`, and the advanced cache."""
+        ...

@@ -1,0 +1,115 @@
+"""Cross-entropy from hidden states and the head's weights, a chunk of positions at a time.
+
+Legend: B batch rows, T target slots, U positions in one chunk, D model, V vocab.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def cross_entropy(
+    h_BTD: jax.Array,
+    w_DV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    z_loss: float,
+    chunk: int,
+    unroll: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Two float32 scalars: sum of `weight * (CE + z_loss * log(Z)^2)`, and the sum of `weight * CE` alone.
+
+    Logits never exist for more than `chunk` positions a row (the last chunk may be shorter). Under differentiation the
+    gradients are formed in the same pass, so nothing is recomputed. Only the first result carries a gradient, and only to
+    `h_BTD` and `w_DV`; the second is for metrics. z-loss as in T5X (PaLM, arXiv 2204.02311, section 5).
+
+    Args:
+        h_BTD: activation dtype.
+        w_DV: float32; products are taken in the dtype of `h_BTD` and summed in float32.
+        targets_BT: int32 ids.
+        weights_BT: float32; slots of weight 0 count for nothing.
+        unroll: a Python loop over chunks instead of a scan.
+    """
+    total, ce, _, _ = _over_chunks(h_BTD, w_DV, targets_BT, weights_BT, z_loss, chunk, unroll, gradients=False)
+    return total, ce
+
+
+def _forward(h_BTD, w_DV, targets_BT, weights_BT, z_loss, chunk, unroll):  # type: ignore[no-untyped-def]
+    total, ce, dh_BTD, dw_DV = _over_chunks(
+        h_BTD, w_DV, targets_BT, weights_BT, z_loss, chunk, unroll, gradients=True
+    )
+    return (total, ce), (dh_BTD, dw_DV)
+
+
+def _backward(z_loss, chunk, unroll, residuals, cotangents):  # type: ignore[no-untyped-def]
+    dh_BTD, dw_DV = residuals
+    scale = cotangents[0]
+    return (dh_BTD * scale.astype(dh_BTD.dtype), dw_DV * scale, None, None)
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _over_chunks(
+    h_BTD: jax.Array,
+    w_DV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    z_loss: float,
+    chunk: int,
+    unroll: bool,
+    gradients: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
+    B, T, D = h_BTD.shape
+    w16_DV = w_DV.astype(h_BTD.dtype)
+    one = partial(_one_chunk, w_DV=w16_DV, z_loss=z_loss, gradients=gradients)
+    zero = (jnp.float32(0), jnp.float32(0), jnp.zeros_like(w_DV) if gradients else None)
+    whole = 0 if unroll else T // chunk
+    carry, dh_parts = zero, []
+    if whole:
+        # [T] -> [chunks, U] in front, so that rows stay sharded as they are.
+        split = [
+            jnp.moveaxis(x[:, : whole * chunk].reshape(B, whole, chunk, *x.shape[2:]), 1, 0)
+            for x in (h_BTD, targets_BT, weights_BT)
+        ]
+        carry, dh = jax.lax.scan(lambda carry, x: one(carry, *x), carry, tuple(split))
+        if gradients:
+            dh_parts.append(jnp.moveaxis(dh, 0, 1).reshape(B, whole * chunk, D))
+    for start in range(whole * chunk, T, chunk):
+        part = slice(start, min(start + chunk, T))
+        carry, dh = one(carry, h_BTD[:, part], targets_BT[:, part], weights_BT[:, part])
+        dh_parts.append(dh)
+    total, ce, dw_DV = carry
+    return total, ce, jnp.concatenate(dh_parts, axis=1) if gradients else None, dw_DV
+
+
+def _one_chunk(
+    carry: tuple[jax.Array, jax.Array, jax.Array | None],
+    h_BUD: jax.Array,
+    targets_BU: jax.Array,
+    weights_BU: jax.Array,
+    *,
+    w_DV: jax.Array,
+    z_loss: float,
+    gradients: bool,
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array | None], jax.Array | None]:
+    total, ce, dw_DV = carry
+    logits_BUV = jnp.einsum("BUD,DV->BUV", h_BUD, w_DV, preferred_element_type=jnp.float32)
+    is_target_BUV = jnp.arange(w_DV.shape[1], dtype=jnp.int32)[None, None] == targets_BU[..., None]
+    peak_BU1 = logits_BUV.max(axis=-1, keepdims=True)
+    exp_BUV = jnp.exp(logits_BUV - peak_BU1)
+    sum_BU1 = exp_BUV.sum(axis=-1, keepdims=True)
+    log_z_BU = (jnp.log(sum_BU1) + peak_BU1)[..., 0]
+    ce_BU = log_z_BU - jnp.where(is_target_BUV, logits_BUV, 0).sum(axis=-1)
+    ce += (weights_BU * ce_BU).sum()
+    total += (weights_BU * (ce_BU + z_loss * jnp.square(log_z_BU))).sum()
+    if not gradients:
+        return (total, ce, None), None
+    on_probability_BU1 = (weights_BU * (1 + 2 * z_loss * log_z_BU))[..., None]
+    dlogits_BUV = on_probability_BU1 / sum_BU1 * exp_BUV - jnp.where(is_target_BUV, weights_BU[..., None], 0)
+    dlogits_BUV = dlogits_BUV.astype(h_BUD.dtype)
+    dh_BUD = jnp.einsum("BUV,DV->BUD", dlogits_BUV, w_DV)
+    dw_DV += jnp.einsum("BUD,BUV->DV", h_BUD, dlogits_BUV, preferred_element_type=jnp.float32)
+    return (total, ce, dw_DV), dh_BUD

@@ -1,0 +1,77 @@
+"""Parameters with logical axes, and the initialisers of both recipes."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from common.nn.recipe import Recipe
+
+Initialiser = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+
+
+def param(rngs: nnx.Rngs, init: Initialiser, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    """A float32 parameter whose dimensions carry logical names; the mesh's rules turn them into shardings."""
+    assert len(shape) == len(axes), (shape, axes)
+    return nnx.Param(init(rngs.params(), shape), out_sharding=axes, eager_sharding=False)
+
+
+def normal(std: float) -> Initialiser:
+    return lambda key, shape: std * jax.random.normal(key, shape, jnp.float32)
+
+
+def truncated_normal(std: float) -> Initialiser:
+    """Cut at two standard deviations, scaled so that `std` is what comes out (as `variance_scaling` does)."""
+    return lambda key, shape: std / 0.87962566103423978 * jax.random.truncated_normal(key, -2, 2, shape, jnp.float32)
+
+
+def uniform(limit: float) -> Initialiser:
+    return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -limit, limit)
+
+
+def ones(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jnp.ones(shape, jnp.float32)
+
+
+class Initialisers:
+    """The initialiser of each kind of weight under a recipe.
+
+    `t5` has T5X's standard deviations: query (d_model * head_dim)^-1/2, key and value d_model^-1/2, attention output
+    (heads * head_dim)^-1/2, MLP d_model^-1/2 in and d_ff^-1/2 out (truncated), head d_model^-1/2 (truncated), embedding 1,
+    relative bias uniform with variance 1/fan_avg. `fan_in` has fan_in^-1/2 throughout, residual outputs divided by
+    sqrt(residual branches) (GPT-2), and embedding and head small enough that a fresh model is close to uniform.
+    """
+
+    def __init__(self, recipe: Recipe, residual_branches: int):
+        self.t5 = recipe.init == "t5"
+        self.tied = recipe.tied_embeddings
+        self.residual = 1.0 if self.t5 else residual_branches**-0.5
+
+    def query(self, d_model: int, head_dim: int) -> Initialiser:
+        return normal((d_model * head_dim) ** -0.5 if self.t5 else d_model**-0.5)
+
+    def key_value(self, d_model: int) -> Initialiser:
+        return normal(d_model**-0.5)
+
+    def attention_out(self, fan_in: int) -> Initialiser:
+        return normal(fan_in**-0.5 * self.residual)
+
+    def mlp_in(self, d_model: int) -> Initialiser:
+        return truncated_normal(d_model**-0.5)
+
+    def mlp_out(self, d_ff: int) -> Initialiser:
+        return truncated_normal(d_ff**-0.5 * self.residual)
+
+    def embedding(self, d_model: int) -> Initialiser:
+        if self.t5:
+            return normal(1.0)
+        # A tied table is the head too, so it must keep fresh logits small.
+        return normal(1.0 / d_model if self.tied else d_model**-0.5)
+
+    def head(self, d_model: int) -> Initialiser:
+        return truncated_normal(d_model**-0.5) if self.t5 else normal(1.0 / d_model)
+
+    def relative_bias(self, num_heads: int, buckets: int) -> Initialiser:
+        return uniform(math.sqrt(3.0 / ((num_heads + buckets) / 2)))

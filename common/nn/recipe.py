@@ -1,0 +1,84 @@
+"""What a model computes (Recipe) and how it is computed (Execution): plain configs, no JAX needed to read them."""
+
+import dataclasses
+from typing import Literal
+
+from common.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The options that every family understands in the same way; a controlled comparison gives all arms one recipe."""
+
+    positions: Literal["rope", "t5_bias"] = "rope"
+    mlp: Literal["relu", "gelu", "geglu", "swiglu"] = "swiglu"
+    """GELU is the tanh approximation; the GLU variants multiply by a second, linear projection (arXiv 2002.05202)."""
+    tied_embeddings: bool = False
+    init: Literal["t5", "fan_in"] = "fan_in"
+    """`t5`: T5X's values. `fan_in`: variance 1/fan_in, residual outputs divided by sqrt(branches), small embeddings."""
+    scale_attention: bool = True
+    """Divide attention logits by sqrt(head_dim); T5 does not (its query initialiser carries the factor)."""
+    dropout: float = 0.0
+    z_loss: float = 0.0
+    """Weight of log(Z)^2 in the loss."""
+    norm_epsilon: float = 1e-6
+    rope_theta: float = 10_000.0
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"recipe.dropout is {self.dropout}: it must be at least 0 and less than 1")
+        if self.z_loss < 0:
+            raise UserError(f"recipe.z_loss is {self.z_loss}: it must be 0 or more")
+        if self.relative_buckets < 4 or self.relative_buckets % 4:
+            raise UserError(f"recipe.relative_buckets is {self.relative_buckets}: it must be a multiple of 4")
+        if self.relative_max_distance <= self.relative_buckets // 2:
+            raise UserError(
+                f"recipe.relative_max_distance is {self.relative_max_distance}: it must be more than half the buckets "
+                f"({self.relative_buckets // 2})"
+            )
+
+    @property
+    def gated_mlp(self) -> bool:
+        return self.mlp in ("geglu", "swiglu")
+
+
+T5_V1_1 = Recipe(positions="t5_bias", mlp="geglu", init="t5", scale_attention=False, z_loss=1e-4)
+"""T5X's t5_1_1 network (pretraining: no dropout); T5 v1.0 differs by `mlp="relu"` and tied embeddings."""
+
+LLAMA = Recipe(positions="rope", mlp="swiglu", init="fan_in")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How the same mathematics is run; none of these changes a result beyond rounding."""
+
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of activations and matrix products; parameters, norms, softmax and loss stay float32."""
+    matmul_precision: Literal["default", "high", "highest"] = "default"
+    scan_layers: bool = True
+    """One loop over stacked layers (quick to compile), or all layers unrolled (quicker to run on CPU)."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but matrix products, or whole layers."""
+    loss_chunk: int = 128
+    """Target positions whose logits exist at one time."""
+
+    def __post_init__(self) -> None:
+        if self.loss_chunk < 1:
+            raise UserError(f"execution.loss_chunk is {self.loss_chunk}: it must be 1 or more")
+
+
+def check_widths(where: str, *, num_heads: int, num_kv_heads: int, head_dim: int, recipe: Recipe, **sizes: int) -> None:
+    """Raises UserError for sizes that cannot make a transformer; `where` begins the message."""
+    for name, value in {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, **sizes}.items():
+        if value < 1:
+            raise UserError(f"{where}.{name} is {value}: it must be 1 or more")
+    if num_heads % num_kv_heads:
+        divisors = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
+        close = min(divisors, key=lambda n: abs(n - num_kv_heads))
+        raise UserError(
+            f"{where}.num_kv_heads is {num_kv_heads}: it must divide num_heads ({num_heads}); nearest: {close}"
+        )
+    if recipe.positions == "rope" and head_dim % 2:
+        raise UserError(f"{where}.head_dim is {head_dim}: RoPE needs an even one; nearest: {head_dim + 1}")

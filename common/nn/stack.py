@@ -1,0 +1,74 @@
+"""Layers stored stacked `[N, ...]`, run in one scan or unrolled."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from common.nn.recipe import Execution
+
+Layer = TypeVar("Layer", bound=nnx.Module)
+
+
+def stack(num_layers: int, make: Callable[[nnx.Rngs], Layer], rngs: nnx.Rngs) -> Layer:
+    """`num_layers` layers as one module whose parameters lead with a "layers" axis, each initialised by its own key."""
+
+    @nnx.split_rngs(splits=num_layers)
+    @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+    def make_all(rngs: nnx.Rngs) -> Layer:
+        return make(rngs)
+
+    return make_all(rngs)
+
+
+def run_layers(
+    layers: Layer,
+    body: Callable[[Layer, Any, Any], tuple[Any, Any]],
+    carry: Any,
+    xs: Any,
+    execution: Execution,
+) -> tuple[Any, Any]:
+    """`body(layer, carry, x) -> (carry, y)` over the layers of a stack; xs and the returned ys lead with the layers axis."""
+    graphdef, parameters = nnx.split(layers)
+
+    def step(carry: Any, layer_and_x: tuple[Any, Any]) -> tuple[Any, Any]:
+        layer_parameters, x = layer_and_x
+        return body(nnx.merge(graphdef, layer_parameters), carry, x)
+
+    match execution.remat:
+        case "dots":
+            step = jax.checkpoint(step, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        case "full":
+            step = jax.checkpoint(step)
+    if execution.scan_layers:
+        return jax.lax.scan(step, carry, (parameters, xs))
+    ys = []
+    for layer_and_x in unstack((parameters, xs)):
+        carry, y = step(carry, layer_and_x)
+        ys.append(y)
+    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *ys)
+
+
+def unstack(tree: Any) -> list[Any]:
+    """A list over the leading axis of all leaves. Its gradient is one `stack` a leaf; plain indexing would pad and add N times."""
+    leaves, treedef = jax.tree.flatten(tree)
+    pieces = [_unstack(leaf) for leaf in leaves]
+    return [jax.tree.unflatten(treedef, layer) for layer in zip(*pieces, strict=True)]
+
+
+@jax.custom_vjp
+def _unstack(x: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(x[i] for i in range(x.shape[0]))
+
+
+def _unstack_forward(x: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
+    return _unstack(x), None
+
+
+def _unstack_backward(_: None, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array]:
+    return (jnp.stack(gradients),)
+
+
+_unstack.defvjp(_unstack_forward, _unstack_backward)

@@ -1,0 +1,230 @@
+"""The parity certificate: were the arms of a comparison given the same, and does the ledger count what runs?"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from common.report.results import ArmResult
+from common.report.run_files import Run
+from common.report.units import percent, scientific, si
+
+FLOPS_TOLERANCE = 0.01
+"""Between arms' training FLOPs, relative."""
+LEDGER_TOLERANCE = 0.02
+"""Between the ledger and XLA's count, relative."""
+
+OWN_FIELDS = frozenset(
+    {"d_ff", "d_model", "head_dim", "num_heads", "num_kv_heads", "num_layers"}
+    | {"encoder_layers", "decoder_layers", "learning_rate"}
+)
+"""Config fields that arms may have to themselves: sizes, by which compute is matched, and the tuned learning rate."""
+IDENTITY_FIELDS = frozenset({"arm", "model.kind"})
+DATA_IDENTITIES = {"content_id": "same dataset version", "tokenizer_hash": "same tokenizer"}
+"""Entries of environment.json that must agree, with the name of the check."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Check:
+    """One question, its answer, and the numbers behind it."""
+
+    name: str
+    agrees: bool
+    detail: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fact:
+    """One measured quantity, a value for each arm."""
+
+    name: str
+    values: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """Checks over all arms and the facts that they rest on; `facts[i].values` follow `arms`."""
+
+    arms: tuple[str, ...]
+    checks: tuple[Check, ...]
+    facts: tuple[Fact, ...]
+
+    @property
+    def agrees(self) -> bool:
+        return all(check.agrees for check in self.checks)
+
+    @property
+    def headline(self) -> str:
+        if self.agrees:
+            return "every check agrees"
+        failed = sum(not check.agrees for check in self.checks)
+        return f"{failed} of {len(self.checks)} checks DIFFER"
+
+
+def certify_run(run: Run) -> Certificate:
+    """The certificate of a run directory, from all that its arms recorded."""
+    return certify(
+        run.results,
+        configs={arm.name: arm.config for arm in run.arms},
+        environments={arm.name: arm.environment for arm in run.arms},
+        fingerprints={arm.name: {row.step: row.fingerprint for row in arm.metrics} for arm in run.arms},
+    )
+
+
+def certify(
+    results: Sequence[ArmResult],
+    *,
+    configs: Mapping[str, Mapping[str, Any]] | None = None,
+    environments: Mapping[str, Mapping[str, Any]] | None = None,
+    fingerprints: Mapping[str, Mapping[int, str]] | None = None,
+) -> Certificate:
+    """Checks finished arms against one another; mappings are by arm name.
+
+    `fingerprints` are each arm's chained fingerprints by step: with them the first step at which arms part is named.
+    `configs` are resolved configs, `environments` what `environment.json` holds; checks that need one that is not
+    given are left out, as are all checks between arms where there is only one.
+    """
+    assert results
+    checks = []
+    if len(results) > 1:
+        checks.append(_same_data(results, fingerprints))
+        checks += _same_identities(results, environments or {})
+        checks.append(_same_counts(results))
+        checks.append(_same_flops(results))
+        checks += [_one_recipe(configs)] if configs else []
+    checks.append(_ledger_is_xla(results))
+    return Certificate(arms=tuple(result.arm for result in results), checks=tuple(checks), facts=tuple(_facts(results)))
+
+
+def first_parting(fingerprints: Mapping[str, Mapping[int, str]]) -> int | None:
+    """The first step whose fingerprint some arm lacks or has otherwise; None where all arms agree throughout.
+
+    >>> first_parting({"a": {1: "x", 2: "y"}, "b": {1: "x", 2: "z"}})
+    2
+    """
+    arms = list(fingerprints.values())
+    for step in sorted(set().union(*arms)):
+        if len({arm.get(step) for arm in arms}) > 1:
+            return step
+    return None
+
+
+def _same_data(results: Sequence[ArmResult], fingerprints: Mapping[str, Mapping[int, str]] | None) -> Check:
+    name = "same data in the same order"
+    steps = fingerprints or {}
+    for result in results:
+        recorded = steps.get(result.arm)
+        if recorded and recorded[max(recorded)] != result.fingerprint:
+            detail = f"{result.arm}: the last fingerprint of its metrics is not that of its result; the files are mixed"
+            return Check(name=name, agrees=False, detail=detail)
+    if len({result.fingerprint for result in results}) == 1 and first_parting(steps) is None:
+        detail = f"{results[0].steps:,} batches, chained fingerprint {results[0].fingerprint}"
+        return Check(name=name, agrees=True, detail=detail)
+    parting = first_parting(steps)
+    if parting is None:
+        detail = "the chained fingerprints are not the same"
+    elif parting == min(min(arm, default=parting) for arm in steps.values()):
+        detail = f"the arms part at their first step ({parting}): other order, tokenizer, dataset version or objective"
+    else:
+        detail = f"the arms agree up to step {parting - 1} and part at step {parting}: other examples or another order"
+    return Check(name=name, agrees=False, detail=detail)
+
+
+def _same_identities(results: Sequence[ArmResult], environments: Mapping[str, Mapping[str, Any]]) -> Iterator[Check]:
+    for key, name in DATA_IDENTITIES.items():
+        values = {result.arm: environments.get(result.arm, {}).get(key) for result in results}
+        if any(value is not None for value in values.values()):
+            agrees = len(set(map(str, values.values()))) == 1
+            detail = str(values[results[0].arm]) if agrees else _by_arm(values)
+            yield Check(name=name, agrees=agrees, detail=detail)
+
+
+def _same_counts(results: Sequence[ArmResult]) -> Check:
+    counts = {r.arm: (r.steps, r.examples, r.tokens, r.loss_tokens) for r in results}
+    lines = {
+        arm: f"{steps:,} steps, {examples:,} examples, {tokens:,} tokens, {loss_tokens:,} with loss"
+        for arm, (steps, examples, tokens, loss_tokens) in counts.items()
+    }
+    agrees = len(set(counts.values())) == 1
+    return Check(
+        name="same steps, examples and tokens",
+        agrees=agrees,
+        detail=lines[results[0].arm] if agrees else _by_arm(lines),
+    )
+
+
+def _same_flops(results: Sequence[ArmResult]) -> Check:
+    flops = [result.flops.full_attention for result in results]
+    spread = max(flops) / min(flops) - 1 if min(flops) > 0 else math.inf
+    counts = _by_arm({result.arm: scientific(result.flops.full_attention, 4) for result in results})
+    return Check(
+        name=f"training FLOPs within {100 * FLOPS_TOLERANCE:g} %",
+        agrees=spread <= FLOPS_TOLERANCE,
+        detail=f"{percent(spread, 2)} apart (full attention, padding included): {counts}",
+    )
+
+
+def _ledger_is_xla(results: Sequence[ArmResult]) -> Check:
+    ratios = {
+        r.arm: r.ledger_flops_per_step / r.xla_flops_per_step - 1 if r.xla_flops_per_step > 0 else math.nan
+        for r in results
+    }
+    signed = {arm: "+" * (ratio >= 0) + percent(ratio, 2) for arm, ratio in ratios.items()}
+    signs = {arm: "not counted" if math.isnan(ratios[arm]) else text for arm, text in signed.items()}
+    return Check(
+        name=f"ledger = XLA within {100 * LEDGER_TOLERANCE:g} %",
+        agrees=all(abs(ratio) <= LEDGER_TOLERANCE for ratio in ratios.values()),  # a NaN does not agree
+        detail=_by_arm(signs),
+    )
+
+
+def _one_recipe(configs: Mapping[str, Mapping[str, Any]]) -> Check:
+    flat = {arm: flatten(config) for arm, config in configs.items()}
+    shared = [path for path in next(iter(flat.values())) if all(path in other for other in flat.values())]
+    apart = [path for path in shared if len({repr(config[path]) for config in flat.values()}) > 1]
+    own = [path for path in apart if path.rsplit(".", 1)[-1] in OWN_FIELDS or path in IDENTITY_FIELDS]
+    wrong = [path for path in apart if path not in own]
+    if wrong:
+        detail = "; ".join(f"{path}: {_by_arm({arm: config[path] for arm, config in flat.items()})}" for path in wrong)
+        return Check(name="one recipe", agrees=False, detail=detail)
+    sizes = {path: " / ".join(str(config[path]) for config in flat.values()) for path in own}
+    shown = [f"{path} ({values})" for path, values in sizes.items() if path not in IDENTITY_FIELDS]
+    detail = f"{len(shared) - len(own)} shared fields are equal"
+    detail += f"; each arm has its own {', '.join(shown)}" if shown else ""
+    return Check(name="one recipe", agrees=True, detail=detail)
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted path; lists stay whole.
+
+    >>> flatten({"model": {"d_ff": 8, "axes": [1, 2]}, "seed": 0})
+    {'model.d_ff': 8, 'model.axes': [1, 2], 'seed': 0}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _facts(results: Sequence[ArmResult]) -> Iterator[Fact]:
+    for name, show in (
+        ("chained fingerprint", lambda r: r.fingerprint),
+        ("tokens seen", lambda r: f"{r.tokens:,}"),
+        ("tokens with loss", lambda r: f"{r.loss_tokens:,}"),
+        ("fill of input / target slots", lambda r: f"{percent(r.input_fill)} / {percent(r.target_fill)}"),
+        ("FLOPs, full attention, padded", lambda r: scientific(r.flops.full_attention, 4)),
+        ("FLOPs, full attention, useful", lambda r: scientific(r.flops.useful_full_attention, 4)),
+        ("FLOPs, causal half, padded", lambda r: scientific(r.flops.causal_half, 4)),
+        ("FLOPs, 6ND, padded", lambda r: scientific(r.flops.six_nd, 4)),
+        ("FLOPs of a step by the ledger", lambda r: scientific(r.ledger_flops_per_step, 4)),
+        ("FLOPs of a step by XLA, unrolled", lambda r: scientific(r.xla_flops_per_step, 4)),
+        ("parameters", lambda r: f"{r.parameters:,} ({si(r.parameters)})"),
+    ):
+        yield Fact(name=name, values=tuple(show(result) for result in results))
+
+
+def _by_arm(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{arm} {value}" for arm, value in values.items())

@@ -1,0 +1,193 @@
+"""Inline SVG by matplotlib, with the same bytes for the same data.
+
+Colours are CSS variables that the page defines, so that one drawing serves a light and a dark page, and text is text
+(`svg.fonttype: none`) in the page's own font. Every label is drawn without math parsing: names from data may hold "$".
+
+Legend: P points.
+"""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from common.report.results import ArmResult, TextScore
+from common.report.run_files import ArmRun
+from common.report.tables import find_score, group_rows
+from common.report.units import scientific, si
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MARKERS = "osD^vP"
+MAX_POINTS = 800
+"""Of a curve in the report."""
+
+# Stand-ins that matplotlib accepts as colours; `_svg` puts CSS variables in their place.
+_ARM_COLOURS = [f"#0a0b{i:02x}" for i in range(len(MARKERS))]
+_INK, _FAINT, _GROUND = "#0a0c01", "#0a0c02", "#0a0c03"
+_VARIABLES = {colour: f"var(--arm-{i})" for i, colour in enumerate(_ARM_COLOURS)} | {
+    _INK: "var(--soft)",
+    _FAINT: "var(--line)",
+    _GROUND: "var(--card)",
+}
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9.5,
+    "text.parse_math": False,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _FAINT,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": _FAINT,
+    "grid.linewidth": 0.6,
+    "xtick.color": _FAINT,
+    "ytick.color": _FAINT,
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+LOSS_AXES = ("tokens", "FLOPs", "seconds")
+
+
+def loss_plot(arms: Sequence[ArmRun], axis: str) -> "Markup":
+    """Training loss (smoothed; raw behind it) and validation points against one of `LOSS_AXES`.
+
+    Loss is on a log scale, since its interesting part is the last tenth of its fall. A non-finite loss is not drawn.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    assert axis in LOSS_AXES, axis
+
+    def draw(figure: "Figure") -> None:
+        axes = figure.add_subplot()
+        axes.set_yscale("log")
+        for i, arm in enumerate(arms):
+            _draw_loss(axes, arm, axis, _ARM_COLOURS[i % len(MARKERS)], MARKERS[i % len(MARKERS)])
+        show: Callable[[float], str] = (lambda x: scientific(x, 2)) if axis == "FLOPs" else si
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: show(x)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.minorticks_off()
+        axes.set_xlabel(f"training {axis}" if axis != "seconds" else "seconds of training")
+
+    return _svg(f"loss against {axis}", (3.7, 3.0), draw)
+
+
+def _draw_loss(axes: "Axes", arm: ArmRun, axis: str, colour: str, marker: str) -> None:
+    seconds = {row.step: row.seconds for row in arm.timings}
+    x_by_row = {
+        "tokens": lambda row: row.tokens,
+        "FLOPs": lambda row: row.flops,
+        "seconds": lambda row: seconds.get(row.step, np.nan),
+    }[axis]
+    x_P = np.array([x_by_row(row) for row in arm.metrics], float)
+    loss_P = np.array([row.loss for row in arm.metrics], float)
+    kept = np.isfinite(x_P) & np.isfinite(loss_P) & (loss_P > 0)
+    x_P, loss_P = x_P[kept], loss_P[kept]
+    if len(x_P):
+        thin = np.unique(np.linspace(0, len(x_P) - 1, MAX_POINTS).round().astype(int))
+        axes.plot(x_P[thin], loss_P[thin], color=colour, linewidth=0.8, alpha=0.25)
+        axes.plot(x_P[thin], smooth(loss_P)[thin], color=colour, linewidth=1.6)
+    validated = [(x_by_row(row), row.validation_loss) for row in arm.metrics if row.validation_loss]
+    points = [(x, y) for x, y in validated if np.isfinite(x) and np.isfinite(y) and y > 0]
+    if points:
+        axes.plot(
+            *zip(*points, strict=True), marker, color=colour, markersize=6, markeredgecolor=_GROUND, markeredgewidth=1
+        )
+
+
+def smoothing_window(points: int) -> int:
+    """Steps that a smoothed point is the mean of."""
+    return max(1, points // 40)
+
+
+def smooth(values_P: np.ndarray) -> np.ndarray:
+    """Trailing mean over `smoothing_window` points, over what there is at the start; float64 [P].
+
+    >>> smooth(np.arange(80.0))[[0, 1, 79]].tolist()
+    [0.0, 0.5, 78.5]
+    """
+    window = smoothing_window(len(values_P))
+    sums = np.concatenate([[0.0], np.cumsum(values_P, dtype=np.float64)])
+    ends = np.arange(1, len(values_P) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def groups_plot(results: Sequence[ArmResult], split: str) -> "Markup":
+    """Exact match of `split` and of each kind in it: a dot an arm, with its 95 % interval."""
+    from matplotlib.ticker import FuncFormatter
+
+    names = ["all", *(row.label for row in group_rows(results, split))]
+    scores = [[find_score(result, split, name) for result in results] for name in names]
+    labels = [f"{name} ({_examples(row)})" for name, row in zip(names, scores, strict=True)]
+
+    def draw(figure: "Figure") -> None:
+        axes = figure.add_subplot()
+        for i in range(len(results)):
+            shift = (i - (len(results) - 1) / 2) * min(0.26, 0.7 / len(results))
+            _draw_scores(axes, [row[i] for row in scores], shift, _ARM_COLOURS[i % len(MARKERS)], MARKERS[i % 6])
+        axes.set_yticks(range(len(names)), labels, parse_math=False)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.axhline(0.5, color=_FAINT, linewidth=0.8)
+        axes.grid(False, axis="y")
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.set_xlim(right=100.5)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g} %"))
+
+    return _svg(f"exact match, {split}", (10.4, 0.75 + 0.36 * len(names)), draw)
+
+
+def _draw_scores(axes: "Axes", scores: Sequence[TextScore | None], shift: float, colour: str, marker: str) -> None:
+    known = [(y + shift, score.exact_match) for y, score in enumerate(scores) if score]
+    for y, match in known:
+        axes.plot([100 * match.low, 100 * match.high], [y, y], color=colour, linewidth=1.6, solid_capstyle="round")
+        axes.plot(
+            [100 * match.value], [y], marker, color=colour, markersize=7, markeredgecolor=_GROUND, markeredgewidth=1
+        )
+
+
+def _examples(scores: Sequence[TextScore | None]) -> str:
+    return " / ".join(dict.fromkeys(f"{score.examples:,}" for score in scores if score))
+
+
+def _svg(name: str, size: tuple[float, float], draw: Callable[["Figure"], Any]) -> "Markup":
+    """`draw` on a figure of `size` inches, as an <svg> element whose ids are its own within a page."""
+    import matplotlib
+    from markupsafe import Markup, escape
+    from matplotlib.figure import Figure
+
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # a user's matplotlibrc must not change the bytes
+        settings: Any = matplotlib.rcParams  # typed by a Literal of its 300 keys
+        settings.update({**_STYLE, "svg.hashsalt": name})
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata=nothing)
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<style.*?</style>", "", svg, count=1, flags=re.DOTALL)  # it would style the whole page
+    svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)  # numbered ids, to which nothing refers
+    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)  # the page's font
+    svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', f'role="img" aria-label="{escape(name)}"', svg, count=1)
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, variable)
+    return Markup(svg)

@@ -1,0 +1,145 @@
+"""Side-by-side tables, once as rows of text (which the HTML report shows as well) and once for the terminal.
+
+Cells are `rich.text.Text`, never markup: names and texts from data may hold square brackets.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from common.report.certificate import Certificate
+from common.report.results import ArmResult, TextScore
+from common.report.units import duration, percent, percent_interval, scientific, si
+
+if TYPE_CHECKING:
+    from rich.panel import Panel
+    from rich.table import Table
+
+NOT_SCORED = "–"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One quantity; `values` follow the arms, `note` says how to read it."""
+
+    label: str
+    values: tuple[str, ...]
+    note: str = ""
+
+
+def comparison_rows(results: Sequence[ArmResult]) -> tuple[Row, ...]:
+    """What was trained, what it cost and what came out."""
+    rows = [
+        _row(results, "parameters", lambda r: si(r.parameters)),
+        _row(results, "training FLOPs", lambda r: scientific(r.flops.full_attention), "full attention, padded"),
+        _row(results, "useful training FLOPs", lambda r: scientific(r.flops.useful_full_attention), "real tokens only"),
+        _row(results, "steps", lambda r: f"{r.steps:,}"),
+        _row(results, "examples seen", lambda r: si(r.examples)),
+        _row(results, "tokens seen", lambda r: si(r.tokens), "inputs and targets, without padding"),
+        _row(results, "tokens with loss", lambda r: si(r.loss_tokens)),
+        _row(results, "fill", lambda r: f"{percent(r.input_fill)} / {percent(r.target_fill)}", "input / target slots"),
+        _row(results, "training loss", lambda r: f"{r.train_loss:.4f}", "nats per token, last tenth of the steps"),
+        _row(results, "validation loss", lambda r: f"{r.validation_loss:.4f}", "nats per token"),
+    ]
+    for split in splits(results):
+        whole = [find_score(r, split, "all") for r in results]
+        rows.append(Row(label=f"exact match, {split}", values=tuple(map(_exact, whole)), note=_counted(whole)))
+        if any(score and score.bleu for score in whole):
+            rows.append(Row(label=f"BLEU, {split}", values=tuple(map(_bleu, whole)), note=_counted(whole)))
+    rows += [
+        _row(results, "tokens per second", lambda r: si(r.tokens_per_second), "training, without padding"),
+        _row(results, "training time", lambda r: duration(r.train_seconds), "without compilation and evaluation"),
+        _row(results, "waiting for data", lambda r: percent(r.data_wait_share), "share of step time"),
+    ]
+    return tuple(rows)
+
+
+def group_rows(results: Sequence[ArmResult], split: str) -> tuple[Row, ...]:
+    """Exact match of each kind of example in `split`, best first by the first arm; none where all are of one kind."""
+    names = list(dict.fromkeys(s.group for r in results for s in r.scores if s.split == split and s.group != "all"))
+    if len(names) == 1:
+        return ()
+    scores = {name: [find_score(r, split, name) for r in results] for name in names}
+
+    def share(name: str) -> float:
+        score = scores[name][0]
+        return score.exact_match.value if score else -1.0
+
+    names.sort(key=lambda name: (-share(name), name))
+    return tuple(
+        Row(label=name, values=tuple(map(_exact, scores[name])), note=_counted(scores[name])) for name in names
+    )
+
+
+def splits(results: Sequence[ArmResult]) -> tuple[str, ...]:
+    """Every split that some arm was scored on, in order of appearance."""
+    return tuple(dict.fromkeys(score.split for result in results for score in result.scores))
+
+
+def find_score(result: ArmResult, split: str, group: str) -> TextScore | None:
+    return next((score for score in result.scores if (score.split, score.group) == (split, group)), None)
+
+
+def comparison_table(results: Sequence[ArmResult]) -> "Table":
+    """All arms side by side; intervals are 95 %."""
+    return _table("Comparison", [r.arm for r in results], comparison_rows(results), "95 % intervals in brackets")
+
+
+def groups_table(results: Sequence[ArmResult]) -> "Table":
+    """Exact match per kind of example, split by split, unseen names included."""
+    rows = []
+    for split in splits(results):
+        whole = [find_score(r, split, "all") for r in results]
+        rows.append(Row(label=f"{split}: all", values=tuple(map(_exact, whole)), note=_counted(whole)))
+        rows += [dataclasses.replace(row, label=f"  {row.label}") for row in group_rows(results, split)]
+    return _table("Exact match by kind", [r.arm for r in results], rows, "95 % intervals in brackets")
+
+
+def certificate_panel(certificate: Certificate) -> "Panel":
+    """The certificate for the terminal: green where all agree, red where something differs."""
+    from rich.console import Group
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    checks = Table.grid(padding=(0, 2))
+    for check in certificate.checks:
+        style = "green" if check.agrees else "bold red"
+        checks.add_row(Text("agree" if check.agrees else "DIFFERS", style), Text(check.name), Text(check.detail, "dim"))
+    headline = Text(certificate.headline, "green" if certificate.agrees else "bold red")
+    colour = "green" if certificate.agrees else "red"
+    return Panel(Group(headline, checks), title=Text("Parity certificate"), border_style=colour, expand=False)
+
+
+def _table(title: str, arms: Sequence[str], rows: Sequence[Row], caption: str) -> "Table":
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title, "bold"), caption=Text(caption), box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for arm in arms:
+        table.add_column(Text(arm), justify="right")
+    table.add_column("", style="dim")
+    for row in rows:
+        table.add_row(Text(row.label), *map(Text, row.values), Text(row.note))
+    return table
+
+
+def _row(results: Sequence[ArmResult], label: str, show: Callable[[ArmResult], str], note: str = "") -> Row:
+    return Row(label=label, values=tuple(show(result) for result in results), note=note)
+
+
+def _exact(score: TextScore | None) -> str:
+    return percent_interval(score.exact_match) if score else NOT_SCORED
+
+
+def _bleu(score: TextScore | None) -> str:
+    if score is None or score.bleu is None:
+        return NOT_SCORED
+    return f"{score.bleu.value:.1f} [{score.bleu.low:.1f}, {score.bleu.high:.1f}]"
+
+
+def _counted(scores: Iterable[TextScore | None]) -> str:
+    counts = dict.fromkeys(f"{score.examples:,}" for score in scores if score)
+    return f"n = {' / '.join(counts)}"

@@ -1,0 +1,56 @@
+"""Numbers as people read them."""
+
+import math
+
+from common.report.results import Interval
+
+
+def si(number: float) -> str:
+    """Three significant digits and a decimal multiple.
+
+    >>> si(2_310_456), si(950), si(12_345), si(0), si(999_960)
+    ('2.31 M', '950', '12.3 k', '0', '1.00 M')
+    """
+    for scale, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= scale * 0.9995:
+            return f"{number / scale:#.3g}".rstrip(".") + f" {unit}"
+    return f"{number:.3g}"
+
+
+def scientific(number: float, digits: int = 3) -> str:
+    """`digits` significant digits and a power of ten, without a sign or leading zeros in the exponent.
+
+    >>> scientific(4.1234e14), scientific(0.0), scientific(2e13, 1)
+    ('4.12e14', '0', '2e13')
+    """
+    if not math.isfinite(number) or number == 0:
+        return f"{number:g}"
+    mantissa, exponent = f"{number:.{digits - 1}e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """
+    >>> percent(0.9654), percent(-0.0003, 2)
+    ('96.5 %', '−0.03 %')
+    """
+    return f"{100 * share:.{digits}f} %".replace("-", "−")
+
+
+def percent_interval(share: Interval) -> str:
+    """
+    >>> percent_interval(Interval(value=0.965, low=0.9595, high=0.97))
+    '96.5 % [96.0, 97.0]'
+    """
+    return f"{percent(share.value)} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(12.34), duration(192.0), duration(8000.0)
+    ('12.3 s', '3 min 12 s', '2 h 13 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,47 @@
+"""Schedules and optimizers from their configs, by optax."""
+
+from typing import Any
+
+import jax
+import optax
+
+from common.train.config import WSD, AdamW, Cosine, Linear, Schedule
+
+
+def make_schedule(schedule: Schedule, peak: float, steps: int) -> optax.Schedule:
+    """Learning rate at step 0, 1, ...; warm-up rises linearly from peak/(warmup+1), so step 0 already learns.
+
+    >>> rate = make_schedule(Linear(warmup_steps=3), peak=1.0, steps=7)
+    >>> [round(float(rate(step)), 3) for step in range(7)]
+    [0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25]
+    """
+    warmup = schedule.warmup_steps
+    after = max(steps - warmup, 1)
+    match schedule:
+        case Linear():
+            main = optax.linear_schedule(peak, peak * schedule.final_fraction, after)
+        case Cosine():
+            main = optax.cosine_decay_schedule(peak, after, alpha=schedule.final_fraction)
+        case WSD():
+            decay = max(1, round(steps * schedule.decay_fraction))
+            stable = max(0, after - decay)
+            main = optax.linear_schedule(peak, peak * schedule.final_fraction, decay, transition_begin=stable)
+    if not warmup:
+        return main
+    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    return optax.join_schedules([rise, main], [warmup])
+
+
+def make_optimizer(config: AdamW, schedule: optax.Schedule, logical_axes: Any) -> optax.GradientTransformation:
+    """AdamW over a tree of parameters whose logical axes are known (they say which are matrices)."""
+
+    def decays(axes: tuple[str, ...]) -> bool:
+        return sum(axis != "layers" for axis in axes) >= 2
+
+    mask = jax.tree.map(decays, logical_axes, is_leaf=lambda x: isinstance(x, tuple))
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            schedule, b1=config.b1, b2=config.b2, eps=config.epsilon, weight_decay=config.weight_decay, mask=mask
+        ),
+    )

@@ -1,0 +1,125 @@
+"""One arm's run directory: who owns it, whether it is the same run, and its metrics files."""
+
+import contextlib
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from common.config import difference
+from common.errors import UserError
+from common.files import read_json, read_rows, write_json, write_rows
+
+SCHEMA_VERSION = 1
+CHECKPOINTS = "checkpoints"
+CONFIG, ENVIRONMENT, METRICS, TIMINGS = "config.json", "environment.json", "metrics.jsonl", "timings.jsonl"
+
+# What decides the bits of a CPU program beside the program itself.
+MACHINE_KEYS = ("platform", "device_kind", "devices", "cpu", "threads", "jax", "jaxlib")
+
+
+@contextlib.contextmanager
+def owned(run_dir: Path) -> Iterator[None]:
+    """Holds the directory for this process; raises UserError where another has it. A killed owner's hold ends with it."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / ".lock", "a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            owner = lock.read().strip() or "unknown"
+            raise UserError(
+                f"{run_dir} is being trained by process {owner}: wait for it, or choose another --run-dir"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield
+
+
+def claim(run_dir: Path, config: dict[str, Any]) -> list[str]:
+    """Writes the resolved config and the environment, or checks that the directory holds the same run.
+
+    Returns warnings: how this machine differs from the one the run was begun on. Raises UserError with the difference
+    where the directory belongs to another config.
+    """
+    present = {"schema_version": SCHEMA_VERSION, **config}
+    here = environment()
+    if not (run_dir / CONFIG).exists():
+        write_json(run_dir / ENVIRONMENT, here)
+        write_json(run_dir / CONFIG, present)
+        return []
+    lines = difference(read_json(run_dir / CONFIG), present)
+    if lines:
+        raise UserError(
+            f"{run_dir} holds a run of another config ({'; '.join(lines)}): choose another --run-dir, or remove it"
+        )
+    before = read_json(run_dir / ENVIRONMENT)
+    return [
+        f"{key} was {before.get(key)} when this run began and is {here[key]} now: results may differ in the last bits"
+        for key in MACHINE_KEYS
+        if before.get(key) != here[key]
+    ]
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and commit, for reports and for judging whether two runs can agree to the bit."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
+    device = jax.devices()[0]
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "platform": device.platform,
+        "device_kind": device.device_kind,
+        "devices": jax.device_count(),
+        "cpu": _cpu_model(),
+        "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+class JsonLines:
+    """A file of one JSON object a line, appended to; a row is whole or absent."""
+
+    def __init__(self, path: Path, *, keep_through_step: int):
+        """Opens for appending after dropping rows with a later `step`, and a half-written last line."""
+        rows = [row for row in read_rows(path) if row["step"] <= keep_through_step]
+        write_rows(path, rows)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        return names[0] if names else platform.processor()
+    except OSError:
+        return platform.processor()
+
+
+def _commit() -> str:
+    """Of the source tree that runs, "-dirty" where it has changes, "unknown" where it is no git checkout."""
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return found.stdout.strip() or "unknown"

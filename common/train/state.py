@@ -1,0 +1,102 @@
+"""Training state: made directly sharded, and described abstractly for checkpoints and ahead-of-time compilation."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from common.errors import UserError
+from common.model import Model
+from common.sharding.rules import parameter_shardings
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+    step: jax.Array
+    """Steps applied, int32 scalar."""
+    params: Any
+    """Nested dict of float32 arrays, layers stacked in front."""
+    opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Skeleton:
+    """A model without numbers."""
+
+    graphdef: Any
+    logical_axes: Any
+    """Tree like `params`, of tuples of logical names."""
+    shapes: Any
+    """Tree like `params`, of `jax.ShapeDtypeStruct`."""
+    build: Callable[[nnx.Rngs], Model]
+
+    def merge(self, params: Any) -> Model:
+        return nnx.merge(self.graphdef, params)
+
+
+def skeleton(build: Callable[[nnx.Rngs], Model]) -> Skeleton:
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    axes = {path: variable.get_metadata("out_sharding") for path, variable in nnx.to_flat_state(state)}
+    return Skeleton(
+        graphdef=graphdef,
+        logical_axes=nnx.traversals.unflatten_mapping(axes),
+        shapes=nnx.to_pure_dict(state),
+        build=build,
+    )
+
+
+def init_state(
+    model: Skeleton, optimizer: optax.GradientTransformation, seed: int, shardings: TrainState
+) -> TrainState:
+    """A fresh state, every array born with its sharding."""
+
+    def make() -> TrainState:
+        params = nnx.to_pure_dict(nnx.state(model.build(nnx.Rngs(params=jax.random.key(seed)))))
+        return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
+
+    return jax.jit(make, out_shardings=shardings)()
+
+
+def state_shardings(model: Skeleton, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shardings of the whole state: optimizer moments lie as their parameters do, scalars everywhere.
+
+    Raises UserError where a dimension does not divide by the devices along its mesh axis.
+    """
+    of_params = parameter_shardings(mesh, model.logical_axes)
+    jax.tree.map_with_path(_check_divides, model.shapes, of_params)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    of_optimizer = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, model.shapes),
+        of_params,
+        transform_non_params=lambda _: everywhere,
+    )
+    return TrainState(step=everywhere, params=of_params, opt_state=of_optimizer)
+
+
+def abstract_state(model: Skeleton, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
+    """Shapes, dtypes and shardings, for restoring and for compiling ahead of time."""
+    shapes = TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32),
+        params=model.shapes,
+        opt_state=jax.eval_shape(optimizer.init, model.shapes),
+    )
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def _check_divides(path: Any, shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> None:
+    for size, axis in zip(shape.shape, sharding.spec, strict=True):
+        parts = 1 if axis is None else sharding.mesh.shape[axis]
+        if size % parts:
+            fitting = max(n for n in range(1, parts + 1) if size % n == 0)
+            raise UserError(
+                f"train.mesh.{axis} is {parts}, which does not divide {jax.tree_util.keystr(path)} of shape {shape.shape}; "
+                f"nearest: {axis}={fitting}"
+            )

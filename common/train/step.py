@@ -1,0 +1,109 @@
+"""The jitted step: loss, gradient, update.
+
+Legend: A micro-batches, B rows.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from common.data.batch import Batch
+from common.nn.loss import cross_entropy
+from common.nn.recipe import Execution
+from common.sharding.rules import constrain
+from common.train.state import Skeleton, TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+    model: Skeleton,
+    optimizer: optax.GradientTransformation,
+    *,
+    execution: Execution,
+    z_loss: float,
+    accumulation: int,
+    seed: int,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """A pure function `(state, batch) -> (state, metrics)`.
+
+    The loss is the sum over weighted target tokens divided by the whole batch's weight, however many micro-batches it is
+    computed in. Metrics (float32 scalars): `loss` (cross-entropy a weighted token, in nats), `grad_norm` (before clipping).
+    """
+
+    def loss(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        total, ce, weight = weighted_loss(model, params, batch, execution, z_loss, key)
+        return total, (ce, weight)
+
+    gradient = jax.grad(loss, has_aux=True)
+
+    def one(carry: Any, x: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        params, sums = carry
+        part = gradient(params, *x)
+        return (params, jax.tree.map(jnp.add, sums, part)), None
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        if accumulation == 1:
+            grads, (ce, weight) = gradient(state.params, batch, key)
+        else:
+            zeros = (jax.tree.map(jnp.zeros_like, state.params), (jnp.float32(0), jnp.float32(0)))
+            parts = (_micro_batches(batch, accumulation), jax.random.split(key, accumulation))
+            (_, (grads, (ce, weight))), _ = jax.lax.scan(one, (state.params, zeros), parts)
+        scale = 1.0 / jnp.where(weight > 0, weight, 1.0)
+        grads = jax.tree.map(lambda g: g * scale, grads)
+        with jax.numpy_dtype_promotion("standard"):  # optax takes integer step counts into float formulas
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        advanced = TrainState(
+            step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state
+        )
+        return advanced, {"loss": ce * scale, "grad_norm": optax.global_norm(grads)}
+
+    return _with_precision(train_step, execution)
+
+
+def make_eval_step(model: Skeleton, *, execution: Execution) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
+    """A pure function `(params, batch) -> (sum of cross-entropy, sum of weights)`, without dropout and z-loss."""
+
+    def eval_step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        _, ce, weight = weighted_loss(model, params, batch, execution, 0.0, None)
+        return ce, weight
+
+    return _with_precision(eval_step, execution)
+
+
+def weighted_loss(
+    model: Skeleton, params: Any, batch: Batch, execution: Execution, z_loss: float, dropout_key: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(sum of weighted CE + z-loss, sum of weighted CE, sum of weights); gradients flow through the first."""
+    batch = jax.tree.map(lambda x: constrain(x, "batch", None), batch)
+    merged = model.merge(params)
+    total, ce = cross_entropy(
+        merged.hidden(batch, dropout_key),
+        merged.head(),
+        batch.targets_BT,
+        batch.weights_BT,
+        z_loss,
+        execution.loss_chunk,
+        not execution.scan_layers,
+    )
+    return total, ce, batch.weights_BT.sum()
+
+
+def _micro_batches(batch: Batch, count: int) -> Batch:
+    """[B, ...] -> [A, B/A, ...]. Rows are dealt out in turn, so that a sharded batch needs no exchange between devices."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def _with_precision(function: Callable[..., Any], execution: Execution) -> Callable[..., Any]:
+    if execution.matmul_precision == "default":
+        return function
+
+    def precise(*args: Any) -> Any:
+        with jax.default_matmul_precision(execution.matmul_precision):
+            return function(*args)
+
+    return precise

@@ -1,0 +1,127 @@
+"""What the commands do. The command line parses, these work."""
+
+import json
+import logging
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.panel import Panel
+from rich.table import Table
+
+from common.compute.moments import Moments
+from common.config import difference, to_json
+from common.data.cache import default_cache_dir
+from common.errors import UserError
+from common.files import read_json, write_json
+from common.report.results import ArmResult
+from common.sharding.mesh import make_mesh
+from common.train import run_dir as rd
+from experiments.config import Experiment
+from experiments.console import Progress
+from experiments.pipeline import Data, compiled_step, open_data, score_arm, train_arm
+
+EXPERIMENT = "experiment.json"
+
+
+def plan(experiment: Experiment, console: Console) -> None:
+    """Prints every arm's size, cost and config; compiles the step for this machine, trains nothing."""
+    _prepare_jax()
+    check_devices(experiment)
+    steps, slots = experiment.steps(), experiment.row_slots()
+    padded = Moments.of_rows(*slots)
+    table = Table(title=f"{experiment.name}: {steps:,} steps of {slots[0]} rows x ({slots[1]} + {slots[2]}) slots")
+    table.add_column("arm")
+    names = ["parameters", "FLOPs/step", "training FLOPs", "(causal half)", "(6ND)", "token slots", "state", "temporaries"]
+    for name in names:
+        table.add_column(name, justify="right")
+    for name, arm in experiment.arms.items():
+        flops = arm.model.flops(padded)
+        with console.status(f"compiling {name} for {jax.devices()[0].device_kind}"):
+            memory = compiled_step(experiment, arm).memory_analysis()
+        table.add_row(
+            name,
+            f"{arm.model.param_count():,}",
+            f"{flops.train_full_attention:.4g}",
+            f"{steps * flops.train_full_attention:.3e}",
+            f"{steps * flops.train_causal_half:.3e}",
+            f"{steps * flops.train_six_nd:.3e}",
+            f"{steps * slots[0] * (slots[1] + slots[2]):,}",
+            f"{memory.argument_size_in_bytes / 2**20:,.0f} MiB",
+            f"{memory.temp_size_in_bytes / 2**20:,.0f} MiB",
+        )
+    console.print(table)
+    console.print("FLOPs: full attention, padding included, unless named otherwise. Memory is per device, as XLA plans it.")
+    console.print_json(json.dumps(to_json(experiment)))
+
+
+def train(experiment: Experiment, arm: str, run_dir: Path) -> None:
+    """Trains one arm to the end, from its newest checkpoint where there is one, and scores it."""
+    console = _begin(experiment, run_dir)
+    data = _data(experiment, console)
+    result = _train_and_score(experiment, arm, data, run_dir, console)
+    console.print(f"{arm}: validation loss {result.validation_loss:.4f}; results in {run_dir / arm}")
+
+
+def compare(experiment: Experiment, run_dir: Path) -> None:
+    """Trains all arms, prints them side by side and writes the report."""
+    from common.report.certificate import certify_run
+    from common.report.run_files import read_run
+    from common.report.tables import certificate_panel, comparison_table, groups_table
+
+    console = _begin(experiment, run_dir)
+    console.print(Panel(f"{experiment.question}\n\n[dim]{experiment.expected}[/dim]", title=experiment.name))
+    data = _data(experiment, console)
+    for name in experiment.arms:
+        _train_and_score(experiment, name, data, run_dir, console)
+    run = read_run(run_dir)
+    console.print(comparison_table(run.results))
+    console.print(groups_table(run.results))
+    console.print(certificate_panel(certify_run(run)))
+    console.print(f"report: {report(run_dir)}")
+
+
+def report(run_dir: Path) -> Path:
+    """Writes `report.html` from what the run directory holds."""
+    from common.report.html import write_report
+
+    return write_report(run_dir)
+
+
+def check_devices(experiment: Experiment) -> None:
+    """Raises UserError where the mesh asks for more devices than there are."""
+    mesh = experiment.train.mesh
+    make_mesh((mesh.data, mesh.fsdp, mesh.tensor))
+
+
+def _begin(experiment: Experiment, run_dir: Path) -> Console:
+    _prepare_jax()
+    check_devices(experiment)
+    described = {"schema_version": rd.SCHEMA_VERSION, **to_json(experiment)}
+    path = run_dir / EXPERIMENT
+    if path.exists() and (lines := difference(read_json(path), described)):
+        raise UserError(
+            f"{run_dir} holds another config of {experiment.name} ({'; '.join(lines)}): choose another --run-dir, or remove it"
+        )
+    write_json(path, described)
+    return Console()
+
+
+def _prepare_jax() -> None:
+    """Compiled programs are kept on disk, so that a resumed or repeated run starts at once."""
+    jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
+
+
+def _data(experiment: Experiment, console: Console) -> Data:
+    with console.status("preparing data"):
+        return open_data(experiment)
+
+
+def _train_and_score(experiment: Experiment, name: str, data: Data, run_dir: Path, console: Console) -> ArmResult:
+    progress = Progress(console)
+    with progress.training(name) as bar:
+        fitted = train_arm(experiment, name, data, run_dir, bar)
+    return score_arm(experiment, name, data, fitted, run_dir, progress)

@@ -1,0 +1,81 @@
+"""What an experiment is: one data stream, one way to train, several arms."""
+
+import dataclasses
+
+from common.compute.moments import Moments
+from common.data.config import DataConfig
+from common.errors import UserError
+from common.train.config import TrainConfig
+from gpt.config import GptConfig
+from t5like.config import T5LikeConfig
+
+ModelConfig = T5LikeConfig | GptConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One side of a comparison; everything else is shared."""
+
+    model: ModelConfig
+    learning_rate: float
+    """Peak, from the sweep in the experiment's file."""
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise UserError(f"learning_rate is {self.learning_rate}: it must be more than 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Decoded text against its references, after training."""
+
+    splits: tuple[str, ...]
+    examples: int
+    """At most so many of each split, evenly spaced over it."""
+    rows: int
+    """Examples decoded at a time."""
+    max_new_tokens: int
+    validation_batches: int
+    """Batches of the validation split that a validation loss is taken over."""
+
+    def __post_init__(self) -> None:
+        for name in ("examples", "rows", "max_new_tokens", "validation_batches"):
+            if getattr(self, name) < 1:
+                raise UserError(f"evaluation.{name} is {getattr(self, name)}: it must be 1 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    name: str
+    question: str
+    expected: str
+    """What the experiment's author saw, and on what machine."""
+    data: DataConfig
+    train: TrainConfig
+    evaluation: Evaluation
+    arms: dict[str, Arm]
+
+    def __post_init__(self) -> None:
+        if not self.arms:
+            raise UserError(f"experiment {self.name!r} has no arms")
+        tokenizer = self.data.tokenizer
+        for name, arm in self.arms.items():
+            if tokenizer.path is None and arm.model.vocab_size < tokenizer.vocab_size:
+                raise UserError(
+                    f"arms.{name}.model.vocab_size is {arm.model.vocab_size}, less than the tokenizer's "
+                    f"{tokenizer.vocab_size}; nearest: {-(-tokenizer.vocab_size // 128) * 128}"
+                )
+
+    def row_slots(self) -> tuple[int, int, int]:
+        """Rows, input slots, target slots of one batch."""
+        return self.data.rows, self.data.input_length, self.data.target_length
+
+    def flops_per_step(self, arm: Arm) -> int:
+        """Training FLOPs of a padded batch (full attention)."""
+        return arm.model.flops(Moments.of_rows(*self.row_slots())).train_full_attention
+
+    def steps(self) -> int:
+        """The same for every arm; a budget in FLOPs is that of the arm that costs most."""
+        rows, input_length, target_length = self.row_slots()
+        dearest = max(self.flops_per_step(arm) for arm in self.arms.values())
+        return self.train.budget.steps(rows * (input_length + target_length), dearest)

@@ -1,0 +1,64 @@
+"""First light: both families learn to translate real locale phrases, English to German.
+
+Question  At equal training FLOPs a step, on the same examples in the same steps and by one recipe: who learned what?
+Data      `cldr_translate/en_de`, made from Unicode CLDR: dates, times, units, amounts, ranges, names.
+Command   make demo    (or: twinstack compare first_light)
+"""
+
+from common.compute.matching import match_training_flops
+from common.compute.moments import Moments
+from common.data.config import DataConfig, SourceConfig, Supervised, TokenizerConfig
+from common.nn.recipe import Execution, Recipe
+from common.train.config import AdamW, Budget, Linear, TrainConfig
+from experiments.config import Arm, Evaluation, Experiment
+from experiments.registry import EXPERIMENTS
+from gpt.config import GptConfig
+from t5like.config import T5LikeConfig
+
+
+def first_light() -> Experiment:
+    recipe = Recipe(positions="rope", mlp="swiglu", init="fan_in")
+    data = DataConfig(
+        source=SourceConfig(name="tfds:cldr_translate/en_de", inputs="en", targets="de", group="kind"),
+        tokenizer=TokenizerConfig(vocab_size=1024, split_digits=True, byte_fallback=False, character_coverage=1.0),
+        objective=Supervised(),
+        rows=16,
+        input_length=128,
+        target_length=128,
+    )
+    gpt = GptConfig(
+        vocab_size=1024, num_layers=4, d_model=192, num_heads=6, num_kv_heads=6, head_dim=32, d_ff=512, recipe=recipe
+    )
+    t5like = T5LikeConfig(
+        vocab_size=1024,
+        encoder_layers=4,
+        decoder_layers=4,
+        d_model=192,
+        num_heads=6,
+        num_kv_heads=6,
+        head_dim=32,
+        d_ff=512,
+        recipe=recipe,
+    )
+    text = Moments.of_rows(data.rows, data.input_length, data.target_length)
+    return Experiment(
+        name="first_light",
+        question=EXPERIMENTS["first_light"],
+        expected="",
+        data=data,
+        train=TrainConfig(
+            budget=Budget(unit="steps", amount=330),
+            optimizer=AdamW(),
+            schedule=Linear(warmup_steps=20),
+            validate_every=30,
+            checkpoint_every=110,
+            execution=Execution(dtype="float32", scan_layers=False),
+        ),
+        evaluation=Evaluation(
+            splits=("test", "test_unseen_names"), examples=3000, rows=125, max_new_tokens=64, validation_batches=8
+        ),
+        arms={
+            "t5like": Arm(model=match_training_flops(t5like, gpt, text, multiple=8), learning_rate=2e-3),
+            "gpt": Arm(model=gpt, learning_rate=2e-3),
+        },
+    )

@@ -1,0 +1,203 @@
+"""From an experiment to a trained and scored arm: data, task, run, scores."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from common.compute.moments import Moments
+from common.compute.xla import dot_flops
+from common.config import to_json
+from common.data.cache import default_cache_dir
+from common.data.examples import Examples, open_examples
+from common.data.loader import Loader
+from common.data.packing import EpochPlans
+from common.data.sources import Source, open_source
+from common.data.tokenizer import Tokenizer, open_tokenizer
+from common.errors import UserError
+from common.evals.decoding import decode_greedily
+from common.evals.text_metrics import score_texts
+from common.files import read_rows, write_json, write_rows
+from common.report.results import ArmResult, Flops, TextScore
+from common.train import run_dir as rd
+from common.train.config import MeshShape
+from common.train.loop import Fitted, Setup, Task, Watcher, abstract_batch, fit, prepare
+from common.train.state import abstract_state
+from experiments.config import Arm, Experiment
+from experiments.console import Progress
+from experiments.families import builder
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """The one stream of an experiment, and the texts it is scored on."""
+
+    tokenizer: Tokenizer
+    train: Loader
+    validation: Loader
+    tests: dict[str, tuple[Source, Examples]]
+
+
+def open_data(experiment: Experiment) -> Data:
+    """Builds, or finds in the cache, everything that the experiment reads."""
+    cache_dir, config = default_cache_dir(), experiment.data
+    source = open_source(config.source, config.source.train_split, cache_dir)
+    tokenizer = open_tokenizer(config.tokenizer, source, cache_dir)
+    for name, arm in experiment.arms.items():
+        if arm.model.vocab_size < tokenizer.table_size:
+            raise UserError(
+                f"arms.{name}.model.vocab_size is {arm.model.vocab_size}, but the tokenizer needs {tokenizer.table_size}"
+            )
+
+    def open_split(split: str) -> tuple[Source, Examples]:
+        source = open_source(config.source, split, cache_dir)
+        return source, open_examples(config, source, tokenizer, cache_dir)
+
+    def loader(examples: Examples) -> Loader:
+        plans = EpochPlans(
+            examples.input_lengths,
+            examples.target_lengths,
+            input_limit=config.input_length,
+            target_limit=config.target_length,
+            seed=config.seed,
+            cache_dir=cache_dir,
+        )
+        return Loader(
+            examples, config, plans, process_index=jax.process_index(), process_count=jax.process_count()
+        )
+
+    return Data(
+        tokenizer=tokenizer,
+        train=loader(open_examples(config, source, tokenizer, cache_dir)),
+        validation=loader(open_split(config.source.validation_split)[1]),
+        tests={split: open_split(split) for split in experiment.evaluation.splits},
+    )
+
+
+def make_setup(experiment: Experiment, arm: Arm) -> Setup:
+    return Setup(
+        build=builder(arm.model, experiment.train.execution),
+        model=arm.model,
+        train=experiment.train,
+        learning_rate=arm.learning_rate,
+        steps=experiment.steps(),
+        row_slots=experiment.row_slots(),
+    )
+
+
+def make_task(experiment: Experiment, name: str, data: Data) -> Task:
+    arm = experiment.arms[name]
+    config = to_json(experiment)
+    validation = data.validation.validation_batches(experiment.evaluation.validation_batches)
+    return Task(
+        setup=make_setup(experiment, arm),
+        stream=data.train,
+        validation=tuple(validation),
+        config={"experiment": experiment.name, "arm": name, **config["arms"][name]}
+        | {key: config[key] for key in ("data", "train")},
+    )
+
+
+def train_arm(experiment: Experiment, name: str, data: Data, run_dir: Path, watcher: Watcher) -> Fitted:
+    return fit(make_task(experiment, name, data), run_dir / name, watcher)
+
+
+def score_arm(experiment: Experiment, name: str, data: Data, fitted: Fitted, run_dir: Path, progress: Progress) -> ArmResult:
+    """Decodes the test splits and writes `samples.jsonl` and `result.json`."""
+    samples: list[dict[str, Any]] = []
+    scores: list[TextScore] = []
+    for split in data.tests:
+        rows = _decode_split(experiment, split, data, fitted, progress)
+        predictions, targets = [row["prediction"] for row in rows], [row["target"] for row in rows]
+        groups = [row["group"] for row in rows] if experiment.data.source.group else None
+        scores += score_texts(predictions, targets, groups, split)
+        samples += rows
+    result = _result(experiment, name, fitted, run_dir / name, tuple(scores))
+    write_rows(run_dir / name / "samples.jsonl", samples)
+    write_json(run_dir / name / "result.json", to_json(result))
+    return result
+
+
+def _decode_split(
+    experiment: Experiment, split: str, data: Data, fitted: Fitted, progress: Progress
+) -> list[dict[str, Any]]:
+    evaluation, (source, examples) = experiment.evaluation, data.tests[split]
+    count = min(evaluation.examples, len(source))
+    chosen = np.linspace(0, len(source) - 1, count).astype(np.int64).tolist()
+    records = [source[i] for i in chosen]
+    with progress.bar(f"decoding {split}", len(records)) as advance:
+        predictions = decode_greedily(
+            fitted.model,
+            fitted.params,
+            fitted.mesh,
+            data.tokenizer,
+            [examples.example(i).inputs_I for i in chosen],
+            rows=evaluation.rows,
+            max_new_tokens=evaluation.max_new_tokens,
+            advance=advance,
+        )
+    return [
+        {
+            "split": split,
+            "group": record.get("group"),
+            "inputs": record["inputs"],
+            "target": record["targets"],
+            "prediction": prediction,
+            "correct": prediction == record["targets"],
+        }
+        for record, prediction in zip(records, predictions, strict=True)
+    ]
+
+
+def _result(experiment: Experiment, name: str, fitted: Fitted, arm_dir: Path, scores: tuple[TextScore, ...]) -> ArmResult:
+    arm, done = experiment.arms[name], fitted.progress
+    rows, input_length, target_length = experiment.row_slots()
+    steps = done.consumed_batches
+    step_flops = arm.model.flops(Moments.of_rows(rows, input_length, target_length))
+    metrics = read_rows(arm_dir / rd.METRICS)
+    last = metrics[-max(1, steps // 10) :]
+    return ArmResult(
+        arm=name,
+        parameters=arm.model.param_count(),
+        steps=steps,
+        flops=Flops(
+            full_attention=float(steps * step_flops.train_full_attention),
+            causal_half=float(steps * step_flops.train_causal_half),
+            six_nd=float(steps * step_flops.train_six_nd),
+            useful_full_attention=done.useful_flops,
+        ),
+        examples=done.examples,
+        tokens=done.tokens,
+        loss_tokens=done.loss_tokens,
+        slots=steps * rows * (input_length + target_length),
+        input_fill=done.input_tokens / (steps * rows * input_length),
+        target_fill=(done.tokens - done.input_tokens) / (steps * rows * target_length),
+        train_loss=sum(row["loss"] for row in last) / len(last),
+        validation_loss=metrics[-1]["validation_loss"],
+        train_seconds=done.train_seconds,
+        tokens_per_second=done.tokens / done.train_seconds,
+        data_wait_share=done.data_seconds / done.train_seconds,
+        fingerprint=done.fingerprint,
+        xla_flops_per_step=float(xla_flops_per_step(experiment, arm)),
+        ledger_flops_per_step=float(step_flops.train_full_attention),
+        scores=scores,
+    )
+
+
+def xla_flops_per_step(experiment: Experiment, arm: Arm) -> int:
+    """XLA's dots in the arm's own training step, compiled unrolled, without recomputation, for one device."""
+    train = experiment.train
+    execution = dataclasses.replace(train.execution, scan_layers=False, remat="none")
+    alone = dataclasses.replace(train, mesh=MeshShape(), accumulation=1, execution=execution)
+    return dot_flops(compiled_step(dataclasses.replace(experiment, train=alone), arm).as_text())
+
+
+def compiled_step(experiment: Experiment, arm: Arm) -> jax.stages.Compiled:
+    """The arm's training step, compiled ahead of time for the experiment's mesh; no data is needed."""
+    setup = make_setup(experiment, arm)
+    programs = prepare(setup)
+    state = abstract_state(programs.model, programs.optimizer, programs.shardings)
+    with jax.set_mesh(programs.mesh):
+        return programs.train_step.lower(state, abstract_batch(setup.row_slots, programs.batch_sharding)).compile()

@@ -1,0 +1,19 @@
+"""All experiments by name. Reading the list imports nothing heavy."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from experiments.config import Experiment
+
+EXPERIMENTS = {
+    "first_light": "Does a small encoder-decoder or a small decoder-only model translate locale phrases better at equal compute?",
+}
+
+
+def load(name: str) -> "Experiment":
+    """The experiment `name`, which is the function of that name in the module of that name."""
+    module = importlib.import_module(f"experiments.{name}")
+    experiment: Experiment = getattr(module, name)()
+    assert experiment.name == name and experiment.question == EXPERIMENTS[name]
+    return experiment

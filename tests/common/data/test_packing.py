@@ -1,0 +1,133 @@
+import dataclasses
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.data.packing import EpochPlans, PackingPlan, load_plan, plan_epoch, save_plan
+from common.errors import UserError
+
+
+def random_lengths(seed: int, most: int = 40) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    size = int(rng.integers(1, 300))
+    return rng.integers(0, rng.integers(1, most), size), rng.integers(0, rng.integers(1, most), size)
+
+
+def rows_of(plan: PackingPlan) -> list[list[int]]:
+    return [plan.row(r).tolist() for r in range(len(plan))]
+
+
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("limits", [(20, 30), (64, 64), (0, 25)])
+def test_each_example_once_within_both_limits(seed: int, limits: tuple[int, int]) -> None:
+    inputs, targets = random_lengths(seed)
+    fits = (inputs <= limits[0]) & (targets <= limits[1])
+    if not fits.any():
+        with pytest.raises(UserError, match="none of"):
+            plan_epoch(inputs, targets, input_limit=limits[0], target_limit=limits[1], seed=seed, epoch=3)
+        return
+    plan = plan_epoch(inputs, targets, input_limit=limits[0], target_limit=limits[1], seed=seed, epoch=3)
+    rows = rows_of(plan)
+    assert sorted(i for row in rows for i in row) == np.flatnonzero(fits).tolist()
+    assert plan.too_long_X.tolist() == np.flatnonzero(~fits).tolist()
+    assert all(inputs[row].sum() <= limits[0] and targets[row].sum() <= limits[1] for row in rows)
+    assert all(rows), "a row holds at least one example"
+    assert plan.target_fill == pytest.approx(targets[fits].sum() / (len(rows) * limits[1]))
+    if limits[0]:
+        assert plan.input_fill == pytest.approx(inputs[fits].sum() / (len(rows) * limits[0]))
+
+
+def test_short_examples_fill_rows() -> None:
+    rng = np.random.default_rng(0)
+    inputs = np.clip(rng.gamma(3, 4, 20_000) + 2, 1, 100).astype(int)
+    targets = np.clip(inputs + rng.integers(-3, 4, len(inputs)), 1, 100)
+    plan = plan_epoch(inputs, targets, input_limit=128, target_limit=128, seed=0, epoch=0)
+    assert max(plan.input_fill, plan.target_fill) > 0.97
+
+
+def test_same_seed_and_epoch_same_plan_else_another() -> None:
+    inputs, targets = np.full(200, 3), np.full(200, 4)
+
+    def rows(seed: int, epoch: int) -> list[list[int]]:
+        return rows_of(plan_epoch(inputs, targets, input_limit=20, target_limit=20, seed=seed, epoch=epoch))
+
+    assert rows(5, 1) == rows(5, 1)
+    drawn = [rows(*key) for key in ((5, 1), (5, 2), (6, 1), (1, 5))]
+    assert all(a != b for i, a in enumerate(drawn) for b in drawn[:i])
+    together = {tuple(sorted(row)) for row in drawn[0]}
+    assert not together & {tuple(sorted(row)) for row in drawn[1]}, "epochs group examples anew"
+
+
+def test_the_plan_is_pinned() -> None:
+    """A change here changes every stream: raise the version in `packing.ALGORITHM` with it."""
+    plan = plan_epoch(np.arange(8), np.arange(8)[::-1], input_limit=10, target_limit=10, seed=0, epoch=0)
+    assert rows_of(plan) == [[0, 7], [3, 5], [2, 4], [1, 6]]
+
+
+def test_row_order_is_shuffled() -> None:
+    """First-fit leaves later rows emptier; the order of rows in an epoch must not show it."""
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(1, 60, 5000)
+    plan = plan_epoch(lengths, lengths, input_limit=64, target_limit=64, seed=0, epoch=0)
+    filled = np.array([lengths[plan.row(r)].sum() for r in range(len(plan))])
+    assert abs(np.corrcoef(filled, np.arange(len(filled)))[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize(("lengths", "message"), [([9, 12], "none of 2.*shortest has 9 and 9"), ([], "no examples")])
+def test_nothing_to_pack(lengths: list[int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan_epoch(np.array(lengths), np.array(lengths), input_limit=8, target_limit=8, seed=0, epoch=0)
+
+
+def test_too_long_examples_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    plans = EpochPlans(
+        np.array([1, 9, 1, 1]), np.array([1, 1, 1, 9]), input_limit=8, target_limit=8, seed=0, cache_dir=None
+    )
+    with caplog.at_level(logging.WARNING):
+        for row in range(5):
+            assert sorted(plans.row(row)) == [0, 2]
+    assert [record.getMessage() for record in caplog.records] == [
+        "2 of 4 examples are longer than a row (8 input, 8 target tokens) and are left out: 1, 3"
+    ]
+
+
+def test_plans_are_files(tmp_path: Path) -> None:
+    plan = plan_epoch(*random_lengths(0), input_limit=40, target_limit=40, seed=0, epoch=0)
+    save_plan(plan, tmp_path / "plan")
+    loaded = load_plan(tmp_path / "plan")
+    for field in dataclasses.fields(plan):
+        np.testing.assert_array_equal(getattr(loaded, field.name), getattr(plan, field.name))
+
+
+def test_cached_plans_are_told_apart_by_all_they_depend_on(tmp_path: Path) -> None:
+    lengths = np.full(50, 3)
+    base = {"input_lengths": lengths, "target_lengths": lengths, "input_limit": 9, "target_limit": 9, "seed": 0}
+    other = lengths.copy()
+    other[7] = 2
+    changes: list[dict] = [{}, {"input_lengths": other}, {"target_lengths": other}, {"input_limit": 10}, {"seed": 1}]
+    for number, change in enumerate(changes, start=1):
+        plans = EpochPlans(**{**base, **change}, cache_dir=tmp_path)
+        rows = rows_of(plans.plan(0))
+        assert len(list((tmp_path / "plans").glob("*.npz"))) == number
+        assert rows_of(EpochPlans(**{**base, **change}, cache_dir=tmp_path).plan(0)) == rows
+        assert rows_of(EpochPlans(**{**base, **change}, cache_dir=None).plan(0)) == rows
+        assert len(list((tmp_path / "plans").glob("*.npz"))) == number
+
+
+@pytest.mark.parametrize("order", ["forward", "backward", "random"])
+def test_rows_run_through_epochs_in_any_order_of_asking(order: str) -> None:
+    inputs, targets = random_lengths(4)
+    limits = {"input_limit": 40, "target_limit": 40, "seed": 2}
+    epochs = [rows_of(plan_epoch(inputs, targets, **limits, epoch=epoch)) for epoch in range(4)]
+    assert len({len(rows) for rows in epochs}) > 1, "epochs of unequal numbers of rows are what makes this hard"
+    expected = [(epoch, number, row) for epoch, rows in enumerate(epochs) for number, row in enumerate(rows)]
+    numbers = np.arange(len(expected))
+    if order != "forward":
+        numbers = numbers[::-1] if order == "backward" else np.random.default_rng(0).permutation(numbers)
+    plans = EpochPlans(inputs, targets, **limits, cache_dir=None)
+    for n in numbers:
+        epoch, number, row = expected[n]
+        assert plans.locate(int(n)) == (epoch, number)
+        assert plans.row(int(n)).tolist() == row

@@ -1,0 +1,131 @@
+"""Attention against NumPy in float64, and against keys that try to leak."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from common.nn.attention import KeysValues, Visibility, attend
+from common.nn.positions import BiasTable, relative_bucket, rope
+
+B, Q, K, H, G, C = 2, 6, 6, 4, 2, 8
+SEGMENTS = jnp.array([[1, 1, 1, 2, 2, 0], [1, 2, 2, 2, 0, 0]])
+
+
+def inputs(seed: int = 0) -> tuple[jax.Array, KeysValues]:
+    q, k, v = (jax.random.normal(key, (B, Q, heads, C)) for key, heads in zip(jax.random.split(jax.random.key(seed), 3), (H, G, G)))
+    return q, KeysValues(k, v)
+
+
+def visibility(causal: bool = True, prefix: int = 0, bias: BiasTable | None = None) -> Visibility:
+    positions = jnp.broadcast_to(jnp.arange(Q)[None], (B, Q))
+    return Visibility(
+        q_segments_BQ=SEGMENTS,
+        k_segments_BK=SEGMENTS,
+        q_positions_BQ=positions,
+        k_positions_BK=positions,
+        causal=causal,
+        prefix_length=prefix,
+        bias=bias,
+    )
+
+
+def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, seen: np.ndarray, bias: np.ndarray, scale: float) -> np.ndarray:
+    """Query by query, float64, from the definition."""
+    out = np.zeros(q.shape, np.float64)
+    for b, i, h in np.ndindex(B, Q, H):
+        keys = np.flatnonzero(seen[b, i])
+        if len(keys):
+            logits = k[b, keys, h // (H // G)] @ q[b, i, h] * scale + bias[h, i, keys]
+            weights = np.exp(logits - logits.max())
+            out[b, i, h] = weights @ v[b, keys, h // (H // G)] / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_attend_is_the_definition(causal: bool, prefix: int, with_bias: bool) -> None:
+    q, memory = inputs()
+    table = BiasTable(table_HR=jax.random.normal(jax.random.key(5), (H, 32)), bidirectional=not causal, max_distance=128)
+    out = attend(q, memory, visibility(causal, prefix, table if with_bias else None), scale=0.5)
+    segments = np.asarray(SEGMENTS)
+    seen = (segments[:, :, None] == segments[:, None]) & (segments[:, None] != 0)
+    if causal:
+        i, j = np.indices((Q, K))
+        seen &= (j <= i) | ((i < prefix) & (j < prefix))
+    bias = np.zeros((H, Q, K))
+    if with_bias:
+        distance = jnp.arange(K)[None, :] - jnp.arange(Q)[:, None]
+        buckets = relative_bucket(distance, bidirectional=not causal, buckets=32, max_distance=128)
+        bias = np.asarray(table.table_HR)[:, np.asarray(buckets)]
+    q64, k64, v64 = (np.asarray(x, np.float64) for x in (q, memory.k_BKGC, memory.v_BKGC))
+    np.testing.assert_allclose(out, reference(q64, k64, v64, seen, bias, 0.5), atol=2e-6)
+
+
+def test_a_query_that_sees_nothing_is_zero_with_zero_gradient() -> None:
+    q, memory = inputs()
+    blind = dataclasses.replace(visibility(), k_segments_BK=jnp.zeros_like(SEGMENTS))
+    total, gradients = jax.value_and_grad(lambda q, m: attend(q, m, blind, scale=1.0).sum(), argnums=(0, 1))(q, memory)
+    assert float(total) == 0.0
+    assert all((np.asarray(g) == 0).all() for g in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize("size", [1e4, 1e18])
+def test_a_huge_key_of_a_stranger_changes_nothing(size: float) -> None:
+    q, memory = inputs()
+
+    def output(planted: jax.Array) -> jax.Array:
+        k = memory.k_BKGC.at[:, 0].set(planted)
+        return attend(q, KeysValues(k, memory.v_BKGC.at[:, 0].set(planted)), visibility(False), scale=1.0)
+
+    strangers = np.asarray(SEGMENTS) != 1
+    planted = jnp.full((B, G, C), size)
+    plain, changed = output(jnp.ones((B, G, C))), output(planted)
+    assert (np.asarray(plain)[strangers] == np.asarray(changed)[strangers]).all()
+    assert not np.allclose(np.asarray(plain)[~strangers], np.asarray(changed)[~strangers])
+    gradient = jax.grad(lambda p: jnp.where(jnp.array(strangers)[..., None, None], output(p), 0).sum())(planted)
+    assert (np.asarray(gradient) == 0).all()
+
+
+def test_grouped_heads_equal_repeated_heads() -> None:
+    q, memory = inputs()
+    repeated = jax.tree.map(lambda x: jnp.repeat(x, H // G, axis=2), memory)
+    grouped = attend(q, memory, visibility(), scale=1.0)
+    np.testing.assert_allclose(grouped, attend(q, repeated, visibility(), scale=1.0), atol=1e-6)
+
+
+def test_rope_depends_on_distance_only() -> None:
+    x, y = (jax.random.normal(jax.random.key(i), (1, 1, 1, C)) for i in (0, 1))
+
+    def score(at: int, other: int) -> float:
+        a, b = (rope(z, jnp.array([[p]]), 10_000.0) for z, p in ((x, at), (y, other)))
+        return float((a * b).sum())
+
+    assert score(7, 3) == pytest.approx(score(104, 100), rel=1e-4)
+    assert score(7, 3) != pytest.approx(score(8, 3), rel=1e-2)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_buckets_are_those_of_t5(bidirectional: bool) -> None:
+    """Against the published rule, written here with plain integers and floats (T5, mesh_tensorflow)."""
+
+    def bucket(distance: int) -> int:
+        behind, buckets, offset = -distance, 32, 0
+        if bidirectional:
+            buckets, offset = 16, 16 if behind < 0 else 0
+            behind = abs(behind)
+        behind = max(behind, 0)
+        exact = buckets // 2
+        if behind < exact:
+            return offset + behind
+        eps = np.finfo(np.float32).eps
+        log = np.log(np.float32(behind) / np.float32(exact) + eps) / np.log(128 / exact) * (buckets - exact)
+        return offset + min(buckets - 1, exact + int(log))
+
+    distances = np.arange(-300, 301)
+    found = relative_bucket(jnp.array(distances), bidirectional=bidirectional, buckets=32, max_distance=128)
+    assert found.tolist() == [bucket(int(d)) for d in distances]
+    assert len(set(found.tolist())) == (31 if bidirectional else 32)

@@ -1,0 +1,58 @@
+"""Chunked cross-entropy against log_softmax in float64 and its automatic gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from common.nn.loss import cross_entropy
+
+B, T, D, V = 3, 10, 8, 40
+
+
+def case() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    keys = jax.random.split(jax.random.key(0), 4)
+    return (
+        jax.random.normal(keys[0], (B, T, D)),
+        jax.random.normal(keys[1], (D, V)),
+        jax.random.randint(keys[2], (B, T), 0, V),
+        jax.random.bernoulli(keys[3], 0.7, (B, T)).astype(jnp.float32) * jnp.linspace(0.5, 2.0, T)[None],
+    )
+
+
+def plain(h: jax.Array, w: jax.Array, targets: jax.Array, weights: jax.Array, z_loss: float) -> tuple[jax.Array, jax.Array]:
+    logits = h @ w
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    ce = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return (weights * (ce + z_loss * log_z**2)).sum(), (weights * ce).sum()
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 10, 64])
+@pytest.mark.parametrize("unroll", [False, True])
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+def test_values_and_gradients(chunk: int, unroll: bool, z_loss: float) -> None:
+    h, w, targets, weights = case()
+
+    def ours(h: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return cross_entropy(h, w, targets, weights, z_loss, chunk, unroll)
+
+    (total, ce), (dh, dw) = jax.jit(jax.value_and_grad(ours, argnums=(0, 1), has_aux=True))(h, w)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(x, np.float64)) for x in (h, w)]
+        mask = jnp.asarray(np.asarray(weights, np.float64))
+        reference = jax.value_and_grad(lambda h, w: plain(h, w, targets, mask, z_loss), argnums=(0, 1), has_aux=True)
+        (expected, expected_ce), gradients = jax.tree.map(np.asarray, reference(*wide))
+    assert float(total) == pytest.approx(float(expected), rel=1e-6)
+    assert float(ce) == pytest.approx(float(expected_ce), rel=1e-6)
+    assert [float(x) for x in ours(h, w)] == pytest.approx([float(total), float(ce)], rel=1e-6)
+    for found, wanted in zip((dh, dw), gradients, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=2e-6 * np.abs(wanted).max())
+
+
+def test_logits_never_exist_for_all_positions() -> None:
+    long, chunk, vocab = 512, 16, 4096
+    shapes = (jax.ShapeDtypeStruct((1, long, D), jnp.float32), jax.ShapeDtypeStruct((D, vocab), jnp.float32))
+    targets, weights = jnp.zeros((1, long), jnp.int32), jnp.ones((1, long))
+    step = jax.jit(jax.grad(lambda h, w: cross_entropy(h, w, targets, weights, 0.0, chunk, False)[0], argnums=(0, 1)))
+    memory = step.lower(*shapes).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < long * vocab * 4 / 4

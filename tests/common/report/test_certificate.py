@@ -1,0 +1,136 @@
+"""Arms that differ are reported as differing, with the step or field named."""
+
+import dataclasses
+import io
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from common.report.certificate import Certificate, Check, certify, certify_run, first_parting
+from common.report.run_files import read_run
+from common.report.tables import certificate_panel
+
+Files = dict[str, Any]
+
+
+def check(certificate: Certificate, part: str) -> Check:
+    (found,) = [c for c in certificate.checks if part in c.name]
+    return found
+
+
+def test_equal_arms_agree_in_every_check(write_run: Callable[..., Path]) -> None:
+    certificate = certify_run(read_run(write_run()))
+    assert certificate.agrees and certificate.arms == ("enc-dec", "dec-only")
+    names = [c.name for c in certificate.checks]
+    assert names == [
+        "same data in the same order",
+        "same dataset version",
+        "same tokenizer",
+        "same steps, examples and tokens",
+        "training FLOPs within 1 %",
+        "one recipe",
+        "ledger = XLA within 2 %",
+    ]
+    assert "model.d_ff (512 / 464)" in check(certificate, "recipe").detail  # own sizes are allowed, but told
+    assert all(len(fact.values) == 2 for fact in certificate.facts)
+
+
+def part_at(step: int) -> Callable[[Files], None]:
+    """Another order from `step` on: chained fingerprints stay apart once they have parted."""
+
+    def edit(files: Files) -> None:
+        for row in files["dec-only/metrics.jsonl"]:
+            if row["step"] >= step:
+                row["fingerprint"] = "f" + row["fingerprint"][1:]
+        files["dec-only/result.json"]["fingerprint"] = files["dec-only/metrics.jsonl"][-1]["fingerprint"]
+
+    return edit
+
+
+def setting(path: str, *keys: str, value: Any) -> Callable[[Files], None]:
+    def edit(files: Files) -> None:
+        place = files[path]
+        for key in keys[:-1]:
+            place = place[key]
+        assert place[keys[-1]] != value
+        place[keys[-1]] = value
+
+    return edit
+
+
+def stop_early(files: Files) -> None:
+    del files["dec-only/metrics.jsonl"][100:]
+    files["dec-only/result.json"] |= {"steps": 100, "fingerprint": files["dec-only/metrics.jsonl"][-1]["fingerprint"]}
+
+
+@pytest.mark.parametrize(
+    ("edit", "name", "detail"),
+    [
+        (part_at(57), "same order", "agree up to step 56 and part at step 57"),
+        (part_at(1), "same order", "part at their first step (1)"),
+        (stop_early, "same order", "part at step 101"),
+        (setting("dec-only/result.json", "fingerprint", value="0"), "same order", "dec-only: the last fingerprint"),
+        (
+            setting("dec-only/environment.json", "tokenizer_hash", value="beef"),
+            "tokenizer",
+            "enc-dec f00d, dec-only beef",
+        ),
+        (setting("dec-only/environment.json", "content_id", value="v2"), "dataset version", "dec-only v2"),
+        (setting("dec-only/environment.json", "content_id", value=None), "dataset version", "dec-only None"),
+        (setting("dec-only/result.json", "loss_tokens", value=371_999), "steps, examples", "371,999 with loss"),
+        (setting("dec-only/result.json", "flops", "full_attention", value=4.2e14), "FLOPs", "2.44 % apart"),
+        (setting("dec-only/result.json", "xla_flops_per_step", value=3.3e12), "XLA", "dec-only +3.55 %"),
+        (setting("dec-only/result.json", "xla_flops_per_step", value=math.nan), "XLA", "dec-only not counted"),
+        (setting("dec-only/result.json", "xla_flops_per_step", value=0.0), "XLA", "dec-only not counted"),
+        (setting("dec-only/config.json", "data", "seed", value=5), "recipe", "data.seed: enc-dec 0, dec-only 5"),
+        (setting("dec-only/config.json", "model", "norm", value="layer"), "recipe", "model.norm"),
+        (setting("dec-only/config.json", "optimizer", "kind", value="lion"), "recipe", "optimizer.kind"),
+    ],
+)
+def test_a_difference_is_named_and_alone(
+    write_run: Callable[..., Path], edit: Callable[[Files], None], name: str, detail: str
+) -> None:
+    certificate = certify_run(read_run(write_run(edit)))
+    assert not certificate.agrees and "DIFFER" in certificate.headline
+    failed = check(certificate, name)
+    assert not failed.agrees and detail in failed.detail
+    others = [c.name for c in certificate.checks if not c.agrees and c is not failed]
+    assert others == (["same steps, examples and tokens"] if edit is stop_early else [])
+
+
+def test_tolerances_are_inclusive_on_either_side(make_result: Callable[..., Any]) -> None:
+    base = make_result("a")
+    for factor, agrees in ((1.0099, True), (0.9902, True), (1.0101, False), (0.9899, False)):
+        flops = dataclasses.replace(base.flops, full_attention=base.flops.full_attention * factor)
+        assert check(certify([base, make_result("b", flops=flops)]), "FLOPs").agrees is agrees
+    for factor, agrees in ((1.0199, True), (0.9801, True), (1.0201, False), (0.9799, False)):
+        ledger = base.xla_flops_per_step * factor
+        assert check(certify([make_result("a", ledger_flops_per_step=ledger)]), "XLA").agrees is agrees
+
+
+def test_a_lone_arm_is_checked_against_xla_only(make_result: Callable[..., Any]) -> None:
+    certificate = certify([make_result("a")], configs={"a": {"seed": 0}}, fingerprints={"a": {}})
+    assert [c.name for c in certificate.checks] == ["ledger = XLA within 2 %"]
+
+
+def test_three_arms_of_which_the_middle_one_differs(make_result: Callable[..., Any]) -> None:
+    results = [make_result("a"), make_result("b", fingerprint="1"), make_result("c")]
+    assert not check(certify(results), "same order").agrees
+
+
+def test_first_parting_is_found_by_brute_force() -> None:
+    for a, b in itertools.product(itertools.product("xy", repeat=3), repeat=2):
+        want = next((i for i in range(3) if a[i] != b[i]), None)
+        assert first_parting({"a": dict(enumerate(a)), "b": dict(enumerate(b))}) == want
+
+
+def test_panel_shows_text_and_never_markup(make_result: Callable[..., Any]) -> None:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(certificate_panel(certify([make_result("[bold]a[/bold]"), make_result("b", fingerprint="1")])))
+    text = console.export_text()
+    assert "[bold]a[/bold]" in text and "DIFFERS" in text and "agree" in text

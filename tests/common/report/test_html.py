@@ -1,0 +1,242 @@
+"""The page: complete, alone in the world, escaped everywhere, the same bytes twice."""
+
+import html.parser
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.errors import UserError
+from common.report.html import write_report
+from common.report.samples import choose, mark_difference
+from common.report.verdicts import Example
+
+Files = dict[str, Any]
+EVIL = "<script>alert(1)</script>&\"' $x^2$ {{ 7*7 }} -->]]>"
+
+
+class Page(html.parser.HTMLParser):
+    """Tags, ids and what the page would load."""
+
+    VOID = frozenset({"meta", "br"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.ids: Counter[str] = Counter()
+        self.links: list[str] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        for key, value in attrs:
+            if key == "id":
+                self.ids[value or ""] += 1
+            elif key in ("src", "href", "xlink:href", "data", "action", "srcset"):
+                self.links.append(value or "")
+            assert not key.startswith("on"), (tag, key)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def read(path: Path) -> tuple[str, Page]:
+    text = path.read_text(encoding="utf-8")
+    return text, Page(text)
+
+
+def test_page_is_whole_and_needs_no_network(write_run: Callable[..., Path]) -> None:
+    run = write_run()
+    path = write_report(run)
+    assert path == run / "report.html" and {p.name for p in run.iterdir()} == {
+        *("experiment.json", "report.html", "enc-dec", "dec-only")
+    }
+    text, page = read(path)
+    assert page.open == [] and page.tags["svg"] == 3 + 2
+    assert not {"script", "link", "img", "iframe", "object", "base", "style"} & (set(page.tags) - {"style"})
+    assert page.tags["style"] == 1
+    assert all(link.startswith("#") for link in page.links)
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", text)) and "@import" not in text
+    assert max(page.ids.values()) == 1 and {link[1:] for link in page.links} <= set(page.ids)
+    assert {t[1:] for t in re.findall(r"url\(([^)]*)\)", text)} <= set(page.ids)
+    for part in (
+        *("first light", "What does the structure", "Parity certificate", "every check agrees", "Side by side"),
+        *("trained once", "unseen names", "time ranges (240)", "model.d_ff", "0.10.2", "0123abc", "Xeon", "4.10e14"),
+    ):
+        assert part in page.text, part
+
+
+def test_importing_reports_and_metrics_loads_no_heavy_library() -> None:
+    names = "common.report.html, common.evals.text_metrics, common.analysis.statistics"
+    heavy = {"matplotlib", "jinja2", "sacrebleu", "scipy.stats", "rich", "jax", "pydantic"}
+    program = f"import sys, {names}; print(*({heavy!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_same_files_same_bytes(write_run: Callable[..., Path]) -> None:
+    run = write_run()
+    first = write_report(run).read_bytes()
+    assert write_report(run).read_bytes() == first
+
+
+def test_text_from_anywhere_is_escaped(write_run: Callable[..., Path]) -> None:
+    def plant(files: Files) -> None:
+        files["experiment.json"] |= {"name": EVIL, "question": EVIL, EVIL: EVIL}
+        arm = 'b" onload=alert(1) <b>'
+        files["experiment.json"]["arms"][arm] = files["experiment.json"]["arms"].pop("dec-only")
+        for name in [name for name in files if name.startswith("dec-only/")]:
+            files[name.replace("dec-only", arm)] = files.pop(name)
+        files[f"{arm}/result.json"]["arm"] = arm
+        files[f"{arm}/config.json"]["model"][EVIL] = EVIL
+        files[f"{arm}/environment.json"]["cpu"] = EVIL
+        for name in ("enc-dec", arm):
+            files[f"{name}/samples.jsonl"][0] |= {"inputs": EVIL, "target": EVIL, "prediction": EVIL + "!"}
+            files[f"{name}/samples.jsonl"][0] |= {"group": EVIL, "correct": False}
+            for score in files[f"{name}/result.json"]["scores"]:
+                score["group"] = EVIL if score["group"] == "dates" else score["group"]
+                score["split"] = EVIL if score["split"] == "unseen names" else score["split"]
+
+    text, page = read(write_report(write_run(plant)))
+    assert page.open == [] and page.tags["script"] == 0 and page.tags["b"] == 0
+    assert page.text.count(EVIL) >= 10, "shown as it is, in tables, samples and drawings"
+    assert "<script" not in text and "49" not in re.findall(r"<title>(.*?)</title>", text)[0]
+
+
+def test_a_differing_certificate_is_red_and_stated_before_the_verdicts(write_run: Callable[..., Path]) -> None:
+    def differ(files: Files) -> None:
+        files["dec-only/environment.json"]["tokenizer_hash"] = "beef"
+
+    text, page = read(write_report(write_run(differ)))
+    assert "certificate differ" in text and "certificate agree" not in text
+    assert page.text.index("The arms were not given the same") < page.text.index("Exact match, validation")
+    assert "1 of 7 checks DIFFER" in page.text
+    agreeing, _ = read(write_report(write_run()))
+    assert "certificate agree" in agreeing and "not given the same" not in agreeing
+
+
+def test_differing_fields_are_bold_and_come_first(write_run: Callable[..., Path]) -> None:
+    text, _ = read(write_report(write_run()))
+    bold = re.findall(r'<tr class="differs"><th scope="row"><code>(.*?)</code>', text)
+    assert bold == ["model.kind", "model.d_ff"]
+    assert text.index("model.d_ff</code>") < text.index("model.d_model</code>")
+
+
+def test_errors_come_before_successes(write_run: Callable[..., Path]) -> None:
+    _, page = read(write_report(write_run()))
+    samples = page.text[page.text.index("Samples") : page.text.index("Configs")]
+    errors, successes = samples.split("Right in every arm")
+    assert errors.count("✘") >= 24 and "✘" not in successes and successes.count("✔") == 16
+
+
+def test_language_model_arms_without_decoded_text(write_run: Callable[..., Path]) -> None:
+    def undecoded(files: Files) -> None:
+        for arm in ("enc-dec", "dec-only"):
+            files[f"{arm}/result.json"]["scores"], files[f"{arm}/samples.jsonl"] = [], []
+
+    _, page = read(write_report(write_run(undecoded)))
+    assert page.tags["svg"] == 3 and "Samples" not in page.text and "validation loss, nats per token" in page.text
+
+
+def test_a_lone_arm_and_a_non_finite_loss_are_drawn(write_run: Callable[..., Path]) -> None:
+    def lone(files: Files) -> None:
+        del files["experiment.json"]["arms"]["dec-only"]
+        files["enc-dec/metrics.jsonl"][5]["loss"] = float("nan")
+        files["enc-dec/metrics.jsonl"][7]["validation_loss"] = float("inf")
+        del files["enc-dec/timings.jsonl"][:40]
+
+    _, page = read(write_report(write_run(lone)))
+    assert page.tags["svg"] == 5 and "dec-only" not in page.text and "nan" not in page.text
+
+
+def breaking(name: str, text: str | None) -> Callable[[Path], None]:
+    def damage(run: Path) -> None:
+        (run / name).unlink() if text is None else (run / name).write_text(text, encoding="utf-8")
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("experiment.json", None, "experiment.json is missing"),
+        ("experiment.json", '{"name": "x"}', 'has no "arms"'),
+        ("experiment.json", '{"arms": {"../enc-dec": {}}}', "not the name of a folder"),
+        ("experiment.json", "[1]", "JSON object"),
+        ("enc-dec/result.json", None, "repeat its command"),
+        ("enc-dec/result.json", '{"arm": "enc-dec"}', "parameters: Field required"),
+        ("experiment.json", "{", "delete it and repeat"),
+        ("enc-dec/config.json", "{", "enc-dec and repeat the run's command"),
+        ("dec-only/metrics.jsonl", '{"step": 1, "loss": 2.0', "metrics.jsonl line 1"),
+        ("dec-only/metrics.jsonl", '\n{"step": 1}', "metrics.jsonl line 2: loss"),
+        ("dec-only/samples.jsonl", '{"split": 3}', "samples.jsonl line 1: split"),
+        ("dec-only/environment.json", None, "environment.json is missing"),
+    ],
+)
+def test_a_missing_or_broken_file_is_named(
+    write_run: Callable[..., Path], name: str, text: str | None, message: str
+) -> None:
+    run = write_run()
+    breaking(name, text)(run)
+    with pytest.raises(UserError) as error:
+        write_report(run)
+    assert message in str(error.value) and name in str(error.value) and "\n" not in str(error.value)
+    assert not (run / "report.html").exists()
+
+
+def test_a_failed_report_leaves_the_old_one(write_run: Callable[..., Path]) -> None:
+    run = write_run()
+    old = write_report(run).read_bytes()
+    (run / "enc-dec" / "result.json").write_text(json.dumps({}))
+    with pytest.raises(UserError):
+        write_report(run)
+    assert (run / "report.html").read_bytes() == old and len(list(run.iterdir())) == 4
+
+
+def test_texts_with_unusual_line_ends_stay_one_line_of_jsonl(write_run: Callable[..., Path]) -> None:
+    def plant(files: Files) -> None:
+        files["enc-dec/samples.jsonl"][0]["prediction"] = "a\u2028b\x85c"
+
+    write_report(write_run(plant))
+
+
+@pytest.mark.parametrize(
+    ("target", "prediction", "marked"),
+    [
+        ("same <b>", "same <b>", "same &lt;b&gt;"),
+        ("1. Mai", "1. März", "1. <del>März</del><ins>Mai</ins>"),
+        ("5\u00a0€", "5 €", "5<del>⟨space⟩</del><ins>⟨no-break space⟩</ins>€"),
+        ("", "<i>", "<del>&lt;i&gt;</del>"),
+        ("a & b", "", "<ins>a &amp; b</ins>"),
+        ("x", "%s %(y)d", "<del>%s %(y)d</del><ins>x</ins>"),
+    ],
+)
+def test_marked_difference(target: str, prediction: str, marked: str) -> None:
+    assert mark_difference(target, prediction) == marked
+
+
+def test_samples_take_turns_by_kind() -> None:
+    examples = [
+        Example(split="v", group=group, inputs=f"{group}{i}", target="", answers=())
+        for group, n in (("a", 5), ("b", 1), ("c", 2))
+        for i in range(n)
+    ]
+    assert [e.inputs for e in choose(examples, 6)] == ["a0", "b0", "c0", "a1", "c1", "a2"]
+    assert len(choose(examples, 100)) == 8

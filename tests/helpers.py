@@ -1,0 +1,107 @@
+"""Small models of both families and hand-made rows, for tests."""
+
+import dataclasses
+import functools
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from common.data.batch import Batch
+from common.data.config import Supervised
+from common.data.examples import Examples, Ragged
+from common.data.loader import build_batch
+from common.nn.recipe import Execution, Recipe
+from experiments.config import ModelConfig
+from experiments.families import builder
+from gpt.config import GptConfig
+from t5like.config import T5LikeConfig
+
+VOCAB = 128
+WIDTHS = {"vocab_size": VOCAB, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "d_ff": 48}
+F32 = Execution(dtype="float32", matmul_precision="highest", scan_layers=False, loss_chunk=8)
+
+ROPE = Recipe(positions="rope")
+BIAS = Recipe(positions="t5_bias", mlp="geglu", init="t5", scale_attention=False, z_loss=1e-4)
+
+Pair = tuple[list[int], list[int]]
+
+# Packed neighbours, an empty input, an empty target, token id 0 inside texts.
+PAIRS: list[Pair] = [([5, 6, 0, 7, 1], [8, 0, 9, 1]), ([], [3, 4, 1]), ([2, 0, 1], []), ([11, 12, 1], [13, 1])]
+
+
+def gpt(recipe: Recipe = ROPE, **change: Any) -> GptConfig:
+    return GptConfig(**{"num_layers": 3, "recipe": recipe, **WIDTHS, **change})
+
+
+def t5like(recipe: Recipe = ROPE, **change: Any) -> T5LikeConfig:
+    return T5LikeConfig(**{"encoder_layers": 2, "decoder_layers": 3, "recipe": recipe, **WIDTHS, **change})
+
+
+FAMILIES: dict[str, ModelConfig] = {
+    "gpt-rope": gpt(ROPE),
+    "gpt-bias": gpt(BIAS),
+    "gpt-prefix": gpt(ROPE, input_attention="bidirectional"),
+    "gpt-tied": gpt(dataclasses.replace(ROPE, tied_embeddings=True, mlp="gelu")),
+    "t5like-rope": t5like(ROPE),
+    "t5like-bias": t5like(BIAS),
+    "t5like-tied": t5like(dataclasses.replace(BIAS, tied_embeddings=True, mlp="relu")),
+}
+
+
+@functools.cache
+def split(config: ModelConfig, execution: Execution = F32) -> tuple[Any, Any]:
+    """(graphdef, parameters as a nested dict of arrays); the same objects for equal arguments."""
+    build = builder(config, execution)
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    return graphdef, jax.jit(lambda: nnx.to_pure_dict(nnx.state(build(nnx.Rngs(0)))))()
+
+
+def run(config: ModelConfig, method: Callable[..., Any], *args: Any) -> Any:
+    """`method(model, *args)`, jitted."""
+    graphdef, params = split(config)
+    return jax.jit(lambda params, args: method(nnx.merge(graphdef, params), *args))(params, args)
+
+
+def logits(config: ModelConfig, batch: Batch) -> jax.Array:
+    """logits_BTV, all at once."""
+    return run(config, lambda model, batch: model.hidden(batch) @ model.head(), batch)
+
+
+def rows_of(rows: Sequence[Sequence[Pair]], input_length: int = 16, target_length: int = 16) -> Batch:
+    """A batch whose rows pack the given examples."""
+    pairs = [pair for row in rows for pair in row]
+    examples = Examples(
+        {"inputs": Ragged.of(a for a, _ in pairs), "targets": Ragged.of(b for _, b in pairs)},
+        objective=Supervised(eos_after_inputs=False, eos_after_targets=False),
+        seed=0,
+        tokenizer=types.SimpleNamespace(eos_id=1, pad_id=0, start_id=0, content_hash="t"),
+        source_content_id="tests",
+    )
+    starts = np.cumsum([0, *(len(row) for row in rows)])
+    indices = [np.arange(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+    batch = build_batch(examples, indices, input_length=input_length, target_length=target_length).batch
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def random_rows(rows: int = 8, input_length: int = 16, target_length: int = 16, seed: int = 0) -> Batch:
+    rng = np.random.default_rng(seed)
+
+    def text(most: int) -> list[int]:
+        return rng.integers(0, VOCAB, rng.integers(0, most)).tolist()
+
+    packed = [[(text(input_length // 3), text(target_length // 3)) for _ in range(3)] for _ in range(rows)]
+    return rows_of(packed, input_length, target_length)
+
+
+def close(a: Any, b: Any, relative: float) -> None:
+    """Largest difference against largest value, leaf by leaf."""
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        assert x.shape == y.shape
+        assert np.isfinite(x).all()
+        assert np.abs(x - y).max(initial=0) <= relative * max(np.abs(y).max(initial=0), 1e-30)
