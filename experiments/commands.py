@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -33,13 +34,22 @@ def plan(experiment: Experiment, console: Console) -> None:
     padded = Moments.of_rows(*slots)
     table = Table(title=f"{experiment.name}: {steps:,} steps of {slots[0]} rows x ({slots[1]} + {slots[2]}) slots")
     table.add_column("arm")
-    names = ["parameters", "FLOPs/step", "training FLOPs", "(causal half)", "(6ND)", "token slots", "state", "temporaries"]
+    names = [
+        "parameters",
+        "FLOPs/step",
+        "training FLOPs",
+        "(causal half)",
+        "(6ND)",
+        "token slots",
+        "state",
+        "temporaries",
+    ]
     for name in names:
         table.add_column(name, justify="right")
     for name, arm in experiment.arms.items():
         flops = arm.model.flops(padded)
         with console.status(f"compiling {name} for {jax.devices()[0].device_kind}"):
-            memory = compiled_step(experiment, arm).memory_analysis()
+            memory: Any = compiled_step(experiment, arm).memory_analysis()
         table.add_row(
             name,
             f"{arm.model.param_count():,}",
@@ -52,7 +62,9 @@ def plan(experiment: Experiment, console: Console) -> None:
             f"{memory.temp_size_in_bytes / 2**20:,.0f} MiB",
         )
     console.print(table)
-    console.print("FLOPs: full attention, padding included, unless named otherwise. Memory is per device, as XLA plans it.")
+    console.print(
+        "FLOPs: full attention, padding included, unless named otherwise. Memory is per device, as XLA plans it."
+    )
     console.print_json(json.dumps(to_json(experiment)))
 
 
@@ -102,7 +114,8 @@ def _begin(experiment: Experiment, run_dir: Path) -> Console:
     path = run_dir / EXPERIMENT
     if path.exists() and (lines := difference(read_json(path), described)):
         raise UserError(
-            f"{run_dir} holds another config of {experiment.name} ({'; '.join(lines)}): choose another --run-dir, or remove it"
+            f"{run_dir} holds another config of {experiment.name} ({'; '.join(lines)}): "
+            "choose another --run-dir, or remove it"
         )
     write_json(path, described)
     return Console()

@@ -48,7 +48,7 @@ def open_data(experiment: Experiment) -> Data:
     for name, arm in experiment.arms.items():
         if arm.model.vocab_size < tokenizer.table_size:
             raise UserError(
-                f"arms.{name}.model.vocab_size is {arm.model.vocab_size}, but the tokenizer needs {tokenizer.table_size}"
+                f"arms.{name}.model.vocab_size is {arm.model.vocab_size}; the tokenizer needs {tokenizer.table_size}"
             )
 
     def open_split(split: str) -> tuple[Source, Examples]:
@@ -64,9 +64,7 @@ def open_data(experiment: Experiment) -> Data:
             seed=config.seed,
             cache_dir=cache_dir,
         )
-        return Loader(
-            examples, config, plans, process_index=jax.process_index(), process_count=jax.process_count()
-        )
+        return Loader(examples, config, plans, process_index=jax.process_index(), process_count=jax.process_count())
 
     return Data(
         tokenizer=tokenizer,
@@ -104,7 +102,9 @@ def train_arm(experiment: Experiment, name: str, data: Data, run_dir: Path, watc
     return fit(make_task(experiment, name, data), run_dir / name, watcher)
 
 
-def score_arm(experiment: Experiment, name: str, data: Data, fitted: Fitted, run_dir: Path, progress: Progress) -> ArmResult:
+def score_arm(
+    experiment: Experiment, name: str, data: Data, fitted: Fitted, run_dir: Path, progress: Progress
+) -> ArmResult:
     """Decodes the test splits and writes `samples.jsonl` and `result.json`."""
     samples: list[dict[str, Any]] = []
     scores: list[TextScore] = []
@@ -151,7 +151,9 @@ def _decode_split(
     ]
 
 
-def _result(experiment: Experiment, name: str, fitted: Fitted, arm_dir: Path, scores: tuple[TextScore, ...]) -> ArmResult:
+def _result(
+    experiment: Experiment, name: str, fitted: Fitted, arm_dir: Path, scores: tuple[TextScore, ...]
+) -> ArmResult:
     arm, done = experiment.arms[name], fitted.progress
     rows, input_length, target_length = experiment.row_slots()
     steps = done.consumed_batches
@@ -187,11 +189,11 @@ def _result(experiment: Experiment, name: str, fitted: Fitted, arm_dir: Path, sc
 
 
 def xla_flops_per_step(experiment: Experiment, arm: Arm) -> int:
-    """XLA's dots in the arm's own training step, compiled unrolled, without recomputation, for one device."""
+    """XLA's dots in the arm's training step, compiled for one device, unrolled, nothing skipped or recomputed."""
     train = experiment.train
-    execution = dataclasses.replace(train.execution, scan_layers=False, remat="none")
+    execution = dataclasses.replace(train.execution, scan_layers=False, remat="none", attention="plain")
     alone = dataclasses.replace(train, mesh=MeshShape(), accumulation=1, execution=execution)
-    return dot_flops(compiled_step(dataclasses.replace(experiment, train=alone), arm).as_text())
+    return dot_flops(compiled_step(dataclasses.replace(experiment, train=alone), arm).as_text() or "")
 
 
 def compiled_step(experiment: Experiment, arm: Arm) -> jax.stages.Compiled:

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from experiments.config import Experiment
 
 EXPERIMENTS = {
-    "first_light": "Does a small encoder-decoder or a small decoder-only model translate locale phrases better at equal compute?",
+    "first_light": "Which learns more about translating locale phrases at equal compute, encoder-decoder or decoder-only?",
 }
 
 

@@ -46,7 +46,10 @@ class GptConfig:
 
     def flops(self, text: Moments) -> ForwardFlops:
         """A forward pass over `text`: every layer on every token, the head on target tokens only."""
-        dense = 2 * text.tokens * self.num_layers * self._layer_matrices() + 2 * text.targets * self.d_model * self.vocab_size
+        dense = (
+            2 * text.tokens * self.num_layers * self._layer_matrices()
+            + 2 * text.targets * self.d_model * self.vocab_size
+        )
         pair = 4 * self.num_layers * self.num_heads * self.head_dim
         pairs = text.inputs_squared + 2 * text.inputs_times_targets + text.targets_squared
         # Causal: a triangle over inputs and targets. A bidirectional prefix keeps its whole square.

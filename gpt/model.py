@@ -11,7 +11,8 @@ from flax import nnx
 
 from common.data.batch import Batch
 from common.infer.prompt import Prompt
-from common.nn.attention import Attention, KeysValues, Visibility
+from common.kernels.visibility import Visibility
+from common.nn.attention import Attention, KeysValues
 from common.nn.layers import MLP, Embedding, Head, RMSNorm, dropout, dropout_keys
 from common.nn.parameters import Initialisers
 from common.nn.positions import bias_table, relative_bias
@@ -23,11 +24,13 @@ from gpt.config import GptConfig
 class Layer(nnx.Module):
     """Pre-norm residual layer: self-attention, then MLP."""
 
-    def __init__(self, config: GptConfig, init: Initialisers, *, rngs: nnx.Rngs):
+    def __init__(self, config: GptConfig, execution: Execution, init: Initialisers, *, rngs: nnx.Rngs):
         c = config
         self.dropout_rate = c.recipe.dropout
         self.attention_norm = RMSNorm(c.d_model, c.recipe.norm_epsilon, rngs=rngs)
-        self.attention = Attention(c.d_model, c.num_heads, c.num_kv_heads, c.head_dim, c.recipe, init, rngs=rngs)
+        self.attention = Attention(
+            c.d_model, c.num_heads, c.num_kv_heads, c.head_dim, c.recipe, execution, init, rngs=rngs
+        )
         self.mlp_norm = RMSNorm(c.d_model, c.recipe.norm_epsilon, rngs=rngs)
         self.mlp = MLP(c.d_model, c.d_ff, c.recipe, init, rngs=rngs)
 
@@ -71,7 +74,7 @@ class Gpt(nnx.Module):
         self.relative_bias = relative_bias(
             config.num_heads, config.input_attention == "bidirectional", config.recipe, init, rngs
         )
-        self.layers = stack(config.num_layers, lambda rngs: Layer(config, init, rngs=rngs), rngs)
+        self.layers = stack(config.num_layers, lambda rngs: Layer(config, execution, init, rngs=rngs), rngs)
         self.final_norm = RMSNorm(config.d_model, config.recipe.norm_epsilon, rngs=rngs)
         self.output = Head(config.vocab_size, config.d_model, config.recipe, init, rngs=rngs)
 

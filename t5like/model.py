@@ -1,4 +1,4 @@
-"""The encoder-decoder transformer: a bidirectional stack over inputs, a causal one over targets that also attends to it.
+"""The encoder-decoder transformer: a bidirectional stack over inputs, and a causal one over targets that reads it.
 
 Legend: B batch rows, I input slots, T target slots, S decoder cache slots, D model, V vocab, N layers.
 """
@@ -11,7 +11,8 @@ from flax import nnx
 
 from common.data.batch import Batch
 from common.infer.prompt import Prompt
-from common.nn.attention import Attention, KeysValues, Visibility
+from common.kernels.visibility import Visibility
+from common.nn.attention import Attention, KeysValues
 from common.nn.layers import MLP, Embedding, Head, RMSNorm, dropout, dropout_keys
 from common.nn.parameters import Initialisers
 from common.nn.positions import bias_table, relative_bias
@@ -20,18 +21,18 @@ from common.nn.stack import run_layers, stack
 from t5like.config import T5LikeConfig
 
 
-def _attention(config: T5LikeConfig, init: Initialisers, rngs: nnx.Rngs) -> Attention:
+def _attention(config: T5LikeConfig, execution: Execution, init: Initialisers, rngs: nnx.Rngs) -> Attention:
     c = config
-    return Attention(c.d_model, c.num_heads, c.num_kv_heads, c.head_dim, c.recipe, init, rngs=rngs)
+    return Attention(c.d_model, c.num_heads, c.num_kv_heads, c.head_dim, c.recipe, execution, init, rngs=rngs)
 
 
 class EncoderLayer(nnx.Module):
     """Pre-norm residual layer: bidirectional self-attention, then MLP."""
 
-    def __init__(self, config: T5LikeConfig, init: Initialisers, *, rngs: nnx.Rngs):
+    def __init__(self, config: T5LikeConfig, execution: Execution, init: Initialisers, *, rngs: nnx.Rngs):
         self.dropout_rate = config.recipe.dropout
         self.attention_norm = RMSNorm(config.d_model, config.recipe.norm_epsilon, rngs=rngs)
-        self.attention = _attention(config, init, rngs)
+        self.attention = _attention(config, execution, init, rngs)
         self.mlp_norm = RMSNorm(config.d_model, config.recipe.norm_epsilon, rngs=rngs)
         self.mlp = MLP(config.d_model, config.d_ff, config.recipe, init, rngs=rngs)
 
@@ -48,12 +49,12 @@ class EncoderLayer(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Pre-norm residual layer: causal self-attention, cross-attention to the encoder's output, then MLP."""
 
-    def __init__(self, config: T5LikeConfig, init: Initialisers, *, rngs: nnx.Rngs):
+    def __init__(self, config: T5LikeConfig, execution: Execution, init: Initialisers, *, rngs: nnx.Rngs):
         self.dropout_rate = config.recipe.dropout
         self.attention_norm = RMSNorm(config.d_model, config.recipe.norm_epsilon, rngs=rngs)
-        self.attention = _attention(config, init, rngs)
+        self.attention = _attention(config, execution, init, rngs)
         self.cross_norm = RMSNorm(config.d_model, config.recipe.norm_epsilon, rngs=rngs)
-        self.cross_attention = _attention(config, init, rngs)
+        self.cross_attention = _attention(config, execution, init, rngs)
         self.mlp_norm = RMSNorm(config.d_model, config.recipe.norm_epsilon, rngs=rngs)
         self.mlp = MLP(config.d_model, config.d_ff, config.recipe, init, rngs=rngs)
 
@@ -83,7 +84,7 @@ class DecoderLayer(nnx.Module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cache:
-    """Per layer `[N, B, ...]`: the encoder's keys and values, computed once, and the decoder's own, one slot a token."""
+    """Per layer `[N, B, ...]`: the encoder's keys and values, computed once, and the decoder's, one slot a token."""
 
     encoded: KeysValues
     layers: KeysValues
@@ -104,9 +105,13 @@ class T5Like(nnx.Module):
         self.embedding = Embedding(config.vocab_size, config.d_model, encoder_init, rngs=rngs)
         self.encoder_bias = relative_bias(config.num_heads, True, recipe, encoder_init, rngs)
         self.decoder_bias = relative_bias(config.num_heads, False, recipe, decoder_init, rngs)
-        self.encoder = stack(config.encoder_layers, lambda rngs: EncoderLayer(config, encoder_init, rngs=rngs), rngs)
+        self.encoder = stack(
+            config.encoder_layers, lambda rngs: EncoderLayer(config, execution, encoder_init, rngs=rngs), rngs
+        )
         self.encoder_norm = RMSNorm(config.d_model, recipe.norm_epsilon, rngs=rngs)
-        self.decoder = stack(config.decoder_layers, lambda rngs: DecoderLayer(config, decoder_init, rngs=rngs), rngs)
+        self.decoder = stack(
+            config.decoder_layers, lambda rngs: DecoderLayer(config, execution, decoder_init, rngs=rngs), rngs
+        )
         self.decoder_norm = RMSNorm(config.d_model, recipe.norm_epsilon, rngs=rngs)
         self.output = Head(config.vocab_size, config.d_model, recipe, decoder_init, rngs=rngs)
 

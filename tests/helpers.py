@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -83,7 +84,7 @@ def rows_of(rows: Sequence[Sequence[Pair]], input_length: int = 16, target_lengt
         source_content_id="tests",
     )
     starts = np.cumsum([0, *(len(row) for row in rows)])
-    indices = [np.arange(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+    indices = [np.arange(a, b) for a, b in itertools.pairwise(starts)]
     batch = build_batch(examples, indices, input_length=input_length, target_length=target_length).batch
     return jax.tree.map(jnp.asarray, batch)
 

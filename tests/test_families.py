@@ -24,7 +24,22 @@ from common.train.step import make_train_step
 from experiments.config import ModelConfig
 from experiments.families import builder
 from t5like.config import SIZES
-from tests.helpers import BIAS, F32, FAMILIES, PAIRS, VOCAB, Pair, close, gpt, logits, random_rows, rows_of, run, split, t5like
+from tests.helpers import (
+    BIAS,
+    F32,
+    FAMILIES,
+    PAIRS,
+    VOCAB,
+    Pair,
+    close,
+    gpt,
+    logits,
+    random_rows,
+    rows_of,
+    run,
+    split,
+    t5like,
+)
 
 families = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
 
@@ -109,7 +124,7 @@ def test_inputs_are_seen_as_the_family_says(config: ModelConfig) -> None:
 
 @families
 def test_packing_and_padding_change_no_loss(config: ModelConfig) -> None:
-    """Each example alone in its row, in longer rows, and packed with strangers: the same hidden states on its targets."""
+    """Each example alone in its row, in longer rows, and packed with strangers: the same logits on its targets."""
     alone = logits(config, rows_of([[pair] for pair in PAIRS]))
     longer = logits(config, rows_of([[pair] for pair in PAIRS], 24, 20))
     packed = logits(config, rows_of([PAIRS]))[0]
@@ -128,7 +143,9 @@ def test_no_leak_between_packed_segments(config: ModelConfig) -> None:
     stranger: Pair = ([120, 121], [122, 123, 1])
     others: list[Pair] = [([5, 6, 1], [7, 8, 1]), ([], [9, 1])]
     batch = rows_of([[others[0], stranger, others[1]]])
-    graphdef, params = split(dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, tied_embeddings=False)))
+    graphdef, params = split(
+        dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, tied_embeddings=False))
+    )
     mine = (batch.target_segments_BT == 1) | (batch.target_segments_BT == 3)
     weights = mine.astype(jnp.float32)
 

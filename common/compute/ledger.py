@@ -1,7 +1,7 @@
 """The FLOP ledger: exact counts of a forward pass, in parts, with named conventions.
 
-A multiply-add counts 2. Only matrix products are counted (norms, softmax, gathers and the optimizer are not), as everybody
-does. A training step costs three forward passes: backward does each product twice, for inputs and for weights.
+A multiply-add counts 2. Only matrix products are counted (norms, softmax, gathers and the optimizer are not), as
+everybody does. A training step costs three forward passes: backward does each product twice, for inputs and weights.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class ForwardFlops:
 
     @property
     def train_six_nd(self) -> int:
-        """6 x (matrix parameters that a token passes through) x (tokens that pass), summed over the parts of the model."""
+        """6 x (matrix parameters that a token passes through) x (tokens that pass), summed over the model's parts."""
         return TRAIN_OVER_FORWARD * self.dense
 
 

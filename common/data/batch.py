@@ -3,20 +3,21 @@
 Legend: B rows, I input slots, T target slots.
 
 A row holds several packed examples in two blocks, `[inputs of all its examples | shifted targets of all its examples]`.
-Segment ids (1, 2, ... per row; 0 is padding), positions and loss weights are explicit: nothing is ever derived from token
-values, so token id 0 may stand inside a text and inputs or targets may be empty. An example's target positions continue
-from its input positions, and its targets are shifted right behind a start token, so that every family predicts
+Segment ids (1, 2, ... per row; 0 is padding), positions and loss weights are explicit: nothing is ever derived from
+token values, so token id 0 may stand inside a text and inputs or targets may be empty. An example's target positions
+continue from its input positions, and its targets are shifted right behind a start token, so that every family predicts
 `targets[j]` from `(inputs, targets[<j])`.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
-import numpy as np
 
 from common.compute.moments import Moments
 
-Array = jax.Array | np.ndarray
+Array = Any
+"""A NumPy array on the host, a `jax.Array` in a program."""
 
 
 @jax.tree_util.register_dataclass

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from common.nn.linear import linear
 from common.nn.parameters import Initialisers, ones, param
 from common.nn.recipe import Recipe
 from common.sharding.rules import constrain
@@ -37,19 +38,19 @@ class MLP(nnx.Module):
         self.out_FD = param(rngs, init.mlp_out(d_ff), (d_ff, d_model), ("mlp", "embed"))
 
     def __call__(self, x_BLD: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
-        h_BLF = x_BLD @ self.in_DF.astype(x_BLD.dtype)
+        h_BLF = linear(x_BLD, self.in_DF[...])
         match self.kind:
             case "relu":
                 h_BLF = jax.nn.relu(h_BLF)
             case "gelu":
                 h_BLF = jax.nn.gelu(h_BLF, approximate=True)
             case "geglu":
-                h_BLF = jax.nn.gelu(h_BLF, approximate=True) * (x_BLD @ self.linear_DF.astype(x_BLD.dtype))
+                h_BLF = jax.nn.gelu(h_BLF, approximate=True) * linear(x_BLD, self.linear_DF[...])
             case "swiglu":
-                h_BLF = jax.nn.silu(h_BLF) * (x_BLD @ self.linear_DF.astype(x_BLD.dtype))
+                h_BLF = jax.nn.silu(h_BLF) * linear(x_BLD, self.linear_DF[...])
         h_BLF = constrain(h_BLF, "batch", None, "mlp")
         h_BLF = dropout(h_BLF, self.dropout_rate, dropout_key)
-        return h_BLF @ self.out_FD.astype(x_BLD.dtype)
+        return linear(h_BLF, self.out_FD[...])
 
 
 class Embedding(nnx.Module):

@@ -4,6 +4,7 @@ Legend: B batch rows, T target slots, U positions in one chunk, D model, V vocab
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,8 @@ def cross_entropy(
     """Two float32 scalars: sum of `weight * (CE + z_loss * log(Z)^2)`, and the sum of `weight * CE` alone.
 
     Logits never exist for more than `chunk` positions a row (the last chunk may be shorter). Under differentiation the
-    gradients are formed in the same pass, so nothing is recomputed. Only the first result carries a gradient, and only to
-    `h_BTD` and `w_DV`; the second is for metrics. z-loss as in T5X (PaLM, arXiv 2204.02311, section 5).
+    gradients are formed in the same pass, so nothing is recomputed. Only the first result carries a gradient, and only
+    to `h_BTD` and `w_DV`; the second is for metrics. z-loss as in T5X (PaLM, arXiv 2204.02311, section 5).
 
     Args:
         h_BTD: activation dtype.
@@ -37,9 +38,7 @@ def cross_entropy(
 
 
 def _forward(h_BTD, w_DV, targets_BT, weights_BT, z_loss, chunk, unroll):  # type: ignore[no-untyped-def]
-    total, ce, dh_BTD, dw_DV = _over_chunks(
-        h_BTD, w_DV, targets_BT, weights_BT, z_loss, chunk, unroll, gradients=True
-    )
+    total, ce, dh_BTD, dw_DV = _over_chunks(h_BTD, w_DV, targets_BT, weights_BT, z_loss, chunk, unroll, gradients=True)
     return (total, ce), (dh_BTD, dw_DV)
 
 
@@ -61,7 +60,7 @@ def _over_chunks(
     chunk: int,
     unroll: bool,
     gradients: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
+) -> tuple[jax.Array, jax.Array, Any, Any]:
     B, T, D = h_BTD.shape
     w16_DV = w_DV.astype(h_BTD.dtype)
     one = partial(_one_chunk, w_DV=w16_DV, z_loss=z_loss, gradients=gradients)
@@ -86,7 +85,7 @@ def _over_chunks(
 
 
 def _one_chunk(
-    carry: tuple[jax.Array, jax.Array, jax.Array | None],
+    carry: tuple[jax.Array, jax.Array, Any],
     h_BUD: jax.Array,
     targets_BU: jax.Array,
     weights_BU: jax.Array,
@@ -94,7 +93,7 @@ def _one_chunk(
     w_DV: jax.Array,
     z_loss: float,
     gradients: bool,
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array | None], jax.Array | None]:
+) -> tuple[tuple[jax.Array, jax.Array, Any], Any]:
     total, ce, dw_DV = carry
     logits_BUV = jnp.einsum("BUD,DV->BUV", h_BUD, w_DV, preferred_element_type=jnp.float32)
     is_target_BUV = jnp.arange(w_DV.shape[1], dtype=jnp.int32)[None, None] == targets_BU[..., None]

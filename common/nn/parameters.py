@@ -39,8 +39,8 @@ class Initialisers:
     """The initialiser of each kind of weight under a recipe.
 
     `t5` has T5X's standard deviations: query (d_model * head_dim)^-1/2, key and value d_model^-1/2, attention output
-    (heads * head_dim)^-1/2, MLP d_model^-1/2 in and d_ff^-1/2 out (truncated), head d_model^-1/2 (truncated), embedding 1,
-    relative bias uniform with variance 1/fan_avg. `fan_in` has fan_in^-1/2 throughout, residual outputs divided by
+    (heads * head_dim)^-1/2, MLP d_model^-1/2 in and d_ff^-1/2 out (truncated), head d_model^-1/2 (truncated), embedding
+    1, relative bias uniform with variance 1/fan_avg. `fan_in` has fan_in^-1/2 throughout, residual outputs divided by
     sqrt(residual branches) (GPT-2), and embedding and head small enough that a fresh model is close to uniform.
     """
 

@@ -61,12 +61,17 @@ class Execution:
     """One loop over stacked layers (quick to compile), or all layers unrolled (quicker to run on CPU)."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes: nothing, all but matrix products, or whole layers."""
+    attention: Literal["blocked", "plain"] = "blocked"
+    """A block of queries at a time with recomputation, or all logits at once (what FLOPs are counted on)."""
+    attention_block: int = 64
+    """Queries in a block."""
     loss_chunk: int = 128
     """Target positions whose logits exist at one time."""
 
     def __post_init__(self) -> None:
-        if self.loss_chunk < 1:
-            raise UserError(f"execution.loss_chunk is {self.loss_chunk}: it must be 1 or more")
+        for name in ("attention_block", "loss_chunk"):
+            if getattr(self, name) < 1:
+                raise UserError(f"execution.{name} is {getattr(self, name)}: it must be 1 or more")
 
 
 def check_widths(where: str, *, num_heads: int, num_kv_heads: int, head_dim: int, recipe: Recipe, **sizes: int) -> None:

@@ -30,7 +30,7 @@ def run_layers(
     xs: Any,
     execution: Execution,
 ) -> tuple[Any, Any]:
-    """`body(layer, carry, x) -> (carry, y)` over the layers of a stack; xs and the returned ys lead with the layers axis."""
+    """`body(layer, carry, x) -> (carry, y)` over a stack's layers; xs and the returned ys lead with the layers axis."""
     graphdef, parameters = nnx.split(layers)
 
     def step(carry: Any, layer_and_x: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -52,7 +52,10 @@ def run_layers(
 
 
 def unstack(tree: Any) -> list[Any]:
-    """A list over the leading axis of all leaves. Its gradient is one `stack` a leaf; plain indexing would pad and add N times."""
+    """A list over the leading axis of all leaves.
+
+    The gradient is one `stack` a leaf, where plain indexing would pad and add N times.
+    """
     leaves, treedef = jax.tree.flatten(tree)
     pieces = [_unstack(leaf) for leaf in leaves]
     return [jax.tree.unflatten(treedef, layer) for layer in zip(*pieces, strict=True)]

@@ -80,7 +80,7 @@ class Checkpoints:
     def restore(self, abstract: TrainState, *, seed: int) -> tuple[TrainState, Progress] | None:
         """The newest checkpoint that can be read, onto the shardings of `abstract`; None where there is none.
 
-        An unreadable one is named and the one before is taken. Raises UserError for another schema or when none is good.
+        An unreadable one is named and the one before is taken. Raises UserError for another schema or if none is good.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         unreadable = []
@@ -90,7 +90,7 @@ class Checkpoints:
                     state=ocp.args.StandardRestore(_tree(abstract)), progress=ocp.args.JsonRestore()
                 )
                 found = self._manager.restore(step, args=args)
-            except (ValueError, OSError, KeyError) as error:
+            except Exception as error:  # Orbax raises bare Exceptions for arrays that are torn
                 log.warning("checkpoint %d in %s cannot be read (%s); trying the one before", step, self.folder, error)
                 unreadable.append(step)
                 continue

@@ -56,8 +56,8 @@ class Budget:
     """How long to train; every arm of a comparison takes the same number of steps."""
 
     unit: Literal["steps", "tokens", "flops"]
-    """`tokens` are slots of input and target, as batch size x length is usually counted; `flops` are training FLOPs of the
-    arm that costs most (full attention, padding included)."""
+    """`tokens` are slots of input and target, as batch size x length is usually counted; `flops` are training FLOPs of
+    the arm that costs most (full attention, padding included)."""
     amount: float
 
     def __post_init__(self) -> None:

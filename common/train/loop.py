@@ -99,8 +99,8 @@ class Programs:
     optimizer: Any
     shardings: TrainState
     batch_sharding: NamedSharding
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-    eval_step: Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
+    train_step: jax.stages.Wrapped
+    eval_step: jax.stages.Wrapped
 
     def put(self, batch: Batch) -> Batch:
         """This host's rows onto its devices."""
@@ -110,8 +110,8 @@ class Programs:
 def fit(task: Task, run_dir: Path, watcher: Watcher) -> Fitted:
     """Trains to the end, from the newest good checkpoint of `run_dir` where there is one.
 
-    Raises UserError where the directory is in use or belongs to another config, and when a loss or gradient is not finite
-    (such a state never enters a checkpoint).
+    Raises UserError where the directory is in use or belongs to another config, and when a loss or gradient is not
+    finite (such a state never enters a checkpoint).
     """
     check_rows(task.setup)
     with rd.owned(run_dir):
@@ -164,9 +164,7 @@ def prepare(setup: Setup) -> Programs:
     )
 
 
-def _start(
-    task: Task, programs: Programs, checkpoints: Checkpoints, watcher: Watcher
-) -> tuple[TrainState, Progress]:
+def _start(task: Task, programs: Programs, checkpoints: Checkpoints, watcher: Watcher) -> tuple[TrainState, Progress]:
     abstract = abstract_state(programs.model, programs.optimizer, programs.shardings)
     restored = checkpoints.restore(abstract, seed=task.setup.train.seed)
     if restored is not None:
@@ -208,7 +206,8 @@ class _Run:
         self.run_dir = run_dir
         setup = task.setup
         schedule = make_schedule(setup.train.schedule, setup.learning_rate, setup.steps)
-        self.learning_rates = np.asarray(schedule(np.arange(setup.steps)))
+        with jax.numpy_dtype_promotion("standard"):  # optax takes integer step counts into float formulas
+            self.learning_rates = np.asarray(schedule(np.arange(setup.steps)))
         self.flops_per_step = setup.flops_per_step()
 
     def go(self, state: TrainState, progress: Progress) -> tuple[TrainState, Progress]:
@@ -288,7 +287,12 @@ class _Run:
             row["validation_loss"] = validation_loss
         self.metrics.write(row)
         seconds = self.clock.train_seconds
-        timing = {"step": step, "seconds": seconds, "step_seconds": step_seconds, "data_seconds": self.clock.data_seconds}
+        timing = {
+            "step": step,
+            "seconds": seconds,
+            "step_seconds": step_seconds,
+            "data_seconds": self.clock.data_seconds,
+        }
         self.timings.write(timing)
         self.watcher.step(row, seconds)
 
@@ -313,12 +317,9 @@ def abstract_batch(row_slots: tuple[int, int, int], sharding: NamedSharding) -> 
     """Shapes and dtypes of a batch of `(rows, input slots, target slots)`."""
     rows, input_length, target_length = row_slots
     lengths = {"I": input_length, "T": target_length}
-    fields = {field.name for field in dataclasses.fields(Batch)}
-    return Batch(
-        **{
-            name: jax.ShapeDtypeStruct(
-                (rows, lengths[name[-1]]), jnp.float32 if name == "weights_BT" else jnp.int32, sharding=sharding
-            )
-            for name in fields
-        }
-    )
+
+    def abstract(name: str) -> jax.ShapeDtypeStruct:
+        dtype = jnp.float32 if name == "weights_BT" else jnp.int32
+        return jax.ShapeDtypeStruct((rows, lengths[name[-1]]), dtype, sharding=sharding)
+
+    return Batch(**{field.name: abstract(field.name) for field in dataclasses.fields(Batch)})

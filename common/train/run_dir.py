@@ -28,7 +28,7 @@ MACHINE_KEYS = ("platform", "device_kind", "devices", "cpu", "threads", "jax", "
 
 @contextlib.contextmanager
 def owned(run_dir: Path) -> Iterator[None]:
-    """Holds the directory for this process; raises UserError where another has it. A killed owner's hold ends with it."""
+    """Holds the directory for this process; raises UserError where another has it. A hold ends with its process."""
     run_dir.mkdir(parents=True, exist_ok=True)
     with open(run_dir / ".lock", "a+", encoding="utf-8") as lock:
         try:
@@ -118,7 +118,11 @@ def _commit() -> str:
     here = Path(__file__).parent
     try:
         found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True, timeout=10
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"

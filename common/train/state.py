@@ -18,7 +18,9 @@ from common.sharding.rules import parameter_shardings
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:
-    step: jax.Array
+    """Arrays, or a tree of the same form of their shardings or shapes."""
+
+    step: Any
     """Steps applied, int32 scalar."""
     params: Any
     """Nested dict of float32 arrays, layers stacked in front."""
@@ -97,6 +99,6 @@ def _check_divides(path: Any, shape: jax.ShapeDtypeStruct, sharding: NamedShardi
         if size % parts:
             fitting = max(n for n in range(1, parts + 1) if size % n == 0)
             raise UserError(
-                f"train.mesh.{axis} is {parts}, which does not divide {jax.tree_util.keystr(path)} of shape {shape.shape}; "
-                f"nearest: {axis}={fitting}"
+                f"train.mesh.{axis} is {parts}, which does not divide {jax.tree_util.keystr(path)} "
+                f"of shape {shape.shape}; nearest: {axis}={fitting}"
             )

@@ -30,8 +30,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A pure function `(state, batch) -> (state, metrics)`.
 
-    The loss is the sum over weighted target tokens divided by the whole batch's weight, however many micro-batches it is
-    computed in. Metrics (float32 scalars): `loss` (cross-entropy a weighted token, in nats), `grad_norm` (before clipping).
+    The loss is the sum over weighted target tokens divided by the whole batch's weight, however many micro-batches it
+    is computed in. Metrics (float32 scalars): `loss` (cross-entropy a weighted token, in nats), `grad_norm` (before
+    clipping).
     """
 
     def loss(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -94,7 +95,7 @@ def weighted_loss(
 
 
 def _micro_batches(batch: Batch, count: int) -> Batch:
-    """[B, ...] -> [A, B/A, ...]. Rows are dealt out in turn, so that a sharded batch needs no exchange between devices."""
+    """[B, ...] -> [A, B/A, ...]. Rows are dealt out in turn: a sharded batch needs no exchange between devices."""
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1), batch)
 
 

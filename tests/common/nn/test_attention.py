@@ -15,7 +15,10 @@ SEGMENTS = jnp.array([[1, 1, 1, 2, 2, 0], [1, 2, 2, 2, 0, 0]])
 
 
 def inputs(seed: int = 0) -> tuple[jax.Array, KeysValues]:
-    q, k, v = (jax.random.normal(key, (B, Q, heads, C)) for key, heads in zip(jax.random.split(jax.random.key(seed), 3), (H, G, G)))
+    q, k, v = (
+        jax.random.normal(key, (B, Q, heads, C))
+        for key, heads in zip(jax.random.split(jax.random.key(seed), 3), (H, G, G), strict=True)
+    )
     return q, KeysValues(k, v)
 
 
@@ -32,7 +35,9 @@ def visibility(causal: bool = True, prefix: int = 0, bias: BiasTable | None = No
     )
 
 
-def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, seen: np.ndarray, bias: np.ndarray, scale: float) -> np.ndarray:
+def reference(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, seen: np.ndarray, bias: np.ndarray, scale: float
+) -> np.ndarray:
     """Query by query, float64, from the definition."""
     out = np.zeros(q.shape, np.float64)
     for b, i, h in np.ndindex(B, Q, H):
@@ -49,7 +54,9 @@ def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, seen: np.ndarray, bia
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_attend_is_the_definition(causal: bool, prefix: int, with_bias: bool) -> None:
     q, memory = inputs()
-    table = BiasTable(table_HR=jax.random.normal(jax.random.key(5), (H, 32)), bidirectional=not causal, max_distance=128)
+    table = BiasTable(
+        table_HR=jax.random.normal(jax.random.key(5), (H, 32)), bidirectional=not causal, max_distance=128
+    )
     out = attend(q, memory, visibility(causal, prefix, table if with_bias else None), scale=0.5)
     segments = np.asarray(SEGMENTS)
     seen = (segments[:, :, None] == segments[:, None]) & (segments[:, None] != 0)

@@ -20,7 +20,9 @@ def case() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     )
 
 
-def plain(h: jax.Array, w: jax.Array, targets: jax.Array, weights: jax.Array, z_loss: float) -> tuple[jax.Array, jax.Array]:
+def plain(
+    h: jax.Array, w: jax.Array, targets: jax.Array, weights: jax.Array, z_loss: float
+) -> tuple[jax.Array, jax.Array]:
     logits = h @ w
     log_z = jax.nn.logsumexp(logits, axis=-1)
     ce = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

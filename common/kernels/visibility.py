@@ -1,0 +1,67 @@
+"""Which keys a query may see: what every attention implementation takes in place of a dense mask.
+
+Legend: B batch rows, Q query length, K key length, H heads.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from common.kernels.bias import BiasTable
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Visibility:
+    """Which keys a query may see, and at what distance they stand; never a dense mask, so that kernels can choose.
+
+    A query sees a key when both have the same non-zero segment id and, where `causal`, the key's index is not after the
+    query's, or is below `prefix_length` together with the query's. Index means place in the sequence (the query block
+    begins at `q_start` of the keys); position means place in the text, and is what RoPE and relative bias use.
+    """
+
+    q_segments_BQ: jax.Array
+    k_segments_BK: jax.Array
+    q_positions_BQ: jax.Array
+    k_positions_BK: jax.Array
+    causal: bool = dataclasses.field(metadata={"static": True})
+    prefix_length: int = dataclasses.field(default=0, metadata={"static": True})
+    q_start: jax.Array | int = 0
+    bias: BiasTable | None = None
+
+    @property
+    def aligned(self) -> bool:
+        """Whether query i is key i, known before anything runs: one sequence attends to itself."""
+        return isinstance(self.q_start, int) and self.q_start == 0
+
+    def last_key(self, q_end: int) -> int:
+        """Keys from this index on are seen by no query before `q_end`; needs `aligned` where causal."""
+        keys = self.k_segments_BK.shape[1]
+        if not self.causal:
+            return keys
+        assert self.aligned
+        return min(keys, max(q_end, self.prefix_length))
+
+    def block(self, q_begin: int, q_end: int, k_end: int) -> "Visibility":
+        """The description of queries `q_begin..q_end-1` and keys `0..k_end-1` alone."""
+        return dataclasses.replace(
+            self,
+            q_segments_BQ=self.q_segments_BQ[:, q_begin:q_end],
+            k_segments_BK=self.k_segments_BK[:, :k_end],
+            q_positions_BQ=self.q_positions_BQ[:, q_begin:q_end],
+            k_positions_BK=self.k_positions_BK[:, :k_end],
+            q_start=self.q_start + q_begin,
+        )
+
+    def mask_BQK(self) -> jax.Array:
+        same = self.q_segments_BQ[:, :, None] == self.k_segments_BK[:, None, :]
+        mask = same & (self.k_segments_BK != 0)[:, None, :]
+        if not self.causal:
+            return mask
+        q_index = self.q_start + jnp.arange(self.q_segments_BQ.shape[1], dtype=jnp.int32)[:, None]
+        k_index = jnp.arange(self.k_segments_BK.shape[1], dtype=jnp.int32)[None, :]
+        seen = k_index <= q_index
+        if self.prefix_length:
+            seen |= jnp.maximum(k_index, q_index) < self.prefix_length
+        return mask & seen[None]

@@ -1,0 +1,47 @@
+"""One matrix product for every projection, with a backward pass that copies little.
+
+Legend: B batch rows, L sequence, P = B * L tokens, D features in, F features out.
+"""
+
+import jax
+
+
+def linear(x_BLD: jax.Array, w_DF: jax.Array) -> jax.Array:
+    """`x @ w` in the dtype of `x` (w is cast to it): [B, L, F]."""
+    B, L, D = x_BLD.shape
+    return _matmul(x_BLD.reshape(B * L, D), w_DF.astype(x_BLD.dtype)).reshape(B, L, -1)
+
+
+@jax.custom_vjp
+def _matmul(x_PD: jax.Array, w_DF: jax.Array) -> jax.Array:
+    return x_PD @ w_DF
+
+
+def _forward(x_PD: jax.Array, w_DF: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x_PD @ w_DF, (x_PD, w_DF)
+
+
+def _backward(residuals: tuple[jax.Array, jax.Array], dy_PF: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A CPU product wants its left operand untransposed, so a transposed one is copied: copy the narrower one.
+
+    The automatic gradient always copies `dy`; `x` is often narrower, and shared by several projections.
+    """
+    x_PD, w_DF = residuals
+    narrow = x_PD.shape[1] <= dy_PF.shape[1]
+    dw_DF = x_PD.T @ dy_PF if narrow else (dy_PF.T @ x_PD).T
+    return dy_PF @ w_DF.T, dw_DF
+
+
+_matmul.defvjp(_forward, _backward)
+
+
+def project(x_BLD: jax.Array, w_DHC: jax.Array) -> jax.Array:
+    """Into heads: [B, L, H, C]."""
+    D, H, C = w_DHC.shape
+    return linear(x_BLD, w_DHC.reshape(D, H * C)).reshape(*x_BLD.shape[:2], H, C)
+
+
+def unproject(x_BLHC: jax.Array, w_HCD: jax.Array) -> jax.Array:
+    """Out of heads: [B, L, D]."""
+    H, C, D = w_HCD.shape
+    return linear(x_BLHC.reshape(*x_BLHC.shape[:2], H * C), w_HCD.reshape(H * C, D))
