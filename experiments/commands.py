@@ -17,11 +17,11 @@ from common.data.cache import default_cache_dir
 from common.errors import UserError
 from common.files import read_json, write_json
 from common.report.results import ArmResult
-from common.sharding.mesh import make_mesh
 from common.train import run_dir as rd
+from common.train.loop import check_rows, prepare
 from experiments.config import Experiment
 from experiments.console import Progress
-from experiments.pipeline import Data, compiled_step, open_data, score_arm, train_arm
+from experiments.pipeline import Data, compiled_step, make_setup, open_data, score_arm, train_arm
 
 EXPERIMENT = "experiment.json"
 
@@ -102,9 +102,11 @@ def report(run_dir: Path) -> Path:
 
 
 def check_devices(experiment: Experiment) -> None:
-    """Raises UserError where the mesh asks for more devices than there are."""
-    mesh = experiment.train.mesh
-    make_mesh((mesh.data, mesh.fsdp, mesh.tensor))
+    """Raises UserError where the mesh asks for more devices than there are, or does not divide rows or parameters."""
+    for arm in experiment.arms.values():
+        setup = make_setup(experiment, arm)
+        prepare(setup)
+        check_rows(setup)
 
 
 def _begin(experiment: Experiment, run_dir: Path) -> Console:

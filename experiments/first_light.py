@@ -23,8 +23,8 @@ def first_light() -> Experiment:
         tokenizer=TokenizerConfig(vocab_size=1024, split_digits=True, byte_fallback=False, character_coverage=1.0),
         objective=Supervised(),
         rows=16,
-        input_length=128,
-        target_length=128,
+        input_length=64,
+        target_length=64,
     )
     gpt = GptConfig(
         vocab_size=1024, num_layers=4, d_model=192, num_heads=6, num_kv_heads=6, head_dim=32, d_ff=512, recipe=recipe
@@ -47,15 +47,15 @@ def first_light() -> Experiment:
         expected="",
         data=data,
         train=TrainConfig(
-            budget=Budget(unit="steps", amount=330),
+            budget=Budget(unit="steps", amount=800),
             optimizer=AdamW(),
-            schedule=Linear(warmup_steps=20),
-            validate_every=30,
-            checkpoint_every=110,
+            schedule=Linear(warmup_steps=40),
+            validate_every=80,
+            checkpoint_every=200,
             execution=Execution(dtype="float32", scan_layers=False),
         ),
         evaluation=Evaluation(
-            splits=("test", "test_unseen_names"), examples=3000, rows=125, max_new_tokens=64, validation_batches=8
+            splits=("test", "test_unseen_names"), examples=3000, rows=125, max_new_tokens=64, validation_batches=16
         ),
         arms={
             "t5like": Arm(model=match_training_flops(t5like, gpt, text, multiple=8), learning_rate=2e-3),

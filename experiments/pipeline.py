@@ -34,6 +34,8 @@ from experiments.families import builder
 class Data:
     """The one stream of an experiment, and the texts it is scored on."""
 
+    content_id: str
+    """Of the training split."""
     tokenizer: Tokenizer
     train: Loader
     validation: Loader
@@ -67,6 +69,7 @@ def open_data(experiment: Experiment) -> Data:
         return Loader(examples, config, plans, process_index=jax.process_index(), process_count=jax.process_count())
 
     return Data(
+        content_id=source.content_id,
         tokenizer=tokenizer,
         train=loader(open_examples(config, source, tokenizer, cache_dir)),
         validation=loader(open_split(config.source.validation_split)[1]),
@@ -95,6 +98,7 @@ def make_task(experiment: Experiment, name: str, data: Data) -> Task:
         validation=tuple(validation),
         config={"experiment": experiment.name, "arm": name, **config["arms"][name]}
         | {key: config[key] for key in ("data", "train")},
+        data={"content_id": data.content_id, "tokenizer_hash": data.tokenizer.content_hash},
     )
 
 

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from experiments.config import Experiment
 
 EXPERIMENTS = {
-    "first_light": "Which learns more about translating locale phrases at equal compute, encoder-decoder or decoder-only?",
+    "first_light": "At equal compute, which learns more of translating phrases: encoder-decoder or decoder-only?",
 }
 
 

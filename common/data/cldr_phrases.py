@@ -15,7 +15,7 @@ from common.data.cldr_pair import Draw, Pair
 MIX: dict[str, int] = {
     "name": 2_000,
     "locale": 8_000,
-    "list": 22_000,
+    "list": 12_000,
     "date": 24_000,
     "time": 22_000,
     "datetime": 24_000,

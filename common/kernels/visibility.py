@@ -18,7 +18,8 @@ class Visibility:
 
     A query sees a key when both have the same non-zero segment id and, where `causal`, the key's index is not after the
     query's, or is below `prefix_length` together with the query's. Index means place in the sequence (the query block
-    begins at `q_start` of the keys); position means place in the text, and is what RoPE and relative bias use.
+    begins at `q_start` of the keys, None where both are one sequence); position means place in the text, and is what
+    RoPE and relative bias use.
     """
 
     q_segments_BQ: jax.Array
@@ -27,13 +28,13 @@ class Visibility:
     k_positions_BK: jax.Array
     causal: bool = dataclasses.field(metadata={"static": True})
     prefix_length: int = dataclasses.field(default=0, metadata={"static": True})
-    q_start: jax.Array | int = 0
+    q_start: jax.Array | int | None = None
     bias: BiasTable | None = None
 
     @property
     def aligned(self) -> bool:
         """Whether query i is key i, known before anything runs: one sequence attends to itself."""
-        return isinstance(self.q_start, int) and self.q_start == 0
+        return self.q_start is None
 
     def last_key(self, q_end: int) -> int:
         """Keys from this index on are seen by no query before `q_end`; needs `aligned` where causal."""
@@ -51,7 +52,7 @@ class Visibility:
             k_segments_BK=self.k_segments_BK[:, :k_end],
             q_positions_BQ=self.q_positions_BQ[:, q_begin:q_end],
             k_positions_BK=self.k_positions_BK[:, :k_end],
-            q_start=self.q_start + q_begin,
+            q_start=q_begin if self.q_start is None else self.q_start + q_begin,
         )
 
     def mask_BQK(self) -> jax.Array:
@@ -59,7 +60,9 @@ class Visibility:
         mask = same & (self.k_segments_BK != 0)[:, None, :]
         if not self.causal:
             return mask
-        q_index = self.q_start + jnp.arange(self.q_segments_BQ.shape[1], dtype=jnp.int32)[:, None]
+        q_index = jnp.arange(self.q_segments_BQ.shape[1], dtype=jnp.int32)[:, None]
+        if self.q_start is not None:
+            q_index += self.q_start
         k_index = jnp.arange(self.k_segments_BK.shape[1], dtype=jnp.int32)[None, :]
         seen = k_index <= q_index
         if self.prefix_length:

@@ -13,7 +13,7 @@ from common.nn.recipe import Recipe
 
 
 def rope(x_BLHC: jax.Array, positions_BL: jax.Array, theta: float) -> jax.Array:
-    """Rotates pairs (c, c + C/2) by `position * theta^(-2c/C)`, in float32 (arXiv 2104.09864; Llama's "half" layout)."""
+    """Rotates pairs (c, c + C/2) by `position * theta^(-2c/C)`, float32 inside (2104.09864, Llama's "half" layout)."""
     half = x_BLHC.shape[-1] // 2
     frequency_C = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle_BL1C = positions_BL[:, :, None, None].astype(jnp.float32) * frequency_C[None, None, None]

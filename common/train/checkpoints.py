@@ -2,9 +2,13 @@
 
 import dataclasses
 import logging
+import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -41,19 +45,17 @@ class Checkpoints:
         keep = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(keep_last),
-                checkpoint_managers.BestN(
-                    get_metric_fn=lambda metrics: metrics["validation_loss"],
-                    reverse=True,
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                ),
+                checkpoint_managers.BestN(get_metric_fn=_validation_loss, reverse=True, n=1),
             ]
         )
         self.folder = folder
         self._manager = ocp.CheckpointManager(
             folder.resolve(),
             item_names=("state", "progress"),
-            options=ocp.CheckpointManagerOptions(preservation_policy=keep, cleanup_tmp_directories=True),
+            # Without best_fn metrics are not stored, and after a restart the best checkpoint would be forgotten.
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=keep, best_fn=_validation_loss, best_mode="min", cleanup_tmp_directories=True
+            ),
         )
 
     def save(
@@ -65,12 +67,13 @@ class Checkpoints:
         validation_loss: float | None,
     ) -> None:
         """Starts writing the state after `progress.consumed_batches` steps; returns once the arrays are copied."""
-        about = {"schema_version": SCHEMA_VERSION, "seed": seed, **dataclasses.asdict(progress)}
-        self._manager.save(
-            progress.consumed_batches,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(_tree(state)), progress=ocp.args.JsonSave(about)),
-            metrics=None if validation_loss is None else {"validation_loss": validation_loss},
+        tree = _tree(state)
+        about = {"schema_version": SCHEMA_VERSION, "seed": seed, "checksum": int(_checksum(tree))}
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(tree), progress=ocp.args.JsonSave(about | dataclasses.asdict(progress))
         )
+        loss = math.inf if validation_loss is None else validation_loss
+        self._manager.save(progress.consumed_batches, args=args, metrics={"validation_loss": loss})
 
     def latest_step(self) -> int | None:
         """Of the newest complete checkpoint; waits for one being written."""
@@ -86,28 +89,37 @@ class Checkpoints:
         unreadable = []
         for step in steps:
             try:
-                args = ocp.args.Composite(
-                    state=ocp.args.StandardRestore(_tree(abstract)), progress=ocp.args.JsonRestore()
-                )
-                found = self._manager.restore(step, args=args)
+                restored = self._read(step, abstract, seed)
+            except UserError:
+                raise
             except Exception as error:  # Orbax raises bare Exceptions for arrays that are torn
-                log.warning("checkpoint %d in %s cannot be read (%s); trying the one before", step, self.folder, error)
+                why = textwrap.shorten(str(error.__cause__ or error), 200)
+                log.warning("checkpoint %d in %s cannot be read (%s); trying the one before", step, self.folder, why)
                 unreadable.append(step)
                 continue
             for bad in unreadable:  # their steps will be saved again
                 self._manager.delete(bad)
-            about = dict(found["progress"])
-            schema, saved_seed = about.pop("schema_version"), about.pop("seed")
-            if schema != SCHEMA_VERSION:
-                raise UserError(
-                    f"{self.folder}/{step} has checkpoint schema {schema}, this version reads {SCHEMA_VERSION}: "
-                    f"train into another --run-dir"
-                )
-            assert saved_seed == seed, "the run directory's config was checked before"
-            return TrainState(**found["state"]), Progress(**about)
+            return restored
         if steps:
             raise UserError(f"none of the checkpoints in {self.folder} can be read: train into another --run-dir")
         return None
+
+    def _read(self, step: int, abstract: TrainState, seed: int) -> tuple[TrainState, Progress]:
+        found = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))
+        about = dict(found["progress"])
+        schema = about.pop("schema_version")
+        if schema != SCHEMA_VERSION:
+            raise UserError(
+                f"{self.folder}/{step} has checkpoint schema {schema}, this version reads {SCHEMA_VERSION}: "
+                f"train into another --run-dir"
+            )
+        saved_seed = about.pop("seed")
+        assert saved_seed == seed, "the run directory's config was checked before"
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(_tree(abstract)))
+        tree = self._manager.restore(step, args=args)["state"]
+        if int(_checksum(tree)) != about.pop("checksum"):
+            raise ValueError("its arrays are not those that were saved")
+        return TrainState(**tree), Progress(**about)
 
     def close(self) -> None:
         """Waits for the last save."""
@@ -117,3 +129,18 @@ class Checkpoints:
 
 def _tree(state: TrainState) -> dict[str, Any]:
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+def _validation_loss(metrics: dict[str, float]) -> float:
+    """Infinite where a checkpoint was saved between validations."""
+    return metrics["validation_loss"]
+
+
+@jax.jit
+def _checksum(tree: Any) -> jax.Array:
+    """uint32 over the bits of all arrays, however they are sharded: files carry no checksum of their contents."""
+    total = jnp.uint32(0)
+    for leaf in jax.tree.leaves(tree):
+        bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
+        total = total * jnp.uint32(31) + jnp.sum(bits, dtype=jnp.uint32)
+    return total

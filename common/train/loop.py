@@ -68,6 +68,8 @@ class Task:
     validation: tuple[HostBatch, ...]
     config: dict[str, Any]
     """Resolved config of the run, as JSON: what a run directory is recognised by."""
+    data: dict[str, str]
+    """What is read: content id of the source, hash of the tokenizer."""
 
 
 class Watcher(Protocol):
@@ -115,7 +117,7 @@ def fit(task: Task, run_dir: Path, watcher: Watcher) -> Fitted:
     """
     check_rows(task.setup)
     with rd.owned(run_dir):
-        for warning in rd.claim(run_dir, task.config):
+        for warning in rd.claim(run_dir, task.config, task.data):
             watcher.note(f"warning: {warning}")
         programs = prepare(task.setup)
         checkpoints = Checkpoints(run_dir / rd.CHECKPOINTS, keep_last=task.setup.train.keep_last)

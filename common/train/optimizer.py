@@ -23,8 +23,8 @@ def make_schedule(schedule: Schedule, peak: float, steps: int) -> optax.Schedule
         case Cosine():
             main = optax.cosine_decay_schedule(peak, after, alpha=schedule.final_fraction)
         case WSD():
-            decay = max(1, round(steps * schedule.decay_fraction))
-            stable = max(0, after - decay)
+            decay = min(max(1, round(steps * schedule.decay_fraction)), after)
+            stable = after - decay
             main = optax.linear_schedule(peak, peak * schedule.final_fraction, decay, transition_begin=stable)
     if not warmup:
         return main

@@ -45,14 +45,14 @@ def owned(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def claim(run_dir: Path, config: dict[str, Any]) -> list[str]:
+def claim(run_dir: Path, config: dict[str, Any], data: dict[str, str]) -> list[str]:
     """Writes the resolved config and the environment, or checks that the directory holds the same run.
 
-    Returns warnings: how this machine differs from the one the run was begun on. Raises UserError with the difference
-    where the directory belongs to another config.
+    `data` says what is read (content id, tokenizer). Returns warnings: how this machine differs from the one the run
+    was begun on. Raises UserError with the difference where the directory belongs to another config or other data.
     """
     present = {"schema_version": SCHEMA_VERSION, **config}
-    here = environment()
+    here = {**environment(), **data}
     if not (run_dir / CONFIG).exists():
         write_json(run_dir / ENVIRONMENT, here)
         write_json(run_dir / CONFIG, present)
@@ -63,6 +63,9 @@ def claim(run_dir: Path, config: dict[str, Any]) -> list[str]:
             f"{run_dir} holds a run of another config ({'; '.join(lines)}): choose another --run-dir, or remove it"
         )
     before = read_json(run_dir / ENVIRONMENT)
+    if moved := [f"{key}: {before.get(key)} -> {value}" for key, value in data.items() if before.get(key) != value]:
+        other = "; ".join(moved)
+        raise UserError(f"{run_dir} was begun on other data ({other}): choose another --run-dir, or remove it")
     return [
         f"{key} was {before.get(key)} when this run began and is {here[key]} now: results may differ in the last bits"
         for key in MACHINE_KEYS

@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common.nn.attention import KeysValues, Visibility, attend
-from common.nn.positions import BiasTable, relative_bucket, rope
+from common.kernels import attention
+from common.kernels.bias import BiasTable, relative_bucket
+from common.kernels.visibility import Visibility
+from common.nn.attention import KeysValues
+from common.nn.positions import rope
 
 B, Q, K, H, G, C = 2, 6, 6, 4, 2, 8
 SEGMENTS = jnp.array([[1, 1, 1, 2, 2, 0], [1, 2, 2, 2, 0, 0]])
@@ -20,6 +23,13 @@ def inputs(seed: int = 0) -> tuple[jax.Array, KeysValues]:
         for key, heads in zip(jax.random.split(jax.random.key(seed), 3), (H, G, G), strict=True)
     )
     return q, KeysValues(k, v)
+
+
+def attend(q: jax.Array, memory: KeysValues, seen: Visibility, *, scale: float, block: int | None) -> jax.Array:
+    return _attend(q, memory.k_BKGC, memory.v_BKGC, seen, scale=scale, block=block)
+
+
+_attend = jax.jit(attention.attend, static_argnames=("scale", "block"))
 
 
 def visibility(causal: bool = True, prefix: int = 0, bias: BiasTable | None = None) -> Visibility:
@@ -49,15 +59,19 @@ def reference(
     return out
 
 
+BLOCKS = pytest.mark.parametrize("block", [None, 2, 4, 64])
+
+
+@BLOCKS
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize("prefix", [0, 3])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_attend_is_the_definition(causal: bool, prefix: int, with_bias: bool) -> None:
+def test_attend_is_the_definition(causal: bool, prefix: int, with_bias: bool, block: int | None) -> None:
     q, memory = inputs()
     table = BiasTable(
         table_HR=jax.random.normal(jax.random.key(5), (H, 32)), bidirectional=not causal, max_distance=128
     )
-    out = attend(q, memory, visibility(causal, prefix, table if with_bias else None), scale=0.5)
+    out = attend(q, memory, visibility(causal, prefix, table if with_bias else None), scale=0.5, block=block)
     segments = np.asarray(SEGMENTS)
     seen = (segments[:, :, None] == segments[:, None]) & (segments[:, None] != 0)
     if causal:
@@ -72,21 +86,25 @@ def test_attend_is_the_definition(causal: bool, prefix: int, with_bias: bool) ->
     np.testing.assert_allclose(out, reference(q64, k64, v64, seen, bias, 0.5), atol=2e-6)
 
 
-def test_a_query_that_sees_nothing_is_zero_with_zero_gradient() -> None:
+@BLOCKS
+def test_a_query_that_sees_nothing_is_zero_with_zero_gradient(block: int | None) -> None:
     q, memory = inputs()
     blind = dataclasses.replace(visibility(), k_segments_BK=jnp.zeros_like(SEGMENTS))
-    total, gradients = jax.value_and_grad(lambda q, m: attend(q, m, blind, scale=1.0).sum(), argnums=(0, 1))(q, memory)
+    total, gradients = jax.value_and_grad(
+        lambda q, m: attend(q, m, blind, scale=1.0, block=block).sum(), argnums=(0, 1)
+    )(q, memory)
     assert float(total) == 0.0
     assert all((np.asarray(g) == 0).all() for g in jax.tree.leaves(gradients))
 
 
+@BLOCKS
 @pytest.mark.parametrize("size", [1e4, 1e18])
-def test_a_huge_key_of_a_stranger_changes_nothing(size: float) -> None:
+def test_a_huge_key_of_a_stranger_changes_nothing(size: float, block: int | None) -> None:
     q, memory = inputs()
 
     def output(planted: jax.Array) -> jax.Array:
         k = memory.k_BKGC.at[:, 0].set(planted)
-        return attend(q, KeysValues(k, memory.v_BKGC.at[:, 0].set(planted)), visibility(False), scale=1.0)
+        return attend(q, KeysValues(k, memory.v_BKGC.at[:, 0].set(planted)), visibility(False), scale=1.0, block=block)
 
     strangers = np.asarray(SEGMENTS) != 1
     planted = jnp.full((B, G, C), size)
@@ -97,11 +115,31 @@ def test_a_huge_key_of_a_stranger_changes_nothing(size: float) -> None:
     assert (np.asarray(gradient) == 0).all()
 
 
+@pytest.mark.parametrize("block", [2, 4, 64])
+@pytest.mark.parametrize("causal", [False, True])
+def test_blocks_change_no_gradient(causal: bool, block: int) -> None:
+    """Of queries, keys, values and the bias table, against automatic differentiation of the plain implementation."""
+    q, memory = inputs()
+    table = jax.random.normal(jax.random.key(5), (H, 32))
+    weights = jax.random.normal(jax.random.key(6), (B, Q, H, C))
+
+    def gradients(block: int | None) -> tuple[jax.Array, ...]:
+        def total(q: jax.Array, k: jax.Array, v: jax.Array, table: jax.Array) -> jax.Array:
+            bias = BiasTable(table_HR=table, bidirectional=not causal, max_distance=128)
+            out = attend(q, KeysValues(k, v), visibility(causal, 0, bias), scale=0.5, block=block)
+            return (out * weights).sum()
+
+        return jax.jit(jax.grad(total, argnums=(0, 1, 2, 3)))(q, memory.k_BKGC, memory.v_BKGC, table)
+
+    for found, expected in zip(gradients(block), gradients(None), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
 def test_grouped_heads_equal_repeated_heads() -> None:
     q, memory = inputs()
     repeated = jax.tree.map(lambda x: jnp.repeat(x, H // G, axis=2), memory)
-    grouped = attend(q, memory, visibility(), scale=1.0)
-    np.testing.assert_allclose(grouped, attend(q, repeated, visibility(), scale=1.0), atol=1e-6)
+    grouped = attend(q, memory, visibility(), scale=1.0, block=None)
+    np.testing.assert_allclose(grouped, attend(q, repeated, visibility(), scale=1.0, block=None), atol=1e-6)
 
 
 def test_rope_depends_on_distance_only() -> None:

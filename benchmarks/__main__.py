@@ -1,0 +1,170 @@
+"""Where a training step's time goes in both families, and `gpt`'s step beside PyTorch's (`make bench`)."""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks.decoder import DECODER, LENGTH, ROWS, Spread, cores
+from benchmarks.side_by_side import SideBySide, compare
+from benchmarks.train_step import Parts, time_arm, time_loader
+from common.files import write_json
+from common.report.units import percent, si
+from common.train.run_dir import environment
+from experiments.first_light import first_light
+
+INSTALL = f"{sys.executable} -m pip install torch --index-url https://download.pytorch.org/whl/cpu"
+
+
+def main() -> int:
+    options = _options()
+    console = Console()
+    here = environment()
+    console.print(f"{here['cpu']}, {cores()} cores; JAX {here['jax']} on {here['platform']}, Python {here['python']}\n")
+    found: dict[str, Any] = {"environment": here, "rounds": options.rounds, "steps": options.steps}
+    if options.only != "torch":
+        found["families"] = _families(console, options.rounds, options.steps)
+    if options.only != "families":
+        found["torch"] = _torch(console, options.rounds, options.steps, options.torch)
+    if options.json:
+        write_json(options.json, found)
+    return 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--rounds", type=_positive, default=7, help="repeated measurements (default: %(default)s)")
+    parser.add_argument("--steps", type=_positive, default=3, help="steps in each of them (default: %(default)s)")
+    parser.add_argument("--only", choices=["families", "torch"], help="one half of it")
+    parser.add_argument("--torch", choices=["eager", "compiled"], default="eager", help="how PyTorch runs")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures there")
+    return parser.parse_args()
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+    return number
+
+
+@contextlib.contextmanager
+def _bar(console: Console, title: str, total: int) -> Iterator[Callable[[int], None]]:
+    # Drawn between measurements only: a bar that refreshes itself would be measured too.
+    with Progress(console=console, transient=True, auto_refresh=False, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=total)
+        progress.refresh()
+
+        def advance(done: int) -> None:
+            progress.advance(task, done)
+            progress.refresh()
+
+        yield advance
+
+
+def _families(console: Console, rounds: int, steps: int) -> dict[str, Any]:
+    experiment = first_light()
+    batch, loading = time_loader(experiment, 10 * rounds)
+    arms = {}
+    for name in experiment.arms:
+        with _bar(console, f"timing {name}", rounds) as advance:
+            arms[name] = time_arm(experiment, name, batch, rounds, steps, advance)
+    rows, inputs, targets = experiment.row_slots()
+    caption = (
+        f"median [least, most] of {rounds} rounds of {steps} steps; tokens are slots, FLOPs full attention, both padded"
+    )
+    table = _table(f"Training step of {experiment.name}: {rows} rows of {inputs} + {targets} slots", arms, caption)
+    _fill(table, list(arms.values()), loading)
+    console.print(table, "")
+    return {"loader_seconds": dataclasses.asdict(loading), "arms": {k: dataclasses.asdict(v) for k, v in arms.items()}}
+
+
+def _fill(table: Table, arms: list[Parts], loading: Spread) -> None:
+    def row(label: str, cell: Callable[[Parts], str]) -> None:
+        table.add_row(label, *(Text(cell(parts)) for parts in arms))
+
+    def share(name: str, of: Callable[[Parts], dict[str, float]]) -> None:
+        row(f"  {name}", lambda parts: percent(of(parts)[name]) if name in of(parts) else "–")
+
+    row("parameters", lambda parts: si(parts.parameters))
+    row("tokens/s", lambda parts: _spread(parts.slots_per_second))
+    row("step, ms", lambda parts: _spread(parts.step_seconds, 1e3))
+    row("GFLOP/s by the ledger", lambda parts: _spread(parts.ledger_flops_per_second, 1e-9))
+    row("compiling, s", lambda parts: _number(parts.compile_seconds))
+    row("building a batch, ms", lambda _: _spread(loading, 1e3))
+    table.add_section()
+    table.add_row("share of the step")
+    for name in arms[0].shares:
+        share(name, lambda parts: parts.shares)
+    table.add_section()
+    table.add_row("share of the step, alone")
+    for name in dict.fromkeys(name for parts in arms for name in parts.alone):
+        share(name, lambda parts: parts.alone)
+
+
+def _torch(console: Console, rounds: int, steps: int, mode: str) -> dict[str, Any] | None:
+    if importlib.util.find_spec("torch") is None:
+        console.print("PyTorch is not installed: nothing to stand beside. Its CPU build comes by")
+        console.print(Text(f"  {INSTALL}"), soft_wrap=True)
+        return None
+    with _bar(console, "timing gpt beside PyTorch", rounds) as advance:
+        found = compare(rounds, steps, mode, advance)
+    console.print(_torch_table(found, rounds, steps, mode))
+    console.print(f"gpt over PyTorch: [bold]{found.ratio:.3f}[/] (above 1: gpt is faster)")
+    console.print(Text(f"round by round:   {_spread(found.paired)}"))
+    return {
+        "mode": mode,
+        "rows": ROWS,
+        "length": LENGTH,
+        "model": dataclasses.asdict(DECODER),
+        **dataclasses.asdict(found),
+    }
+
+
+def _torch_table(found: SideBySide, rounds: int, steps: int, mode: str) -> Table:
+    c = DECODER
+    title = (
+        f"Decoder: {c.num_layers} layers, d_model {c.d_model}, {c.num_heads} heads of {c.head_dim}, SwiGLU {c.d_ff},\n"
+        f"vocabulary {c.vocab_size}, RoPE, RMSNorm, AdamW, clipping; {ROWS} rows of {LENGTH} tokens, float32 on CPU"
+    )
+    caption = f"median [least, most] of {rounds} rounds in turn, {steps} steps each; FLOPs full attention"
+    table = _table(title, ["gpt", f"PyTorch, {mode}"], caption)
+
+    def row(label: str, cells: Iterable[str]) -> None:
+        table.add_row(label, *(Text(cell) for cell in cells))
+
+    sides = (found.gpt, found.torch)
+    row("version", (side.version for side in sides))
+    row("tokens/s", (_spread(side.tokens_per_second) for side in sides))
+    row("step, ms", (_spread(side.step_seconds, 1e3) for side in sides))
+    row("GFLOP/s by the ledger", (_number(found.gflop_per_step / side.step_seconds.median) for side in sides))
+    row("loss before a step", (f"{side.losses[0]:.6f}" for side in sides))
+    row("loss after it", (f"{side.losses[1]:.6f}" for side in sides))
+    row("CPU s in others' turns", (f"{side.idle_cpu_seconds:.2f}" for side in sides))
+    return table
+
+
+def _table(title: str, columns: Iterable[str], caption: str) -> Table:
+    return Table("", *columns, title=title, caption=Text(caption), title_justify="left", caption_justify="left")
+
+
+def _spread(spread: Spread, scale: float = 1.0) -> str:
+    low, median, high = (_number(scale * value) for value in (spread.low, spread.median, spread.high))
+    return f"{median} [{low}, {high}]"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""PyTorch's decoder is timed beside ours: first, that it does the same work."""
+
+import jax
+import pytest
+
+from benchmarks import gpt_peer
+from common.train.config import AdamW
+from common.train.loop import prepare
+from common.train.state import init_state
+from tests.helpers import gpt
+
+torch = pytest.importorskip("torch", reason="PyTorch is optional: pip install torch")
+
+LEARNING_RATE = 0.01
+
+
+def test_steps_agree() -> None:
+    """Two steps from equal weights: losses, and every weight after the first step."""
+    from benchmarks import torch_peer
+
+    # So large an epsilon lets the size of a gradient, and so its clipping, show in Adam's first step.
+    optimizer = AdamW(weight_decay=0.5, clip_norm=0.5, epsilon=0.01)
+    config = gpt(num_layers=2, num_kv_heads=4)
+    setup = gpt_peer.make_setup(config, optimizer, LEARNING_RATE, rows=4, length=16)
+    programs, batch = prepare(setup), gpt_peer.random_batch(setup)
+    model = torch_peer.Decoder(config, length=16)
+    after = torch_peer.Decoder(config, length=16)
+    with jax.set_mesh(programs.mesh):
+        state = init_state(programs.model, programs.optimizer, 0, programs.shardings)
+        torch_peer.load(model, gpt_peer.named_weights(state.params))
+        state, first = programs.train_step(state, programs.put(batch))
+        torch_peer.load(after, gpt_peer.named_weights(state.params))
+        _, second = programs.train_step(state, programs.put(batch))
+    assert first["grad_norm"] > optimizer.clip_norm
+
+    text = [torch.tensor(x).long() for x in (batch.decoder_inputs_BT, batch.targets_BT)]
+    trainer = torch_peer.Trainer(model, optimizer, LEARNING_RATE)
+    assert trainer.step(*text) == pytest.approx(float(first["loss"]), rel=1e-5)
+    for (name, mine), theirs in zip(model.state_dict().items(), after.state_dict().values(), strict=True):
+        assert (mine - theirs).abs().max() < 1e-4 * LEARNING_RATE, name
+    assert trainer.step(*text) == pytest.approx(float(second["loss"]), rel=1e-5)

@@ -1,0 +1,81 @@
+"""From logical names to mesh axes."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from common.errors import UserError
+from common.sharding.mesh import make_mesh
+from common.sharding.rules import MESH_AXES, RULES, constrain, parameter_shardings, partition_spec
+from common.train.config import MeshShape
+from common.train.loop import prepare
+from tests.tiny import setup, tiny, train_config
+
+
+def test_every_rule_names_an_axis_of_the_mesh() -> None:
+    used = {axis for rule in RULES.values() for axis in ((rule,) if isinstance(rule, str) else rule or ())}
+    assert used == set(MESH_AXES)
+
+
+@pytest.mark.parametrize(
+    ("axes", "spec"),
+    [
+        (("batch", None), (("data", "fsdp"), None)),
+        (("batch", None, "heads", "head_dim"), (("data", "fsdp"), None, "tensor", None)),
+        (("layers", "embed", "kv_heads", "head_dim"), (None, "fsdp", "tensor", None)),
+        (("layers", "mlp", "embed"), (None, "tensor", "fsdp")),
+        (("vocab", "embed"), ("tensor", "fsdp")),
+        ((), ()),
+    ],
+)
+def test_partition_spec(axes: tuple[str | None, ...], spec: tuple[object, ...]) -> None:
+    assert partition_spec(axes) == PartitionSpec(*spec)
+
+
+def test_an_unknown_logical_axis_is_an_error() -> None:
+    with pytest.raises(KeyError, match="heds"):
+        partition_spec(("heds",))
+
+
+@pytest.mark.parametrize("family", ["gpt", "t5like"])
+def test_every_parameter_has_an_axis_a_dimension(family: str) -> None:
+    made = prepare(setup(tiny(family), train_config(mesh=MeshShape(data=2, fsdp=2, tensor=2))))
+    shardings = jax.tree.leaves(parameter_shardings(made.mesh, made.model.logical_axes))
+    shapes = jax.tree.leaves(made.model.shapes)
+    assert all(len(s.spec) == len(x.shape) for s, x in zip(shardings, shapes, strict=True))
+    parts = [x.size // np.prod(s.shard_shape(x.shape)) for s, x in zip(shardings, shapes, strict=True)]
+    assert set(parts) == {2, 4}  # norms are split over fsdp, matrices over fsdp and tensor: nothing lies whole
+
+
+def test_constrain_pins_what_a_program_computes() -> None:
+    x = np.ones((8, 4, 2), np.float32)
+    assert constrain(x, "batch", None, "heads") is x
+    with jax.set_mesh(make_mesh((2, 2, 2))):
+        y = jax.jit(lambda x: constrain(2 * x, "batch", None, "heads"))(x)
+    assert y.sharding.spec == PartitionSpec(("data", "fsdp"), None, "tensor")
+    assert y.addressable_shards[0].data.shape == (2, 4, 1)
+
+
+def test_a_mesh_takes_the_first_devices() -> None:
+    mesh = make_mesh((1, 2, 2))
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 2}
+    assert list(mesh.devices.flat) == jax.devices()[:4]
+
+
+def test_a_mesh_larger_than_the_machine() -> None:
+    with pytest.raises(UserError, match="data=4 x fsdp=2 x tensor=2 needs 16 devices, but there are 8 .*data=8"):
+        make_mesh((4, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        (MeshShape(tensor=4), "train.mesh.tensor is 4, which does not divide .*attention.*; nearest: tensor=2"),
+        (MeshShape(fsdp=3), "train.mesh.fsdp is 3, which does not divide .*; nearest: fsdp=2"),
+    ],
+    ids=["heads", "width"],
+)
+def test_a_mesh_that_does_not_divide_a_parameter(mesh: MeshShape, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        prepare(setup(tiny("gpt"), train_config(mesh=mesh)))

@@ -1,0 +1,154 @@
+"""Tiny runs for tests of training: models of one layer, in-memory examples, and a watcher that can stop a run."""
+
+import contextlib
+import dataclasses
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+from common.config import to_json
+from common.data.config import DataConfig, SourceConfig, Supervised
+from common.data.examples import Examples, Ragged
+from common.data.loader import Loader
+from common.data.packing import EpochPlans
+from common.nn.recipe import Recipe
+from common.train.config import AdamW, Budget, Cosine, MeshShape, TrainConfig
+from common.train.loop import Setup, Stream, Task
+from experiments.config import ModelConfig
+from experiments.families import builder
+from gpt.config import GptConfig
+from t5like.config import T5LikeConfig
+from tests.helpers import F32, VOCAB
+
+QUICK = {"jax_disable_most_optimizations": True}
+"""Programs that run for a moment are compiled without the costly optimisations."""
+ROWS, INPUTS, TARGETS = 8, 12, 10
+SIZES = {"vocab_size": VOCAB, "d_model": 16, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8, "d_ff": 32}
+RECIPE = Recipe(positions="rope", mlp="relu")
+EXECUTION = dataclasses.replace(F32, loss_chunk=16)
+
+
+@contextlib.contextmanager
+def jax_settings(settings: dict[str, Any]) -> Iterator[None]:
+    """Sets options of JAX for a while, those of its cache on disk among them."""
+    before = {name: jax.config.values[name] for name in settings}
+    for values in (settings, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is settings:
+            yield
+
+
+def cached_in(folder: Path) -> dict[str, Any]:
+    """Settings with which whatever is compiled twice is compiled once."""
+    return {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+
+
+def tiny(family: str, recipe: Recipe = RECIPE) -> ModelConfig:
+    if family == "gpt":
+        return GptConfig(num_layers=1, recipe=recipe, **SIZES)
+    return T5LikeConfig(encoder_layers=1, decoder_layers=1, recipe=recipe, **SIZES)
+
+
+def train_config(**change: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "budget": Budget(unit="steps", amount=8),
+        "optimizer": AdamW(),
+        "schedule": Cosine(warmup_steps=2),
+        "validate_every": 4,
+        "checkpoint_every": 3,
+        "mesh": MeshShape(),
+        "execution": EXECUTION,
+    }
+    return TrainConfig(**{**values, **change})
+
+
+def setup(model: ModelConfig, train: TrainConfig, learning_rate: float = 1e-2) -> Setup:
+    return Setup(
+        build=builder(model, train.execution),
+        model=model,
+        train=train,
+        learning_rate=learning_rate,
+        steps=train.budget.steps(ROWS * (INPUTS + TARGETS), 1),
+        row_slots=(ROWS, INPUTS, TARGETS),
+    )
+
+
+DATA = {"content_id": "source", "tokenizer_hash": "tokenizer"}
+
+
+def loader(
+    *,
+    text_seed: int = 0,
+    order: int = 0,
+    content_id: str = DATA["content_id"],
+    tokenizer_hash: str = DATA["tokenizer_hash"],
+) -> Loader:
+    """Random texts of up to 6 tokens, in memory."""
+    rng = np.random.default_rng(text_seed)
+
+    def texts() -> Ragged:
+        return Ragged.of(rng.integers(3, VOCAB, rng.integers(0, 6)).tolist() for _ in range(200))
+
+    made = Examples(
+        {"inputs": texts(), "targets": texts()},
+        objective=Supervised(),
+        seed=0,
+        tokenizer=types.SimpleNamespace(eos_id=1, pad_id=0, start_id=0, content_hash=tokenizer_hash),
+        source_content_id=content_id,
+    )
+    lengths = (made.input_lengths, made.target_lengths)
+    plans = EpochPlans(*lengths, input_limit=INPUTS, target_limit=TARGETS, seed=order, cache_dir=None)
+    config = DataConfig(
+        source=SourceConfig(name="jsonl:x", inputs="a", targets="b"),
+        rows=ROWS,
+        input_length=INPUTS,
+        target_length=TARGETS,
+    )
+    return Loader(made, config, plans)
+
+
+def task(family: str, stream: Stream | None = None, data: dict[str, str] | None = None, **train: Any) -> Task:
+    config = train_config(**train)
+    model = tiny(family)
+    return Task(
+        setup=setup(model, config),
+        stream=stream or loader(),
+        validation=tuple(loader(text_seed=1).validation_batches(2)),
+        config={"model": to_json(model), "train": to_json(config)},
+        data=data or DATA,
+    )
+
+
+class Stopped(Exception):
+    """What an interrupted run raises."""
+
+
+@dataclasses.dataclass
+class Observer:
+    """A watcher that notes what it is told and may stop the run."""
+
+    stop_at: int | None = None
+    notes: list[str] = dataclasses.field(default_factory=list)
+    steps: list[int] = dataclasses.field(default_factory=list)
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+    def begin(self, step: int, steps: int) -> None:
+        pass
+
+    def step(self, row: dict[str, Any], train_seconds: float) -> None:
+        self.steps.append(row["step"])
+        if row["step"] == self.stop_at:
+            raise Stopped
