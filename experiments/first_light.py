@@ -47,11 +47,11 @@ def first_light() -> Experiment:
         expected="",
         data=data,
         train=TrainConfig(
-            budget=Budget(unit="steps", amount=800),
+            budget=Budget(unit="steps", amount=750),
             optimizer=AdamW(),
             schedule=Linear(warmup_steps=40),
-            validate_every=80,
-            checkpoint_every=200,
+            validate_every=75,
+            checkpoint_every=250,
             execution=Execution(dtype="float32", scan_layers=False),
         ),
         evaluation=Evaluation(

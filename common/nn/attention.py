@@ -26,8 +26,9 @@ class KeysValues:
     k_BKGC: jax.Array
     v_BKGC: jax.Array
 
-    def insert(self, new: "KeysValues", index: jax.Array | int) -> "KeysValues":
-        """A cache with `new` written from key index `index` on."""
+    def insert(self, new: "KeysValues", index: jax.Array | int | None) -> "KeysValues":
+        """A cache with `new` written from key index `index` on (a visibility's `q_start`, which caching needs)."""
+        assert index is not None
         return jax.tree.map(lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, index, axis=1), self, new)
 
     def extend(self, slots: int) -> "KeysValues":

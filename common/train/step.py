@@ -61,7 +61,7 @@ def make_train_step(
         advanced = TrainState(
             step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state
         )
-        return advanced, {"loss": ce * scale, "grad_norm": optax.global_norm(grads)}
+        return advanced, {"loss": ce * scale, "grad_norm": optax.tree.norm(grads)}
 
     return _with_precision(train_step, execution)
 

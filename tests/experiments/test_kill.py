@@ -44,7 +44,6 @@ def launched(folder: Path, arm: str, *run_dirs: Path) -> Iterator[subprocess.Pop
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     command = [sys.executable, "-m", "tests.experiments.tiny_experiment", str(folder), arm, *map(str, run_dirs)]
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
