@@ -41,7 +41,7 @@ class Evaluation:
     def __post_init__(self) -> None:
         for name in ("examples", "rows", "max_new_tokens", "validation_batches"):
             if getattr(self, name) < 1:
-                raise UserError(f"evaluation.{name} is {getattr(self, name)}: it must be 1 or more")
+                raise UserError(f"{name} is {getattr(self, name)}: it must be 1 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

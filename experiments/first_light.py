@@ -22,7 +22,7 @@ def first_light() -> Experiment:
         source=SourceConfig(name="tfds:cldr_translate/en_de", inputs="en", targets="de", group="kind"),
         tokenizer=TokenizerConfig(vocab_size=1024, split_digits=True, byte_fallback=False, character_coverage=1.0),
         objective=Supervised(),
-        rows=16,
+        rows=8,
         input_length=64,
         target_length=64,
     )
@@ -47,15 +47,15 @@ def first_light() -> Experiment:
         expected="",
         data=data,
         train=TrainConfig(
-            budget=Budget(unit="steps", amount=750),
+            budget=Budget(unit="steps", amount=1300),
             optimizer=AdamW(),
-            schedule=Linear(warmup_steps=40),
-            validate_every=75,
-            checkpoint_every=250,
+            schedule=Linear(warmup_steps=60),
+            validate_every=130,
+            checkpoint_every=325,
             execution=Execution(dtype="float32", scan_layers=False),
         ),
         evaluation=Evaluation(
-            splits=("test", "test_unseen_names"), examples=3000, rows=125, max_new_tokens=64, validation_batches=16
+            splits=("test", "test_unseen_names"), examples=4000, rows=125, max_new_tokens=64, validation_batches=32
         ),
         arms={
             "t5like": Arm(model=match_training_flops(t5like, gpt, text, multiple=8), learning_rate=2e-3),

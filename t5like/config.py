@@ -25,18 +25,10 @@ class T5LikeConfig:
     recipe: Recipe = T5_V1_1
 
     def __post_init__(self) -> None:
-        check_widths(
-            "t5like",
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            recipe=self.recipe,
-            vocab_size=self.vocab_size,
-            encoder_layers=self.encoder_layers,
-            decoder_layers=self.decoder_layers,
-            d_model=self.d_model,
-            d_ff=self.d_ff,
-        )
+        sizes = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.type in (int, "int")
+        }
+        check_widths(sizes, self.recipe)
 
     def param_count(self) -> int:
         vocab = self.vocab_size * self.d_model * (1 if self.recipe.tied_embeddings else 2)

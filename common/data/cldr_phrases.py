@@ -14,12 +14,12 @@ from common.data.cldr_pair import Draw, Pair
 
 MIX: dict[str, int] = {
     "name": 2_000,
-    "locale": 8_000,
-    "list": 12_000,
+    "locale": 6_000,
+    "list": 10_000,
     "date": 24_000,
     "time": 22_000,
     "datetime": 24_000,
-    "range": 24_000,
+    "range": 18_000,
     "relative": 22_000,
     "unit": 24_000,
     "currency": 24_000,

@@ -37,12 +37,12 @@ class SourceConfig:
         scheme, _, rest = self.name.partition(":")
         if scheme not in SOURCE_SCHEMES or not rest:
             raise UserError(
-                f"source.name {self.name!r} must be SCHEME:NAME; scheme {scheme!r} is unknown or nothing follows it, "
+                f"name {self.name!r} must be SCHEME:NAME; scheme {scheme!r} is unknown or nothing follows it, "
                 + nearest(scheme, SOURCE_SCHEMES)
             )
         pair = self.inputs is not None and self.targets is not None
         if (self.inputs is None) != (self.targets is None) or pair == (self.text is not None):
-            raise UserError("source: name either both inputs and targets, or text alone")
+            raise UserError("name either both inputs and targets, or text alone")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,19 +74,16 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         if self.model_type not in MODEL_TYPES:
-            raise UserError(
-                f"tokenizer.model_type {self.model_type!r} is unknown, {nearest(self.model_type, MODEL_TYPES)}"
-            )
+            raise UserError(f"model_type {self.model_type!r} is unknown, {nearest(self.model_type, MODEL_TYPES)}")
         if self.sentinels < 0:
-            raise UserError(f"tokenizer.sentinels is {self.sentinels}; the least is 0")
+            raise UserError(f"sentinels is {self.sentinels}; the least is 0")
         if self.path is None and self.vocab_size <= self.sentinels:
-            raise UserError(f"tokenizer.vocab_size {self.vocab_size} leaves no room for {self.sentinels} sentinels")
+            raise UserError(f"vocab_size {self.vocab_size} leaves no room for {self.sentinels} sentinels")
         if self.training_records < 1:
-            raise UserError(f"tokenizer.training_records is {self.training_records}; the least is 1")
+            raise UserError(f"training_records is {self.training_records}; the least is 1")
         if not 0.9 <= self.character_coverage <= 1 or (self.character_coverage < 1 and not self.byte_fallback):
             raise UserError(
-                f"tokenizer.character_coverage {self.character_coverage} must lie in 0.9..1, "
-                "and be 1 without byte_fallback"
+                f"character_coverage {self.character_coverage} must lie in 0.9..1, and be 1 without byte_fallback"
             )
 
 
@@ -141,7 +138,7 @@ class DataConfig:
         }
         for name, bound in least.items():
             if getattr(self, name) < bound:
-                raise UserError(f"data.{name} is {getattr(self, name)}; the least is {bound}")
+                raise UserError(f"{name} is {getattr(self, name)}; the least is {bound}")
         if isinstance(self.objective, CausalLM) != (self.source.text is not None):
             wanted = "text" if isinstance(self.objective, CausalLM) else "inputs and targets"
-            raise UserError(f"data.objective {self.objective.kind!r} reads {wanted}, which data.source does not name")
+            raise UserError(f"objective {self.objective.kind!r} reads {wanted}, which the source does not name")

@@ -1,6 +1,7 @@
 """What a model computes (Recipe) and how it is computed (Execution): plain configs, no JAX needed to read them."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 from common.errors import UserError
@@ -28,14 +29,14 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"recipe.dropout is {self.dropout}: it must be at least 0 and less than 1")
+            raise UserError(f"dropout is {self.dropout}: it must be at least 0 and less than 1")
         if self.z_loss < 0:
-            raise UserError(f"recipe.z_loss is {self.z_loss}: it must be 0 or more")
+            raise UserError(f"z_loss is {self.z_loss}: it must be 0 or more")
         if self.relative_buckets < 4 or self.relative_buckets % 4:
-            raise UserError(f"recipe.relative_buckets is {self.relative_buckets}: it must be a multiple of 4")
+            raise UserError(f"relative_buckets is {self.relative_buckets}: it must be a multiple of 4")
         if self.relative_max_distance <= self.relative_buckets // 2:
             raise UserError(
-                f"recipe.relative_max_distance is {self.relative_max_distance}: it must be more than half the buckets "
+                f"relative_max_distance is {self.relative_max_distance}: it must be more than half the buckets "
                 f"({self.relative_buckets // 2})"
             )
 
@@ -71,19 +72,18 @@ class Execution:
     def __post_init__(self) -> None:
         for name in ("attention_block", "loss_chunk"):
             if getattr(self, name) < 1:
-                raise UserError(f"execution.{name} is {getattr(self, name)}: it must be 1 or more")
+                raise UserError(f"{name} is {getattr(self, name)}: it must be 1 or more")
 
 
-def check_widths(where: str, *, num_heads: int, num_kv_heads: int, head_dim: int, recipe: Recipe, **sizes: int) -> None:
-    """Raises UserError for sizes that cannot make a transformer; `where` begins the message."""
-    for name, value in {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, **sizes}.items():
+def check_widths(sizes: Mapping[str, int], recipe: Recipe) -> None:
+    """Raises UserError for sizes that cannot make a transformer; `num_heads`, `num_kv_heads`, `head_dim` among them."""
+    for name, value in sizes.items():
         if value < 1:
-            raise UserError(f"{where}.{name} is {value}: it must be 1 or more")
+            raise UserError(f"{name} is {value}: it must be 1 or more")
+    num_heads, num_kv_heads, head_dim = (sizes[name] for name in ("num_heads", "num_kv_heads", "head_dim"))
     if num_heads % num_kv_heads:
         divisors = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
         close = min(divisors, key=lambda n: abs(n - num_kv_heads))
-        raise UserError(
-            f"{where}.num_kv_heads is {num_kv_heads}: it must divide num_heads ({num_heads}); nearest: {close}"
-        )
+        raise UserError(f"num_kv_heads is {num_kv_heads}: it must divide num_heads ({num_heads}); nearest: {close}")
     if recipe.positions == "rope" and head_dim % 2:
-        raise UserError(f"{where}.head_dim is {head_dim}: RoPE needs an even one; nearest: {head_dim + 1}")
+        raise UserError(f"head_dim is {head_dim}: RoPE needs an even one; nearest: {head_dim + 1}")

@@ -62,7 +62,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         if not (self.amount > 0 and math.isfinite(self.amount)):
-            raise UserError(f"train.budget.amount is {self.amount:g} {self.unit}: a budget must be more than zero")
+            raise UserError(f"amount is {self.amount:g} {self.unit}: a budget must be more than zero")
 
     def steps(self, tokens_per_step: int, flops_per_step: int) -> int:
         """Whole steps that the budget pays for, at least one."""
@@ -86,7 +86,7 @@ class MeshShape:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             if getattr(self, field.name) < 1:
-                raise UserError(f"train.mesh.{field.name} is {getattr(self, field.name)}: it must be 1 or more")
+                raise UserError(f"{field.name} is {getattr(self, field.name)}: it must be 1 or more")
 
     @property
     def devices(self) -> int:
@@ -113,4 +113,4 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("accumulation", "validate_every", "checkpoint_every", "keep_last"):
             if getattr(self, name) < 1:
-                raise UserError(f"train.{name} is {getattr(self, name)}: it must be 1 or more")
+                raise UserError(f"{name} is {getattr(self, name)}: it must be 1 or more")
