@@ -3,6 +3,15 @@
 Question  At equal training FLOPs a step, on the same examples in the same steps and by one recipe: who learned what?
 Data      `cldr_translate/en_de`, made from Unicode CLDR: dates, times, units, amounts, ranges, names.
 Command   make demo    (or: twinstack compare first_light)
+Sizes     The encoder-decoder has as many layers in each stack as the decoder-only model; d_ff makes FLOPs equal.
+
+Learning rates come from one sweep, the same for both: validation loss (nats a token) after 200 steps of 16 rows, which
+see as many examples as 400 steps here, one seed, everything else as below (2026-11-23).
+
+    peak      t5like    gpt
+    1e-3      0.952     1.118
+    2e-3      0.780     0.960
+    4e-3      1.206     1.080
 """
 
 from common.compute.matching import match_training_flops
@@ -44,7 +53,11 @@ def first_light() -> Experiment:
     return Experiment(
         name="first_light",
         question=EXPERIMENTS["first_light"],
-        expected="",
+        expected=(
+            "Seen on 2 cores of an AMD EPYC (2026-11-23, one seed): exact match 97 % (t5like) and 95 % (gpt) on 4,000 "
+            "held-out phrases, near 100 % on dates, times, units and amounts, less on names, none on names never seen; "
+            "7 minutes of training, 10 in all."
+        ),
         data=data,
         train=TrainConfig(
             budget=Budget(unit="steps", amount=1300),
