@@ -24,7 +24,7 @@ from t5like.config import T5LikeConfig
 
 VOCAB = 128
 WIDTHS = {"vocab_size": VOCAB, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "d_ff": 48}
-F32 = Execution(dtype="float32", matmul_precision="highest", scan_layers=False, loss_chunk=8)
+F32 = Execution(dtype="float32", matmul_precision="highest", scan_layers=False, attention_block=8, loss_chunk=8)
 
 ROPE = Recipe(positions="rope")
 BIAS = Recipe(positions="t5_bias", mlp="geglu", init="t5", scale_attention=False, z_loss=1e-4)
@@ -36,11 +36,11 @@ PAIRS: list[Pair] = [([5, 6, 0, 7, 1], [8, 0, 9, 1]), ([], [3, 4, 1]), ([2, 0, 1
 
 
 def gpt(recipe: Recipe = ROPE, **change: Any) -> GptConfig:
-    return GptConfig(**{"num_layers": 3, "recipe": recipe, **WIDTHS, **change})
+    return GptConfig(**{"num_layers": 2, "recipe": recipe, **WIDTHS, **change})
 
 
 def t5like(recipe: Recipe = ROPE, **change: Any) -> T5LikeConfig:
-    return T5LikeConfig(**{"encoder_layers": 2, "decoder_layers": 3, "recipe": recipe, **WIDTHS, **change})
+    return T5LikeConfig(**{"encoder_layers": 1, "decoder_layers": 2, "recipe": recipe, **WIDTHS, **change})
 
 
 FAMILIES: dict[str, ModelConfig] = {

@@ -91,11 +91,11 @@ def test_first_light_is_fair() -> None:
     [
         (
             "plan first_light arms.gpt.model.num_kv_heads=4",
-            "arms.gpt.model: gpt.num_kv_heads is 4: it must divide num_heads (6); nearest: 3",
+            "arms.gpt.model: num_kv_heads is 4: it must divide num_heads (6); nearest: 3",
         ),
         (
             "compare first_light arms.t5like.model.head_dim=33",
-            "arms.t5like.model: t5like.head_dim is 33: RoPE needs an even one; nearest: 34",
+            "arms.t5like.model: head_dim is 33: RoPE needs an even one; nearest: 34",
         ),
         (
             "plan first_light arms.gpt.model.vocab_size=512",
@@ -109,13 +109,13 @@ def test_first_light_is_fair() -> None:
         ("train first_light --arm gpt train.mesh.fsdp=9", "train.mesh data=1 x fsdp=9 x tensor=1 needs 9 devices"),
         ("plan first_light train.mesh.tensor=4", "train.mesh.tensor is 4, which does not divide .*; nearest: tensor=3"),
         ("compare first_light train.mesh.tensor=4", "train.mesh.tensor is 4, which does not divide"),
-        ("plan first_light train.mesh.data=3", "data.rows is 16, which does not divide .* (3 x 1 x 1); nearest: 15"),
-        ("compare first_light train.mesh.data=3", "data.rows is 16, which does not divide"),
-        ("plan first_light train.accumulation=5", "data.rows is 16, .* (1 x 1 x 5); nearest: 15"),
-        ("plan first_light train.mesh.data=0", "train.mesh: train.mesh.data is 0: it must be 1 or more"),
+        ("plan first_light train.mesh.data=3", "data.rows is 8, which does not divide .* (3 x 1 x 1); nearest: 9"),
+        ("compare first_light train.mesh.data=3", "data.rows is 8, which does not divide"),
+        ("plan first_light train.accumulation=5", "data.rows is 8, .* (1 x 1 x 5); nearest: 10"),
+        ("plan first_light train.mesh.data=0", "train.mesh: data is 0: it must be 1 or more"),
         (
             "plan first_light train.budget.amount=0",
-            "train.budget: train.budget.amount is 0 steps: a budget must be more",
+            "train.budget: amount is 0 steps: a budget must be more",
         ),
         ("plan first_light train.budget.unit=step", "train.budget.unit: unknown value 'step': did you mean 'steps'?"),
         (

@@ -73,10 +73,10 @@ TEXT = SourceConfig(name="text:x", inputs=None, targets=None, text="line")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rows": 0}, "data.rows"),
-        ({"input_length": 0}, "data.input_length"),
-        ({"target_length": -5}, "data.target_length"),
-        ({"seed": -1}, "data.seed"),
+        ({"rows": 0}, "rows is 0"),
+        ({"input_length": 0}, "input_length is 0"),
+        ({"target_length": -5}, "target_length is -5"),
+        ({"seed": -1}, "seed is -1"),
         ({"objective": CausalLM()}, "reads text"),
         ({"source": TEXT}, "reads inputs and targets"),
     ],
