@@ -15,13 +15,13 @@ from common.train.config import AdamW
 from gpt.config import GptConfig
 
 DECODER = GptConfig(
-    vocab_size=4096,
-    num_layers=6,
-    d_model=256,
-    num_heads=8,
-    num_kv_heads=8,
+    vocab_size=8192,
+    num_layers=4,
+    d_model=128,
+    num_heads=4,
+    num_kv_heads=4,
     head_dim=32,
-    d_ff=704,
+    d_ff=352,
     recipe=Recipe(positions="rope", mlp="swiglu", init="fan_in"),
 )
 ROWS, LENGTH = 16, 256
