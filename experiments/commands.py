@@ -33,34 +33,26 @@ def plan(experiment: Experiment, console: Console) -> None:
     steps, slots = experiment.steps(), experiment.row_slots()
     padded = Moments.of_rows(*slots)
     table = Table(title=f"{experiment.name}: {steps:,} steps of {slots[0]} rows x ({slots[1]} + {slots[2]}) slots")
-    table.add_column("arm")
-    names = [
-        "parameters",
-        "FLOPs/step",
-        "training FLOPs",
-        "(causal half)",
-        "(6ND)",
-        "token slots",
-        "state",
-        "temporaries",
-    ]
-    for name in names:
-        table.add_column(name, justify="right")
+    columns = {}
     for name, arm in experiment.arms.items():
         flops = arm.model.flops(padded)
         with console.status(f"compiling {name} for {jax.devices()[0].device_kind}"):
             memory: Any = compiled_step(experiment, arm).memory_analysis()
-        table.add_row(
-            name,
-            f"{arm.model.param_count():,}",
-            f"{flops.train_full_attention:.4g}",
-            f"{steps * flops.train_full_attention:.3e}",
-            f"{steps * flops.train_causal_half:.3e}",
-            f"{steps * flops.train_six_nd:.3e}",
-            f"{steps * slots[0] * (slots[1] + slots[2]):,}",
-            f"{memory.argument_size_in_bytes / 2**20:,.0f} MiB",
-            f"{memory.temp_size_in_bytes / 2**20:,.0f} MiB",
-        )
+        columns[name] = {
+            "parameters": f"{arm.model.param_count():,}",
+            "FLOPs a step": f"{flops.train_full_attention:.4g}",
+            "training FLOPs": f"{steps * flops.train_full_attention:.3e}",
+            "  causal half": f"{steps * flops.train_causal_half:.3e}",
+            "  6ND": f"{steps * flops.train_six_nd:.3e}",
+            "token slots": f"{steps * slots[0] * (slots[1] + slots[2]):,}",
+            "state and batch": f"{memory.argument_size_in_bytes / 2**20:,.0f} MiB",
+            "temporaries": f"{memory.temp_size_in_bytes / 2**20:,.0f} MiB",
+        }
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for label in next(iter(columns.values())):
+        table.add_row(label, *(column[label] for column in columns.values()))
     console.print(table)
     console.print(
         "FLOPs: full attention, padding included, unless named otherwise. Memory is per device, as XLA plans it."

@@ -37,9 +37,10 @@ def test_every_experiment_plans(name: str) -> None:
     experiment, out = load(name), io.StringIO()
     commands.plan(experiment, Console(file=out, width=240))
     text = out.getvalue()
-    for arm, made in experiment.arms.items():
-        row = next(line for line in text.splitlines() if f"│ {arm} " in line)
-        assert f"{made.model.param_count():,}" in row and f"{experiment.flops_per_step(made):.4g}" in row
+    shown = {cells[1].strip(): cells[2:-1] for line in text.splitlines() if len(cells := line.split("│")) > 2}
+    arms = experiment.arms.values()
+    assert [cell.strip() for cell in shown["parameters"]] == [f"{arm.model.param_count():,}" for arm in arms]
+    assert [cell.strip() for cell in shown["FLOPs a step"]] == [f"{experiment.flops_per_step(arm):.4g}" for arm in arms]
     assert json.loads(text[text.index("\n{") :]) == to_json(experiment)
 
 
