@@ -46,7 +46,7 @@ class SourceConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
+class SentencePieceConfig:
     """A SentencePiece model: loaded from a file, or trained on the run's own training split.
 
     Trained models use pad 0, eos 1, unk 2; a loaded model keeps its own. Sentinels are ids on top of the pieces. The
@@ -54,6 +54,7 @@ class TokenizerConfig:
     `sentinels`, which holds for both.
     """
 
+    kind: Literal["sentencepiece"] = "sentencepiece"
     path: str | None = None
     """A SentencePiece `.model` file; None trains one."""
     sentinels: int = 0
@@ -85,6 +86,47 @@ class TokenizerConfig:
             raise UserError(
                 f"character_coverage {self.character_coverage} must lie in 0.9..1, and be 1 without byte_fallback"
             )
+
+
+BYTE_PAIR_LEAST = 3 + 256
+"""Pad, eos and unk, and a token for every byte."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BytePairConfig:
+    """Byte-level byte-pair encoding: loaded from files, or trained on the run's own training split.
+
+    Trained ones use pad 0, eos 1, unk 2 and can write every text. A loaded one keeps its ids, and may be anything that
+    a `tokenizer.json` describes. `vocab_size` and `training_records` say how to train and are not read where `path` is
+    given.
+    """
+
+    kind: Literal["byte_pair"] = "byte_pair"
+    path: str | None = None
+    """A `tokenizer.json`, or a folder that holds one, or that holds `vocab.json` and `merges.txt`; None trains one."""
+    eos: str | None = None
+    """Name of the token that ends a text, in a loaded tokenizer; None takes what `tokenizer_config.json` beside it
+    says, or else a well-known name."""
+    sentinels: int = 0
+    """Extra ids on top, that stand for spans cut out of a text; a loaded tokenizer may have its own."""
+    vocab_size: int = 1024
+    """Special tokens, bytes, merges and sentinels together."""
+    training_records: int = 50_000
+    """At most that many records, evenly spaced over the training split, are trained on."""
+
+    def __post_init__(self) -> None:
+        if self.sentinels < 0:
+            raise UserError(f"sentinels is {self.sentinels}; the least is 0")
+        least = BYTE_PAIR_LEAST + self.sentinels
+        if self.path is None and self.vocab_size < least:
+            raise UserError(f"vocab_size is {self.vocab_size}; the least, with {self.sentinels} sentinels, is {least}")
+        if self.path is None and self.eos is not None:
+            raise UserError("eos names a token of a loaded tokenizer, but path is not given")
+        if self.training_records < 1:
+            raise UserError(f"training_records is {self.training_records}; the least is 1")
+
+
+TokenizerConfig = SentencePieceConfig | BytePairConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,7 +161,7 @@ class DataConfig:
     """
 
     source: SourceConfig
-    tokenizer: TokenizerConfig = TokenizerConfig()
+    tokenizer: TokenizerConfig = SentencePieceConfig()
     objective: Objective = Supervised()
     rows: int
     """Rows a step, over all hosts."""

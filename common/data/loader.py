@@ -18,6 +18,7 @@ from common.compute.moments import Moments
 from common.data.batch import Batch, HostBatch
 from common.data.config import DataConfig
 from common.data.examples import Examples
+from common.data.objectives import Example
 from common.data.packing import EpochPlans
 from common.errors import UserError
 
@@ -110,22 +111,9 @@ def build_batch(examples: Examples, rows: Sequence[np.ndarray], *, input_length:
     """
     made = [examples.example(int(i)) for row in rows for i in row]
     counts_B = np.array([len(row) for row in rows], np.int64)
-    inputs = _Side.of([e.inputs_I for e in made], counts_B, input_length)
-    targets = _Side.of([e.targets_T for e in made], counts_B, target_length)
-    weights_P = np.concatenate([np.zeros(0, np.float32), *(e.weights_T for e in made)])
+    inputs, targets, weights_P = _sides(made, counts_B, input_length, target_length)
     tokenizer = examples.tokenizer
-    pad, zero = tokenizer.pad_id, 0
-    continued_P = targets.within_P + np.repeat(inputs.lengths_N, targets.lengths_N)
-    batch = Batch(
-        inputs_BI=inputs.lay(inputs.tokens_P, pad),
-        input_segments_BI=inputs.lay(inputs.segments_P, zero),
-        input_positions_BI=inputs.lay(inputs.within_P, zero),
-        decoder_inputs_BT=targets.lay(targets.shifted_right(tokenizer.start_id), pad),
-        targets_BT=targets.lay(targets.tokens_P, pad),
-        target_segments_BT=targets.lay(targets.segments_P, zero),
-        target_positions_BT=targets.lay(continued_P, zero),
-        weights_BT=targets.lay(weights_P, zero, np.float32),
-    )
+    batch = _lay_out(inputs, targets, weights_P, tokenizer.pad_id, np.full(len(made), tokenizer.start_id, np.int32))
     return HostBatch(
         batch=batch,
         fingerprint=sum(_row_hashes(examples.content, rows, inputs, targets, weights_P)) % 2 ** (8 * FINGERPRINT_BYTES),
@@ -133,6 +121,21 @@ def build_batch(examples: Examples, rows: Sequence[np.ndarray], *, input_length:
         moments=Moments.of_examples(inputs.lengths_N, targets.lengths_N),
         loss_tokens=int(np.count_nonzero(weights_P)),
     )
+
+
+def lay_out(
+    rows: Sequence[Sequence[Example]],
+    *,
+    pad_id: int,
+    starts: Sequence[Sequence[int]],
+    input_length: int,
+    target_length: int,
+) -> Batch:
+    """A batch of the given rows of examples, each with the token that its shifted targets start with."""
+    made = [example for row in rows for example in row]
+    counts_B = np.array([len(row) for row in rows], np.int64)
+    sides = _sides(made, counts_B, input_length, target_length)
+    return _lay_out(*sides, pad_id, np.array([start for row in starts for start in row], np.int32))
 
 
 def chain(previous: str, fingerprint: int) -> str:
@@ -147,6 +150,30 @@ def chain(previous: str, fingerprint: int) -> str:
     digest.update(previous.encode())
     digest.update(fingerprint.to_bytes(FINGERPRINT_BYTES, "little"))
     return digest.hexdigest()
+
+
+def _sides(
+    made: Sequence[Example], counts_B: np.ndarray, input_length: int, target_length: int
+) -> tuple["_Side", "_Side", np.ndarray]:
+    """Inputs, targets and the targets' weights [P], `counts_B` examples a row."""
+    inputs = _Side.of([e.inputs_I for e in made], counts_B, input_length)
+    targets = _Side.of([e.targets_T for e in made], counts_B, target_length)
+    return inputs, targets, np.concatenate([np.zeros(0, np.float32), *(e.weights_T for e in made)])
+
+
+def _lay_out(inputs: "_Side", targets: "_Side", weights_P: np.ndarray, pad: int, starts_N: np.ndarray) -> Batch:
+    zero = 0
+    continued_P = targets.within_P + np.repeat(inputs.lengths_N, targets.lengths_N)
+    return Batch(
+        inputs_BI=inputs.lay(inputs.tokens_P, pad),
+        input_segments_BI=inputs.lay(inputs.segments_P, zero),
+        input_positions_BI=inputs.lay(inputs.within_P, zero),
+        decoder_inputs_BT=targets.lay(targets.shifted_right(starts_N), pad),
+        targets_BT=targets.lay(targets.tokens_P, pad),
+        target_segments_BT=targets.lay(targets.segments_P, zero),
+        target_positions_BT=targets.lay(continued_P, zero),
+        weights_BT=targets.lay(weights_P, zero, np.float32),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,10 +222,10 @@ class _Side:
         out[self.slots_P] = values_P
         return out.reshape(self.rows, self.width)
 
-    def shifted_right(self, start_id: int) -> np.ndarray:
-        """[P]: each example's tokens moved up by one behind `start_id`, the last dropped."""
+    def shifted_right(self, starts_N: np.ndarray) -> np.ndarray:
+        """[P]: each example's tokens moved up by one behind its start token, the last dropped."""
         shifted_P = np.roll(self.tokens_P, 1)
-        shifted_P[self.within_P == 0] = start_id
+        shifted_P[self.within_P == 0] = starts_N[self.lengths_N > 0]
         return shifted_P
 
 

@@ -1,149 +1,110 @@
-"""One SentencePiece tokenizer for all arms of a comparison: trained on the run's own text, or loaded from a file.
-
-Source: Kudo & Richardson 2018, "SentencePiece: A simple and language independent subword tokenizer and detokenizer for
-neural text processing" (https://arxiv.org/abs/1808.06226); sentinels as in Raffel et al. 2020
-(https://arxiv.org/abs/1910.10683): ids on top of the pieces, counted down from the highest.
-"""
+"""One tokenizer for all arms of a comparison: trained on the run's own text, or loaded from a file."""
 
 import dataclasses
 import hashlib
-import io
 import json
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
-import sentencepiece
 
+from common.data import byte_pair, sentence_piece
+from common.data.byte_pair import BytePairTokenizer
 from common.data.cache import build_once
-from common.data.config import TokenizerConfig
+from common.data.config import BytePairConfig, SentencePieceConfig, TokenizerConfig
 from common.data.progress import bar, spinner
+from common.data.sentence_piece import SentencePieceTokenizer
 from common.data.sources import Source
 from common.errors import UserError
 
-TABLE_MULTIPLE = 128
-"""Embedding tables are padded to a multiple of this, the width of a TPU register."""
 TRAINING_LINE = 1000
 """Longest training line in characters: SentencePiece leaves out, silently, lines of more than 4,192 bytes."""
 RECORDS_AT_ONCE = 2048
-SPACE_MARK = "\u2581"
-"""How SentencePiece writes a space; the same character in a text needs care to be read back."""
 
 
-class Tokenizer:
+class Tokenizer(Protocol):
     """Text to ids and back.
 
-    A tokenizer that this module trained reads back exactly what it wrote, for every text: `decode(encode(x)) == x`.
-    A loaded one does what its model does (T5's folds compatible characters and runs of spaces). Sentinels come only
-    from objectives: the text `<extra_id_0>` is spelt like any other.
+    A trained one reads back exactly what it wrote, for every text, has pad 0, eos 1, unk 2, and starts targets with
+    pad. A loaded one keeps its ids and does what its model does. No text spells a special token or a sentinel.
     """
 
-    def __init__(self, model: bytes, *, sentinels: int = 0) -> None:
-        """`model` holds the bytes of a SentencePiece model. Raises UserError where they do not, or lack an id."""
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise UserError(f"not a SentencePiece model: {error}") from None
-        self.pieces: int = self._model.get_piece_size()
-        self.sentinels = sentinels
-        self.vocab_size = self.pieces + sentinels
-        """Pieces and sentinels."""
-        self.table_size = -(-self.vocab_size // TABLE_MULTIPLE) * TABLE_MULTIPLE
-        """Rows of an embedding table: `vocab_size`, padded up."""
-        pad, start = self._model.pad_id(), self._model.bos_id()
-        self.eos_id: int = self._model.eos_id()
-        self.unk_id: int = self._model.unk_id()
-        # Padding is never read (segments say what is real), so any id will do where a model names none.
-        self.pad_id: int = max(pad, 0)
-        self.start_id: int = pad if pad >= 0 else start
-        if self.eos_id < 0 or self.start_id < 0:
-            raise UserError("the SentencePiece model needs an eos id, and a pad or bos id to start targets with")
-        self.content_hash = hashlib.blake2b(model + f"|{sentinels}".encode(), digest_size=16).hexdigest()
-        """Of the model's bytes and the number of sentinels: two tokenizers with equal hashes write equal ids."""
-        self._mark_ids = self._spell_mark()
+    vocab_size: int
+    """Ids are less than this, sentinels included."""
+    table_size: int
+    """Rows of an embedding table: `vocab_size`, padded up."""
+    sentinels: int
+    """How many; their ids are `sentinel_id`'s."""
+    pad_id: int
+    eos_id: int
+    unk_id: int
+    start_id: int
+    """Stands in front of shifted targets."""
+    bos_id: int | None
+    """What stands in front of a text on its own, where the tokenizer has such a token; `encode` does not add it, since
+    a text may be a target or a continuation."""
+    content_hash: str
+    """Two tokenizers with equal hashes write equal ids."""
 
     def encode(self, text: str) -> np.ndarray:
-        """int32 [length]: the ids of `text`, without eos. Raises UserError for text that is not valid Unicode."""
-        return self.encode_batch([text])[0]
+        """int32 [length]: the ids of `text` alone. Raises UserError for text that is not valid Unicode."""
+        ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """As `encode`, for many texts."""
-        try:
-            ids = self._model.encode(list(texts))
-        except (RuntimeError, TypeError, UnicodeError):
-            bad = next((text for text in texts if not _is_unicode(text)), None)
-            if bad is None:
-                raise
-            raise UserError(f"not valid Unicode (a lone surrogate): {bad[:80]!r}") from None
-        if self._mark_ids:
-            ids = [self._encode_marks(t) if SPACE_MARK in t else i for t, i in zip(texts, ids, strict=True)]
-        return [np.array(i, np.int32) for i in ids]
+        ...
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, whatever a model emits.
 
-        Pad, eos and start are left out, a sentinel reads `<extra_id_K>` between spaces, and an id beyond the
-        vocabulary (a table's padding rows) reads as unk does.
+        Pad, eos and start are left out, a sentinel reads `<extra_id_K>` between spaces, and an id beyond the vocabulary
+        (a table's padding rows) reads as unk does.
         """
-        runs: list[list[int]] = [[]]
-        marks: list[str] = []
-        for token in map(int, ids):
-            if token < self.pieces or token >= self.vocab_size:
-                runs[-1].append(token if token < self.pieces else self.unk_id)
-            else:
-                marks.append(f"<extra_id_{self.vocab_size - 1 - token}>")
-                runs.append([])
-        texts = [self._model.decode(run) for run in runs]
-        parts = [texts[0], *(part for pair in zip(marks, texts[1:], strict=True) for part in pair)]
-        return " ".join(part for part in parts if part)
+        ...
 
     def sentinel_id(self, k: int) -> int:
-        """The id of sentinel `k`; 0 is the highest id of the vocabulary. Raises UserError beyond the last."""
-        if not 0 <= k < self.sentinels:
-            raise UserError(f"sentinel {k} does not exist: the tokenizer has {self.sentinels}")
-        return self.vocab_size - 1 - k
-
-    def _spell_mark(self) -> list[int]:
-        """Byte ids that spell the space mark; empty where the model has no bytes or reads newline as anything else."""
-        spelt = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
-        newline = self._model.piece_to_id("<0x0A>")
-        plain = self.unk_id not in (*spelt, newline) and self._model.encode("\n")[-1:] == [newline]
-        return spelt if plain else []
-
-    def _encode_marks(self, text: str) -> list[int]:
-        """Ids of a text that holds the space mark itself, which SentencePiece would read back as a space."""
-        first, *rest = text.split(SPACE_MARK)
-        ids = list(self._model.encode(first))
-        # A newline is a byte of its own, so what follows it is segmented as in mid-text, without the leading space
-        # that SentencePiece puts before a text.
-        skip = len(self._model.encode("\n"))
-        for part in rest:
-            ids += self._mark_ids + self._model.encode("\n" + part)[skip:]
-        return ids
+        """The id of sentinel `k`. Raises UserError beyond the last."""
+        ...
 
 
 def open_tokenizer(config: TokenizerConfig, source: Source, cache_dir: Path) -> Tokenizer:
     """The tokenizer of a run: loaded from `config.path`, or trained on `source` (the training split) and cached.
 
-    The cache's key is the source's content id, the config and SentencePiece's version. Raises UserError where the file
-    cannot be read, or the text is too little for the vocabulary.
+    The cache's key is the source's content id, the config and the version of the library that trains. Raises UserError
+    where the file cannot be read, or the text is too little for the vocabulary.
     """
     if config.path is not None:
-        try:
-            return Tokenizer(Path(config.path).expanduser().read_bytes(), sentinels=config.sentinels)
-        except OSError as error:
-            raise UserError(f"tokenizer.path {config.path!r} cannot be read: {error.strerror}") from None
-    identity = [source.content_id, dataclasses.asdict(config), sentencepiece.__version__]
+        return load_tokenizer(config)
+    library, train = _training(config)
+    identity = [source.content_id, dataclasses.asdict(config), library]
     key = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def build(path: Path) -> None:
         lines = list(training_lines(source, config.training_records))
         with spinner(f"training the tokenizer on {len(lines):,} lines"):
-            path.write_bytes(train_model(lines, config))
+            path.write_bytes(train(lines))
 
-    path = build_once(cache_dir / "tokenizers" / f"{key}.model", build)
-    return Tokenizer(path.read_bytes(), sentinels=config.sentinels)
+    model = build_once(cache_dir / "tokenizers" / f"{key}.model", build).read_bytes()
+    match config:
+        case SentencePieceConfig():
+            return SentencePieceTokenizer(model, sentinels=config.sentinels)
+        case BytePairConfig():
+            return BytePairTokenizer.trained(model, sentinels=config.sentinels)
+
+
+def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer that lies at `config.path`, which must be given. Raises UserError where it cannot be read."""
+    assert config.path is not None
+    match config:
+        case SentencePieceConfig():
+            try:
+                model = Path(config.path).expanduser().read_bytes()
+            except OSError as error:
+                raise UserError(f"tokenizer.path {config.path!r} cannot be read: {error.strerror}") from None
+            return SentencePieceTokenizer(model, sentinels=config.sentinels)
+        case BytePairConfig():
+            return byte_pair.load(Path(config.path).expanduser(), sentinels=config.sentinels, eos=config.eos)
 
 
 def training_lines(source: Source, records: int) -> Iterator[str]:
@@ -157,54 +118,10 @@ def training_lines(source: Source, records: int) -> Iterator[str]:
                     yield from (line[at : at + TRAINING_LINE] for at in range(0, len(line), TRAINING_LINE))
 
 
-def train_model(lines: Iterable[str], config: TokenizerConfig) -> bytes:
-    """The bytes of a SentencePiece model; equal lines in equal order give equal bytes.
-
-    Text is taken as it is: no Unicode normalisation, no folding of spaces. Raises UserError, with the nearest possible
-    size, when the text cannot fill `config.vocab_size` or does not fit into it.
-    """
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
-            model_writer=model,
-            vocab_size=config.vocab_size - config.sentinels,
-            model_type=config.model_type,
-            split_digits=config.split_digits,
-            byte_fallback=config.byte_fallback,
-            character_coverage=config.character_coverage,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            pad_id=0,
-            eos_id=1,
-            unk_id=2,
-            bos_id=-1,
-            num_threads=1,  # more threads sum in another order: other scores, other bytes
-            shuffle_input_sentence=False,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise UserError(_explain(str(error), config)) from None
-    return model.getvalue()
-
-
-def _explain(message: str, config: TokenizerConfig) -> str:
-    """SentencePiece's complaint in the config's own terms."""
-    largest = re.search(r"too high \(\d+\).*<= (\d+)", message)
-    least = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
-    bound = f"tokenizer.vocab_size {config.vocab_size} is too"
-    if largest:
-        return f"{bound} large for this text: at most {int(largest[1]) + config.sentinels} is possible"
-    if least:
-        return f"{bound} small for this text's characters: at least {int(least[1]) + config.sentinels} is needed"
-    if "sentences_.empty()" in message:
-        return "the tokenizer has no text to be trained on: the training split is empty"
-    return f"SentencePiece cannot be trained: {message}"
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _training(config: TokenizerConfig) -> tuple[str, Callable[[Iterable[str]], bytes]]:
+    """(the version of what trains, a function from lines to a model's bytes)."""
+    match config:
+        case SentencePieceConfig():
+            return sentence_piece.VERSION, lambda lines: sentence_piece.train_model(lines, config)
+        case BytePairConfig():
+            return byte_pair.VERSION, lambda lines: byte_pair.train_model(lines, config)

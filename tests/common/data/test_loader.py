@@ -11,11 +11,11 @@ import pytest
 
 from common.compute.moments import Moments
 from common.data.batch import Batch, HostBatch
-from common.data.config import CausalLM, DataConfig, Objective, SourceConfig, Supervised, TokenizerConfig
+from common.data.config import CausalLM, DataConfig, Objective, SentencePieceConfig, SourceConfig, Supervised
 from common.data.examples import Examples, Ragged, open_examples
 from common.data.loader import Loader, build_batch, chain
 from common.data.packing import EpochPlans
-from common.data.tokenizer import Tokenizer, train_model
+from common.data.sentence_piece import SentencePieceTokenizer, train_model
 from common.errors import UserError
 
 SOURCE = SourceConfig(name="jsonl:x", inputs="a", targets="b")
@@ -333,11 +333,13 @@ class CountingSource:
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer(train_model([f"{n} is {n + 1} less one" for n in range(300)], TokenizerConfig(vocab_size=277)))
+def tokenizer() -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(
+        train_model([f"{n} is {n + 1} less one" for n in range(300)], SentencePieceConfig(vocab_size=277))
+    )
 
 
-def test_examples_are_tokenised_once(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_examples_are_tokenised_once(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
     records = [{"inputs": "x" * (n % 5), "targets": f"{n}" * (n % 3)} for n in range(5000)]
     source = CountingSource(records)
     config = DataConfig(source=SOURCE, rows=2, input_length=32, target_length=32)
@@ -355,17 +357,19 @@ def test_examples_are_tokenised_once(tmp_path: Path, tokenizer: Tokenizer) -> No
 
 
 @pytest.mark.parametrize("records", [[], [{"inputs": "", "targets": ""}] * 3])
-def test_sources_without_a_token(tmp_path: Path, tokenizer: Tokenizer, records: list[dict[str, str]]) -> None:
+def test_sources_without_a_token(
+    tmp_path: Path, tokenizer: SentencePieceTokenizer, records: list[dict[str, str]]
+) -> None:
     config = DataConfig(source=SOURCE, rows=2, input_length=32, target_length=32)
     examples = open_examples(config, CountingSource(records), tokenizer, tmp_path)
     assert len(examples) == len(records)
     assert [examples.example(i).inputs_I.tolist() for i in range(len(records))] == [[1]] * len(records)
 
 
-def test_another_tokenizer_is_another_cache(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_another_tokenizer_is_another_cache(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
     source = CountingSource([{"inputs": "a", "targets": "b"}])
     config = DataConfig(source=SOURCE, rows=2, input_length=32, target_length=32)
-    other = Tokenizer(tokenizer._model.serialized_model_proto(), sentinels=1)
+    other = SentencePieceTokenizer(tokenizer._model.serialized_model_proto(), sentinels=1)
     contents = {open_examples(config, source, each, tmp_path).content for each in (tokenizer, other)}
     source.content_id = "counting 2"
     contents.add(open_examples(config, source, tokenizer, tmp_path).content)

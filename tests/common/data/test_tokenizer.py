@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.data.config import TokenizerConfig
-from common.data.tokenizer import Tokenizer, open_tokenizer, train_model, training_lines
+from common.data.config import SentencePieceConfig
+from common.data.sentence_piece import SentencePieceTokenizer, train_model
+from common.data.tokenizer import open_tokenizer, training_lines
 from common.errors import UserError
 
 SHARED = Path(os.environ.get("TWINSTACK_SHARED_DATA", "../shared/data"))
@@ -64,13 +65,13 @@ class ListSource:
 
 
 @pytest.fixture(scope="module", params=["unigram", "bpe"])
-def trained(request: pytest.FixtureRequest) -> Tokenizer:
-    config = TokenizerConfig(vocab_size=360, model_type=request.param, sentinels=3)
-    return Tokenizer(train_model(LINES, config), sentinels=3)
+def trained(request: pytest.FixtureRequest) -> SentencePieceTokenizer:
+    config = SentencePieceConfig(vocab_size=360, model_type=request.param, sentinels=3)
+    return SentencePieceTokenizer(train_model(LINES, config), sentinels=3)
 
 
 @pytest.mark.parametrize("text", ODD_TEXTS)
-def test_every_text_is_read_back_exactly(trained: Tokenizer, text: str) -> None:
+def test_every_text_is_read_back_exactly(trained: SentencePieceTokenizer, text: str) -> None:
     ids = trained.encode(text)
     assert ids.dtype == np.int32 and ids.ndim == 1
     assert not np.isin(ids, [trained.pad_id, trained.eos_id, trained.unk_id]).any()
@@ -78,7 +79,7 @@ def test_every_text_is_read_back_exactly(trained: Tokenizer, text: str) -> None:
     assert trained.decode(ids) == text
 
 
-def test_random_unicode_is_read_back_exactly(trained: Tokenizer) -> None:
+def test_random_unicode_is_read_back_exactly(trained: SentencePieceTokenizer) -> None:
     rng = np.random.default_rng(0)
     alphabet = [*"ab 1\n\u2581", *map(chr, rng.integers(0, 0xD800, 60)), *map(chr, rng.integers(0xE000, 0x110000, 60))]
     for size in rng.integers(1, 30, 300):
@@ -86,7 +87,7 @@ def test_random_unicode_is_read_back_exactly(trained: Tokenizer) -> None:
         assert trained.decode(trained.encode(text)) == text
 
 
-def test_layout_of_ids(trained: Tokenizer) -> None:
+def test_layout_of_ids(trained: SentencePieceTokenizer) -> None:
     assert (trained.pad_id, trained.eos_id, trained.unk_id, trained.start_id) == (0, 1, 2, 0)
     assert trained.vocab_size == 360 and trained.table_size == 384 and trained.pieces == 357
     assert [trained.sentinel_id(k) for k in range(3)] == [359, 358, 357]
@@ -94,7 +95,7 @@ def test_layout_of_ids(trained: Tokenizer) -> None:
         trained.sentinel_id(3)
 
 
-def test_decoding_what_a_model_may_emit(trained: Tokenizer) -> None:
+def test_decoding_what_a_model_may_emit(trained: SentencePieceTokenizer) -> None:
     apples = trained.encode("apples").tolist()
     assert trained.decode([0, *apples, 1, 0]) == "apples"
     assert trained.decode([359, *apples, 357]) == "<extra_id_0> apples <extra_id_2>"
@@ -102,12 +103,12 @@ def test_decoding_what_a_model_may_emit(trained: Tokenizer) -> None:
         assert trained.decode([*apples, padding]) == trained.decode([*apples, trained.unk_id]) != "apples"
 
 
-def test_batches_equal_single_texts(trained: Tokenizer) -> None:
+def test_batches_equal_single_texts(trained: SentencePieceTokenizer) -> None:
     for text, ids in zip(ODD_TEXTS, trained.encode_batch(ODD_TEXTS), strict=True):
         np.testing.assert_array_equal(ids, trained.encode(text))
 
 
-def test_lone_surrogates_are_named(trained: Tokenizer) -> None:
+def test_lone_surrogates_are_named(trained: SentencePieceTokenizer) -> None:
     with pytest.raises(UserError, match="surrogate"):
         trained.encode_batch(["good", "bad \ud800"])
 
@@ -115,7 +116,7 @@ def test_lone_surrogates_are_named(trained: Tokenizer) -> None:
 @pytest.mark.parametrize("split", [True, False])
 def test_split_digits(split: bool) -> None:
     lines = [f"{word} 2024, {word} 2025" for word in WORDS]
-    tokenizer = Tokenizer(train_model(lines, TokenizerConfig(vocab_size=330, split_digits=split)))
+    tokenizer = SentencePieceTokenizer(train_model(lines, SentencePieceConfig(vocab_size=330, split_digits=split)))
     pieces = [tokenizer.decode([i]).strip() for i in tokenizer.encode("in 2024")]
     assert (max(len(piece) for piece in pieces if piece.isdigit()) == 1) == split
 
@@ -123,7 +124,7 @@ def test_split_digits(split: bool) -> None:
 def test_training_is_deterministic_and_cached_by_content(tmp_path: Path) -> None:
     records = [{"inputs": line, "targets": line.upper(), "group": "\u0416" * 9} for line in LINES]
     source = ListSource(records)
-    config = TokenizerConfig(vocab_size=340)
+    config = SentencePieceConfig(vocab_size=340)
     first = open_tokenizer(config, source, tmp_path / "a")
     reads = source.reads
     assert reads == len(records)
@@ -134,8 +135,8 @@ def test_training_is_deterministic_and_cached_by_content(tmp_path: Path) -> None
         "groups are not trained on"
     )
     others = [
-        open_tokenizer(TokenizerConfig(vocab_size=341), source, tmp_path / "a"),
-        open_tokenizer(TokenizerConfig(vocab_size=341, sentinels=1), source, tmp_path / "a"),
+        open_tokenizer(SentencePieceConfig(vocab_size=341), source, tmp_path / "a"),
+        open_tokenizer(SentencePieceConfig(vocab_size=341, sentinels=1), source, tmp_path / "a"),
         open_tokenizer(config, ListSource(records[:200], "less"), tmp_path / "a"),
     ]
     assert len({first.content_hash, *(other.content_hash for other in others)}) == 4
@@ -159,19 +160,19 @@ def test_training_lines_are_evenly_spaced_and_short() -> None:
 @pytest.mark.parametrize("sentinels", [0, 10])
 def test_an_impossible_size_names_the_possible_one(lines: list[str], size: int, message: str, sentinels: int) -> None:
     with pytest.raises(UserError, match=message) as raised:
-        train_model(lines, TokenizerConfig(vocab_size=size, sentinels=sentinels))
+        train_model(lines, SentencePieceConfig(vocab_size=size, sentinels=sentinels))
     named = re.search(message, str(raised.value))
     assert named is not None
     possible = int(named[1])
-    train_model(lines, TokenizerConfig(vocab_size=possible, sentinels=sentinels))
+    train_model(lines, SentencePieceConfig(vocab_size=possible, sentinels=sentinels))
     wrong = possible + 1 if size > possible else possible - 1
     with pytest.raises(UserError, match=str(possible)):
-        train_model(lines, TokenizerConfig(vocab_size=wrong, sentinels=sentinels))
+        train_model(lines, SentencePieceConfig(vocab_size=wrong, sentinels=sentinels))
 
 
 def test_no_text_is_an_error() -> None:
     with pytest.raises(UserError, match="empty"):
-        train_model([], TokenizerConfig())
+        train_model([], SentencePieceConfig())
 
 
 @pytest.mark.parametrize(
@@ -186,14 +187,14 @@ def test_no_text_is_an_error() -> None:
 )
 def test_config_refuses(wrong: dict) -> None:
     with pytest.raises(UserError):
-        TokenizerConfig(**wrong)
+        SentencePieceConfig(**wrong)
 
 
 def test_files_that_are_not_models(tmp_path: Path) -> None:
     (tmp_path / "x.model").write_bytes(b"nothing of the kind")
     for name, message in (("x.model", "not a SentencePiece"), ("absent.model", "No such file")):
         with pytest.raises(UserError, match=message):
-            open_tokenizer(TokenizerConfig(path=str(tmp_path / name)), ListSource([]), tmp_path)
+            open_tokenizer(SentencePieceConfig(path=str(tmp_path / name)), ListSource([]), tmp_path)
 
 
 def shared_model(name: str) -> str:
@@ -204,7 +205,7 @@ def shared_model(name: str) -> str:
 
 
 def test_t5_model(tmp_path: Path) -> None:
-    config = TokenizerConfig(path=shared_model("t5_spiece_32000.model"), sentinels=100)
+    config = SentencePieceConfig(path=shared_model("t5_spiece_32000.model"), sentinels=100)
     tokenizer = open_tokenizer(config, ListSource([]), tmp_path)
     assert (tokenizer.vocab_size, tokenizer.table_size) == (32100, 32128)
     assert (tokenizer.sentinel_id(0), tokenizer.sentinel_id(99)) == (32099, 32000)
@@ -217,7 +218,7 @@ def test_t5_model(tmp_path: Path) -> None:
 
 def test_a_loaded_model_keeps_its_own_ids(tmp_path: Path) -> None:
     tokenizer = open_tokenizer(
-        TokenizerConfig(path=shared_model("sentencepiece_test_model_1000.model")), ListSource([]), tmp_path
+        SentencePieceConfig(path=shared_model("sentencepiece_test_model_1000.model")), ListSource([]), tmp_path
     )
     assert (tokenizer.unk_id, tokenizer.start_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2, 0)
     assert tokenizer.decode(tokenizer.encode("Hello world.")) == "Hello world."
