@@ -8,7 +8,7 @@ from common.compute.ledger import ForwardFlops
 from common.compute.moments import Moments
 from common.data.batch import Batch
 from common.infer.prompt import Prompt
-from common.nn.recipe import Recipe
+from common.nn.recipe import Execution, Recipe
 
 
 class ModelConfig(Protocol):
@@ -20,6 +20,11 @@ class ModelConfig(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
+    @property
+    def reads_incrementally(self) -> bool:
+        """Whether what was read or written stays valid in a cache when more text follows."""
+        ...
+
     def param_count(self) -> int:
         """Exact number of parameters."""
         ...
@@ -30,7 +35,9 @@ class ModelConfig(Protocol):
 
 
 class Model(Protocol):
-    """An NNX module. Legend: B rows, T target slots, D model, V vocab."""
+    """An NNX module. Legend: B batch rows, T target slots, Q new tokens, D model, V vocab."""
+
+    execution: Execution
 
     def hidden(self, batch: Batch, dropout_key: jax.Array | None = None) -> jax.Array:
         """h_BTD on the target slots; without a key dropout is off."""
@@ -44,6 +51,6 @@ class Model(Protocol):
         """A cache (opaque pytree) that has read the inputs and has room for `max_new_tokens` decoder inputs."""
         ...
 
-    def decode(self, tokens_B: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        """h_BD after the decoder inputs `tokens_B`, and the advanced cache."""
+    def decode(self, tokens_BQ: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        """h_BQD after each of the decoder inputs `tokens_BQ`, and the advanced cache."""
         ...

@@ -3,9 +3,10 @@
 import dataclasses
 from typing import Literal
 
-from common.compute.ledger import ForwardFlops, attention_parameters, mlp_parameters
+from common.compute import ledger
+from common.compute.ledger import ForwardFlops
 from common.compute.moments import Moments
-from common.nn.recipe import LLAMA, Recipe, check_widths
+from common.nn.recipe import GPT2, LLAMA, T5_V1_1, Recipe, check_widths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,8 @@ class GptConfig:
     num_kv_heads: int
     head_dim: int
     d_ff: int
+    max_positions: int | None = None
+    """Rows of the table of learned positions, where the recipe has one."""
     input_attention: Literal["causal", "bidirectional"] = "causal"
     """Bidirectional inputs make it a prefix LM."""
     recipe: Recipe = LLAMA
@@ -29,26 +32,92 @@ class GptConfig:
         sizes = {
             field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.type in (int, "int")
         }
-        check_widths(sizes, self.recipe)
+        check_widths(sizes, self.max_positions, self.recipe)
+
+    @property
+    def reads_incrementally(self) -> bool:
+        """With causal inputs no key or value changes when text follows."""
+        return self.input_attention == "causal"
 
     def param_count(self) -> int:
-        vocab = self.vocab_size * self.d_model * (1 if self.recipe.tied_embeddings else 2)
-        bias = self.num_heads * self.recipe.relative_buckets if self.recipe.positions == "t5_bias" else 0
-        norms = (2 * self.num_layers + 1) * self.d_model
-        return vocab + bias + norms + self.num_layers * self._layer_matrices()
+        layer = ledger.attention_parameters(self) + ledger.mlp_parameters(self)
+        tables = ledger.table_parameters(self, self.vocab_size, self.max_positions) + ledger.bias_parameters(self)
+        return tables + self.num_layers * layer + ledger.norm_parameters(self)
 
     def flops(self, text: Moments) -> ForwardFlops:
         """A forward pass over `text`: every layer on every token, the head on target tokens only."""
-        dense = (
-            2 * text.tokens * self.num_layers * self._layer_matrices()
-            + 2 * text.targets * self.d_model * self.vocab_size
-        )
-        pair = 4 * self.num_layers * self.num_heads * self.head_dim
+        layer = ledger.query_out_matrices(self) + ledger.key_value_matrices(self) + ledger.mlp_matrices(self)
+        dense = text.tokens * self.num_layers * layer + text.targets * self.d_model * self.vocab_size
+        pair = self.num_layers * ledger.pair_flops(self)
         pairs = text.inputs_squared + 2 * text.inputs_times_targets + text.targets_squared
         # Causal: a triangle over inputs and targets. A bidirectional prefix keeps its whole square.
         half = pairs / 2 if self.input_attention == "causal" else pairs / 2 + text.inputs_squared / 2
-        return ForwardFlops(dense=dense, attention_full=pair * pairs, attention_causal_half=round(pair * half))
+        return ForwardFlops(dense=2 * dense, attention_full=pair * pairs, attention_causal_half=round(pair * half))
 
-    def _layer_matrices(self) -> int:
-        attention = attention_parameters(self.d_model, self.num_heads, self.num_kv_heads, self.head_dim)
-        return sum(attention) + mlp_parameters(self.d_model, self.d_ff, self.recipe.gated_mlp)
+
+def _gpt2(layers: int, d_model: int, num_heads: int) -> GptConfig:
+    return GptConfig(
+        vocab_size=50257,
+        num_layers=layers,
+        d_model=d_model,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=64,
+        d_ff=4 * d_model,
+        max_positions=1024,
+        recipe=GPT2,
+    )
+
+
+def _llama(
+    layers: int,
+    d_model: int,
+    num_heads: int,
+    num_kv_heads: int,
+    d_ff: int,
+    vocab_size: int = 32000,
+    rope_theta: float = 10_000.0,
+) -> GptConfig:
+    return GptConfig(
+        vocab_size=vocab_size,
+        num_layers=layers,
+        d_model=d_model,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=d_model // num_heads,
+        d_ff=d_ff,
+        recipe=dataclasses.replace(LLAMA, norm_epsilon=1e-5, rope_theta=rope_theta),
+    )
+
+
+def _t5x(layers: int, d_model: int, num_heads: int, d_ff: int) -> GptConfig:
+    return GptConfig(
+        vocab_size=32128,
+        num_layers=layers,
+        d_model=d_model,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=64,
+        d_ff=d_ff,
+        recipe=dataclasses.replace(T5_V1_1, tied_embeddings=True, scale_logits=True, relative_sides="one"),
+    )
+
+
+SIZES = {
+    # OpenAI's gpt-2 models (Radford et al. 2019).
+    "gpt2-small": _gpt2(12, 768, 12),
+    "gpt2-medium": _gpt2(24, 1024, 16),
+    "gpt2-large": _gpt2(36, 1280, 20),
+    "gpt2-xl": _gpt2(48, 1600, 25),
+    # arXiv 2401.02385, 2307.09288 and 2407.21783.
+    "llama-1.1b": _llama(22, 2048, 32, 4, 5632),
+    "llama-2-7b": _llama(32, 4096, 32, 32, 11008),
+    "llama-2-13b": _llama(40, 5120, 40, 40, 13824),
+    "llama-2-70b": _llama(80, 8192, 64, 8, 28672),
+    "llama-3-8b": _llama(32, 4096, 32, 8, 14336, vocab_size=128256, rope_theta=500_000.0),
+    # T5X's decoder_only gin files: T5 v1.1's widths in one stack, embeddings tied.
+    "t5x-decoder-base": _t5x(12, 768, 12, 2048),
+    "t5x-decoder-large": _t5x(24, 1024, 16, 2816),
+    "t5x-decoder-xl": _t5x(24, 2048, 32, 5120),
+    "t5x-decoder-xxl": _t5x(24, 4096, 64, 10240),
+}

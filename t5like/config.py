@@ -1,16 +1,22 @@
-"""Sizes of the encoder-decoder family, with exact parameter and FLOP counts."""
+"""Sizes of the encoder-decoder family, its ladder of switches, and exact parameter and FLOP counts."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
-from common.compute.ledger import ForwardFlops, attention_parameters, mlp_parameters
+from common.compute import ledger
+from common.compute.ledger import ForwardFlops
 from common.compute.moments import Moments
-from common.nn.recipe import T5_V1_1, Recipe, check_widths
+from common.errors import UserError
+from common.nn.recipe import T5_V1_0, T5_V1_1, Recipe, check_widths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class T5LikeConfig:
-    """An encoder and a decoder with cross-attention; the default recipe is T5 v1.1 (arXiv 1910.10683, T5X)."""
+    """An encoder and a decoder that reads it; the default recipe is T5 v1.1 (arXiv 1910.10683, T5X).
+
+    Four switches, each by itself, remove what tells it from a decoder-only model; with all four removed it is one
+    (Hyung Won Chung, Stanford CS25, 2024).
+    """
 
     kind: Literal["t5like"] = "t5like"
     vocab_size: int
@@ -22,45 +28,85 @@ class T5LikeConfig:
     num_kv_heads: int
     head_dim: int
     d_ff: int
+    max_positions: int | None = None
+    """Rows of the table of learned positions, where the recipe has one; encoder and decoder share it."""
+    cross_attention: Literal["separate", "merged"] = "separate"
+    """Merged: self-attention reads [memory ; decoder states] in one softmax."""
+    parameters: Literal["separate", "shared"] = "separate"
+    """Shared: the decoder's layers and final norm are the encoder's too."""
+    memory: Literal["final", "layerwise"] = "final"
+    """What decoder layer l reads: the encoder's final-normed output, or the stream that enters encoder layer l."""
+    input_attention: Literal["bidirectional", "causal"] = "bidirectional"
     recipe: Recipe = T5_V1_1
 
     def __post_init__(self) -> None:
         sizes = {
             field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.type in (int, "int")
         }
-        check_widths(sizes, self.recipe)
+        check_widths(sizes, self.max_positions, self.recipe)
+        if (self.parameters, self.memory) != ("separate", "final") and self.encoder_layers != self.decoder_layers:
+            raise UserError(
+                f"encoder_layers is {self.encoder_layers} and decoder_layers {self.decoder_layers}: shared parameters "
+                f"and layerwise memory need as many of both; nearest: {self.decoder_layers}"
+            )
+
+    @property
+    def reuses_keys_values(self) -> bool:
+        """Whether decoder layers read the very keys and values that encoder layers attend to."""
+        return (self.cross_attention, self.parameters, self.memory) == ("merged", "shared", "layerwise")
+
+    @property
+    def reads_incrementally(self) -> bool:
+        """Only where targets' keys and values would be the same as inputs, and no input sees a later one."""
+        return self.reuses_keys_values and self.input_attention == "causal"
 
     def param_count(self) -> int:
-        vocab = self.vocab_size * self.d_model * (1 if self.recipe.tied_embeddings else 2)
-        bias = 2 * self.num_heads * self.recipe.relative_buckets if self.recipe.positions == "t5_bias" else 0
-        norms = (2 * self.encoder_layers + 1 + 3 * self.decoder_layers + 1) * self.d_model
-        query_out, key_value, mlp = self._matrices()
-        encoder = self.encoder_layers * (query_out + key_value + mlp)
-        decoder = self.decoder_layers * (2 * (query_out + key_value) + mlp)
-        return vocab + bias + norms + encoder + decoder
+        attention, mlp, norm = (
+            count(self) for count in (ledger.attention_parameters, ledger.mlp_parameters, ledger.norm_parameters)
+        )
+        tables = ledger.table_parameters(self, self.vocab_size, self.max_positions)
+        cross = attention if self.cross_attention == "separate" else 0
+        decoder = self.decoder_layers * (attention + cross + mlp) + norm + ledger.bias_parameters(self)
+        if self.parameters == "shared":
+            return tables + decoder
+        encoder = self.encoder_layers * (attention + mlp) + ledger.bias_parameters(self)
+        return tables + encoder + decoder + (norm if self.memory == "final" else 0)
 
     def flops(self, text: Moments) -> ForwardFlops:
-        """A forward pass over `text`: encoder and cross-attention's keys and values on inputs, the rest on targets."""
-        query_out, key_value, mlp = self._matrices()
-        per_input = self.encoder_layers * (query_out + key_value + mlp) + self.decoder_layers * key_value
-        per_target = self.decoder_layers * (2 * query_out + key_value + mlp) + self.d_model * self.vocab_size
-        pair = 4 * self.num_heads * self.head_dim
-        encoder = pair * self.encoder_layers * text.inputs_squared
+        """A forward pass over `text`: encoder and memory's keys and values on inputs, the rest on targets.
+
+        Layerwise memory leaves the last encoder layer's output unread, so that layer is not counted.
+        """
+        query_out, key_value = ledger.query_out_matrices(self), ledger.key_value_matrices(self)
+        mlp, pair = ledger.mlp_matrices(self), ledger.pair_flops(self)
+        encoder_layers = self.encoder_layers - (self.memory == "layerwise")
+        # Where they are reused, memory's keys and values are the encoder's, and only the last layer's are extra.
+        memory_layers = 1 if self.reuses_keys_values else self.decoder_layers
+        attentions = 2 if self.cross_attention == "separate" else 1
+        per_input = encoder_layers * (query_out + key_value + mlp) + memory_layers * key_value
+        per_target = self.decoder_layers * (attentions * query_out + key_value + mlp) + self.d_model * self.vocab_size
+        encoder = pair * encoder_layers * text.inputs_squared
         decoder = pair * self.decoder_layers * text.targets_squared
         cross = pair * self.decoder_layers * text.inputs_times_targets
+        encoder_half = encoder if self.input_attention == "bidirectional" else round(encoder / 2)
         return ForwardFlops(
             dense=2 * (text.inputs * per_input + text.targets * per_target),
             attention_full=encoder + decoder + cross,
-            attention_causal_half=encoder + round(decoder / 2) + cross,
+            attention_causal_half=encoder_half + round(decoder / 2) + cross,
         )
 
-    def _matrices(self) -> tuple[int, int, int]:
-        """(query and output, key and value, MLP) parameters of one layer."""
-        attention = attention_parameters(self.d_model, self.num_heads, self.num_kv_heads, self.head_dim)
-        return *attention, mlp_parameters(self.d_model, self.d_ff, self.recipe.gated_mlp)
+
+RUNGS: tuple[dict[str, Any], ...] = (
+    {},
+    {"cross_attention": "merged"},
+    {"cross_attention": "merged", "parameters": "shared"},
+    {"cross_attention": "merged", "parameters": "shared", "memory": "layerwise"},
+    {"cross_attention": "merged", "parameters": "shared", "memory": "layerwise", "input_attention": "causal"},
+)
+"""The talk's path from an encoder-decoder to a decoder-only model: the switches of rung 0, 1, ... 4."""
 
 
-def _v1_1(layers: int, d_model: int, num_heads: int, d_ff: int) -> T5LikeConfig:
+def _t5(recipe: Recipe, layers: int, d_model: int, num_heads: int, d_ff: int, head_dim: int = 64) -> T5LikeConfig:
     return T5LikeConfig(
         vocab_size=32128,
         encoder_layers=layers,
@@ -68,13 +114,23 @@ def _v1_1(layers: int, d_model: int, num_heads: int, d_ff: int) -> T5LikeConfig:
         d_model=d_model,
         num_heads=num_heads,
         num_kv_heads=num_heads,
-        head_dim=64,
+        head_dim=head_dim,
         d_ff=d_ff,
+        recipe=recipe,
     )
 
 
 SIZES = {
+    # arXiv 1910.10683, section 3.7.
+    "t5-v1.0-small": _t5(T5_V1_0, 6, 512, 8, 2048),
+    "t5-v1.0-base": _t5(T5_V1_0, 12, 768, 12, 3072),
+    "t5-v1.0-large": _t5(T5_V1_0, 24, 1024, 16, 4096),
+    "t5-v1.0-3b": _t5(T5_V1_0, 24, 1024, 32, 16384, head_dim=128),
+    "t5-v1.0-11b": _t5(T5_V1_0, 24, 1024, 128, 65536, head_dim=128),
     # T5X's t5_1_1 gin files.
-    "t5-v1.1-small": _v1_1(layers=8, d_model=512, num_heads=6, d_ff=1024),
-    "t5-v1.1-base": _v1_1(layers=12, d_model=768, num_heads=12, d_ff=2048),
+    "t5-v1.1-small": _t5(T5_V1_1, 8, 512, 6, 1024),
+    "t5-v1.1-base": _t5(T5_V1_1, 12, 768, 12, 2048),
+    "t5-v1.1-large": _t5(T5_V1_1, 24, 1024, 16, 2816),
+    "t5-v1.1-xl": _t5(T5_V1_1, 24, 2048, 32, 5120),
+    "t5-v1.1-xxl": _t5(T5_V1_1, 24, 4096, 64, 10240),
 }

@@ -1,9 +1,14 @@
-"""The encoder-decoder transformer: a bidirectional stack over inputs, and a causal one over targets that reads it.
+"""The encoder-decoder transformer: one stack over inputs, and a causal one over targets that reads it.
 
-Legend: B batch rows, I input slots, T target slots, S decoder cache slots, D model, V vocab, N layers.
+Four switches of the config take away, one by one, what tells it from a decoder-only model. In this module they decide
+where a decoder layer finds its memory (`Layer.memory`, `T5Like._encode_beside`) and what its attention ranges over
+(`T5Like._visibilities`).
+
+Legend: B batch rows, I input slots, T target slots, Q new tokens, D model, V vocab, N layers.
 """
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,138 +18,145 @@ from common.data.batch import Batch
 from common.infer.prompt import Prompt
 from common.kernels.visibility import Visibility
 from common.nn.attention import Attention, KeysValues
-from common.nn.layers import MLP, Embedding, Head, RMSNorm, dropout, dropout_keys
+from common.nn.cache import Cache
+from common.nn.layers import MLP, Embedding, Head, dropout, dropout_keys, make_norm
 from common.nn.parameters import Initialisers
-from common.nn.positions import bias_table, relative_bias
+from common.nn.positions import bias_table, embed, learned_positions, relative_bias
 from common.nn.recipe import Execution
 from common.nn.stack import run_layers, stack
 from t5like.config import T5LikeConfig
 
 
-def _attention(config: T5LikeConfig, execution: Execution, init: Initialisers, rngs: nnx.Rngs) -> Attention:
-    c = config
-    return Attention(c.d_model, c.num_heads, c.num_kv_heads, c.head_dim, c.recipe, execution, init, rngs=rngs)
+class Seen(NamedTuple):
+    """What a decoder layer's attentions range over; merged attention has no second one."""
+
+    own: Visibility
+    cross: Visibility | None
 
 
-class EncoderLayer(nnx.Module):
-    """Pre-norm residual layer: bidirectional self-attention, then MLP."""
+class Layer(nnx.Module):
+    """Pre-norm residual layer of either stack: self-attention, cross-attention if it has any, then MLP."""
 
-    def __init__(self, config: T5LikeConfig, execution: Execution, init: Initialisers, *, rngs: nnx.Rngs):
-        self.dropout_rate = config.recipe.dropout
-        self.attention_norm = RMSNorm(config.d_model, config.recipe.norm_epsilon, rngs=rngs)
-        self.attention = _attention(config, execution, init, rngs)
-        self.mlp_norm = RMSNorm(config.d_model, config.recipe.norm_epsilon, rngs=rngs)
-        self.mlp = MLP(config.d_model, config.d_ff, config.recipe, init, rngs=rngs)
+    def __init__(
+        self, config: T5LikeConfig, execution: Execution, init: Initialisers, *, crosses: bool, rngs: nnx.Rngs
+    ):
+        c = config
+        sizes = (c.d_model, c.num_heads, c.num_kv_heads, c.head_dim)
+        self.dropout_rate = c.recipe.dropout
+        self.final_memory = c.memory == "final"
+        self.attention_norm = make_norm(c.d_model, c.recipe, rngs)
+        self.attention = Attention(*sizes, c.recipe, execution, init, rngs=rngs)
+        self.cross_norm: Any = make_norm(c.d_model, c.recipe, rngs) if crosses else None
+        self.cross_attention: Any = Attention(*sizes, c.recipe, execution, init, rngs=rngs) if crosses else None
+        self.mlp_norm = make_norm(c.d_model, c.recipe, rngs)
+        self.mlp = MLP(c.d_model, c.d_ff, c.recipe, init, rngs=rngs)
 
-    def __call__(self, x_BID: jax.Array, visibility: Visibility, key: jax.Array | None) -> jax.Array:
+    def encode(
+        self, x_BID: jax.Array, visibility: Visibility, key: jax.Array | None = None
+    ) -> tuple[jax.Array, KeysValues]:
+        """The next stream of the inputs, and the keys and values they attended to."""
         weights_key, attention_key, hidden_key, mlp_key = dropout_keys(key, 4)
         h_BID = self.attention_norm(x_BID)
-        memory = self.attention.keys_values(h_BID, visibility.k_positions_BK)
-        h_BID = self.attention(h_BID, memory, visibility, weights_key)
+        seen = self.attention.keys_values(h_BID, visibility.k_positions_BK)
+        h_BID = self.attention(h_BID, seen, visibility, weights_key)
         x_BID = x_BID + dropout(h_BID, self.dropout_rate, attention_key)
         h_BID = self.mlp(self.mlp_norm(x_BID), hidden_key)
-        return x_BID + dropout(h_BID, self.dropout_rate, mlp_key)
+        return x_BID + dropout(h_BID, self.dropout_rate, mlp_key), seen
 
+    def memory(self, memory_BID: jax.Array, positions_BI: jax.Array) -> KeysValues:
+        """Keys and values of the encoder's stream, normed by the norm of the attention that reads it.
 
-class DecoderLayer(nnx.Module):
-    """Pre-norm residual layer: causal self-attention, cross-attention to the encoder's output, then MLP."""
+        Separate cross-attention takes the encoder's final-normed output as it is (T5).
+        """
+        if self.cross_attention is None:
+            return self.attention.keys_values(self.attention_norm(memory_BID), positions_BI)
+        normed_BID = memory_BID if self.final_memory else self.cross_norm(memory_BID)
+        return self.cross_attention.keys_values(normed_BID, positions_BI)
 
-    def __init__(self, config: T5LikeConfig, execution: Execution, init: Initialisers, *, rngs: nnx.Rngs):
-        self.dropout_rate = config.recipe.dropout
-        self.attention_norm = RMSNorm(config.d_model, config.recipe.norm_epsilon, rngs=rngs)
-        self.attention = _attention(config, execution, init, rngs)
-        self.cross_norm = RMSNorm(config.d_model, config.recipe.norm_epsilon, rngs=rngs)
-        self.cross_attention = _attention(config, execution, init, rngs)
-        self.mlp_norm = RMSNorm(config.d_model, config.recipe.norm_epsilon, rngs=rngs)
-        self.mlp = MLP(config.d_model, config.d_ff, config.recipe, init, rngs=rngs)
-
-    def __call__(
+    def decode(
         self,
         x_BTD: jax.Array,
-        encoded: KeysValues,
-        self_visibility: Visibility,
-        cross_visibility: Visibility,
+        memory: KeysValues | None,
+        seen: Seen,
         key: jax.Array | None = None,
         cache: KeysValues | None = None,
     ) -> tuple[jax.Array, KeysValues]:
-        """The next stream, and the decoder's own keys and values (the updated cache, where one is given)."""
+        """The next stream of the targets, and self-attention's keys and values (the updated cache, where one is given).
+
+        A cache of merged attention holds the memory already; then `memory` is None.
+        """
         weights_key, attention_key, cross_weights_key, cross_key, hidden_key, mlp_key = dropout_keys(key, 6)
         h_BTD = self.attention_norm(x_BTD)
-        memory = self.attention.keys_values(h_BTD, self_visibility.q_positions_BQ)
+        own = self.attention.keys_values(h_BTD, seen.own.q_positions_BQ)
         if cache is not None:
-            memory = cache.insert(memory, self_visibility.q_start)
-        h_BTD = self.attention(h_BTD, memory, self_visibility, weights_key)
+            own = cache.insert(own, seen.own.q_start)
+        elif self.cross_attention is None:
+            assert memory is not None
+            own = own.behind(memory)
+        h_BTD = self.attention(h_BTD, own, seen.own, weights_key)
         x_BTD = x_BTD + dropout(h_BTD, self.dropout_rate, attention_key)
-        h_BTD = self.cross_attention(self.cross_norm(x_BTD), encoded, cross_visibility, cross_weights_key)
-        x_BTD = x_BTD + dropout(h_BTD, self.dropout_rate, cross_key)
+        if self.cross_attention is not None:
+            h_BTD = self.cross_attention(self.cross_norm(x_BTD), memory, seen.cross, cross_weights_key)
+            x_BTD = x_BTD + dropout(h_BTD, self.dropout_rate, cross_key)
         h_BTD = self.mlp(self.mlp_norm(x_BTD), hidden_key)
-        return x_BTD + dropout(h_BTD, self.dropout_rate, mlp_key), memory
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cache:
-    """Per layer `[N, B, ...]`: the encoder's keys and values, computed once, and the decoder's, one slot a token."""
-
-    encoded: KeysValues
-    layers: KeysValues
-    input_segments_BI: jax.Array
-    input_positions_BI: jax.Array
-    positions_BS: jax.Array
-    length: jax.Array
-    """Filled decoder slots (scalar); the next token goes there."""
-    next_position_B: jax.Array
+        return x_BTD + dropout(h_BTD, self.dropout_rate, mlp_key), own
 
 
 class T5Like(nnx.Module):
     def __init__(self, config: T5LikeConfig, execution: Execution, *, rngs: nnx.Rngs):
         self.config, self.execution = config, execution
-        recipe = config.recipe
-        encoder_init = Initialisers(recipe, residual_branches=2 * config.encoder_layers)
-        decoder_init = Initialisers(recipe, residual_branches=3 * config.decoder_layers)
-        self.embedding = Embedding(config.vocab_size, config.d_model, encoder_init, rngs=rngs)
-        self.encoder_bias = relative_bias(config.num_heads, True, recipe, encoder_init, rngs)
-        self.decoder_bias = relative_bias(config.num_heads, False, recipe, decoder_init, rngs)
-        self.encoder = stack(
-            config.encoder_layers, lambda rngs: EncoderLayer(config, execution, encoder_init, rngs=rngs), rngs
-        )
-        self.encoder_norm = RMSNorm(config.d_model, recipe.norm_epsilon, rngs=rngs)
+        c, recipe = config, config.recipe
+        self.merged, self.shared = c.cross_attention == "merged", c.parameters == "shared"
+        sees_ahead = c.input_attention == "bidirectional"
+        encoder_init = Initialisers(recipe, residual_branches=2 * c.encoder_layers)
+        decoder_init = Initialisers(recipe, residual_branches=(2 if self.merged else 3) * c.decoder_layers)
+        self.embedding = Embedding(c.vocab_size, c.d_model, recipe, encoder_init, rngs=rngs)
+        self.positions = learned_positions(c.max_positions, c.d_model, encoder_init, rngs)
+        if not self.shared:
+            self.encoder_bias = relative_bias(c.num_heads, sees_ahead, recipe, encoder_init, rngs)
+            self.encoder = stack(
+                c.encoder_layers, lambda rngs: Layer(c, execution, encoder_init, crosses=False, rngs=rngs), rngs
+            )
+            self.encoder_norm: Any = make_norm(c.d_model, recipe, rngs) if c.memory == "final" else None
+        self.decoder_bias = relative_bias(c.num_heads, sees_ahead and self.shared, recipe, decoder_init, rngs)
         self.decoder = stack(
-            config.decoder_layers, lambda rngs: DecoderLayer(config, execution, decoder_init, rngs=rngs), rngs
+            c.decoder_layers, lambda rngs: Layer(c, execution, decoder_init, crosses=not self.merged, rngs=rngs), rngs
         )
-        self.decoder_norm = RMSNorm(config.d_model, recipe.norm_epsilon, rngs=rngs)
-        self.output = Head(config.vocab_size, config.d_model, recipe, decoder_init, rngs=rngs)
+        self.decoder_norm = make_norm(c.d_model, recipe, rngs)
+        if self.shared:
+            # The same modules by their other names, so that what follows need not ask.
+            self.encoder_bias, self.encoder, self.encoder_norm = self.decoder_bias, self.decoder, self.decoder_norm
+        self.output = Head(c.vocab_size, c.d_model, recipe, decoder_init, rngs=rngs)
 
     def hidden(self, batch: Batch, dropout_key: jax.Array | None = None) -> jax.Array:
         """h_BTD on the target slots, in the activation dtype."""
         rate = self.config.recipe.dropout
-        encoder_key, embed_key, layers_key, final_key = dropout_keys(dropout_key, 4)
-        encoded_BID = self._encode(batch.inputs_BI, batch.input_segments_BI, batch.input_positions_BI, encoder_key)
-        self_visibility = Visibility(
-            q_segments_BQ=batch.target_segments_BT,
-            k_segments_BK=batch.target_segments_BT,
-            q_positions_BQ=batch.target_positions_BT,
-            k_positions_BK=batch.target_positions_BT,
-            causal=True,
-            bias=bias_table(self.decoder_bias),
-        )
-        # Cross-attention has no relative bias; RoPE goes on counting from the inputs.
-        cross_visibility = Visibility(
-            q_segments_BQ=batch.target_segments_BT,
-            k_segments_BK=batch.input_segments_BI,
-            q_positions_BQ=batch.target_positions_BT,
-            k_positions_BK=batch.input_positions_BI,
-            causal=False,
-        )
+        inputs_key, targets_key, encoder_key, memory_key, decoder_key, final_key = dropout_keys(dropout_key, 6)
+        x_BID = dropout(self._embed(batch.inputs_BI, batch.input_positions_BI), rate, inputs_key)
+        x_BTD = dropout(self._embed(batch.decoder_inputs_BT, batch.target_positions_BT), rate, targets_key)
+        within = self._input_visibility(batch.input_segments_BI, batch.input_positions_BI)
+        seen = self._visibilities(batch)
+        encoder_keys_N = _layer_keys(encoder_key, self.config.encoder_layers)
+        decoder_keys_N = _layer_keys(decoder_key, self.config.decoder_layers)
 
-        def layer(layer: DecoderLayer, x_BTD: jax.Array, key: jax.Array | None) -> tuple[jax.Array, None]:
-            encoded = layer.cross_attention.keys_values(encoded_BID, batch.input_positions_BI)
-            return layer(x_BTD, encoded, self_visibility, cross_visibility, key)[0], None
+        if self.config.memory == "layerwise":
 
-        x_BTD = dropout(self.embedding(batch.decoder_inputs_BT, encoded_BID.dtype), rate, embed_key)
-        keys_N = None if layers_key is None else jax.random.split(layers_key, self.config.decoder_layers)
-        x_BTD, _ = run_layers(self.decoder, layer, x_BTD, keys_N, self.execution)
-        return dropout(self.decoder_norm(x_BTD), rate, final_key)
+            def both(layers, x, keys):  # type: ignore[no-untyped-def]
+                (encoder, decoder), (x_BID, x_BTD), (encoder_key, decoder_key) = layers, x, keys
+                x_BID, memory = self._encode_beside(encoder, decoder, x_BID, within, encoder_key)
+                return (x_BID, decoder.decode(x_BTD, memory, seen, decoder_key)[0]), None
+
+            stacks, keys_N = (self.encoder, self.decoder), (encoder_keys_N, decoder_keys_N)
+            (_, x_BTD), _ = run_layers(stacks, both, (x_BID, x_BTD), keys_N, self.execution)
+        else:
+
+            def layer(decoder: Layer, x_BTD: jax.Array, key: jax.Array | None) -> tuple[jax.Array, None]:
+                memory = decoder.memory(encoded_BID, batch.input_positions_BI)
+                return decoder.decode(x_BTD, memory, seen, key)[0], None
+
+            encoded_BID = self._encode(x_BID, within, encoder_keys_N, memory_key)
+            x_BTD, _ = run_layers(self.decoder, layer, x_BTD, decoder_keys_N, self.execution)
+        return self.output(dropout(self.decoder_norm(x_BTD), rate, final_key))
 
     def head(self) -> jax.Array:
         """w_DV (float32): logits are `hidden @ w_DV`."""
@@ -153,79 +165,102 @@ class T5Like(nnx.Module):
     def prefill(self, prompt: Prompt, max_new_tokens: int) -> Cache:
         """Encodes the inputs once, and projects them once for every decoder layer."""
         segments_BI, positions_BI = prompt.segments_BI(), prompt.positions_BI()
-        encoded_BID = self._encode(prompt.inputs_BI, segments_BI, positions_BI, None)
+        within = self._input_visibility(segments_BI, positions_BI)
+        x_BID = self._embed(prompt.inputs_BI, positions_BI)
+        extra = max_new_tokens if self.merged else 0
 
-        def project(layer: DecoderLayer, _: None, __: None) -> tuple[None, KeysValues]:
-            return None, layer.cross_attention.keys_values(encoded_BID, positions_BI)
+        if self.config.memory == "layerwise":
 
-        _, encoded_N = run_layers(self.decoder, project, None, None, self.execution)
-        room = (self.config.decoder_layers, encoded_BID.shape[0], max_new_tokens, *encoded_N.k_BKGC.shape[3:])
-        return Cache(
-            encoded=encoded_N,
-            layers=KeysValues(jnp.zeros(room, encoded_BID.dtype), jnp.zeros(room, encoded_BID.dtype)),
-            input_segments_BI=segments_BI,
-            input_positions_BI=positions_BI,
-            positions_BS=jnp.zeros((encoded_BID.shape[0], max_new_tokens), jnp.int32),
-            length=jnp.int32(0),
-            next_position_B=prompt.lengths_B,
-        )
+            def both(layers: tuple[Layer, Layer], x_BID: jax.Array, _: None) -> tuple[jax.Array, KeysValues]:
+                x_BID, memory = self._encode_beside(*layers, x_BID, within, None)
+                return x_BID, memory.extend(extra)
 
-    def decode(self, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """h_BD for the decoder inputs `tokens_B`, and the cache with them in it."""
-        position_B1 = cache.next_position_B[:, None]
-        positions_BS = jax.lax.dynamic_update_slice_in_dim(cache.positions_BS, position_B1, cache.length, axis=1)
-        self_visibility = Visibility(
-            q_segments_BQ=jnp.ones_like(position_B1),
-            k_segments_BK=jnp.ones_like(positions_BS),
-            q_positions_BQ=position_B1,
-            k_positions_BK=positions_BS,
-            causal=True,
-            q_start=cache.length,
-            bias=bias_table(self.decoder_bias),
-        )
-        cross_visibility = Visibility(
-            q_segments_BQ=jnp.ones_like(position_B1),
-            k_segments_BK=cache.input_segments_BI,
-            q_positions_BQ=position_B1,
-            k_positions_BK=cache.input_positions_BI,
-            causal=False,
-        )
+            _, memory_N = run_layers((self.encoder, self.decoder), both, x_BID, None, self.execution)
+        else:
+
+            def layer(decoder: Layer, _: None, __: None) -> tuple[None, KeysValues]:
+                return None, decoder.memory(encoded_BID, positions_BI).extend(extra)
+
+            encoded_BID = self._encode(x_BID, within, None, None)
+            _, memory_N = run_layers(self.decoder, layer, None, None, self.execution)
+        make = Cache.behind_inputs if self.merged else Cache.beside_memory
+        return make(memory_N, prompt, max_new_tokens)
+
+    def decode(self, tokens_BQ: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """h_BQD for the decoder inputs `tokens_BQ`, and the cache with them in it."""
+        cache, own = cache.advance(tokens_BQ.shape[1], bias_table(self.decoder_bias))
+        seen = Seen(own, None if self.merged else cache.memory_visibility(own.q_positions_BQ))
 
         def layer(
-            layer: DecoderLayer, x_B1D: jax.Array, caches: tuple[KeysValues, KeysValues]
+            layer: Layer, x_BQD: jax.Array, caches: tuple[KeysValues | None, KeysValues]
         ) -> tuple[jax.Array, KeysValues]:
-            encoded, cached = caches
-            return layer(x_B1D, encoded, self_visibility, cross_visibility, cache=cached)
+            memory, cached = caches
+            return layer.decode(x_BQD, memory, seen, cache=cached)
 
-        x_B1D = self.embedding(tokens_B[:, None], jnp.dtype(self.execution.dtype))
-        x_B1D, layers = run_layers(self.decoder, layer, x_B1D, (cache.encoded, cache.layers), self.execution)
-        advanced = dataclasses.replace(
-            cache,
-            layers=layers,
-            positions_BS=positions_BS,
-            length=cache.length + 1,
-            next_position_B=cache.next_position_B + 1,
-        )
-        return self.decoder_norm(x_B1D)[:, 0], advanced
+        x_BQD = self._embed(tokens_BQ, own.q_positions_BQ)
+        x_BQD, layers_N = run_layers(self.decoder, layer, x_BQD, (cache.memory, cache.layers), self.execution)
+        return self.output(self.decoder_norm(x_BQD)), dataclasses.replace(cache, layers=layers_N)
+
+    def _embed(self, tokens_BL: jax.Array, positions_BL: jax.Array) -> jax.Array:
+        return embed(self.embedding, self.positions, tokens_BL, positions_BL, jnp.dtype(self.execution.dtype))
 
     def _encode(
-        self, inputs_BI: jax.Array, segments_BI: jax.Array, positions_BI: jax.Array, key: jax.Array | None
+        self, x_BID: jax.Array, within: Visibility, keys_N: jax.Array | None, memory_key: jax.Array | None
     ) -> jax.Array:
-        rate = self.config.recipe.dropout
-        embed_key, layers_key, final_key = dropout_keys(key, 3)
-        visibility = Visibility(
+        """The encoder's final-normed output."""
+
+        def layer(encoder: Layer, x_BID: jax.Array, key: jax.Array | None) -> tuple[jax.Array, None]:
+            return encoder.encode(x_BID, within, key)[0], None
+
+        x_BID, _ = run_layers(self.encoder, layer, x_BID, keys_N, self.execution)
+        return dropout(self.encoder_norm(x_BID), self.config.recipe.dropout, memory_key)
+
+    def _encode_beside(
+        self, encoder: Layer, decoder: Layer, x_BID: jax.Array, within: Visibility, key: jax.Array | None
+    ) -> tuple[jax.Array, KeysValues]:
+        """One encoder layer: the next stream, and what the decoder layer beside it reads of the stream that enters."""
+        next_BID, seen = encoder.encode(x_BID, within, key)
+        if self.config.reuses_keys_values:
+            return next_BID, seen
+        return next_BID, decoder.memory(x_BID, within.k_positions_BK)
+
+    def _input_visibility(self, segments_BI: jax.Array, positions_BI: jax.Array) -> Visibility:
+        return Visibility(
             q_segments_BQ=segments_BI,
             k_segments_BK=segments_BI,
             q_positions_BQ=positions_BI,
             k_positions_BK=positions_BI,
-            causal=False,
+            causal=self.config.input_attention == "causal",
             bias=bias_table(self.encoder_bias),
         )
 
-        def layer(layer: EncoderLayer, x_BID: jax.Array, key: jax.Array | None) -> tuple[jax.Array, None]:
-            return layer(x_BID, visibility, key), None
+    def _visibilities(self, batch: Batch) -> Seen:
+        """Targets see earlier targets, and all inputs: behind them in merged attention, apart in cross-attention."""
+        inputs = (batch.input_segments_BI, batch.input_positions_BI)
+        targets = (batch.target_segments_BT, batch.target_positions_BT)
+        behind = [jnp.concatenate(pair, axis=1) for pair in zip(inputs, targets, strict=True)]
+        keys_segments, keys_positions = behind if self.merged else targets
+        own = Visibility(
+            q_segments_BQ=batch.target_segments_BT,
+            k_segments_BK=keys_segments,
+            q_positions_BQ=batch.target_positions_BT,
+            k_positions_BK=keys_positions,
+            causal=True,
+            q_offset=batch.inputs_BI.shape[1] if self.merged else 0,
+            bias=bias_table(self.decoder_bias),
+        )
+        if self.merged:
+            return Seen(own, None)
+        # Cross-attention has no relative bias; RoPE goes on counting from the inputs.
+        cross = Visibility(
+            q_segments_BQ=batch.target_segments_BT,
+            k_segments_BK=batch.input_segments_BI,
+            q_positions_BQ=batch.target_positions_BT,
+            k_positions_BK=batch.input_positions_BI,
+            causal=False,
+        )
+        return Seen(own, cross)
 
-        x_BID = dropout(self.embedding(inputs_BI, jnp.dtype(self.execution.dtype)), rate, embed_key)
-        keys_N = None if layers_key is None else jax.random.split(layers_key, self.config.encoder_layers)
-        x_BID, _ = run_layers(self.encoder, layer, x_BID, keys_N, self.execution)
-        return dropout(self.encoder_norm(x_BID), rate, final_key)
+
+def _layer_keys(key: jax.Array | None, layers: int) -> jax.Array | None:
+    return None if key is None else jax.random.split(key, layers)

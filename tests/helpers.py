@@ -16,18 +16,22 @@ from common.data.batch import Batch
 from common.data.config import Supervised
 from common.data.examples import Examples, Ragged
 from common.data.loader import build_batch
-from common.nn.recipe import Execution, Recipe
+from common.nn.recipe import GPT2, T5_V1_0, T5_V1_1, Execution, Recipe
 from experiments.config import ModelConfig
 from experiments.families import builder
 from gpt.config import GptConfig
-from t5like.config import T5LikeConfig
+from t5like.config import RUNGS, T5LikeConfig
 
 VOCAB = 128
 WIDTHS = {"vocab_size": VOCAB, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "d_ff": 48}
 F32 = Execution(dtype="float32", matmul_precision="highest", scan_layers=False, attention_block=8, loss_chunk=8)
 
 ROPE = Recipe(positions="rope")
-BIAS = Recipe(positions="t5_bias", mlp="geglu", init="t5", scale_attention=False, z_loss=1e-4)
+BIAS = T5_V1_1
+LEARNED = dataclasses.replace(GPT2, tied_embeddings=False)
+GEMMA = Recipe(mlp="geglu", tied_embeddings=True, scale_embeddings=True, qk_norm=True)
+"""Options that no preset has: head norms and scaled embeddings."""
+MAX_POSITIONS = 48
 
 Pair = tuple[list[int], list[int]]
 
@@ -36,11 +40,18 @@ PAIRS: list[Pair] = [([5, 6, 0, 7, 1], [8, 0, 9, 1]), ([], [3, 4, 1]), ([2, 0, 1
 
 
 def gpt(recipe: Recipe = ROPE, **change: Any) -> GptConfig:
-    return GptConfig(**{"num_layers": 2, "recipe": recipe, **WIDTHS, **change})
+    positions = _max_positions(recipe)
+    return GptConfig(**{"num_layers": 2, "recipe": recipe, "max_positions": positions, **WIDTHS, **change})
 
 
 def t5like(recipe: Recipe = ROPE, **change: Any) -> T5LikeConfig:
-    return T5LikeConfig(**{"encoder_layers": 1, "decoder_layers": 2, "recipe": recipe, **WIDTHS, **change})
+    layers = {"encoder_layers": 1, "decoder_layers": 2}
+    positions = _max_positions(recipe)
+    return T5LikeConfig(**{**layers, "recipe": recipe, "max_positions": positions, **WIDTHS, **change})
+
+
+def _max_positions(recipe: Recipe) -> int | None:
+    return MAX_POSITIONS if recipe.positions == "learned" else None
 
 
 FAMILIES: dict[str, ModelConfig] = {
@@ -48,9 +59,13 @@ FAMILIES: dict[str, ModelConfig] = {
     "gpt-bias": gpt(BIAS),
     "gpt-prefix": gpt(ROPE, input_attention="bidirectional"),
     "gpt-tied": gpt(dataclasses.replace(ROPE, tied_embeddings=True, mlp="gelu")),
+    "gpt-learned": gpt(LEARNED),
+    "gpt-gemma": gpt(GEMMA),
     "t5like-rope": t5like(ROPE),
     "t5like-bias": t5like(BIAS),
-    "t5like-tied": t5like(dataclasses.replace(BIAS, tied_embeddings=True, mlp="relu")),
+    "t5like-tied": t5like(T5_V1_0),
+    "t5like-learned": t5like(LEARNED),
+    "t5like-relaxed": t5like(GEMMA, encoder_layers=2, **RUNGS[4]),
 }
 
 

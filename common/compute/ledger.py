@@ -5,6 +5,9 @@ everybody does. A training step costs three forward passes: backward does each p
 """
 
 import dataclasses
+from typing import Protocol
+
+from common.nn.recipe import Recipe
 
 TRAIN_OVER_FORWARD = 3
 
@@ -34,10 +37,70 @@ class ForwardFlops:
         return TRAIN_OVER_FORWARD * self.dense
 
 
-def attention_parameters(d_model: int, num_heads: int, num_kv_heads: int, head_dim: int) -> tuple[int, int]:
-    """(query and output, key and value) matrix parameters of one attention layer."""
-    return 2 * d_model * num_heads * head_dim, 2 * d_model * num_kv_heads * head_dim
+class Widths(Protocol):
+    """What a family's config says of one layer."""
+
+    @property
+    def d_model(self) -> int: ...
+
+    @property
+    def num_heads(self) -> int: ...
+
+    @property
+    def num_kv_heads(self) -> int: ...
+
+    @property
+    def head_dim(self) -> int: ...
+
+    @property
+    def d_ff(self) -> int: ...
+
+    @property
+    def recipe(self) -> Recipe: ...
 
 
-def mlp_parameters(d_model: int, d_ff: int, gated: bool) -> int:
-    return (3 if gated else 2) * d_model * d_ff
+def query_out_matrices(w: Widths) -> int:
+    """Matrix parameters on a query's way through attention."""
+    return 2 * w.d_model * w.num_heads * w.head_dim
+
+
+def key_value_matrices(w: Widths) -> int:
+    """Matrix parameters on a key's way into attention."""
+    return 2 * w.d_model * w.num_kv_heads * w.head_dim
+
+
+def mlp_matrices(w: Widths) -> int:
+    return (3 if w.recipe.gated_mlp else 2) * w.d_model * w.d_ff
+
+
+def pair_flops(w: Widths) -> int:
+    """Of one query with one key in one layer: score and weighted value, all heads."""
+    return 4 * w.num_heads * w.head_dim
+
+
+def norm_parameters(w: Widths) -> int:
+    return (2 if w.recipe.norm == "layernorm" else 1) * w.d_model
+
+
+def attention_parameters(w: Widths) -> int:
+    """Of one attention with its norm: matrices, biases, norms."""
+    biases = (w.num_heads + 2 * w.num_kv_heads) * w.head_dim + w.d_model if w.recipe.biases else 0
+    head_norms = 2 * w.head_dim if w.recipe.qk_norm else 0
+    return query_out_matrices(w) + key_value_matrices(w) + biases + head_norms + norm_parameters(w)
+
+
+def mlp_parameters(w: Widths) -> int:
+    """Of one MLP with its norm."""
+    biases = (2 if w.recipe.gated_mlp else 1) * w.d_ff + w.d_model if w.recipe.biases else 0
+    return mlp_matrices(w) + biases + norm_parameters(w)
+
+
+def table_parameters(w: Widths, vocab_size: int, max_positions: int | None) -> int:
+    """Token table, head and learned positions."""
+    tables = 1 if w.recipe.tied_embeddings else 2
+    return (tables * vocab_size + (max_positions or 0)) * w.d_model
+
+
+def bias_parameters(w: Widths) -> int:
+    """Of one table of relative bias."""
+    return w.num_heads * w.recipe.relative_buckets if w.recipe.positions == "t5_bias" else 0

@@ -4,9 +4,13 @@ Legend: B batch rows, I input slots.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+SMALLEST_BUCKET = 16
 
 
 @jax.tree_util.register_dataclass
@@ -16,6 +20,9 @@ class Prompt:
 
     inputs_BI: jax.Array
     lengths_B: jax.Array
+    starts_B: jax.Array
+    """Each row's first decoder input: the start token, or, for a language model whose inputs and targets are one text,
+    the prompt's last token (its inputs are then the prompt without it)."""
 
     def positions_BI(self) -> jax.Array:
         B, I = self.inputs_BI.shape  # noqa: E741 (a shape letter)
@@ -23,3 +30,28 @@ class Prompt:
 
     def segments_BI(self) -> jax.Array:
         return (self.positions_BI() < self.lengths_B[:, None]).astype(jnp.int32)
+
+
+def pad_prompts(inputs: Sequence[np.ndarray], starts: Sequence[int], *, rows: int) -> Prompt:
+    """NumPy arrays of `rows` rows, wide enough for the longest input's bucket; missing rows are empty."""
+    assert 0 < len(inputs) == len(starts) <= rows
+    inputs_BI = np.zeros((rows, bucket(max(map(len, inputs)))), np.int32)
+    lengths_B, starts_B = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+    for row, (x, start) in enumerate(zip(inputs, starts, strict=True)):
+        inputs_BI[row, : len(x)] = x
+        lengths_B[row], starts_B[row] = len(x), start
+    return Prompt(inputs_BI=inputs_BI, lengths_B=lengths_B, starts_B=starts_B)  # type: ignore[arg-type]
+
+
+def bucket(length: int) -> int:
+    """The smallest of 16, 24, 32, 48, 64, 96, ... that holds `length`: programs are compiled for these alone.
+
+    >>> [bucket(n) for n in (0, 17, 32, 33, 100)]
+    [16, 24, 32, 48, 128]
+    """
+    size = SMALLEST_BUCKET
+    while size < length:
+        if size * 3 // 2 >= length:
+            return size * 3 // 2
+        size *= 2
+    return size

@@ -19,8 +19,8 @@ MASKED = float(jnp.finfo(jnp.float32).min)
 
 def attend(
     q_BQHC: jax.Array,
-    k_BKGC: jax.Array,
-    v_BKGC: jax.Array,
+    k_BGKC: jax.Array,
+    v_BGKC: jax.Array,
     visibility: Visibility,
     *,
     scale: float,
@@ -32,27 +32,41 @@ def attend(
 
     A query that sees no key gets exactly 0, with gradient 0. Masked logits are replaced, never added to, so that no key
     of a stranger, however large, can leak. `block` queries are taken at a time; None, decoding, and dropout on the
-    attention weights take the plain implementation, which holds all logits at once.
+    attention weights take the plain implementation, which holds all logits at once. Several rows of queries in turn
+    may share a row of keys, as the beams of a prompt do; then nothing may be causal.
     """
+    if q_BQHC.shape[0] != k_BGKC.shape[0]:
+        rows = k_BGKC.shape[0]
+        out_BQHC = attend(
+            q_BQHC.reshape(rows, -1, *q_BQHC.shape[2:]),
+            k_BGKC,
+            v_BGKC,
+            visibility.gathered(rows),
+            scale=scale,
+            block=block,
+            dropout_rate=dropout_rate,
+            dropout_key=dropout_key,
+        )
+        return out_BQHC.reshape(q_BQHC.shape)
     q_BQHC = q_BQHC * scale
     dropping = dropout_key is not None and dropout_rate > 0.0
-    fits = q_BQHC.shape[1] > 1 and (visibility.aligned or not visibility.causal)
+    fits = q_BQHC.shape[1] > 1 and (visibility.placed or not visibility.causal)
     if block is None or dropping or not fits:
-        return plain(q_BQHC, k_BKGC, v_BKGC, visibility, dropout_rate, dropout_key if dropping else None)
-    return blocked(q_BQHC, k_BKGC, v_BKGC, visibility, block)
+        return plain(q_BQHC, k_BGKC, v_BGKC, visibility, dropout_rate, dropout_key if dropping else None)
+    return blocked(q_BQHC, k_BGKC, v_BGKC, visibility, block)
 
 
 def plain(
     q_BQHC: jax.Array,
-    k_BKGC: jax.Array,
-    v_BKGC: jax.Array,
+    k_BGKC: jax.Array,
+    v_BGKC: jax.Array,
     visibility: Visibility,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """All logits at once; queries are scaled already."""
     B, Q, H, C = q_BQHC.shape
-    logits_BGMQK, mask_B11QK = _logits(_head_major(q_BQHC, k_BKGC.shape[2]), k_BKGC.swapaxes(1, 2), visibility)
+    logits_BGMQK, mask_B11QK = _logits(_head_major(q_BQHC, k_BGKC.shape[1]), k_BGKC, visibility)
     shifted = logits_BGMQK - jax.lax.stop_gradient(logits_BGMQK.max(axis=-1, keepdims=True))
     weights_BGMQK = jnp.where(mask_B11QK, jnp.exp(shifted), 0.0)
     total_BGMQ1 = weights_BGMQK.sum(axis=-1, keepdims=True)
@@ -61,21 +75,19 @@ def plain(
         shape = (*weights_BGMQK.shape[:3], 1, weights_BGMQK.shape[-1])
         kept = jax.random.bernoulli(dropout_key, 1.0 - dropout_rate, shape)
         weights_BGMQK = jnp.where(kept, weights_BGMQK / (1.0 - dropout_rate), 0.0)
-    out_BGMQC = jnp.einsum("BGMQK,BKGC->BGMQC", weights_BGMQK.astype(q_BQHC.dtype), v_BKGC)
+    out_BGMQC = _weighted("BGXK,BGKC->BGXC", weights_BGMQK.astype(q_BQHC.dtype), v_BGKC)
     out_BGMQC /= _or_one(total_BGMQ1).astype(q_BQHC.dtype)
     return jnp.moveaxis(out_BGMQC, 3, 1).reshape(B, Q, H, C)
 
 
-def blocked(q_BQHC: jax.Array, k_BKGC: jax.Array, v_BKGC: jax.Array, visibility: Visibility, block: int) -> jax.Array:
+def blocked(q_BQHC: jax.Array, k_BGKC: jax.Array, v_BGKC: jax.Array, visibility: Visibility, block: int) -> jax.Array:
     """A block of queries at a time against the keys it can reach; the backward pass recomputes the weights.
 
     The memory-saving scheme of FlashAttention (arXiv 2205.14135) over query blocks: kept for the backward pass are the
     output and one log-sum a query. Causal attention skips the keys behind each block, about half of them.
     """
     table_HR = None if visibility.bias is None else visibility.bias.table_HR
-    out_BGMQC = _blocked(
-        _head_major(q_BQHC, k_BKGC.shape[2]), k_BKGC.swapaxes(1, 2), v_BKGC.swapaxes(1, 2), table_HR, visibility, block
-    )
+    out_BGMQC = _blocked(_head_major(q_BQHC, k_BGKC.shape[1]), k_BGKC, v_BGKC, table_HR, visibility, block)
     return jnp.moveaxis(out_BGMQC, 3, 1).reshape(q_BQHC.shape)
 
 

@@ -17,9 +17,9 @@ class Visibility:
     """Which keys a query may see, and at what distance they stand; never a dense mask, so that kernels can choose.
 
     A query sees a key when both have the same non-zero segment id and, where `causal`, the key's index is not after the
-    query's, or is below `prefix_length` together with the query's. Index means place in the sequence (the query block
-    begins at `q_start` of the keys, None where both are one sequence); position means place in the text, and is what
-    RoPE and relative bias use.
+    query's, or is below `prefix_length` together with the query's. Index means place in the sequence: query i stands at
+    key `q_offset + i`, and where a cache decides, `q_start` further. Position means place in the text, and is what RoPE
+    and relative bias use.
     """
 
     q_segments_BQ: jax.Array
@@ -28,21 +28,22 @@ class Visibility:
     k_positions_BK: jax.Array
     causal: bool = dataclasses.field(metadata={"static": True})
     prefix_length: int = dataclasses.field(default=0, metadata={"static": True})
-    q_start: jax.Array | int | None = None
+    q_offset: int = dataclasses.field(default=0, metadata={"static": True})
+    q_start: jax.Array | None = None
     bias: BiasTable | None = None
 
     @property
-    def aligned(self) -> bool:
-        """Whether query i is key i, known before anything runs: one sequence attends to itself."""
+    def placed(self) -> bool:
+        """Whether the index of every query is known before anything runs."""
         return self.q_start is None
 
     def last_key(self, q_end: int) -> int:
-        """Keys from this index on are seen by no query before `q_end`; needs `aligned` where causal."""
+        """Keys from this index on are seen by no query before `q_end`; needs `placed` where causal."""
         keys = self.k_segments_BK.shape[1]
         if not self.causal:
             return keys
-        assert self.aligned
-        return min(keys, max(q_end, self.prefix_length))
+        assert self.placed
+        return min(keys, max(self.q_offset + q_end, self.prefix_length))
 
     def block(self, q_begin: int, q_end: int, k_end: int) -> "Visibility":
         """The description of queries `q_begin..q_end-1` and keys `0..k_end-1` alone."""
@@ -52,7 +53,16 @@ class Visibility:
             k_segments_BK=self.k_segments_BK[:, :k_end],
             q_positions_BQ=self.q_positions_BQ[:, q_begin:q_end],
             k_positions_BK=self.k_positions_BK[:, :k_end],
-            q_start=q_begin if self.q_start is None else self.q_start + q_begin,
+            q_offset=self.q_offset + q_begin,
+        )
+
+    def gathered(self, rows: int) -> "Visibility":
+        """The description of the same queries, in so many rows: consecutive rows of queries see one row of keys."""
+        assert not self.causal and self.bias is None
+        return dataclasses.replace(
+            self,
+            q_segments_BQ=self.q_segments_BQ.reshape(rows, -1),
+            q_positions_BQ=self.q_positions_BQ.reshape(rows, -1),
         )
 
     def mask_BQK(self) -> jax.Array:
@@ -60,7 +70,7 @@ class Visibility:
         mask = same & (self.k_segments_BK != 0)[:, None, :]
         if not self.causal:
             return mask
-        q_index = jnp.arange(self.q_segments_BQ.shape[1], dtype=jnp.int32)[:, None]
+        q_index = self.q_offset + jnp.arange(self.q_segments_BQ.shape[1], dtype=jnp.int32)[:, None]
         if self.q_start is not None:
             q_index += self.q_start
         k_index = jnp.arange(self.k_segments_BK.shape[1], dtype=jnp.int32)[None, :]

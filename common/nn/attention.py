@@ -11,6 +11,7 @@ from flax import nnx
 
 from common.kernels.attention import attend
 from common.kernels.visibility import Visibility
+from common.nn.layers import RMSNorm, bias, value
 from common.nn.linear import project, unproject
 from common.nn.parameters import Initialisers, param
 from common.nn.positions import rope
@@ -21,19 +22,23 @@ from common.sharding.rules import constrain
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeysValues:
-    """Projected keys (rotated already, where RoPE is used) and values."""
+    """Projected keys (rotated already, where RoPE is used) and values; head-major, as products with them want it."""
 
-    k_BKGC: jax.Array
-    v_BKGC: jax.Array
+    k_BGKC: jax.Array
+    v_BGKC: jax.Array
 
-    def insert(self, new: "KeysValues", index: jax.Array | int | None) -> "KeysValues":
+    def insert(self, new: "KeysValues", index: jax.Array | None) -> "KeysValues":
         """A cache with `new` written from key index `index` on (a visibility's `q_start`, which caching needs)."""
         assert index is not None
-        return jax.tree.map(lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, index, axis=1), self, new)
+        return jax.tree.map(lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, index, axis=2), self, new)
+
+    def behind(self, memory: "KeysValues") -> "KeysValues":
+        """All keys of `memory`, then these."""
+        return jax.tree.map(lambda first, x: jnp.concatenate([first, x], axis=2), memory, self)
 
     def extend(self, slots: int) -> "KeysValues":
         """With `slots` empty keys behind the present ones."""
-        return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, slots), (0, 0), (0, 0))), self)
+        return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, slots), (0, 0))), self)
 
 
 class Attention(nnx.Module):
@@ -59,29 +64,41 @@ class Attention(nnx.Module):
         self.query_DHC = param(rngs, init.query(D, C), (D, H, C), ("embed", "heads", "head_dim"))
         self.key_DGC = param(rngs, init.key_value(D), (D, G, C), ("embed", "kv_heads", "head_dim"))
         self.value_DGC = param(rngs, init.key_value(D), (D, G, C), ("embed", "kv_heads", "head_dim"))
+        self.query_bias_HC = bias(rngs, recipe, (H, C), ("heads", "head_dim"))
+        self.key_bias_GC = bias(rngs, recipe, (G, C), ("kv_heads", "head_dim"))
+        self.value_bias_GC = bias(rngs, recipe, (G, C), ("kv_heads", "head_dim"))
+        self.query_norm = RMSNorm(C, recipe.norm_epsilon, rngs=rngs, axis="head_dim") if recipe.qk_norm else None
+        self.key_norm = RMSNorm(C, recipe.norm_epsilon, rngs=rngs, axis="head_dim") if recipe.qk_norm else None
         self.out_HCD = param(rngs, init.attention_out(H * C), (H, C, D), ("heads", "head_dim", "embed"))
+        self.out_bias_D = bias(rngs, recipe, (D,), ("embed",))
 
     def keys_values(self, x_BKD: jax.Array, positions_BK: jax.Array) -> KeysValues:
-        k_BKGC = constrain(project(x_BKD, self.key_DGC[...]), "batch", None, "kv_heads", None)
-        v_BKGC = constrain(project(x_BKD, self.value_DGC[...]), "batch", None, "kv_heads", None)
+        k_BKGC = project(x_BKD, self.key_DGC[...], value(self.key_bias_GC))
+        v_BKGC = project(x_BKD, self.value_DGC[...], value(self.value_bias_GC))
+        k_BKGC, v_BKGC = (constrain(x, "batch", None, "kv_heads", None) for x in (k_BKGC, v_BKGC))
+        if self.key_norm is not None:
+            k_BKGC = self.key_norm(k_BKGC)
         if self.rope_theta is not None:
             k_BKGC = rope(k_BKGC, positions_BK, self.rope_theta)
-        return KeysValues(k_BKGC, v_BKGC)
+        return KeysValues(k_BKGC.swapaxes(1, 2), v_BKGC.swapaxes(1, 2))
 
     def __call__(
         self, x_BQD: jax.Array, memory: KeysValues, visibility: Visibility, dropout_key: jax.Array | None = None
     ) -> jax.Array:
-        q_BQHC = constrain(project(x_BQD, self.query_DHC[...]), "batch", None, "heads", None)
+        q_BQHC = project(x_BQD, self.query_DHC[...], value(self.query_bias_HC))
+        q_BQHC = constrain(q_BQHC, "batch", None, "heads", None)
+        if self.query_norm is not None:
+            q_BQHC = self.query_norm(q_BQHC)
         if self.rope_theta is not None:
             q_BQHC = rope(q_BQHC, visibility.q_positions_BQ, self.rope_theta)
         out_BQHC = attend(
             q_BQHC,
-            memory.k_BKGC,
-            memory.v_BKGC,
+            memory.k_BGKC,
+            memory.v_BGKC,
             visibility,
             scale=self.scale,
             block=self.block,
             dropout_rate=self.dropout_rate,
             dropout_key=dropout_key,
         )
-        return unproject(out_BQHC, self.out_HCD[...])
+        return unproject(out_BQHC, self.out_HCD[...], value(self.out_bias_D))

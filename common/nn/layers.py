@@ -1,4 +1,4 @@
-"""Norm, MLP, embedding, head and dropout.
+"""Norms, MLP, embedding, head and dropout.
 
 Legend: B batch rows, L sequence, T target slots, D model, F mlp, V vocab.
 """
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from common.nn.linear import linear
-from common.nn.parameters import Initialisers, ones, param
+from common.nn.parameters import Initialisers, ones, param, zeros
 from common.nn.recipe import Recipe
 from common.sharding.rules import constrain
 
@@ -16,66 +16,113 @@ from common.sharding.rules import constrain
 class RMSNorm(nnx.Module):
     """Root-mean-square norm in float32, then the scale in the activation dtype (T5X; arXiv 1910.07467)."""
 
+    def __init__(self, d_model: int, epsilon: float, *, rngs: nnx.Rngs, axis: str = "embed"):
+        self.epsilon = epsilon
+        self.scale_D = param(rngs, ones, (d_model,), (axis,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Over the last axis, whatever stands before it."""
+        x32 = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        normed = (x32 * jax.lax.rsqrt(mean_square + self.epsilon)).astype(x.dtype)
+        return normed * _broadcast(self.scale_D[...], x)
+
+
+class LayerNorm(nnx.Module):
+    """Mean and variance norm in float32, then scale and bias in the activation dtype (arXiv 1607.06450)."""
+
     def __init__(self, d_model: int, epsilon: float, *, rngs: nnx.Rngs):
         self.epsilon = epsilon
         self.scale_D = param(rngs, ones, (d_model,), ("embed",))
+        self.bias_D = param(rngs, zeros, (d_model,), ("embed",))
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         x32_BLD = x_BLD.astype(jnp.float32)
-        mean_square_BL1 = jnp.mean(jnp.square(x32_BLD), axis=-1, keepdims=True)
-        normed_BLD = (x32_BLD * jax.lax.rsqrt(mean_square_BL1 + self.epsilon)).astype(x_BLD.dtype)
-        return normed_BLD * self.scale_D[None, None].astype(x_BLD.dtype)
+        centred_BLD = x32_BLD - jnp.mean(x32_BLD, axis=-1, keepdims=True)
+        variance_BL1 = jnp.mean(jnp.square(centred_BLD), axis=-1, keepdims=True)
+        normed_BLD = (centred_BLD * jax.lax.rsqrt(variance_BL1 + self.epsilon)).astype(x_BLD.dtype)
+        return normed_BLD * _broadcast(self.scale_D[...], x_BLD) + _broadcast(self.bias_D[...], x_BLD)
+
+
+def make_norm(d_model: int, recipe: Recipe, rngs: nnx.Rngs) -> RMSNorm | LayerNorm:
+    """The recipe's norm of a residual stream."""
+    kind = LayerNorm if recipe.norm == "layernorm" else RMSNorm
+    return kind(d_model, recipe.norm_epsilon, rngs=rngs)
 
 
 class MLP(nnx.Module):
-    """Plain (ReLU, GELU) or gated (GEGLU, SwiGLU) feed-forward layer without biases."""
+    """Feed-forward layer: plain (ReLU, GELU) or gated (GEGLU, SwiGLU)."""
 
     def __init__(self, d_model: int, d_ff: int, recipe: Recipe, init: Initialisers, *, rngs: nnx.Rngs):
         self.kind, self.dropout_rate = recipe.mlp, recipe.dropout
         self.in_DF = param(rngs, init.mlp_in(d_model), (d_model, d_ff), ("embed", "mlp"))
+        self.in_bias_F = bias(rngs, recipe, (d_ff,), ("mlp",))
         if recipe.gated_mlp:
             self.linear_DF = param(rngs, init.mlp_in(d_model), (d_model, d_ff), ("embed", "mlp"))
+            self.linear_bias_F = bias(rngs, recipe, (d_ff,), ("mlp",))
         self.out_FD = param(rngs, init.mlp_out(d_ff), (d_ff, d_model), ("mlp", "embed"))
+        self.out_bias_D = bias(rngs, recipe, (d_model,), ("embed",))
 
     def __call__(self, x_BLD: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
-        h_BLF = linear(x_BLD, self.in_DF[...])
+        h_BLF = linear(x_BLD, self.in_DF[...], value(self.in_bias_F))
         match self.kind:
             case "relu":
                 h_BLF = jax.nn.relu(h_BLF)
             case "gelu":
                 h_BLF = jax.nn.gelu(h_BLF, approximate=True)
             case "geglu":
-                h_BLF = jax.nn.gelu(h_BLF, approximate=True) * linear(x_BLD, self.linear_DF[...])
+                h_BLF = jax.nn.gelu(h_BLF, approximate=True) * self._linear(x_BLD)
             case "swiglu":
-                h_BLF = jax.nn.silu(h_BLF) * linear(x_BLD, self.linear_DF[...])
+                h_BLF = jax.nn.silu(h_BLF) * self._linear(x_BLD)
         h_BLF = constrain(h_BLF, "batch", None, "mlp")
         h_BLF = dropout(h_BLF, self.dropout_rate, dropout_key)
-        return linear(h_BLF, self.out_FD[...])
+        return linear(h_BLF, self.out_FD[...], value(self.out_bias_D))
+
+    def _linear(self, x_BLD: jax.Array) -> jax.Array:
+        """The factor without an activation."""
+        return linear(x_BLD, self.linear_DF[...], value(self.linear_bias_F))
 
 
 class Embedding(nnx.Module):
     """The token table, read by gather."""
 
-    def __init__(self, vocab_size: int, d_model: int, init: Initialisers, *, rngs: nnx.Rngs):
+    def __init__(self, vocab_size: int, d_model: int, recipe: Recipe, init: Initialisers, *, rngs: nnx.Rngs):
+        self.scale = d_model**0.5 if recipe.scale_embeddings else 1.0
         self.table_VD = param(rngs, init.embedding(d_model), (vocab_size, d_model), ("vocab", "embed"))
 
     def __call__(self, tokens_BL: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        return constrain(self.table_VD[...].astype(dtype)[tokens_BL], "batch", None, None)
+        return constrain(self.table_VD[...].astype(dtype)[tokens_BL] * self.scale, "batch", None, None)
 
 
 class Head(nnx.Module):
-    """The output projection: its own matrix, or the embedding's (T5 then divides by sqrt(d_model))."""
+    """The output projection: its own matrix, or the embedding's."""
 
     def __init__(self, vocab_size: int, d_model: int, recipe: Recipe, init: Initialisers, *, rngs: nnx.Rngs):
-        self.scale = d_model**-0.5 if recipe.tied_embeddings and recipe.init == "t5" else 1.0
+        self.scale = d_model**-0.5 if recipe.scale_logits else 1.0
         shape = (d_model, vocab_size)
         self.weight_DV = None if recipe.tied_embeddings else param(rngs, init.head(d_model), shape, ("embed", "vocab"))
 
+    def __call__(self, h_BLD: jax.Array) -> jax.Array:
+        """Hidden states on the scale that the weights take."""
+        return h_BLD * self.scale
+
     def weights(self, embedding: Embedding) -> jax.Array:
         """w_DV, float32: logits are `hidden @ w_DV`."""
-        if self.weight_DV is None:
-            return embedding.table_VD[...].T * self.scale
-        return self.weight_DV[...]
+        return embedding.table_VD[...].T if self.weight_DV is None else self.weight_DV[...]
+
+
+def bias(rngs: nnx.Rngs, recipe: Recipe, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param | None:
+    """A projection's bias, None in a recipe without."""
+    return param(rngs, zeros, shape, axes) if recipe.biases else None
+
+
+def value(parameter: nnx.Param | None) -> jax.Array | None:
+    return None if parameter is None else parameter[...]
+
+
+def _broadcast(vector_D: jax.Array, x: jax.Array) -> jax.Array:
+    """In the dtype and rank of `x`."""
+    return vector_D.reshape((1,) * (x.ndim - 1) + vector_D.shape).astype(x.dtype)
 
 
 def dropout(x_BLD: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -1,15 +1,16 @@
 """One matrix product for every projection, with a backward pass that copies little.
 
-Legend: B batch rows, L sequence, P = B * L tokens, D features in, F features out.
+Legend: B batch rows, L sequence, P = B * L tokens, D features in, F features out, H heads, C head dim.
 """
 
 import jax
 
 
-def linear(x_BLD: jax.Array, w_DF: jax.Array) -> jax.Array:
-    """`x @ w` in the dtype of `x` (w is cast to it): [B, L, F]."""
+def linear(x_BLD: jax.Array, w_DF: jax.Array, bias_F: jax.Array | None = None) -> jax.Array:
+    """`x @ w + bias` in the dtype of `x` (parameters are cast to it): [B, L, F]."""
     B, L, D = x_BLD.shape
-    return _matmul(x_BLD.reshape(B * L, D), w_DF.astype(x_BLD.dtype)).reshape(B, L, -1)
+    y_BLF = _matmul(x_BLD.reshape(B * L, D), w_DF.astype(x_BLD.dtype)).reshape(B, L, -1)
+    return y_BLF if bias_F is None else y_BLF + bias_F[None, None].astype(x_BLD.dtype)
 
 
 @jax.custom_vjp
@@ -35,13 +36,14 @@ def _backward(residuals: tuple[jax.Array, jax.Array], dy_PF: jax.Array) -> tuple
 _matmul.defvjp(_forward, _backward)
 
 
-def project(x_BLD: jax.Array, w_DHC: jax.Array) -> jax.Array:
+def project(x_BLD: jax.Array, w_DHC: jax.Array, bias_HC: jax.Array | None = None) -> jax.Array:
     """Into heads: [B, L, H, C]."""
     D, H, C = w_DHC.shape
-    return linear(x_BLD, w_DHC.reshape(D, H * C)).reshape(*x_BLD.shape[:2], H, C)
+    bias_F = None if bias_HC is None else bias_HC.reshape(H * C)
+    return linear(x_BLD, w_DHC.reshape(D, H * C), bias_F).reshape(*x_BLD.shape[:2], H, C)
 
 
-def unproject(x_BLHC: jax.Array, w_HCD: jax.Array) -> jax.Array:
+def unproject(x_BLHC: jax.Array, w_HCD: jax.Array, bias_D: jax.Array | None = None) -> jax.Array:
     """Out of heads: [B, L, D]."""
     H, C, D = w_HCD.shape
-    return linear(x_BLHC.reshape(*x_BLHC.shape[:2], H * C), w_HCD.reshape(H * C, D))
+    return linear(x_BLHC.reshape(*x_BLHC.shape[:2], H * C), w_HCD.reshape(H * C, D), bias_D)

@@ -31,6 +31,10 @@ def uniform(limit: float) -> Initialiser:
     return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -limit, limit)
 
 
+def zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jnp.zeros(shape, jnp.float32)
+
+
 def ones(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.ones(shape, jnp.float32)
 
@@ -41,7 +45,8 @@ class Initialisers:
     `t5` has T5X's standard deviations: query (d_model * head_dim)^-1/2, key and value d_model^-1/2, attention output
     (heads * head_dim)^-1/2, MLP d_model^-1/2 in and d_ff^-1/2 out (truncated), head d_model^-1/2 (truncated), embedding
     1, relative bias uniform with variance 1/fan_avg. `fan_in` has fan_in^-1/2 throughout, residual outputs divided by
-    sqrt(residual branches) (GPT-2), and embedding and head small enough that a fresh model is close to uniform.
+    sqrt(residual branches) (GPT-2), and embedding and head small enough that a fresh model is close to uniform. Biases
+    begin at zero.
     """
 
     def __init__(self, recipe: Recipe, residual_branches: int):
@@ -69,6 +74,10 @@ class Initialisers:
             return normal(1.0)
         # A tied table is the head too, so it must keep fresh logits small.
         return normal(1.0 / d_model if self.tied else d_model**-0.5)
+
+    def positions(self, d_model: int) -> Initialiser:
+        # On the embedding's scale, so that neither drowns the other.
+        return self.embedding(d_model)
 
     def head(self, d_model: int) -> Initialiser:
         return truncated_normal(d_model**-0.5) if self.t5 else normal(1.0 / d_model)

@@ -1,13 +1,16 @@
-"""Position schemes: rotary embeddings and T5's relative bias.
+"""Position schemes: rotary embeddings, T5's relative bias, learned tables.
 
-Legend: B batch rows (or 1), L sequence, H heads, C head dim, R relative buckets.
+Legend: B batch rows (or 1), L sequence, H heads, C head dim, R relative buckets, S positions, D model.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from common.kernels.bias import BiasTable
+from common.nn.layers import Embedding
 from common.nn.parameters import Initialisers, param
 from common.nn.recipe import Recipe
 
@@ -33,11 +36,12 @@ class RelativeBias(nnx.Module):
 
 
 def relative_bias(
-    num_heads: int, bidirectional: bool, recipe: Recipe, init: Initialisers, rngs: nnx.Rngs
+    num_heads: int, sees_ahead: bool, recipe: Recipe, init: Initialisers, rngs: nnx.Rngs
 ) -> RelativeBias | None:
-    """A stack's bias under a recipe, None where its positions are of another scheme."""
+    """The bias of stacks that see keys ahead of a query or do not; None where positions are of another scheme."""
     if recipe.positions != "t5_bias":
         return None
+    bidirectional = sees_ahead if recipe.relative_sides == "as_seen" else recipe.relative_sides == "two"
     return RelativeBias(num_heads, bidirectional, recipe, init, rngs=rngs)
 
 
@@ -46,3 +50,29 @@ def bias_table(bias: RelativeBias | None) -> BiasTable | None:
     if bias is None:
         return None
     return BiasTable(table_HR=bias.table_HR[...], bidirectional=bias.bidirectional, max_distance=bias.max_distance)
+
+
+class LearnedPositions(nnx.Module):
+    """One vector a position, added to the embedded tokens."""
+
+    def __init__(self, max_positions: int, d_model: int, init: Initialisers, *, rngs: nnx.Rngs):
+        shape = (max_positions, d_model)
+        self.table_SD = param(rngs, init.positions(d_model), shape, ("positions", "embed"))
+
+    def __call__(self, positions_BL: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        return self.table_SD[...].astype(dtype)[positions_BL]
+
+
+def learned_positions(
+    max_positions: int | None, d_model: int, init: Initialisers, rngs: nnx.Rngs
+) -> LearnedPositions | None:
+    """None where positions are of another scheme."""
+    return None if max_positions is None else LearnedPositions(max_positions, d_model, init, rngs=rngs)
+
+
+def embed(
+    embedding: Embedding, positions: LearnedPositions | None, tokens_BL: jax.Array, positions_BL: jax.Array, dtype: Any
+) -> jax.Array:
+    """x_BLD: tokens, and their positions where these are learned."""
+    x_BLD = embedding(tokens_BL, dtype)
+    return x_BLD if positions is None else x_BLD + positions(positions_BL, dtype)

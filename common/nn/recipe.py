@@ -11,14 +11,24 @@ from common.errors import UserError
 class Recipe:
     """The options that every family understands in the same way; a controlled comparison gives all arms one recipe."""
 
-    positions: Literal["rope", "t5_bias"] = "rope"
+    positions: Literal["rope", "t5_bias", "learned"] = "rope"
+    """`learned` adds a table of absolute positions to the embeddings (GPT-2)."""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     mlp: Literal["relu", "gelu", "geglu", "swiglu"] = "swiglu"
     """GELU is the tanh approximation; the GLU variants multiply by a second, linear projection (arXiv 2002.05202)."""
+    biases: bool = False
+    """On every projection of attention and MLP."""
     tied_embeddings: bool = False
+    scale_embeddings: bool = False
+    """Multiply embedded tokens by sqrt(d_model) (arXiv 1706.03762, section 3.4)."""
+    scale_logits: bool = False
+    """Divide hidden states by sqrt(d_model) before the head, as T5 does with tied embeddings."""
     init: Literal["t5", "fan_in"] = "fan_in"
     """`t5`: T5X's values. `fan_in`: variance 1/fan_in, residual outputs divided by sqrt(branches), small embeddings."""
     scale_attention: bool = True
     """Divide attention logits by sqrt(head_dim); T5 does not (its query initialiser carries the factor)."""
+    qk_norm: bool = False
+    """RMSNorm over each head's queries and keys, before RoPE (arXiv 2302.05442)."""
     dropout: float = 0.0
     z_loss: float = 0.0
     """Weight of log(Z)^2 in the loss."""
@@ -26,6 +36,8 @@ class Recipe:
     rope_theta: float = 10_000.0
     relative_buckets: int = 32
     relative_max_distance: int = 128
+    relative_sides: Literal["as_seen", "one", "two"] = "as_seen"
+    """Whether a stack's buckets tell keys ahead from keys behind; `as_seen`: where it sees keys ahead."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.dropout < 1.0:
@@ -46,9 +58,15 @@ class Recipe:
 
 
 T5_V1_1 = Recipe(positions="t5_bias", mlp="geglu", init="t5", scale_attention=False, z_loss=1e-4)
-"""T5X's t5_1_1 network (pretraining: no dropout); T5 v1.0 differs by `mlp="relu"` and tied embeddings."""
+"""T5X's t5_1_1 network (pretraining: no dropout)."""
+
+T5_V1_0 = dataclasses.replace(T5_V1_1, mlp="relu", tied_embeddings=True, scale_logits=True)
+"""The network of arXiv 1910.10683."""
 
 LLAMA = Recipe(positions="rope", mlp="swiglu", init="fan_in")
+
+GPT2 = Recipe(positions="learned", norm="layernorm", mlp="gelu", biases=True, tied_embeddings=True, norm_epsilon=1e-5)
+"""The network of GPT-2: LayerNorm, biases, learned positions, tied embeddings."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,8 +93,15 @@ class Execution:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be 1 or more")
 
 
-def check_widths(sizes: Mapping[str, int], recipe: Recipe) -> None:
+def check_widths(sizes: Mapping[str, int], max_positions: int | None, recipe: Recipe) -> None:
     """Raises UserError for sizes that cannot make a transformer; `num_heads`, `num_kv_heads`, `head_dim` among them."""
+    if (max_positions is not None) != (recipe.positions == "learned"):
+        raise UserError(
+            f"max_positions is {max_positions} with recipe.positions={recipe.positions!r}: "
+            "learned positions need a number, others take none"
+        )
+    if max_positions is not None and max_positions < 1:
+        raise UserError(f"max_positions is {max_positions}: it must be 1 or more")
     for name, value in sizes.items():
         if value < 1:
             raise UserError(f"{name} is {value}: it must be 1 or more")

@@ -1,7 +1,8 @@
 """Layers stored stacked `[N, ...]`, run in one scan or unrolled."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,21 @@ from flax import nnx
 from common.nn.recipe import Execution
 
 Layer = TypeVar("Layer", bound=nnx.Module)
+Layers = TypeVar("Layers")
+"""A stack, or a tuple of stacks that run side by side."""
+Item = TypeVar("Item")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PerLayer(Generic[Item]):
+    """One item a layer, in place of one whose arrays lead with the layers axis.
+
+    What unrolled layers give back comes so, and parameters may come so: cutting a layer out of a stack, or putting it
+    back, copies it.
+    """
+
+    items: tuple[Item, ...]
 
 
 def stack(num_layers: int, make: Callable[[nnx.Rngs], Layer], rngs: nnx.Rngs) -> Layer:
@@ -24,13 +40,17 @@ def stack(num_layers: int, make: Callable[[nnx.Rngs], Layer], rngs: nnx.Rngs) ->
 
 
 def run_layers(
-    layers: Layer,
-    body: Callable[[Layer, Any, Any], tuple[Any, Any]],
+    layers: Layers,
+    body: Callable[[Layers, Any, Any], tuple[Any, Any]],
     carry: Any,
     xs: Any,
     execution: Execution,
 ) -> tuple[Any, Any]:
-    """`body(layer, carry, x) -> (carry, y)` over a stack's layers; xs and the returned ys lead with the layers axis."""
+    """`body(layer, carry, x) -> (carry, y)` over a stack's layers.
+
+    xs lead with the layers axis, or have PerLayer in place of arrays; so may the parameters. The returned ys are
+    PerLayer where layers are unrolled, and lead with the layers axis where they are scanned.
+    """
     graphdef, parameters = nnx.split(layers)
 
     def step(carry: Any, layer_and_x: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -48,16 +68,21 @@ def run_layers(
     for layer_and_x in unstack((parameters, xs)):
         carry, y = step(carry, layer_and_x)
         ys.append(y)
-    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *ys)
+    return carry, PerLayer(tuple(ys))
+
+
+def per_layer(params: Any, logical_axes: Any) -> Any:
+    """Parameters whose stacked leaves are PerLayer: what a program that runs unrolled layers often should be given."""
+    return jax.tree.map(lambda x, axes: PerLayer(_unstack(x)) if axes[0] == "layers" else x, params, logical_axes)
 
 
 def unstack(tree: Any) -> list[Any]:
-    """A list over the leading axis of all leaves.
+    """A list over the leading axis of all leaves, or over the items where leaves are PerLayer.
 
     The gradient is one `stack` a leaf, where plain indexing would pad and add N times.
     """
-    leaves, treedef = jax.tree.flatten(tree)
-    pieces = [_unstack(leaf) for leaf in leaves]
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, PerLayer))
+    pieces = [leaf.items if isinstance(leaf, PerLayer) else _unstack(leaf) for leaf in leaves]
     return [jax.tree.unflatten(treedef, layer) for layer in zip(*pieces, strict=True)]
 
 

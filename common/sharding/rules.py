@@ -19,6 +19,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "vocab": "tensor",
     "buckets": None,
+    "positions": None,
 }
 
 

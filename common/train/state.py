@@ -12,7 +12,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from common.errors import UserError
 from common.model import Model
+from common.nn.stack import per_layer
 from common.sharding.rules import parameter_shardings
+from common.train.adafactor import Factored, moment_axes
 
 
 @jax.tree_util.register_dataclass
@@ -41,6 +43,12 @@ class Skeleton:
     def merge(self, params: Any) -> Model:
         return nnx.merge(self.graphdef, params)
 
+    def for_decoding(self, params: Any) -> Any:
+        """The same parameters in the form that `merge` and many small steps like best: of unrolled layers, apart."""
+        if self.merge(params).execution.scan_layers:
+            return params
+        return jax.jit(lambda params: per_layer(params, self.logical_axes))(params)
+
 
 def skeleton(build: Callable[[nnx.Rngs], Model]) -> Skeleton:
     graphdef, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
@@ -65,20 +73,29 @@ def init_state(
     return jax.jit(make, out_shardings=shardings)()
 
 
+def state_of(params: Any, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
+    """The state at step 0 of parameters that there are already."""
+    step = jax.device_put(jnp.int32(0), shardings.step)
+    return TrainState(
+        step=step, params=params, opt_state=jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    )
+
+
 def state_shardings(model: Skeleton, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shardings of the whole state: optimizer moments lie as their parameters do, scalars everywhere.
+    """Shardings of the whole state: optimizer moments lie as their parameters do, factored ones along the axes that
+    they have kept; scalars lie everywhere.
 
     Raises UserError where a dimension does not divide by the devices along its mesh axis.
     """
-    of_params = parameter_shardings(mesh, model.logical_axes)
-    jax.tree.map_with_path(_check_divides, model.shapes, of_params)
+    of_params = check_divides(model, mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
     of_optimizer = optax.tree_utils.tree_map_params(
         optimizer,
-        lambda _, sharding: sharding,
+        lambda moment, axes: parameter_shardings(mesh, moment_axes(moment, axes)),
         jax.eval_shape(optimizer.init, model.shapes),
-        of_params,
+        model.logical_axes,
         transform_non_params=lambda _: everywhere,
+        is_leaf=lambda x: isinstance(x, Factored),
     )
     return TrainState(step=everywhere, params=of_params, opt_state=of_optimizer)
 
@@ -91,6 +108,13 @@ def abstract_state(model: Skeleton, optimizer: optax.GradientTransformation, sha
         opt_state=jax.eval_shape(optimizer.init, model.shapes),
     )
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def check_divides(model: Skeleton, mesh: Mesh) -> Any:
+    """Shardings of the parameters; raises UserError where a dimension does not divide by the devices along its axis."""
+    shardings = parameter_shardings(mesh, model.logical_axes)
+    jax.tree.map_with_path(_check_divides, model.shapes, shardings)
+    return shardings
 
 
 def _check_divides(path: Any, shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> None:

@@ -19,14 +19,16 @@ SEGMENTS = jnp.array([[1, 1, 1, 2, 2, 0], [1, 2, 2, 2, 0, 0]])
 
 def inputs(seed: int = 0) -> tuple[jax.Array, KeysValues]:
     q, k, v = (
-        jax.random.normal(key, (B, Q, heads, C))
-        for key, heads in zip(jax.random.split(jax.random.key(seed), 3), (H, G, G), strict=True)
+        jax.random.normal(key, shape)
+        for key, shape in zip(
+            jax.random.split(jax.random.key(seed), 3), ((B, Q, H, C), (B, G, K, C), (B, G, K, C)), strict=True
+        )
     )
     return q, KeysValues(k, v)
 
 
 def attend(q: jax.Array, memory: KeysValues, seen: Visibility, *, scale: float, block: int | None) -> jax.Array:
-    return _attend(q, memory.k_BKGC, memory.v_BKGC, seen, scale=scale, block=block)
+    return _attend(q, memory.k_BGKC, memory.v_BGKC, seen, scale=scale, block=block)
 
 
 _attend = jax.jit(attention.attend, static_argnames=("scale", "block"))
@@ -82,7 +84,7 @@ def test_attend_is_the_definition(causal: bool, prefix: int, with_bias: bool, bl
         distance = jnp.arange(K)[None, :] - jnp.arange(Q)[:, None]
         buckets = relative_bucket(distance, bidirectional=not causal, buckets=32, max_distance=128)
         bias = np.asarray(table.table_HR)[:, np.asarray(buckets)]
-    q64, k64, v64 = (np.asarray(x, np.float64) for x in (q, memory.k_BKGC, memory.v_BKGC))
+    q64, k64, v64 = (np.asarray(x, np.float64) for x in (q, memory.k_BGKC.swapaxes(1, 2), memory.v_BGKC.swapaxes(1, 2)))
     np.testing.assert_allclose(out, reference(q64, k64, v64, seen, bias, 0.5), atol=2e-6)
 
 
@@ -103,8 +105,10 @@ def test_a_huge_key_of_a_stranger_changes_nothing(size: float, block: int | None
     q, memory = inputs()
 
     def output(planted: jax.Array) -> jax.Array:
-        k = memory.k_BKGC.at[:, 0].set(planted)
-        return attend(q, KeysValues(k, memory.v_BKGC.at[:, 0].set(planted)), visibility(False), scale=1.0, block=block)
+        k = memory.k_BGKC.at[:, :, 0].set(planted)
+        return attend(
+            q, KeysValues(k, memory.v_BGKC.at[:, :, 0].set(planted)), visibility(False), scale=1.0, block=block
+        )
 
     strangers = np.asarray(SEGMENTS) != 1
     planted = jnp.full((B, G, C), size)
@@ -129,7 +133,7 @@ def test_blocks_change_no_gradient(causal: bool, block: int) -> None:
             out = attend(q, KeysValues(k, v), visibility(causal, 0, bias), scale=0.5, block=block)
             return (out * weights).sum()
 
-        return jax.jit(jax.grad(total, argnums=(0, 1, 2, 3)))(q, memory.k_BKGC, memory.v_BKGC, table)
+        return jax.jit(jax.grad(total, argnums=(0, 1, 2, 3)))(q, memory.k_BGKC, memory.v_BGKC, table)
 
     for found, expected in zip(gradients(block), gradients(None), strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
@@ -137,7 +141,7 @@ def test_blocks_change_no_gradient(causal: bool, block: int) -> None:
 
 def test_grouped_heads_equal_repeated_heads() -> None:
     q, memory = inputs()
-    repeated = jax.tree.map(lambda x: jnp.repeat(x, H // G, axis=2), memory)
+    repeated = jax.tree.map(lambda x: jnp.repeat(x, H // G, axis=1), memory)
     grouped = attend(q, memory, visibility(), scale=1.0, block=None)
     np.testing.assert_allclose(grouped, attend(q, repeated, visibility(), scale=1.0, block=None), atol=1e-6)
 
@@ -174,3 +178,28 @@ def test_buckets_are_those_of_t5(bidirectional: bool) -> None:
     found = relative_bucket(jnp.array(distances), bidirectional=bidirectional, buckets=32, max_distance=128)
     assert found.tolist() == [bucket(int(d)) for d in distances]
     assert len(set(found.tolist())) == (31 if bidirectional else 32)
+
+
+@pytest.mark.parametrize("block", [None, 2])
+def test_rows_of_queries_may_share_a_row_of_keys(block: int | None) -> None:
+    """As if the keys had been repeated: beams and their memory."""
+    q, memory = inputs()
+    times = 3
+    many = jnp.concatenate([jnp.roll(q, i, axis=-1)[:, None] for i in range(times)], axis=1).reshape(-1, Q, H, C)
+    seen = visibility(False)
+    of_many = dataclasses.replace(
+        seen,
+        q_segments_BQ=jnp.repeat(seen.q_segments_BQ, times, axis=0),
+        q_positions_BQ=jnp.repeat(seen.q_positions_BQ, times, axis=0),
+    )
+    repeated = dataclasses.replace(
+        of_many,
+        k_segments_BK=jnp.repeat(seen.k_segments_BK, times, axis=0),
+        k_positions_BK=jnp.repeat(seen.k_positions_BK, times, axis=0),
+    )
+    by_copies = jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), memory)
+    np.testing.assert_allclose(
+        attend(many, memory, of_many, scale=0.5, block=block),
+        attend(many, by_copies, repeated, scale=0.5, block=block),
+        atol=1e-6,
+    )

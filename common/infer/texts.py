@@ -1,0 +1,91 @@
+"""From a prompt's text to what decoding starts from, and from tokens back to text.
+
+Legend: I input slots.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+
+from common.data.tokenizer import Tokenizer
+from common.errors import UserError
+
+
+class TextRules(Protocol):
+    """How a model writes text; read only."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+
+    @property
+    def alignment(self) -> Literal["start_token", "native"]:
+        """Whether targets begin behind a start token, or inputs and targets are one text."""
+        ...
+
+    @property
+    def start_id(self) -> int: ...
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def bos_id(self) -> int | None: ...
+
+    @property
+    def add_bos(self) -> bool:
+        """Whether a text on its own begins with `bos_id`."""
+        ...
+
+    @property
+    def eos_after_inputs(self) -> bool:
+        """Whether inputs, where they are apart from targets, end with an end token."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncodedPrompt:
+    """What the model reads before it writes."""
+
+    inputs_I: np.ndarray
+    start: int
+    """The first decoder input."""
+    before: tuple[int, ...] = ()
+    """Tokens of the same text as what is written, so that the two are turned into text together."""
+
+    def hash(self) -> int:
+        """32 bits of what is read."""
+        read = np.append(np.asarray(self.inputs_I, "<i4"), np.int32(self.start)).astype("<i4").tobytes()
+        return int.from_bytes(hashlib.blake2b(read, digest_size=4).digest(), "little")
+
+
+def encode_prompt(text: str, rules: TextRules) -> EncodedPrompt:
+    """Raises UserError for text that is not valid Unicode, and for a model without a tokenizer."""
+    ids = [int(i) for i in tokenizer_of(rules).encode(text)]
+    if rules.alignment == "start_token":
+        inputs = ids + ([rules.eos_ids[0]] if rules.eos_after_inputs and rules.eos_ids else [])
+        return EncodedPrompt(inputs_I=np.array(inputs, np.int32), start=rules.start_id)
+    if rules.bos_id is not None and (rules.add_bos or not ids):
+        ids = [rules.bos_id, *ids]
+    if not ids:
+        ids = [rules.eos_ids[0] if rules.eos_ids else rules.start_id]
+    return EncodedPrompt(inputs_I=np.array(ids[:-1], np.int32), start=ids[-1], before=tuple(ids))
+
+
+def written_text(prompt: EncodedPrompt, tokens: Sequence[int], rules: TextRules) -> str:
+    """The text that `tokens` add behind the prompt."""
+    tokenizer = tokenizer_of(rules)
+    if not prompt.before:
+        return tokenizer.decode(tokens)
+    # Not of the tokens alone: what begins a text loses its space with many tokenizers.
+    begun = tokenizer.decode(prompt.before)
+    whole = tokenizer.decode([*prompt.before, *tokens])
+    return whole[len(begun) :] if whole.startswith(begun) else tokenizer.decode(tokens)
+
+
+def tokenizer_of(rules: TextRules) -> Tokenizer:
+    if rules.tokenizer is None:
+        raise UserError("the model came without a tokenizer: it cannot read a prompt")
+    return rules.tokenizer

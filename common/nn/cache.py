@@ -1,0 +1,118 @@
+"""What decoding carries from token to token.
+
+Legend: B batch rows, I input slots, S cache slots, Q new tokens, N layers, G key-value heads, C head dim.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from common.infer.prompt import Prompt
+from common.kernels.bias import BiasTable
+from common.kernels.visibility import Visibility
+from common.nn.attention import KeysValues
+from common.nn.stack import PerLayer
+from common.sharding.rules import constrain
+
+Layers = KeysValues | PerLayer[KeysValues]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cache:
+    """Keys and values of all layers, with what later queries need to know of their slots."""
+
+    layers: Layers
+    """Self-attention's, [B, G, S, C]: of each layer where layers are unrolled, with N in front where not."""
+    segments_BS: jax.Array
+    positions_BS: jax.Array
+    length: jax.Array
+    """Filled slots (scalar); the next token goes there."""
+    next_position_B: jax.Array
+    memory: Layers | None = None
+    """Cross-attention's, [B, G, I, C]: computed once, never changed. Rows made by `repeat_rows` share it."""
+    memory_segments_BI: jax.Array | None = None
+    memory_positions_BI: jax.Array | None = None
+
+    @classmethod
+    def behind_inputs(cls, layers: Layers, prompt: Prompt, max_new_tokens: int) -> "Cache":
+        """Of one sequence: inputs that were read already, and empty slots behind them (in `layers` too)."""
+        room = ((0, 0), (0, max_new_tokens))
+        return cls(
+            layers=layers,
+            segments_BS=jnp.pad(prompt.segments_BI(), room, constant_values=1),
+            positions_BS=jnp.pad(prompt.positions_BI(), room),
+            length=jnp.int32(prompt.inputs_BI.shape[1]),
+            next_position_B=prompt.lengths_B,
+        )
+
+    @classmethod
+    def beside_memory(cls, memory: Layers, prompt: Prompt, max_new_tokens: int) -> "Cache":
+        """Of two sequences: a memory of the inputs, and empty slots for what attends to it."""
+        B = prompt.lengths_B.shape[0]
+
+        def empty(x: jax.Array) -> jax.Array:
+            axes = (*(None,) * (x.ndim - 4), "batch", "kv_heads", None, None)
+            return constrain(jnp.zeros((*x.shape[:-2], max_new_tokens, x.shape[-1]), x.dtype), *axes)
+
+        return cls(
+            layers=jax.tree.map(empty, memory),
+            segments_BS=jnp.ones((B, max_new_tokens), jnp.int32),
+            positions_BS=jnp.zeros((B, max_new_tokens), jnp.int32),
+            length=jnp.int32(0),
+            next_position_B=prompt.lengths_B,
+            memory=memory,
+            memory_segments_BI=prompt.segments_BI(),
+            memory_positions_BI=prompt.positions_BI(),
+        )
+
+    def repeat_rows(self, times: int) -> "Cache":
+        """Each row so many times in a row; the memory once, for all of them."""
+        return self._map_rows(lambda x, axis: jnp.repeat(x, times, axis=axis))
+
+    def take_rows(self, rows_B: jax.Array) -> "Cache":
+        """Row `rows_B[i]` in place of row i, among rows that share their memory."""
+        return self._map_rows(lambda x, axis: jnp.take(x, rows_B, axis=axis))
+
+    def _map_rows(self, change: Callable[[jax.Array, int], jax.Array]) -> "Cache":
+        return dataclasses.replace(
+            self,
+            layers=jax.tree.map(lambda x: change(x, x.ndim - 4), self.layers),
+            segments_BS=change(self.segments_BS, 0),
+            positions_BS=change(self.positions_BS, 0),
+            next_position_B=change(self.next_position_B, 0),
+        )
+
+    def advance(self, queries: int, bias: BiasTable | None) -> tuple["Cache", Visibility]:
+        """A cache with room taken for `queries` further tokens a row, and what these may see of its slots."""
+        positions_BQ = self.next_position_B[:, None] + jnp.arange(queries, dtype=jnp.int32)[None]
+        positions_BS = jax.lax.dynamic_update_slice_in_dim(self.positions_BS, positions_BQ, self.length, axis=1)
+        visibility = Visibility(
+            q_segments_BQ=jnp.ones_like(positions_BQ),
+            k_segments_BK=self.segments_BS,
+            q_positions_BQ=positions_BQ,
+            k_positions_BK=positions_BS,
+            causal=True,
+            q_start=self.length,
+            bias=bias,
+        )
+        advanced = dataclasses.replace(
+            self,
+            positions_BS=positions_BS,
+            length=self.length + queries,
+            next_position_B=self.next_position_B + queries,
+        )
+        return advanced, visibility
+
+    def memory_visibility(self, positions_BQ: jax.Array) -> Visibility:
+        """Every query sees all real memory."""
+        assert self.memory_segments_BI is not None and self.memory_positions_BI is not None
+        return Visibility(
+            q_segments_BQ=jnp.ones_like(positions_BQ),
+            k_segments_BK=self.memory_segments_BI,
+            q_positions_BQ=positions_BQ,
+            k_positions_BK=self.memory_positions_BI,
+            causal=False,
+        )

@@ -1,0 +1,187 @@
+"""Requests to texts, on a toy model that writes letters."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from common.infer.config import Beam, Greedy, Limits, Method, Sample
+from common.infer.generate import Completion, Generator, Request
+from common.infer.texts import EncodedPrompt, encode_prompt, written_text
+from common.sharding.mesh import make_mesh
+from tests.common.infer.toy import log_probs, toy
+from tests.tiny import QUICK, jax_settings
+
+LETTERS = "~.abcdefgh"
+"""Token 0 starts, token 1 ends; a text's first letter loses a space, as with SentencePiece."""
+MODEL = toy(len(LETTERS), seed=19)
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation() -> Iterator[None]:
+    with jax_settings(QUICK):
+        yield
+
+
+class Letters:
+    """As much of a tokenizer as is needed: every token is a space and a letter."""
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array([LETTERS.index(c) for c in text if c != " "], np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return "".join(f" {LETTERS[i]}" for i in ids)[1:]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rules:
+    tokenizer: Any = Letters()
+    alignment: Literal["start_token", "native"] = "start_token"
+    start_id: int = 0
+    eos_ids: tuple[int, ...] = (1,)
+    bos_id: int | None = None
+    add_bos: bool = False
+    eos_after_inputs: bool = False
+
+
+PROMPTS = ["abc", "", "hhhh", "d", "cafe" * 6]
+
+
+def generator(method: Method | None = None, rules: Rules | None = None, rows: int = 4, **limits: Any) -> Generator:
+    limits = {"max_new_tokens": 12, **limits}
+    mesh = make_mesh((1, 1, 1))
+    return Generator(
+        MODEL, MODEL.params, mesh, rules or Rules(), method=method or Greedy(), limits=Limits(**limits), rows=rows
+    )
+
+
+def requests(prompts: Sequence[str] = PROMPTS, rules: Rules | None = None) -> list[Request]:
+    return [Request(prompt=encode_prompt(p, rules or Rules())) for p in prompts]
+
+
+def in_order(found: Iterable[tuple[int, list[Completion]]]) -> list[list[Completion]]:
+    return [texts for _, texts in sorted(found, key=lambda pair: pair[0])]
+
+
+def greedily(prompt: EncodedPrompt, most: int) -> list[int]:
+    made: list[int] = []
+    while len(made) < most and 1 not in made:
+        made.append(int(log_probs(MODEL, prompt.inputs_I.tolist(), prompt.start, made)[-1].argmax()))
+    return made
+
+
+def test_texts_come_with_their_requests() -> None:
+    found = in_order(generator().complete(requests()))
+    for request, [one] in zip(requests(), found, strict=True):
+        made = greedily(request.prompt, 12)
+        assert list(one.tokens) == [t for t in made if t != 1]
+        assert one.text == Letters().decode(one.tokens)
+        assert one.finish == ("eos" if made[-1] == 1 else "length")
+        rows = log_probs(MODEL, request.prompt.inputs_I.tolist(), request.prompt.start, made[:-1])
+        assert one.log_probability == pytest.approx(rows[np.arange(len(made)), made].sum(), abs=1e-4)
+    assert {one.finish for [one] in found} == {"eos", "length"}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_batches_of_any_size(rows: int) -> None:
+    method = Sample(temperature=1.4)
+    expected = in_order(generator(method).complete(requests()))
+    found = in_order(generator(method, rows=rows).complete(requests()))
+    assert [[c.tokens for c in texts] for texts in found] == [[c.tokens for c in texts] for texts in expected]
+
+
+def test_stop_strings() -> None:
+    """Strings that span tokens; the text is cut, its tokens reach to the end of the string."""
+    free = in_order(generator().complete(requests()))
+    long = max(range(len(PROMPTS)), key=lambda i: len(free[i][0].tokens))
+    text = free[long][0].text
+    stop = text[4:7]  # two tokens' letters and what is between
+    for method in (Greedy(), Beam(size=1, length_penalty=0.0)):
+        [one] = in_order(generator(method, stop=(stop, "#")).complete(requests()))[long]
+        assert one.finish == "stop"
+        assert one.text == text[: text.index(stop)]
+        assert one.tokens == free[long][0].tokens[: len(one.tokens)]
+        assert stop in Letters().decode(one.tokens)
+        assert stop not in Letters().decode(one.tokens[:-1])
+        assert one.log_probability > free[long][0].log_probability
+
+
+def test_pieces_add_up_to_the_text() -> None:
+    for stop in ((), ("a b",), ("h",)):
+        heard = [""] * len(PROMPTS)
+
+        def hear(index: int, piece: str, heard: list[str] = heard) -> None:
+            heard[index] += piece
+
+        method = Sample(temperature=1.2)
+        found = in_order(generator(method, stop=stop, max_new_tokens=11).complete(requests(), hear))
+        assert heard == [one.text for [one] in found]
+
+
+def test_native_alignment_goes_on_with_the_text() -> None:
+    rules = Rules(alignment="native")
+    prompt = encode_prompt("abc", rules)
+    assert (prompt.inputs_I.tolist(), prompt.start) == ([2, 3], 4)
+    [[one]] = in_order(generator(rules=rules).complete(requests(["abc"], rules)))
+    assert list(one.tokens) == [t for t in greedily(prompt, 12) if t != 1]
+    assert one.text == Letters().decode([2, 3, 4, *one.tokens])[len("a b c") :]
+    assert one.text.startswith(" ")
+
+
+@pytest.mark.parametrize(
+    ("rules", "text", "expected"),
+    [
+        (Rules(), "ab", ([2, 3], 0)),
+        (Rules(eos_after_inputs=True), "ab", ([2, 3, 1], 0)),
+        (Rules(eos_after_inputs=True), "", ([1], 0)),
+        (Rules(alignment="native"), "", ([], 1)),
+        (Rules(alignment="native", bos_id=9), "", ([], 9)),
+        (Rules(alignment="native", bos_id=9), "ab", ([2], 3)),
+        (Rules(alignment="native", bos_id=9, add_bos=True), "ab", ([9, 2], 3)),
+        (Rules(alignment="native", eos_ids=()), "", ([], 0)),
+    ],
+)
+def test_what_is_read(rules: Rules, text: str, expected: tuple[list[int], int]) -> None:
+    prompt = encode_prompt(text, rules)
+    assert (prompt.inputs_I.tolist(), prompt.start) == expected
+
+
+def test_hashes_tell_prompts_apart() -> None:
+    hashes = {encode_prompt(p, Rules()).hash() for p in ["", "a", "b", "aa", "ab", "ba", "~", "a~", "~a"]}
+    hashes |= {encode_prompt("ab", Rules(alignment="native")).hash()}
+    assert len(hashes) == 10
+
+
+def test_text_of_the_tokens_alone_where_nothing_fits() -> None:
+    class Contrary(Letters):
+        def decode(self, ids: Iterable[int]) -> str:
+            return str(len(list(ids)))
+
+    rules = Rules(alignment="native", tokenizer=Contrary())
+    assert written_text(encode_prompt("abc", rules), [5, 6], rules) == "2"
+
+
+def test_beams_give_several_texts() -> None:
+    found = in_order(generator(Beam(size=3)).complete(requests()))
+    for texts in found:
+        assert len(texts) == 3
+        assert len({(one.tokens, one.finish) for one in texts}) == 3
+        ended = [one.score for one in texts if one.finish == "eos"]
+        assert ended == sorted(ended, reverse=True)
+
+
+def test_a_model_without_a_tokenizer_cannot_read() -> None:
+    with pytest.raises(UserError, match="without a tokenizer"):
+        encode_prompt("abc", Rules(tokenizer=None))
+
+
+def test_rows_fit_the_mesh() -> None:
+    mesh = make_mesh((8, 1, 1))
+    expected = in_order(generator().complete(requests()))
+    sharded = Generator(MODEL, MODEL.params, mesh, Rules(), method=Greedy(), limits=Limits(max_new_tokens=12), rows=3)
+    assert [t[0].tokens for t in in_order(sharded.complete(requests()))] == [t[0].tokens for t in expected]
+    assert jax.device_count() == 8

@@ -1,0 +1,225 @@
+"""The four switches from an encoder-decoder to a decoder-only model, alone and together."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from common.compute.moments import Moments
+from common.compute.xla import dot_flops
+from common.data.batch import Batch
+from common.errors import UserError
+from common.infer.prompt import Prompt
+from common.nn.loss import cross_entropy
+from common.nn.recipe import Execution, Recipe
+from experiments.config import ModelConfig
+from experiments.weight_maps import gpt_from_relaxed, relaxed_from_gpt
+from t5like.config import RUNGS, T5LikeConfig
+from tests.helpers import (
+    BIAS,
+    F32,
+    GEMMA,
+    LEARNED,
+    PAIRS,
+    ROPE,
+    VOCAB,
+    close,
+    gpt,
+    logits,
+    random_rows,
+    rows_of,
+    run,
+    split,
+    t5like,
+)
+from tests.tiny import QUICK, jax_settings
+
+SWITCHES = {
+    "cross_attention": ("separate", "merged"),
+    "parameters": ("separate", "shared"),
+    "memory": ("final", "layerwise"),
+    "input_attention": ("bidirectional", "causal"),
+}
+LAYERS = {"encoder_layers": 2, "decoder_layers": 2}
+COMBINATIONS = {
+    "-".join(values): dict(zip(SWITCHES, values, strict=True)) for values in itertools.product(*SWITCHES.values())
+}
+all_combinations = pytest.mark.parametrize("switches", COMBINATIONS.values(), ids=COMBINATIONS.keys())
+RECIPES = {
+    "rope": ROPE,
+    "bias": BIAS,
+    "bias-two-sided": dataclasses.replace(BIAS, relative_sides="two"),
+    "learned": LEARNED,
+    "gemma": GEMMA,
+}
+recipes = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+UNPACKED, PACKED = [[pair] for pair in PAIRS], [PAIRS]
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation() -> Iterator[None]:
+    with jax_settings(QUICK):
+        yield
+
+
+def loss_and_gradients(config: ModelConfig, params: Any, batch: Batch, execution: Execution = F32) -> Any:
+    graphdef, _ = split(config, execution)
+
+    def loss(params: Any) -> jax.Array:
+        model = nnx.merge(graphdef, params)
+        return cross_entropy(model.hidden(batch), model.head(), batch.targets_BT, batch.weights_BT, 1e-4, 8, True)[0]
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+def perturbed(params: Any) -> Any:
+    """So that no norm's scale is 1 and no bias 0."""
+    leaves, treedef = jax.tree.flatten(params)
+    rng = np.random.default_rng(0)
+    return jax.tree.unflatten(treedef, [x + np.float32(0.1) * rng.standard_normal(x.shape, np.float32) for x in leaves])
+
+
+def logits_with(config: ModelConfig, params: Any, batch: Batch) -> jax.Array:
+    graphdef, _ = split(config)
+
+    def compute(params: Any) -> jax.Array:
+        model = nnx.merge(graphdef, params)
+        return jnp.where((batch.target_segments_BT > 0)[..., None], model.hidden(batch) @ model.head(), 0)
+
+    return jax.jit(compute)(params)
+
+
+@recipes
+@pytest.mark.parametrize("rows", [UNPACKED, PACKED], ids=["unpacked", "packed"])
+@pytest.mark.parametrize("input_attention", ["causal", "bidirectional"])
+def test_relaxed_encoder_decoder_is_the_decoder_only_model(recipe: Recipe, rows: Any, input_attention: Any) -> None:
+    """All four switches: the causal model; three: the prefix LM. Logits, loss and gradients, every leaf."""
+    decoder_only = gpt(recipe, input_attention=input_attention)
+    relaxed = t5like(recipe, **LAYERS, **{**RUNGS[3], "input_attention": input_attention})
+    params = perturbed(split(decoder_only)[1])
+    batch = rows_of(rows)
+    same = relaxed_from_gpt(params)
+    assert jax.tree.structure(same) == jax.tree.structure(split(relaxed)[1])
+    close(logits_with(relaxed, same, batch), logits_with(decoder_only, params, batch), 1e-5)
+    found, gradients = loss_and_gradients(relaxed, same, batch)
+    expected, expected_gradients = loss_and_gradients(decoder_only, params, batch)
+    close(found, expected, 1e-5)
+    gradients = gpt_from_relaxed(gradients)
+    for tree in (gradients, expected_gradients):
+        attention = tree["layers"]["attention"]
+        if recipe.biases:
+            # A constant on all of a query's logits changes no softmax: this gradient is zero but for rounding.
+            assert np.abs(attention.pop("key_bias_GC")).max() < 1e-5 * np.abs(attention["query_bias_HC"]).max()
+    close(gradients, expected_gradients, 1e-5)
+
+
+def test_relaxed_equality_at_depth() -> None:
+    decoder_only = gpt(ROPE, num_layers=8)
+    relaxed = t5like(ROPE, encoder_layers=8, decoder_layers=8, **RUNGS[4])
+    params, batch = perturbed(split(decoder_only)[1]), random_rows(4)
+    scanned = dataclasses.replace(F32, scan_layers=True, remat="full")
+    found = loss_and_gradients(relaxed, relaxed_from_gpt(params), batch, scanned)
+    expected = loss_and_gradients(decoder_only, params, batch, scanned)
+    close((found[0], gpt_from_relaxed(found[1])), expected, 1e-5)
+
+
+@all_combinations
+def test_every_combination_trains_and_decodes(switches: dict[str, str]) -> None:
+    """Counted to the unit, a gradient for every parameter, packed = alone, cached = uncached."""
+    # Relative bias where it crosses the border between memory and targets.
+    config = t5like(BIAS if switches["cross_attention"] == "merged" else ROPE, **LAYERS, **switches)
+    _, params = split(config)
+    assert sum(x.size for x in jax.tree.leaves(params)) == config.param_count()
+    _, gradients = loss_and_gradients(config, params, random_rows(4))
+    for path, gradient in jax.tree_util.tree_flatten_with_path(gradients)[0]:
+        assert np.isfinite(gradient).all(), path
+        if "encoder" not in str(path) or config.memory == "final":
+            assert np.abs(gradient).max() > 0, path
+
+    alone = logits(config, rows_of(UNPACKED))
+    packed, start = logits(config, rows_of(PACKED))[0], 0
+    for row, (_, targets) in enumerate(PAIRS):
+        close(packed[start : start + len(targets)], alone[row, : len(targets)], 1e-5)
+        start += len(targets)
+
+    pairs = [pair for pair in PAIRS if len(pair[1]) >= 2]
+    batch = rows_of([[pair] for pair in pairs], 8, 4)
+    lengths = jnp.array([len(inputs) for inputs, _ in pairs], jnp.int32)
+
+    def forced(model: Any, batch: Batch) -> jax.Array:
+        prompt = Prompt(inputs_BI=batch.inputs_BI, lengths_B=lengths, starts_B=jnp.zeros_like(lengths))
+        first, cache = model.decode(batch.decoder_inputs_BT[:, :1], model.prefill(prompt, max_new_tokens=2))
+        second, cache = model.decode(batch.decoder_inputs_BT[:, 1:2], cache)
+        return jnp.concatenate([first, second], axis=1) @ model.head()
+
+    close(run(config, forced, batch), logits(config, batch)[:, :2], 1e-5)
+
+
+@all_combinations
+def test_what_inputs_see_is_the_switchs_choice(switches: dict[str, str]) -> None:
+    """The targets' stream is causal; where inputs are causal too, nothing of a later input reaches an earlier one."""
+    config = t5like(ROPE, **LAYERS, **switches)
+    graphdef, params = split(config)
+    within = rows_of([[(list(range(100, 106)), [1, 2])]], 6, 4)
+
+    def stream(table: jax.Array) -> jax.Array:
+        """The third input after the encoder's first layer."""
+        model = nnx.merge(graphdef, {**params, "embedding": {"table_VD": table}})
+        visibility = model._input_visibility(within.input_segments_BI, within.input_positions_BI)
+        x_BID = model._embed(within.inputs_BI, within.input_positions_BI)
+        layers, state = nnx.split(model.encoder)
+        first = nnx.merge(layers, jax.tree.map(lambda x: x[0], state))
+        return (first.encode(x_BID, visibility)[0][0, 2] ** 3).sum()
+
+    seen = np.abs(np.asarray(jax.grad(stream)(params["embedding"]["table_VD"]))).sum(axis=1)[100:106]
+    assert (seen[:3] > 0).all()
+    assert (seen[3:] > 0).all() == (config.input_attention == "bidirectional")
+    assert (seen[3:] == 0).all() == (config.input_attention == "causal")
+
+
+@all_combinations
+def test_ledger_is_xlas_count(switches: dict[str, str]) -> None:
+    execution = dataclasses.replace(F32, attention="plain")
+    config = t5like(ROPE, encoder_layers=3, decoder_layers=3, **switches)
+    rows, lengths = 4, (48, 32)
+    graphdef, _ = split(config, execution)
+
+    def step(params: Any, batch: Batch) -> Any:
+        def loss(params: Any) -> jax.Array:
+            model = nnx.merge(graphdef, params)
+            return cross_entropy(model.hidden(batch), model.head(), batch.targets_BT, batch.weights_BT, 0.0, 8, True)[0]
+
+        return jax.grad(loss)(params)
+
+    shapes = jax.eval_shape(lambda: split(config, execution)[1])
+    batch = jax.eval_shape(lambda: random_rows(rows, *lengths))
+    with jax_settings({"jax_disable_most_optimizations": False}):  # dead products must go
+        counted = dot_flops(jax.jit(step).lower(shapes, batch).compile().as_text() or "")
+    ledger = config.flops(Moments.of_rows(rows, *lengths)).train_full_attention
+    assert counted == pytest.approx(ledger, rel=0.02)
+
+
+def test_relaxed_costs_what_the_decoder_only_model_costs() -> None:
+    """With causal attention at half, but for the last layer's work on inputs, which nothing reads."""
+    text = Moments.of_rows(1, 48, 32)
+    sizes = {"d_model": 8, "d_ff": 16}
+    relaxed = t5like(ROPE, encoder_layers=3, decoder_layers=3, **RUNGS[4], **sizes).flops(text)
+    decoder_only = gpt(num_layers=3, **sizes).flops(text)
+    one_layer = gpt(num_layers=1, vocab_size=VOCAB, **sizes)
+    query_out_and_mlp = 2 * 48 * (2 * 8 * 4 * 8 + 3 * 8 * 16)
+    triangle = 4 * 4 * 8 * 48 * 48 // 2
+    assert one_layer.flops(text).dense > query_out_and_mlp
+    assert relaxed.dense == decoder_only.dense - query_out_and_mlp
+    assert relaxed.attention_causal_half == decoder_only.attention_causal_half - triangle
+
+
+@pytest.mark.parametrize("switches", [{"parameters": "shared"}, {"memory": "layerwise"}], ids=["shared", "layerwise"])
+def test_switches_need_equal_depth(switches: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="need as many of both; nearest: 2"):
+        T5LikeConfig(**{**dataclasses.asdict(t5like()), "recipe": ROPE, "encoder_layers": 1, **switches})
