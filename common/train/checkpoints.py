@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from common.errors import UserError
+from common.train.paths import flatten
 from common.train.state import TrainState
 
 SCHEMA_VERSION = 1
@@ -68,7 +69,13 @@ class Checkpoints:
     ) -> None:
         """Starts writing the state after `progress.consumed_batches` steps; returns once the arrays are copied."""
         tree = _tree(state)
-        about = {"schema_version": SCHEMA_VERSION, "seed": seed, "checksum": int(_checksum(tree))}
+        sums = jax.device_get(leaf_checksums(tree))
+        about = {
+            "schema_version": SCHEMA_VERSION,
+            "seed": seed,
+            "checksum": _checksum(sums),
+            "parameter_checksums": {name: int(x) for name, x in flatten(sums["params"]).items()},
+        }
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(tree), progress=ocp.args.JsonSave(about | dataclasses.asdict(progress))
         )
@@ -107,17 +114,13 @@ class Checkpoints:
     def _read(self, step: int, abstract: TrainState, seed: int) -> tuple[TrainState, Progress]:
         found = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))
         about = dict(found["progress"])
-        schema = about.pop("schema_version")
-        if schema != SCHEMA_VERSION:
-            raise UserError(
-                f"{self.folder}/{step} has checkpoint schema {schema}, this version reads {SCHEMA_VERSION}: "
-                f"train into another --run-dir"
-            )
+        check_schema(about.pop("schema_version"), f"{self.folder}/{step}", "train into another --run-dir")
         saved_seed = about.pop("seed")
         assert saved_seed == seed, "the run directory's config was checked before"
         args = ocp.args.Composite(state=ocp.args.StandardRestore(_tree(abstract)))
         tree = self._manager.restore(step, args=args)["state"]
-        if int(_checksum(tree)) != about.pop("checksum"):
+        about.pop("parameter_checksums", None)
+        if _checksum(leaf_checksums(tree)) != about.pop("checksum"):
             raise ValueError("its arrays are not those that were saved")
         return TrainState(**tree), Progress(**about)
 
@@ -125,6 +128,12 @@ class Checkpoints:
         """Waits for the last save."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def check_schema(schema: int, where: str, advice: str) -> None:
+    """Raises UserError for a checkpoint of another version."""
+    if schema != SCHEMA_VERSION:
+        raise UserError(f"{where} has checkpoint schema {schema}, this version reads {SCHEMA_VERSION}: {advice}")
 
 
 def _tree(state: TrainState) -> dict[str, Any]:
@@ -137,10 +146,18 @@ def _validation_loss(metrics: dict[str, float]) -> float:
 
 
 @jax.jit
-def _checksum(tree: Any) -> jax.Array:
-    """uint32 over the bits of all arrays, however they are sharded: files carry no checksum of their contents."""
-    total = jnp.uint32(0)
-    for leaf in jax.tree.leaves(tree):
+def leaf_checksums(tree: Any) -> Any:
+    """uint32 over the bits of each array, however it is sharded: files carry no checksum of their contents."""
+
+    def one(leaf: jax.Array) -> jax.Array:
         bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
-        total = total * jnp.uint32(31) + jnp.sum(bits, dtype=jnp.uint32)
+        return jnp.sum(bits, dtype=jnp.uint32)
+
+    return jax.tree.map(one, tree)
+
+
+def _checksum(leaf_checksums: Any) -> int:
+    total = 0
+    for leaf in jax.tree.leaves(leaf_checksums):
+        total = (total * 31 + int(leaf)) % 2**32
     return total

@@ -36,7 +36,31 @@ class WSD:
     final_fraction: float = 0.0
 
 
-Schedule = Linear | Cosine | WSD
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InverseSqrt:
+    """T5's pretraining schedule: base / sqrt(max(step, warmup_steps)), flat at first, without a rise.
+
+    With the defaults and a learning rate (the base) of 1.0 it is 0.01 for 10,000 steps (arXiv 1910.10683, section
+    3.1.2; T5X's `constant * rsqrt_decay`). It is made for Adafactor, whose rates are relative to the parameters.
+    """
+
+    kind: Literal["inverse_sqrt"] = "inverse_sqrt"
+    warmup_steps: int = 10_000
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 1:
+            raise UserError(f"warmup_steps is {self.warmup_steps}: it must be 1 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Constant:
+    """Warm-up, then the peak to the end: how T5 is fine-tuned (at 0.001, without warm-up)."""
+
+    kind: Literal["constant"] = "constant"
+    warmup_steps: int = 0
+
+
+Schedule = Linear | Cosine | WSD | InverseSqrt | Constant
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +73,30 @@ class AdamW:
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adafactor:
+    """Adafactor (arXiv 1804.04235) as T5X has it: no momentum, no weight decay, rates relative to each parameter's RMS.
+
+    Second moments of matrices are kept as row and column means, by logical axes and for each layer apart.
+    """
+
+    kind: Literal["adafactor"] = "adafactor"
+    decay_exponent: float = 0.8
+    """Second moments decay by 1 - (t + 1)^-decay_exponent at step t = 0, 1, ..."""
+    clip_update_rms: float = 1.0
+    epsilon: float = 1e-30
+    """Added to squared gradients."""
+    min_scale: float = 1e-3
+    """Least RMS that a parameter counts as having."""
+    min_factored: int = 128
+    """Matrices with fewer rows or columns keep their second moments whole."""
+    clip_norm: float | None = None
+    """Of the gradient over all parameters; T5 has none."""
+
+
+Optimizer = AdamW | Adafactor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,9 +142,58 @@ class MeshShape:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Fresh:
+    """These parameters begin as a new model's do, whether the source has them or not."""
+
+    kind: Literal["fresh"] = "fresh"
+    leaves: str
+    """Pattern of the new model's parameters, as `output.*`; `*` also stands for dots."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rename:
+    """These parameters have another name in the source."""
+
+    kind: Literal["rename"] = "rename"
+    leaves: str
+    """Pattern of the new model's parameters, with at most one `*`."""
+    source: str
+    """Their names in the source; its `*` stands for what that of `leaves` stands for."""
+
+    def __post_init__(self) -> None:
+        if self.leaves.count("*") > 1 or self.leaves.count("*") != self.source.count("*"):
+            raise UserError(f"rename {self.leaves!r} from {self.source!r}: both take one '*', or neither has any")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Resize:
+    """These parameters have another length along one axis: what both have is taken from the source, the first rows of a
+    larger table for example; what the new model has beyond that begins fresh, what the source has is left.
+    """
+
+    kind: Literal["resize"] = "resize"
+    leaves: str
+    """Pattern of the new model's parameters."""
+    axis: str = "vocab"
+    """Logical name of the axis."""
+
+
+Rule = Fresh | Rename | Resize
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InitFrom:
+    """What a new run's parameters begin as: those of a checkpoint, by name, with rules for what differs."""
+
+    path: str
+    """A model folder, or a run: an arm's directory, `DIRECTORY@STEP`, or a checkpoint's directory."""
+    rules: tuple[Rule, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     budget: Budget
-    optimizer: AdamW = AdamW()
+    optimizer: Optimizer = AdamW()
     schedule: Schedule
     accumulation: int = 1
     """Micro-batches a step; the gradient is that of the whole batch, weighed by loss weights."""

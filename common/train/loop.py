@@ -21,15 +21,18 @@ from common.compute.moments import Moments
 from common.data.batch import Batch, HostBatch
 from common.data.loader import chain
 from common.errors import UserError
+from common.files import write_json
 from common.model import Model, ModelConfig
 from common.sharding.mesh import make_mesh
 from common.sharding.rules import RULES
 from common.train import run_dir as rd
 from common.train.checkpoints import Checkpoints, Progress
-from common.train.config import TrainConfig
+from common.train.config import Rule, TrainConfig
+from common.train.init_from import load_parameters
 from common.train.optimizer import make_optimizer, make_schedule
-from common.train.state import Skeleton, TrainState, abstract_state, init_state, skeleton, state_shardings
+from common.train.state import Skeleton, TrainState, abstract_state, init_state, skeleton, state_of, state_shardings
 from common.train.step import Metrics, make_eval_step, make_train_step
+from common.train.stored import Stored
 
 
 class Stream(Protocol):
@@ -49,7 +52,7 @@ class Setup:
     model: ModelConfig
     train: TrainConfig
     learning_rate: float
-    """Peak."""
+    """Peak, or what the schedule takes in its place."""
     steps: int
     row_slots: tuple[int, int, int]
     """Rows, input slots and target slots of a batch, over all hosts."""
@@ -57,6 +60,15 @@ class Setup:
     def flops_per_step(self) -> int:
         """Training FLOPs, full attention, padding included."""
         return self.model.flops(Moments.of_rows(*self.row_slots)).train_full_attention
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Initial:
+    """Where a new run's parameters come from."""
+
+    open: Callable[[], Stored]
+    """Called once, and only where the run has no checkpoint of its own."""
+    rules: tuple[Rule, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +82,8 @@ class Task:
     """Resolved config of the run, as JSON: what a run directory is recognised by."""
     data: dict[str, str]
     """What is read: content id of the source, hash of the tokenizer."""
+    initial: Initial | None = None
+    """None: a fresh model."""
 
 
 class Watcher(Protocol):
@@ -110,7 +124,7 @@ class Programs:
 
 
 def fit(task: Task, run_dir: Path, watcher: Watcher) -> Fitted:
-    """Trains to the end, from the newest good checkpoint of `run_dir` where there is one.
+    """Trains to the end, from the newest good checkpoint of `run_dir` where there is one, else from the beginning.
 
     Raises UserError where the directory is in use or belongs to another config, and when a loss or gradient is not
     finite (such a state never enters a checkpoint).
@@ -122,7 +136,7 @@ def fit(task: Task, run_dir: Path, watcher: Watcher) -> Fitted:
         programs = prepare(task.setup)
         checkpoints = Checkpoints(run_dir / rd.CHECKPOINTS, keep_last=task.setup.train.keep_last)
         with contextlib.closing(checkpoints), jax.set_mesh(programs.mesh):
-            state, progress = _start(task, programs, checkpoints, watcher)
+            state, progress = _start(task, programs, checkpoints, run_dir, watcher)
             if progress.consumed_batches < task.setup.steps:
                 state, progress = _Run(task, programs, checkpoints, run_dir, watcher).go(state, progress)
         return Fitted(model=programs.model, params=state.params, progress=progress, mesh=programs.mesh)
@@ -166,14 +180,29 @@ def prepare(setup: Setup) -> Programs:
     )
 
 
-def _start(task: Task, programs: Programs, checkpoints: Checkpoints, watcher: Watcher) -> tuple[TrainState, Progress]:
+def _start(
+    task: Task, programs: Programs, checkpoints: Checkpoints, run_dir: Path, watcher: Watcher
+) -> tuple[TrainState, Progress]:
     abstract = abstract_state(programs.model, programs.optimizer, programs.shardings)
     restored = checkpoints.restore(abstract, seed=task.setup.train.seed)
     if restored is not None:
         watcher.note(f"resuming after step {restored[1].consumed_batches} of {task.setup.steps}")
         return restored
-    state = init_state(programs.model, programs.optimizer, task.setup.train.seed, programs.shardings)
-    return state, Progress(consumed_batches=0, fingerprint=task.stream.content)
+    return _begin(task, programs, run_dir, watcher), Progress(consumed_batches=0, fingerprint=task.stream.content)
+
+
+def _begin(task: Task, programs: Programs, run_dir: Path, watcher: Watcher) -> TrainState:
+    """The state before step 1, and in `init.json` what its parameters are where they are not fresh."""
+    seed = task.setup.train.seed
+    if task.initial is None:
+        return init_state(programs.model, programs.optimizer, seed, programs.shardings)
+    stored = task.initial.open()
+    params, plan = load_parameters(
+        stored, programs.model, programs.shardings.params, rules=task.initial.rules, seed=seed
+    )
+    watcher.note(f"begins as {stored.origin}: {plan}")
+    write_json(run_dir / rd.INITIAL, {"origin": stored.origin, **dataclasses.asdict(plan)})
+    return state_of(params, programs.optimizer, programs.shardings)
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -3,19 +3,25 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from common.train.config import WSD, AdamW, Cosine, Linear, Schedule
+from common.train.adafactor import make_adafactor
+from common.train.config import WSD, Adafactor, AdamW, Constant, Cosine, InverseSqrt, Linear, Optimizer, Schedule
 
 
 def make_schedule(schedule: Schedule, peak: float, steps: int) -> optax.Schedule:
     """Learning rate at step 0, 1, ...; warm-up rises linearly from peak/(warmup+1), so step 0 already learns.
+
+    `InverseSqrt` has its own meaning of warm-up, and of `peak`: its base.
 
     >>> rate = make_schedule(Linear(warmup_steps=3), peak=1.0, steps=7)
     >>> [round(float(rate(step)), 3) for step in range(7)]
     [0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25]
     """
     warmup = schedule.warmup_steps
+    if isinstance(schedule, InverseSqrt):
+        return lambda step: peak / jnp.sqrt(jnp.maximum(step, warmup).astype(jnp.float32))
     after = max(steps - warmup, 1)
     match schedule:
         case Linear():
@@ -26,17 +32,26 @@ def make_schedule(schedule: Schedule, peak: float, steps: int) -> optax.Schedule
             decay = min(max(1, round(steps * schedule.decay_fraction)), after)
             stable = after - decay
             main = optax.linear_schedule(peak, peak * schedule.final_fraction, decay, transition_begin=stable)
+        case Constant():
+            main = optax.linear_schedule(peak, peak, after)  # optax's constant gives one number for many steps
     if not warmup:
         return main
     rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
     return optax.join_schedules([rise, main], [warmup])
 
 
-def make_optimizer(config: AdamW, schedule: optax.Schedule, logical_axes: Any) -> optax.GradientTransformation:
-    """AdamW over a tree of parameters whose logical axes are known (they say which are matrices)."""
+def make_optimizer(config: Optimizer, schedule: optax.Schedule, logical_axes: Any) -> optax.GradientTransformation:
+    """The optimizer of a tree of parameters whose logical axes are known: they say which are matrices."""
+    match config:
+        case AdamW():
+            return _make_adamw(config, schedule, logical_axes)
+        case Adafactor():
+            return make_adafactor(config, schedule, logical_axes)
 
+
+def _make_adamw(config: AdamW, schedule: optax.Schedule, logical_axes: Any) -> optax.GradientTransformation:
     def decays(axes: tuple[str, ...]) -> bool:
-        return sum(axis != "layers" for axis in axes) >= 2
+        return sum(axis not in ("layers", "head_dim") for axis in axes) >= 2  # a bias [heads, head_dim] is a vector
 
     mask = jax.tree.map(decays, logical_axes, is_leaf=lambda x: isinstance(x, tuple))
     return optax.chain(

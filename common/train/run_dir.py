@@ -21,6 +21,8 @@ from common.files import read_json, read_rows, write_json, write_rows
 SCHEMA_VERSION = 1
 CHECKPOINTS = "checkpoints"
 CONFIG, ENVIRONMENT, METRICS, TIMINGS = "config.json", "environment.json", "metrics.jsonl", "timings.jsonl"
+INITIAL = "init.json"
+"""What a run's parameters began as, where it was not a fresh model."""
 
 # What decides the bits of a CPU program beside the program itself.
 MACHINE_KEYS = ("platform", "device_kind", "devices", "cpu", "threads", "jax", "jaxlib")

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from common.train.config import WSD, AdamW, Cosine, Linear, Schedule
+from common.errors import UserError
+from common.train.config import WSD, AdamW, Constant, Cosine, InverseSqrt, Linear, Schedule
 from common.train.optimizer import make_optimizer, make_schedule
 
 PEAK, STEPS, WARMUP = 3e-3, 40, 7
@@ -43,8 +44,9 @@ def wsd(step: int, decay: int, final: float) -> float:
         (lambda **k: Cosine(final_fraction=0.0, **k), lambda step, warmup: half_cosine(step, warmup, STEPS, 0.0)),
         (WSD, lambda step, warmup: wsd(step, 8, 0.0)),
         (lambda **k: WSD(decay_fraction=0.5, final_fraction=0.2, **k), lambda step, warmup: wsd(step, 20, 0.2)),
+        (Constant, lambda step, warmup: PEAK),
     ],
-    ids=["linear", "linear-final", "cosine", "cosine-final", "wsd", "wsd-half"],
+    ids=["linear", "linear-final", "cosine", "cosine-final", "wsd", "wsd-half", "constant"],
 )
 def test_schedules(schedule: Callable[..., Schedule], after: Callable[[int, int], float], warmup: int) -> None:
     with jax.numpy_dtype_promotion("standard"):  # as the step and the loop do
@@ -63,13 +65,30 @@ def test_schedules_end_where_they_say(schedule: Callable[..., Schedule], warmup:
         assert float(end(STEPS)) == pytest.approx(PEAK / 4)
 
 
+def test_t5s_schedule() -> None:
+    """1 / sqrt(max(step, 10,000)): flat, no rise, then falling by the square root of the step (T5X)."""
+    schedule = make_schedule(InverseSqrt(), 1.0, 1 << 19)
+    steps = [0, 1, 9_999, 10_000, 10_001, 40_000, 524_287]
+    with jax.numpy_dtype_promotion("standard"):
+        found = np.asarray(schedule(np.array(steps)))
+        assert float(jax.jit(schedule)(40_000)) == pytest.approx(0.005, rel=1e-6)
+    np.testing.assert_allclose(found, [1 / math.sqrt(max(step, 10_000)) for step in steps], rtol=1e-6)
+    assert found[0] == found[3] == pytest.approx(0.01)
+
+
+def test_a_schedule_that_divides_by_zero_is_refused() -> None:
+    with pytest.raises(UserError, match="warmup_steps is 0"):
+        InverseSqrt(warmup_steps=0)
+
+
 AXES = {
     "table": ("vocab", "embed"),
     "query": ("layers", "embed", "heads", "head_dim"),
+    "query_bias": ("layers", "heads", "head_dim"),
     "stacked_norm": ("layers", "embed"),
     "norm": ("embed",),
 }
-SHAPES = {"table": (5, 4), "query": (3, 4, 2, 2), "stacked_norm": (3, 4), "norm": (4,)}
+SHAPES = {"table": (5, 4), "query": (3, 4, 2, 2), "query_bias": (3, 2, 2), "stacked_norm": (3, 4), "norm": (4,)}
 DECAYED = {"table", "query"}
 
 

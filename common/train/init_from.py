@@ -1,0 +1,199 @@
+"""A new run's parameters from stored ones: by name, with rules for whatever differs.
+
+Every parameter of the new model is accounted for: it is loaded, or a rule says that it begins fresh.
+"""
+
+import dataclasses
+import difflib
+import fnmatch
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from common.config import to_json
+from common.errors import UserError, nearest
+from common.train.config import Fresh, Rename, Resize, Rule
+from common.train.paths import flatten, nest
+from common.train.state import Skeleton
+from common.train.stored import Stored
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What becomes of each parameter."""
+
+    sources: dict[str, str]
+    """New name to stored name, of all that are loaded."""
+    resized: dict[str, int]
+    """The dimension along which the two have different lengths, where that is allowed."""
+    fresh: tuple[str, ...]
+    unused: tuple[str, ...]
+    """Stored ones that nobody takes."""
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.sources)} parameters loaded"]
+        for what, names in (("resized", self.resized), ("fresh", self.fresh), ("not used", self.unused)):
+            if names:
+                parts.append(f"{what}: {', '.join(sorted(names))}")
+        return "; ".join(parts)
+
+
+def make_plan(
+    shapes: Mapping[str, Shape],
+    axes: Mapping[str, tuple[str, ...]],
+    stored: Mapping[str, Shape],
+    rules: Sequence[Rule],
+    origin: str,
+) -> Plan:
+    """Shapes and logical axes of the new model's parameters, and shapes of the stored ones, by dotted name.
+
+    Raises UserError that lists every parameter for which there is nothing, or nothing of its shape, each with a rule
+    that would say what to do; and for a rule that no parameter matches.
+    """
+    for rule in rules:
+        if not fnmatch.filter(shapes, rule.leaves):
+            raise UserError(f"init.rules: no parameter matches {rule.leaves!r}: {nearest(rule.leaves, shapes)}")
+    sources: dict[str, str] = {}
+    resized: dict[str, int] = {}
+    fresh: list[str] = []
+    faults: list[tuple[str, str]] = []
+    for name, shape in shapes.items():
+        if any(isinstance(rule, Fresh) and fnmatch.fnmatchcase(name, rule.leaves) for rule in rules):
+            fresh.append(name)
+            continue
+        source = _source_name(name, rules)
+        sources[name] = source
+        if source not in stored:
+            faults.append((name, f"there is no {source}"))
+        elif stored[source] != shape:
+            dim = _resized_dim(name, axes[name], rules)
+            if dim is None or not _same_but(dim, shape, stored[source]):
+                faults.append((name, f"{list(shape)} here, {list(stored[source])} there"))
+            else:
+                resized[name] = dim
+    unused = tuple(sorted(set(stored) - set(sources.values())))
+    if faults:
+        listed = "; ".join(f"{name}: {fault}" for name, fault in faults)
+        rule_texts = [json.dumps(to_json(_advice(name, shapes, axes, stored, unused))) for name, _ in faults]
+        raise UserError(
+            f"{origin} does not account for {len(faults)} of {len(shapes)} parameters: {listed}. "
+            f"Rules would, for example init.rules=[{', '.join(rule_texts)}]"
+        )
+    return Plan(sources=sources, resized=resized, fresh=tuple(fresh), unused=unused)
+
+
+def check_rules(stored: Stored, model: Skeleton, rules: Sequence[Rule] = ()) -> Plan:
+    """`make_plan` for what is stored; reads no parameter."""
+    shapes = {name: tuple(leaf.shape) for name, leaf in flatten(model.shapes).items()}
+    return make_plan(shapes, flatten(model.logical_axes), stored.shapes, rules, stored.origin)
+
+
+def load_parameters(
+    stored: Stored,
+    model: Skeleton,
+    shardings: Any,
+    *,
+    rules: Sequence[Rule] = (),
+    seed: int = 0,
+    dtype: Any = jnp.float32,
+) -> tuple[Any, Plan]:
+    """Parameters of `model` (nested dict), each on its sharding from the start, and what they were made of.
+
+    `seed` is that of whatever begins fresh, which is what a new run of that seed would have. Raises UserError as
+    `make_plan` does, and where what is stored cannot be read.
+    """
+    plan, placed = check_rules(stored, model, rules), flatten(shardings)
+    new = _fresh_leaves(model, placed, (*plan.fresh, *plan.resized), seed, dtype)
+    users: dict[str, str] = {}
+    for name, source in plan.sources.items():
+        users.setdefault(source, name)
+    wanted = {
+        source: jax.ShapeDtypeStruct(
+            stored.shapes[source], dtype, sharding=_fitting(placed[name], stored.shapes[source])
+        )
+        for source, name in users.items()
+    }
+    found = stored.read(wanted)
+    params = {name: new[name] for name in plan.fresh}
+    for name, source in plan.sources.items():
+        if name in plan.resized:
+            params[name] = _overlapped(new[name], found[source], placed[name])
+        elif users[source] == name:
+            params[name] = found[source]
+        else:  # a step donates its arrays, so no two parameters may share one
+            params[name] = jax.jit(jnp.copy, out_shardings=placed[name])(found[source])
+    return nest(params), plan
+
+
+def _source_name(name: str, rules: Sequence[Rule]) -> str:
+    for rule in rules:
+        if isinstance(rule, Rename) and fnmatch.fnmatchcase(name, rule.leaves):
+            before, _, after = rule.leaves.partition("*")
+            return rule.source.replace("*", name[len(before) : len(name) - len(after)])
+    return name
+
+
+def _resized_dim(name: str, axes: tuple[str, ...], rules: Sequence[Rule]) -> int | None:
+    for rule in rules:
+        if isinstance(rule, Resize) and fnmatch.fnmatchcase(name, rule.leaves):
+            if rule.axis not in axes:
+                raise UserError(f"init.rules: {name} has no axis {rule.axis!r}: {nearest(rule.axis, axes)}")
+            return axes.index(rule.axis)
+    return None
+
+
+def _same_but(dim: int, one: Shape, other: Shape) -> bool:
+    return len(one) == len(other) and all(a == b for i, (a, b) in enumerate(zip(one, other, strict=True)) if i != dim)
+
+
+def _advice(
+    name: str,
+    shapes: Mapping[str, Shape],
+    axes: Mapping[str, tuple[str, ...]],
+    stored: Mapping[str, Shape],
+    unused: Sequence[str],
+) -> Rule:
+    """The rule that comes nearest: another axis length, another name, or else a fresh beginning."""
+    shape, found = shapes[name], stored.get(name)
+    if found is not None:
+        for dim, axis in enumerate(axes[name]):
+            if axis in ("vocab", "positions") and _same_but(dim, shape, found):
+                return Resize(leaves=name, axis=axis)
+    alike = difflib.get_close_matches(name, [other for other in unused if stored[other] == shape], n=1, cutoff=0.7)
+    return Rename(leaves=name, source=alike[0]) if alike else Fresh(leaves=name)
+
+
+def _fresh_leaves(
+    model: Skeleton, placed: Mapping[str, NamedSharding], names: Sequence[str], seed: int, dtype: Any
+) -> dict[str, jax.Array]:
+    """Only these are computed; the compiler drops the rest."""
+    if not names:
+        return {}
+
+    def make() -> dict[str, jax.Array]:
+        params = flatten(nnx.to_pure_dict(nnx.state(model.build(nnx.Rngs(params=jax.random.key(seed))))))
+        return {name: params[name].astype(dtype) for name in names}
+
+    return jax.jit(make, out_shardings={name: placed[name] for name in names})()
+
+
+def _fitting(sharding: NamedSharding, shape: Shape) -> NamedSharding:
+    """The same, but whole along dimensions that do not divide: a stored table may have another length."""
+    spec = [
+        None if axis is None or size % sharding.mesh.shape[axis] else axis
+        for size, axis in zip(shape, sharding.spec, strict=True)
+    ]
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+
+def _overlapped(new: jax.Array, old: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """`new` with what both have taken from `old`."""
+    common = tuple(slice(min(a, b)) for a, b in zip(new.shape, old.shape, strict=True))
+    return jax.jit(lambda new, old: new.at[common].set(old[common]), out_shardings=sharding)(new, old)

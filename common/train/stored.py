@@ -1,0 +1,155 @@
+"""Parameters at rest: of a run's checkpoint or of a model folder, read by name onto any mesh."""
+
+import json
+import logging
+import textwrap
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from common.data.progress import bar, spinner
+from common.errors import UserError
+from common.train.checkpoints import check_schema, leaf_checksums
+from common.train.paths import flatten, nest
+from common.weights import folder
+
+Read = TypeVar("Read")
+Wanted = Mapping[str, jax.ShapeDtypeStruct]
+"""By dotted name; with shardings."""
+
+log = logging.getLogger(__name__)
+
+
+class Stored(Protocol):
+    """Parameters by dotted name."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    @property
+    def origin(self) -> str:
+        """Where they come from, as messages say it."""
+        ...
+
+    def read(self, wanted: Wanted) -> dict[str, jax.Array]:
+        """Whole parameters, in the dtypes and on the shardings of `wanted`."""
+        ...
+
+
+class FolderParameters:
+    """The parameters of a model folder (`common.weights.folder`); each device's part is read by itself."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.shapes = {name: leaf.shape for name, leaf in flatten(folder.leaf_shapes(path)).items()}
+
+    @property
+    def origin(self) -> str:
+        return str(self.path)
+
+    def read(self, wanted: Wanted) -> dict[str, jax.Array]:
+        return {name: self._read(name, wanted[name]) for name in bar(list(wanted), f"reading {self.path}")}
+
+    def _read(self, name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        handle = folder.read_leaf(self.path, name.replace(".", "/"))
+
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            try:
+                return handle[index].read().result().astype(leaf.dtype)
+            except ValueError as error:
+                raise UserError(f"{self.path}: parameter {name} cannot be read ({str(error)[:200]})") from None
+
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
+
+
+def has_checkpoint(checkpoints: Path) -> bool:
+    """Whether a run has saved anything."""
+    return bool(_saved_steps(checkpoints))
+
+
+def _saved_steps(checkpoints: Path) -> list[int]:
+    """Newest first; a checkpoint being written is none yet."""
+    if not checkpoints.is_dir():
+        return []
+    return sorted(ocp.utils.checkpoint_steps(checkpoints.resolve()), reverse=True)
+
+
+class RunParameters:
+    """The parameters of a run, from its newest checkpoint that can be read, or from one that is named.
+
+    Nothing else is read, and nothing is written: the run may be going on.
+    """
+
+    def __init__(self, folder: Path, step: int | None = None):
+        """Raises UserError where there is no (such) checkpoint in `folder`, or none that can be read."""
+        self.folder = folder
+        found = _saved_steps(folder)
+        if not found:
+            raise UserError(f"{folder} holds no checkpoint")
+        if step is not None and step not in found:
+            listed = ", ".join(map(str, reversed(found)))
+            raise UserError(f"{folder} has no checkpoint of step {step}; it has {listed}")
+        self._steps = found if step is None else [step]
+        self._handler = ocp.PyTreeCheckpointHandler()
+        self.shapes = self._first_good(self._read_shapes)
+
+    @property
+    def step(self) -> int:
+        """Which checkpoint it is; one that turns out unreadable gives way to the one before."""
+        return self._steps[0]
+
+    @property
+    def origin(self) -> str:
+        return f"{self.folder.parent}@{self.step}"
+
+    def read(self, wanted: Wanted) -> dict[str, jax.Array]:
+        with spinner(f"reading {self.origin}"):
+            return self._first_good(lambda step: self._read(step, wanted))
+
+    def _first_good(self, read: Callable[[int], Read]) -> Read:
+        for step in self._steps:
+            try:
+                result = read(step)
+            except UserError:
+                raise
+            except Exception as error:  # as in Checkpoints.restore
+                why = textwrap.shorten(str(error.__cause__ or error), 200)
+                log.warning("checkpoint %d in %s cannot be read (%s)", step, self.folder, why)
+                continue
+            self._steps = self._steps[self._steps.index(step) :]
+            return result
+        listed = ", ".join(map(str, self._steps))
+        raise UserError(f"no checkpoint in {self.folder} can be read (tried: {listed})")
+
+    def _read_about(self, step: int) -> dict[str, Any]:
+        about = json.loads((self.folder / str(step) / "progress" / "metadata").read_text())
+        check_schema(about["schema_version"], f"{self.folder}/{step}", "choose another checkpoint")
+        return about
+
+    def _read_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
+        self._read_about(step)  # which checks its version
+        metadata = self._handler.metadata(epath.Path(self._state(step)))
+        return {name: tuple(leaf.shape) for name, leaf in flatten(metadata.tree["params"]).items()}
+
+    def _read(self, step: int, wanted: Wanted) -> dict[str, jax.Array]:
+        checksums = self._read_about(step).get("parameter_checksums", {})
+        # In the dtype in which it was saved, so that its bits can be checked.
+        whole = {name: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding) for name, x in wanted.items()}
+        tree = {"params": nest(whole)}
+        args = ocp.args.PyTreeRestore(
+            item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
+        )
+        found = flatten(self._handler.restore(epath.Path(self._state(step)), args=args)["params"])
+        for name, checksum in jax.device_get(leaf_checksums(found)).items():
+            if checksums.get(name, checksum) != checksum:
+                raise ValueError(f"{name} is not what was saved")
+        return {name: x.astype(wanted[name].dtype) for name, x in found.items()}
+
+    def _state(self, step: int) -> Path:
+        return self.folder.resolve() / str(step) / "state"
