@@ -1,0 +1,80 @@
+"""A foreign config.json, read field by field: what is not understood is refused by name."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from common.errors import UserError
+
+_REQUIRED: Any = object()
+
+
+class Settings:
+    """
+    >>> settings = Settings({"d_model": 512, "act": "tanh"}, where="config.json")
+    >>> settings.integer("d_model", "hidden_size"), settings.integer("heads", default=8)
+    (512, 8)
+    >>> settings.only("act", ["relu", None], default="relu")
+    Traceback (most recent call last):
+        ...
+    common.errors.UserError: config.json: act is 'tanh', which is not supported; supported: 'relu', None
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str):
+        self.values, self.where = values, where
+
+    def integer(self, *names: str, default: Any = _REQUIRED) -> Any:
+        """The first of `names` that is there and not null."""
+        name, value = self._first(names, default)
+        if value is not default and (not isinstance(value, int) or isinstance(value, bool)):
+            raise self.refusal(name, value, "a whole number")
+        return value
+
+    def number(self, *names: str, default: Any = _REQUIRED) -> Any:
+        name, value = self._first(names, default)
+        if value is not default and (not isinstance(value, int | float) or isinstance(value, bool)):
+            raise self.refusal(name, value, "a number")
+        return value if value is None else float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        _, value = self._first((name,), default)
+        if not isinstance(value, bool):
+            raise self.refusal(name, value, "true, false")
+        return value
+
+    def text(self, name: str, default: Any = _REQUIRED) -> Any:
+        _, value = self._first((name,), default)
+        if value is not default and not isinstance(value, str):
+            raise self.refusal(name, value, "a string")
+        return value
+
+    def only(self, name: str, supported: Iterable[Any], default: Any) -> Any:
+        """The field's value, which must be one of `supported`; `default` where it is absent."""
+        supported = list(supported)
+        value = self.values.get(name, default)
+        # True == 1 in Python, not in JSON
+        if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in supported):
+            raise self.refusal(name, value, ", ".join(map(repr, supported)))
+        return value
+
+    def refusal(self, name: str, value: Any, supported: str) -> UserError:
+        return UserError(f"{self.where}: {name} is {value!r}, which is not supported; supported: {supported}")
+
+    def _first(self, names: tuple[str, ...], default: Any) -> tuple[str, Any]:
+        for name in names:
+            if self.values.get(name) is not None:
+                return name, self.values[name]
+        if default is _REQUIRED:
+            raise UserError(f"{self.where}: {names[0]} is missing")
+        return names[0], default
+
+
+def token_ids(value: Any, where: str) -> list[int]:
+    """One id, several or none, as a list.
+
+    >>> token_ids(1, ""), token_ids([2, 3], ""), token_ids(None, "")
+    ([1], [2, 3], [])
+    """
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
+        raise UserError(f"{where} is {value!r}: token ids are whole numbers")
+    return ids

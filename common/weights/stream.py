@@ -1,0 +1,268 @@
+"""Moves weights between a foreign checkpoint and a model folder, a block of rows at a time."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore
+
+from common.errors import UserError
+from common.weights.folder import DTYPES, SOURCE, FolderWriter, LeafInfo, leaf_shapes, read_leaf, write_chunk
+from common.weights.mapping import Checkpoint, Match, Piece, StoredTensor, Table, flatten, refuse_keys
+from common.weights.safetensors_files import Planned, SafetensorsFile, SafetensorsFolder, plan_files
+
+BLOCK_BYTES = 128 * 2**20
+"""Read at a time; a transposed copy and what is being written come on top."""
+EXTRAS = "extras"
+"""The folder under `source/` that keeps tensors which are no parameters, as safetensors."""
+
+Advance = Callable[[int], None]
+
+
+def import_weights(table: Table, found: Match, checkpoint: Checkpoint, writer: FolderWriter, advance: Advance) -> None:
+    """Writes every leaf of `table`; calls `advance(1)` after each stored tensor.
+
+    A leaf whose layers are stored in different dtypes gets one that holds them all exactly.
+
+    Raises:
+        UserError: where an alias differs from what it names, or a tensor that is no parameter is not what it should be.
+    """
+    for alias, name in found.aliases.items():
+        if not same_bytes(checkpoint, alias, name):
+            raise UserError(f"{checkpoint.where}: {alias} should be {name} once more, but differs from it")
+    _import_extras(table, found.extras, checkpoint, writer)
+    dtypes = _leaf_dtypes(found, checkpoint)
+    shapes, handles = table.leaves(), {}
+    for name, tensor in found.tensors.items():
+        for piece in tensor.pieces:
+            leaf = piece.rule.leaf
+            if leaf not in handles:
+                stacked = piece.layer is not None
+                handles[leaf] = writer.create(leaf, shapes[leaf], dtypes[leaf], stacked=stacked)
+        for start, stop in _blocks(tensor, checkpoint.tensors[name].dtype.itemsize, handles):
+            block = checkpoint.read(name, start, stop)
+            for piece in tensor.pieces:
+                columns = block[..., piece.offset : piece.offset + piece.shape[-1]]
+                part = piece.ours(columns).astype(dtypes[piece.rule.leaf], copy=False)
+                handles[piece.rule.leaf][_where(piece, start, stop)].write(part).result()
+        advance(1)
+
+
+def export_weights(
+    table: Table, folder: Path, destination: Path, source: Mapping[str, Any], advance: Advance
+) -> dict[str, Any] | None:
+    """Writes a model folder's leaves as safetensors into `destination`; calls `advance(1)` after each tensor.
+
+    Where `source` (of model.json) names the files that the leaves came from, they are written again: the same names,
+    order, dtypes, aliases and tensors that are no parameters. Returns the index of the files if it has to be written.
+
+    Raises:
+        UserError: listing leaves that are missing, superfluous or of a wrong shape.
+    """
+    leaves: dict[str, LeafInfo] = flatten(leaf_shapes(folder))  # type: ignore[assignment]
+    _check_leaves(folder, table, leaves)
+    tensors = {name: tensor for tensor in table.tensors().values() for name in tensor.names}
+    extras = _Extras(folder)
+    files, metadata, index = _plan(table, leaves, tensors, extras, source)
+    handles = {leaf: read_leaf(folder, leaf) for leaf in leaves}
+    with contextlib.closing(extras):
+        for name, planned in files:
+            with (destination / name).open("wb") as out:
+                file = SafetensorsFile(out, planned, metadata.get(name))
+                for one in planned:
+                    blocks = extras.blocks(one) if one.key in extras else _rows(one, tensors[one.key], handles)
+                    file.write(one, blocks)
+                    advance(1)
+    return index
+
+
+def same_bytes(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """Whether two stored tensors are equal, bit by bit."""
+    a, b = checkpoint.tensors[one], checkpoint.tensors[other]
+    if a.dtype != b.dtype or tuple(a.shape) != tuple(b.shape):
+        return False
+    rows = a.shape[0] if a.shape else 1
+    step = max(1, BLOCK_BYTES // max(1, a.dtype.itemsize * _row_elements(a.shape)))
+    return all(
+        checkpoint.read(one, start, start + step).tobytes() == checkpoint.read(other, start, start + step).tobytes()
+        for start in range(0, rows, step)
+    )
+
+
+def common_dtype(dtypes: Sequence[np.dtype]) -> np.dtype:
+    """The narrowest dtype that holds every value of all of them.
+
+    >>> common_dtype([np.dtype("float16"), np.dtype("float16")])
+    dtype('float16')
+    >>> common_dtype([np.dtype("float16"), np.dtype("bfloat16")])
+    dtype('float32')
+    """
+    kinds = set(dtypes)
+    if len(kinds) == 1:
+        return kinds.pop()
+    return np.dtype("float64") if np.dtype("float64") in kinds else np.dtype("float32")
+
+
+def _leaf_dtypes(found: Match, checkpoint: Checkpoint) -> dict[str, np.dtype]:
+    dtypes: dict[str, list[np.dtype]] = {}
+    for name, tensor in found.tensors.items():
+        dtype = np.dtype(checkpoint.tensors[name].dtype)
+        if dtype.name not in DTYPES:
+            raise UserError(f"{checkpoint.where}: {name} is {dtype.name}; parameters may be {', '.join(DTYPES)}")
+        for piece in tensor.pieces:
+            dtypes.setdefault(piece.rule.leaf, []).append(dtype)
+    return {leaf: common_dtype(of) for leaf, of in dtypes.items()}
+
+
+def _row_elements(shape: Sequence[int]) -> int:
+    elements = 1
+    for size in shape[1:]:
+        elements *= size
+    return elements
+
+
+def _blocks(
+    tensor: StoredTensor, itemsize: int, handles: Mapping[str, tensorstore.TensorStore] | None = None
+) -> Iterator[tuple[int, int]]:
+    """Ranges of foreign rows, each a whole number of the leaf's entries, and of its chunks where that is possible."""
+    piece, shape = tensor.pieces[0], tensor.shape
+    if len(tensor.pieces) > 1 and len(shape) == 1:  # parts side by side along the only axis
+        yield 0, shape[0]
+        return
+    row_bytes = max(1, itemsize * _row_elements(shape) * piece.row_size)
+    entries = max(1, BLOCK_BYTES // row_bytes)
+    if handles is not None:
+        axis = piece.row_axis + (piece.layer is not None)
+        chunk = write_chunk(handles[piece.rule.leaf])[axis]
+        entries = max(chunk, entries // chunk * chunk)
+    step = entries * piece.row_size
+    for start in range(0, shape[0], step):
+        yield start, min(start + step, shape[0])
+
+
+def _where(piece: Piece, start: int, stop: int) -> tuple[Any, ...]:
+    """The slice of a leaf that foreign rows `start:stop` fill."""
+    layer = () if piece.layer is None else (piece.layer,)
+    before = (slice(None),) * piece.row_axis
+    if piece.rule.part is not None and len(piece.shape) == 1:
+        return layer or (slice(None),)
+    return (*layer, *before, slice(start // piece.row_size, stop // piece.row_size))
+
+
+def _rows(
+    planned: Planned, tensor: StoredTensor, handles: Mapping[str, tensorstore.TensorStore]
+) -> Iterator[np.ndarray]:
+    for start, stop in _blocks(tensor, planned.dtype.itemsize):
+        parts = [
+            piece.foreign(handles[piece.rule.leaf][_where(piece, start, stop)].read().result())
+            for piece in tensor.pieces
+        ]
+        yield np.concatenate([part.astype(planned.dtype, copy=False) for part in parts], axis=-1)
+
+
+# Tensors that are no parameters.
+
+
+def _import_extras(table: Table, names: Sequence[str], checkpoint: Checkpoint, writer: FolderWriter) -> None:
+    if not names:
+        return
+    planned = [Planned(name, tuple(checkpoint.tensors[name].shape), checkpoint.tensors[name].dtype) for name in names]
+    (writer.path / SOURCE / EXTRAS).mkdir(parents=True)
+    with (writer.path / SOURCE / EXTRAS / "model.safetensors").open("wb") as out:
+        file = SafetensorsFile(out, planned, None)
+        for one in planned:
+            value = checkpoint.read(one.key)
+            extra = table.extra(one.key)
+            assert extra is not None, f"{one.key} was matched"
+            if complaint := extra.check(one.key, value):
+                raise UserError(f"{checkpoint.where}: {one.key} {complaint}")
+            file.write(one, iter([value]))
+
+
+class _Extras:
+    """What `_import_extras` kept."""
+
+    def __init__(self, folder: Path):
+        path = folder / SOURCE / EXTRAS
+        self._file = SafetensorsFolder(path) if path.is_dir() else None
+
+    def __contains__(self, name: str) -> bool:
+        return self._file is not None and name in self._file.tensors
+
+    def plan(self, name: str) -> Planned:
+        assert self._file is not None, f"{name} was looked for"
+        stored = self._file.tensors[name]
+        return Planned(name, stored.shape, stored.dtype)
+
+    def blocks(self, planned: Planned) -> Iterator[np.ndarray]:
+        assert self._file is not None, f"{planned.key} was planned"
+        yield self._file.read(planned.key)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+# What to write.
+
+
+def _check_leaves(folder: Path, table: Table, leaves: Mapping[str, LeafInfo]) -> None:
+    expected = table.leaves()
+    misshapen = [
+        f"{leaf} is {list(leaves[leaf].shape)}, expected {list(shape)}"
+        for leaf, shape in expected.items()
+        if leaf in leaves and leaves[leaf].shape != shape
+    ]
+    missing = [leaf for leaf in expected if leaf not in leaves]
+    refuse_keys(str(folder), missing, [leaf for leaf in leaves if leaf not in expected], misshapen)
+
+
+def _plan(
+    table: Table,
+    leaves: Mapping[str, LeafInfo],
+    tensors: Mapping[str, StoredTensor],
+    extras: _Extras,
+    source: Mapping[str, Any],
+) -> tuple[list[tuple[str, list[Planned]]], dict[str, Mapping[str, str]], dict[str, Any] | None]:
+    """(files and their tensors, each file's metadata, the index)."""
+    if "files" not in source:
+        fresh = [Planned(t.key, t.shape, _widest(t, leaves)) for t in table.tensors().values()]
+        files, index = plan_files(fresh)
+        # Readers of the format ask for this note on who wrote it.
+        return files, {name: {"format": "pt"} for name, _ in files}, index
+    recorded = {key: np.dtype(dtype) for file in source["files"] for key, dtype in file["tensors"]}
+    _check_names(table, recorded, tensors, extras)
+    made = _recorded_leaf_dtypes(recorded, tensors)
+
+    def plan(key: str) -> Planned:
+        if key in extras:
+            return extras.plan(key)
+        # A leaf in another dtype than was made of the source has been trained since: nothing of it is rounded away.
+        kept = all(made[piece.rule.leaf] == leaves[piece.rule.leaf].dtype for piece in tensors[key].pieces)
+        return Planned(key, tensors[key].shape, recorded[key] if kept else _widest(tensors[key], leaves))
+
+    files = [(file["name"], [plan(key) for key, _ in file["tensors"]]) for file in source["files"]]
+    return files, {file["name"]: file["metadata"] or {} for file in source["files"]}, None
+
+
+def _check_names(
+    table: Table, recorded: Mapping[str, np.dtype], tensors: Mapping[str, StoredTensor], extras: _Extras
+) -> None:
+    missing = [t.key for t in table.tensors().values() if not any(name in recorded for name in t.names)]
+    superfluous = [name for name in recorded if name not in tensors and name not in extras]
+    refuse_keys("the source recorded in model.json", missing, superfluous, [])
+
+
+def _widest(tensor: StoredTensor, leaves: Mapping[str, LeafInfo]) -> np.dtype:
+    return common_dtype([leaves[piece.rule.leaf].dtype for piece in tensor.pieces])
+
+
+def _recorded_leaf_dtypes(recorded: Mapping[str, np.dtype], tensors: Mapping[str, StoredTensor]) -> dict[str, np.dtype]:
+    """The dtype that `import_weights` gave each leaf."""
+    dtypes: dict[str, list[np.dtype]] = {}
+    for key, dtype in recorded.items():
+        for piece in tensors[key].pieces if key in tensors else ():
+            dtypes.setdefault(piece.rule.leaf, []).append(dtype)
+    return {leaf: common_dtype(of) for leaf, of in dtypes.items()}

@@ -1,0 +1,305 @@
+"""`twinstack convert`: foreign checkpoints to model folders and back, and from one family to the other."""
+
+import contextlib
+import dataclasses
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.config import from_json, to_json
+from common.errors import UserError, nearest
+from common.files import read_json, write_json
+from common.weights import folder as model_folder
+from common.weights.folder import FolderWriter, leaf_shapes, new_folder, read_leaf, read_manifest, write_folder
+from common.weights.mapping import Checkpoint, Table, flatten, match
+from common.weights.safetensors_files import INDEX, SINGLE, SafetensorsFolder
+from common.weights.stream import BLOCK_BYTES, EXTRAS, export_weights, import_weights, same_bytes
+from common.weights.t5x import T5xCheckpoint, is_checkpoint
+from common.weights.text import CARRIED, native_text, start_token_text
+from experiments.config import ModelConfig
+from experiments.console import Progress
+from experiments.weight_maps import RELAXED, gpt_config, t5like_config, t5like_leaves
+from gpt import convert as gpt
+from gpt.config import SIZES as GPT_SIZES
+from gpt.config import GptConfig
+from t5like import convert as t5like
+from t5like.config import SIZES as T5LIKE_SIZES
+from t5like.config import T5LikeConfig
+
+TARGETS = ("hf", "gpt", "t5like")
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+HUGGING_FACE, T5X = "hugging_face", "t5x"
+"""Values of `format` in a model folder's source."""
+
+
+def convert(
+    source: Path,
+    destination: Path,
+    progress: Progress,
+    *,
+    to: str | None = None,
+    rung: int | None = None,
+    config_name: str | None = None,
+) -> list[str]:
+    """Converts what `source` is, and returns remarks for the user.
+
+    A Hugging Face folder or a T5X checkpoint becomes a model folder. A model folder becomes a Hugging Face folder
+    (`to="hf"`), or one of the other family (`to="t5like"`, at a rung of the ladder; `to="gpt"`). `config_name` is one
+    of the sizes, for a T5X checkpoint, whose shapes do not tell everything.
+
+    Raises:
+        UserError: where the source is none of these, or does not convert; nothing is left at `destination` then.
+    """
+    if to is not None and to not in TARGETS:
+        raise UserError(f"--to {to}: {nearest(to, TARGETS)}")
+    if rung is not None and to != "t5like":
+        raise UserError("--rung is for --to t5like")
+    if model_folder.is_folder(source):
+        if config_name is not None:
+            raise UserError(f"--config is for T5X checkpoints; {source} has a config of its own")
+        return _convert_folder(source, destination, progress, to, rung)
+    if to is not None:
+        raise UserError(f"--to {to} needs a model folder, and {source} is none: convert it into one first")
+    if is_checkpoint(source):
+        return _from_t5x(source, destination, progress, config_name)
+    if config_name is not None:
+        raise UserError(f"--config is for T5X checkpoints, and {source} is none")
+    _refuse_unreadable(source)
+    return _from_hugging_face(source, destination, progress)
+
+
+def _refuse_unreadable(source: Path) -> None:
+    kinds = "a Hugging Face folder (config.json and safetensors), a T5X checkpoint or a model folder"
+    if source.is_file() and source.suffix in PICKLES:
+        raise UserError(f"{source} is a pickle, which can run code when it is read; convert takes {kinds}")
+    if not source.is_dir():
+        raise UserError(f"{source} is no folder; convert takes {kinds}")
+    if not (source / SINGLE).is_file() and not (source / INDEX).is_file():
+        pickles = sorted(path.name for path in source.iterdir() if path.suffix in PICKLES)
+        if pickles:
+            raise UserError(
+                f"{source} has its weights in {pickles[0]}, a pickle, which can run code when it is read: "
+                "save them as safetensors first"
+            )
+        steps = sorted(path.name for path in source.iterdir() if is_checkpoint(path))
+        hint = f"; it holds checkpoints: {', '.join(steps[:5])}" if steps else ""
+        raise UserError(f"{source} has no {SINGLE}, {INDEX}, {model_folder.MANIFEST} or T5X index{hint}")
+    if not (source / "config.json").is_file():
+        raise UserError(f"{source} has no config.json")
+
+
+# In.
+
+
+def _from_hugging_face(source: Path, destination: Path, progress: Progress) -> list[str]:
+    where = str(source / "config.json")
+    values = read_json(source / "config.json")
+    if not isinstance(values, dict):
+        raise UserError(f"{where} is no JSON object")
+    model_type = str(values.get("model_type"))
+    if model_type not in (*gpt.HUGGING_FACE, *t5like.HUGGING_FACE):
+        raise UserError(
+            f"{where}: model_type {model_type!r}: {nearest(model_type, (*gpt.HUGGING_FACE, *t5like.HUGGING_FACE))}"
+        )
+    with contextlib.closing(SafetensorsFolder(source)) as checkpoint:
+        config, text, remarks = _read_hugging_face(source, values, where, checkpoint)
+        table = hugging_face_table(config, model_type, checkpoint.tensors)
+        origin = {"format": HUGGING_FACE, "model_type": model_type, "files": checkpoint.files()}
+        with write_folder(destination) as writer:
+            _import(table, checkpoint, writer, progress)
+            for name in (*CARRIED, INDEX):
+                if (source / name).is_file():
+                    writer.copy(source / name)
+            writer.manifest(model=to_json(config), text=text, source=origin)
+    return [*remarks, _summary(config, destination)]
+
+
+def _read_hugging_face(
+    source: Path, values: dict[str, Any], where: str, checkpoint: SafetensorsFolder
+) -> tuple[ModelConfig, dict[str, Any], list[str]]:
+    """(config, text conventions, remarks)."""
+    model_type = values["model_type"]
+    if model_type in t5like.HUGGING_FACE:
+        table = next((name for name in (t5like.EMBEDDING, *t5like.COPIES) if name in checkpoint.tensors), None)
+        config = t5like.read_config(values, where, tied=_is_tied(checkpoint, table, t5like.HEAD))
+        text = start_token_text(source, values, sentinels=t5like.SENTINELS[model_type])
+        return config, text, []
+    names = (gpt.EMBEDDING[model_type], gpt.EMBEDDING[model_type].removeprefix(gpt.PREFIX[model_type]))
+    table = next((name for name in names if name in checkpoint.tensors), None)
+    tied = gpt.wants_tied(values) and _is_tied(checkpoint, table, gpt.HEAD)
+    decoder, remarks = gpt.read_config(values, where, tied=tied)
+    if gpt.wants_tied(values) and not tied:
+        remarks.append(f"{gpt.HEAD} differs from {table}, so embeddings are not tied, whatever config.json says")
+    return decoder, native_text(source, values, **gpt.TEXT[model_type]), remarks
+
+
+def _is_tied(checkpoint: Checkpoint, table: str | None, head: str) -> bool:
+    """Whether the head is the token table: it is not stored, or stored as a copy."""
+    return table is None or head not in checkpoint.tensors or same_bytes(checkpoint, head, table)
+
+
+def hugging_face_table(config: ModelConfig, model_type: str, names: Iterable[str] = ()) -> Table:
+    match config, model_type:
+        case T5LikeConfig(), "t5" | "mt5":
+            return t5like.table(config, model_type)
+        case GptConfig(), "gpt2" | "llama":
+            return gpt.table(config, model_type, names)
+    raise UserError(f"a {config.kind} cannot be a {model_type}")
+
+
+def _from_t5x(source: Path, destination: Path, progress: Progress, config_name: str | None) -> list[str]:
+    checkpoint = T5xCheckpoint(source)
+    decoder_only = "token_embedder/embedding" not in checkpoint.tensors
+    remarks = ["layers are stacked (scanned)"] if checkpoint.scanned else []
+    config: ModelConfig
+    if config_name is not None:
+        config = _named(config_name, "gpt" if decoder_only else "t5like")
+    else:
+        config, assumed = (gpt if decoder_only else t5like).read_t5x(checkpoint.tensors, str(source))
+        sizes = {name: value for name, value in to_json(config).items() if isinstance(value, int)}
+        remarks += [f"read from shapes: {', '.join(f'{name}={value}' for name, value in sizes.items())}", *assumed]
+    table = gpt.table(config, "t5x") if isinstance(config, GptConfig) else t5like.table(config, "t5x")
+    text = {
+        "tokenizer": None,
+        "alignment": "native" if decoder_only else "start_token",
+        "start_id": 0,
+        "eos_ids": [1],
+        "bos_id": 0 if decoder_only else None,
+    }
+    with write_folder(destination) as writer:
+        _import(table, checkpoint, writer, progress)
+        writer.manifest(model=to_json(config), text=text, source={"format": T5X, "scanned": checkpoint.scanned})
+    return [*remarks, _summary(config, destination)]
+
+
+def _named(name: str, kind: str) -> ModelConfig:
+    sizes: dict[str, ModelConfig] = {**GPT_SIZES, **T5LIKE_SIZES}
+    fitting = [size for size, config in sizes.items() if config.kind == kind]
+    if name not in fitting:
+        raise UserError(f"--config {name!r} names no size of a {kind}: {nearest(name, fitting)}")
+    return sizes[name]
+
+
+def _import(table: Table, checkpoint: Checkpoint, writer: FolderWriter, progress: Progress) -> None:
+    found = match(table, checkpoint)
+    with progress.bar("reading tensors", len(found.tensors)) as advance:
+        import_weights(table, found, checkpoint, writer, advance)
+
+
+def _summary(config: ModelConfig, destination: Path) -> str:
+    return f"{destination}: {config.kind} with {config.param_count():,} parameters"
+
+
+# Out, and across.
+
+
+def _convert_folder(source: Path, destination: Path, progress: Progress, to: str | None, rung: int | None) -> list[str]:
+    manifest = read_manifest(source)
+    config: ModelConfig = from_json(ModelConfig, manifest["model"])  # type: ignore[arg-type]
+    if to is None:
+        raise UserError(f"{source} is a model folder: say --to {', --to '.join(TARGETS)}")
+    if to == "hf":
+        return _to_hugging_face(source, destination, progress, config, manifest)
+    if to == config.kind:
+        raise UserError(f"{source} is a {to} already")
+    if isinstance(config, GptConfig):
+        changed: ModelConfig = t5like_config(config, rung or 0)
+    else:
+        changed = gpt_config(config)
+    _rename(source, destination, progress, config, changed, manifest)
+    return [_summary(changed, destination)]
+
+
+def _to_hugging_face(
+    source: Path, destination: Path, progress: Progress, config: ModelConfig, manifest: dict[str, Any]
+) -> list[str]:
+    origin = manifest["source"] if _is_what_it_was(source, config, manifest["source"]) else {}
+    written = None if origin else _config_json(config, manifest["text"])
+    model_type = str((written or origin)["model_type"])
+    names = [key for file in origin.get("files", ()) for key, _ in file["tensors"]]
+    table = hugging_face_table(config, model_type, names)
+    total = len(names) or len(table.tensors())
+    with new_folder(destination) as temporary, progress.bar("writing tensors", total) as advance:
+        index = export_weights(table, source, temporary, origin, advance)
+        for path in sorted((source / model_folder.SOURCE).glob("*")):
+            if path.name != EXTRAS and path.is_file():
+                shutil.copyfile(path, temporary / path.name)
+        if written is not None:
+            write_json(temporary / "config.json", written)
+        if index is not None:
+            write_json(temporary / INDEX, index)
+    return [f"{destination}: {model_type} in Hugging Face's layout"]
+
+
+def _is_what_it_was(source: Path, config: ModelConfig, origin: dict[str, Any]) -> bool:
+    """Whether a model folder's config is still that of the Hugging Face folder that it was made from."""
+    path = source / model_folder.SOURCE / "config.json"
+    if origin.get("format") != HUGGING_FACE or not path.is_file():
+        return False
+    model_type, tied, values = origin["model_type"], config.recipe.tied_embeddings, read_json(path)
+    if (model_type in gpt.HUGGING_FACE) != isinstance(config, GptConfig):
+        return False
+    before: ModelConfig
+    if model_type in gpt.HUGGING_FACE:
+        before, _ = gpt.read_config(values, str(path), tied=tied)
+    else:
+        before = t5like.read_config(values, str(path), tied=tied)
+    trained_with = {name: getattr(config.recipe, name) for name in ("dropout", "z_loss", "init")}
+    recipe = dataclasses.replace(before.recipe, **trained_with)
+    return dataclasses.replace(before, recipe=recipe) == config
+
+
+def _config_json(config: ModelConfig, text: Mapping[str, Any]) -> dict[str, Any]:
+    written = gpt.write_config(config) if isinstance(config, GptConfig) else t5like.write_config(config)
+    eos_ids = text.get("eos_ids") or [None]
+    ids = {"eos_token_id": eos_ids[0] if len(eos_ids) == 1 else eos_ids, "bos_token_id": text.get("bos_id")}
+    if isinstance(config, T5LikeConfig):
+        start = text.get("start_id", 0)
+        ids |= {"decoder_start_token_id": start, "pad_token_id": start}
+    return written | ids
+
+
+def _rename(
+    source: Path,
+    destination: Path,
+    progress: Progress,
+    old: ModelConfig,
+    new: ModelConfig,
+    manifest: dict[str, Any],
+) -> None:
+    """Writes the same arrays under the other family's names."""
+    leaves: dict[str, Any] = flatten(leaf_shapes(source))
+    if isinstance(new, T5LikeConfig):
+        origins = t5like_leaves(leaves, new)
+    else:
+        origins = {_gpt_leaf(leaf): leaf for leaf in leaves}
+    stacked = ("layers", "encoder", "decoder")
+    with write_folder(destination) as writer, progress.bar("copying arrays", len(origins)) as advance:
+        for leaf, origin in origins.items():
+            info = leaves[origin]
+            is_stacked = leaf.partition("/")[0] in stacked
+            target = writer.create(leaf, info.shape, info.dtype, stacked=is_stacked)
+            _copy(read_leaf(source, origin), target, info)
+            advance(1)
+        for path in sorted((source / model_folder.SOURCE).glob("**/*")):
+            if path.is_file():
+                inner = path.relative_to(source / model_folder.SOURCE)
+                (writer.path / model_folder.SOURCE / inner).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, writer.path / model_folder.SOURCE / inner)
+        writer.manifest(model=to_json(new), text=manifest["text"], source=manifest["source"])
+
+
+def _gpt_leaf(leaf: str) -> str:
+    name, slash, rest = leaf.partition("/")
+    return RELAXED[name] + slash + rest
+
+
+def _copy(origin: Any, target: Any, info: model_folder.LeafInfo) -> None:
+    rows = info.shape[0]
+    step = max(1, BLOCK_BYTES // max(1, info.dtype.itemsize * int(np.prod(info.shape[1:]))))
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        target[part].write(origin[part].read().result()).result()

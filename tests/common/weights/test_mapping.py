@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from common.weights.mapping import LISTED, Rule, Table, flatten, match, nest
+
+SIZES = {"D": 6, "H": 2, "G": 2, "C": 4, "V": 5}
+TABLE = Table(
+    rules=(
+        Rule("embedding/table_VD", "embed", "V D", aliases=("head",)),
+        Rule("layers/query_DHC", "block.{layer}.q", "(H C) D"),
+        Rule("layers/key_DGC", "block.{layer}.fused", "D (G C)", part=0),
+        Rule("layers/out_HCD", "block.{layer}.fused", "D (H C)", part=1),
+        Rule("layers/bias_HC", "block.{layer}.bias", "(H C)", part=0),
+        Rule("layers/second_GC", "block.{layer}.bias", "(G C)", part=1),
+    ),
+    sizes=SIZES,
+    layers={"layers": 2},
+)
+
+
+class Stored:
+    where = "folder"
+
+    def __init__(self, shapes):
+        self.tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+
+
+def shapes():
+    return {key: tensor.shape for key, tensor in TABLE.tensors().items()}
+
+
+def test_shapes_follow_from_the_letters():
+    assert TABLE.leaves()["layers/query_DHC"] == (2, 6, 2, 4)
+    assert shapes()["block.1.q"] == (8, 6)
+    assert shapes()["block.0.fused"] == (6, 16)
+    assert shapes()["block.0.bias"] == (16,)
+
+
+def test_layouts_by_index():
+    """Against the definition, entry by entry."""
+    tensor = TABLE.tensors()["block.0.q"].pieces[0]
+    stored = np.arange(48).reshape(8, 6)
+    ours = tensor.ours(stored)
+    assert all(ours[d, h, c] == stored[h * 4 + c, d] for d in range(6) for h in range(2) for c in range(4))
+    assert np.array_equal(tensor.foreign(ours), stored)
+    fused = np.arange(96).reshape(6, 16)
+    key, out = TABLE.tensors()["block.0.fused"].pieces
+    assert (key.offset, out.offset) == (0, 8)
+    assert out.ours(fused[:, 8:])[1, 2, 3] == fused[3, 8 + 1 * 4 + 2]
+    assert np.array_equal(out.foreign(out.ours(fused[:, 8:])), fused[:, 8:])
+
+
+@pytest.mark.parametrize("start", [0, 4])
+def test_rows_can_come_in_blocks(start):
+    piece = TABLE.tensors()["block.0.q"].pieces[0]
+    stored = np.arange(48).reshape(8, 6)
+    assert (piece.row_size, piece.row_axis) == (4, 1)
+    part = piece.ours(stored[start : start + 4])
+    assert np.array_equal(part, piece.ours(stored)[:, start // 4 : start // 4 + 1])
+
+
+def test_all_keys_are_named_at_once():
+    found = shapes()
+    del found["block.1.q"], found["embed"]
+    found |= {"block.0.q": (6, 8), "block.2.q": (8, 6), "extra": (1,)}
+    with pytest.raises(UserError) as error:
+        match(TABLE, Stored(found))
+    assert str(error.value) == (
+        "folder does not have this model's keys; 2 missing: block.1.q, embed; 2 superfluous: block.2.q, extra; "
+        "1 of another shape: block.0.q is [6, 8], expected [8, 6]"
+    )
+
+
+def test_long_lists_are_cut_with_a_count():
+    names = [f"x{i:03}" for i in range(LISTED + 7)]
+    with pytest.raises(UserError) as error:
+        match(TABLE, Stored(shapes() | dict.fromkeys(names, (1,))))
+    message = str(error.value)
+    assert f"{LISTED + 7} superfluous: x000, x001" in message
+    assert "x019, and 7 more" in message
+    assert "x020" not in message
+
+
+@pytest.mark.parametrize(("names", "read", "aliases"), [(["embed"], "embed", {}), (["head"], "head", {})])
+def test_any_name_of_a_tensor_will_do(names, read, aliases):
+    found = shapes()
+    size = found.pop("embed")
+    assert match(TABLE, Stored(found | dict.fromkeys(names, size))).tensors[read].key == "embed"
+
+
+def test_copies_are_known():
+    found = match(TABLE, Stored(shapes() | {"head": (5, 6)}))
+    assert found.aliases == {"head": "embed"}
+    with pytest.raises(UserError, match=r"head is \[6, 5\]"):
+        match(TABLE, Stored(shapes() | {"head": (6, 5)}))
+
+
+def test_nest_and_flatten_are_inverses():
+    flat = {"a/b/c": 1, "a/d": 2, "e": 3}
+    assert flatten(nest(flat)) == flat

@@ -1,0 +1,65 @@
+import numpy as np
+import pytest
+from flax import serialization
+
+from common.errors import UserError
+from common.weights.t5x import T5xCheckpoint, is_checkpoint
+from tests.common.weights.foreign import scanned, t5x, write_t5x
+
+TENSORS = t5x(tied=False, gated=True)
+
+
+def same(checkpoint):
+    return set(checkpoint.tensors) == set(TENSORS) and all(
+        np.array_equal(checkpoint.read(name), value)
+        and checkpoint.tensors[name].shape == value.shape
+        and checkpoint.tensors[name].dtype == value.dtype
+        for name, value in TENSORS.items()
+    )
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_layers_apart(tmp_path, old):
+    checkpoint = T5xCheckpoint(write_t5x(tmp_path / "c", TENSORS, old=old))
+    assert is_checkpoint(tmp_path / "c")
+    assert not checkpoint.scanned
+    assert same(checkpoint)
+    rows = checkpoint.read("token_embedder/embedding", 3, 7)
+    assert np.array_equal(rows, TENSORS["token_embedder/embedding"][3:7])
+
+
+@pytest.mark.parametrize("inline", [0, 1000])
+def test_stacked_layers_look_like_layers_apart(tmp_path, inline):
+    checkpoint = T5xCheckpoint(write_t5x(tmp_path / "c", scanned(TENSORS), inline=inline))
+    assert checkpoint.scanned
+    assert same(checkpoint)
+    name = "decoder/layers_2/mlp/wo/kernel"
+    assert np.array_equal(checkpoint.read(name, 5, 9), TENSORS[name][5:9])
+
+
+def test_arrays_without_an_index(tmp_path):
+    folder = write_t5x(tmp_path / "c", TENSORS, inline=0)
+    (folder / "checkpoint").unlink()
+    assert is_checkpoint(folder)
+    assert same(T5xCheckpoint(folder))
+
+
+def spec(path, driver="zarr"):
+    return {"driver": driver, "kvstore": {"driver": "file", "path": path}, "metadata": {}}
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (b"\x80\x04pickle", "no T5X index"),
+        (serialization.msgpack_serialize({"target": {}}), "no optimizer/target"),
+        (serialization.msgpack_serialize({"optimizer": {"target": {"a": spec("../a")}}}), "outside its folder"),
+        (serialization.msgpack_serialize({"optimizer": {"target": {"a": spec("/etc")}}}), "outside its folder"),
+        (serialization.msgpack_serialize({"optimizer": {"target": {"a": spec("a", "n5")}}}), "no zarr array"),
+        (serialization.msgpack_serialize({"optimizer": {"target": {"a": spec("target.a")}}}), "cannot be read"),
+    ],
+)
+def test_what_is_none_is_refused(tmp_path, contents, message):
+    (tmp_path / "checkpoint").write_bytes(contents)
+    with pytest.raises(UserError, match=message):
+        T5xCheckpoint(tmp_path)
