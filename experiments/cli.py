@@ -1,4 +1,4 @@
-"""The command line: `twinstack list | plan | train | compare | report`.
+"""The command line: `twinstack list | plan | train | compare | report | convert | score | generate`.
 
 Nothing heavy is imported until a command needs it, so that `twinstack --help` answers at once.
 """
@@ -81,9 +81,66 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         command.add_argument("--print-config", action="store_true", help="print the resolved config as JSON and stop")
     for command in (train, compare):
         command.add_argument("--run-dir", type=Path, metavar="DIR", help=f"where results go (default: {RUNS}/NAME)")
+        command.add_argument(
+            "--init-from",
+            metavar="MODEL",
+            help="begin with the parameters of a model folder or of another run (DIR, DIR@STEP; arm by arm where it is "
+            "a whole comparison's); arms.ARM.init.rules says what becomes of parameters that differ",
+        )
     train.add_argument("--arm", required=True, metavar="ARM", help="which arm; `twinstack plan NAME` names them")
+    convert = add("convert", _convert, "turn a foreign checkpoint into a model folder, or a model folder into another")
+    convert.add_argument(
+        "source", type=Path, metavar="SOURCE", help="Hugging Face folder, T5X checkpoint, model folder"
+    )
+    convert.add_argument("destination", type=Path, metavar="DESTINATION", help="a folder that does not exist yet")
+    convert.add_argument("--to", metavar="FORM", help="what a model folder becomes: hf, gpt or t5like")
+    convert.add_argument("--rung", type=int, metavar="N", help="with --to t5like: 0 (default) to 4 of the ladder")
+    convert.add_argument("--config", metavar="SIZE", help="the size of a T5X checkpoint, where shapes are not enough")
+    score = add("score", _score, "log-likelihoods of a file's texts under a trained model")
+    score.add_argument("model", metavar="MODEL", help="a model folder, or an arm's run directory (DIR, DIR@STEP)")
+    score.add_argument(
+        "--file",
+        type=Path,
+        required=True,
+        metavar="JSONL",
+        help="a line each: {inputs, targets}, {context, continuation} or {text}, of text or of token ids",
+    )
+    score.add_argument("--out", type=Path, required=True, metavar="JSONL", help="the same lines with their scores")
+    score.add_argument("--eos", action="store_true", help="score the end of each text too")
+    score.add_argument("--rows", type=int, default=8, metavar="N", help="packed rows at a time on each device (8)")
+    score.add_argument("--lengths", metavar="N,N", help="tokens that a row may hold; the last bounds a text")
+    score.add_argument("--dtype", default="float32", metavar="DTYPE", help="float32 (default) or bfloat16")
+    _add_generate(add("generate", _generate, "text from a trained model: shown as it is made, or many as JSON lines"))
     report.add_argument("source", metavar="NAME_OR_RUN_DIR", help=f"an experiment under {RUNS}/, or a run directory")
+    report.add_argument("--figure", type=Path, metavar="FILE", help="write the drawing of all arms too, as SVG")
     return parser, commands
+
+
+def _add_generate(generate: argparse.ArgumentParser) -> None:
+    generate.add_argument("model", metavar="MODEL", help="a model folder, or an arm's run directory (DIR, DIR@STEP)")
+    source = generate.add_mutually_exclusive_group()
+    source.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
+    source.add_argument(
+        "--file",
+        type=Path,
+        metavar="FILE",
+        help="a prompt a line, or JSON lines with `prompt`; without --prompt and --file lines of standard input",
+    )
+    generate.add_argument("--out", type=Path, metavar="JSONL", help="write there; the same command resumes")
+    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="end token included (128)")
+    generate.add_argument("--min-new-tokens", type=int, default=0, metavar="N", help="before an end token (0)")
+    generate.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable"
+    )
+    generate.add_argument("--temperature", type=float, metavar="T", help="draw at this temperature; 0 is greedy")
+    generate.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens")
+    generate.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest tokens of this mass")
+    generate.add_argument("--beams", type=int, metavar="N", help="beam search")
+    generate.add_argument("--length-penalty", type=float, metavar="A", help="of beam search, as T5's (0.6)")
+    generate.add_argument("--samples", type=int, default=1, metavar="N", help="texts for each prompt (1)")
+    generate.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (0)")
+    generate.add_argument("--rows", type=int, default=8, metavar="N", help="prompts at a time on each device (8)")
+    generate.add_argument("--dtype", metavar="DTYPE", help="float32 or bfloat16 (default: float32 on CPU only)")
 
 
 def _take_late_overrides(options: argparse.Namespace, rest: list[str], command: argparse.ArgumentParser) -> None:
@@ -115,13 +172,31 @@ def _experiment(options: argparse.Namespace) -> "Experiment | None":
         raise UserError(f"unknown experiment {options.name!r}: {nearest(options.name, EXPERIMENTS)}")
     from common.config import apply_overrides, to_json
 
-    experiment = apply_overrides(load(options.name), options.overrides)
+    experiment = load(options.name)
+    experiment = apply_overrides(experiment, [*_init_overrides(options, experiment), *options.overrides])
     if not options.print_config:
         return experiment
     import json
 
     print(json.dumps(to_json(experiment), indent=2, ensure_ascii=False))
     return None
+
+
+def _init_overrides(options: argparse.Namespace, experiment: "Experiment") -> list[str]:
+    """`--init-from` as overrides of the arms that it is for."""
+    if getattr(options, "init_from", None) is None:
+        return []
+    import json
+
+    arms = [options.arm] if "arm" in options else experiment.arms
+    return [f"arms.{arm}.init.path={json.dumps(_arm_of(options.init_from, arm))}" for arm in arms]
+
+
+def _arm_of(model: str, arm: str) -> str:
+    """The arm's own directory where `model` is that of a whole comparison, `DIR` or `DIR@STEP`; else `model` itself."""
+    run_dir = re.sub(r"@\d+$", "", model)
+    own = f"{Path(run_dir) / arm}{model.removeprefix(run_dir)}"
+    return own if (Path(run_dir).expanduser() / arm / "config.json").is_file() else model
 
 
 def _list(options: argparse.Namespace) -> None:
@@ -166,7 +241,67 @@ def _report(options: argparse.Namespace) -> None:
         )
     from experiments.commands import report
 
-    print(report(run_dir))
+    print(report(run_dir, options.figure))
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from experiments.console import Progress
+    from experiments.convert import convert
+
+    progress = Progress(Console(stderr=True))
+    remarks = convert(
+        options.source, options.destination, progress, to=options.to, rung=options.rung, config_name=options.config
+    )
+    print(*remarks, sep="\n")
+
+
+def _score(options: argparse.Namespace) -> None:
+    if options.dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype {options.dtype}: {nearest(options.dtype, ('float32', 'bfloat16'))}")
+    if options.rows < 1:
+        raise UserError(f"--rows is {options.rows}: it must be 1 or more")
+    if options.lengths is not None and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", options.lengths):
+        raise UserError(f"--lengths {options.lengths!r} must be whole numbers with commas, such as 32,128,512")
+    from common.infer.score import LENGTHS
+    from common.nn.recipe import Execution
+    from experiments.score import score_file
+
+    lengths = LENGTHS if options.lengths is None else tuple(map(int, options.lengths.split(",")))
+    execution = Execution(dtype=options.dtype)
+    score_file(
+        options.model,
+        options.file,
+        options.out,
+        execution=execution,
+        rows=options.rows,
+        lengths=lengths,
+        eos=options.eos,
+    )
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from common.infer.config import Limits
+    from experiments.generate import Job, execution_here, generate, method_of, read_prompts
+
+    job = Job(
+        method=method_of(
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            beams=options.beams,
+            length_penalty=options.length_penalty,
+        ),
+        limits=Limits(
+            max_new_tokens=options.max_new_tokens, min_new_tokens=options.min_new_tokens, stop=tuple(options.stop)
+        ),
+        seed=options.seed,
+        samples=options.samples,
+        rows=options.rows,
+    )
+    prompts = options.prompt or read_prompts(options.file, sys.stdin)
+    generate(options.model, prompts, job, execution=execution_here(options.dtype), out=options.out)
 
 
 def _is_run(path: Path) -> bool:

@@ -52,7 +52,7 @@ def calls(monkeypatch, tmp_path):
     commands.plan = lambda experiment, console: calls.append(("plan", experiment))
     commands.train = lambda experiment, arm, run_dir: calls.append(("train", experiment, arm, run_dir))
     commands.compare = lambda experiment, run_dir: calls.append(("compare", experiment, run_dir))
-    commands.report = lambda run_dir: calls.append(("report", run_dir)) or run_dir / "report.html"
+    commands.report = lambda run_dir, figure: calls.append(("report", run_dir)) or run_dir / "report.html"
     monkeypatch.setitem(sys.modules, "experiments.registry", registry)
     monkeypatch.setitem(sys.modules, "experiments.commands", commands)
     monkeypatch.chdir(tmp_path)

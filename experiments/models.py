@@ -1,0 +1,248 @@
+"""Trained models on disk, ours and converted ones: found by path, opened with their text."""
+
+import dataclasses
+import difflib
+import functools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from common.config import from_json
+from common.data.cache import default_cache_dir
+from common.data.config import BytePairConfig, DataConfig, SentencePieceConfig, Supervised, TokenizerConfig
+from common.data.sources import open_source
+from common.data.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
+from common.errors import UserError
+from common.files import read_json
+from common.nn.recipe import Execution
+from common.train import run_dir as rd
+from common.train.init_from import load_parameters
+from common.train.state import Skeleton, check_divides, skeleton
+from common.train.stored import FolderParameters, RunParameters, Stored
+from common.weights import folder
+from common.weights.t5x import is_checkpoint
+from experiments.config import ModelConfig
+from experiments.families import builder
+
+Alignment = Literal["start_token", "native"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Text:
+    """How a model writes text."""
+
+    tokenizer: Tokenizer | None
+    """None where the model came without one: it speaks ids only."""
+    alignment: Alignment
+    """Whether targets begin behind a start token, or inputs and targets are one text in which each token predicts the
+    next."""
+    start_id: int
+    eos_ids: tuple[int, ...]
+    bos_id: int | None
+    add_bos: bool
+    """Whether a text on its own begins with `bos_id`."""
+    eos_after_inputs: bool = True
+    """Whether inputs, where they are apart from targets, end with an end token."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found:
+    """A model on disk, of which only the description has been read."""
+
+    config: ModelConfig
+    parameters: Stored
+    open_text: Callable[[], Text]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model ready to be used."""
+
+    config: ModelConfig
+    model: Skeleton
+    params: Any
+    """Nested dict, sharded over `mesh`."""
+    mesh: Mesh
+    text: Text
+    origin: str
+    """Where it comes from; of a run also the step."""
+
+
+def open_model(path: str, execution: Execution, mesh: Mesh, dtype: Any = jnp.float32) -> Loaded:
+    """The model at `path` (see `find_model`), its parameters in `dtype`, each device's part read by itself.
+
+    Raises UserError where there is none, it cannot be read, or the mesh does not divide it.
+    """
+    found = find_model(path)
+    model = skeleton(builder(found.config, execution))
+    params, _ = load_parameters(found.parameters, model, check_divides(model, mesh), dtype=dtype)
+    return Loaded(
+        config=found.config,
+        model=model,
+        params=params,
+        mesh=mesh,
+        text=found.open_text(),
+        origin=found.parameters.origin,
+    )
+
+
+def find_model(path: str) -> Found:
+    """What lies at `path`: a model folder, an arm's directory (its newest good checkpoint; `PATH@STEP` names another),
+    or one of its checkpoints.
+
+    Raises UserError for anything else, saying what it is.
+    """
+    where, step = _split_step(path)
+    if step is None and folder.is_folder(where):
+        return _in_folder(where)
+    if step is None and where.name.isdecimal() and where.parent.name == rd.CHECKPOINTS:
+        where, step = where.parent.parent, int(where.name)
+    if (where / rd.CONFIG).is_file() and (where / rd.ENVIRONMENT).is_file():
+        return _of_run(where, step)
+    raise UserError(_no_model(where, step))
+
+
+def _split_step(path: str) -> tuple[Path, int | None]:
+    match = re.fullmatch(r"(.+)@(\d+)", path)
+    if match is None or Path(path).expanduser().exists():
+        return Path(path).expanduser(), None
+    return Path(match[1]).expanduser(), int(match[2])
+
+
+# Runs.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Described:
+    """What of a run's config.json says what it has made."""
+
+    model: ModelConfig
+    data: DataConfig
+
+
+def _of_run(arm_dir: Path, step: int | None) -> Found:
+    described = read_json(arm_dir / rd.CONFIG)
+    try:
+        run = from_json(_Described, {key: described[key] for key in ("model", "data")})
+    except (KeyError, TypeError, UserError) as error:
+        raise UserError(f"{arm_dir / rd.CONFIG} is not of this version: {error}") from None
+    return Found(
+        config=run.model,
+        parameters=RunParameters(arm_dir / rd.CHECKPOINTS, step),
+        open_text=functools.partial(_text_of_run, arm_dir, run.data),
+    )
+
+
+def _text_of_run(arm_dir: Path, data: DataConfig) -> Text:
+    cache_dir = default_cache_dir()
+    source = open_source(data.source, data.source.train_split, cache_dir)
+    tokenizer = open_tokenizer(data.tokenizer, source, cache_dir)
+    then = read_json(arm_dir / rd.ENVIRONMENT).get("tokenizer_hash")
+    if then != tokenizer.content_hash:
+        raise UserError(
+            f"{arm_dir} was trained with tokenizer {then}, but its data config now gives {tokenizer.content_hash}: "
+            f"the source, the tokenizer's file or the library that trains it has changed"
+        )
+    return Text(
+        tokenizer=tokenizer,
+        alignment="start_token",
+        start_id=tokenizer.start_id,
+        eos_ids=(tokenizer.eos_id,),
+        bos_id=None,
+        add_bos=False,
+        eos_after_inputs=not isinstance(data.objective, Supervised) or data.objective.eos_after_inputs,
+    )
+
+
+# Model folders.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Conventions:
+    """`text` of model.json, without its tokenizer."""
+
+    alignment: Alignment
+    start_id: int
+    eos_ids: tuple[int, ...]
+    bos_id: int | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Manifest:
+    model: ModelConfig
+    text: _Conventions
+
+
+def _in_folder(path: Path) -> Found:
+    manifest = folder.read_manifest(path)
+    text = dict(manifest["text"])
+    tokenizer = text.pop("tokenizer", None)
+    try:
+        known = from_json(_Manifest, {"model": manifest["model"], "text": text})
+        config = None if tokenizer is None else _tokenizer_config(tokenizer, path)
+    except UserError as error:
+        raise UserError(f"{path / folder.MANIFEST}: {error}") from None
+    return Found(
+        config=known.model,
+        parameters=FolderParameters(path),
+        open_text=lambda: Text(
+            tokenizer=None if config is None else load_tokenizer(config),
+            alignment=known.text.alignment,
+            start_id=known.text.start_id,
+            eos_ids=known.text.eos_ids,
+            bos_id=known.text.bos_id,
+            add_bos=bool((tokenizer or {}).get("add_bos")),
+        ),
+    )
+
+
+def _tokenizer_config(described: dict[str, Any], path: Path) -> TokenizerConfig:
+    """Of `text.tokenizer`, whose files are relative to the folder (`common.weights.text` writes it)."""
+    match described:
+        case {"kind": "sentencepiece", "file": str(file), "sentinels": int(sentinels)}:
+            return SentencePieceConfig(path=str(path / file), sentinels=sentinels)
+        case {"kind": "byte_pair", "file": str(file)}:
+            return BytePairConfig(path=str(path / file))
+        case {"kind": "byte_pair", "vocab": str(vocab), "merges": str(_)}:
+            return BytePairConfig(path=str((path / vocab).parent))
+    raise UserError(
+        f"text.tokenizer is {json.dumps(described)}, which is neither a sentencepiece with file and sentinels "
+        "nor a byte_pair with file, or with vocab and merges"
+    )
+
+
+# What is no model.
+
+_MARKS = (
+    ("model.safetensors*", "a Hugging Face folder: `twinstack convert` makes a model folder of it"),
+    ("pytorch_model*.bin", "a Hugging Face folder without safetensors, which is never read: save it as safetensors"),
+)
+
+
+def _no_model(path: Path, step: int | None) -> str:
+    """What is at `path`, for an error message."""
+    wanted = "a model folder, an arm's run directory, DIRECTORY@STEP or a checkpoint's directory"
+    if not path.exists():
+        there = [str(other) for other in path.parent.glob("*")] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(str(path), there, n=1)
+        return f"{path} does not exist{f': did you mean {close[0]!r}?' if close else ''}; expected {wanted}"
+    if not path.is_dir():
+        return f"{path} is a file; expected {wanted}"
+    if step is not None and folder.is_folder(path):
+        return f"{path} is a model folder, which has no steps: leave out @{step}"
+    arms = sorted(str(config.parent) for config in path.glob(f"*/{rd.CONFIG}"))
+    if (path / "experiment.json").is_file() and arms:
+        return f"{path} is a whole comparison's directory: name one of its arms, {', '.join(arms)}"
+    if is_checkpoint(path):
+        return f"{path} is a T5X checkpoint: `twinstack convert` makes a model folder of it"
+    for pattern, what in _MARKS:
+        if any(path.glob(pattern)):
+            return f"{path} is {what}"
+    names = sorted(child.name for child in path.iterdir())
+    listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return f"{path} is neither of {wanted}; it holds {listed or 'nothing'}"

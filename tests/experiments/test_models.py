@@ -1,0 +1,261 @@
+"""Models found by path and opened with their text; runs that begin as one of them, from the command line."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from common.config import apply_overrides, to_json
+from common.data.config import SentencePieceConfig
+from common.data.sentence_piece import train_model
+from common.errors import UserError
+from common.files import read_json
+from common.sharding.mesh import make_mesh
+from common.train import run_dir as rd
+from common.train.config import Budget
+from common.train.loop import Fitted
+from common.train.paths import flatten
+from common.weights.folder import write_folder
+from experiments import cli
+from experiments.config import Experiment
+from experiments.models import find_model, open_model
+from experiments.pipeline import check_initial, open_data, train_arm
+from tests.experiments.tiny_experiment import WORDS, tiny_experiment, write_data
+from tests.tiny import EXECUTION, QUICK, Observer, cached_in, jax_settings
+
+MESH = (1, 1, 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with jax_settings(QUICK | cached_in(tmp_path_factory.mktemp("xla"))):
+        yield
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    folder = tmp_path_factory.mktemp("data")
+    write_data(folder)
+    made = tiny_experiment(folder)
+    train = dataclasses.replace(made.train, budget=Budget(unit="steps", amount=4), checkpoint_every=2)
+    return dataclasses.replace(made, train=train)
+
+
+@pytest.fixture(scope="module")
+def run_dir(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Fitted]:
+    """A run of which only `gpt` has been trained."""
+    path = tmp_path_factory.mktemp("runs") / "tiny"
+    fitted = train_arm(experiment, "gpt", open_data(experiment), path, Observer())
+    (path / "experiment.json").write_text("{}")
+    return path, fitted
+
+
+@pytest.fixture(scope="module")
+def model_folder(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory, run_dir: Any) -> Path:
+    """The same parameters as a model folder, in bfloat16, with a SentencePiece model."""
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    text = {
+        "tokenizer": {"kind": "sentencepiece", "file": "source/spiece.model", "sentinels": 3, "add_bos": True},
+        "alignment": "native",
+        "start_id": 0,
+        "eos_ids": [1, 7],
+        "bos_id": 2,
+    }
+    with write_folder(path) as writer:
+        writer.manifest(model=to_json(experiment.arms["gpt"].model), text=text, source={})
+        (writer.path / "source").mkdir()
+        lines = [" ".join(WORDS)] * 20
+        config = SentencePieceConfig(vocab_size=28, byte_fallback=False, character_coverage=1.0)
+        (writer.path / "source" / "spiece.model").write_bytes(train_model(lines, config))
+        params = jax.tree.map(lambda x: np.asarray(x.astype(jnp.bfloat16)), run_dir[1].params)
+        writer.write_tree(params, stacked=("layers",))
+    return path
+
+
+def opened(path: Any, **how: Any) -> Any:
+    return open_model(str(path), EXECUTION, make_mesh(MESH), **how)
+
+
+def same_bits(one: Any, other: Any) -> None:
+    one, other = flatten(one), flatten(other)
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+# --- Opening
+
+
+@pytest.mark.parametrize("form", ["{}/gpt", "{}/gpt@4", "{}/gpt/checkpoints/4"])
+def test_a_run_is_opened(experiment: Experiment, run_dir: tuple[Path, Fitted], form: str) -> None:
+    path, fitted = run_dir
+    loaded = opened(form.format(path))
+    same_bits(loaded.params, fitted.params)
+    assert loaded.config == experiment.arms["gpt"].model
+    assert loaded.origin == f"{path}/gpt@4"
+    text = loaded.text
+    assert (text.alignment, text.start_id, text.eos_ids, text.bos_id) == ("start_token", 0, (1,), None)
+    assert not text.add_bos
+    assert text.tokenizer.decode(text.tokenizer.encode("one plus two")) == "one plus two"
+    assert set(flatten(loaded.model.shapes)) == set(flatten(loaded.params))
+
+
+def test_an_older_step(run_dir: tuple[Path, Fitted]) -> None:
+    path, fitted = run_dir
+    older = opened(f"{path}/gpt@2")
+    assert older.origin == f"{path}/gpt@2"
+    assert not np.array_equal(older.params["embedding"]["table_VD"], fitted.params["embedding"]["table_VD"])
+
+
+def test_a_model_folder_is_opened(experiment: Experiment, run_dir: tuple[Path, Fitted], model_folder: Path) -> None:
+    loaded = opened(model_folder)
+    same_bits(loaded.params, jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), run_dir[1].params))
+    text = loaded.text
+    assert (text.alignment, text.start_id, text.eos_ids, text.bos_id) == ("native", 0, (1, 7), 2)
+    assert text.add_bos and text.tokenizer.sentinels == 3
+    assert text.tokenizer.decode(text.tokenizer.encode("one plus two")) == "one plus two"
+    halves = opened(model_folder, dtype=jnp.bfloat16).params
+    assert {leaf.dtype for leaf in jax.tree.leaves(halves)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_a_model_without_a_tokenizer(model_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mute"
+    shutil.copytree(model_folder, path)
+    manifest = read_json(path / "model.json")
+    manifest["text"]["tokenizer"] = None
+    (path / "model.json").write_text(json.dumps(manifest))
+    assert find_model(str(path)).open_text().tokenizer is None
+
+
+def test_another_tokenizer_is_noticed(run_dir: tuple[Path, Fitted], tmp_path: Path) -> None:
+    arm = tmp_path / "gpt"
+    shutil.copytree(run_dir[0] / "gpt", arm)
+    environment = read_json(arm / rd.ENVIRONMENT)
+    (arm / rd.ENVIRONMENT).write_text(json.dumps({**environment, "tokenizer_hash": "other"}))
+    with pytest.raises(UserError, match="was trained with tokenizer other, but its data config now gives"):
+        opened(arm)
+
+
+def test_a_folder_that_lacks_a_parameter(model_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "torn"
+    shutil.copytree(model_folder, path)
+    shutil.rmtree(path / "parameters" / "layers.mlp.in_DF")
+    with pytest.raises(UserError, match="does not account for 1 of .* there is no layers.mlp.in_DF"):
+        opened(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("{run}", r"is a whole comparison's directory: name one of its arms, .*/tiny/gpt$"),
+        ("{run}/gtp", "does not exist: did you mean '.*/tiny/gpt'"),
+        ("{run}/gpt@3", "no checkpoint of step 3; it has 2, 4"),
+        ("{run}/gpt/checkpoints", "is neither of a model folder, .* it holds 2, 4"),
+        ("{run}/experiment.json", "is a file; expected a model folder"),
+        ("{model}@4", "is a model folder, which has no steps"),
+        ("{here}/hf", "is a Hugging Face folder: `twinstack convert`"),
+        ("{here}/pickled", "without safetensors, which is never read"),
+        ("{here}/empty", "it holds nothing"),
+    ],
+)
+def test_anything_else_is_named(
+    run_dir: tuple[Path, Fitted], model_folder: Path, tmp_path: Path, path: str, said: str
+) -> None:
+    for name, file in (("hf", "model.safetensors"), ("pickled", "pytorch_model.bin"), ("empty", None)):
+        (tmp_path / name).mkdir()
+        if file:
+            (tmp_path / name / file).touch()
+    with pytest.raises(UserError, match=said):
+        find_model(path.format(run=run_dir[0], model=model_folder, here=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"tokenizer": {"kind": "sentencepeice", "file": "x"}}, "neither a sentencepiece with file and sentinels nor"),
+        ({"tokenizer": {"kind": "byte_pair"}}, "neither a sentencepiece"),
+        ({"alignment": "nativ"}, "text.alignment: unknown value 'nativ': did you mean 'native'"),
+        ({"eos": 1}, "unknown field 'eos' in text"),
+    ],
+)
+def test_a_manifest_that_says_something_else(
+    model_folder: Path, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    manifest = read_json(model_folder / "model.json")
+    manifest["text"] |= change
+    (tmp_path / "model.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=said):
+        find_model(str(tmp_path))
+
+
+# --- Beginning as one
+
+
+def beginning(experiment: Experiment, path: Any, *overrides: str) -> Experiment:
+    return apply_overrides(experiment, [f"arms.gpt.init.path={json.dumps(str(path))}", *overrides])
+
+
+@pytest.mark.parametrize("kind", ["run", "folder"])
+def test_an_arm_begins_as_a_model(
+    experiment: Experiment, run_dir: tuple[Path, Fitted], model_folder: Path, kind: str, tmp_path: Path
+) -> None:
+    source = {"run": run_dir[0] / "gpt", "folder": model_folder}[kind]
+    rule = 'arms.gpt.init.rules=[{"kind": "fresh", "leaves": "output.*"}]'
+    short = beginning(experiment, source, rule, "train.budget.amount=1", "train.optimizer.weight_decay=0")
+    short = apply_overrides(short, ["arms.gpt.learning_rate=1e-30"])
+    watcher = Observer()
+    fitted = train_arm(short, "gpt", open_data(short), tmp_path, watcher)
+    expected = opened(source).params
+    for name, leaf in flatten(fitted.params).items():
+        assert np.array_equal(leaf, flatten(expected)[name]) == (name != "output.weight_DV"), name
+    config = read_json(tmp_path / "gpt" / rd.CONFIG)
+    assert config["init"]["path"] == str(source) and config["init"]["rules"][0]["leaves"] == "output.*"
+    assert "fresh: output.weight_DV" in watcher.notes[0]
+
+
+def test_what_does_not_fit_is_known_before_anything_is_written(
+    experiment: Experiment, run_dir: tuple[Path, Fitted], tmp_path: Path
+) -> None:
+    source = run_dir[0] / "gpt"
+    wide = beginning(experiment, source, "arms.gpt.model.d_ff=48")
+    with pytest.raises(UserError, match=r"in_DF: \[1, 16, 48\] here, \[1, 16, 32\] there"):
+        check_initial(wide, tmp_path)
+    assert check_initial(beginning(experiment, source), tmp_path) == []
+    other = beginning(experiment, source, "arms.gpt.model.recipe.norm_epsilon=0.5")
+    assert check_initial(other, None) == [f"gpt: not as in {source}@4: recipe.norm_epsilon: 1e-06 -> 0.5"]
+    # An arm with checkpoints of its own never reads another's again.
+    assert check_initial(beginning(experiment, tmp_path / "gone"), run_dir[0]) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "paths"),
+    [
+        ("train tiny --arm gpt --init-from {run}", {"gpt": "{run}/gpt", "t5like": None}),
+        ("train tiny --arm gpt --init-from {run}@2", {"gpt": "{run}/gpt@2", "t5like": None}),
+        ("train tiny --arm t5like --init-from models/small", {"gpt": None, "t5like": "models/small"}),
+        ("compare tiny --init-from {run}", {"gpt": "{run}/gpt", "t5like": "{run}"}),
+        ("compare tiny arms.gpt.init.path=there", {"gpt": "there", "t5like": None}),
+    ],
+)
+def test_the_command_line_says_what_arms_begin_as(
+    experiment: Experiment,
+    run_dir: tuple[Path, Fitted],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    paths: dict[str, str | None],
+) -> None:
+    made: list[Experiment] = []
+    monkeypatch.setattr("experiments.registry.EXPERIMENTS", {"tiny": experiment.question})
+    monkeypatch.setattr("experiments.registry.load", lambda name: experiment)
+    monkeypatch.setattr("experiments.commands.train", lambda experiment, *rest: made.append(experiment))
+    monkeypatch.setattr("experiments.commands.compare", lambda experiment, *rest: made.append(experiment))
+    assert cli.main(command.format(run=run_dir[0]).split()) == 0
+    found = {name: arm.init.path if arm.init else None for name, arm in made[0].arms.items()}
+    assert found == {name: path and path.format(run=run_dir[0]) for name, path in paths.items()}
