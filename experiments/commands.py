@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
@@ -21,15 +22,17 @@ from common.train import run_dir as rd
 from common.train.loop import check_rows, prepare
 from experiments.config import Experiment
 from experiments.console import Progress
-from experiments.pipeline import Data, compiled_step, make_setup, open_data, score_arm, train_arm
+from experiments.pipeline import Data, check_initial, compiled_step, make_setup, open_data, score_arm, train_arm
 
 EXPERIMENT = "experiment.json"
 
 
 def plan(experiment: Experiment, console: Console) -> None:
     """Prints every arm's size, cost and config; compiles the step for this machine, trains nothing."""
-    _prepare_jax()
+    prepare_jax()
     check_devices(experiment)
+    for line in check_initial(experiment, None):
+        console.print(escape(line))
     steps, slots = experiment.steps(), experiment.row_slots()
     padded = Moments.of_rows(*slots)
     table = Table(title=f"{experiment.name}: {steps:,} steps of {slots[0]} rows x ({slots[1]} + {slots[2]}) slots")
@@ -86,10 +89,12 @@ def compare(experiment: Experiment, run_dir: Path) -> None:
     console.print(f"report: {report(run_dir)}")
 
 
-def report(run_dir: Path) -> Path:
-    """Writes `report.html` from what the run directory holds."""
-    from common.report.html import write_report
+def report(run_dir: Path, figure: Path | None = None) -> Path:
+    """Writes `report.html` from what the run directory holds, and the drawing of its arms where one is asked for."""
+    from common.report.html import write_figure, write_report
 
+    if figure is not None:
+        write_figure(run_dir, figure)
     return write_report(run_dir)
 
 
@@ -102,7 +107,7 @@ def check_devices(experiment: Experiment) -> None:
 
 
 def _begin(experiment: Experiment, run_dir: Path) -> Console:
-    _prepare_jax()
+    prepare_jax()
     check_devices(experiment)
     described = {"schema_version": rd.SCHEMA_VERSION, **to_json(experiment)}
     path = run_dir / EXPERIMENT
@@ -111,11 +116,14 @@ def _begin(experiment: Experiment, run_dir: Path) -> Console:
             f"{run_dir} holds another config of {experiment.name} ({'; '.join(lines)}): "
             "choose another --run-dir, or remove it"
         )
+    console = Console()
+    for line in check_initial(experiment, run_dir):
+        console.print(escape(line))
     write_json(path, described)
-    return Console()
+    return console
 
 
-def _prepare_jax() -> None:
+def prepare_jax() -> None:
     """Compiled programs are kept on disk, so that a resumed or repeated run starts at once."""
     jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

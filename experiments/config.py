@@ -5,7 +5,7 @@ import dataclasses
 from common.compute.moments import Moments
 from common.data.config import DataConfig
 from common.errors import UserError
-from common.train.config import TrainConfig
+from common.train.config import InitFrom, TrainConfig
 from gpt.config import GptConfig
 from t5like.config import T5LikeConfig
 
@@ -18,11 +18,31 @@ class Arm:
 
     model: ModelConfig
     learning_rate: float
-    """Peak, from the sweep in the experiment's file."""
+    """Peak (the base of `InverseSqrt`), from the sweep in the experiment's file."""
+    init: InitFrom | None = None
+    """What its parameters begin as; None: a fresh model."""
+    about: str = ""
+    """What this arm stands for, shown beside its results."""
 
     def __post_init__(self) -> None:
         if not self.learning_rate > 0:
             raise UserError(f"learning_rate is {self.learning_rate}: it must be more than 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MultiTurn:
+    """A conversation whose cost is measured: what each turn must read before it can answer (random tokens)."""
+
+    turns: int
+    message_tokens: int
+    reply_tokens: int
+    repeats: int
+    """Timings a turn, of which the median counts."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                raise UserError(f"{field.name} is {getattr(self, field.name)}: it must be 1 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +57,7 @@ class Evaluation:
     max_new_tokens: int
     validation_batches: int
     """Batches of the validation split that a validation loss is taken over."""
+    multi_turn: MultiTurn | None = None
 
     def __post_init__(self) -> None:
         for name in ("examples", "rows", "max_new_tokens", "validation_batches"):
@@ -50,6 +71,9 @@ class Experiment:
     question: str
     expected: str
     """What the experiment's author saw, and on what machine."""
+    varies: tuple[str, ...] = ()
+    """Fields of an arm that the comparison is about, such as `model.memory`; sizes and learning rates may differ
+    always, anything else may not."""
     data: DataConfig
     train: TrainConfig
     evaluation: Evaluation
@@ -60,6 +84,12 @@ class Experiment:
             raise UserError(f"experiment {self.name!r} has no arms")
         tokenizer = self.data.tokenizer
         for name, arm in self.arms.items():
+            longest = self.data.input_length + self.data.target_length
+            if arm.model.max_positions is not None and arm.model.max_positions < longest:
+                raise UserError(
+                    f"arms.{name}.model.max_positions is {arm.model.max_positions}: rows are {longest} long; "
+                    f"nearest: {longest}"
+                )
             if tokenizer.path is None and arm.model.vocab_size < tokenizer.vocab_size:
                 raise UserError(
                     f"arms.{name}.model.vocab_size is {arm.model.vocab_size}, less than the tokenizer's "

@@ -16,7 +16,7 @@ see as many examples as 400 steps here, one seed, everything else as below (2026
 
 from common.compute.matching import match_training_flops
 from common.compute.moments import Moments
-from common.data.config import DataConfig, SourceConfig, Supervised, TokenizerConfig
+from common.data.config import DataConfig, SentencePieceConfig, SourceConfig, Supervised
 from common.nn.recipe import Execution, Recipe
 from common.train.config import AdamW, Budget, Linear, TrainConfig
 from experiments.config import Arm, Evaluation, Experiment
@@ -29,7 +29,7 @@ def first_light() -> Experiment:
     recipe = Recipe(positions="rope", mlp="swiglu", init="fan_in")
     data = DataConfig(
         source=SourceConfig(name="tfds:cldr_translate/en_de", inputs="en", targets="de", group="kind"),
-        tokenizer=TokenizerConfig(vocab_size=1024, split_digits=True, byte_fallback=False, character_coverage=1.0),
+        tokenizer=SentencePieceConfig(vocab_size=1024, split_digits=True, byte_fallback=False, character_coverage=1.0),
         objective=Supervised(),
         rows=8,
         input_length=64,

@@ -9,7 +9,7 @@ import numpy as np
 
 from common.compute.moments import Moments
 from common.compute.xla import dot_flops
-from common.config import to_json
+from common.config import difference, to_json
 from common.data.cache import default_cache_dir
 from common.data.examples import Examples, open_examples
 from common.data.loader import Loader
@@ -20,14 +20,18 @@ from common.errors import UserError
 from common.evals.decoding import decode_greedily
 from common.evals.text_metrics import score_texts
 from common.files import read_rows, write_json, write_rows
-from common.report.results import ArmResult, Flops, TextScore
+from common.report.results import ArmResult, Flops, TextScore, TurnCost
 from common.train import run_dir as rd
 from common.train.config import MeshShape
-from common.train.loop import Fitted, Setup, Task, Watcher, abstract_batch, fit, prepare
-from common.train.state import abstract_state
+from common.train.init_from import check_rules
+from common.train.loop import Fitted, Initial, Setup, Task, Watcher, abstract_batch, fit, prepare
+from common.train.state import abstract_state, skeleton
+from common.train.stored import has_checkpoint
 from experiments.config import Arm, Experiment
 from experiments.console import Progress
 from experiments.families import builder
+from experiments.models import find_model
+from experiments.multi_turn import measure
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +103,32 @@ def make_task(experiment: Experiment, name: str, data: Data) -> Task:
         config={"experiment": experiment.name, "arm": name, **config["arms"][name]}
         | {key: config[key] for key in ("data", "train")},
         data={"content_id": data.content_id, "tokenizer_hash": data.tokenizer.content_hash},
+        initial=make_initial(arm),
     )
+
+
+def make_initial(arm: Arm) -> Initial | None:
+    init = arm.init
+    return None if init is None else Initial(open=lambda: find_model(init.path).parameters, rules=init.rules)
+
+
+def check_initial(experiment: Experiment, run_dir: Path | None) -> list[str]:
+    """How the models that arms begin as differ from the arms' own, one line for each difference.
+
+    Raises UserError where one cannot be found or does not account for every parameter. An arm of `run_dir` that has
+    checkpoints of its own is passed over: it never reads another's again.
+    """
+    lines = []
+    for name, arm in experiment.arms.items():
+        if arm.init is None or (run_dir is not None and has_checkpoint(run_dir / name / rd.CHECKPOINTS)):
+            continue
+        found = find_model(arm.init.path)
+        check_rules(found.parameters, skeleton(make_setup(experiment, arm).build), arm.init.rules)
+        lines += [
+            f"{name}: not as in {found.parameters.origin}: {line}"
+            for line in difference(to_json(found.config), to_json(arm.model))
+        ]
+    return lines
 
 
 def train_arm(experiment: Experiment, name: str, data: Data, run_dir: Path, watcher: Watcher) -> Fitted:
@@ -118,7 +147,10 @@ def score_arm(
         groups = [row["group"] for row in rows] if experiment.data.source.group else None
         scores += score_texts(predictions, targets, groups, split)
         samples += rows
-    result = _result(experiment, name, fitted, run_dir / name, tuple(scores))
+    result = dataclasses.replace(
+        _result(experiment, name, fitted, run_dir / name, tuple(scores)),
+        multi_turn=_multi_turn(experiment, name, fitted, progress),
+    )
     write_rows(run_dir / name / "samples.jsonl", samples)
     write_json(run_dir / name / "result.json", to_json(result))
     return result
@@ -153,6 +185,15 @@ def _decode_split(
         }
         for record, prediction in zip(records, predictions, strict=True)
     ]
+
+
+def _multi_turn(experiment: Experiment, name: str, fitted: Fitted, progress: Progress) -> tuple[TurnCost, ...]:
+    plan = experiment.evaluation.multi_turn
+    if plan is None:
+        return ()
+    with progress.bar("timing a conversation", plan.turns) as advance:
+        model = experiment.arms[name].model
+        return tuple(measure(model, fitted.model, fitted.params, fitted.mesh, plan, advance))
 
 
 def _result(

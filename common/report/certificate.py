@@ -19,7 +19,7 @@ OWN_FIELDS = frozenset(
     | {"encoder_layers", "decoder_layers", "learning_rate"}
 )
 """Config fields that arms may have to themselves: sizes, by which compute is matched, and the tuned learning rate."""
-IDENTITY_FIELDS = frozenset({"arm", "model.kind"})
+IDENTITY_FIELDS = frozenset({"arm", "about", "model.kind"})
 DATA_IDENTITIES = {"content_id": "same dataset version", "tokenizer_hash": "same tokenizer"}
 """Entries of environment.json that must agree, with the name of the check."""
 
@@ -68,6 +68,7 @@ def certify_run(run: Run) -> Certificate:
         configs={arm.name: arm.config for arm in run.arms},
         environments={arm.name: arm.environment for arm in run.arms},
         fingerprints={arm.name: {row.step: row.fingerprint for row in arm.metrics} for arm in run.arms},
+        varies=run.experiment.get("varies", ()),
     )
 
 
@@ -77,12 +78,14 @@ def certify(
     configs: Mapping[str, Mapping[str, Any]] | None = None,
     environments: Mapping[str, Mapping[str, Any]] | None = None,
     fingerprints: Mapping[str, Mapping[int, str]] | None = None,
+    varies: Sequence[str] = (),
 ) -> Certificate:
     """Checks finished arms against one another; mappings are by arm name.
 
     `fingerprints` are each arm's chained fingerprints by step: with them the first step at which arms part is named.
-    `configs` are resolved configs, `environments` what `environment.json` holds; checks that need one that is not
-    given are left out, as are all checks between arms where there is only one.
+    `configs` are resolved configs, which may differ in the fields named by `varies`; `environments` what
+    `environment.json` holds; checks that need one that is not given are left out, as are all checks between arms where
+    there is only one.
     """
     assert results
     checks = []
@@ -91,7 +94,7 @@ def certify(
         checks += _same_identities(results, environments or {})
         checks.append(_same_counts(results))
         checks.append(_same_flops(results))
-        checks += [_one_recipe(configs)] if configs else []
+        checks += [_one_recipe(configs, varies)] if configs else []
     checks.append(_ledger_is_xla(results))
     return Certificate(arms=tuple(result.arm for result in results), checks=tuple(checks), facts=tuple(_facts(results)))
 
@@ -178,11 +181,12 @@ def _ledger_is_xla(results: Sequence[ArmResult]) -> Check:
     )
 
 
-def _one_recipe(configs: Mapping[str, Mapping[str, Any]]) -> Check:
+def _one_recipe(configs: Mapping[str, Mapping[str, Any]], varies: Sequence[str]) -> Check:
     flat = {arm: flatten(config) for arm, config in configs.items()}
     shared = [path for path in next(iter(flat.values())) if all(path in other for other in flat.values())]
     apart = [path for path in shared if len({repr(config[path]) for config in flat.values()}) > 1]
-    own = [path for path in apart if path.rsplit(".", 1)[-1] in OWN_FIELDS or path in IDENTITY_FIELDS]
+    free = IDENTITY_FIELDS.union(varies)
+    own = [path for path in apart if path.rsplit(".", 1)[-1] in OWN_FIELDS or path in free]
     wrong = [path for path in apart if path not in own]
     if wrong:
         detail = "; ".join(f"{path}: {_by_arm({arm: config[path] for arm, config in flat.items()})}" for path in wrong)

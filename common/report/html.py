@@ -5,6 +5,7 @@ are built as markup, and those escape their parts themselves. The page's policy 
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 ERRORS_SHOWN, SUCCESSES_SHOWN = 24, 8
-_TEMPLATES = Path(__file__).parent / "templates"
+_TEMPLATES, _PAGE = Path(__file__).parent / "templates", "report.html.j2"
 
 
 def write_report(run_dir: Path) -> Path:
@@ -32,6 +33,16 @@ def write_report(run_dir: Path) -> Path:
     path = run_dir / "report.html"
     write_atomically(path, render(read_run(run_dir)).encode())
     return path
+
+
+def write_figure(run_dir: Path, path: Path) -> None:
+    """Writes the drawing of all arms in their order as an SVG file of its own, in the page's light colours."""
+    style = (_TEMPLATES / _PAGE).read_text(encoding="utf-8")
+    light = re.search(r":root \{(.*?)\n\}", style, flags=re.DOTALL)
+    assert light is not None
+    palette = dict(re.findall(r"(--[\w-]+): (#\w+);", light[1]))
+    drawing = plots.standalone(plots.arms_plot(read_run(run_dir).results), palette, "sans-serif")
+    write_atomically(path, drawing.encode())
 
 
 def render(run: Run) -> str:
@@ -45,11 +56,12 @@ def render(run: Run) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.j2").render(_context(run))
+    return environment.get_template(_PAGE).render(_context(run))
 
 
 def _context(run: Run) -> dict[str, Any]:
     examples = pair_examples(run.arms)
+    abouts = [arm.config.get("about", "") for arm in run.arms]
     known = {"arms", "name", "question", "schema_version"}
     return {
         "title": str(run.experiment.get("name", "comparison")),
@@ -62,6 +74,10 @@ def _context(run: Run) -> dict[str, Any]:
         "verdicts": verdicts(run),
         "caveat": caveat(run),
         "certificate": certify_run(run),
+        "about": [str(about) for about in abouts] if any(abouts) else [],
+        "arms_plot": plots.arms_plot(run.results) if len(run.arms) > 2 else None,
+        "turns_plot": plots.turns_plot(run.results) if any(r.multi_turn for r in run.results) else None,
+        "incremental": [r.arm for r in run.results if any(t.read_new_seconds is not None for t in r.multi_turn)],
         "rows": tables.comparison_rows(run.results),
         "loss_plots": [plots.loss_plot(run.arms, axis) for axis in plots.LOSS_AXES],
         "smoothing": max(plots.smoothing_window(len(arm.metrics)) for arm in run.arms),

@@ -8,7 +8,7 @@ Legend: P points.
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -154,13 +154,74 @@ def groups_plot(results: Sequence[ArmResult], split: str) -> "Markup":
     return _svg(f"exact match, {split}", (10.4, 0.75 + 0.36 * len(names)), draw)
 
 
+def arms_plot(results: Sequence[ArmResult]) -> "Markup":
+    """Arms in their order, each with what it reached: exact match of the first split, validation loss, parameters."""
+    from matplotlib.ticker import FuncFormatter
+
+    split = next((score.split for result in results for score in result.scores), "")
+    wholes = [find_score(result, split, "all") for result in results]
+    columns: list[tuple[str, list[tuple[float, float, float] | None], Callable[[float], str]]] = [
+        ("validation loss, nats a token", [(r.validation_loss,) * 3 for r in results], lambda x: f"{x:g}"),
+        ("parameters", [(float(r.parameters),) * 3 for r in results], si),
+    ]
+    if any(wholes):
+        matches = [w.exact_match if w else None for w in wholes]
+        shares = [(100 * m.value, 100 * m.low, 100 * m.high) if m else None for m in matches]
+        columns.insert(0, (f"exact match, {split}", shares, lambda x: f"{x:g} %"))
+
+    def draw(figure: "Figure") -> None:
+        all_axes = figure.subplots(1, len(columns), sharey=True, width_ratios=[2] * (len(columns) - 1) + [1])
+        for axes, (title, values, show) in zip(all_axes, columns, strict=True):
+            for i, value in enumerate(values):
+                if value:
+                    _draw_value(axes, i, value, _ARM_COLOURS[i % len(MARKERS)], MARKERS[i % len(MARKERS)])
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _, show=show: show(x)))
+            axes.set_title(title, fontsize=9.5, loc="left")
+            axes.margins(x=0.12)
+            axes.grid(False, axis="y")
+            axes.tick_params(axis="y", length=0)
+            axes.spines["left"].set_visible(False)
+        all_axes[-1].set_xlim(left=0)
+        all_axes[0].set_yticks(range(len(results)), [r.arm for r in results], parse_math=False)
+        all_axes[0].set_ylim(len(results) - 0.5, -0.5)
+
+    return _svg("arm by arm", (10.4, 0.9 + 0.42 * len(results)), draw)
+
+
+def _draw_value(axes: "Axes", y: float, value: tuple[float, float, float], colour: str, marker: str) -> None:
+    """A point (value, low, high) with its interval."""
+    middle, low, high = value
+    axes.plot([low, high], [y, y], color=colour, linewidth=1.6, solid_capstyle="round")
+    axes.plot([middle], [y], marker, color=colour, markersize=7, markeredgecolor=_GROUND, markeredgewidth=1)
+
+
+def turns_plot(results: Sequence[ArmResult]) -> "Markup":
+    """Seconds before a turn's answer begins, against the length of the conversation so far.
+
+    Lines: everything is read again. Dashed, where an arm can: the cache is kept and the message alone is read.
+    """
+
+    def draw(figure: "Figure") -> None:
+        axes = figure.add_subplot()
+        for i, result in enumerate(results):
+            colour, marker = _ARM_COLOURS[i % len(MARKERS)], MARKERS[i % len(MARKERS)]
+            style: dict[str, Any] = {"color": colour, "markersize": 5, "markeredgecolor": _GROUND, "linewidth": 1.6}
+            history = [turn.history_tokens for turn in result.multi_turn]
+            axes.plot(history, [turn.read_again_seconds for turn in result.multi_turn], f"{marker}-", **style)
+            new = [turn.read_new_seconds for turn in result.multi_turn if turn.read_new_seconds is not None]
+            if len(new) == len(history):
+                axes.plot(history, new, f"{marker}--", **style)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("tokens of the conversation so far")
+        axes.set_ylabel("seconds to read a turn")
+
+    return _svg("cost of a turn", (10.4, 3.4), draw)
+
+
 def _draw_scores(axes: "Axes", scores: Sequence[TextScore | None], shift: float, colour: str, marker: str) -> None:
     known = [(y + shift, score.exact_match) for y, score in enumerate(scores) if score]
     for y, match in known:
-        axes.plot([100 * match.low, 100 * match.high], [y, y], color=colour, linewidth=1.6, solid_capstyle="round")
-        axes.plot(
-            [100 * match.value], [y], marker, color=colour, markersize=7, markeredgecolor=_GROUND, markeredgewidth=1
-        )
+        _draw_value(axes, y, (100 * match.value, 100 * match.low, 100 * match.high), colour, marker)
 
 
 def _examples(scores: Sequence[TextScore | None]) -> str:
@@ -191,3 +252,13 @@ def _svg(name: str, size: tuple[float, float], draw: Callable[["Figure"], Any]) 
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, variable)
     return Markup(svg)
+
+
+def standalone(svg: "Markup", palette: Mapping[str, str], font: str) -> str:
+    """A drawing of this module as a file of its own: `palette` gives the page's CSS variables their values."""
+    text = str(svg)
+    for name, colour in palette.items():
+        text = text.replace(f"var({name})", colour)
+    ground = f'<rect width="100%" height="100%" fill="{palette["--card"]}"/>'
+    head, rest = text.split(">", 1)
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{head} font-family="{font}">{ground}{rest}\n'

@@ -41,6 +41,20 @@ class TextScore:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TurnCost:
+    """Of one turn of a conversation: from a message to the state that the answer's first token is drawn from."""
+
+    turn: int
+    history_tokens: int
+    """Read or written in the turns before."""
+    read_again_seconds: float
+    """Median; the whole conversation is read."""
+    read_new_seconds: float | None
+    """Median; the cache of the turns before is kept and the message alone is read. None where the family's attention
+    forbids it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ArmResult:
     """One trained arm."""
 
@@ -75,3 +89,4 @@ class ArmResult:
     ledger_flops_per_step: float
     """The ledger's count of the same (full attention)."""
     scores: tuple[TextScore, ...]
+    multi_turn: tuple[TurnCost, ...] = ()

@@ -53,6 +53,14 @@ def objects(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from objects(value, (*path, key))
 
 
+def test_either_kind_of_tokenizer_is_printed_and_read_back(capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in ("sentencepiece", "byte_pair"):
+        assert main(["compare", "first_light", "--print-config", f"data.tokenizer.kind={kind}"]) == 0
+        experiment = from_json(Experiment, json.loads(capsys.readouterr().out))
+        assert experiment.data.tokenizer.kind == kind
+        assert experiment.data.tokenizer.vocab_size == load("first_light").data.tokenizer.vocab_size
+
+
 @registered
 def test_json_brings_back_the_very_same_experiment(name: str) -> None:
     experiment = load(name)

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common.data.config import DataConfig, SourceConfig, Supervised, TokenizerConfig
+from common.data.config import DataConfig, SentencePieceConfig, SourceConfig, Supervised
 from common.train.config import Budget
 from experiments.config import Arm, Evaluation, Experiment
 from experiments.pipeline import open_data, train_arm
@@ -36,7 +36,7 @@ def tiny_experiment(folder: Path) -> Experiment:
         expected="Nobody, so soon.",
         data=DataConfig(
             source=SourceConfig(name=f"jsonl:{folder}/{{split}}.jsonl", inputs="en", targets="reversed"),
-            tokenizer=TokenizerConfig(vocab_size=36, byte_fallback=False, character_coverage=1.0),
+            tokenizer=SentencePieceConfig(vocab_size=36, byte_fallback=False, character_coverage=1.0),
             objective=Supervised(),
             rows=4,
             input_length=24,

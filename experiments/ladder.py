@@ -1,0 +1,66 @@
+"""The ladder: an encoder-decoder turned into a decoder-only model, one structural assumption at a time.
+
+Source    Hyung Won Chung's part of Stanford CS25 V4 (2024-04-11): the order of the steps and the hypothesis about each
+          piece of structure are the talk's; how much each is worth is what a run measures.
+Question  What does each piece of structure buy, at equal data and equal compute?
+Data      `cldr_translate/en_de`, as in first_light: short inputs, short targets, two languages.
+Command   twinstack compare ladder
+Sizes     d_ff makes the training FLOPs of all rungs equal; parameters differ, since that is what sharing means.
+Rates     One learning rate for all rungs, the best of first_light's sweep for both of its arms; no rung was tuned.
+
+One seed cannot show an effect of a rung: this run shows that the path can be walked, what each rung costs, and what
+comes out once. Intervals over seeds, and all 16 combinations, are another experiment's.
+"""
+
+import dataclasses
+
+from common.compute.matching import match_training_flops
+from common.compute.moments import Moments
+from common.train.config import Budget, Linear
+from experiments.config import Arm, Evaluation, Experiment, MultiTurn
+from experiments.first_light import first_light
+from experiments.registry import EXPERIMENTS
+from t5like.config import RUNGS, T5LikeConfig
+
+HYPOTHESES = {
+    "0-enc-dec": "The encoder-decoder, nothing removed.",
+    "1-merged": "Self-attention can serve as cross-attention too: the mildest change.",
+    "2-shared": "Own parameters for inputs and targets help where the two really differ, as in translation.",
+    "3-layerwise": "Reading only the last encoder layer is a bottleneck, which should bite at great depth.",
+    "4-causal": "Bidirectional inputs matter less with scale, and cost the reuse of a conversation's cache.",
+}
+
+
+def ladder() -> Experiment:
+    base = first_light()
+    learning_rate = base.arms["t5like"].learning_rate
+    rung0, sibling = base.arms["t5like"].model, base.arms["gpt"].model
+    assert isinstance(rung0, T5LikeConfig)
+    text = Moments.of_rows(*base.row_slots())
+    arms = {}
+    for (name, hypothesis), switches in zip(HYPOTHESES.items(), RUNGS, strict=True):
+        config = match_training_flops(dataclasses.replace(rung0, **switches), sibling, text, multiple=8)
+        arms[name] = Arm(model=config, learning_rate=learning_rate, about=hypothesis)
+    return dataclasses.replace(
+        base,
+        name="ladder",
+        question=EXPERIMENTS["ladder"],
+        expected="",
+        varies=("model.cross_attention", "model.parameters", "model.memory", "model.input_attention"),
+        train=dataclasses.replace(
+            base.train,
+            budget=Budget(unit="steps", amount=800),
+            schedule=Linear(warmup_steps=60),
+            validate_every=100,
+            checkpoint_every=400,
+        ),
+        evaluation=Evaluation(
+            splits=("test",),
+            examples=1000,
+            rows=125,
+            max_new_tokens=64,
+            validation_batches=32,
+            multi_turn=MultiTurn(turns=8, message_tokens=64, reply_tokens=64, repeats=5),
+        ),
+        arms=arms,
+    )

@@ -1,0 +1,72 @@
+"""What a report shows of many arms in an order: their hypotheses, one drawing, the cost of a conversation."""
+
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.report.certificate import certify_run
+from common.report.html import write_figure, write_report
+from common.report.run_files import read_run
+
+Files = dict[str, Any]
+EVIL = "<b>not bold</b> $x^2$ {{ 7*7 }}"
+
+
+def three_arms(files: Files) -> None:
+    """A third arm, what each stands for, and conversations: only the last arm keeps its cache."""
+    arms = files["experiment.json"]["arms"]
+    arms["third"] = arms["dec-only"]
+    files |= {name.replace("dec-only", "third"): value for name, value in files.items() if name.startswith("dec-only/")}
+    files["third/result.json"] = {**files["third/result.json"], "arm": "third"}
+    for i, arm in enumerate(arms):
+        files[f"{arm}/config.json"] = {**files[f"{arm}/config.json"], "about": f"{EVIL} {i}"}
+        new = 0.01 if arm == "third" else None
+        files[f"{arm}/result.json"]["multi_turn"] = [
+            {"turn": t, "history_tokens": 128 * t, "read_again_seconds": 0.02 * t, "read_new_seconds": new}
+            for t in range(1, 4)
+        ]
+
+
+def test_arms_in_their_order(write_run: Callable[..., Path]) -> None:
+    page = write_report(write_run(three_arms)).read_text(encoding="utf-8")
+    assert EVIL not in page
+    assert all(f"&lt;b&gt;not bold&lt;/b&gt; $x^2$ {{{{ 7*7 }}}} {i}" in page for i in range(3))
+    assert "(third)" in page and "no arm can" not in page
+    drawing = re.search(r'aria-label="arm by arm".*?</svg>', page, flags=re.DOTALL)
+    assert drawing is not None and [name for name in ("enc-dec", "dec-only", "third") if name in drawing[0]] == [
+        *("enc-dec", "dec-only", "third")
+    ]
+
+
+def test_two_plain_arms_have_none_of_it(write_run: Callable[..., Path]) -> None:
+    page = write_report(write_run()).read_text(encoding="utf-8")
+    assert "arm by arm" not in page and "conversation" not in page
+
+
+def test_figure_is_a_picture_of_its_own(write_run: Callable[..., Path], tmp_path: Path) -> None:
+    figure = tmp_path / "figure.svg"
+    write_figure(write_run(three_arms), figure)
+    text = figure.read_text(encoding="utf-8")
+    root = ElementTree.fromstring(text)
+    assert root.tag.endswith("svg") and "var(" not in text
+    words = "".join(root.itertext())
+    assert all(name in words for name in ("enc-dec", "dec-only", "third"))
+    write_figure(tmp_path / "run", figure)
+    assert figure.read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_only_what_a_comparison_is_about_may_vary(write_run: Callable[..., Path], declared: bool) -> None:
+    def edit(files: Files) -> None:
+        three_arms(files)
+        files["third/config.json"] = {**files["third/config.json"]}
+        files["third/config.json"]["model"] = {**files["third/config.json"]["model"], "norm": "layer"}
+        files["experiment.json"]["varies"] = ["model.norm"] if declared else []
+
+    recipe = next(check for check in certify_run(read_run(write_run(edit))).checks if check.name == "one recipe")
+    assert recipe.agrees == declared
+    assert "norm" in recipe.detail
