@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+PARITY := .venv/.parity
 MINIMUM := 3, 11
 
 .PHONY: help demo test test-slow lint bench
@@ -9,7 +10,7 @@ MINIMUM := 3, 11
 help:
 	@echo "make demo       train both families, print a table, write report.html"
 	@echo "make test       all tests but the slow ones, doctests included"
-	@echo "make test-slow  the slow tests"
+	@echo "make test-slow  the slow tests, those beside PyTorch and Transformers among them (a CPU build, 1 GB more)"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      speed, side by side with peers (PyTorch where it is installed)"
 
@@ -19,7 +20,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m "not slow" --durations=10
 
-test-slow: $(INSTALLED)
+test-slow: $(PARITY)
 	$(BIN)/python -m pytest -q -m slow --durations=10 || [ $$? -eq 5 ] # 5: there is none
 
 lint: $(INSTALLED)
@@ -44,3 +45,16 @@ $(INSTALLED): pyproject.toml constraints.txt
 		$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'; \
 	fi
 	@touch $@
+
+# What the parity tests compare with. On Linux only PyTorch's CPU build will do (constraints.txt): the ordinary one brings
+# gigabytes of CUDA. Without it those tests are skipped, and say so.
+$(PARITY): $(INSTALLED)
+	@echo "Installing PyTorch (CPU) and Transformers for the parity tests."
+	@if [ -x $(BIN)/pip ]; then \
+		$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev,parity]'; \
+	else \
+		UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" UV_EXTRA_INDEX_URL="$${UV_EXTRA_INDEX_URL:-$$PIP_EXTRA_INDEX_URL}" \
+			uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[dev,parity]'; \
+	fi || { \
+		echo "No CPU build of PyTorch was found, so the parity tests will be skipped: name the index that PyTorch's" \
+			"own installation page gives for CPU, make test-slow PIP_EXTRA_INDEX_URL=..." >&2; exit 0; } && touch $@

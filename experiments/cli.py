@@ -90,12 +90,13 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     train.add_argument("--arm", required=True, metavar="ARM", help="which arm; `twinstack plan NAME` names them")
     convert = add("convert", _convert, "turn a foreign checkpoint into a model folder, or a model folder into another")
     convert.add_argument(
-        "source", type=Path, metavar="SOURCE", help="Hugging Face folder, T5X checkpoint, model folder"
+        "source", type=Path, metavar="SOURCE", help="Hugging Face folder, T5X checkpoint, model folder, run"
     )
     convert.add_argument("destination", type=Path, metavar="DESTINATION", help="a folder that does not exist yet")
     convert.add_argument("--to", metavar="FORM", help="what a model folder becomes: hf, gpt or t5like")
     convert.add_argument("--rung", type=int, metavar="N", help="with --to t5like: 0 (default) to 4 of the ladder")
     convert.add_argument("--config", metavar="SIZE", help="the size of a T5X checkpoint, where shapes are not enough")
+    convert.add_argument("--tokenizer", type=Path, metavar="FILE", help="the SentencePiece model of a T5X checkpoint")
     score = add("score", _score, "log-likelihoods of a file's texts under a trained model")
     score.add_argument("model", metavar="MODEL", help="a model folder, or an arm's run directory (DIR, DIR@STEP)")
     score.add_argument(
@@ -252,7 +253,13 @@ def _convert(options: argparse.Namespace) -> None:
 
     progress = Progress(Console(stderr=True))
     remarks = convert(
-        options.source, options.destination, progress, to=options.to, rung=options.rung, config_name=options.config
+        options.source,
+        options.destination,
+        progress,
+        to=options.to,
+        rung=options.rung,
+        config_name=options.config,
+        tokenizer=options.tokenizer,
     )
     print(*remarks, sep="\n")
 

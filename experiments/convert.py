@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,15 +13,17 @@ import numpy as np
 from common.config import from_json, to_json
 from common.errors import UserError, nearest
 from common.files import read_json, write_json
+from common.train import run_dir as rd
 from common.weights import folder as model_folder
 from common.weights.folder import FolderWriter, leaf_shapes, new_folder, read_leaf, read_manifest, write_folder
 from common.weights.mapping import Checkpoint, Table, flatten, match
 from common.weights.safetensors_files import INDEX, SINGLE, SafetensorsFolder
 from common.weights.stream import BLOCK_BYTES, EXTRAS, export_weights, import_weights, same_bytes
 from common.weights.t5x import T5xCheckpoint, is_checkpoint
-from common.weights.text import CARRIED, native_text, start_token_text
+from common.weights.text import CARRIED, native_text, sentence_piece, start_token_text
 from experiments.config import ModelConfig
 from experiments.console import Progress
+from experiments.run_folder import folder_from_run
 from experiments.weight_maps import RELAXED, gpt_config, t5like_config, t5like_leaves
 from gpt import convert as gpt
 from gpt.config import SIZES as GPT_SIZES
@@ -43,12 +46,14 @@ def convert(
     to: str | None = None,
     rung: int | None = None,
     config_name: str | None = None,
+    tokenizer: Path | None = None,
 ) -> list[str]:
     """Converts what `source` is, and returns remarks for the user.
 
-    A Hugging Face folder or a T5X checkpoint becomes a model folder. A model folder becomes a Hugging Face folder
-    (`to="hf"`), or one of the other family (`to="t5like"`, at a rung of the ladder; `to="gpt"`). `config_name` is one
-    of the sizes, for a T5X checkpoint, whose shapes do not tell everything.
+    A Hugging Face folder, a T5X checkpoint or an arm's run directory becomes a model folder. A model folder becomes a
+    Hugging Face folder (`to="hf"`), or one of the other family (`to="t5like"`, at a rung of the ladder; `to="gpt"`).
+    `config_name` is one of the sizes, for a T5X checkpoint, whose shapes do not tell everything, and `tokenizer` the
+    SentencePiece model that it lacks.
 
     Raises:
         UserError: where the source is none of these, or does not convert; nothing is left at `destination` then.
@@ -58,15 +63,19 @@ def convert(
     if rung is not None and to != "t5like":
         raise UserError("--rung is for --to t5like")
     if model_folder.is_folder(source):
-        if config_name is not None:
-            raise UserError(f"--config is for T5X checkpoints; {source} has a config of its own")
+        for option, value in (("--config", config_name), ("--tokenizer", tokenizer)):
+            if value is not None:
+                raise UserError(f"{option} is for T5X checkpoints; {source} has a config of its own")
         return _convert_folder(source, destination, progress, to, rung)
     if to is not None:
         raise UserError(f"--to {to} needs a model folder, and {source} is none: convert it into one first")
     if is_checkpoint(source):
-        return _from_t5x(source, destination, progress, config_name)
-    if config_name is not None:
-        raise UserError(f"--config is for T5X checkpoints, and {source} is none")
+        return _from_t5x(source, destination, progress, config_name, tokenizer)
+    for option, value in (("--config", config_name), ("--tokenizer", tokenizer)):
+        if value is not None:
+            raise UserError(f"{option} is for T5X checkpoints, and {source} is none")
+    if (Path(re.sub(r"@\d+$", "", str(source))) / rd.ENVIRONMENT).is_file():
+        return folder_from_run(str(source), destination, progress)
     _refuse_unreadable(source)
     return _from_hugging_face(source, destination, progress)
 
@@ -150,7 +159,9 @@ def hugging_face_table(config: ModelConfig, model_type: str, names: Iterable[str
     raise UserError(f"a {config.kind} cannot be a {model_type}")
 
 
-def _from_t5x(source: Path, destination: Path, progress: Progress, config_name: str | None) -> list[str]:
+def _from_t5x(
+    source: Path, destination: Path, progress: Progress, config_name: str | None, tokenizer: Path | None
+) -> list[str]:
     checkpoint = T5xCheckpoint(source)
     decoder_only = "token_embedder/embedding" not in checkpoint.tensors
     remarks = ["layers are stacked (scanned)"] if checkpoint.scanned else []
@@ -162,8 +173,12 @@ def _from_t5x(source: Path, destination: Path, progress: Progress, config_name: 
         sizes = {name: value for name, value in to_json(config).items() if isinstance(value, int)}
         remarks += [f"read from shapes: {', '.join(f'{name}={value}' for name, value in sizes.items())}", *assumed]
     table = gpt.table(config, "t5x") if isinstance(config, GptConfig) else t5like.table(config, "t5x")
+    if tokenizer is None:
+        remarks.append("T5X keeps no tokenizer with its checkpoints: --tokenizer FILE adds its SentencePiece model")
+    elif not tokenizer.is_file():
+        raise UserError(f"--tokenizer {tokenizer} is no file")
     text = {
-        "tokenizer": None,
+        "tokenizer": tokenizer and sentence_piece(tokenizer.name, t5like.SENTINELS["t5"]),
         "alignment": "native" if decoder_only else "start_token",
         "start_id": 0,
         "eos_ids": [1],
@@ -171,6 +186,8 @@ def _from_t5x(source: Path, destination: Path, progress: Progress, config_name: 
     }
     with write_folder(destination) as writer:
         _import(table, checkpoint, writer, progress)
+        if tokenizer is not None:
+            writer.copy(tokenizer)
         writer.manifest(model=to_json(config), text=text, source={"format": T5X, "scanned": checkpoint.scanned})
     return [*remarks, _summary(config, destination)]
 

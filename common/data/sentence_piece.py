@@ -55,6 +55,10 @@ class SentencePieceTokenizer:
         """Of the model's bytes and the number of sentinels: two tokenizers with equal hashes write equal ids."""
         self._mark_ids = self._spell_mark()
 
+    def serialized(self) -> bytes:
+        """The SentencePiece model, without sentinels."""
+        return self._model.serialized_model_proto()
+
     def encode(self, text: str) -> np.ndarray:
         """int32 [length]: the ids of `text`, without eos. Raises UserError for text that is not valid Unicode."""
         return self.encode_batch([text])[0]

@@ -67,6 +67,11 @@ def _json(path: Path) -> dict[str, Any]:
 def _sentence_piece(folder: Path, name: str, sentinels: int) -> dict[str, Any] | None:
     if not (folder / name).is_file():
         return None
+    return sentence_piece(name, sentinels)
+
+
+def sentence_piece(name: str, sentinels: int) -> dict[str, Any]:
+    """The entry of a SentencePiece model that is carried along as `name`."""
     return {"kind": "sentencepiece", "file": f"{SOURCE}/{name}", "sentinels": sentinels}
 
 

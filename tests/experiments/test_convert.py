@@ -407,6 +407,20 @@ def test_t5x_with_a_named_size(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["t5x"]
 
 
+def test_t5x_with_a_tokenizer_of_the_users(tmp_path):
+    """The checkpoint has none; a file that is named goes along, anything else is one line."""
+    source = foreign.write_t5x(tmp_path / "t5x", foreign.t5x(tied=True, gated=False))
+    (tmp_path / "pieces.model").write_bytes(b"a model")
+    with pytest.raises(UserError, match="nowhere.model is no file"):
+        run(source, tmp_path / "ours", tokenizer=tmp_path / "nowhere.model")
+    run(source, tmp_path / "ours", tokenizer=tmp_path / "pieces.model")
+    described = json.loads((tmp_path / "ours" / "model.json").read_text())["text"]["tokenizer"]
+    assert described == {"kind": "sentencepiece", "file": "source/pieces.model", "sentinels": 100}
+    assert (tmp_path / "ours" / described["file"]).read_bytes() == b"a model"
+    with pytest.raises(UserError, match="--tokenizer is for T5X checkpoints"):
+        run(tmp_path / "ours", tmp_path / "more", to="hf", tokenizer=tmp_path / "pieces.model")
+
+
 def test_a_folder_of_checkpoints_names_them(tmp_path):
     foreign.write_t5x(tmp_path / "run" / "checkpoint_100", foreign.t5x(tied=True, gated=False))
     with pytest.raises(UserError, match="it holds checkpoints: checkpoint_100"):

@@ -125,6 +125,21 @@ def test_a_model_folder_is_opened(experiment: Experiment, run_dir: tuple[Path, F
     assert {leaf.dtype for leaf in jax.tree.leaves(halves)} == {jnp.dtype(jnp.bfloat16)}
 
 
+def test_a_run_becomes_a_model_folder(run_dir: tuple[Path, Fitted], tmp_path: Path) -> None:
+    """Bit for bit, with its tokenizer; from there it goes on into other forms."""
+    path, fitted = run_dir
+    assert cli.main(["convert", str(path / "gpt"), str(tmp_path / "folder")]) == 0
+    opened = open_model(str(tmp_path / "folder"), EXECUTION, make_mesh(MESH))
+    for name, leaf in flatten(fitted.params).items():
+        assert (np.asarray(flatten(opened.params)[name]) == np.asarray(leaf)).all(), name
+    in_place = open_model(str(path / "gpt"), EXECUTION, make_mesh(MESH)).text
+    text = " ".join(WORDS[:5])
+    assert opened.text.tokenizer is not None and in_place.tokenizer is not None
+    assert (opened.text.tokenizer.encode(text) == in_place.tokenizer.encode(text)).all()
+    assert (opened.text.eos_ids, opened.text.start_id) == (in_place.eos_ids, in_place.start_id)
+    assert cli.main(["convert", str(tmp_path / "folder"), str(tmp_path / "out"), "--to", "t5like", "--rung", "4"]) == 0
+
+
 def test_a_model_without_a_tokenizer(model_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "mute"
     shutil.copytree(model_folder, path)

@@ -1,0 +1,65 @@
+"""A model folder made from a run of ours, so that it can be converted further."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from common.config import to_json
+from common.data.sentence_piece import SentencePieceTokenizer
+from common.files import write_atomically
+from common.weights.folder import SOURCE, FolderWriter, write_folder
+from common.weights.text import sentence_piece
+from experiments.console import Progress
+from experiments.models import Found, Text, find_model
+
+TOKENIZER = "spiece.model"
+STACKS = ("layers", "encoder", "decoder")
+"""Top-level names whose arrays have layers in front."""
+
+
+def folder_from_run(source: str, destination: Path, progress: Progress) -> list[str]:
+    """Writes the parameters and the tokenizer of an arm's run directory (or `DIRECTORY@STEP`); returns remarks.
+
+    Raises UserError where `source` is none, and as `write_folder` does.
+    """
+    found = find_model(source)
+    text = found.open_text()
+    with write_folder(destination) as writer:
+        _copy_parameters(found, writer, progress)
+        tokenizer, remarks = _write_tokenizer(text, writer)
+        described = {
+            "tokenizer": tokenizer,
+            "alignment": text.alignment,
+            "start_id": text.start_id,
+            "eos_ids": list(text.eos_ids),
+            "bos_id": text.bos_id,
+        }
+        writer.manifest(model=to_json(found.config), text=described, source={"format": "run"})
+    count = found.config.param_count()
+    return [*remarks, f"{destination}: {found.config.kind} with {count:,} parameters, from {found.parameters.origin}"]
+
+
+def _copy_parameters(found: Found, writer: FolderWriter, progress: Progress) -> None:
+    """One array at a time, as saved."""
+    sharding = SingleDeviceSharding(jax.devices()[0])
+    with progress.bar("reading parameters", len(found.parameters.shapes)) as advance:
+        for name, shape in found.parameters.shapes.items():
+            wanted = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+            array = np.asarray(found.parameters.read({name: wanted})[name])
+            stacked = name.partition(".")[0] in STACKS
+            handle = writer.create(name.replace(".", "/"), shape, array.dtype, stacked=stacked)
+            handle.write(array).result()
+            advance(1)
+
+
+def _write_tokenizer(text: Text, writer: FolderWriter) -> tuple[dict[str, Any] | None, list[str]]:
+    tokenizer = text.tokenizer
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        return None, ["the folder has no tokenizer: only SentencePiece's are written"]
+    (writer.path / SOURCE).mkdir()
+    write_atomically(writer.path / SOURCE / TOKENIZER, tokenizer.serialized())
+    return sentence_piece(TOKENIZER, tokenizer.sentinels), []
