@@ -1,4 +1,5 @@
-"""Where a training step's time goes in both families, and `gpt`'s step beside PyTorch's (`make bench`)."""
+"""Where a training step's time goes in both families, `gpt`'s step beside PyTorch's, and decoding beside Hugging Face's
+(`make bench`)."""
 
 import argparse
 import contextlib
@@ -15,6 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.decoder import DECODER, LENGTH, ROWS, Spread, cores
+from benchmarks.generation import MODELS, NEW, PROMPT, Generation
+from benchmarks.generation import ROWS as PROMPTS
+from benchmarks.generation import compare as compare_generation
 from benchmarks.side_by_side import SideBySide, compare
 from benchmarks.train_step import Parts, time_arm, time_loader
 from common.files import write_json
@@ -31,10 +35,12 @@ def main() -> int:
     here = environment()
     console.print(f"{here['cpu']}, {cores()} cores; JAX {here['jax']} on {here['platform']}, Python {here['python']}\n")
     found: dict[str, Any] = {"environment": here, "rounds": options.rounds, "steps": options.steps}
-    if options.only != "torch":
+    if options.only in (None, "families"):
         found["families"] = _families(console, options.rounds, options.steps)
-    if options.only != "families":
+    if options.only in (None, "torch"):
         found["torch"] = _torch(console, options.rounds, options.steps, options.torch)
+    if options.only in (None, "generation"):
+        found["generation"] = _generation(console, options.rounds)
     if options.json:
         write_json(options.json, found)
     return 0
@@ -44,7 +50,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--rounds", type=_positive, default=7, help="repeated measurements (default: %(default)s)")
     parser.add_argument("--steps", type=_positive, default=3, help="steps in each of them (default: %(default)s)")
-    parser.add_argument("--only", choices=["families", "torch"], help="one half of it")
+    parser.add_argument("--only", choices=["families", "torch", "generation"], help="one part of it")
     parser.add_argument("--torch", choices=["eager", "compiled"], default="eager", help="how PyTorch runs")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures there")
     return parser.parse_args()
@@ -150,6 +156,32 @@ def _torch_table(found: SideBySide, rounds: int, steps: int, mode: str) -> Table
     row("loss before a step", (f"{side.losses[0]:.6f}" for side in sides))
     row("loss after it", (f"{side.losses[1]:.6f}" for side in sides))
     row("CPU s in others' turns", (f"{side.idle_cpu_seconds:.2f}" for side in sides))
+    return table
+
+
+def _generation(console: Console, rounds: int) -> dict[str, Any] | None:
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        console.print(f"{' and '.join(missing)} not installed: decoding has nothing to stand beside")
+        return None
+    found = {}
+    for name in MODELS:
+        with _bar(console, f"decoding {name} beside Hugging Face", rounds) as advance:
+            found[name] = compare_generation(name, rounds, advance)
+    console.print(_generation_table(found, rounds))
+    return {name: dataclasses.asdict(one) for name, one in found.items()}
+
+
+def _generation_table(found: dict[str, Generation], rounds: int) -> Table:
+    title = (
+        f"Greedy decoding, tokens/s: {PROMPTS} prompts of {PROMPT} tokens, {NEW} new tokens each, float32 on CPU;\n"
+        f"{' beside '.join(next(iter(found.values())).versions)}"
+    )
+    caption = f"median [least, most] of {rounds} rounds in turn, one batch each, reading the prompts included"
+    table = _table(title, ["parameters", "twinstack", "Hugging Face", "ratio", "round by round"], caption)
+    for name, one in found.items():
+        cells = (f"{one.parameters:,}", _spread(one.ours), _spread(one.theirs), f"{one.ratio:.2f}", _spread(one.paired))
+        table.add_row(name, *(Text(cell) for cell in cells))
     return table
 
 

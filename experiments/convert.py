@@ -1,6 +1,5 @@
 """`twinstack convert`: foreign checkpoints to model folders and back, and from one family to the other."""
 
-import contextlib
 import dataclasses
 import re
 import shutil
@@ -8,17 +7,23 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from common.config import from_json, to_json
 from common.errors import UserError, nearest
 from common.files import read_json, write_json
 from common.train import run_dir as rd
 from common.weights import folder as model_folder
-from common.weights.folder import FolderWriter, leaf_shapes, new_folder, read_leaf, read_manifest, write_folder
+from common.weights.folder import (
+    FolderWriter,
+    copy_leaf,
+    leaf_shapes,
+    new_folder,
+    read_leaf,
+    read_manifest,
+    write_folder,
+)
 from common.weights.mapping import Checkpoint, Table, flatten, match
 from common.weights.safetensors_files import INDEX, SINGLE, SafetensorsFolder
-from common.weights.stream import BLOCK_BYTES, EXTRAS, export_weights, import_weights, same_bytes
+from common.weights.stream import EXTRAS, export_weights, import_weights, same_bytes
 from common.weights.t5x import T5xCheckpoint, is_checkpoint
 from common.weights.text import CARRIED, native_text, sentence_piece, start_token_text
 from experiments.config import ModelConfig
@@ -113,16 +118,16 @@ def _from_hugging_face(source: Path, destination: Path, progress: Progress) -> l
         raise UserError(
             f"{where}: model_type {model_type!r}: {nearest(model_type, (*gpt.HUGGING_FACE, *t5like.HUGGING_FACE))}"
         )
-    with contextlib.closing(SafetensorsFolder(source)) as checkpoint:
-        config, text, remarks = _read_hugging_face(source, values, where, checkpoint)
-        table = hugging_face_table(config, model_type, checkpoint.tensors)
-        origin = {"format": HUGGING_FACE, "model_type": model_type, "files": checkpoint.files()}
-        with write_folder(destination) as writer:
-            _import(table, checkpoint, writer, progress)
-            for name in (*CARRIED, INDEX):
-                if (source / name).is_file():
-                    writer.copy(source / name)
-            writer.manifest(model=to_json(config), text=text, source=origin)
+    checkpoint = SafetensorsFolder(source)
+    config, text, remarks = _read_hugging_face(source, values, where, checkpoint)
+    table = hugging_face_table(config, model_type, checkpoint.tensors)
+    origin = {"format": HUGGING_FACE, "model_type": model_type, "files": checkpoint.files()}
+    with write_folder(destination) as writer:
+        _import(table, checkpoint, writer, progress)
+        for name in (*CARRIED, INDEX):
+            if (source / name).is_file():
+                writer.copy(source / name)
+        writer.manifest(model=to_json(config), text=text, source=origin)
     return [*remarks, _summary(config, destination)]
 
 
@@ -299,7 +304,7 @@ def _rename(
             info = leaves[origin]
             is_stacked = leaf.partition("/")[0] in stacked
             target = writer.create(leaf, info.shape, info.dtype, stacked=is_stacked)
-            _copy(read_leaf(source, origin), target, info)
+            copy_leaf(read_leaf(source, origin), target)
             advance(1)
         for path in sorted((source / model_folder.SOURCE).glob("**/*")):
             if path.is_file():
@@ -312,11 +317,3 @@ def _rename(
 def _gpt_leaf(leaf: str) -> str:
     name, slash, rest = leaf.partition("/")
     return RELAXED[name] + slash + rest
-
-
-def _copy(origin: Any, target: Any, info: model_folder.LeafInfo) -> None:
-    rows = info.shape[0]
-    step = max(1, BLOCK_BYTES // max(1, info.dtype.itemsize * int(np.prod(info.shape[1:]))))
-    for start in range(0, rows, step):
-        part = slice(start, min(start + step, rows))
-        target[part].write(origin[part].read().result()).result()

@@ -178,7 +178,9 @@ def method_of(
     length_penalty: float | None,
 ) -> Method:
     """What options ask for: greedy unless something is said. Raises UserError for options that exclude each other."""
-    drawing = [name for name, given in (("temperature", temperature), ("top-k", top_k), ("top-p", top_p)) if given]
+    drawing = [
+        name for name, given in (("temperature", temperature), ("top-k", top_k), ("top-p", top_p)) if given is not None
+    ]
     if beams is not None:
         if drawing:
             raise UserError(f"beam search draws nothing: give --beams or --{drawing[0]}, not both")
@@ -266,7 +268,7 @@ class _Partial:
 
 def _check_positions(loaded: Loaded, encoded: Sequence[EncodedPrompt], limits: Limits) -> None:
     most = loaded.config.max_positions
-    longest = max(len(prompt.inputs_I) for prompt in encoded)
+    longest = max((len(prompt.inputs_I) for prompt in encoded), default=0)
     if most is not None and longest + limits.max_new_tokens > most:
         raise UserError(
             f"the longest prompt has {longest} tokens and {limits.max_new_tokens} may follow, but the model knows "

@@ -2,7 +2,7 @@
 
 Each line is a JSON object of one of three forms; texts may also be lists of token ids.
 
-    {"inputs": ..., "targets": ...}          as trained: inputs end with eos, targets begin behind the start token
+    {"inputs": ..., "targets": ...}          as trained: inputs end as the model's do, targets follow a start token
     {"context": ..., "continuation": ...}    as a language model: both are targets, the continuation is scored
     {"text": ...}                            the same without a context
 
@@ -90,7 +90,7 @@ def to_pair(record: dict[str, Any], text: Text, vocab_size: int, *, eos: bool) -
     supervised = before == "inputs" and text.alignment == "start_token"
     if supervised:
         inputs, targets = (_ids(record, name, text, vocab_size) for name in FORMS[0])
-        inputs = [*inputs, *text.eos_ids[:1]]
+        inputs = [*inputs, *(text.eos_ids[:1] if text.eos_after_inputs else ())]
     else:
         inputs, targets = _one_text(record, before, after, text, vocab_size)
     targets = [*targets, *(text.eos_ids[:1] if eos else ())]

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from common.data.config import Supervised
 from common.data.examples import Examples, Ragged
 from common.data.loader import build_batch
 from common.nn.recipe import GPT2, T5_V1_0, T5_V1_1, Execution, Recipe
+from common.train.state import skeleton
 from experiments.config import ModelConfig
 from experiments.families import builder
 from gpt.config import GptConfig
@@ -70,11 +72,33 @@ FAMILIES: dict[str, ModelConfig] = {
 
 
 @functools.cache
+def graph(config: ModelConfig, execution: Execution = F32) -> Any:
+    """The model without its numbers; the same object for equal arguments."""
+    build = builder(config, execution)
+    return nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))[0]
+
+
+@functools.cache
 def split(config: ModelConfig, execution: Execution = F32) -> tuple[Any, Any]:
     """(graphdef, parameters as a nested dict of arrays); the same objects for equal arguments."""
     build = builder(config, execution)
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
-    return graphdef, jax.jit(lambda: nnx.to_pure_dict(nnx.state(build(nnx.Rngs(0)))))()
+    return graph(config, execution), jax.jit(lambda: nnx.to_pure_dict(nnx.state(build(nnx.Rngs(0)))))()
+
+
+def random_params(config: ModelConfig) -> Any:
+    """Parameters by NumPy, in no time: no scale is 1, no bias 0, and matrices keep variances in bounds."""
+    rng = np.random.default_rng(0)
+
+    def draw(path: Any, shape: jax.ShapeDtypeStruct) -> np.ndarray:
+        name = path[-1].key
+        values = rng.standard_normal(shape.shape, np.float32)
+        if name.startswith("scale"):
+            return 1 + np.float32(0.1) * values
+        if "bias" in name or name.startswith("table"):
+            return np.float32(0.3) * values
+        return np.float32(0.3 / math.sqrt(config.d_model / 16)) * values
+
+    return jax.tree_util.tree_map_with_path(draw, skeleton(builder(config, F32)).shapes)
 
 
 def run(config: ModelConfig, method: Callable[..., Any], *args: Any) -> Any:

@@ -18,7 +18,9 @@ from common.errors import UserError
 from common.infer.prompt import Prompt
 from common.nn.loss import cross_entropy
 from common.nn.recipe import Execution, Recipe
+from common.train.state import skeleton
 from experiments.config import ModelConfig
+from experiments.families import builder
 from experiments.weight_maps import gpt_from_relaxed, relaxed_from_gpt
 from t5like.config import RUNGS, T5LikeConfig
 from tests.helpers import (
@@ -31,11 +33,10 @@ from tests.helpers import (
     VOCAB,
     close,
     gpt,
-    logits,
+    graph,
+    random_params,
     random_rows,
     rows_of,
-    run,
-    split,
     t5like,
 )
 from tests.tiny import QUICK, jax_settings
@@ -68,31 +69,18 @@ def quick_compilation() -> Iterator[None]:
         yield
 
 
-def loss_and_gradients(config: ModelConfig, params: Any, batch: Batch, execution: Execution = F32) -> Any:
-    graphdef, _ = split(config, execution)
+def results(config: ModelConfig, params: Any, batch: Batch, execution: Execution = F32) -> tuple[Any, Any, Any]:
+    """(logits on real target slots, loss, gradients), in one program."""
+    graphdef = graph(config, execution)
 
-    def loss(params: Any) -> jax.Array:
+    def loss(params: Any) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graphdef, params)
-        return cross_entropy(model.hidden(batch), model.head(), batch.targets_BT, batch.weights_BT, 1e-4, 8, True)[0]
+        h_BTD, w_DV = model.hidden(batch), model.head()
+        total, _ = cross_entropy(h_BTD, w_DV, batch.targets_BT, batch.weights_BT, 1e-4, 8, True)
+        return total, jnp.where((batch.target_segments_BT > 0)[..., None], h_BTD @ w_DV, 0)
 
-    return jax.jit(jax.value_and_grad(loss))(params)
-
-
-def perturbed(params: Any) -> Any:
-    """So that no norm's scale is 1 and no bias 0."""
-    leaves, treedef = jax.tree.flatten(params)
-    rng = np.random.default_rng(0)
-    return jax.tree.unflatten(treedef, [x + np.float32(0.1) * rng.standard_normal(x.shape, np.float32) for x in leaves])
-
-
-def logits_with(config: ModelConfig, params: Any, batch: Batch) -> jax.Array:
-    graphdef, _ = split(config)
-
-    def compute(params: Any) -> jax.Array:
-        model = nnx.merge(graphdef, params)
-        return jnp.where((batch.target_segments_BT > 0)[..., None], model.hidden(batch) @ model.head(), 0)
-
-    return jax.jit(compute)(params)
+    (total, logits_BTV), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return logits_BTV, total, gradients
 
 
 @recipes
@@ -102,15 +90,11 @@ def test_relaxed_encoder_decoder_is_the_decoder_only_model(recipe: Recipe, rows:
     """All four switches: the causal model; three: the prefix LM. Logits, loss and gradients, every leaf."""
     decoder_only = gpt(recipe, input_attention=input_attention)
     relaxed = t5like(recipe, **LAYERS, **{**RUNGS[3], "input_attention": input_attention})
-    params = perturbed(split(decoder_only)[1])
-    batch = rows_of(rows)
-    same = relaxed_from_gpt(params)
-    assert jax.tree.structure(same) == jax.tree.structure(split(relaxed)[1])
-    close(logits_with(relaxed, same, batch), logits_with(decoder_only, params, batch), 1e-5)
-    found, gradients = loss_and_gradients(relaxed, same, batch)
-    expected, expected_gradients = loss_and_gradients(decoder_only, params, batch)
-    close(found, expected, 1e-5)
-    gradients = gpt_from_relaxed(gradients)
+    params, batch = random_params(decoder_only), rows_of(rows)
+    found = results(relaxed, relaxed_from_gpt(params), batch)
+    expected = results(decoder_only, params, batch)
+    close(found[:2], expected[:2], 1e-5)
+    gradients, expected_gradients = gpt_from_relaxed(found[2]), expected[2]
     for tree in (gradients, expected_gradients):
         attention = tree["layers"]["attention"]
         if recipe.biases:
@@ -122,11 +106,11 @@ def test_relaxed_encoder_decoder_is_the_decoder_only_model(recipe: Recipe, rows:
 def test_relaxed_equality_at_depth() -> None:
     decoder_only = gpt(ROPE, num_layers=8)
     relaxed = t5like(ROPE, encoder_layers=8, decoder_layers=8, **RUNGS[4])
-    params, batch = perturbed(split(decoder_only)[1]), random_rows(4)
+    params, batch = random_params(decoder_only), random_rows(4)
     scanned = dataclasses.replace(F32, scan_layers=True, remat="full")
-    found = loss_and_gradients(relaxed, relaxed_from_gpt(params), batch, scanned)
-    expected = loss_and_gradients(decoder_only, params, batch, scanned)
-    close((found[0], gpt_from_relaxed(found[1])), expected, 1e-5)
+    found = results(relaxed, relaxed_from_gpt(params), batch, scanned)
+    expected = results(decoder_only, params, batch, scanned)
+    close((*found[:2], gpt_from_relaxed(found[2])), expected, 1e-5)
 
 
 @all_combinations
@@ -134,38 +118,39 @@ def test_every_combination_trains_and_decodes(switches: dict[str, str]) -> None:
     """Counted to the unit, a gradient for every parameter, packed = alone, cached = uncached."""
     # Relative bias where it crosses the border between memory and targets.
     config = t5like(BIAS if switches["cross_attention"] == "merged" else ROPE, **LAYERS, **switches)
-    _, params = split(config)
+    params = random_params(config)
     assert sum(x.size for x in jax.tree.leaves(params)) == config.param_count()
-    _, gradients = loss_and_gradients(config, params, random_rows(4))
+    logits_BTV, _, gradients = results(config, params, rows_of([*UNPACKED, PAIRS]))
     for path, gradient in jax.tree_util.tree_flatten_with_path(gradients)[0]:
         assert np.isfinite(gradient).all(), path
         if "encoder" not in str(path) or config.memory == "final":
             assert np.abs(gradient).max() > 0, path
 
-    alone = logits(config, rows_of(UNPACKED))
-    packed, start = logits(config, rows_of(PACKED))[0], 0
+    alone, packed, start = logits_BTV[:-1], logits_BTV[-1], 0
     for row, (_, targets) in enumerate(PAIRS):
         close(packed[start : start + len(targets)], alone[row, : len(targets)], 1e-5)
         start += len(targets)
 
-    pairs = [pair for pair in PAIRS if len(pair[1]) >= 2]
-    batch = rows_of([[pair] for pair in pairs], 8, 4)
-    lengths = jnp.array([len(inputs) for inputs, _ in pairs], jnp.int32)
+    batch, graphdef = rows_of(UNPACKED), graph(config)
+    lengths_B = jnp.array([len(inputs) for inputs, _ in PAIRS], jnp.int32)
+    prompt = Prompt(inputs_BI=batch.inputs_BI, lengths_B=lengths_B, starts_B=jnp.zeros_like(lengths_B))
 
-    def forced(model: Any, batch: Batch) -> jax.Array:
-        prompt = Prompt(inputs_BI=batch.inputs_BI, lengths_B=lengths, starts_B=jnp.zeros_like(lengths))
+    @jax.jit
+    def forced(params: Any) -> jax.Array:
+        model = nnx.merge(graphdef, params)
         first, cache = model.decode(batch.decoder_inputs_BT[:, :1], model.prefill(prompt, max_new_tokens=2))
         second, cache = model.decode(batch.decoder_inputs_BT[:, 1:2], cache)
         return jnp.concatenate([first, second], axis=1) @ model.head()
 
-    close(run(config, forced, batch), logits(config, batch)[:, :2], 1e-5)
+    real = batch.target_segments_BT[:, :2, None] > 0  # one example has no targets
+    close(jnp.where(real, forced(params), 0), alone[:, :2], 1e-5)
 
 
 @all_combinations
 def test_what_inputs_see_is_the_switchs_choice(switches: dict[str, str]) -> None:
     """The targets' stream is causal; where inputs are causal too, nothing of a later input reaches an earlier one."""
     config = t5like(ROPE, **LAYERS, **switches)
-    graphdef, params = split(config)
+    graphdef, params = graph(config), random_params(config)
     within = rows_of([[(list(range(100, 106)), [1, 2])]], 6, 4)
 
     def stream(table: jax.Array) -> jax.Array:
@@ -188,7 +173,7 @@ def test_ledger_is_xlas_count(switches: dict[str, str]) -> None:
     execution = dataclasses.replace(F32, attention="plain")
     config = t5like(ROPE, encoder_layers=3, decoder_layers=3, **switches)
     rows, lengths = 4, (48, 32)
-    graphdef, _ = split(config, execution)
+    graphdef = graph(config, execution)
 
     def step(params: Any, batch: Batch) -> Any:
         def loss(params: Any) -> jax.Array:
@@ -197,7 +182,7 @@ def test_ledger_is_xlas_count(switches: dict[str, str]) -> None:
 
         return jax.grad(loss)(params)
 
-    shapes = jax.eval_shape(lambda: split(config, execution)[1])
+    shapes = skeleton(builder(config, execution)).shapes
     batch = jax.eval_shape(lambda: random_rows(rows, *lengths))
     with jax_settings({"jax_disable_most_optimizations": False}):  # dead products must go
         counted = dot_flops(jax.jit(step).lower(shapes, batch).compile().as_text() or "")

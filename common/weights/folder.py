@@ -9,6 +9,7 @@ memory than a chunk: `read_leaf` gives a handle that reads slices, as `jax.make_
 """
 
 import contextlib
+import itertools
 import math
 import os
 import shutil
@@ -167,6 +168,16 @@ def write_chunk(handle: tensorstore.TensorStore) -> tuple[int, ...]:
     shape = handle.chunk_layout.write_chunk.shape
     assert shape is not None, "arrays of model folders have a regular grid"
     return tuple(int(size or 1) for size in shape)
+
+
+def copy_leaf(origin: tensorstore.TensorStore, target: tensorstore.TensorStore) -> None:
+    """Fills `target` with what `origin` holds, one stored piece at a time: of a slice across them all would be read."""
+    steps = [range(0, size, piece) for size, piece in zip(target.shape, write_chunk(target), strict=True)]
+    for corner in itertools.product(*steps):
+        piece = tuple(
+            slice(start, min(start + step.step, step.stop)) for start, step in zip(corner, steps, strict=True)
+        )
+        target[piece].write(origin[piece].read().result()).result()
 
 
 def _spec(folder: Path, leaf: str) -> dict[str, Any]:

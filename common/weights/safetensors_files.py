@@ -3,7 +3,6 @@
 Format: eight bytes with the header's length, a JSON header of names, dtypes, shapes and offsets, then the tensors.
 """
 
-import contextlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +37,8 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype
     file: str
+    offset: int
+    """Where it begins in the file, in bytes."""
 
 
 class SafetensorsFolder:
@@ -50,56 +51,60 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path):
         self.folder, self.where = folder, str(folder)
-        self._open = contextlib.ExitStack()
         weight_map = _weight_map(folder)
         names = sorted(set(weight_map.values())) if weight_map else [SINGLE]
-        self._files = {name: self._open.enter_context(_open(folder / name)) for name in names}
-        self.tensors = {key: stored for name in names for key, stored in self._contents(name)}
+        self._headers = {name: _header(folder / name) for name in names}
+        contents = [item for name in names for item in self._contents(name)]
+        self.tensors = dict(contents)
         if weight_map is not None:
-            claimed = {key: file for key, file in weight_map.items() if self._file_of(key) != file}
-            claimed |= {key: stored.file for key, stored in self.tensors.items() if key not in weight_map}
-            if claimed:
-                listed = ", ".join(f"{key} ({file})" for key, file in sorted(claimed.items())[:20])
-                raise UserError(f"{folder / INDEX} does not say what the files hold; {len(claimed)} differ: {listed}")
+            held = {(key, stored.file) for key, stored in contents}
+            if differing := sorted(held ^ set(weight_map.items())):
+                listed = ", ".join(f"{key} ({file})" for key, file in differing[:20])
+                raise UserError(f"{folder / INDEX} does not say what the files hold; {len(differing)} differ: {listed}")
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         stored = self.tensors[name]
-        if not stored.shape:
-            return self._files[stored.file].get_tensor(name)
-        rows = stored.shape[0]
-        return self._files[stored.file].get_slice(name)[start : rows if stop is None else min(stop, rows)]
+        rows = stored.shape[0] if stored.shape else 1
+        stop = rows if stop is None else min(stop, rows)
+        row = math.prod(stored.shape[1:])
+        # The library would read the whole tensor for a slice of it.
+        offset = stored.offset + start * row * stored.dtype.itemsize
+        flat = np.fromfile(self.folder / stored.file, stored.dtype, (stop - start) * row, offset=offset)
+        return flat.reshape((stop - start, *stored.shape[1:]) if stored.shape else ())
 
     def files(self) -> list[dict[str, Any]]:
         """Each file's name, metadata and tensors in the order in which they lie, with dtypes: plain JSON."""
+        lying = sorted(self.tensors.items(), key=lambda item: item[1].offset)
         return [
             {
                 "name": name,
-                "metadata": file.metadata(),
-                "tensors": [[key, self.tensors[key].dtype.name] for key in file.offset_keys()],
+                "metadata": header.get("__metadata__"),
+                "tensors": [[key, stored.dtype.name] for key, stored in lying if stored.file == name],
             }
-            for name, file in self._files.items()
+            for name, (header, _) in self._headers.items()
         ]
 
-    def close(self) -> None:
-        self._open.close()
-
-    def _file_of(self, key: str) -> str | None:
-        return self.tensors[key].file if key in self.tensors else None
-
     def _contents(self, name: str) -> Iterator[tuple[str, Stored]]:
-        for key in self._files[name].keys():  # noqa: SIM118  (not a dict)
-            one = self._files[name].get_slice(key)
-            if one.get_dtype() not in DTYPES:
+        header, begin = self._headers[name]
+        for key, about in header.items():
+            if key == "__metadata__":
+                continue
+            if about["dtype"] not in DTYPES:
                 raise UserError(
-                    f"{self.folder / name}: {key} is {one.get_dtype()} (quantised?); readable: {', '.join(DTYPES)}"
+                    f"{self.folder / name}: {key} is {about['dtype']} (quantised?); readable: {', '.join(DTYPES)}"
                 )
-            yield key, Stored(tuple(one.get_shape()), np.dtype(DTYPES[one.get_dtype()]), name)
+            dtype = np.dtype(DTYPES[about["dtype"]])
+            yield key, Stored(tuple(about["shape"]), dtype, name, begin + about["data_offsets"][0])
 
 
-def _open(path: Path) -> Any:
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header, and where the first tensor begins."""
     try:
-        # Read, not mapped: pages of a mapped file would count as this process's memory.
-        return safetensors.safe_open(path, framework="np", backend="pread")
+        with safetensors.safe_open(path, framework="np"):  # checks that sizes and offsets fit the file
+            pass
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            return json.loads(file.read(size)), 8 + size
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error})") from None
 

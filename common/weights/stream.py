@@ -1,6 +1,5 @@
 """Moves weights between a foreign checkpoint and a model folder, a block of rows at a time."""
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,14 +66,13 @@ def export_weights(
     extras = _Extras(folder)
     files, metadata, index = _plan(table, leaves, tensors, extras, source)
     handles = {leaf: read_leaf(folder, leaf) for leaf in leaves}
-    with contextlib.closing(extras):
-        for name, planned in files:
-            with (destination / name).open("wb") as out:
-                file = SafetensorsFile(out, planned, metadata.get(name))
-                for one in planned:
-                    blocks = extras.blocks(one) if one.key in extras else _rows(one, tensors[one.key], handles)
-                    file.write(one, blocks)
-                    advance(1)
+    for name, planned in files:
+        with (destination / name).open("wb") as out:
+            file = SafetensorsFile(out, planned, metadata.get(name))
+            for one in planned:
+                blocks = extras.blocks(one) if one.key in extras else _rows(one, tensors[one.key], handles)
+                file.write(one, blocks)
+                advance(1)
     return index
 
 
@@ -199,10 +197,6 @@ class _Extras:
     def blocks(self, planned: Planned) -> Iterator[np.ndarray]:
         assert self._file is not None, f"{planned.key} was planned"
         yield self._file.read(planned.key)
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
 
 
 # What to write.

@@ -92,6 +92,9 @@ def test_supervised_pairs_end_inputs_with_eos(tokenizer: BytePairTokenizer) -> N
     assert p.example.targets_T.tolist() == ids(tokenizer, "three")
     ended = to_pair({"inputs": "", "targets": ""}, settings(tokenizer), MODEL_VOCAB, eos=True)
     assert (ended.example.inputs_I.tolist(), ended.example.targets_T.tolist()) == ([EOS], [EOS])
+    unended = settings(tokenizer, eos_after_inputs=False)
+    p = to_pair({"inputs": "one two", "targets": "three"}, unended, MODEL_VOCAB, eos=False)
+    assert p.example.inputs_I.tolist() == ids(tokenizer, "one two")
 
 
 @pytest.mark.parametrize("add_bos", [False, True])

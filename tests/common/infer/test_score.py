@@ -1,7 +1,8 @@
 """Scores against the log-softmax of logits taken one example a row and all at once."""
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from common.data.batch import Batch
 from common.errors import UserError
@@ -18,7 +20,7 @@ from common.sharding.rules import parameter_shardings
 from common.train.state import skeleton
 from experiments.config import ModelConfig
 from experiments.families import builder
-from tests.helpers import F32, FAMILIES, MAX_POSITIONS, VOCAB, close, run, split
+from tests.helpers import F32, FAMILIES, MAX_POSITIONS, VOCAB, close, split
 from tests.tiny import QUICK, cached_in, jax_settings
 
 START = 3
@@ -34,8 +36,16 @@ def quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
         yield
 
 
-def logits(model: Any, batch: Batch) -> jax.Array:
-    return model.hidden(batch) @ model.head()
+@functools.cache
+def log_softmax(config: ModelConfig) -> Callable[[Any, Batch], jax.Array]:
+    """[B, T, V] from all logits at once; compiled once a model."""
+    graphdef, _ = split(config)
+
+    def full(params: Any, batch: Batch) -> jax.Array:
+        model = nnx.merge(graphdef, params)
+        return jax.nn.log_softmax(model.hidden(batch) @ model.head())
+
+    return jax.jit(full)
 
 
 def text(rng: np.random.Generator, most: int) -> list[int]:
@@ -82,8 +92,7 @@ def alone(config: ModelConfig, p: Pair) -> tuple[np.ndarray, np.ndarray]:
         target_positions_BT=row([*range(I, I + T)]),
         weights_BT=jnp.ones((1, WIDTH)),
     )
-    logits_BTV = run(config, logits, batch)
-    return np.asarray(jax.nn.log_softmax(logits_BTV)[0, :T]), p.example.targets_T
+    return np.asarray(log_softmax(config)(split(config)[1], batch))[0, :T], p.example.targets_T
 
 
 @both_families

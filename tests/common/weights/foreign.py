@@ -216,7 +216,7 @@ def scanned(tensors: Tensors) -> Tensors:
     return rest | {name: np.stack(values, axis=1) for name, values in stacked.items()}
 
 
-def write_t5x(folder: Path, tensors: Tensors, *, inline: int = 16, old: bool = False) -> Path:
+def write_t5x(folder: Path, tensors: Tensors, *, inline: int = 16, chunk: int = 5, old: bool = False) -> Path:
     """As T5X's checkpointer does: leaves of more than `inline` elements are gzipped zarr arrays, others in the index.
 
     `old`: specs as older versions wrote them to a bucket.
@@ -232,7 +232,11 @@ def write_t5x(folder: Path, tensors: Tensors, *, inline: int = 16, old: bool = F
             node[last] = value
             continue
         path = f"target.{name.replace('/', '.')}"
-        metadata = {"compressor": {"id": "gzip", "level": 1}, "shape": list(value.shape), "chunks": [5] * value.ndim}
+        metadata = {
+            "compressor": {"id": "gzip", "level": 1},
+            "shape": list(value.shape),
+            "chunks": [chunk] * value.ndim,
+        }
         store = {"driver": "zarr", "dtype": value.dtype.name, "metadata": metadata}
         local = {"kvstore": {"driver": "file", "path": f"{folder}/{path}"}}
         tensorstore.open(store | local, create=True).result().write(value).result()

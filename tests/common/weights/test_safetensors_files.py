@@ -91,3 +91,11 @@ def test_broken_files_and_quantised_weights_are_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     with pytest.raises(UserError, match="w is F8_E4M3"):
         SafetensorsFolder(tmp_path)
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    save_file({"a": TENSORS["a"]}, tmp_path / "one.safetensors")
+    save_file({"a": TENSORS["a"], "b": TENSORS["b"]}, tmp_path / "two.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}))
+    with pytest.raises(UserError, match=r"1 differ: a \(two.safetensors\)"):
+        SafetensorsFolder(tmp_path)

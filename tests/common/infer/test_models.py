@@ -1,0 +1,184 @@
+"""Decoding with a cache against both families' training path, which has none."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from common.infer.beam import BeamDecoder
+from common.infer.config import Beam, Greedy, Limits, Method, Sample
+from common.infer.decode import Decoded, Decoder, Seeds, prepare
+from common.infer.prompt import pad_prompts
+from common.nn.recipe import Execution
+from common.nn.stack import PerLayer
+from common.sharding.mesh import make_mesh
+from common.sharding.rules import parameter_shardings
+from common.train.state import skeleton
+from experiments.config import ModelConfig
+from experiments.families import builder
+from tests.helpers import F32, FAMILIES, rows_of, split
+from tests.tiny import QUICK, jax_settings
+
+PROMPTS = [[5, 6, 0, 7, 1], [], [11, 12], [0, 0, 3, 4, 90, 17, 23]]
+SLOTS, SOURCE = 8, 16
+SCAN = dataclasses.replace(F32, scan_layers=True)
+
+families = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
+SIBLINGS = ("gpt-rope", "t5like-bias", "t5like-relaxed")
+siblings = pytest.mark.parametrize("config", [FAMILIES[name] for name in SIBLINGS], ids=SIBLINGS)
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation() -> Iterator[None]:
+    """These tests compile much and compute little."""
+    with jax_settings(QUICK):
+        yield
+
+
+@functools.cache
+def decoder_of(config: ModelConfig, method: Method, eos_ids: tuple[int, ...], execution: Execution) -> Any:
+    """A decoder and its model; their programs are compiled once."""
+    model = skeleton(builder(config, execution))
+    return model, (BeamDecoder if isinstance(method, Beam) else Decoder)(model, method, eos_ids)  # type: ignore[arg-type]
+
+
+def decode(
+    config: ModelConfig,
+    method: Method,
+    limits: Limits,
+    *,
+    eos_ids: tuple[int, ...] = (),
+    prompts: list[list[int]] = PROMPTS,
+    starts: list[int] | None = None,
+    execution: Execution = F32,
+    params: Any = None,
+) -> tuple[Decoded, Any]:
+    """What is made, and the last cache."""
+    model, decoder = decoder_of(config, method, eos_ids, execution)
+    rows = len(prompts)
+    weights = prepare(model, split(config)[1] if params is None else params)
+    prompt = pad_prompts([np.array(p, np.int32) for p in prompts], starts or [0] * rows, rows=rows)
+    seeds = Seeds(seed=0, prompts_B=np.arange(rows, dtype=np.uint32), samples_B=np.zeros(rows, np.uint32))
+    state = decoder.start(weights, prompt, seeds, np.ones(rows, bool), slots=SLOTS)
+    state = decoder.advance(weights, state, limits)
+    return decoder.read(state), state.cache
+
+
+def made(found: Decoded, place: int = 0) -> list[list[int]]:
+    lengths = found.lengths_BR[:, place]
+    return [row[place, :n].tolist() for row, n in zip(found.tokens_BRT, lengths, strict=True)]
+
+
+@functools.cache
+def forward(config: ModelConfig) -> Callable[[Any], jax.Array]:
+    graphdef, params = split(config)
+
+    @jax.jit
+    def log_probs(params: Any, batch: Any) -> jax.Array:
+        model = nnx.merge(graphdef, params)
+        return jax.nn.log_softmax(model.hidden(batch) @ model.head())
+
+    return lambda batch: log_probs(params, batch)
+
+
+def teacher_forced(config: ModelConfig, prompts: list[list[int]], texts: list[list[int]]) -> np.ndarray:
+    """log-probabilities [rows, SLOTS, V] on the training path: one row an example, targets behind start token 0."""
+    rows = rows_of([[(prompt, text)] for prompt, text in zip(prompts, texts, strict=True)], SOURCE, SLOTS)
+    return np.asarray(forward(config)(rows))
+
+
+@families
+def test_greedy_is_argmax_of_the_training_path(config: ModelConfig) -> None:
+    found, _ = decode(config, Greedy(), Limits(max_new_tokens=SLOTS))
+    texts = made(found)
+    expected = teacher_forced(config, PROMPTS, texts)
+    assert np.argmax(expected, axis=-1).tolist() == texts
+    at = np.take_along_axis(expected, np.array(texts)[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(found.log_probs_BRT[:, 0], at, atol=2e-5)
+    assert len({tuple(text) for text in texts}) > 1  # a model that always says the same would prove nothing
+
+
+@siblings
+def test_ends_and_limits(config: ModelConfig) -> None:
+    """Several end tokens; none before the least length; none needed at the most."""
+    free = made(decode(config, Greedy(), Limits(max_new_tokens=SLOTS))[0])
+    eos_ids = (free[0][2], free[3][0])
+    for limits in (Limits(max_new_tokens=SLOTS), Limits(max_new_tokens=6, min_new_tokens=4)):
+        found, _ = decode(config, Greedy(), limits, eos_ids=eos_ids)
+        for row, text in enumerate(made(found)):
+            scores = teacher_forced(config, PROMPTS, made(found))[row].copy()
+            scores[: limits.min_new_tokens, list(eos_ids)] = -np.inf
+            assert np.argmax(scores, axis=-1)[: len(text)].tolist() == text
+            ends = [i for i, token in enumerate(text) if token in eos_ids]
+            assert ends in ([], [len(text) - 1])
+            assert len(text) == limits.max_new_tokens or ends
+            assert not ends or len(text) > limits.min_new_tokens
+
+
+@siblings
+def test_scanned_layers_make_the_same_tokens(config: ModelConfig) -> None:
+    method = Sample(temperature=1.0)
+    unrolled, cache = decode(config, method, Limits(max_new_tokens=SLOTS))
+    scanned, stacked = decode(config, method, Limits(max_new_tokens=SLOTS), execution=SCAN)
+    assert made(unrolled) == made(scanned)
+    assert isinstance(cache.layers, PerLayer)
+    assert not isinstance(stacked.layers, PerLayer)
+
+
+@siblings
+def test_beams_score_what_the_training_path_scores(config: ModelConfig) -> None:
+    """Caches follow their beams, and beams share the memory of their prompt."""
+    size, limits = 3, Limits(max_new_tokens=5)
+    free = made(decode(config, Greedy(), limits)[0])
+    found, cache = decode(config, Beam(size=size), limits, eos_ids=(free[0][1],))
+    for place in range(size):
+        texts = made(found, place)
+        expected = teacher_forced(config, PROMPTS, texts)
+        for row, text in enumerate(texts):
+            at = expected[row, np.arange(len(text)), text]
+            np.testing.assert_allclose(found.log_probs_BRT[row, place, : len(text)], at, atol=5e-5)
+    if cache.memory is not None:
+        assert {x.shape[0] for x in jax.tree.leaves(cache.memory)} == {len(PROMPTS)}
+    assert {x.shape[0] for x in jax.tree.leaves(cache.layers)} == {len(PROMPTS) * size}
+
+
+@pytest.mark.parametrize("name", ["gpt-rope", "gpt-bias", "gpt-learned"])
+def test_a_text_goes_on_without_a_start_token(name: str) -> None:
+    """Native alignment: the last token of the prompt is the first decoder input, and all of it is one text."""
+    config = FAMILIES[name]
+    prompts = [[5, 6, 7], [9], [11, 12, 13, 14]]
+    found, _ = decode(
+        config,
+        Greedy(),
+        Limits(max_new_tokens=4),
+        prompts=[p[:-1] for p in prompts],
+        starts=[p[-1] for p in prompts],
+    )
+    for prompt, text in zip(prompts, made(found), strict=True):
+        # As targets of an empty input behind a start token that is the text's first token.
+        whole = [*prompt, *text]
+        rows = rows_of([[([], whole[1:])]], SOURCE, SLOTS)
+        rows = dataclasses.replace(rows, decoder_inputs_BT=rows.decoder_inputs_BT.at[0, 0].set(whole[0]))
+        assert (
+            np.argmax(np.asarray(forward(config)(rows))[0], axis=-1)[len(prompt) - 1 : len(whole) - 1].tolist() == text
+        )
+
+
+@pytest.mark.parametrize("method", [Greedy(), Beam(size=2)], ids=["greedy", "beam"])
+@siblings
+def test_a_sharded_cache_makes_the_same_tokens(config: ModelConfig, method: Method) -> None:
+    """Rows along two mesh axes, heads along the third."""
+    limits = Limits(max_new_tokens=5)
+    expected, _ = decode(config, method, limits)
+    mesh, (model, _) = make_mesh((2, 2, 2)), decoder_of(config, method, (), F32)
+    params = jax.device_put(split(config)[1], parameter_shardings(mesh, model.logical_axes))
+    with jax.set_mesh(mesh):
+        found, cache = decode(config, method, limits, params=params)
+    assert made(found) == made(expected)
+    for x in jax.tree.leaves(cache.layers):
+        assert x.sharding.shard_shape(x.shape)[:2] == (x.shape[0] // 4, x.shape[1] // 2)
