@@ -1,0 +1,345 @@
+"""The same weights in Hugging Face Transformers: logits, loss, gradients and a step of AdamW, in float32."""
+
+import copy
+import dataclasses
+import io
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from rich.console import Console
+
+from common.data.batch import Batch
+from common.nn.recipe import Execution
+from common.sharding.mesh import make_mesh
+from common.train.config import AdamW
+from common.train.optimizer import make_optimizer
+from common.train.state import TrainState
+from common.train.step import make_train_step, weighted_loss
+from common.weights.folder import leaf_shapes, read_leaf
+from common.weights.mapping import flatten
+from experiments.console import Progress
+from experiments.convert import convert
+from experiments.models import Loaded, open_model
+from tests.parity.padded import Side, one_text, padded, two_texts
+from tests.tiny import QUICK, cached_in, jax_settings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+safetensors_torch = pytest.importorskip("safetensors.torch")
+
+pytestmark = pytest.mark.slow
+PROGRESS = Progress(Console(file=io.StringIO()))
+EXECUTION = Execution(dtype="float32", matmul_precision="highest", attention_block=8, loss_chunk=8)
+
+VOCAB = 61
+TOLERANCE = 2e-5
+LEARNING_RATE = 1e-3
+# A first step is the gradient's sign but for epsilon, which must drown gradients that are no more than rounding.
+OPTIMIZER = AdamW(clip_norm=1e9, epsilon=1e-6)
+
+# Epsilons are large and buckets few, so that a model which ignores config.json shows.
+T5 = {
+    "vocab_size": VOCAB,
+    "d_model": 24,
+    "d_kv": 8,
+    "d_ff": 40,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+    "layer_norm_epsilon": 1e-3,
+    "dropout_rate": 0.0,
+}
+GPT2 = {
+    "vocab_size": VOCAB,
+    "n_positions": 24,
+    "n_embd": 24,
+    "n_layer": 3,
+    "n_head": 4,
+    "layer_norm_epsilon": 1e-3,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
+LLAMA = {
+    "vocab_size": VOCAB,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rms_norm_eps": 1e-3,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 50.0},
+}
+GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "t5-v1.0": ("T5ForConditionalGeneration", "T5Config", T5 | {"feed_forward_proj": "relu"}),
+    "t5-v1.1": ("T5ForConditionalGeneration", "T5Config", T5 | GATED),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA),
+}
+CASES = [
+    *((name, side, 12) for name in ("t5-v1.0", "t5-v1.1") for side in ("left", "right")),
+    *((name, side, slots) for name in ("gpt2", "llama") for side in ("left", "right") for slots in (0, 7)),
+]
+"""(model, padding, input slots)."""
+
+ALWAYS_ZERO = {"gpt2": {"layers/attention/key_bias_GC"}}
+"""Softmax does not see what is added to the logits of all keys, so these have no gradient but rounding."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Peers:
+    """One model in both libraries."""
+
+    theirs: Any
+    ours: Loaded
+    saved: Path
+    """The folder that theirs was saved in."""
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        return {leaf: np.asarray(value) for leaf, value in flatten(self.ours.params).items()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    batch: Batch
+    arguments: dict[str, Any]
+    """Of their model's call."""
+    compared_BT: np.ndarray
+    """Target slots that are no padding."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with jax_settings(QUICK | cached_in(tmp_path_factory.mktemp("xla"))):
+        yield
+
+
+@pytest.fixture(scope="module")
+def peers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Peers]:
+    made: dict[str, Peers] = {}
+
+    def get(name: str) -> Peers:
+        if name not in made:
+            made[name] = _make(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return get
+
+
+def _make(name: str, folder: Path) -> Peers:
+    theirs = random_model(name)
+    theirs.save_pretrained(folder / "theirs")
+    convert(folder / "theirs", folder / "ours", PROGRESS)
+    ours = open_model(str(folder / "ours"), EXECUTION, make_mesh((1, 1, 1)))
+    return Peers(theirs=theirs, ours=ours, saved=folder / "theirs")
+
+
+def random_model(name: str) -> Any:
+    """No parameter is what it is at initialisation, norms' scales and biases neither."""
+    model_class, config_class, sizes = MODELS[name]
+    torch.manual_seed(1)
+    config = getattr(transformers, config_class)(**sizes, attn_implementation="eager")
+    model = getattr(transformers, model_class)(config).float()
+    if name == "t5-v1.1":
+        assert model.lm_head.weight is model.shared.weight, "it is tied whatever its config says"
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(VOCAB, T5["d_model"]) * 0.3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def make_case(name: str, side: Side, input_slots: int) -> Case:
+    text = padded([20, 11, 15, 18], 20, side, vocab_size=VOCAB, seed=1)
+    if name in ("gpt2", "llama"):
+        batch, labels = one_text(text, input_slots)
+        arguments = {
+            "input_ids": text.tokens_BL,
+            "attention_mask": text.real_BL.astype(np.int64),
+            "position_ids": text.positions_BL,
+        }
+        compared_BT = text.real_BL[:, input_slots:]
+    else:
+        inputs = padded([5, 12, 1, 9], input_slots, side, vocab_size=VOCAB, seed=2)
+        targets_BT = np.random.default_rng(3).integers(0, VOCAB, text.tokens_BL.shape)
+        batch, labels = two_texts(inputs, text, targets_BT)
+        arguments = {
+            "input_ids": inputs.tokens_BL,
+            "attention_mask": inputs.real_BL.astype(np.int64),
+            "decoder_input_ids": text.tokens_BL,
+            "decoder_attention_mask": text.real_BL.astype(np.int64),
+        }
+        compared_BT = text.real_BL
+    tensors = {key: torch.from_numpy(np.ascontiguousarray(x)) for key, x in (arguments | {"labels": labels}).items()}
+    return Case(batch=batch, arguments=tensors, compared_BT=compared_BT)
+
+
+@jax.default_matmul_precision("highest")
+def our_logits(peers: Peers, batch: Batch) -> np.ndarray:
+    def logits(params: Any, batch: Batch) -> jax.Array:
+        model = peers.ours.model.merge(params)
+        return model.hidden(batch) @ model.head()
+
+    return np.asarray(jax.jit(logits)(peers.ours.params, batch))
+
+
+@jax.default_matmul_precision("highest")
+def our_loss_and_gradient(peers: Peers, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
+    def loss(params: Any, batch: Batch) -> jax.Array:
+        total, _, weight = weighted_loss(peers.ours.model, params, batch, EXECUTION, 0.0, None)
+        return total / weight
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(peers.ours.params, batch)
+    return float(value), {leaf: np.asarray(x) for leaf, x in flatten(gradient).items()}
+
+
+def as_ours(folder: Path) -> dict[str, np.ndarray]:
+    """By our names, what a folder of their tensors holds."""
+    destination = folder.with_name(f"{folder.name}-as-ours")
+    convert(folder, destination, PROGRESS)
+    return {leaf: read_leaf(destination, leaf).read().result() for leaf in flatten(leaf_shapes(destination))}
+
+
+def their_gradient(peers: Peers, case: Case, folder: Path) -> dict[str, np.ndarray]:
+    """Their gradients, named and laid out by the tables that convert weights."""
+    peers.theirs.zero_grad()
+    peers.theirs(**case.arguments).loss.backward()
+    named = dict(peers.theirs.named_parameters(remove_duplicate=False))
+    keys = safetensors_torch.load_file(peers.saved / "model.safetensors").keys()
+    folder.mkdir()
+    safetensors_torch.save_file({key: named[key].grad.clone() for key in keys}, folder / "model.safetensors")
+    shutil.copyfile(peers.saved / "config.json", folder / "config.json")
+    return as_ours(folder)
+
+
+def assert_close(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> None:
+    """Relative norms of differences, leaf by leaf."""
+    assert ours.keys() == theirs.keys()
+    errors = {}
+    for leaf, reference in theirs.items():
+        assert ours[leaf].shape == reference.shape, leaf
+        scale = np.linalg.norm(reference.astype(np.float64))
+        assert scale > 0, leaf
+        errors[leaf] = np.linalg.norm(ours[leaf].astype(np.float64) - reference.astype(np.float64)) / scale
+    worst = max(errors, key=errors.__getitem__)
+    print(f"{worst}: {errors[worst]:.1e}")
+    assert errors[worst] <= TOLERANCE, f"{worst}: {errors[worst]:.1e}"
+
+
+@pytest.mark.parametrize(("name", "tied", "scaled"), [("t5-v1.0", True, True), ("t5-v1.1", False, False)])
+def test_the_reference_is_the_t5_that_is_meant(peers, name, tied, scaled):
+    both = peers(name)
+    model, recipe = both.theirs, both.ours.config.recipe
+    assert (model.lm_head.weight is model.shared.weight) == tied
+    assert model.encoder.embed_tokens.weight is model.decoder.embed_tokens.weight is model.shared.weight
+    with torch.no_grad():
+        out = model(**make_case(name, "right", 12).arguments, output_hidden_states=True)
+        hidden_BTD = out.decoder_hidden_states[-1] * (T5["d_model"] ** -0.5 if scaled else 1.0)
+        torch.testing.assert_close(out.logits, hidden_BTD @ model.lm_head.weight.T)
+    assert (recipe.tied_embeddings, recipe.scale_logits) == (tied, scaled)
+    assert recipe.mlp == ("relu" if name == "t5-v1.0" else "geglu")
+
+
+def test_the_reference_is_the_llama_that_is_meant(peers):
+    both = peers("llama")
+    steps = torch.arange(0, LLAMA["head_dim"], 2) / LLAMA["head_dim"]
+    torch.testing.assert_close(both.theirs.model.rotary_emb.inv_freq, 50.0**-steps)
+    assert both.theirs.model.layers[0].self_attn.k_proj.weight.shape == (2 * 8, 24)
+    assert both.theirs.lm_head.weight is not both.theirs.model.embed_tokens.weight
+    assert both.ours.config.recipe.rope_theta == 50.0
+    assert (both.ours.config.num_heads, both.ours.config.num_kv_heads) == (4, 2)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_no_relu_is_at_its_kink(peers, side):
+    """Where an input of ReLU is nearly 0, rounding decides its derivative, and gradients could not be compared."""
+    model, case, seen = peers("t5-v1.0").theirs, make_case("t5-v1.0", side, 12), []
+    hooks = [
+        block.layer[-1].DenseReluDense.wi.register_forward_hook(lambda _, __, out: seen.append(out.detach()))
+        for block in (*model.encoder.block, *model.decoder.block)
+    ]
+    with torch.no_grad():
+        model(**case.arguments)
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == T5["num_layers"] + T5["num_decoder_layers"]
+    assert min(float(out.abs().min()) for out in seen) > 1e-5
+
+
+@pytest.mark.parametrize(("name", "side", "input_slots"), CASES)
+def test_logits_and_loss(peers, name, side, input_slots):
+    both, case = peers(name), make_case(name, side, input_slots)
+    with torch.no_grad():
+        out = both.theirs(**case.arguments)
+    # Target slots are the last ones of a language model's text, and all of a decoder's.
+    theirs = out.logits.numpy()[:, -case.compared_BT.shape[1] :][case.compared_BT]
+    ours = our_logits(both, case.batch)[case.compared_BT]
+    error = np.abs(ours - theirs).max() / np.abs(theirs).max()
+    loss, _ = our_loss_and_gradient(both, case.batch)
+    loss_error = abs(loss - float(out.loss)) / float(out.loss)
+    print(f"logits: {error:.1e} loss: {loss_error:.1e}")
+    assert error <= TOLERANCE
+    assert loss_error <= TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "side", "input_slots"), CASES)
+def test_gradients(peers, tmp_path, name, side, input_slots):
+    both, case = peers(name), make_case(name, side, input_slots)
+    _, ours = our_loss_and_gradient(both, case.batch)
+    theirs = their_gradient(both, case, tmp_path / "gradient")
+    for leaf in ALWAYS_ZERO.get(name, ()):
+        twin = np.linalg.norm(theirs["layers/attention/query_bias_HC"])
+        assert max(np.linalg.norm(ours.pop(leaf)), np.linalg.norm(theirs.pop(leaf))) < TOLERANCE * twin
+    assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(("name", "side", "input_slots"), CASES)
+def test_one_step_of_adamw(peers, tmp_path, name, side, input_slots):
+    both, case = peers(name), make_case(name, side, input_slots)
+    before = both.parameters()
+    ours, theirs = our_step(both, case), their_step(both, case, tmp_path / "stepped")
+    for leaf in ALWAYS_ZERO.get(name, ()):
+        del before[leaf], ours[leaf], theirs[leaf]
+    for leaf, value in before.items():
+        # So that a step which is wrong by a few hundredths would show.
+        assert np.linalg.norm(theirs[leaf] - value) > 30 * TOLERANCE * np.linalg.norm(value), leaf
+    assert_close(ours, theirs)
+
+
+def our_step(peers: Peers, case: Case) -> dict[str, np.ndarray]:
+    """Our parameters after a step of the training loop's own function."""
+    model = peers.ours.model
+    optimizer = make_optimizer(OPTIMIZER, optax.constant_schedule(LEARNING_RATE), model.logical_axes)
+    step = make_train_step(model, optimizer, execution=EXECUTION, z_loss=0.0, accumulation=1, seed=0)
+    state = TrainState(step=jnp.int32(0), params=peers.ours.params, opt_state=optimizer.init(peers.ours.params))
+    stepped, _ = jax.jit(step)(state, case.batch)
+    return {leaf: np.asarray(x) for leaf, x in flatten(stepped.params).items()}
+
+
+def their_step(peers: Peers, case: Case, folder: Path) -> dict[str, np.ndarray]:
+    """Their parameters after a step, by our names; matrices alone decay."""
+    model = copy.deepcopy(peers.theirs)
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": OPTIMIZER.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    betas = (OPTIMIZER.b1, OPTIMIZER.b2)
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=betas, eps=OPTIMIZER.epsilon)
+    model.zero_grad()
+    model(**case.arguments).loss.backward()
+    optimizer.step()
+    model.save_pretrained(folder)
+    return as_ours(folder)
