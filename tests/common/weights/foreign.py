@@ -235,7 +235,7 @@ def write_t5x(folder: Path, tensors: Tensors, *, inline: int = 16, chunk: int = 
         metadata = {
             "compressor": {"id": "gzip", "level": 1},
             "shape": list(value.shape),
-            "chunks": [chunk] * value.ndim,
+            "chunks": [min(chunk, size) for size in value.shape],
         }
         store = {"driver": "zarr", "dtype": value.dtype.name, "metadata": metadata}
         local = {"kvstore": {"driver": "file", "path": f"{folder}/{path}"}}
