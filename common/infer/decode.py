@@ -213,10 +213,17 @@ class Decoder:
     def _choose(self, logits_BV: jax.Array, state: State) -> jax.Array:
         match self._method:
             case Greedy():
-                return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+                return first_argmax(logits_BV)
             case Sample():
                 keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys_B, state.step)
                 return sample(logits_BV, keys_B, self._method)
+
+
+def first_argmax(logits_BV: jax.Array) -> jax.Array:
+    """The lowest id among the largest, int32: two plain reductions, where XLA's argmax on CPU is one slow one."""
+    ids_1V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)[None]
+    largest_BV = logits_BV == logits_BV.max(axis=-1, keepdims=True)
+    return jnp.where(largest_BV, ids_1V, logits_BV.shape[1] - 1).min(axis=-1)
 
 
 def next_logits(h_BD: jax.Array, head_DV: jax.Array) -> jax.Array:

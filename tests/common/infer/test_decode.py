@@ -5,11 +5,12 @@ import itertools
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from common.infer.config import Greedy, Limits, Sample
-from common.infer.decode import Decoded, Decoder, Seeds, prepare
+from common.infer.decode import Decoded, Decoder, Seeds, first_argmax, prepare
 from common.infer.prompt import bucket, pad_prompts
 from tests.common.infer.toy import log_probs, toy
 from tests.tiny import QUICK, jax_settings
@@ -196,3 +197,10 @@ def test_sharded_rows_make_the_same_tokens() -> None:
     mesh = jax.make_mesh((8, 1, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
     with jax.set_mesh(mesh):
         assert texts(decode(method, limits, prompts)) == expected
+
+
+def test_first_of_the_largest() -> None:
+    logits = np.random.default_rng(0).integers(-3, 3, (200, 7)).astype(np.float32)
+    logits[0] = -np.inf
+    logits[1, 4:] = np.inf
+    assert first_argmax(jnp.asarray(logits)).tolist() == logits.argmax(axis=1).tolist()
