@@ -206,13 +206,13 @@ def _tokenizer_config(described: dict[str, Any], path: Path) -> TokenizerConfig:
     match described:
         case {"kind": "sentencepiece", "file": str(file), "sentinels": int(sentinels)}:
             return SentencePieceConfig(path=str(path / file), sentinels=sentinels)
-        case {"kind": "byte_pair", "file": str(file)}:
-            return BytePairConfig(path=str(path / file))
+        case {"kind": "byte_pair", "file": str(file), "sentinels": int(sentinels)}:
+            return BytePairConfig(path=str(path / file), sentinels=sentinels)
         case {"kind": "byte_pair", "vocab": str(vocab), "merges": str(_)}:
             return BytePairConfig(path=str((path / vocab).parent))
     raise UserError(
         f"text.tokenizer is {json.dumps(described)}, which is neither a sentencepiece with file and sentinels "
-        "nor a byte_pair with file, or with vocab and merges"
+        "nor a byte_pair with file and sentinels, or with vocab and merges"
     )
 
 

@@ -9,10 +9,11 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from common.config import to_json
+from common.data.byte_pair import BytePairTokenizer
 from common.data.sentence_piece import SentencePieceTokenizer
 from common.files import write_atomically
 from common.weights.folder import SOURCE, FolderWriter, write_folder
-from common.weights.text import sentence_piece
+from common.weights.text import byte_pair, sentence_piece
 from experiments.console import Progress
 from experiments.models import Found, Text, find_model
 
@@ -30,9 +31,8 @@ def folder_from_run(source: str, destination: Path, progress: Progress) -> list[
     text = found.open_text()
     with write_folder(destination) as writer:
         _copy_parameters(found, writer, progress)
-        tokenizer, remarks = _write_tokenizer(text, writer)
         described = {
-            "tokenizer": tokenizer,
+            "tokenizer": _write_tokenizer(text, writer),
             "alignment": text.alignment,
             "start_id": text.start_id,
             "eos_ids": list(text.eos_ids),
@@ -40,7 +40,7 @@ def folder_from_run(source: str, destination: Path, progress: Progress) -> list[
         }
         writer.manifest(model=to_json(found.config), text=described, source={"format": "run"})
     count = found.config.param_count()
-    return [*remarks, f"{destination}: {found.config.kind} with {count:,} parameters, from {found.parameters.origin}"]
+    return [f"{destination}: {found.config.kind} with {count:,} parameters, from {found.parameters.origin}"]
 
 
 def _copy_parameters(found: Found, writer: FolderWriter, progress: Progress) -> None:
@@ -56,10 +56,18 @@ def _copy_parameters(found: Found, writer: FolderWriter, progress: Progress) -> 
             advance(1)
 
 
-def _write_tokenizer(text: Text, writer: FolderWriter) -> tuple[dict[str, Any] | None, list[str]]:
-    tokenizer = text.tokenizer
-    if not isinstance(tokenizer, SentencePieceTokenizer):
-        return None, ["the folder has no tokenizer: only SentencePiece's are written"]
+def _write_tokenizer(text: Text, writer: FolderWriter) -> dict[str, Any]:
+    """Its files, and its entry in the manifest."""
+    match text.tokenizer:
+        case SentencePieceTokenizer() as pieces:
+            files = {TOKENIZER: pieces.serialized()}
+            entry = sentence_piece(TOKENIZER, pieces.sentinels)
+        case BytePairTokenizer() as pairs:
+            files = pairs.files()
+            entry = byte_pair(pairs.appended_sentinels)
+        case other:
+            raise AssertionError(f"no way is known to write a {type(other).__name__}")
     (writer.path / SOURCE).mkdir()
-    write_atomically(writer.path / SOURCE / TOKENIZER, tokenizer.serialized())
-    return sentence_piece(TOKENIZER, tokenizer.sentinels), []
+    for name, content in files.items():
+        write_atomically(writer.path / SOURCE / name, content)
+    return entry

@@ -182,6 +182,24 @@ def test_packing_and_padding_change_no_loss(config: ModelConfig) -> None:
         start += n
 
 
+@pytest.mark.parametrize("name", [*SIBLINGS, "t5like-relaxed"])
+def test_rows_may_have_no_input_slots(name: str) -> None:
+    """As a language model's have: the same logits, loss and gradients as with slots that nothing fills."""
+    config = FAMILIES[name]
+    pairs: list[Pair] = [([], [5, 6, 0, 1]), ([], [7, 1])]
+    graphdef, params = split(config)
+
+    def loss(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        model = nnx.merge(graphdef, params)
+        h_BTD, w_DV = model.hidden(batch), model.head()
+        return cross_entropy(h_BTD, w_DV, batch.targets_BT, batch.weights_BT, 0.0, 8, True)[0], h_BTD @ w_DV
+
+    none, some = (
+        jax.jit(jax.value_and_grad(loss, has_aux=True))(params, rows_of([pairs, pairs], slots, 8)) for slots in (0, 4)
+    )
+    close(none, some, 1e-5)
+
+
 @families
 def test_no_leak_between_packed_segments(config: ModelConfig) -> None:
     """A stranger whose embedding is huge leaves its neighbours' logits and gradients bit-equal."""

@@ -46,7 +46,7 @@ class BytePairTokenizer:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, special: Specials, *, sentinels: int, content: bytes) -> None:
         """`content` are the bytes that the tokenizer was read from. Raises UserError for sentinels beside its own."""
-        self._tokenizer = tokenizer
+        self._tokenizer, self._special = tokenizer, special
         tokenizer.encode_special_tokens = True  # a text that spells a special token is a text
         tokenizer.no_padding()
         tokenizer.no_truncation()
@@ -54,7 +54,7 @@ class BytePairTokenizer:
         own = next(k for k in range(len(vocabulary) + 1) if f"<extra_id_{k}>" not in vocabulary)
         if own and sentinels:
             raise UserError(f"tokenizer.sentinels is {sentinels}, but the tokenizer has {own} of its own; nearest: 0")
-        self.sentinels = own or sentinels
+        self.sentinels, self.appended_sentinels = own or sentinels, sentinels
         self.vocab_size = max(vocabulary.values()) + 1 + sentinels
         self.table_size = table_rows(self.vocab_size)
         self.pad_id, self.eos_id, self.unk_id = special.pad, special.eos, special.unk
@@ -74,6 +74,17 @@ class BytePairTokenizer:
         """From what `train_model` returned."""
         special = Specials(pad=0, eos=1, unk=2, start=0, bos=None)
         return cls(tokenizers.Tokenizer.from_buffer(model), special, sentinels=sentinels, content=model)
+
+    def files(self) -> dict[str, bytes]:
+        """Name and content of what `load` makes the same tokenizer of, given `appended_sentinels`."""
+        special = self._special
+        roles = {"pad": special.pad, "eos": special.eos, "unk": special.unk, "bos": special.bos}
+        names = {f"{role}_token": self._tokenizer.id_to_token(i) for role, i in roles.items() if i is not None}
+        described = names | {"add_bos_token": special.bos is not None}
+        return {
+            "tokenizer.json": self._tokenizer.to_str().encode(),
+            "tokenizer_config.json": json.dumps(described, indent=2).encode(),
+        }
 
     def encode(self, text: str) -> np.ndarray:
         """int32 [length]: the ids of `text` alone. Raises UserError for text that is not valid Unicode."""

@@ -226,8 +226,8 @@ def _batches(pairs: Sequence[Pair], rows: int, lengths: Sequence[int]) -> Iterat
 
 
 def _bucket(length: int, lengths: Sequence[int]) -> int:
-    """The least row that holds `length` tokens. For none it has one slot: there is no softmax over no keys at all."""
-    return 1 if length == 0 else next(x for x in lengths if x >= length)
+    """The least row that holds `length` tokens; none at all for none."""
+    return 0 if length == 0 else next(x for x in lengths if x >= length)
 
 
 def _score(example: Example, log_probs_T: np.ndarray, greedy_T: np.ndarray) -> Score:

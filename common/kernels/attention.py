@@ -48,6 +48,8 @@ def attend(
             dropout_key=dropout_key,
         )
         return out_BQHC.reshape(q_BQHC.shape)
+    if 0 in (q_BQHC.shape[1], k_BGKC.shape[2]):
+        return jnp.zeros_like(q_BQHC)
     q_BQHC = q_BQHC * scale
     dropping = dropout_key is not None and dropout_rate > 0.0
     fits = q_BQHC.shape[1] > 1 and (visibility.placed or not visibility.causal)

@@ -9,7 +9,7 @@ import jax
 def linear(x_BLD: jax.Array, w_DF: jax.Array, bias_F: jax.Array | None = None) -> jax.Array:
     """`x @ w + bias` in the dtype of `x` (parameters are cast to it): [B, L, F]."""
     B, L, D = x_BLD.shape
-    y_BLF = _matmul(x_BLD.reshape(B * L, D), w_DF.astype(x_BLD.dtype)).reshape(B, L, -1)
+    y_BLF = _matmul(x_BLD.reshape(B * L, D), w_DF.astype(x_BLD.dtype)).reshape(B, L, w_DF.shape[1])
     return y_BLF if bias_F is None else y_BLF + bias_F[None, None].astype(x_BLD.dtype)
 
 

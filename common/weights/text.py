@@ -75,9 +75,14 @@ def sentence_piece(name: str, sentinels: int) -> dict[str, Any]:
     return {"kind": "sentencepiece", "file": f"{SOURCE}/{name}", "sentinels": sentinels}
 
 
+def byte_pair(sentinels: int) -> dict[str, Any]:
+    """The entry of a `tokenizer.json` that is carried along; `sentinels` are those that lie on top of its tokens."""
+    return {"kind": "byte_pair", "file": f"{SOURCE}/tokenizer.json", "sentinels": sentinels}
+
+
 def _byte_pair(folder: Path) -> dict[str, Any] | None:
     if (folder / "tokenizer.json").is_file():
-        return {"kind": "byte_pair", "file": f"{SOURCE}/tokenizer.json"}
+        return byte_pair(0)
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         return {"kind": "byte_pair", "vocab": f"{SOURCE}/vocab.json", "merges": f"{SOURCE}/merges.txt"}
     return None

@@ -292,7 +292,7 @@ def text_of(tmp_path, config, files=None):
     return read_manifest(tmp_path / "ours")["text"]
 
 
-BYTE_PAIR = {"kind": "byte_pair", "file": "source/tokenizer.json"}
+BYTE_PAIR = {"kind": "byte_pair", "file": "source/tokenizer.json", "sentinels": 0}
 TEMPLATE = {"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>"}}]}}
 FILES = {"kind": "byte_pair", "vocab": "source/vocab.json", "merges": "source/merges.txt"}
 

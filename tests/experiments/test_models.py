@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from common.config import apply_overrides, to_json
-from common.data.config import SentencePieceConfig
+from common.data import byte_pair
+from common.data.config import BytePairConfig, SentencePieceConfig
 from common.data.sentence_piece import train_model
 from common.errors import UserError
 from common.files import read_json
@@ -25,8 +27,10 @@ from common.train.paths import flatten
 from common.weights.folder import write_folder
 from experiments import cli
 from experiments.config import Experiment
+from experiments.console import Progress
 from experiments.models import find_model, open_model
 from experiments.pipeline import check_initial, open_data, train_arm
+from experiments.run_folder import folder_from_run
 from tests.experiments.tiny_experiment import WORDS, tiny_experiment, write_data
 from tests.tiny import EXECUTION, QUICK, Observer, cached_in, jax_settings
 
@@ -138,6 +142,22 @@ def test_a_run_becomes_a_model_folder(run_dir: tuple[Path, Fitted], tmp_path: Pa
     assert (opened.text.tokenizer.encode(text) == in_place.tokenizer.encode(text)).all()
     assert (opened.text.eos_ids, opened.text.start_id) == (in_place.eos_ids, in_place.start_id)
     assert cli.main(["convert", str(tmp_path / "folder"), str(tmp_path / "out"), "--to", "t5like", "--rung", "4"]) == 0
+
+
+def test_a_trained_byte_pair_tokenizer_goes_along(
+    run_dir: tuple[Path, Fitted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = byte_pair.train_model([" ".join(WORDS)] * 20, BytePairConfig(vocab_size=280, sentinels=3))
+    tokenizer = byte_pair.BytePairTokenizer.trained(model, sentinels=3)
+    found = find_model(str(run_dir[0] / "gpt"))
+    text = dataclasses.replace(found.open_text(), tokenizer=tokenizer)
+    changed = dataclasses.replace(found, open_text=lambda: text)
+    monkeypatch.setattr("experiments.run_folder.find_model", lambda _: changed)
+    folder_from_run("run", tmp_path / "folder", Progress(Console(quiet=True)))
+    again = find_model(str(tmp_path / "folder")).open_text().tokenizer
+    assert isinstance(again, byte_pair.BytePairTokenizer)
+    assert again.encode("one plus").tolist() == tokenizer.encode("one plus").tolist()
+    assert (again.eos_id, again.sentinel_id(2)) == (tokenizer.eos_id, tokenizer.sentinel_id(2))
 
 
 def test_a_model_without_a_tokenizer(model_folder: Path, tmp_path: Path) -> None:

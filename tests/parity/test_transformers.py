@@ -86,12 +86,17 @@ GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "t5-v1.0": ("T5ForConditionalGeneration", "T5Config", T5 | {"feed_forward_proj": "relu"}),
     "t5-v1.1": ("T5ForConditionalGeneration", "T5Config", T5 | GATED),
+    "mt5": ("MT5ForConditionalGeneration", "MT5Config", T5 | GATED),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
     "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA),
+    "llama-tied": ("LlamaForCausalLM", "LlamaConfig", LLAMA | {"tie_word_embeddings": True}),
 }
+ENCODER_DECODERS = ("t5-v1.0", "t5-v1.1", "mt5")
 CASES = [
     *((name, side, 12) for name in ("t5-v1.0", "t5-v1.1") for side in ("left", "right")),
     *((name, side, slots) for name in ("gpt2", "llama") for side in ("left", "right") for slots in (0, 7)),
+    ("mt5", "left", 12),
+    ("llama-tied", "right", 7),
 ]
 """(model, padding, input slots)."""
 
@@ -153,7 +158,7 @@ def random_model(name: str) -> Any:
     torch.manual_seed(1)
     config = getattr(transformers, config_class)(**sizes, attn_implementation="eager")
     model = getattr(transformers, model_class)(config).float()
-    if name == "t5-v1.1":
+    if name in ("t5-v1.1", "mt5"):
         assert model.lm_head.weight is model.shared.weight, "it is tied whatever its config says"
         model.lm_head.weight = torch.nn.Parameter(torch.randn(VOCAB, T5["d_model"]) * 0.3)
     with torch.no_grad():
@@ -164,7 +169,7 @@ def random_model(name: str) -> Any:
 
 def make_case(name: str, side: Side, input_slots: int) -> Case:
     text = padded([20, 11, 15, 18], 20, side, vocab_size=VOCAB, seed=1)
-    if name in ("gpt2", "llama"):
+    if name not in ENCODER_DECODERS:
         batch, labels = one_text(text, input_slots)
         arguments = {
             "input_ids": text.tokens_BL,
@@ -239,7 +244,9 @@ def assert_close(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray
     assert errors[worst] <= TOLERANCE, f"{worst}: {errors[worst]:.1e}"
 
 
-@pytest.mark.parametrize(("name", "tied", "scaled"), [("t5-v1.0", True, True), ("t5-v1.1", False, False)])
+@pytest.mark.parametrize(
+    ("name", "tied", "scaled"), [("t5-v1.0", True, True), ("t5-v1.1", False, False), ("mt5", False, False)]
+)
 def test_the_reference_is_the_t5_that_is_meant(peers, name, tied, scaled):
     both = peers(name)
     model, recipe = both.theirs, both.ours.config.recipe
@@ -251,6 +258,12 @@ def test_the_reference_is_the_t5_that_is_meant(peers, name, tied, scaled):
         torch.testing.assert_close(out.logits, hidden_BTD @ model.lm_head.weight.T)
     assert (recipe.tied_embeddings, recipe.scale_logits) == (tied, scaled)
     assert recipe.mlp == ("relu" if name == "t5-v1.0" else "geglu")
+
+
+def test_the_tied_llama_is_tied(peers):
+    both = peers("llama-tied")
+    assert both.theirs.lm_head.weight is both.theirs.model.embed_tokens.weight
+    assert both.ours.config.recipe.tied_embeddings
 
 
 def test_the_reference_is_the_llama_that_is_meant(peers):

@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import AddedToken, processors
 
 from common.config import apply_overrides, from_json, to_json
-from common.data.byte_pair import BytePairTokenizer, train_model
+from common.data.byte_pair import BytePairTokenizer, load, train_model
 from common.data.config import BytePairConfig, DataConfig, SentencePieceConfig, SourceConfig
 from common.data.tokenizer import open_tokenizer
 from common.errors import UserError
@@ -93,6 +93,19 @@ def test_decoding_what_a_model_may_emit(trained: BytePairTokenizer) -> None:
         assert trained.decode([*apples, padding]) == trained.decode([*apples, 2]) == "apples⟨unk⟩"
     assert trained.decode(trained.encode("é")[:1]) == "\ufffd", "half a character"
     assert trained.decode(np.array(apples, np.int32)) == "apples"
+
+
+@pytest.mark.parametrize("which", ["trained", "gpt2"])
+def test_its_files_make_the_same_tokenizer(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    tokenizer = request.getfixturevalue(which)
+    for name, content in tokenizer.files().items():
+        (tmp_path / name).write_bytes(content)
+    again = load(tmp_path / "tokenizer.json", sentinels=tokenizer.appended_sentinels, eos=None)
+    for fact in ("pad_id", "eos_id", "unk_id", "start_id", "bos_id", "vocab_size", "sentinels"):
+        assert getattr(again, fact) == getattr(tokenizer, fact), fact
+    for text in (*ODD_TEXTS, *NAMES):
+        assert again.encode(text).tolist() == tokenizer.encode(text).tolist()
+    assert again.files() == tokenizer.files()
 
 
 def test_training_text_that_spells_special_names_stays_text() -> None:
