@@ -15,7 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.infer.config import Beam, Limits
-from common.infer.decode import Bounds, Decoded, Seeds, Weightless, Weights, forbid, is_one_of, next_logits
+from common.infer.decode import (
+    FIRST_ROOM,
+    Bounds,
+    Decoded,
+    Seeds,
+    Weightless,
+    Weights,
+    forbid,
+    in_rooms,
+    is_one_of,
+    next_logits,
+)
 from common.infer.prompt import Prompt
 
 
@@ -43,6 +54,12 @@ class Texts:
             log_probs_BK=jnp.full((rows, beams), -jnp.inf),
             lengths_BK=jnp.zeros((rows, beams), jnp.int32),
             scores_BK=jnp.full((rows, beams), -jnp.inf),
+        )
+
+    def with_room(self, room: int) -> "Texts":
+        more = ((0, 0), (0, 0), (0, room - self.tokens_BKT.shape[2]))
+        return dataclasses.replace(
+            self, tokens_BKT=jnp.pad(self.tokens_BKT, more), token_log_probs_BKT=jnp.pad(self.token_log_probs_BKT, more)
         )
 
     def take(self, places_BK: jax.Array) -> "Texts":
@@ -77,10 +94,25 @@ class BeamState:
     finished: Texts
     """Best first."""
     stopped_B: jax.Array
+    slots: int = dataclasses.field(metadata={"static": True})
+    """Tokens for which there can be room."""
+
+    @property
+    def room(self) -> int:
+        """Tokens for which there is room."""
+        return self.live.tokens_BKT.shape[2]
+
+    def with_room(self, room: int) -> "BeamState":
+        return dataclasses.replace(
+            self,
+            cache=self.cache.extend(room - self.room),
+            live=self.live.with_room(room),
+            finished=self.finished.with_room(room),
+        )
 
 
 class BeamDecoder:
-    """Compiled programs for beam search: one for each shape of prompt and each number of slots.
+    """Compiled programs for beam search: one for each shape of prompt and each room for tokens.
 
     The methods are those of `common.infer.decode.Decoder`; nothing is drawn, so seeds do not matter.
     """
@@ -89,6 +121,7 @@ class BeamDecoder:
         self._model, self._method, self._eos_ids = model, method, tuple(eos_ids)
         self._start = jax.jit(self._begin, static_argnames="slots")
         self._advance = jax.jit(self._run, donate_argnames="state")
+        self._grow = jax.jit(BeamState.with_room, static_argnames="room")
 
     def start(self, weights: Weights, prompt: Prompt, seeds: Seeds, present_B: np.ndarray, *, slots: int) -> BeamState:
         return self._start(weights, prompt, present_B, slots=slots)
@@ -103,7 +136,8 @@ class BeamDecoder:
         stop_B: np.ndarray | None = None,
     ) -> BeamState:
         stop_B = np.zeros(state.stopped_B.shape, bool) if stop_B is None else stop_B
-        return self._advance(weights, state, stop_B, Bounds.of(limits, until))
+        bounds = Bounds.of(limits, until)
+        return in_rooms(state, bounds, self._grow, lambda state, bounds: self._advance(weights, state, stop_B, bounds))
 
     def read(self, state: BeamState) -> Decoded:
         """Finished texts first, best first among them, then live ones."""
@@ -124,17 +158,18 @@ class BeamDecoder:
         )
 
     def _begin(self, weights: Weights, prompt: Prompt, present_B: jax.Array, slots: int) -> BeamState:
-        B, K = prompt.lengths_B.shape[0], self._method.size
-        none = Texts.none(B, K, slots)
+        B, K, room = prompt.lengths_B.shape[0], self._method.size, min(slots, FIRST_ROOM)
+        none = Texts.none(B, K, room)
         # All beams begin alike, so that only the first may go on.
         first_BK = jnp.broadcast_to(jnp.where(jnp.arange(K) == 0, 0.0, -jnp.inf)[None], (B, K))
         return BeamState(
             step=jnp.int32(0),
             token_BK=jnp.repeat(prompt.starts_B[:, None], K, axis=1),
-            cache=self._model.merge(weights.params).prefill(prompt, slots).repeat_rows(K),
+            cache=self._model.merge(weights.params).prefill(prompt, room).repeat_rows(K),
             live=dataclasses.replace(none, log_probs_BK=first_BK, scores_BK=first_BK),
             finished=none,
             stopped_B=~present_B,
+            slots=slots,
         )
 
     def _run(self, weights: Weights, state: BeamState, stop_B: jax.Array, bounds: Bounds) -> BeamState:
@@ -182,6 +217,7 @@ class BeamDecoder:
             live=live.where(~state.stopped_B, state.live),
             finished=finished.where(~state.stopped_B, state.finished),
             stopped_B=state.stopped_B | (finished.scores_BK[:, -1] >= bound_B),
+            slots=state.slots,
         )
 
 

@@ -1,12 +1,13 @@
 """Decoding with a cache, one token a row at a time: greedy or sampled.
 
-Legend: B batch rows, D model, V vocab, T token slots (room for new tokens), R texts a row.
+Legend: B batch rows, D model, V vocab, U tiles of W words, T token slots (room for new tokens), R texts a row.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,10 @@ from common.infer.prompt import Prompt
 from common.infer.sampling import sample
 from common.model import Model
 from common.sharding.rules import constrain
+
+TILE = 128
+FIRST_ROOM = 64
+"""Tokens for which there is room at first; each time it is used up, there is twice as much."""
 
 
 class Weightless(Protocol):
@@ -96,6 +101,22 @@ class State:
     ended_B: jax.Array
     stopped_B: jax.Array
     """Ended, or told to stop."""
+    slots: int = dataclasses.field(metadata={"static": True})
+    """Tokens for which there can be room."""
+
+    @property
+    def room(self) -> int:
+        """Tokens for which there is room."""
+        return self.tokens_BT.shape[1]
+
+    def with_room(self, room: int) -> "State":
+        more = room - self.room
+        return dataclasses.replace(
+            self,
+            cache=self.cache.extend(more),
+            tokens_BT=jnp.pad(self.tokens_BT, ((0, 0), (0, more))),
+            log_probs_BT=jnp.pad(self.log_probs_BT, ((0, 0), (0, more))),
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -118,12 +139,13 @@ class Bounds:
 
 
 class Decoder:
-    """Compiled programs for greedy decoding or sampling: one for each shape of prompt and each number of slots."""
+    """Compiled programs for greedy decoding or sampling: one for each shape of prompt and each room for tokens."""
 
     def __init__(self, model: Weightless, method: Greedy | Sample, eos_ids: Sequence[int]):
         self._model, self._method, self._eos_ids = model, method, tuple(eos_ids)
         self._start = jax.jit(self._begin, static_argnames="slots")
         self._advance = jax.jit(self._run, donate_argnames="state")
+        self._grow = jax.jit(State.with_room, static_argnames="room")
 
     def start(self, weights: Weights, prompt: Prompt, seeds: Seeds, present_B: np.ndarray, *, slots: int) -> State:
         """Reads the prompts; rows that are not `present_B` make nothing. `slots` bounds what can be made."""
@@ -144,7 +166,8 @@ class Decoder:
         are the same.
         """
         stop_B = np.zeros(state.stopped_B.shape, bool) if stop_B is None else stop_B
-        return self._advance(weights, state, stop_B, Bounds.of(limits, until))
+        bounds = Bounds.of(limits, until)
+        return in_rooms(state, bounds, self._grow, lambda state, bounds: self._advance(weights, state, stop_B, bounds))
 
     def read(self, state: State) -> Decoded:
         """Copies, so that the state can still be given away."""
@@ -164,18 +187,19 @@ class Decoder:
         return self._start._cache_size(), self._advance._cache_size()  # type: ignore[attr-defined]
 
     def _begin(self, weights: Weights, prompt: Prompt, keys_B: jax.Array, present_B: jax.Array, slots: int) -> State:
-        B = prompt.lengths_B.shape[0]
+        B, room = prompt.lengths_B.shape[0], min(slots, FIRST_ROOM)
         # Apart, because each is given away with the state.
         return State(
             step=jnp.int32(0),
             token_B=prompt.starts_B,
-            cache=self._model.merge(weights.params).prefill(prompt, slots),
+            cache=self._model.merge(weights.params).prefill(prompt, room),
             keys_B=keys_B,
-            tokens_BT=jnp.zeros((B, slots), jnp.int32),
-            log_probs_BT=jnp.zeros((B, slots), jnp.float32),
+            tokens_BT=jnp.zeros((B, room), jnp.int32),
+            log_probs_BT=jnp.zeros((B, room), jnp.float32),
             lengths_B=jnp.zeros((B,), jnp.int32),
             ended_B=jnp.zeros((B,), bool),
             stopped_B=~present_B,
+            slots=slots,
         )
 
     def _run(self, weights: Weights, state: State, stop_B: jax.Array, bounds: "Bounds") -> State:
@@ -206,6 +230,7 @@ class Decoder:
                 lengths_B=state.lengths_B + running_B.astype(jnp.int32),
                 ended_B=ended_B,
                 stopped_B=state.stopped_B | ended_B,
+                slots=state.slots,
             )
 
         return jax.lax.while_loop(unfinished, step, dataclasses.replace(state, stopped_B=state.stopped_B | stop_B))
@@ -219,11 +244,51 @@ class Decoder:
                 return sample(logits_BV, keys_B, self._method)
 
 
+class Roomy(Protocol):
+    """A state between two steps."""
+
+    @property
+    def stopped_B(self) -> jax.Array: ...
+
+    @property
+    def slots(self) -> int: ...
+
+    @property
+    def room(self) -> int: ...
+
+
+Growing = TypeVar("Growing", bound=Roomy)
+
+
+def in_rooms(
+    state: Growing,
+    bounds: Bounds,
+    grow: Callable[..., Growing],
+    run: Callable[[Growing, Bounds], Growing],
+) -> Growing:
+    """Runs to the bounds, and makes room on the way.
+
+    A step reads its whole cache, so that its cost follows what has been made instead of what could be; and a short
+    answer needs no program for long ones.
+    """
+    until = min(int(bounds.until), state.slots)
+    while True:
+        room = state.room
+        state = run(state, dataclasses.replace(bounds, until=np.int32(min(until, room))))
+        if room >= until or state.stopped_B.all():
+            return state
+        state = grow(state, room=min(2 * room, state.slots))
+
+
 def first_argmax(logits_BV: jax.Array) -> jax.Array:
-    """The lowest id among the largest, int32: two plain reductions, where XLA's argmax on CPU is one slow one."""
-    ids_1V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)[None]
-    largest_BV = logits_BV == logits_BV.max(axis=-1, keepdims=True)
-    return jnp.where(largest_BV, ids_1V, logits_BV.shape[1] - 1).min(axis=-1)
+    """The lowest id among the largest, int32: the tile of U that holds it, then its place there.
+
+    XLA's argmax is slow on a CPU, where this reads all logits once, in a plain maximum.
+    """
+    tiles_BUW = logits_BV.reshape(len(logits_BV), -1, math.gcd(logits_BV.shape[1], TILE))
+    tile_B = jnp.argmax(tiles_BUW.max(axis=2), axis=1).astype(jnp.int32)
+    tile_BW = jnp.take_along_axis(tiles_BUW, tile_B[:, None, None], axis=1)[:, 0]
+    return tile_B * tiles_BUW.shape[2] + jnp.argmax(tile_BW, axis=1).astype(jnp.int32)
 
 
 def next_logits(h_BD: jax.Array, head_DV: jax.Array) -> jax.Array:

@@ -68,6 +68,19 @@ class Cache:
             memory_positions_BI=prompt.positions_BI(),
         )
 
+    def extend(self, slots: int) -> "Cache":
+        """With so many empty slots behind the present ones."""
+
+        def behind(x: jax.Array, axis: int, value: int) -> jax.Array:
+            return jnp.pad(x, [(0, slots if i == axis else 0) for i in range(x.ndim)], constant_values=value)
+
+        return dataclasses.replace(
+            self,
+            layers=jax.tree.map(lambda x: behind(x, x.ndim - 2, 0), self.layers),
+            segments_BS=behind(self.segments_BS, 1, 1),
+            positions_BS=behind(self.positions_BS, 1, 0),
+        )
+
     def repeat_rows(self, times: int) -> "Cache":
         """Each row so many times in a row; the memory once, for all of them."""
         return self._map_rows(lambda x, axis: jnp.repeat(x, times, axis=axis))

@@ -3,13 +3,50 @@
 Legend: B batch rows, L sequence, P = B * L tokens, D features in, F features out, H heads, C head dim.
 """
 
+import dataclasses
+from typing import Any
+
 import jax
+import jax.numpy as jnp
+
+CPU_BLOCKS = 2
 
 
-def linear(x_BLD: jax.Array, w_DF: jax.Array, bias_F: jax.Array | None = None) -> jax.Array:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """A matrix in blocks of columns, each with its own stretch of memory."""
+
+    blocks: tuple[jax.Array, ...]
+
+    def __getitem__(self, everything: Any) -> "Columns":
+        """Itself, as a parameter is read."""
+        return self
+
+
+def in_columns(w: jax.Array, axes: tuple[str, ...]) -> jax.Array | Columns:
+    """One layer's parameter, its dimensions named by `axes`, in the form that decoding on a CPU likes best.
+
+    A product of few rows takes as long as reading its matrix. Cores share out one product badly, but run two side by
+    side; an MLP's input matrices mostly have each other for that.
+    """
+    match axes:
+        case ("embed", "heads" | "kv_heads", "head_dim"):
+            axis = 1
+        case (_, *_, "embed"):
+            axis = len(axes) - 1
+        case _:
+            return w
+    return Columns(tuple(jnp.split(w, CPU_BLOCKS, axis))) if w.shape[axis] % CPU_BLOCKS == 0 else w
+
+
+def linear(x_BLD: jax.Array, w_DF: jax.Array | Columns, bias_F: jax.Array | None = None) -> jax.Array:
     """`x @ w + bias` in the dtype of `x` (parameters are cast to it): [B, L, F]."""
     B, L, D = x_BLD.shape
-    y_BLF = _matmul(x_BLD.reshape(B * L, D), w_DF.astype(x_BLD.dtype)).reshape(B, L, w_DF.shape[1])
+    if isinstance(w_DF, Columns):
+        y_BLF = jnp.concatenate([linear(x_BLD, block) for block in w_DF.blocks], axis=-1)
+    else:
+        y_BLF = _matmul(x_BLD.reshape(B * L, D), w_DF.astype(x_BLD.dtype)).reshape(B, L, w_DF.shape[1])
     return y_BLF if bias_F is None else y_BLF + bias_F[None, None].astype(x_BLD.dtype)
 
 
@@ -36,14 +73,17 @@ def _backward(residuals: tuple[jax.Array, jax.Array], dy_PF: jax.Array) -> tuple
 _matmul.defvjp(_forward, _backward)
 
 
-def project(x_BLD: jax.Array, w_DHC: jax.Array, bias_HC: jax.Array | None = None) -> jax.Array:
+def project(x_BLD: jax.Array, w_DHC: jax.Array | Columns, bias_HC: jax.Array | None = None) -> jax.Array:
     """Into heads: [B, L, H, C]."""
-    D, H, C = w_DHC.shape
-    bias_F = None if bias_HC is None else bias_HC.reshape(H * C)
-    return linear(x_BLD, w_DHC.reshape(D, H * C), bias_F).reshape(*x_BLD.shape[:2], H, C)
+    C = jax.tree.leaves(w_DHC)[0].shape[-1]
+    w_DF = jax.tree.map(lambda w: w.reshape(w.shape[0], -1), w_DHC)
+    bias_F = None if bias_HC is None else bias_HC.reshape(-1)
+    y_BLF = linear(x_BLD, w_DF, bias_F)
+    return y_BLF.reshape(*x_BLD.shape[:2], y_BLF.shape[-1] // C, C)
 
 
-def unproject(x_BLHC: jax.Array, w_HCD: jax.Array, bias_D: jax.Array | None = None) -> jax.Array:
+def unproject(x_BLHC: jax.Array, w_HCD: jax.Array | Columns, bias_D: jax.Array | None = None) -> jax.Array:
     """Out of heads: [B, L, D]."""
-    H, C, D = w_HCD.shape
-    return linear(x_BLHC.reshape(*x_BLHC.shape[:2], H * C), w_HCD.reshape(H * C, D), bias_D)
+    B, L, H, C = x_BLHC.shape
+    w_FD = jax.tree.map(lambda w: w.reshape(H * C, -1), w_HCD)
+    return linear(x_BLHC.reshape(B, L, H * C), w_FD, bias_D)

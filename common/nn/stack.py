@@ -71,9 +71,16 @@ def run_layers(
     return carry, PerLayer(tuple(ys))
 
 
-def per_layer(params: Any, logical_axes: Any) -> Any:
-    """Parameters whose stacked leaves are PerLayer: what a program that runs unrolled layers often should be given."""
-    return jax.tree.map(lambda x, axes: PerLayer(_unstack(x)) if axes[0] == "layers" else x, params, logical_axes)
+def per_layer(params: Any, logical_axes: Any, form: Callable[[jax.Array, tuple[str, ...]], Any]) -> Any:
+    """Parameters whose stacked leaves are PerLayer: what a program that runs unrolled layers often should be given.
+
+    `form` makes what is kept of one layer's array and the logical names of its dimensions.
+    """
+
+    def apart(x: jax.Array, axes: tuple[str, ...]) -> Any:
+        return PerLayer(tuple(form(one, axes[1:]) for one in _unstack(x))) if axes[0] == "layers" else x
+
+    return jax.tree.map(apart, params, logical_axes)
 
 
 def unstack(tree: Any) -> list[Any]:

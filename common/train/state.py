@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from common.errors import UserError
 from common.model import Model
+from common.nn.linear import in_columns
 from common.nn.stack import per_layer
 from common.sharding.rules import parameter_shardings
 from common.train.adafactor import Factored, moment_axes
@@ -47,7 +48,8 @@ class Skeleton:
         """The same parameters in the form that `merge` and many small steps like best: of unrolled layers, apart."""
         if self.merge(params).execution.scan_layers:
             return params
-        return jax.jit(lambda params: per_layer(params, self.logical_axes))(params)
+        form = in_columns if jax.default_backend() == "cpu" else lambda x, axes: x
+        return jax.jit(lambda params: per_layer(params, self.logical_axes, form))(params)
 
 
 def skeleton(build: Callable[[nnx.Rngs], Model]) -> Skeleton:

@@ -199,8 +199,9 @@ def test_sharded_rows_make_the_same_tokens() -> None:
         assert texts(decode(method, limits, prompts)) == expected
 
 
-def test_first_of_the_largest() -> None:
-    logits = np.random.default_rng(0).integers(-3, 3, (200, 7)).astype(np.float32)
+@pytest.mark.parametrize("vocab", [7, 128, 256, 320])
+def test_first_of_the_largest(vocab: int) -> None:
+    logits = np.random.default_rng(0).integers(-3, 3, (200, vocab)).astype(np.float32)
     logits[0] = -np.inf
     logits[1, 4:] = np.inf
     assert first_argmax(jnp.asarray(logits)).tolist() == logits.argmax(axis=1).tolist()

@@ -131,6 +131,28 @@ def test_scanned_layers_make_the_same_tokens(config: ModelConfig) -> None:
 
 
 @siblings
+@pytest.mark.parametrize(
+    ("method", "execution"),
+    [(Greedy(), F32), (Sample(), SCAN), (Beam(size=2), F32)],
+    ids=["greedy", "drawn-scanned", "beams"],
+)
+def test_room_that_grows_changes_nothing(
+    config: ModelConfig, method: Method, execution: Execution, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, cache = decode(config, method, Limits(max_new_tokens=SLOTS), execution=execution)
+    for module in ("decode", "beam"):
+        monkeypatch.setattr(f"common.infer.{module}.FIRST_ROOM", 2)
+    monkeypatch.setattr("tests.common.infer.test_models.decoder_of", decoder_of.__wrapped__)
+    found, grown = decode(config, method, Limits(max_new_tokens=SLOTS), execution=execution)
+    assert made(found) == made(expected)
+    np.testing.assert_allclose(found.log_probs_BRT, expected.log_probs_BRT, atol=1e-6)
+    assert jax.tree.map(np.shape, grown) == jax.tree.map(np.shape, cache)
+    short, small = decode(config, method, Limits(max_new_tokens=3), execution=execution)
+    assert made(short)[0] == made(expected)[0][:3] or isinstance(method, Beam)
+    assert small.segments_BS.shape[1] == grown.segments_BS.shape[1] - SLOTS + 4, "room for 2, then for 4"
+
+
+@siblings
 def test_beams_score_what_the_training_path_scores(config: ModelConfig) -> None:
     """Caches follow their beams, and beams share the memory of their prompt."""
     size, limits = 3, Limits(max_new_tokens=5)
