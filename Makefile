@@ -18,7 +18,7 @@ demo: $(INSTALLED)
 	$(BIN)/twinstack compare first_light
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m "not slow" --durations=10
+	$(BIN)/python -m pytest -q -m "not slow" --durations=10 --numprocesses auto --maxprocesses 8 --dist loadfile
 
 test-slow: $(PARITY)
 	$(BIN)/python -m pytest -q -m slow --durations=10 || [ $$? -eq 5 ] # 5: there is none

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import Mesh
 
 from common.infer.prompt import Prompt
@@ -16,7 +17,8 @@ from experiments.config import ModelConfig, MultiTurn
 from experiments.families import builder
 from experiments.multi_turn import measure
 from t5like.config import RUNGS
-from tests.helpers import BIAS, F32, ROPE, close, gpt, run, split, t5like
+from tests.helpers import BIAS, F32, ROPE, close, gpt, graph, random_params, split, t5like
+from tests.tiny import QUICK, jax_settings
 
 CONFIGS: dict[str, ModelConfig] = {
     "gpt": gpt(ROPE),
@@ -38,7 +40,10 @@ def test_families_say_whether_a_cache_stays_valid(config: ModelConfig) -> None:
         prompt = Prompt(inputs_BI=tokens_BI[:, :read], lengths_B=lengths_B, starts_B=jnp.zeros_like(lengths_B))
         return model.decode(tokens_BI[:, read:], model.prefill(prompt, tokens_BI.shape[1] - read))[0][:, -1]
 
-    at_once, in_turns = (run(config, lambda model, x, n=n: after(model, x, n), tokens_BI) for n in (11, 7))
+    graphdef, params = graph(config), random_params(config)
+    both = jax.jit(lambda params, x: [after(nnx.merge(graphdef, params), x, read) for read in (11, 7)])
+    with jax_settings(QUICK):
+        at_once, in_turns = map(np.asarray, both(params, tokens_BI))
     if config.reads_incrementally:
         close(in_turns, at_once, 1e-5)
     else:

@@ -130,15 +130,20 @@ def test_scanned_layers_make_the_same_tokens(config: ModelConfig) -> None:
     assert not isinstance(stacked.layers, PerLayer)
 
 
-@siblings
 @pytest.mark.parametrize(
-    ("method", "execution"),
-    [(Greedy(), F32), (Sample(), SCAN), (Beam(size=2), F32)],
-    ids=["greedy", "drawn-scanned", "beams"],
+    ("name", "method", "execution"),
+    [
+        ("gpt-rope", Greedy(), F32),
+        ("t5like-bias", Sample(), SCAN),
+        ("t5like-relaxed", Beam(size=2), F32),
+        ("t5like-bias", Beam(size=2), F32),
+    ],
+    ids=["gpt-greedy", "t5like-drawn-scanned", "t5like-relaxed-beams", "t5like-beams"],
 )
 def test_room_that_grows_changes_nothing(
-    config: ModelConfig, method: Method, execution: Execution, monkeypatch: pytest.MonkeyPatch
+    name: str, method: Method, execution: Execution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    config = FAMILIES[name]
     expected, cache = decode(config, method, Limits(max_new_tokens=SLOTS), execution=execution)
     for module in ("decode", "beam"):
         monkeypatch.setattr(f"common.infer.{module}.FIRST_ROOM", 2)
