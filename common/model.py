@@ -48,7 +48,11 @@ class Model(Protocol):
         ...
 
     def prefill(self, prompt: Prompt, max_new_tokens: int) -> Any:
-        """A cache (opaque pytree) that has read the inputs and has room for `max_new_tokens` decoder inputs."""
+        """A cache that has read the inputs and has room for `max_new_tokens` decoder inputs.
+
+        A pytree that decoding gives more room (`extend`), and whose rows beam search repeats and takes (`repeat_rows`,
+        `take_rows`: see `common.nn.cache`).
+        """
         ...
 
     def decode(self, tokens_BQ: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
