@@ -20,9 +20,10 @@ from flax import nnx
 
 from benchmarks.decoder import Spread
 from common.data.batch import Batch
-from common.data.examples import Examples, Ragged
+from common.data.examples import Examples
 from common.data.loader import Loader
 from common.data.packing import EpochPlans
+from common.data.ragged import Ragged
 from common.kernels.visibility import Visibility
 from common.nn.attention import Attention
 from common.nn.layers import MLP, RMSNorm

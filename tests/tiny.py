@@ -13,9 +13,10 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from common.config import to_json
 from common.data.config import DataConfig, SourceConfig, Supervised
-from common.data.examples import Examples, Ragged
+from common.data.examples import Examples
 from common.data.loader import Loader
 from common.data.packing import EpochPlans
+from common.data.ragged import Ragged
 from common.nn.recipe import Recipe
 from common.train.config import AdamW, Budget, Cosine, MeshShape, TrainConfig
 from common.train.loop import Setup, Stream, Task

@@ -6,7 +6,7 @@ Legend: E examples, P tokens of all examples in a row, I and T an example's inpu
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from common.data.cache import build_once
 from common.data.config import DataConfig, Objective
 from common.data.objectives import Example
 from common.data.progress import bar
+from common.data.ragged import Ragged
 from common.data.sources import Source
 from common.data.tokenizer import Tokenizer
 
@@ -24,38 +25,6 @@ FORMAT = 1
 RECORDS_AT_ONCE = 2048
 TOKENS = "{field}.tokens.npy"
 OFFSETS = "{field}.offsets.npy"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Ragged:
-    """Many arrays of token ids end to end."""
-
-    tokens_P: np.ndarray
-    """int32."""
-    offsets: np.ndarray
-    """int64 [E+1]: array i is `tokens_P[offsets[i]:offsets[i+1]]`."""
-
-    @classmethod
-    def of(cls, arrays: Iterable[Iterable[int]]) -> "Ragged":
-        """From lists of ids.
-
-        >>> Ragged.of([[5, 6], [], [7]])[2].tolist()
-        [7]
-        """
-        parts = [np.array(list(ids), np.int32) for ids in arrays]
-        offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
-        return cls(tokens_P=np.concatenate([np.zeros(0, np.int32), *parts]), offsets=offsets)
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        return self.tokens_P[self.offsets[i] : self.offsets[i + 1]]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """int64 [E]."""
-        return np.diff(self.offsets)
 
 
 class Examples:

@@ -92,7 +92,7 @@ def build_batch(examples: Examples, rows: Sequence[np.ndarray], *, input_length:
 
     >>> import types
     >>> from common.data.config import Supervised
-    >>> from common.data.examples import Ragged
+    >>> from common.data.ragged import Ragged
     >>> ids = types.SimpleNamespace(eos_id=1, pad_id=0, start_id=0, content_hash="")
     >>> records = {"inputs": Ragged.of([[7, 8], [9]]), "targets": Ragged.of([[5], [6]])}
     >>> objective = Supervised(eos_after_inputs=False)

@@ -12,9 +12,10 @@ import pytest
 from common.compute.moments import Moments
 from common.data.batch import Batch, HostBatch
 from common.data.config import CausalLM, DataConfig, Objective, SentencePieceConfig, SourceConfig, Supervised
-from common.data.examples import Examples, Ragged, open_examples
+from common.data.examples import Examples, open_examples
 from common.data.loader import Loader, build_batch, chain
 from common.data.packing import EpochPlans
+from common.data.ragged import Ragged
 from common.data.sentence_piece import SentencePieceTokenizer, train_model
 from common.errors import UserError
 

@@ -1,0 +1,42 @@
+"""Random numbers that belong to an example: a function of (seed, index, place), for many examples at once.
+
+A generator object for each example would take longer to make than the example. This is SplitMix64 (Steele, Lea and
+Flood 2014, "Fast splittable pseudorandom number generators") with a stream for each (seed, index): place n of a stream
+costs the same as place 0, and no example depends on which others are made with it.
+
+Legend: E examples, N places.
+"""
+
+import numpy as np
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+"""2^64 over the golden ratio: the generator's stride."""
+
+
+def draw_bits(seed: int, index_E: np.ndarray, count: int) -> np.ndarray:
+    """uint64 [E, count], each value as likely as any other."""
+    start_E = _mix(_mix(np.array([seed], np.uint64)) ^ np.asarray(index_E, np.uint64))
+    return _mix(start_E[:, None] + GOLDEN * np.arange(1, count + 1, dtype=np.uint64))
+
+
+def draw_uniform(seed: int, index_E: np.ndarray, count: int) -> np.ndarray:
+    """float64 [E, count] in [0, 1).
+
+    >>> draw_uniform(7, np.array([3]), 2)[0].tolist() == draw_uniform(7, np.array([5, 3]), 4)[1, :2].tolist()
+    True
+    """
+    return (draw_bits(seed, index_E, count) >> np.uint64(11)) * 2.0**-53
+
+
+def draw_subset(bits_EN: np.ndarray, size: int) -> np.ndarray:
+    """bool [E, N], `size` of each row True, every choice as likely as any other: the places of the smallest bits."""
+    if size == 0:
+        return np.zeros(bits_EN.shape, bool)
+    return bits_EN <= np.partition(bits_EN, size - 1, axis=1)[:, size - 1 : size]
+
+
+def _mix(z: np.ndarray) -> np.ndarray:
+    z = z + GOLDEN
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
