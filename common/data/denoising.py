@@ -27,8 +27,14 @@ def span_corruption(
 def iid_denoising(
     tokens_EL: np.ndarray, seed: int, index_E: np.ndarray, *, density: float, sentinels_S: np.ndarray
 ) -> Pairs:
-    """As span corruption, but each token is noise or not by its own draw; neighbours that are noise make one span."""
-    return corrupt(tokens_EL, draw_uniform(seed, index_E, tokens_EL.shape[1]) < density, sentinels_S)
+    """As span corruption, but each token is noise or not by its own draw; neighbours that are noise make one span.
+
+    Noise behind as many spans as there are sentinels is left as it is.
+    """
+    noise_EL = draw_uniform(seed, index_E, tokens_EL.shape[1]) < density
+    first_EL = noise_EL.copy()
+    first_EL[:, 1:] &= ~noise_EL[:, :-1]
+    return corrupt(tokens_EL, noise_EL & (np.cumsum(first_EL, axis=1) <= len(sentinels_S)), sentinels_S)
 
 
 def bert_style(

@@ -13,7 +13,7 @@ import numpy as np
 
 from common.data import objectives
 from common.data.cache import build_once
-from common.data.config import DataConfig, Objective
+from common.data.config import DataConfig, Objective, RawText
 from common.data.objectives import Example
 from common.data.progress import bar
 from common.data.ragged import Ragged
@@ -45,7 +45,9 @@ class Examples:
         self._seed = seed
         self.tokenizer = tokenizer
         lengths = {field: ragged.lengths for field, ragged in self._records.items()}
-        self.input_lengths, self.target_lengths = objectives.example_lengths(objective, lengths)
+        self.input_lengths, self.target_lengths = objectives.example_lengths(
+            objective, lengths, seed=seed, ids=tokenizer
+        )
         """int64 [E] each."""
         identity = {
             "source": source_content_id,
@@ -67,7 +69,7 @@ class Examples:
 def open_examples(config: DataConfig, source: Source, tokenizer: Tokenizer, cache_dir: Path) -> Examples:
     """The examples of one split: tokenised and stored on first use, memory mapped afterwards.
 
-    Raises UserError for text that is not valid Unicode.
+    Raises UserError for text that is not valid Unicode, and for a tokenizer with too few sentinels.
     """
     fields = objectives.fields(config.objective)
     identity = [FORMAT, source.content_id, tokenizer.content_hash, fields]
@@ -78,13 +80,14 @@ def open_examples(config: DataConfig, source: Source, tokenizer: Tokenizer, cach
         tokenize(source, fields, tokenizer, folder)
         (folder / "identity.json").write_text(json.dumps(identity, indent=1))
 
+    config.check_sentinels(tokenizer.sentinels)
     folder = build_once(cache_dir / "tokenized" / key, build)
+    records, content_id = {field: load_ragged(folder, field) for field in fields}, source.content_id
+    if isinstance(config.objective, RawText):
+        piece = config.needs(config.objective).piece
+        records, content_id = {"text": objectives.cut_pieces(records["text"], piece)}, f"{content_id} in {piece}s"
     return Examples(
-        {field: load_ragged(folder, field) for field in fields},
-        objective=config.objective,
-        seed=config.seed,
-        tokenizer=tokenizer,
-        source_content_id=source.content_id,
+        records, objective=config.objective, seed=config.seed, tokenizer=tokenizer, source_content_id=content_id
     )
 
 

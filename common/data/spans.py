@@ -14,6 +14,11 @@ import numpy as np
 from common.data.draws import draw_bits, draw_subset
 from common.data.ragged import Ragged
 
+SHORTEST_PIECE = 2
+"""Tokens of a text that has something to keep and something to corrupt."""
+SHORTEST_INPUTS = 4
+"""Input slots that a text of three tokens, the shortest with something to choose, may need."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
@@ -41,7 +46,7 @@ def count_noise(length: int, density: float, mean_span: float) -> Noise:
     >>> count_noise(568, 0.15, 3.0)
     Noise(length=568, noise=85, spans=28)
     """
-    assert length >= 2, "there is something to keep and something to corrupt"
+    assert length >= SHORTEST_PIECE
     noise = min(max(round(length * _exact(density)), 1), length - 1)
     spans = min(max(round(noise / _exact(mean_span)), 1), noise, length - noise)
     return Noise(length, noise, spans)
@@ -56,7 +61,7 @@ def fit_inputs(input_length: int, density: float, mean_span: float) -> Noise:
     >>> found.length, found.targets
     (568, 114)
     """
-    assert input_length >= 4, "the shortest inputs are a token, a sentinel and eos, of two tokens"
+    assert input_length >= SHORTEST_INPUTS
     found = count_noise(input_length - 1, density, mean_span)
     while (longer := count_noise(found.length + 1, density, mean_span)).inputs <= input_length:
         found = longer

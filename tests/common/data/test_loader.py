@@ -11,7 +11,16 @@ import pytest
 
 from common.compute.moments import Moments
 from common.data.batch import Batch, HostBatch
-from common.data.config import CausalLM, DataConfig, Objective, SentencePieceConfig, SourceConfig, Supervised
+from common.data.config import (
+    CausalLM,
+    DataConfig,
+    Objective,
+    PrefixLM,
+    SentencePieceConfig,
+    SourceConfig,
+    SpanCorruption,
+    Supervised,
+)
 from common.data.examples import Examples, open_examples
 from common.data.loader import Loader, build_batch, chain
 from common.data.packing import EpochPlans
@@ -365,6 +374,35 @@ def test_sources_without_a_token(
     examples = open_examples(config, CountingSource(records), tokenizer, tmp_path)
     assert len(examples) == len(records)
     assert [examples.example(i).inputs_I.tolist() for i in range(len(records))] == [[1]] * len(records)
+
+
+def test_raw_text_in_pieces(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
+    """Texts of all lengths make pieces that fill their rows, and tokens are cached for every objective at once."""
+    lines = [" ".join(f"{n} is {n + 1} less one" for n in range(i % 7)) for i in range(100)]
+    source = CountingSource([{"text": line} for line in lines])
+    config = DataConfig(
+        source=SourceConfig(name="text:x", inputs=None, targets=None, text="line"),
+        tokenizer=SentencePieceConfig(path="given"),
+        objective=SpanCorruption(),
+        rows=2,
+        input_length=64,
+        target_length=16,
+    )
+    with pytest.raises(UserError, match="needs 3 sentinels, tokenizer.sentinels is 0; nearest: 3"):
+        open_examples(config, source, tokenizer, tmp_path)
+    marked = SentencePieceTokenizer(tokenizer.serialized(), sentinels=3)
+    examples = open_examples(config, source, marked, tmp_path)
+    tokens = np.concatenate([marked.encode(line) for line in lines])
+    assert len(examples) == -(-len(tokens) // 70)
+    assert set(examples.input_lengths[:-1]) == {64} and set(examples.target_lengths[:-1]) == {14}
+    first = examples.example(0)
+    kept = [token for token in (*first.inputs_I, *first.targets_T) if token not in (1, *range(277, 280))]
+    assert sorted(kept) == sorted(tokens[:70].tolist())
+    prefix = open_examples(
+        dataclasses.replace(config, objective=PrefixLM(), target_length=64), source, marked, tmp_path
+    )
+    assert source.reads == len(lines) and prefix.content != examples.content
+    assert [*prefix.example(1).inputs_I[:-1], *prefix.example(1).targets_T[:-1]] == tokens[64:128].tolist()
 
 
 def test_another_tokenizer_is_another_cache(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:

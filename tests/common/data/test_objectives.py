@@ -4,17 +4,38 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.data.config import CausalLM, DataConfig, Objective, SourceConfig, Supervised
-from common.data.objectives import Example, example_lengths, fields, make_example
+from common.data.config import (
+    BertStyle,
+    CausalLM,
+    DataConfig,
+    Deshuffling,
+    IidDenoising,
+    Objective,
+    PrefixLM,
+    RawText,
+    SentencePieceConfig,
+    SourceConfig,
+    SpanCorruption,
+    Supervised,
+)
+from common.data.objectives import Example, cut_pieces, example_lengths, fields, make_example
+from common.data.ragged import Ragged
 from common.errors import UserError
 
-IDS = types.SimpleNamespace(eos_id=1)
+SENTINELS = 20
+IDS = types.SimpleNamespace(eos_id=1, vocab_size=120, sentinels=SENTINELS, sentinel_id=lambda k: 119 - k)
 OBJECTIVES: list[Objective] = [
     Supervised(),
     Supervised(eos_after_inputs=False),
     Supervised(eos_after_targets=False),
     CausalLM(),
     CausalLM(eos=False),
+    SpanCorruption(),
+    SpanCorruption(density=0.5, mean_span=2.0),
+    IidDenoising(density=0.4),
+    BertStyle(),
+    Deshuffling(),
+    PrefixLM(),
 ]
 
 
@@ -47,11 +68,12 @@ def test_worked_examples(objective: Objective, tokens: dict[str, list[int]], inp
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 def test_lengths_are_those_of_the_examples(objective: Objective) -> None:
     rng = np.random.default_rng(0)
+    least = 2 if isinstance(objective, RawText) else 0
     records = [
-        {field: rng.integers(0, 9, rng.integers(0, 6)).tolist() for field in fields(objective)} for _ in range(50)
+        {field: rng.integers(0, 9, rng.integers(least, 40)).tolist() for field in fields(objective)} for _ in range(50)
     ]
     lengths = {field: np.array([len(record[field]) for record in records]) for field in fields(objective)}
-    inputs_E, targets_E = example_lengths(objective, lengths)
+    inputs_E, targets_E = example_lengths(objective, lengths, seed=0, ids=IDS)
     made = [make(objective, record, i) for i, record in enumerate(records)]
     assert inputs_E.tolist() == [len(example.inputs_I) for example in made]
     assert targets_E.tolist() == [len(example.targets_T) for example in made]
@@ -64,6 +86,26 @@ def test_examples_do_not_alter_the_record() -> None:
         second = make_example(objective, seed=0, index=0, tokens=tokens, ids=IDS)
         np.testing.assert_array_equal(first.inputs_I, second.inputs_I)
         assert tokens["inputs"].tolist() == [7, 8] and tokens["targets"].tolist() == [9]
+
+
+def test_text_of_every_piece_comes_back() -> None:
+    """Inputs and targets of a denoised piece hold its tokens, sentinels and an eos each, and nothing else."""
+    text = np.arange(2, 42).tolist()
+    for objective in (SpanCorruption(), SpanCorruption(density=0.5), IidDenoising(), PrefixLM()):
+        example = make(objective, {"text": text}, index=3)
+        assert example.inputs_I[-1] == example.targets_T[-1] == 1
+        both = [*example.inputs_I[:-1].tolist(), *example.targets_T[:-1].tolist()]
+        assert sorted(token for token in both if token < 100) == text
+        assert all(token in text or 100 <= token < 120 for token in both)
+
+
+@pytest.mark.parametrize("ends", [[0], [0, 0, 0], [0, 1], [0, 3, 3, 9, 10], [0, 12], [0, 8], [0, 9]])
+def test_pieces_are_the_text(ends: list[int]) -> None:
+    texts = Ragged(tokens_P=np.arange(ends[-1], dtype=np.int32), offsets=np.array(ends))
+    pieces = cut_pieces(texts, 4)
+    whole, rest = divmod(ends[-1], 4)
+    assert pieces.lengths.tolist() == [4] * whole + [rest] * (rest >= 2)
+    assert [token for i in range(len(pieces)) for token in pieces[i]] == list(range(4 * whole + rest * (rest >= 2)))
 
 
 PAIRS = SourceConfig(name="jsonl:x", inputs="a", targets="b")
@@ -87,6 +129,72 @@ def test_data_config_refuses(change: dict, message: str) -> None:
     DataConfig(**{**valid, "source": TEXT, "objective": CausalLM(), "input_length": 0})
     with pytest.raises(UserError, match=message):
         DataConfig(**{**valid, **change})
+
+
+RAW: dict[str, Any] = {"source": TEXT, "rows": 4, "input_length": 512, "target_length": 114}
+PIECES = SentencePieceConfig(sentinels=100, vocab_size=2000)
+
+
+@pytest.mark.parametrize(
+    ("objective", "target_length", "piece"),
+    [
+        (SpanCorruption(), 114, 568),
+        (SpanCorruption(mean_span=8.0), 100, 588),
+        (SpanCorruption(density=0.5, mean_span=8.0), 512, 908),
+        (IidDenoising(), 114, 511),
+        (BertStyle(), 512, 511),
+        (Deshuffling(), 512, 511),
+        (PrefixLM(), 512, 512),
+    ],
+    ids=str,
+)
+def test_whole_pieces_fit(objective: RawText, target_length: int, piece: int) -> None:
+    """Whatever is drawn; i.i.d. denoising's targets alone have no bound."""
+    config = DataConfig(**RAW | {"objective": objective, "target_length": target_length, "tokenizer": PIECES})
+    assert config.needs(objective).piece == piece
+    ids = types.SimpleNamespace(eos_id=1, vocab_size=2000, sentinels=100, sentinel_id=lambda k: 1999 - k)
+    lengths = {"text": np.full(300, piece)}
+    inputs_E, targets_E = example_lengths(objective, lengths, seed=0, ids=ids)
+    assert inputs_E.max() <= 512
+    assert targets_E.max() <= target_length or isinstance(objective, IidDenoising)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target_length": 100}, "span_corruption at input_length 512 makes targets of 114; nearest: 114"),
+        (
+            {"tokenizer": SentencePieceConfig(sentinels=27)},
+            "needs 28 sentinels, tokenizer.sentinels is 27; nearest: 2",
+        ),
+        ({"objective": SpanCorruption(density=0.5), "target_length": 512}, "needs 128 sentinels"),
+        ({"input_length": 2048, "target_length": 456}, "needs 114 sentinels"),
+        ({"objective": IidDenoising(), "tokenizer": SentencePieceConfig()}, "needs 66 sentinels"),
+        ({"objective": BertStyle(), "tokenizer": SentencePieceConfig()}, "needs 1 sentinels"),
+        ({"objective": Deshuffling(), "target_length": 2}, "target_length is 2; the least is 4"),
+        ({"input_length": 3}, "input_length is 3; the least is 4"),
+        ({"source": PAIRS}, "reads text"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once(change: dict[str, Any], message: str) -> None:
+    valid = {**RAW, "objective": SpanCorruption(), "tokenizer": PIECES}
+    DataConfig(**valid)
+    with pytest.raises(UserError, match=message):
+        DataConfig(**{**valid, **change})
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (SpanCorruption, {"density": 0.0}, "density is 0.0"),
+        (SpanCorruption, {"mean_span": 0.5}, "mean_span is 0.5; the least is 1"),
+        (IidDenoising, {"density": 1.0}, "between 0 and 1"),
+        (BertStyle, {"random_share": 1.5}, "random_share is 1.5"),
+    ],
+)
+def test_objectives_refuse_what_is_no_share(kind: Any, values: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        kind(**values)
 
 
 @pytest.mark.parametrize(
