@@ -1,4 +1,4 @@
-"""The command line: `twinstack list | plan | train | compare | report | convert | score | generate`.
+"""The command line: `twinstack list | plan | data | train | compare | report | convert | score | generate`.
 
 Nothing heavy is imported until a command needs it, so that `twinstack --help` answers at once.
 """
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from experiments.config import Experiment
 
 RUNS = Path("runs")
+DATA_ACTIONS = ("show",)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -72,10 +73,13 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     add("list", _list, "print the experiments and the question that each asks")
     plan = add("plan", _plan, "print every arm's parameters, FLOPs, tokens, memory and config; trains nothing")
+    data = add("data", _data, "print what a model is trained on: `data show NAME`")
+    data.add_argument("action", metavar="ACTION", help=f"{', '.join(DATA_ACTIONS)}: rows as both families read them")
+    data.add_argument("--rows", type=int, default=2, metavar="N", help="how many rows (2)")
     train = add("train", _train, "train one arm, or go on with it where it stopped")
     compare = add("compare", _compare, "train all arms, print them side by side and write the report")
     report = add("report", _report, "write report.html from what a run directory holds")
-    for command in (plan, train, compare):
+    for command in (plan, data, train, compare):
         command.add_argument("name", metavar="NAME", help="an experiment of `twinstack list`")
         command.add_argument("overrides", metavar="path.to.field=value", nargs="*", help="replaces a config's field")
         command.add_argument("--print-config", action="store_true", help="print the resolved config as JSON and stop")
@@ -215,6 +219,19 @@ def _plan(options: argparse.Namespace) -> None:
         from experiments.commands import plan
 
         plan(experiment, Console())
+
+
+def _data(options: argparse.Namespace) -> None:
+    if options.action not in DATA_ACTIONS:
+        raise UserError(f"unknown action {options.action!r}: {nearest(options.action, DATA_ACTIONS)}")
+    if options.rows < 1:
+        raise UserError(f"--rows is {options.rows}; the least is 1")
+    if experiment := _experiment(options):
+        from rich.console import Console
+
+        from experiments.show_data import show
+
+        show(experiment, options.rows, Console())
 
 
 def _train(options: argparse.Namespace) -> None:
