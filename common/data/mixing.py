@@ -1,0 +1,105 @@
+"""Which component of a mixture each example comes from: a function of (rates, seed, number), so that any can be sought.
+
+Example n draws the point `n * golden ratio + start` of the circle, and the components share the circle by their rates.
+Points of that sequence lie evenly in every stretch of it, so each component is met as often as its rate says, within a
+few examples, in every run of batches; and how many of its points lie in an arc is a sum with a closed form.
+
+Legend: E examples, M components.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from common.errors import UserError
+
+CIRCLE = 1 << 32
+STRIDE = 2_654_435_769
+"""The circle over the golden ratio; odd, so that every point is met."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Components by rate; only ratios of rates matter.
+
+    Raises UserError for rates of which none is positive, or one is negative or no number.
+    """
+
+    rates: tuple[float, ...]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for number, rate in enumerate(self.rates):
+            if not 0 <= rate < float("inf"):
+                raise UserError(f"rates[{number}] is {rate}; the least is 0")
+        if sum(self.rates) == 0:
+            raise UserError(f"rates are {list(self.rates)}: a mixture of nothing; at least one must be positive")
+
+    def take(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """(component, number within the component), int64 [E] each, of examples `start` to `stop - 1`.
+
+        >>> component, number = Mixture(rates=(2.0, 1.0)).take(0, 9)
+        >>> np.bincount(component).tolist(), number[component == 1].tolist()
+        ([6, 3], [0, 1, 2])
+        """
+        n_E = np.arange(start, stop, dtype=np.uint64)
+        point_E = (n_E * np.uint64(STRIDE) + np.uint64(self._start())) % np.uint64(CIRCLE)
+        component_E = np.searchsorted(np.array(self._ends(), np.uint64), point_E, side="right")
+        number_E = np.empty(len(n_E), np.int64)
+        for component, before in enumerate(self.counts(start)):
+            (members,) = np.nonzero(component_E == component)
+            number_E[members] = before + np.arange(len(members))
+        return component_E.astype(np.int64), number_E
+
+    def counts(self, n: int) -> list[int]:
+        """How many of the first `n` examples come from each component [M]; takes a moment for any `n`."""
+        below = [_points_below(end, n, self._start()) for end in self._ends()]
+        return [here - before for before, here in zip([0, *below], below, strict=False)]
+
+    def _start(self) -> int:
+        return self.seed * 0x9E37_79B9 % CIRCLE
+
+    def _ends(self) -> list[int]:
+        """Where each component's arc ends; that of the last one with a rate is the whole circle."""
+        shares = np.cumsum(self.rates) / sum(self.rates)
+        return [CIRCLE if share >= 1 - 1e-12 else round(float(share) * CIRCLE) for share in shares]
+
+
+def rates_by_size(sizes: Sequence[int], *, temperature: float = 1.0, cap: int | None = None) -> tuple[float, ...]:
+    """Rates that sum to 1, in proportion to `min(size, cap)` to the power 1 / temperature (arXiv 1910.10683, 3.5.2).
+
+    Temperature 1 is proportional to size; the higher, the more equal.
+
+    >>> rates_by_size([300, 100, 100], cap=200)
+    (0.5, 0.25, 0.25)
+    >>> [round(rate, 3) for rate in rates_by_size([400, 100], temperature=2.0)]
+    [0.667, 0.333]
+    """
+    if temperature <= 0:
+        raise UserError(f"temperature is {temperature}; it must be positive")
+    if cap is not None and cap < 1:
+        raise UserError(f"cap is {cap}; the least is 1")
+    if min(sizes, default=0) < 0 or sum(sizes) == 0:
+        raise UserError(f"sizes are {list(sizes)}: a mixture of nothing")
+    capped = np.array([size if cap is None else min(size, cap) for size in sizes], np.float64)
+    scaled = (capped / capped.max()) ** (1.0 / temperature) * (capped > 0)
+    return tuple((scaled / scaled.sum()).tolist())
+
+
+def _points_below(end: int, n: int, start: int) -> int:
+    """How many of the first `n` points lie before `end`."""
+    return _floor_sum(n, STRIDE, start) - _floor_sum(n, STRIDE, start - end)
+
+
+def _floor_sum(n: int, a: int, b: int, m: int = CIRCLE) -> int:
+    """sum of floor((a k + b) / m) over k < n, by the steps of Euclid's algorithm."""
+    total = 0
+    while n:
+        total += (a // m) * (n * (n - 1) // 2) + (b // m) * n
+        a, b = a % m, b % m
+        last = a * n + b
+        if last < m:
+            break
+        n, b, m, a = last // m, last % m, a, m
+    return total
