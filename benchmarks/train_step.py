@@ -22,6 +22,7 @@ from benchmarks.decoder import Spread
 from common.data.batch import Batch
 from common.data.examples import Examples
 from common.data.loader import Loader
+from common.data.objective_config import Supervised
 from common.data.packing import EpochPlans
 from common.data.ragged import Ragged
 from common.kernels.visibility import Visibility
@@ -76,7 +77,7 @@ def _random_loader(experiment: Experiment, folder: Path) -> Loader:
     }
     examples = Examples(
         records,
-        objective=config.objective,
+        objective=Supervised(),
         seed=config.seed,
         tokenizer=types.SimpleNamespace(eos_id=1, pad_id=0, start_id=0, content_hash="random"),
         source_content_id="random",

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from common.config import from_json
 from common.data.cache import default_cache_dir
-from common.data.config import BytePairConfig, DataConfig, SentencePieceConfig, Supervised, TokenizerConfig
+from common.data.config import BytePairConfig, DataConfig, SentencePieceConfig, TokenizerConfig
+from common.data.objective_config import Supervised
 from common.data.sources import open_source
 from common.data.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
 from common.errors import UserError

@@ -11,7 +11,7 @@ from common.compute.moments import Moments
 from common.compute.xla import dot_flops
 from common.config import difference, to_json
 from common.data.cache import default_cache_dir
-from common.data.examples import Examples, open_examples
+from common.data.examples import AnyExamples, open_examples
 from common.data.loader import Loader
 from common.data.packing import EpochPlans
 from common.data.sources import Source, open_source
@@ -43,7 +43,7 @@ class Data:
     tokenizer: Tokenizer
     train: Loader
     validation: Loader
-    tests: dict[str, tuple[Source, Examples]]
+    tests: dict[str, tuple[Source, AnyExamples]]
 
 
 def open_data(experiment: Experiment) -> Data:
@@ -57,11 +57,11 @@ def open_data(experiment: Experiment) -> Data:
                 f"arms.{name}.model.vocab_size is {arm.model.vocab_size}; the tokenizer needs {tokenizer.table_size}"
             )
 
-    def open_split(split: str) -> tuple[Source, Examples]:
+    def open_split(split: str) -> tuple[Source, AnyExamples]:
         source = open_source(config.source, split, cache_dir)
         return source, open_examples(config, source, tokenizer, cache_dir)
 
-    def loader(examples: Examples) -> Loader:
+    def loader(examples: AnyExamples) -> Loader:
         plans = EpochPlans(
             examples.input_lengths,
             examples.target_lengths,

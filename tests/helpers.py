@@ -14,9 +14,9 @@ import numpy as np
 from flax import nnx
 
 from common.data.batch import Batch
-from common.data.config import Supervised
 from common.data.examples import Examples
 from common.data.loader import build_batch
+from common.data.objective_config import Supervised
 from common.data.ragged import Ragged
 from common.nn.recipe import GPT2, T5_V1_0, T5_V1_1, Execution, Recipe
 from common.train.state import skeleton

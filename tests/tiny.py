@@ -12,9 +12,10 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from common.config import to_json
-from common.data.config import DataConfig, SourceConfig, Supervised
+from common.data.config import DataConfig, SourceConfig
 from common.data.examples import Examples
 from common.data.loader import Loader
+from common.data.objective_config import Supervised
 from common.data.packing import EpochPlans
 from common.data.ragged import Ragged
 from common.nn.recipe import Recipe

@@ -5,10 +5,10 @@ here and nowhere else.
 """
 
 import dataclasses
-import math
 from typing import Literal
 
-from common.data.spans import SHORTEST_INPUTS, SHORTEST_PIECE, fit_inputs
+from common.data.objective_config import CausalLM, Objective, Supervised, needs_of, raw_parts
+from common.data.spans import SHORTEST_INPUTS, SHORTEST_PIECE
 from common.errors import UserError, nearest
 
 SOURCE_SCHEMES = ("tfds", "jsonl", "tsv", "text")
@@ -132,96 +132,6 @@ TokenizerConfig = SentencePieceConfig | BytePairConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Supervised:
-    """Inputs and targets as the source gives them, loss on all target tokens.
-
-    T5's convention (seqio's `append_eos`) ends both sides with eos.
-    """
-
-    kind: Literal["supervised"] = "supervised"
-    eos_after_inputs: bool = True
-    eos_after_targets: bool = True
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CausalLM:
-    """Plain text as targets behind empty inputs, loss on every token."""
-
-    kind: Literal["causal_lm"] = "causal_lm"
-    eos: bool = True
-    """End each text with eos."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SpanCorruption:
-    """Spans cut out of a text are its targets: T5's objective (arXiv 1910.10683, section 3.1.4).
-
-    All texts are joined end to end, as T5 joins them, and cut into the longest pieces whose inputs fit a row.
-    """
-
-    kind: Literal["span_corruption"] = "span_corruption"
-    density: float = 0.15
-    """Share of tokens that are noise."""
-    mean_span: float = 3.0
-    """Tokens a span, on average."""
-
-    def __post_init__(self) -> None:
-        _check_share("density", self.density)
-        if self.mean_span < 1:
-            raise UserError(f"mean_span is {self.mean_span}; the least is 1")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class IidDenoising:
-    """As span corruption, with every token noise or not by its own draw (section 3.3.2); pieces as long as inputs."""
-
-    kind: Literal["iid_denoising"] = "iid_denoising"
-    density: float = 0.15
-
-    def __post_init__(self) -> None:
-        _check_share("density", self.density)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BertStyle:
-    """A text with masked tokens, to the whole text (section 3.3.1); without random tokens, its MASS style."""
-
-    kind: Literal["bert_style"] = "bert_style"
-    density: float = 0.15
-    random_share: float = 0.1
-    """Share of the masked tokens that become random ones; the rest become sentinel 0."""
-
-    def __post_init__(self) -> None:
-        _check_share("density", self.density)
-        if not 0 <= self.random_share <= 1:
-            raise UserError(f"random_share is {self.random_share}; it is a share, from 0 to 1")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Deshuffling:
-    """A text's tokens in any order, to the text (section 3.3.1)."""
-
-    kind: Literal["deshuffling"] = "deshuffling"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PrefixLM:
-    """A piece of text cut at a random place: what stands before it are inputs, what follows targets (section 3.3.1)."""
-
-    kind: Literal["prefix_lm"] = "prefix_lm"
-
-
-RawText = SpanCorruption | IidDenoising | BertStyle | Deshuffling | PrefixLM
-"""Objectives that read one long text in pieces."""
-Objective = Supervised | CausalLM | RawText
-
-
-def _check_share(name: str, value: float) -> None:
-    if not 0 < value < 1:
-        raise UserError(f"{name} is {value}; it is a share, between 0 and 1")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """One stream of batches: `rows` packed rows of `input_length` + `target_length` slots a step.
 
@@ -252,50 +162,24 @@ class DataConfig:
         if isinstance(self.objective, Supervised) == (self.source.text is not None):
             wanted = "inputs and targets" if isinstance(self.objective, Supervised) else "text"
             raise UserError(f"objective {self.objective.kind!r} reads {wanted}, which the source does not name")
-        if isinstance(self.objective, RawText):
-            needs = self.needs(self.objective)
+        for part in raw_parts(self.objective):
+            needs = needs_of(part.objective, self.input_length, self.target_length)
             if needs.piece < SHORTEST_PIECE:
                 raise UserError(f"target_length is {self.target_length}; the least is {SHORTEST_INPUTS}")
             if needs.targets > self.target_length:
                 raise UserError(
-                    f"target_length is {self.target_length}; {self.objective.kind} at input_length "
+                    f"target_length is {self.target_length}; {part.objective.kind} at input_length "
                     f"{self.input_length} makes targets of {needs.targets}; nearest: {needs.targets}"
                 )
-            if self.tokenizer.path is None:
-                self.check_sentinels(self.tokenizer.sentinels)
-
-    def needs(self, objective: RawText) -> "Needs":
-        """What an objective over pieces of text asks of rows and tokenizer."""
-        shorter = min(self.input_length, self.target_length)
-        match objective:
-            case SpanCorruption():
-                fitted = fit_inputs(self.input_length, objective.density, objective.mean_span)
-                return Needs(piece=fitted.length, targets=fitted.targets, sentinels=fitted.spans)
-            case IidDenoising():
-                piece, density = self.input_length - 1, objective.density
-                # As many spans as there are on average; what more there may be is left as it is.
-                return Needs(piece=piece, targets=1, sentinels=math.ceil(piece * density * (1 - density)))
-            case BertStyle():
-                return Needs(piece=shorter - 1, targets=shorter, sentinels=1)
-            case Deshuffling():
-                return Needs(piece=shorter - 1, targets=shorter, sentinels=0)
-            case PrefixLM():
-                return Needs(piece=shorter, targets=shorter, sentinels=0)
+        if self.tokenizer.path is None:
+            self.check_sentinels(self.tokenizer.sentinels)
 
     def check_sentinels(self, sentinels: int) -> None:
         """Raises UserError where the objective needs more sentinels than the tokenizer has."""
-        needed = self.needs(self.objective).sentinels if isinstance(self.objective, RawText) else 0
-        if needed > sentinels:
-            raise UserError(
-                f"objective {self.objective.kind!r} at input_length {self.input_length} needs {needed} sentinels, "
-                f"tokenizer.sentinels is {sentinels}; nearest: {needed}"
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Needs:
-    piece: int
-    """Tokens of text an example is made of."""
-    targets: int
-    """Target slots without which no whole piece fits."""
-    sentinels: int
+        for part in raw_parts(self.objective):
+            needed = needs_of(part.objective, self.input_length, self.target_length).sentinels
+            if needed > sentinels:
+                raise UserError(
+                    f"objective {part.objective.kind!r} at input_length {self.input_length} needs {needed} sentinels, "
+                    f"tokenizer.sentinels is {sentinels}; nearest: {needed}"
+                )

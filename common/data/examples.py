@@ -6,14 +6,17 @@ Legend: E examples, P tokens of all examples in a row, I and T an example's inpu
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from common.data import objectives
 from common.data.cache import build_once
-from common.data.config import DataConfig, Objective, RawText
+from common.data.config import DataConfig
+from common.data.mixing import Mixing
+from common.data.objective_config import CausalLM, Mixture, Part, Single, Supervised, needs_of
 from common.data.objectives import Example
 from common.data.progress import bar
 from common.data.ragged import Ragged
@@ -34,26 +37,29 @@ class Examples:
         self,
         records: Mapping[str, Ragged],
         *,
-        objective: Objective,
+        objective: Single,
         seed: int,
         tokenizer: objectives.SpecialIds,
         source_content_id: str,
+        mode: Sequence[int] = (),
     ) -> None:
-        """`records` holds the token ids of every field that the objective reads."""
+        """`records` holds the token ids of every field that the objective reads; `mode` stands before all inputs."""
+        self._mode_M = np.array(mode, np.int32)
         self._records = {field: records[field] for field in objectives.fields(objective)}
         self._objective = objective
         self._seed = seed
         self.tokenizer = tokenizer
         lengths = {field: ragged.lengths for field, ragged in self._records.items()}
-        self.input_lengths, self.target_lengths = objectives.example_lengths(
-            objective, lengths, seed=seed, ids=tokenizer
-        )
-        """int64 [E] each."""
-        identity = {
+        input_lengths, self.target_lengths = objectives.example_lengths(objective, lengths, seed=seed, ids=tokenizer)
+        """int64 [E], as the following."""
+        self.input_lengths = input_lengths + len(mode)
+        identity: dict[str, Any] = {
             "source": source_content_id,
             "tokenizer": tokenizer.content_hash,
             "objective": dataclasses.asdict(objective),
         }
+        if len(mode):
+            identity["mode"] = list(mode)
         self.content = json.dumps(identity, sort_keys=True)
         """What the examples are: source, tokenizer and objective. Fingerprints are seeded with it."""
 
@@ -63,15 +69,45 @@ class Examples:
     def example(self, i: int) -> Example:
         """Example `i`, before packing."""
         tokens = {field: ragged[i] for field, ragged in self._records.items()}
-        return objectives.make_example(self._objective, seed=self._seed, index=i, tokens=tokens, ids=self.tokenizer)
+        made = objectives.make_example(self._objective, seed=self._seed, index=i, tokens=tokens, ids=self.tokenizer)
+        if not len(self._mode_M):
+            return made
+        return dataclasses.replace(made, inputs_I=np.concatenate([self._mode_M, made.inputs_I]))
 
 
-def open_examples(config: DataConfig, source: Source, tokenizer: Tokenizer, cache_dir: Path) -> Examples:
+class MixedExamples:
+    """Several objectives' examples, mixed by rate; it ends where the first of them does.
+
+    Its members are those of `Examples`.
+    """
+
+    def __init__(self, parts: Sequence[Examples], rates: Sequence[float], seed: int) -> None:
+        mixing = Mixing(rates=tuple(rates), seed=seed)
+        self._parts, self.tokenizer = parts, parts[0].tokenizer
+        self._part_E, self._number_E = mixing.take(0, mixing.most([len(part) for part in parts]))
+        self.input_lengths, self.target_lengths = np.zeros_like(self._part_E), np.zeros_like(self._part_E)
+        for part, examples in enumerate(parts):
+            (members,) = np.nonzero(self._part_E == part)
+            self.input_lengths[members] = examples.input_lengths[self._number_E[members]]
+            self.target_lengths[members] = examples.target_lengths[self._number_E[members]]
+        self.content = json.dumps({"parts": [part.content for part in parts], "rates": list(rates)})
+
+    def __len__(self) -> int:
+        return len(self._part_E)
+
+    def example(self, i: int) -> Example:
+        return self._parts[self._part_E[i]].example(int(self._number_E[i]))
+
+
+AnyExamples = Examples | MixedExamples
+
+
+def open_examples(config: DataConfig, source: Source, tokenizer: Tokenizer, cache_dir: Path) -> AnyExamples:
     """The examples of one split: tokenised and stored on first use, memory mapped afterwards.
 
     Raises UserError for text that is not valid Unicode, and for a tokenizer with too few sentinels.
     """
-    fields = objectives.fields(config.objective)
+    fields = ("inputs", "targets") if isinstance(config.objective, Supervised) else ("text",)
     identity = [FORMAT, source.content_id, tokenizer.content_hash, fields]
     key = hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
 
@@ -82,12 +118,38 @@ def open_examples(config: DataConfig, source: Source, tokenizer: Tokenizer, cach
 
     config.check_sentinels(tokenizer.sentinels)
     folder = build_once(cache_dir / "tokenized" / key, build)
-    records, content_id = {field: load_ragged(folder, field) for field in fields}, source.content_id
-    if isinstance(config.objective, RawText):
-        piece = config.needs(config.objective).piece
-        records, content_id = {"text": objectives.cut_pieces(records["text"], piece)}, f"{content_id} in {piece}s"
+    records = {field: load_ragged(folder, field) for field in fields}
+    match config.objective:
+        case Mixture(parts=parts):
+            made = [_in_pieces(config, records["text"], part, n, source, tokenizer) for n, part in enumerate(parts)]
+            return MixedExamples(made, [part.rate for part in parts], config.seed)
+        case Supervised() | CausalLM() as objective:
+            return Examples(
+                records,
+                objective=objective,
+                seed=config.seed,
+                tokenizer=tokenizer,
+                source_content_id=source.content_id,
+            )
+        case objective:
+            return _in_pieces(config, records["text"], Part(objective=objective), 0, source, tokenizer)
+
+
+def _in_pieces(
+    config: DataConfig, text: Ragged, part: Part, number: int, source: Source, tokenizer: Tokenizer
+) -> Examples:
+    """Part `number` of a mixture, or the whole of an objective over raw text."""
+    mode = tokenizer.encode(part.mode).tolist()
+    # A mode takes input slots from the piece, so that what fitted may fit no more.
+    left = dataclasses.replace(config, objective=part.objective, input_length=config.input_length - len(mode))
+    piece = needs_of(part.objective, left.input_length, left.target_length).piece
     return Examples(
-        records, objective=config.objective, seed=config.seed, tokenizer=tokenizer, source_content_id=content_id
+        {"text": objectives.cut_pieces(text, piece)},
+        objective=part.objective,
+        seed=config.seed + (number << 32),  # parts draw apart
+        tokenizer=tokenizer,
+        source_content_id=f"{source.content_id} in {piece}s",
+        mode=mode,
     )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from common.compute.moments import Moments
 from common.data.batch import Batch, HostBatch
 from common.data.config import DataConfig
-from common.data.examples import Examples
+from common.data.examples import AnyExamples
 from common.data.objectives import Example
 from common.data.packing import EpochPlans
 from common.errors import UserError
@@ -34,7 +34,7 @@ class Loader:
 
     def __init__(
         self,
-        examples: Examples,
+        examples: AnyExamples,
         config: DataConfig,
         plans: EpochPlans,
         *,
@@ -85,13 +85,16 @@ class Loader:
         return build_batch(self._examples, rows, input_length=self._lengths[0], target_length=self._lengths[1])
 
 
-def build_batch(examples: Examples, rows: Sequence[np.ndarray], *, input_length: int, target_length: int) -> HostBatch:
+def build_batch(
+    examples: AnyExamples, rows: Sequence[np.ndarray], *, input_length: int, target_length: int
+) -> HostBatch:
     """A batch of the given rows, each an array of example indices that fit it (maybe none).
 
     The layout is `Batch`'s; two examples in one row, with start id 0 and eos 1:
 
     >>> import types
-    >>> from common.data.config import Supervised
+    >>> from common.data.examples import Examples
+    >>> from common.data.objective_config import Supervised
     >>> from common.data.ragged import Ragged
     >>> ids = types.SimpleNamespace(eos_id=1, pad_id=0, start_id=0, content_hash="")
     >>> records = {"inputs": Ragged.of([[7, 8], [9]]), "targets": Ragged.of([[5], [6]])}

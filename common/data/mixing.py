@@ -20,7 +20,7 @@ STRIDE = 2_654_435_769
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Mixture:
+class Mixing:
     """Components by rate; only ratios of rates matter.
 
     Raises UserError for rates of which none is positive, or one is negative or no number.
@@ -39,7 +39,7 @@ class Mixture:
     def take(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """(component, number within the component), int64 [E] each, of examples `start` to `stop - 1`.
 
-        >>> component, number = Mixture(rates=(2.0, 1.0)).take(0, 9)
+        >>> component, number = Mixing(rates=(2.0, 1.0)).take(0, 9)
         >>> np.bincount(component).tolist(), number[component == 1].tolist()
         ([6, 3], [0, 1, 2])
         """
@@ -56,6 +56,19 @@ class Mixture:
         """How many of the first `n` examples come from each component [M]; takes a moment for any `n`."""
         below = [_points_below(end, n, self._start()) for end in self._ends()]
         return [here - before for before, here in zip([0, *below], below, strict=False)]
+
+    def most(self, sizes: Sequence[int]) -> int:
+        """The greatest number of examples of which no component gives more than its size.
+
+        >>> Mixing(rates=(2.0, 1.0)).most([100, 10])
+        32
+        """
+        low, high = 0, sum(sizes) + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = all(count <= size for count, size in zip(self.counts(middle), sizes, strict=True))
+            low, high = (middle, high) if fits else (low, middle)
+        return low
 
     def _start(self) -> int:
         return self.seed * 0x9E37_79B9 % CIRCLE

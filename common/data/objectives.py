@@ -14,14 +14,14 @@ from typing import Protocol
 import numpy as np
 
 from common.data import denoising
-from common.data.config import (
+from common.data.objective_config import (
     BertStyle,
     CausalLM,
     Deshuffling,
     IidDenoising,
-    Objective,
     PrefixLM,
     RawText,
+    Single,
     SpanCorruption,
     Supervised,
 )
@@ -56,7 +56,7 @@ class SpecialIds(Protocol):
     def sentinel_id(self, k: int) -> int: ...
 
 
-def fields(objective: Objective) -> tuple[str, ...]:
+def fields(objective: Single) -> tuple[str, ...]:
     """The fields of a record that the objective reads.
 
     >>> fields(CausalLM())
@@ -81,7 +81,7 @@ def cut_pieces(texts: Ragged, length: int) -> Ragged:
 
 
 def make_example(
-    objective: Objective, *, seed: int, index: int, tokens: Mapping[str, np.ndarray], ids: SpecialIds
+    objective: Single, *, seed: int, index: int, tokens: Mapping[str, np.ndarray], ids: SpecialIds
 ) -> Example:
     """The example that `objective` makes of record `index`, whose fields hold int32 `tokens`.
 
@@ -135,7 +135,7 @@ def denoise(
 
 
 def example_lengths(
-    objective: Objective, token_lengths: Mapping[str, np.ndarray], *, seed: int, ids: SpecialIds
+    objective: Single, token_lengths: Mapping[str, np.ndarray], *, seed: int, ids: SpecialIds
 ) -> tuple[np.ndarray, np.ndarray]:
     """Input and target lengths int64 [E] of all examples, from the token lengths of their fields.
 

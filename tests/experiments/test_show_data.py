@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from common.data.config import SentencePieceConfig, SourceConfig, SpanCorruption
+from common.data.config import SentencePieceConfig, SourceConfig
+from common.data.objective_config import SpanCorruption
 from experiments import cli
 from experiments.config import Experiment
 from experiments.show_data import show

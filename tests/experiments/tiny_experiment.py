@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common.data.config import DataConfig, SentencePieceConfig, SourceConfig, Supervised
+from common.data.config import DataConfig, SentencePieceConfig, SourceConfig
+from common.data.objective_config import Supervised
 from common.train.config import Budget
 from experiments.config import Arm, Evaluation, Experiment
 from experiments.pipeline import open_data, train_arm

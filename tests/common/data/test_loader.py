@@ -3,6 +3,7 @@ import hashlib
 import itertools
 import json
 import types
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,18 +12,10 @@ import pytest
 
 from common.compute.moments import Moments
 from common.data.batch import Batch, HostBatch
-from common.data.config import (
-    CausalLM,
-    DataConfig,
-    Objective,
-    PrefixLM,
-    SentencePieceConfig,
-    SourceConfig,
-    SpanCorruption,
-    Supervised,
-)
+from common.data.config import DataConfig, SentencePieceConfig, SourceConfig
 from common.data.examples import Examples, open_examples
 from common.data.loader import Loader, build_batch, chain
+from common.data.objective_config import CausalLM, Objective, PrefixLM, SpanCorruption, Supervised, ul2
 from common.data.packing import EpochPlans
 from common.data.ragged import Ragged
 from common.data.sentence_piece import SentencePieceTokenizer, train_model
@@ -403,6 +396,35 @@ def test_raw_text_in_pieces(tmp_path: Path, tokenizer: SentencePieceTokenizer) -
     )
     assert source.reads == len(lines) and prefix.content != examples.content
     assert [*prefix.example(1).inputs_I[:-1], *prefix.example(1).targets_T[:-1]] == tokens[64:128].tolist()
+
+
+def test_a_mixture_reads_each_part_in_its_own_pieces(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
+    lines = [" ".join(f"{n} is {n + 1} less one" for n in range(i % 9)) for i in range(200)]
+    source = CountingSource([{"text": line} for line in lines])
+    marked = SentencePieceTokenizer(tokenizer.serialized(), sentinels=16)
+    config = DataConfig(
+        source=SourceConfig(name="text:x", inputs=None, targets=None, text="line"),
+        tokenizer=SentencePieceConfig(path="given"),
+        objective=ul2(),
+        rows=2,
+        input_length=64,
+        target_length=64,
+    )
+    mixed = open_examples(config, source, marked, tmp_path)
+    names = {part.mode: marked.encode(part.mode).tolist() for part in ul2().parts}
+    seen = Counter()
+    for i in range(len(mixed)):
+        example = mixed.example(i)
+        assert (len(example.inputs_I), len(example.targets_T)) == (mixed.input_lengths[i], mixed.target_lengths[i])
+        assert len(example.inputs_I) <= 64 and len(example.targets_T) <= 64
+        seen[next(mode for mode, ids in names.items() if example.inputs_I[: len(ids)].tolist() == ids)] += 1
+    for mode, rate in (("[NLU]", 0.33), ("[S2S]", 0.34), ("[NLG]", 0.33)):
+        assert abs(seen[mode] - rate * len(mixed)) < 6
+    plans = EpochPlans(
+        mixed.input_lengths, mixed.target_lengths, input_limit=64, target_limit=64, seed=0, cache_dir=None
+    )
+    batch = Loader(mixed, config, plans).batch(0)
+    assert batch.examples >= 2 and batch.loss_tokens > 0
 
 
 def test_another_tokenizer_is_another_cache(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:

@@ -3,21 +3,21 @@
 import numpy as np
 import pytest
 
-from common.data.mixing import Mixture, rates_by_size
+from common.data.mixing import Mixing, rates_by_size
 from common.errors import UserError
 
 MIXTURES = [
-    Mixture(rates=(1.0,)),
-    Mixture(rates=(1.0, 1.0)),
-    Mixture(rates=(0.165, 0.165, 0.34, 0.0825, 0.0825, 0.0825, 0.0825), seed=3),
-    Mixture(rates=(0.0, 5.0, 0.0, 1e-3, 2.0, 0.0), seed=11),
-    Mixture(rates=(1e-7, 1.0), seed=2),
+    Mixing(rates=(1.0,)),
+    Mixing(rates=(1.0, 1.0)),
+    Mixing(rates=(0.165, 0.165, 0.34, 0.0825, 0.0825, 0.0825, 0.0825), seed=3),
+    Mixing(rates=(0.0, 5.0, 0.0, 1e-3, 2.0, 0.0), seed=11),
+    Mixing(rates=(1e-7, 1.0), seed=2),
 ]
 mixtures = pytest.mark.parametrize("mixture", MIXTURES, ids=str)
 
 
 @mixtures
-def test_counts_are_those_of_the_examples(mixture: Mixture) -> None:
+def test_counts_are_those_of_the_examples(mixture: Mixing) -> None:
     component, number = mixture.take(0, 5000)
     for n in (0, 1, 2, 777, 4999, 5000):
         seen = np.bincount(component[:n], minlength=len(mixture.rates))
@@ -28,7 +28,7 @@ def test_counts_are_those_of_the_examples(mixture: Mixture) -> None:
 
 @mixtures
 @pytest.mark.parametrize("start", [0, 1, 4242, 10**12 + 7])
-def test_any_stretch_is_the_same_however_it_is_reached(mixture: Mixture, start: int) -> None:
+def test_any_stretch_is_the_same_however_it_is_reached(mixture: Mixing, start: int) -> None:
     whole = mixture.take(start, start + 100)
     for begin, end in ((0, 1), (13, 50), (99, 100)):
         for a, b in zip(mixture.take(start + begin, start + end), whole, strict=True):
@@ -36,7 +36,7 @@ def test_any_stretch_is_the_same_however_it_is_reached(mixture: Mixture, start: 
 
 
 @mixtures
-def test_rates_are_kept_in_every_stretch(mixture: Mixture) -> None:
+def test_rates_are_kept_in_every_stretch(mixture: Mixing) -> None:
     shares = np.array(mixture.rates) / sum(mixture.rates)
     for start in (0, 12_345, 10**9):
         for length in (64, 1000, 100_000):
@@ -46,7 +46,7 @@ def test_rates_are_kept_in_every_stretch(mixture: Mixture) -> None:
 
 
 def test_seeds_differ() -> None:
-    first, other = (Mixture(rates=(1.0, 1.0), seed=seed).take(0, 64)[0].tolist() for seed in (0, 1))
+    first, other = (Mixing(rates=(1.0, 1.0), seed=seed).take(0, 64)[0].tolist() for seed in (0, 1))
     assert first != other
 
 
@@ -66,7 +66,7 @@ def test_rates_by_size(sizes: list[int], how: dict[str, float], rates: tuple[flo
 @pytest.mark.parametrize("rates", [(), (0.0, 0.0), (1.0, -1.0), (float("nan"),), (float("inf"),)])
 def test_mixtures_of_nothing_are_refused(rates: tuple[float, ...]) -> None:
     with pytest.raises(UserError, match="mixture of nothing|the least is 0"):
-        Mixture(rates=rates)
+        Mixing(rates=rates)
 
 
 @pytest.mark.parametrize(("sizes", "how"), [([], {}), ([0], {}), ([1], {"temperature": 0.0}), ([1], {"cap": 0})])

@@ -4,19 +4,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.data.config import (
+from common.data.config import DataConfig, SentencePieceConfig, SourceConfig
+from common.data.objective_config import (
     BertStyle,
     CausalLM,
-    DataConfig,
     Deshuffling,
     IidDenoising,
-    Objective,
+    Mixture,
+    Part,
     PrefixLM,
     RawText,
-    SentencePieceConfig,
-    SourceConfig,
+    Single,
     SpanCorruption,
     Supervised,
+    needs_of,
+    ul2,
 )
 from common.data.objectives import Example, cut_pieces, example_lengths, fields, make_example
 from common.data.ragged import Ragged
@@ -24,7 +26,7 @@ from common.errors import UserError
 
 SENTINELS = 20
 IDS = types.SimpleNamespace(eos_id=1, vocab_size=120, sentinels=SENTINELS, sentinel_id=lambda k: 119 - k)
-OBJECTIVES: list[Objective] = [
+OBJECTIVES: list[Single] = [
     Supervised(),
     Supervised(eos_after_inputs=False),
     Supervised(eos_after_targets=False),
@@ -39,7 +41,7 @@ OBJECTIVES: list[Objective] = [
 ]
 
 
-def make(objective: Objective, tokens: dict[str, list[int]], index: int = 0) -> Example:
+def make(objective: Single, tokens: dict[str, list[int]], index: int = 0) -> Example:
     arrays = {field: np.array(ids, np.int32) for field, ids in tokens.items()}
     return make_example(objective, seed=0, index=index, tokens=arrays, ids=IDS)
 
@@ -56,7 +58,7 @@ def make(objective: Objective, tokens: dict[str, list[int]], index: int = 0) -> 
         (CausalLM(eos=False), {"text": [5, 1, 6]}, [], [5, 1, 6]),
     ],
 )
-def test_worked_examples(objective: Objective, tokens: dict[str, list[int]], inputs: list, targets: list) -> None:
+def test_worked_examples(objective: Single, tokens: dict[str, list[int]], inputs: list, targets: list) -> None:
     example = make(objective, tokens)
     assert example.inputs_I.tolist() == inputs
     assert example.targets_T.tolist() == targets
@@ -66,7 +68,7 @@ def test_worked_examples(objective: Objective, tokens: dict[str, list[int]], inp
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-def test_lengths_are_those_of_the_examples(objective: Objective) -> None:
+def test_lengths_are_those_of_the_examples(objective: Single) -> None:
     rng = np.random.default_rng(0)
     least = 2 if isinstance(objective, RawText) else 0
     records = [
@@ -151,7 +153,7 @@ PIECES = SentencePieceConfig(sentinels=100, vocab_size=2000)
 def test_whole_pieces_fit(objective: RawText, target_length: int, piece: int) -> None:
     """Whatever is drawn; i.i.d. denoising's targets alone have no bound."""
     config = DataConfig(**RAW | {"objective": objective, "target_length": target_length, "tokenizer": PIECES})
-    assert config.needs(objective).piece == piece
+    assert needs_of(objective, config.input_length, config.target_length).piece == piece
     ids = types.SimpleNamespace(eos_id=1, vocab_size=2000, sentinels=100, sentinel_id=lambda k: 1999 - k)
     lengths = {"text": np.full(300, piece)}
     inputs_E, targets_E = example_lengths(objective, lengths, seed=0, ids=ids)
@@ -181,6 +183,26 @@ def test_what_cannot_work_is_refused_at_once(change: dict[str, Any], message: st
     DataConfig(**valid)
     with pytest.raises(UserError, match=message):
         DataConfig(**{**valid, **change})
+
+
+def test_ul2_is_what_the_paper_says() -> None:
+    """Seven denoisers; pieces of their own lengths; 128 sentinels at 512 slots, which T5's 100 cannot serve."""
+    parts = ul2().parts
+    assert sum(part.rate for part in parts) == pytest.approx(1.0)
+    pieces = [needs_of(part.objective, 512, 512).piece for part in parts]
+    assert pieces == [568, 588, 512, 766, 908, 600, 1006]
+    config = {**RAW, "objective": ul2(), "target_length": 512}
+    DataConfig(**config, tokenizer=SentencePieceConfig(sentinels=128, vocab_size=2000))
+    with pytest.raises(UserError, match="'span_corruption' at input_length 512 needs 128 sentinels"):
+        DataConfig(**config, tokenizer=PIECES)
+    with pytest.raises(UserError, match="makes targets of 512; nearest: 512"):
+        DataConfig(**{**config, "target_length": 511}, tokenizer=PIECES)
+
+
+def test_a_mixture_of_nothing_is_refused() -> None:
+    for parts in ((), (Part(objective=PrefixLM(), rate=0.0),), (Part(objective=PrefixLM(), rate=-1.0),)):
+        with pytest.raises(UserError, match="mixture of nothing|the least is 0"):
+            Mixture(parts=parts)
 
 
 @pytest.mark.parametrize(
