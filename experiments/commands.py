@@ -84,7 +84,8 @@ def compare(experiment: Experiment, run_dir: Path) -> None:
         _train_and_score(experiment, name, data, run_dir, console)
     run = read_run(run_dir)
     console.print(comparison_table(run.results))
-    console.print(groups_table(run.results))
+    if experiment.evaluation.splits:
+        console.print(groups_table(run.results))
     console.print(certificate_panel(certify_run(run)))
     console.print(f"report: {report(run_dir)}")
 

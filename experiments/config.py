@@ -4,6 +4,7 @@ import dataclasses
 
 from common.compute.moments import Moments
 from common.data.config import DataConfig
+from common.data.objective_config import Supervised
 from common.errors import UserError
 from common.train.config import InitFrom, TrainConfig
 from gpt.config import GptConfig
@@ -82,6 +83,11 @@ class Experiment:
     def __post_init__(self) -> None:
         if not self.arms:
             raise UserError(f"experiment {self.name!r} has no arms")
+        if self.evaluation.splits and not isinstance(self.data.objective, Supervised):
+            raise UserError(
+                f"evaluation.splits is {list(self.evaluation.splits)}, but objective {self.data.objective.kind!r} "
+                "leaves no inputs and targets of records to decode and to compare; nearest: evaluation.splits=[]"
+            )
         tokenizer = self.data.tokenizer
         for name, arm in self.arms.items():
             longest = self.data.input_length + self.data.target_length

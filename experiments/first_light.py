@@ -59,6 +59,7 @@ def first_light() -> Experiment:
             "held-out phrases, near 100 % on dates, times, units and amounts, less on names, none on names never seen; "
             "7 minutes of training, 10 in all."
         ),
+        varies=("model.input_attention",),
         data=data,
         train=TrainConfig(
             budget=Budget(unit="steps", amount=1300),

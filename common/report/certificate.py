@@ -94,7 +94,7 @@ def certify(
         checks += _same_identities(results, environments or {})
         checks.append(_same_counts(results))
         checks.append(_same_flops(results))
-        checks += [_one_recipe(configs, varies)] if configs else []
+        checks += [one_recipe(configs, varies)] if configs else []
     checks.append(_ledger_is_xla(results))
     return Certificate(arms=tuple(result.arm for result in results), checks=tuple(checks), facts=tuple(_facts(results)))
 
@@ -181,7 +181,8 @@ def _ledger_is_xla(results: Sequence[ArmResult]) -> Check:
     )
 
 
-def _one_recipe(configs: Mapping[str, Mapping[str, Any]], varies: Sequence[str]) -> Check:
+def one_recipe(configs: Mapping[str, Mapping[str, Any]], varies: Sequence[str]) -> Check:
+    """Whether arms' resolved configs differ in nothing but sizes, rates and what the comparison `varies`."""
     flat = {arm: flatten(config) for arm, config in configs.items()}
     shared = [path for path in next(iter(flat.values())) if all(path in other for other in flat.values())]
     apart = [path for path in shared if len({repr(config[path]) for config in flat.values()}) > 1]

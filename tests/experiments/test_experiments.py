@@ -13,7 +13,7 @@ from rich.console import Console
 
 from common.config import from_json, to_json
 from common.errors import UserError
-from common.report.certificate import certify_run
+from common.report.certificate import certify_run, one_recipe
 from common.report.run_files import read_run
 from experiments import commands
 from experiments.cli import main
@@ -42,6 +42,17 @@ def test_every_experiment_plans(name: str) -> None:
     assert [cell.strip() for cell in shown["parameters"]] == [f"{arm.model.param_count():,}" for arm in arms]
     assert [cell.strip() for cell in shown["FLOPs a step"]] == [f"{experiment.flops_per_step(arm):.4g}" for arm in arms]
     assert json.loads(text[text.index("\n{") :]) == to_json(experiment)
+
+
+@registered
+def test_arms_of_every_experiment_share_one_recipe(name: str) -> None:
+    """What the certificate will say, but for what the experiment says that it varies."""
+    experiment = load(name)
+    resolved = to_json(experiment)
+    configs = {arm: {**config, "train": resolved["train"]} for arm, config in resolved["arms"].items()}
+    check = one_recipe(configs, experiment.varies)
+    assert check.agrees, check.detail
+    assert not experiment.varies or not one_recipe(configs, ()).agrees
 
 
 def objects(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

@@ -16,6 +16,9 @@ from experiments.show_data import show
 from tests.experiments.tiny_experiment import tiny_experiment, write_data
 
 
+AS_TEXT = ("data.source.inputs=null", "data.source.targets=null", "data.source.text=en")
+
+
 @pytest.fixture
 def experiment(tmp_path: Path) -> Experiment:
     write_data(tmp_path)
@@ -76,7 +79,8 @@ def test_raw_text_with_its_sentinels(tmp_path: Path, experiment: Experiment) -> 
         tokenizer=SentencePieceConfig(vocab_size=42, sentinels=4, byte_fallback=False, character_coverage=1.0),
         objective=SpanCorruption(),
     )
-    text = shown(dataclasses.replace(experiment, data=data))
+    evaluation = dataclasses.replace(experiment.evaluation, splits=())
+    text = shown(dataclasses.replace(experiment, data=data, evaluation=evaluation))
     assert "span_corruption" in text and "⟨0⟩" in text and "[red]" in text
 
 
@@ -87,6 +91,7 @@ def test_raw_text_with_its_sentinels(tmp_path: Path, experiment: Experiment) -> 
         (["show", "first_ligt"], "did you mean 'first_light'?"),
         (["show", "first_light", "--rows", "0"], "--rows is 0; the least is 1"),
         (["show", "first_light", "data.objective.kind=span_corruption"], "reads text"),
+        (["show", "first_light", *AS_TEXT, "data.objective.kind=causal_lm"], "nearest: evaluation.splits=[]"),
     ],
 )
 def test_what_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
