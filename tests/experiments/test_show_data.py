@@ -15,7 +15,6 @@ from experiments.config import Experiment
 from experiments.show_data import show
 from tests.experiments.tiny_experiment import tiny_experiment, write_data
 
-
 AS_TEXT = ("data.source.inputs=null", "data.source.targets=null", "data.source.text=en")
 
 
