@@ -20,11 +20,11 @@ from flax import nnx
 
 from benchmarks.decoder import Spread
 from common.data.batch import Batch
-from common.data.examples import Examples
+from common.data.examples import RecordExamples
 from common.data.loader import Loader
 from common.data.objective_config import Supervised
-from common.data.packing import EpochPlans
-from common.data.ragged import Ragged
+from common.data.packing import RowPlans
+from common.data.token_store import TokenStream
 from common.kernels.visibility import Visibility
 from common.nn.attention import Attention
 from common.nn.layers import MLP, RMSNorm
@@ -72,19 +72,18 @@ def _random_loader(experiment: Experiment, folder: Path) -> Loader:
     config, rng = experiment.data, np.random.default_rng(0)
     vocab_size = min(arm.model.vocab_size for arm in experiment.arms.values())
     records = {
-        side: Ragged.of(rng.integers(0, vocab_size, length) for length in rng.integers(4, LONGEST, TEXTS))
+        side: TokenStream.of(rng.integers(0, vocab_size, length) for length in rng.integers(4, LONGEST, TEXTS))
         for side in ("inputs", "targets")
     }
-    examples = Examples(
+    examples = RecordExamples(
         records,
         objective=Supervised(),
         seed=config.seed,
         tokenizer=types.SimpleNamespace(eos_id=1, pad_id=0, start_id=0, content_hash="random"),
         source_content_id="random",
     )
-    plans = EpochPlans(
-        examples.input_lengths,
-        examples.target_lengths,
+    plans = RowPlans(
+        examples,
         input_limit=config.input_length,
         target_limit=config.target_length,
         seed=config.seed,

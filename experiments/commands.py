@@ -22,7 +22,16 @@ from common.train import run_dir as rd
 from common.train.loop import check_rows, prepare
 from experiments.config import Experiment
 from experiments.console import Progress
-from experiments.pipeline import Data, check_initial, compiled_step, make_setup, open_data, score_arm, train_arm
+from experiments.pipeline import (
+    Data,
+    check_initial,
+    compiled_step,
+    make_setup,
+    open_data,
+    open_tests,
+    score_arm,
+    train_arm,
+)
 
 EXPERIMENT = "experiment.json"
 
@@ -132,8 +141,9 @@ def prepare_jax() -> None:
 
 
 def _data(experiment: Experiment, console: Console) -> Data:
-    with console.status("preparing data"):
-        return open_data(experiment)
+    data = open_data(experiment)
+    open_tests(experiment, data.tokenizer)  # a wrong split is told before training, not after it
+    return data
 
 
 def _train_and_score(experiment: Experiment, name: str, data: Data, run_dir: Path, console: Console) -> ArmResult:

@@ -16,7 +16,7 @@ from common.config import from_json
 from common.data.cache import default_cache_dir
 from common.data.config import BytePairConfig, DataConfig, SentencePieceConfig, TokenizerConfig
 from common.data.objective_config import Supervised
-from common.data.sources import open_source
+from common.data.streams import open_training_text
 from common.data.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
 from common.errors import UserError
 from common.files import read_json
@@ -141,8 +141,7 @@ def _of_run(arm_dir: Path, step: int | None) -> Found:
 
 def _text_of_run(arm_dir: Path, data: DataConfig) -> Text:
     cache_dir = default_cache_dir()
-    source = open_source(data.source, data.source.train_split, cache_dir)
-    tokenizer = open_tokenizer(data.tokenizer, source, cache_dir)
+    tokenizer = open_tokenizer(data.tokenizer, open_training_text(data, cache_dir), cache_dir)
     then = read_json(arm_dir / rd.ENVIRONMENT).get("tokenizer_hash")
     if then != tokenizer.content_hash:
         raise UserError(

@@ -11,10 +11,17 @@ from common.compute.moments import Moments
 from common.compute.xla import dot_flops
 from common.config import difference, to_json
 from common.data.cache import default_cache_dir
-from common.data.examples import AnyExamples, open_examples
 from common.data.loader import Loader
-from common.data.packing import EpochPlans
-from common.data.sources import Source, open_source
+from common.data.source_config import parts_of
+from common.data.streams import (
+    Host,
+    Records,
+    StagedLoader,
+    open_records,
+    open_training,
+    open_training_text,
+    open_validation,
+)
 from common.data.tokenizer import Tokenizer, open_tokenizer
 from common.errors import UserError
 from common.evals.decoding import decode_greedily
@@ -36,49 +43,44 @@ from experiments.multi_turn import measure
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-    """The one stream of an experiment, and the texts it is scored on."""
+    """The one stream of an experiment."""
 
     content_id: str
-    """Of the training split."""
+    """Of the training text."""
     tokenizer: Tokenizer
-    train: Loader
+    train: Loader | StagedLoader
     validation: Loader
-    tests: dict[str, tuple[Source, AnyExamples]]
 
 
 def open_data(experiment: Experiment) -> Data:
-    """Builds, or finds in the cache, everything that the experiment reads."""
+    """Builds, or finds in the cache, what the experiment trains on."""
     cache_dir, config = default_cache_dir(), experiment.data
-    source = open_source(config.source, config.source.train_split, cache_dir)
+    source = open_training_text(config, cache_dir)
     tokenizer = open_tokenizer(config.tokenizer, source, cache_dir)
     for name, arm in experiment.arms.items():
         if arm.model.vocab_size < tokenizer.table_size:
             raise UserError(
                 f"arms.{name}.model.vocab_size is {arm.model.vocab_size}; the tokenizer needs {tokenizer.table_size}"
             )
-
-    def open_split(split: str) -> tuple[Source, AnyExamples]:
-        source = open_source(config.source, split, cache_dir)
-        return source, open_examples(config, source, tokenizer, cache_dir)
-
-    def loader(examples: AnyExamples) -> Loader:
-        plans = EpochPlans(
-            examples.input_lengths,
-            examples.target_lengths,
-            input_limit=config.input_length,
-            target_limit=config.target_length,
-            seed=config.seed,
-            cache_dir=cache_dir,
-        )
-        return Loader(examples, config, plans, process_index=jax.process_index(), process_count=jax.process_count())
-
+    host = Host(jax.process_index(), jax.process_count())
     return Data(
         content_id=source.content_id,
         tokenizer=tokenizer,
-        train=loader(open_examples(config, source, tokenizer, cache_dir)),
-        validation=loader(open_split(config.source.validation_split)[1]),
-        tests={split: open_split(split) for split in experiment.evaluation.splits},
+        train=open_training(config, tokenizer, cache_dir, host),
+        validation=open_validation(config, tokenizer, cache_dir, host),
     )
+
+
+def open_tests(experiment: Experiment, tokenizer: Tokenizer) -> dict[str, Records]:
+    """The texts that the experiment is scored on, by split; of a mixture, by split and source."""
+    parts, evaluation = parts_of(experiment.data.source), experiment.evaluation
+    return {
+        split if len(parts) == 1 else f"{split} of {part.name}": open_records(
+            experiment.data, part, split, tokenizer, default_cache_dir()
+        )
+        for part in parts
+        for split in evaluation.splits
+    }
 
 
 def make_setup(experiment: Experiment, arm: Arm) -> Setup:
@@ -141,10 +143,10 @@ def score_arm(
     """Decodes the test splits and writes `samples.jsonl` and `result.json`."""
     samples: list[dict[str, Any]] = []
     scores: list[TextScore] = []
-    for split in data.tests:
-        rows = _decode_split(experiment, split, data, fitted, progress)
+    for split, records in open_tests(experiment, data.tokenizer).items():
+        rows = _decode_split(experiment, split, records, data.tokenizer, fitted, progress)
         predictions, targets = [row["prediction"] for row in rows], [row["target"] for row in rows]
-        groups = [row["group"] for row in rows] if experiment.data.source.group else None
+        groups = [row["group"] for row in rows] if all(row["group"] is not None for row in rows) else None
         scores += score_texts(predictions, targets, groups, split)
         samples += rows
     result = dataclasses.replace(
@@ -157,19 +159,19 @@ def score_arm(
 
 
 def _decode_split(
-    experiment: Experiment, split: str, data: Data, fitted: Fitted, progress: Progress
+    experiment: Experiment, split: str, records: Records, tokenizer: Tokenizer, fitted: Fitted, progress: Progress
 ) -> list[dict[str, Any]]:
-    evaluation, (source, examples) = experiment.evaluation, data.tests[split]
-    count = min(evaluation.examples, len(source))
-    chosen = np.linspace(0, len(source) - 1, count).astype(np.int64).tolist()
-    records = [source[i] for i in chosen]
-    with progress.bar(f"decoding {split}", len(records)) as advance:
+    evaluation, examples = experiment.evaluation, records.examples
+    count = min(evaluation.examples, examples.size)
+    chosen = np.linspace(0, examples.size - 1, count).astype(np.int64)
+    texts = [records.text(place) for place in examples.order.place(chosen).tolist()]
+    with progress.bar(f"decoding {split}", count) as advance:
         predictions = decode_greedily(
             fitted.model,
             fitted.params,
             fitted.mesh,
-            data.tokenizer,
-            [examples.example(i).inputs_I for i in chosen],
+            tokenizer,
+            [example.inputs_I for example in examples.make(chosen)],
             rows=evaluation.rows,
             max_new_tokens=evaluation.max_new_tokens,
             advance=advance,
@@ -183,7 +185,7 @@ def _decode_split(
             "prediction": prediction,
             "correct": prediction == record["targets"],
         }
-        for record, prediction in zip(records, predictions, strict=True)
+        for record, prediction in zip(texts, predictions, strict=True)
     ]
 
 

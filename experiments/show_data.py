@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.data.batch import Batch
+from common.data.source_config import parts_of
 from common.data.tokenizer import Tokenizer
 from experiments.config import Experiment
 from experiments.pipeline import open_data
@@ -25,7 +26,7 @@ def show(experiment: Experiment, rows: int, console: Console) -> None:
     """Prints the first `rows` rows of training: their examples, then the slots of both families."""
     config, data = experiment.data, open_data(experiment)
     console.print(
-        f"{config.source.name}, split {config.source.train_split}; objective {config.objective.kind}; rows of "
+        f"{' and '.join(part.name for part in parts_of(config.source))}; objective {config.objective.kind}; rows of "
         f"{config.input_length} + {config.target_length} slots; {len(experiment.arms)} arms read the same rows",
         markup=False,
     )

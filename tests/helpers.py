@@ -14,10 +14,10 @@ import numpy as np
 from flax import nnx
 
 from common.data.batch import Batch
-from common.data.examples import Examples
+from common.data.examples import RecordExamples
 from common.data.loader import build_batch
 from common.data.objective_config import Supervised
-from common.data.ragged import Ragged
+from common.data.token_store import TokenStream
 from common.nn.recipe import GPT2, T5_V1_0, T5_V1_1, Execution, Recipe
 from common.train.state import skeleton
 from experiments.config import ModelConfig
@@ -116,8 +116,8 @@ def logits(config: ModelConfig, batch: Batch) -> jax.Array:
 def rows_of(rows: Sequence[Sequence[Pair]], input_length: int = 16, target_length: int = 16) -> Batch:
     """A batch whose rows pack the given examples."""
     pairs = [pair for row in rows for pair in row]
-    examples = Examples(
-        {"inputs": Ragged.of(a for a, _ in pairs), "targets": Ragged.of(b for _, b in pairs)},
+    examples = RecordExamples(
+        {"inputs": TokenStream.of(a for a, _ in pairs), "targets": TokenStream.of(b for _, b in pairs)},
         objective=Supervised(eos_after_inputs=False, eos_after_targets=False),
         seed=0,
         tokenizer=types.SimpleNamespace(eos_id=1, pad_id=0, start_id=0, content_hash="t"),

@@ -12,12 +12,13 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from common.config import to_json
-from common.data.config import DataConfig, SourceConfig
-from common.data.examples import Examples
+from common.data.config import DataConfig
+from common.data.examples import RecordExamples
 from common.data.loader import Loader
 from common.data.objective_config import Supervised
-from common.data.packing import EpochPlans
-from common.data.ragged import Ragged
+from common.data.packing import RowPlans
+from common.data.source_config import SourceConfig
+from common.data.token_store import TokenStream
 from common.nn.recipe import Recipe
 from common.train.config import AdamW, Budget, Cosine, MeshShape, TrainConfig
 from common.train.loop import Setup, Stream, Task
@@ -99,18 +100,17 @@ def loader(
     """Random texts of up to 6 tokens, in memory."""
     rng = np.random.default_rng(text_seed)
 
-    def texts() -> Ragged:
-        return Ragged.of(rng.integers(3, VOCAB, rng.integers(0, 6)).tolist() for _ in range(200))
+    def texts() -> TokenStream:
+        return TokenStream.of(rng.integers(3, VOCAB, rng.integers(0, 6)).tolist() for _ in range(200))
 
-    made = Examples(
+    made = RecordExamples(
         {"inputs": texts(), "targets": texts()},
         objective=Supervised(),
         seed=0,
         tokenizer=types.SimpleNamespace(eos_id=1, pad_id=0, start_id=0, content_hash=tokenizer_hash),
         source_content_id=content_id,
     )
-    lengths = (made.input_lengths, made.target_lengths)
-    plans = EpochPlans(*lengths, input_limit=INPUTS, target_limit=TARGETS, seed=order, cache_dir=None)
+    plans = RowPlans(made, input_limit=INPUTS, target_limit=TARGETS, seed=order, cache_dir=None)
     config = DataConfig(
         source=SourceConfig(name="jsonl:x", inputs="a", targets="b"),
         rows=ROWS,

@@ -7,44 +7,12 @@ here and nowhere else.
 import dataclasses
 from typing import Literal
 
-from common.data.objective_config import CausalLM, Objective, Supervised, needs_of, raw_parts
+from common.data.objective_config import CausalLM, FullLM, Objective, PrefixLM, Supervised, needs_of, raw_parts
+from common.data.source_config import SourceMixture, Sources, parts_of
 from common.data.spans import SHORTEST_INPUTS, SHORTEST_PIECE
 from common.errors import UserError, nearest
 
-SOURCE_SCHEMES = ("tfds", "jsonl", "tsv", "text")
 MODEL_TYPES = ("unigram", "bpe")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SourceConfig:
-    """Where text comes from, and which fields of a record are read.
-
-    Raises UserError for an unknown scheme, or when neither `inputs` and `targets` nor `text` is named.
-    """
-
-    name: str
-    """`tfds:NAME` (for example `tfds:cldr_translate/en_de`), `jsonl:PATH`, `tsv:PATH` or `text:PATH`; PATH may hold
-    `{split}`."""
-    inputs: str | None
-    """Field that holds the inputs; None where records are plain text."""
-    targets: str | None
-    text: str | None = None
-    """Field that holds plain text, in place of `inputs` and `targets`."""
-    group: str | None = None
-    """Field by which scores are grouped (kind of phrase, task); not read by models."""
-    train_split: str = "train"
-    validation_split: str = "validation"
-
-    def __post_init__(self) -> None:
-        scheme, _, rest = self.name.partition(":")
-        if scheme not in SOURCE_SCHEMES or not rest:
-            raise UserError(
-                f"name {self.name!r} must be SCHEME:NAME; scheme {scheme!r} is unknown or nothing follows it, "
-                + nearest(scheme, SOURCE_SCHEMES)
-            )
-        pair = self.inputs is not None and self.targets is not None
-        if (self.inputs is None) != (self.targets is None) or pair == (self.text is not None):
-            raise UserError("name either both inputs and targets, or text alone")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,7 +106,7 @@ class DataConfig:
     Raises UserError for sizes that cannot hold anything and for an objective whose fields the source does not name.
     """
 
-    source: SourceConfig
+    source: Sources
     tokenizer: TokenizerConfig = SentencePieceConfig()
     objective: Objective = Supervised()
     rows: int
@@ -152,16 +120,29 @@ class DataConfig:
     def __post_init__(self) -> None:
         least = {
             "rows": 1,
-            "input_length": {Supervised: 1, CausalLM: 0}.get(type(self.objective), SHORTEST_INPUTS),
+            "input_length": {Supervised: 1, CausalLM: 0, FullLM: 0}.get(type(self.objective), SHORTEST_INPUTS),
             "target_length": 1,
             "seed": 0,
         }
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise UserError(f"{name} is {getattr(self, name)}; the least is {bound}")
-        if isinstance(self.objective, Supervised) == (self.source.text is not None):
-            wanted = "inputs and targets" if isinstance(self.objective, Supervised) else "text"
-            raise UserError(f"objective {self.objective.kind!r} reads {wanted}, which the source does not name")
+        for source in parts_of(self.source):
+            if isinstance(self.objective, Supervised) == (source.text is not None):
+                wanted = "inputs and targets" if isinstance(self.objective, Supervised) else "text"
+                raise UserError(f"objective {self.objective.kind!r} reads {wanted}, which the source does not name")
+        self._check_pieces()
+
+    def _check_pieces(self) -> None:
+        """What an objective over pieces of text asks of rows and tokenizer."""
+        pairs = isinstance(self.objective, PrefixLM) and self.objective.complementary
+        if pairs and self.input_length != self.target_length:
+            raise UserError(
+                f"complementary pairs need as many input as target slots, not {self.input_length} and "
+                f"{self.target_length}; nearest: target_length={self.input_length}"
+            )
+        if pairs and isinstance(self.source, SourceMixture):
+            raise UserError("complementary pairs fill rows by themselves and cannot come from a mixture of sources")
         for part in raw_parts(self.objective):
             needs = needs_of(part.objective, self.input_length, self.target_length)
             if needs.piece < SHORTEST_PIECE:

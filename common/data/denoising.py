@@ -16,6 +16,11 @@ Pairs = tuple[Ragged, Ragged]
 """(inputs, targets) of each example."""
 
 
+def full_lm(tokens_EL: np.ndarray) -> Pairs:
+    """All tokens are targets; there are no inputs."""
+    return _parts(tokens_EL, np.zeros(tokens_EL.shape, bool)), _equal(tokens_EL)
+
+
 def span_corruption(
     tokens_EL: np.ndarray, seed: int, index_E: np.ndarray, *, density: float, mean_span: float, sentinels_S: np.ndarray
 ) -> Pairs:

@@ -11,6 +11,10 @@ import numpy as np
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 """2^64 over the golden ratio: the generator's stride."""
+ROUNDS = 6
+"""Of the shuffle's Feistel network."""
+SHUFFLE = 0x5B1F_F1E5
+"""Keeps the shuffle's draws apart from examples' draws by the same seed."""
 
 
 def draw_bits(seed: int, index_E: np.ndarray, count: int) -> np.ndarray:
@@ -33,6 +37,32 @@ def draw_subset(bits_EN: np.ndarray, size: int) -> np.ndarray:
     if size == 0:
         return np.zeros(bits_EN.shape, bool)
     return bits_EN <= np.partition(bits_EN, size - 1, axis=1)[:, size - 1 : size]
+
+
+def shuffled(index_E: np.ndarray, size: int, seed: int, epoch_E: np.ndarray) -> np.ndarray:
+    """Where a permutation of `size` numbers, another in each epoch, takes each index, int64 [E].
+
+    A Feistel network permutes the numbers of an even count of bits (Luby and Rackoff 1988); what it takes beyond `size`
+    goes through it again until it lands inside (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). It
+    needs no memory for the other numbers.
+
+    >>> sorted(shuffled(np.arange(10), 10, seed=3, epoch_E=np.zeros(10, np.int64)).tolist()) == list(range(10))
+    True
+    """
+    half = np.uint64(max(1, (int(size - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    keys_ER = draw_bits(seed ^ SHUFFLE, epoch_E, ROUNDS)
+
+    def network(x: np.ndarray, keys_XR: np.ndarray) -> np.ndarray:
+        left, right = x >> half, x & mask
+        for key_X in keys_XR.T:
+            left, right = right, left ^ (_mix(right ^ key_X) & mask)
+        return (left << half) | right
+
+    out_E = network(np.asarray(index_E, np.uint64), keys_ER)
+    while len(outside := np.flatnonzero(out_E >= size)):
+        out_E[outside] = network(out_E[outside], keys_ER[outside])
+    return out_E.astype(np.int64)
 
 
 def _mix(z: np.ndarray) -> np.ndarray:

@@ -1,201 +1,231 @@
-"""All examples of one split, tokenised once and memory mapped: lengths at once, any example by its index.
+"""Examples without end: of any number, what it is made of, how long it is, and itself.
 
-Legend: E examples, P tokens of all examples in a row, I and T an example's input and target tokens.
+Examples of one source, or of a mixture, are numbered from 0 on through all epochs. What an example is follows from its
+number alone, and so do its random draws: a text that comes again in a later epoch is corrupted anew.
+
+Legend: E examples, L tokens of a piece, M a mode's tokens.
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
 from common.data import objectives
-from common.data.cache import build_once
-from common.data.config import DataConfig
+from common.data.draws import shuffled
 from common.data.mixing import Mixing
-from common.data.objective_config import CausalLM, Mixture, Part, Single, Supervised, needs_of
-from common.data.objectives import Example
-from common.data.progress import bar
-from common.data.ragged import Ragged
-from common.data.sources import Source
-from common.data.tokenizer import Tokenizer
+from common.data.objective_config import CausalLM, PrefixLM, RawText, Supervised
+from common.data.objectives import Example, SpecialIds
+from common.data.spans import SHORTEST_PIECE
+from common.data.token_store import TokenStream
 
-FORMAT = 1
-"""Part of the cache's key: raise it with any change of what is stored."""
-RECORDS_AT_ONCE = 2048
-TOKENS = "{field}.tokens.npy"
-OFFSETS = "{field}.offsets.npy"
+PLANNED_TOGETHER = 1 << 20
+"""A source of more examples is shuffled by a formula instead of by the plan of its rows, so that memory stays small."""
+WINDOW = 1 << 17
+MIXED_WINDOW = 1 << 14
 
 
-class Examples:
-    """An objective over tokenised records. Every arm that reads the same `content` reads the same examples."""
+class Examples(Protocol):
+    """Every arm that reads the same `content` reads the same examples."""
+
+    tokenizer: SpecialIds
+    content: str
+    """What the examples are: source, tokenizer and objective. Fingerprints are seeded with it."""
+    size: int
+    """Examples an epoch."""
+    window: int
+    """How many are planned into rows together."""
+    together: int
+    """Examples whose numbers differ only in the remainder by this share a row."""
+
+    def lengths(self, number_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Input and target lengths, int64 [E]."""
+        ...
+
+    def make(self, number_E: np.ndarray) -> list[Example]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """Which of `size` things each number stands for: all of them in every epoch.
+
+    Few things come in their own order, since the plan that packs a whole epoch shuffles them; many in a shuffled one.
+    """
+
+    size: int
+    seed: int
+    mixed: bool = False
+    """Shuffle in any case: the examples are planned together with others."""
+
+    @property
+    def window(self) -> int:
+        return self.size if self.size <= PLANNED_TOGETHER else WINDOW
+
+    def place(self, number_E: np.ndarray) -> np.ndarray:
+        """int64 [E].
+
+        >>> Order(3, seed=0).place(np.arange(7)).tolist()
+        [0, 1, 2, 0, 1, 2, 0]
+        """
+        epoch_E, within_E = np.divmod(number_E, self.size)
+        if self.size <= PLANNED_TOGETHER and not self.mixed:
+            return within_E
+        return shuffled(within_E, self.size, self.seed, epoch_E)
+
+
+class RecordExamples:
+    """One example a record."""
+
+    together = 1
 
     def __init__(
         self,
-        records: Mapping[str, Ragged],
+        records: Mapping[str, TokenStream],
         *,
-        objective: Single,
+        objective: Supervised | CausalLM,
         seed: int,
-        tokenizer: objectives.SpecialIds,
+        tokenizer: SpecialIds,
+        source_content_id: str,
+        mixed: bool = False,
+    ) -> None:
+        """`records` holds the token ids of every field that the objective reads."""
+        self._records = {field: records[field] for field in objectives.fields(objective)}
+        self._objective, self.tokenizer = objective, tokenizer
+        self.size = len(next(iter(self._records.values())))
+        self.order = Order(self.size, seed, mixed)
+        self.window = self.order.window
+        self.content = _content(source_content_id, tokenizer, objective)
+
+    def lengths(self, number_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        place_E = self.order.place(number_E)
+        lengths = {field: stream.lengths(place_E) for field, stream in self._records.items()}
+        return objectives.record_lengths(self._objective, lengths)
+
+    def make(self, number_E: np.ndarray) -> list[Example]:
+        return [
+            objectives.of_record(
+                self._objective,
+                {field: stream[place] for field, stream in self._records.items()},
+                self.tokenizer.eos_id,
+            )
+            for place in self.order.place(number_E).tolist()
+        ]
+
+
+class PieceExamples:
+    """One example a piece of text: all records end to end, cut into pieces of equal length.
+
+    A last piece that is shorter is an example too, unless it is too short for the objective, or lacks its pair.
+    """
+
+    def __init__(
+        self,
+        text: TokenStream,
+        *,
+        piece: int,
+        objective: RawText,
+        seed: int,
+        tokenizer: SpecialIds,
         source_content_id: str,
         mode: Sequence[int] = (),
+        mixed: bool = False,
     ) -> None:
-        """`records` holds the token ids of every field that the objective reads; `mode` stands before all inputs."""
-        self._mode_M = np.array(mode, np.int32)
-        self._records = {field: records[field] for field in objectives.fields(objective)}
-        self._objective = objective
-        self._seed = seed
-        self.tokenizer = tokenizer
-        lengths = {field: ragged.lengths for field, ragged in self._records.items()}
-        input_lengths, self.target_lengths = objectives.example_lengths(objective, lengths, seed=seed, ids=tokenizer)
-        """int64 [E], as the following."""
-        self.input_lengths = input_lengths + len(mode)
-        identity: dict[str, Any] = {
-            "source": source_content_id,
-            "tokenizer": tokenizer.content_hash,
-            "objective": dataclasses.asdict(objective),
-        }
-        if len(mode):
-            identity["mode"] = list(mode)
-        self.content = json.dumps(identity, sort_keys=True)
-        """What the examples are: source, tokenizer and objective. Fingerprints are seeded with it."""
+        """`mode` stands before all inputs."""
+        self._text, self._piece, self._objective, self._seed = text, piece, objective, seed
+        self._mode, self.tokenizer = tuple(mode), tokenizer
+        pairs = isinstance(objective, PrefixLM) and objective.complementary
+        self.together = 2 if pairs else 1
+        whole, rest = divmod(text.tokens, piece)
+        self.size = whole // 2 * 2 if pairs else whole + (rest >= SHORTEST_PIECE)
+        self.order = Order(self.size, seed, mixed)
+        self.window = self.order.window // self.together * self.together
+        self.content = _content(f"{source_content_id} in {piece}s", tokenizer, objective, self._mode)
 
-    def __len__(self) -> int:
-        return len(self.input_lengths)
+    def lengths(self, number_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        inputs_E, targets_E = np.empty(len(number_E), np.int64), np.empty(len(number_E), np.int64)
+        for length, members in self._by_length(self.order.place(number_E)):
+            inputs_E[members], targets_E[members] = objectives.piece_lengths(
+                self._objective, length, seed=self._seed, index_E=number_E[members], ids=self.tokenizer
+            )
+        return inputs_E + len(self._mode), targets_E
 
-    def example(self, i: int) -> Example:
-        """Example `i`, before packing."""
-        tokens = {field: ragged[i] for field, ragged in self._records.items()}
-        made = objectives.make_example(self._objective, seed=self._seed, index=i, tokens=tokens, ids=self.tokenizer)
-        if not len(self._mode_M):
-            return made
-        return dataclasses.replace(made, inputs_I=np.concatenate([self._mode_M, made.inputs_I]))
+    def make(self, number_E: np.ndarray) -> list[Example]:
+        place_E = self.order.place(number_E)
+        out: list[Example | None] = [None] * len(number_E)
+        for length, members in self._by_length(place_E):
+            tokens_EL = np.empty((len(members), length), np.int32)
+            for row_L, begin in zip(tokens_EL, (place_E[members] * self._piece).tolist(), strict=True):
+                row_L[:] = self._text.slice(begin, begin + length)
+            made = objectives.of_pieces(
+                self._objective,
+                tokens_EL,
+                seed=self._seed,
+                index_E=number_E[members],
+                ids=self.tokenizer,
+                mode=self._mode,
+            )
+            for member, example in zip(members.tolist(), made, strict=True):
+                out[member] = example
+        return [example for example in out if example is not None]
+
+    def _by_length(self, place_E: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        """(length, which of the pieces have it): the last piece may be short."""
+        length_E = np.minimum(self._piece, self._text.tokens - place_E * self._piece)
+        return [(length, np.flatnonzero(length_E == length)) for length in np.unique(length_E).tolist()]
 
 
 class MixedExamples:
-    """Several objectives' examples, mixed by rate; it ends where the first of them does.
+    """Several kinds of examples by rate; each goes on through its own epochs."""
 
-    Its members are those of `Examples`.
-    """
+    together = 1
+    window = MIXED_WINDOW
 
-    def __init__(self, parts: Sequence[Examples], rates: Sequence[float], seed: int) -> None:
-        mixing = Mixing(rates=tuple(rates), seed=seed)
-        self._parts, self.tokenizer = parts, parts[0].tokenizer
-        self._part_E, self._number_E = mixing.take(0, mixing.most([len(part) for part in parts]))
-        self.input_lengths, self.target_lengths = np.zeros_like(self._part_E), np.zeros_like(self._part_E)
-        for part, examples in enumerate(parts):
-            (members,) = np.nonzero(self._part_E == part)
-            self.input_lengths[members] = examples.input_lengths[self._number_E[members]]
-            self.target_lengths[members] = examples.target_lengths[self._number_E[members]]
+    def __init__(
+        self, parts: Sequence[Examples], rates: Sequence[float], seed: int, begun: Sequence[int] | None = None
+    ) -> None:
+        """`begun`: how many examples of each part lie behind already; None: none."""
+        assert all(part.together == 1 for part in parts)
+        self._mixing, self._parts = Mixing(rates=tuple(rates), seed=seed), parts
+        self._begun = np.array([0] * len(parts) if begun is None else begun, np.int64)
+        self.tokenizer = parts[0].tokenizer
+        self.size = sum(part.size for part in parts)
         self.content = json.dumps({"parts": [part.content for part in parts], "rates": list(rates)})
 
-    def __len__(self) -> int:
-        return len(self._part_E)
+    def lengths(self, number_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        inputs_E, targets_E = np.empty(len(number_E), np.int64), np.empty(len(number_E), np.int64)
+        for part, members, within in self._split(number_E):
+            inputs_E[members], targets_E[members] = part.lengths(within)
+        return inputs_E, targets_E
 
-    def example(self, i: int) -> Example:
-        return self._parts[self._part_E[i]].example(int(self._number_E[i]))
+    def make(self, number_E: np.ndarray) -> list[Example]:
+        out: list[Example | None] = [None] * len(number_E)
+        for part, members, within in self._split(number_E):
+            for member, example in zip(members.tolist(), part.make(within), strict=True):
+                out[member] = example
+        return [example for example in out if example is not None]
 
+    def behind(self, number: int) -> list[int]:
+        """How many examples of each part lie before example `number`."""
+        return (self._begun + self._mixing.counts(number)).tolist()
 
-AnyExamples = Examples | MixedExamples
-
-
-def open_examples(config: DataConfig, source: Source, tokenizer: Tokenizer, cache_dir: Path) -> AnyExamples:
-    """The examples of one split: tokenised and stored on first use, memory mapped afterwards.
-
-    Raises UserError for text that is not valid Unicode, and for a tokenizer with too few sentinels.
-    """
-    fields = ("inputs", "targets") if isinstance(config.objective, Supervised) else ("text",)
-    identity = [FORMAT, source.content_id, tokenizer.content_hash, fields]
-    key = hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
-
-    def build(folder: Path) -> None:
-        folder.mkdir()
-        tokenize(source, fields, tokenizer, folder)
-        (folder / "identity.json").write_text(json.dumps(identity, indent=1))
-
-    config.check_sentinels(tokenizer.sentinels)
-    folder = build_once(cache_dir / "tokenized" / key, build)
-    records = {field: load_ragged(folder, field) for field in fields}
-    match config.objective:
-        case Mixture(parts=parts):
-            made = [_in_pieces(config, records["text"], part, n, source, tokenizer) for n, part in enumerate(parts)]
-            return MixedExamples(made, [part.rate for part in parts], config.seed)
-        case Supervised() | CausalLM() as objective:
-            return Examples(
-                records,
-                objective=objective,
-                seed=config.seed,
-                tokenizer=tokenizer,
-                source_content_id=source.content_id,
-            )
-        case objective:
-            return _in_pieces(config, records["text"], Part(objective=objective), 0, source, tokenizer)
+    def _split(self, number_E: np.ndarray) -> list[tuple[Examples, np.ndarray, np.ndarray]]:
+        """(part, which of the examples are its, their numbers within it)."""
+        part_E, within_E = self._mixing.find(number_E)
+        found = []
+        for part in np.unique(part_E).tolist():
+            (members,) = np.nonzero(part_E == part)
+            found.append((self._parts[part], members, within_E[members] + self._begun[part]))
+        return found
 
 
-def _in_pieces(
-    config: DataConfig, text: Ragged, part: Part, number: int, source: Source, tokenizer: Tokenizer
-) -> Examples:
-    """Part `number` of a mixture, or the whole of an objective over raw text."""
-    mode = tokenizer.encode(part.mode).tolist()
-    # A mode takes input slots from the piece, so that what fitted may fit no more.
-    left = dataclasses.replace(config, objective=part.objective, input_length=config.input_length - len(mode))
-    piece = needs_of(part.objective, left.input_length, left.target_length).piece
-    return Examples(
-        {"text": objectives.cut_pieces(text, piece)},
-        objective=part.objective,
-        seed=config.seed + (number << 32),  # parts draw apart
-        tokenizer=tokenizer,
-        source_content_id=f"{source.content_id} in {piece}s",
-        mode=mode,
-    )
-
-
-def tokenize(source: Source, fields: tuple[str, ...], tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes the ids of all records' `fields` into `folder`, a batch of records in memory at a time."""
-    starts = range(0, len(source), RECORDS_AT_ONCE)
-    writers = {field: _TokenWriter(folder, field) for field in fields}
-    for start in bar(starts, "tokenising"):
-        records = source.__getitems__(range(start, min(start + RECORDS_AT_ONCE, len(source))))
-        for field, writer in writers.items():
-            writer.append(tokenizer.encode_batch([record[field] for record in records]))
-    for writer in writers.values():
-        writer.close()
-
-
-def load_ragged(folder: Path, field: str) -> Ragged:
-    """What `tokenize` wrote for one field; the tokens stay on disk until read."""
-    tokens = np.load(folder / TOKENS.format(field=field), mmap_mode="r", allow_pickle=False)
-    offsets = np.load(folder / OFFSETS.format(field=field), allow_pickle=False)
-    return Ragged(tokens_P=np.asarray(tokens), offsets=offsets)  # a plain view slices faster than np.memmap does
-
-
-class _TokenWriter:
-    """Appends to a flat .npy file whose length is known only at the end."""
-
-    def __init__(self, folder: Path, field: str) -> None:
-        self._file = (folder / TOKENS.format(field=field)).open("wb")
-        self._offsets_path = folder / OFFSETS.format(field=field)
-        self._lengths: list[np.ndarray] = [np.zeros(1, np.int64)]
-        self._header(0)
-
-    def append(self, arrays: list[np.ndarray]) -> None:
-        self._lengths.append(np.array([len(a) for a in arrays], np.int64))
-        self._file.write(np.concatenate(arrays).astype("<i4").tobytes())
-
-    def close(self) -> None:
-        offsets = np.cumsum(np.concatenate(self._lengths))
-        np.save(self._offsets_path, offsets)
-        size = self._file.tell()
-        self._file.seek(0)
-        self._header(int(offsets[-1]))
-        self._file.close()
-        # NumPy leaves room in a header for the first axis to grow; were that to end, the file would be torn.
-        assert np.load(self._file.name, mmap_mode="r").nbytes + self._data_start == size
-
-    def _header(self, length: int) -> None:
-        fields = {"descr": "<i4", "fortran_order": False, "shape": (length,)}
-        np.lib.format.write_array_header_1_0(self._file, fields)
-        self._data_start = self._file.tell()
+def _content(source: str, tokenizer: SpecialIds, objective: object, mode: Sequence[int] = ()) -> str:
+    identity = {
+        "source": source,
+        "tokenizer": tokenizer.content_hash,
+        "objective": dataclasses.asdict(objective),  # type: ignore[call-overload]
+    }
+    if mode:
+        identity["mode"] = list(mode)
+    return json.dumps(identity, sort_keys=True)

@@ -78,6 +78,9 @@ class FileSource:
     def __getitem__(self, index: int) -> dict[str, str]:
         return self.__getitems__([index])[0]
 
+    def read(self, indices):
+        return self.__getitems__(indices)
+
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, str]]:
         with open(self.path, "rb") as file:
             return [self._read(file, index) for index in indices]
@@ -222,7 +225,7 @@ def _value(record: dict, ours: str, theirs: str, where: str) -> str:
     if theirs not in record:
         raise UserError(f"{where}: no field {theirs!r} (source.{ours}); {nearest(theirs, record)}")
     value = record[theirs]
-    if ours == "group" and isinstance(value, int | float):
+    if ours not in ("inputs", "targets", "text") and isinstance(value, int | float):
         return str(value)
     if not isinstance(value, str):
         raise UserError(f"{where}: field {theirs!r} (source.{ours}) must be text, not {type(value).__name__}")

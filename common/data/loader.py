@@ -9,7 +9,7 @@ side of all N examples, end to end.
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -17,9 +17,9 @@ import numpy as np
 from common.compute.moments import Moments
 from common.data.batch import Batch, HostBatch
 from common.data.config import DataConfig
-from common.data.examples import AnyExamples
+from common.data.examples import Examples
 from common.data.objectives import Example
-from common.data.packing import EpochPlans
+from common.data.packing import RowPlans
 from common.errors import UserError
 
 FINGERPRINT_BYTES = 16
@@ -34,9 +34,9 @@ class Loader:
 
     def __init__(
         self,
-        examples: AnyExamples,
+        examples: Examples,
         config: DataConfig,
-        plans: EpochPlans,
+        plans: RowPlans,
         *,
         process_index: int = 0,
         process_count: int = 1,
@@ -65,41 +65,50 @@ class Loader:
 
         At most `buffered` batches wait. Neither number changes what comes out.
         """
-        steps = grain.MapDataset.range(start, stop).map(self.batch)
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(buffered, threads))
-        # Batches are whole before anything is prefetched: batching later would depend on the number of workers.
-        yield from steps.to_iter_dataset(options)
+        return prefetched(self.batch, start, stop, threads=threads, buffered=buffered)
+
+    def planned(self, steps: int) -> int:
+        """How many examples lie in the windows that the first `steps` steps read from."""
+        return (self._plans.locate(steps * self._rows - 1)[0] + 1) * self._examples.window
 
     def validation_batches(self, limit: int | None = None) -> Iterator[HostBatch]:
-        """Each row of epoch 0 once, in the same order every time; at most `limit` batches.
+        """Each row of the first window once, in the same order every time; at most `limit` batches.
 
         The last batch is filled up with empty rows: segments 0, weights 0, nothing counted or hashed.
         """
         plan = self._plans.plan(0)
         batches = -(-len(plan) // self._rows)
         for first in range(0, batches if limit is None else min(batches, limit)):
-            numbers = (first * self._rows + number for number in self._share)
-            yield self._build([plan.row(n) if n < len(plan) else NO_EXAMPLES for n in numbers])
+            rows = (first * self._rows + number for number in self._share)
+            yield self._build([self._plans.numbers(0, row) if row < len(plan) else NO_EXAMPLES for row in rows])
 
     def _build(self, rows: Sequence[np.ndarray]) -> HostBatch:
         return build_batch(self._examples, rows, input_length=self._lengths[0], target_length=self._lengths[1])
 
 
-def build_batch(
-    examples: AnyExamples, rows: Sequence[np.ndarray], *, input_length: int, target_length: int
-) -> HostBatch:
-    """A batch of the given rows, each an array of example indices that fit it (maybe none).
+def prefetched(
+    batch: Callable[[int], HostBatch], start: int, stop: int, *, threads: int, buffered: int
+) -> Iterator[HostBatch]:
+    """`batch(start)` to `batch(stop - 1)`, made ahead of time as `Loader.iterate` says."""
+    steps = grain.MapDataset.range(start, stop).map(batch)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(buffered, threads))
+    # Batches are whole before anything is prefetched: batching later would depend on the number of workers.
+    yield from steps.to_iter_dataset(options)
+
+
+def build_batch(examples: Examples, rows: Sequence[np.ndarray], *, input_length: int, target_length: int) -> HostBatch:
+    """A batch of the given rows, each an array of the numbers of examples that fit it (maybe none).
 
     The layout is `Batch`'s; two examples in one row, with start id 0 and eos 1:
 
     >>> import types
-    >>> from common.data.examples import Examples
+    >>> from common.data.examples import RecordExamples
     >>> from common.data.objective_config import Supervised
-    >>> from common.data.ragged import Ragged
+    >>> from common.data.token_store import TokenStream
     >>> ids = types.SimpleNamespace(eos_id=1, pad_id=0, start_id=0, content_hash="")
-    >>> records = {"inputs": Ragged.of([[7, 8], [9]]), "targets": Ragged.of([[5], [6]])}
+    >>> records = {"inputs": TokenStream.of([[7, 8], [9]]), "targets": TokenStream.of([[5], [6]])}
     >>> objective = Supervised(eos_after_inputs=False)
-    >>> examples = Examples(records, objective=objective, seed=0, tokenizer=ids, source_content_id="")
+    >>> examples = RecordExamples(records, objective=objective, seed=0, tokenizer=ids, source_content_id="")
     >>> batch = build_batch(examples, [np.array([0, 1])], input_length=4, target_length=5).batch
     >>> for field in dataclasses.fields(batch):
     ...     print(f"{field.name:19}", *getattr(batch, field.name)[0].astype(int))
@@ -112,7 +121,7 @@ def build_batch(
     target_positions_BT 2 3 1 2 0
     weights_BT          1 1 1 1 0
     """
-    made = [examples.example(int(i)) for row in rows for i in row]
+    made = examples.make(np.concatenate([NO_EXAMPLES, *rows]))
     counts_B = np.array([len(row) for row in rows], np.int64)
     inputs, targets, weights_P = _sides(made, counts_B, input_length, target_length)
     tokenizer = examples.tokenizer

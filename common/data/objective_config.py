@@ -26,11 +26,21 @@ class Supervised:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CausalLM:
-    """Plain text as targets behind empty inputs, loss on every token."""
+    """Each text on its own as targets behind empty inputs, loss on every token; a text must fit a row."""
 
     kind: Literal["causal_lm"] = "causal_lm"
     eos: bool = True
     """End each text with eos."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FullLM:
+    """A plain language model over text of any length: eos behind each text, all joined, cut into rows of targets.
+
+    T5's language modelling objective for a decoder (section 3.2.3), and how decoder-only models are pretrained.
+    """
+
+    kind: Literal["full_lm"] = "full_lm"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,9 +100,12 @@ class PrefixLM:
     """A piece of text cut at a random place: what stands before it are inputs, what follows targets (section 3.3.1)."""
 
     kind: Literal["prefix_lm"] = "prefix_lm"
+    complementary: bool = False
+    """Cut pieces in pairs, the one behind s tokens and the other behind L - s: each pair fills a row of L + L slots,
+    and no family has padding (Wang et al. 2022, arXiv 2204.05832). No eos is added."""
 
 
-RawText = SpanCorruption | IidDenoising | BertStyle | Deshuffling | PrefixLM
+RawText = FullLM | SpanCorruption | IidDenoising | BertStyle | Deshuffling | PrefixLM
 """Objectives that read one long text in pieces."""
 
 
@@ -119,10 +132,34 @@ class Mixture:
 
     def __post_init__(self) -> None:
         Mixing(rates=tuple(part.rate for part in self.parts))
+        for number, part in enumerate(self.parts):
+            if isinstance(part.objective, PrefixLM) and part.objective.complementary:
+                raise UserError(f"parts[{number}]: complementary pairs fill rows by themselves and cannot be mixed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UL2:
+    """UL2's seven denoisers with their mode tokens (arXiv 2205.05131, section 3.1 and table 1).
+
+    Two public implementations give the fourth X-denoiser density 0.15; only 0.5 fits the paper's own definition of one.
+    """
+
+    kind: Literal["ul2"] = "ul2"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UL2R:
+    """The smaller mixture with which a trained language model goes on (arXiv 2210.11399).
+
+    Denoisers as in Levanter's implementation, half of the examples prefix language modelling; these rates were not
+    checked against the paper. Its S-denoiser cuts at a place drawn evenly, without sentinels.
+    """
+
+    kind: Literal["ul2r"] = "ul2r"
 
 
 Single = Supervised | CausalLM | RawText
-Objective = Single | Mixture
+Objective = Single | Mixture | UL2 | UL2R
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,6 +181,8 @@ def needs_of(objective: RawText, input_length: int, target_length: int) -> Needs
     """
     shorter = min(input_length, target_length)
     match objective:
+        case FullLM():
+            return Needs(piece=target_length, targets=1, sentinels=0)
         case SpanCorruption():
             fitted = fit_inputs(input_length, objective.density, objective.mean_span)
             return Needs(piece=fitted.length, targets=fitted.targets, sentinels=fitted.spans)
@@ -166,32 +205,34 @@ def raw_parts(objective: Objective) -> tuple[Part, ...]:
             return ()
         case Mixture():
             return objective.parts
+        case UL2():
+            return _UL2
+        case UL2R():
+            return _UL2R
         case _:
             return (Part(objective=objective),)
-
-
-def ul2() -> Mixture:
-    """UL2's seven denoisers with their mode tokens (arXiv 2205.05131, section 3.1 and table 1).
-
-    Two public implementations give the fourth X-denoiser density 0.15; only 0.5 fits the paper's own definition of one.
-    """
-
-    def part(mode: str, rate: float, objective: RawText) -> Part:
-        return Part(objective=objective, rate=rate, mode=mode)
-
-    return Mixture(
-        parts=(
-            part("[NLU]", 0.165, SpanCorruption(density=0.15, mean_span=3.0)),
-            part("[NLU]", 0.165, SpanCorruption(density=0.15, mean_span=8.0)),
-            part("[S2S]", 0.34, PrefixLM()),
-            part("[NLG]", 0.0825, SpanCorruption(density=0.5, mean_span=3.0)),
-            part("[NLG]", 0.0825, SpanCorruption(density=0.5, mean_span=8.0)),
-            part("[NLG]", 0.0825, SpanCorruption(density=0.15, mean_span=64.0)),
-            part("[NLG]", 0.0825, SpanCorruption(density=0.5, mean_span=64.0)),
-        )
-    )
 
 
 def _check_share(name: str, value: float) -> None:
     if not 0 < value < 1:
         raise UserError(f"{name} is {value}; it is a share, between 0 and 1")
+
+
+def _denoisers(mode: str, rate: float, *shapes: tuple[float, float]) -> tuple[Part, ...]:
+    """A part for each (density, mean span), of equal rates that sum to `rate`."""
+    return tuple(
+        Part(objective=SpanCorruption(density=density, mean_span=span), rate=rate / len(shapes), mode=mode)
+        for density, span in shapes
+    )
+
+
+_UL2 = (
+    *_denoisers("[NLU]", 0.33, (0.15, 3.0), (0.15, 8.0)),
+    Part(objective=PrefixLM(), rate=0.34, mode="[S2S]"),
+    *_denoisers("[NLG]", 0.33, (0.5, 3.0), (0.5, 8.0), (0.15, 64.0), (0.5, 64.0)),
+)
+_UL2R = (
+    *_denoisers("[NLU]", 0.25, (0.15, 3.0)),
+    *_denoisers("[NLG]", 0.25, (0.15, 32.0), (0.5, 3.0)),
+    Part(objective=PrefixLM(), rate=0.5, mode="[S2S]"),
+)

@@ -1,14 +1,14 @@
-"""Pretraining objectives: how a record's tokens become inputs, targets and loss weights. No model is known here.
+"""Pretraining objectives: how tokens become inputs, targets and loss weights. No model is known here.
 
 An objective is a pure function of (seed, index, tokens), so any example can be made again by anyone at any time.
 Inputs and targets may be empty, and id 0 may stand anywhere: lengths are explicit. Objectives over raw text take pieces
-of it (`cut_pieces`); what they do is in `common.data.denoising`, and both their sides end with eos, as T5's do.
+of it, many at once; what they do is in `common.data.denoising`.
 
 Legend: I an example's input tokens, T its target tokens (both without padding), E examples, L tokens of a piece.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -18,20 +18,20 @@ from common.data.objective_config import (
     BertStyle,
     CausalLM,
     Deshuffling,
+    FullLM,
     IidDenoising,
     PrefixLM,
     RawText,
-    Single,
     SpanCorruption,
     Supervised,
 )
 from common.data.ragged import Ragged
-from common.data.spans import SHORTEST_PIECE, count_noise
+from common.data.spans import count_noise
 
 PIECES_AT_ONCE = 1024
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Example:
     """One example before packing."""
 
@@ -56,7 +56,7 @@ class SpecialIds(Protocol):
     def sentinel_id(self, k: int) -> int: ...
 
 
-def fields(objective: Single) -> tuple[str, ...]:
+def fields(objective: object) -> tuple[str, ...]:
     """The fields of a record that the objective reads.
 
     >>> fields(CausalLM())
@@ -65,51 +65,98 @@ def fields(objective: Single) -> tuple[str, ...]:
     return ("inputs", "targets") if isinstance(objective, Supervised) else ("text",)
 
 
-def cut_pieces(texts: Ragged, length: int) -> Ragged:
-    """All texts end to end, cut into pieces of `length` tokens; the last may be shorter, one of a single token is left.
+def of_record(objective: Supervised | CausalLM, tokens: Mapping[str, np.ndarray], eos_id: int) -> Example:
+    """The example of a record whose fields hold int32 `tokens`.
 
-    Nothing marks where a text ends, as nothing does in T5's pretraining data.
-
-    >>> [piece.tolist() for piece in map(cut_pieces(Ragged.of([[1, 2, 3], [4], [5, 6]]), 4).__getitem__, range(2))]
-    [[1, 2, 3, 4], [5, 6]]
-    """
-    first, last = int(texts.offsets[0]), int(texts.offsets[-1])
-    offsets = np.arange(first, last + 1, length)
-    if last - offsets[-1] >= SHORTEST_PIECE:
-        offsets = np.append(offsets, last)
-    return Ragged(tokens_P=texts.tokens_P, offsets=offsets)
-
-
-def make_example(
-    objective: Single, *, seed: int, index: int, tokens: Mapping[str, np.ndarray], ids: SpecialIds
-) -> Example:
-    """The example that `objective` makes of record `index`, whose fields hold int32 `tokens`.
-
-    >>> import types
-    >>> ids = types.SimpleNamespace(eos_id=1)
     >>> record = {"inputs": np.array([7, 0], np.int32), "targets": np.array([], np.int32)}
-    >>> example = make_example(Supervised(), seed=0, index=0, tokens=record, ids=ids)
+    >>> example = of_record(Supervised(), record, eos_id=1)
     >>> example.inputs_I.tolist(), example.targets_T.tolist(), example.weights_T.tolist()
     ([7, 0, 1], [1], [1.0])
     """
     match objective:
         case Supervised():
-            inputs_I = _ended(tokens["inputs"], ids.eos_id, objective.eos_after_inputs)
-            targets_T = _ended(tokens["targets"], ids.eos_id, objective.eos_after_targets)
+            inputs_I = _ended(tokens["inputs"], eos_id, objective.eos_after_inputs)
+            targets_T = _ended(tokens["targets"], eos_id, objective.eos_after_targets)
         case CausalLM():
-            inputs_I = np.zeros(0, np.int32)
-            targets_T = _ended(tokens["text"], ids.eos_id, objective.eos)
+            inputs_I, targets_T = np.zeros(0, np.int32), _ended(tokens["text"], eos_id, objective.eos)
+    return Example(inputs_I, targets_T, np.ones(len(targets_T), np.float32))
+
+
+def record_lengths(
+    objective: Supervised | CausalLM, token_lengths: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Input and target lengths int64 [E] of examples, from the token lengths of their records' fields.
+
+    >>> record_lengths(CausalLM(), {"text": np.array([0, 4])})
+    (array([0, 0]), array([1, 5]))
+    """
+    match objective:
+        case Supervised():
+            inputs_E = np.asarray(token_lengths["inputs"], np.int64) + objective.eos_after_inputs
+            return inputs_E, np.asarray(token_lengths["targets"], np.int64) + objective.eos_after_targets
+        case CausalLM():
+            targets_E = np.asarray(token_lengths["text"], np.int64) + objective.eos
+            return np.zeros_like(targets_E), targets_E
+
+
+def of_pieces(
+    objective: RawText, tokens_EL: np.ndarray, *, seed: int, index_E: np.ndarray, ids: SpecialIds, mode: Sequence[int]
+) -> list[Example]:
+    """The examples of pieces of one length, int32 [E, L]; `mode` stands before all inputs.
+
+    >>> import types
+    >>> made = of_pieces(FullLM(), np.array([[5, 6]]), seed=0, index_E=np.array([0]), ids=None, mode=())
+    >>> made[0].inputs_I.tolist(), made[0].targets_T.tolist()
+    ([], [5, 6])
+    """
+    inputs, targets = _denoise(objective, tokens_EL, seed, index_E, ids)
+    if _ends(objective):
+        inputs, targets = inputs.framed((), (ids.eos_id,)), targets.framed((), (ids.eos_id,))
+    if len(mode):
+        inputs = inputs.framed(mode, ())
+    ones_P = np.ones(len(targets.tokens_P), np.float32)
+    weights = Ragged(tokens_P=ones_P, offsets=targets.offsets)
+    return [Example(inputs[e], targets[e], weights[e]) for e in range(len(inputs))]
+
+
+def piece_lengths(
+    objective: RawText, length: int, *, seed: int, index_E: np.ndarray, ids: SpecialIds
+) -> tuple[np.ndarray, np.ndarray]:
+    """Input and target lengths int64 [E] of what becomes of pieces of `length` tokens, without a mode.
+
+    They depend on draws at most, never on tokens: blank pieces have the same.
+    """
+    same = not isinstance(objective, PrefixLM | IidDenoising)
+    wanted = index_E[:1] if same else index_E
+    inputs_E, targets_E = np.zeros(len(wanted), np.int64), np.zeros(len(wanted), np.int64)
+    for first in range(0, len(wanted), PIECES_AT_ONCE):
+        chunk = slice(first, first + PIECES_AT_ONCE)
+        blank_EL = np.zeros((len(wanted[chunk]), length), np.int32)
+        made = _denoise(objective, blank_EL, seed, wanted[chunk], ids)
+        inputs_E[chunk], targets_E[chunk] = (side.lengths + _ends(objective) for side in made)
+    if same:
+        return np.repeat(inputs_E, len(index_E)), np.repeat(targets_E, len(index_E))
+    return inputs_E, targets_E
+
+
+def _ends(objective: RawText) -> bool:
+    """Whether eos ends both sides, as in T5's pretraining."""
+    match objective:
+        case FullLM():
+            return False
+        case PrefixLM(complementary=complementary):
+            return not complementary
         case _:
-            made = denoise(objective, np.asarray(tokens["text"])[None], seed, np.array([index]), ids)
-            inputs_I, targets_T = (_ended(side[0], ids.eos_id, True) for side in made)
-    return Example(inputs_I=inputs_I, targets_T=targets_T, weights_T=np.ones(len(targets_T), np.float32))
+            return True
 
 
-def denoise(
+def _denoise(
     objective: RawText, tokens_EL: np.ndarray, seed: int, index_E: np.ndarray, ids: SpecialIds
 ) -> denoising.Pairs:
-    """(inputs, targets) of pieces of one length, without eos."""
+    """(inputs, targets), without eos."""
     match objective:
+        case FullLM():
+            return denoising.full_lm(tokens_EL)
         case SpanCorruption(density=density, mean_span=mean_span):
             spans = count_noise(tokens_EL.shape[1], density, mean_span).spans
             return denoising.span_corruption(
@@ -130,42 +177,8 @@ def denoise(
             )
         case Deshuffling():
             return denoising.deshuffling(tokens_EL, seed, index_E)
-        case PrefixLM():
-            return denoising.prefix_lm(tokens_EL, seed, index_E, complementary=False)
-
-
-def example_lengths(
-    objective: Single, token_lengths: Mapping[str, np.ndarray], *, seed: int, ids: SpecialIds
-) -> tuple[np.ndarray, np.ndarray]:
-    """Input and target lengths int64 [E] of all examples, from the token lengths of their fields.
-
-    >>> example_lengths(CausalLM(), {"text": np.array([0, 4])}, seed=0, ids=None)
-    (array([0, 0]), array([1, 5]))
-    """
-    match objective:
-        case Supervised():
-            inputs_E = np.asarray(token_lengths["inputs"], np.int64) + objective.eos_after_inputs
-            targets_E = np.asarray(token_lengths["targets"], np.int64) + objective.eos_after_targets
-        case CausalLM():
-            targets_E = np.asarray(token_lengths["text"], np.int64) + objective.eos
-            inputs_E = np.zeros_like(targets_E)
-        case _:
-            return _denoised_lengths(objective, np.asarray(token_lengths["text"]), seed, ids)
-    return inputs_E, targets_E
-
-
-def _denoised_lengths(
-    objective: RawText, lengths_E: np.ndarray, seed: int, ids: SpecialIds
-) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths depend on draws, not on tokens: blank pieces have the same."""
-    inputs_E, targets_E = np.zeros(len(lengths_E), np.int64), np.zeros(len(lengths_E), np.int64)
-    for length in np.unique(lengths_E).tolist():
-        (members,) = np.nonzero(lengths_E == length)
-        for first in range(0, len(members), PIECES_AT_ONCE):
-            index = members[first : first + PIECES_AT_ONCE]
-            made = denoise(objective, np.zeros((len(index), length), np.int32), seed, index, ids)
-            inputs_E[index], targets_E[index] = (side.lengths + 1 for side in made)
-    return inputs_E, targets_E
+        case PrefixLM(complementary=complementary):
+            return denoising.prefix_lm(tokens_EL, seed, index_E, complementary=complementary)
 
 
 def _sentinels(ids: SpecialIds, count: int) -> np.ndarray:

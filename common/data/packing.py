@@ -1,8 +1,8 @@
 """The packing plan: which examples share a row, by both limits at once, for every arm of a comparison.
 
-A plan follows from token lengths alone, once per (seed, epoch). Rows are then random access: no stream has to be
-replayed to find row n. Where arms make examples of different lengths of the same records, plan over the greater of
-their lengths, and every arm sees the same examples in the same steps.
+A plan follows from token lengths alone, once per (seed, window of examples: an epoch, or a part of one). Rows are then
+random access: no stream has to be replayed to find row n. Where arms make examples of different lengths of the same
+records, plan over the greater of their lengths, and every arm sees the same examples in the same steps.
 
 Examples are shuffled, then packed first-fit into a bounded number of open rows: the oldest row with room takes the
 example; when none has room, the open row with the least room left on its tighter side is closed. Measured on four
@@ -17,6 +17,7 @@ import hashlib
 import logging
 import threading
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -73,7 +74,7 @@ def plan_epoch(
     kept = np.flatnonzero(fits_E)
     bits = np.random.Philox(np.random.SeedSequence([seed, epoch]))
     order_P = kept[_shuffle(bits, len(kept))]
-    row_P = _first_fit(inputs_E[order_P].tolist(), targets_E[order_P].tolist(), input_limit, target_limit)
+    row_P = _pack(inputs_E[order_P], targets_E[order_P], input_limit, target_limit)
     sizes_R = np.bincount(row_P)
     rows = len(sizes_R)
     shuffled = _shuffle(bits, rows)
@@ -88,69 +89,82 @@ def plan_epoch(
     )
 
 
-class EpochPlans:
-    """Rows without end: epoch after epoch, each shuffled and packed anew, planned when first needed.
+class Lengths(Protocol):
+    """Examples, as far as planning reads them (see common/data/examples.py)."""
 
-    Plans are kept as artifacts in `cache_dir/plans` (None: in memory only). Row numbers run through all epochs, so a
+    content: str
+    window: int
+    together: int
+
+    def lengths(self, number_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+class RowPlans:
+    """Rows without end. Examples are planned a window at a time, when first needed: an epoch, or a part of it.
+
+    Plans are kept as artifacts in `cache_dir/plans` (None: in memory only). Row numbers run through all windows, so a
     budget may exceed the source. Safe to use from several threads.
     """
 
     def __init__(
-        self,
-        input_lengths: np.ndarray,
-        target_lengths: np.ndarray,
-        *,
-        input_limit: int,
-        target_limit: int,
-        seed: int,
-        cache_dir: Path | None,
+        self, examples: Lengths, *, input_limit: int, target_limit: int, seed: int, cache_dir: Path | None
     ) -> None:
-        self._lengths = (np.asarray(input_lengths, np.int64), np.asarray(target_lengths, np.int64))
+        self._examples = examples
         self._limits = (input_limit, target_limit)
         self._seed = seed
         self._folder = None if cache_dir is None else cache_dir / "plans"
-        self._digest = hashlib.blake2b(b"".join(np.ascontiguousarray(a).tobytes() for a in self._lengths)).hexdigest()
         self._lock = threading.RLock()
-        self._first_rows = [0]  # of each epoch planned so far, and of the one after
+        self._first_rows = [0]  # of each window planned so far, and of the one after
         self._recent: dict[int, PackingPlan] = {}
 
-    def plan(self, epoch: int) -> PackingPlan:
-        """The plan of one epoch. The first names, in one warning, the examples that are too long for a row."""
+    def plan(self, window: int) -> PackingPlan:
+        """The plan of one window, whose examples are numbered from 0. The first names, in one warning, the examples
+        that are too long for a row."""
         with self._lock:
-            if epoch not in self._recent:
-                plan = self._load_or_make(epoch)
+            if window not in self._recent:
+                plan = self._load_or_make(window)
                 if not self._recent and len(plan.too_long_X):
                     self._warn(plan.too_long_X)
-                for old in sorted(self._recent)[:-1]:  # a batch spans two epochs at most, unless epochs are tiny
+                for old in sorted(self._recent)[:-1]:  # a batch spans two windows at most, unless they are tiny
                     del self._recent[old]
-                self._recent[epoch] = plan
-            return self._recent[epoch]
+                self._recent[window] = plan
+            return self._recent[window]
 
     def locate(self, row: int) -> tuple[int, int]:
-        """(epoch, row within that epoch) of global row number `row`."""
+        """(window, row within that window) of global row number `row`."""
         assert row >= 0
         with self._lock:
             while row >= self._first_rows[-1]:
                 self._first_rows.append(self._first_rows[-1] + len(self.plan(len(self._first_rows) - 1)))
-            epoch = int(np.searchsorted(self._first_rows, row, side="right")) - 1
-            return epoch, row - self._first_rows[epoch]
+            window = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+            return window, row - self._first_rows[window]
 
     def row(self, row: int) -> np.ndarray:
-        """Indices int64 of the examples in global row `row`."""
-        epoch, number = self.locate(row)
-        return self.plan(epoch).row(number)
+        """Numbers int64 of the examples in global row `row`."""
+        window, number = self.locate(row)
+        return self.numbers(window, number)
 
-    def _load_or_make(self, epoch: int) -> PackingPlan:
-        (inputs_E, targets_E), (input_limit, target_limit) = self._lengths, self._limits
+    def numbers(self, window: int, row: int) -> np.ndarray:
+        """Numbers int64 of the examples in a window's row."""
+        together = self._examples.together
+        found = self.plan(window).row(row)
+        return window * self._examples.window + (found[:, None] * together + np.arange(together)).ravel()
+
+    def _load_or_make(self, window: int) -> PackingPlan:
+        size, together = self._examples.window, self._examples.together
+        lengths = self._examples.lengths(np.arange(window * size, (window + 1) * size))
+        inputs_E, targets_E = (side.reshape(-1, together).sum(axis=1) for side in lengths)
+        input_limit, target_limit = self._limits
 
         def make() -> PackingPlan:
             return plan_epoch(
-                inputs_E, targets_E, input_limit=input_limit, target_limit=target_limit, seed=self._seed, epoch=epoch
+                inputs_E, targets_E, input_limit=input_limit, target_limit=target_limit, seed=self._seed, epoch=window
             )
 
         if self._folder is None:
             return make()
-        identity = f"{ALGORITHM}|{self._digest}|{self._limits}|{self._seed}|{epoch}"
+        digest = hashlib.blake2b(inputs_E.tobytes() + targets_E.tobytes()).hexdigest()
+        identity = f"{ALGORITHM}|{digest}|{self._limits}|{self._seed}|{window}"
         path = self._folder / f"{hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()}.npz"
         return load_plan(build_once(path, lambda part: save_plan(make(), part)))
 
@@ -158,7 +172,7 @@ class EpochPlans:
         named = ", ".join(map(str, too_long_X[:10])) + (", ..." if len(too_long_X) > 10 else "")
         _log.warning(
             "%d of %d examples are longer than a row (%d input, %d target tokens) and are left out: %s",
-            *(len(too_long_X), len(self._lengths[0]), *self._limits, named),
+            *(len(too_long_X), self._examples.window, *self._limits, named),
         )
 
 
@@ -184,6 +198,20 @@ def _shuffle(bits: np.random.Philox, n: int) -> np.ndarray:
     """A permutation of `n`. NumPy promises the raw bits of a generator for all versions, but not what its
     `permutation` makes of them."""
     return np.argsort(bits.random_raw(n), kind="stable")
+
+
+def _pack(inputs_P: np.ndarray, targets_P: np.ndarray, input_limit: int, target_limit: int) -> np.ndarray:
+    """Row numbers int64 [P]. Pieces of text are all of one length but perhaps the last: no search is needed."""
+    usual = inputs_P[0], targets_P[0]
+    if len(inputs_P) > 2 and usual != (inputs_P[1], targets_P[1]):
+        usual = inputs_P[2], targets_P[2]  # one of the first two is the odd one, if there is only one
+    odd_P = (inputs_P != usual[0]) | (targets_P != usual[1])
+    if np.count_nonzero(odd_P) > 1:
+        return _first_fit(inputs_P.tolist(), targets_P.tolist(), input_limit, target_limit)
+    fitting = [limit // n for n, limit in zip(usual, (input_limit, target_limit), strict=True) if n]
+    row_P = (np.cumsum(~odd_P) - 1) // min(fitting, default=len(inputs_P))
+    row_P[odd_P] = row_P[~odd_P].max(initial=-1) + 1
+    return row_P
 
 
 def _first_fit(inputs: list[int], targets: list[int], input_limit: int, target_limit: int) -> np.ndarray:

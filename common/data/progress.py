@@ -2,11 +2,11 @@
 
 import contextlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, track
 
 T = TypeVar("T")
 
@@ -20,3 +20,11 @@ def bar(items: Sequence[T], title: str) -> Iterable[T]:
 def spinner(title: str) -> contextlib.AbstractContextManager[object]:
     """Around work whose end nobody can foresee."""
     return Console(stderr=True).status(title) if sys.stderr.isatty() else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def counter(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar with the time left; call what it gives with the number of things that are done since the last call."""
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda done: progress.advance(task, done)

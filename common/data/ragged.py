@@ -4,7 +4,7 @@ Legend: P tokens of all sequences in a row, E sequences.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -39,3 +39,21 @@ class Ragged:
     def lengths(self) -> np.ndarray:
         """int64 [E]."""
         return np.diff(self.offsets)
+
+    def framed(self, before: Sequence[int], behind: Sequence[int]) -> "Ragged":
+        """With the same ids before and behind every array.
+
+        >>> [array.tolist() for array in map(Ragged.of([[5, 6], []]).framed([8], [1]).__getitem__, range(2))]
+        [[8, 5, 6, 1], [8, 1]]
+        """
+        added = len(before) + len(behind)
+        first, last = self.offsets[0], self.offsets[-1]
+        offsets = self.offsets - first + added * np.arange(len(self.offsets))
+        out_P = np.empty(offsets[-1], np.int32)
+        ours = np.ones(len(out_P), bool)
+        for place, token in enumerate(before):
+            out_P[offsets[:-1] + place], ours[offsets[:-1] + place] = token, False
+        for place, token in enumerate(reversed(behind), start=1):
+            out_P[offsets[1:] - place], ours[offsets[1:] - place] = token, False
+        out_P[ours] = self.tokens_P[first:last]
+        return Ragged(tokens_P=out_P, offsets=offsets)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from common.data.cache import locked
-from common.data.config import SourceConfig
 from common.data.files import FileSource
+from common.data.source_config import SourceConfig
 from common.errors import UserError, nearest
 
 BUILT_IN = "cldr_translate"
@@ -48,10 +48,14 @@ def open_source(config: SourceConfig, split: str, cache_dir: Path) -> Source:
     (when it is read) a record that cannot be used.
     """
     scheme, _, name = config.name.partition(":")
-    fields = {ours: theirs for ours in FIELDS if (theirs := getattr(config, ours)) is not None}
+    fields = config.fields()
     if scheme == "tfds":
-        return _open_tfds(name, split, fields, cache_dir)
-    return FileSource.open(scheme, name, split, fields, cache_dir)
+        source = _open_tfds(name, split, fields, cache_dir)
+    else:
+        source = FileSource.open(scheme, name, split, fields, cache_dir)
+    from common.data.templates import TemplatedSource
+
+    return TemplatedSource(source, config.templates) if config.templates else source
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,6 +73,9 @@ class TfdsSource:
 
     def __getitem__(self, index: int) -> dict[str, str]:
         return self.__getitems__([index])[0]
+
+    def read(self, indices):
+        return self.__getitems__(indices)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, str]]:
         for index in indices:

@@ -14,8 +14,8 @@ from common.data.byte_pair import BytePairTokenizer
 from common.data.cache import build_once
 from common.data.config import BytePairConfig, SentencePieceConfig, TokenizerConfig
 from common.data.progress import bar, spinner
+from common.data.records import Problem, Source
 from common.data.sentence_piece import SentencePieceTokenizer
-from common.data.sources import Source
 from common.errors import UserError
 
 TRAINING_LINE = 1000
@@ -112,7 +112,9 @@ def training_lines(source: Source, records: int) -> Iterator[str]:
     count = min(records, len(source))
     indices = [number * len(source) // count for number in range(count)]
     for start in bar(range(0, len(indices), RECORDS_AT_ONCE), "reading text for the tokenizer"):
-        for record in source.__getitems__(indices[start : start + RECORDS_AT_ONCE]):
+        for record in source.read(indices[start : start + RECORDS_AT_ONCE]):
+            if isinstance(record, Problem):
+                continue  # named where the text is read for training
             for field in ("inputs", "targets", "text"):
                 for line in record.get(field, "").split("\n"):
                     yield from (line[at : at + TRAINING_LINE] for at in range(0, len(line), TRAINING_LINE))

@@ -15,7 +15,8 @@ from tokenizers import AddedToken, processors
 
 from common.config import apply_overrides, from_json, to_json
 from common.data.byte_pair import BytePairTokenizer, load, train_model
-from common.data.config import BytePairConfig, DataConfig, SentencePieceConfig, SourceConfig
+from common.data.config import BytePairConfig, DataConfig, SentencePieceConfig
+from common.data.source_config import SourceConfig
 from common.data.tokenizer import open_tokenizer
 from common.errors import UserError
 from tests.common.data.test_tokenizer import LINES, ODD_TEXTS, SHARED, ListSource

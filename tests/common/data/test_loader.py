@@ -3,22 +3,21 @@ import hashlib
 import itertools
 import json
 import types
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from common.compute.moments import Moments
 from common.data.batch import Batch, HostBatch
-from common.data.config import DataConfig, SentencePieceConfig, SourceConfig
-from common.data.examples import Examples, open_examples
+from common.data.config import DataConfig
+from common.data.examples import RecordExamples
 from common.data.loader import Loader, build_batch, chain
-from common.data.objective_config import CausalLM, Objective, PrefixLM, SpanCorruption, Supervised, ul2
-from common.data.packing import EpochPlans
-from common.data.ragged import Ragged
-from common.data.sentence_piece import SentencePieceTokenizer, train_model
+from common.data.objective_config import CausalLM, Supervised
+from common.data.objectives import Example
+from common.data.packing import RowPlans
+from common.data.source_config import SourceConfig
+from common.data.token_store import TokenStream
 from common.errors import UserError
 
 SOURCE = SourceConfig(name="jsonl:x", inputs="a", targets="b")
@@ -32,12 +31,12 @@ def special_ids(**change: int | str) -> types.SimpleNamespace:
 
 def examples_of(
     pairs: list[tuple[list[int], list[int]]],
-    objective: Objective = BARE,
+    objective: Supervised = BARE,
     source: str = "s",
     **ids: int | str,
-) -> Examples:
-    records = {"inputs": Ragged.of(a for a, _ in pairs), "targets": Ragged.of(b for _, b in pairs)}
-    return Examples(records, objective=objective, seed=0, tokenizer=special_ids(**ids), source_content_id=source)
+) -> RecordExamples:
+    records = {"inputs": TokenStream.of(a for a, _ in pairs), "targets": TokenStream.of(b for _, b in pairs)}
+    return RecordExamples(records, objective=objective, seed=0, tokenizer=special_ids(**ids), source_content_id=source)
 
 
 def random_pairs(count: int = 150) -> list[tuple[list[int], list[int]]]:
@@ -51,10 +50,9 @@ def random_pairs(count: int = 150) -> list[tuple[list[int], list[int]]]:
 EXAMPLES = examples_of(random_pairs())
 
 
-def loader_of(examples: Examples = EXAMPLES, index: int = 0, count: int = 1, rows: int = ROWS) -> Loader:
+def loader_of(examples: RecordExamples = EXAMPLES, index: int = 0, count: int = 1, rows: int = ROWS) -> Loader:
     config = DataConfig(source=SOURCE, rows=rows, input_length=INPUTS, target_length=TARGETS)
-    lengths = (examples.input_lengths, examples.target_lengths)
-    plans = EpochPlans(*lengths, input_limit=INPUTS, target_limit=TARGETS, seed=0, cache_dir=None)
+    plans = RowPlans(examples, input_limit=INPUTS, target_limit=TARGETS, seed=0, cache_dir=None)
     return Loader(examples, config, plans, process_index=index, process_count=count)
 
 
@@ -115,8 +113,8 @@ def test_empty_inputs_empty_targets_and_id_zero_by_hand() -> None:
 
 def test_no_input_slots_by_hand() -> None:
     """A language model's row: no inputs at all; the second row is empty."""
-    records = {"text": Ragged.of([[5, 6], [7]])}
-    examples = Examples(records, objective=CausalLM(), seed=0, tokenizer=special_ids(), source_content_id="s")
+    records = {"text": TokenStream.of([[5, 6], [7]])}
+    examples = RecordExamples(records, objective=CausalLM(), seed=0, tokenizer=special_ids(), source_content_id="s")
     rows = [np.array([1, 0]), np.array([], np.int64)]
     batch = arrays(build_batch(examples, rows, input_length=0, target_length=6).batch)
     assert batch["inputs_BI"].shape == (2, 0)
@@ -151,7 +149,7 @@ def test_an_epoch_holds_every_example_once() -> None:
     found = [pair for made in loader.validation_batches() for pair in unpack(made.batch)]
     # An example without any token takes no slot, so only its count shows.
     assert sorted(pair for pair in found if any(pair)) == sorted(pair for pair in random_pairs() if any(pair))
-    assert sum(made.examples for made in loader.validation_batches()) == len(EXAMPLES)
+    assert sum(made.examples for made in loader.validation_batches()) == EXAMPLES.size
 
 
 def test_dtypes() -> None:
@@ -179,11 +177,10 @@ def test_budgets_beyond_one_epoch() -> None:
     loader = loader_of()
     rows = sum(1 for _ in loader.validation_batches()) * ROWS
     steps = 5 * rows // ROWS
-    seen = np.zeros(len(EXAMPLES), int)
-    lengths = (EXAMPLES.input_lengths, EXAMPLES.target_lengths)
-    plans = EpochPlans(*lengths, input_limit=INPUTS, target_limit=TARGETS, seed=0, cache_dir=None)
+    seen = np.zeros(EXAMPLES.size, int)
+    plans = RowPlans(EXAMPLES, input_limit=INPUTS, target_limit=TARGETS, seed=0, cache_dir=None)
     for row in range(steps * ROWS):
-        np.add.at(seen, plans.row(row), 1)
+        np.add.at(seen, plans.row(row) % EXAMPLES.size, 1)
     assert seen.min() >= 4 and seen.max() - seen.min() <= 1
     assert len(set(digests(loader.iterate(0, steps)))) == steps, "no epoch repeats another's batches"
 
@@ -208,8 +205,8 @@ def test_rows_must_divide_among_processes() -> None:
 
 
 def test_an_error_in_a_batch_reaches_the_consumer() -> None:
-    class Broken(Examples):
-        def example(self, i: int):
+    class Broken(RecordExamples):
+        def make(self, number_E: np.ndarray) -> list[Example]:
             raise RuntimeError("disk gone")
 
     broken = Broken(EXAMPLES._records, objective=Supervised(), seed=0, tokenizer=special_ids(), source_content_id="s")
@@ -248,7 +245,7 @@ def test_validation_divides_among_processes() -> None:
 # --- Fingerprints
 
 
-def fingerprint(examples: Examples, rows: list[list[int]]) -> int:
+def fingerprint(examples: RecordExamples, rows: list[list[int]]) -> int:
     indices = [np.array(row, np.int64) for row in rows]
     return build_batch(examples, indices, input_length=INPUTS, target_length=TARGETS).fingerprint
 
@@ -290,9 +287,11 @@ def test_fingerprint_depends_on_content_and_on_every_token() -> None:
 def test_objective_counts_even_where_tokens_agree() -> None:
     """Without any eos to add, these two objectives make the same tokens of no inputs; the fingerprints differ still."""
     one = examples_of([([], [5, 6])], BARE)
-    records = {"text": Ragged.of([[5, 6]])}
-    other = Examples(records, objective=CausalLM(eos=False), seed=0, tokenizer=special_ids(), source_content_id="s")
-    np.testing.assert_array_equal(one.example(0).targets_T, other.example(0).targets_T)
+    records = {"text": TokenStream.of([[5, 6]])}
+    other = RecordExamples(
+        records, objective=CausalLM(eos=False), seed=0, tokenizer=special_ids(), source_content_id="s"
+    )
+    np.testing.assert_array_equal(*(examples.make(np.array([0]))[0].targets_T for examples in (one, other)))
     assert fingerprint(one, [[0]]) != fingerprint(other, [[0]])
 
 
@@ -313,126 +312,3 @@ def test_content_names_source_tokenizer_and_objective() -> None:
     content = json.loads(loader_of(examples_of(PAIRS, Supervised())).content)
     assert content["source"] == "s" and content["tokenizer"] == "t"
     assert content["objective"]["kind"] == "supervised"
-
-
-# --- Tokenised examples on disk
-
-
-class CountingSource:
-    content_id = "counting 1"
-
-    def __init__(self, records: list[dict[str, str]]) -> None:
-        self.records, self.reads = records, 0
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> dict[str, str]:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, str]]:
-        self.reads += len(indices)
-        return [self.records[index] for index in indices]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> SentencePieceTokenizer:
-    return SentencePieceTokenizer(
-        train_model([f"{n} is {n + 1} less one" for n in range(300)], SentencePieceConfig(vocab_size=277))
-    )
-
-
-def test_examples_are_tokenised_once(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
-    records = [{"inputs": "x" * (n % 5), "targets": f"{n}" * (n % 3)} for n in range(5000)]
-    source = CountingSource(records)
-    config = DataConfig(source=SOURCE, rows=2, input_length=32, target_length=32)
-    examples = open_examples(config, source, tokenizer, tmp_path)
-    assert source.reads == len(examples) == 5000
-    again = open_examples(config, source, tokenizer, tmp_path)
-    assert source.reads == 5000, "read from the cache"
-    assert again.content == examples.content
-    for i in (0, 1, 2047, 2048, 4999):
-        expected = [*tokenizer.encode(records[i]["inputs"]), 1], [*tokenizer.encode(records[i]["targets"]), 1]
-        for stored in (examples, again):
-            example = stored.example(i)
-            assert ([*example.inputs_I], [*example.targets_T]) == expected
-            assert (stored.input_lengths[i], stored.target_lengths[i]) == (len(expected[0]), len(expected[1]))
-
-
-@pytest.mark.parametrize("records", [[], [{"inputs": "", "targets": ""}] * 3])
-def test_sources_without_a_token(
-    tmp_path: Path, tokenizer: SentencePieceTokenizer, records: list[dict[str, str]]
-) -> None:
-    config = DataConfig(source=SOURCE, rows=2, input_length=32, target_length=32)
-    examples = open_examples(config, CountingSource(records), tokenizer, tmp_path)
-    assert len(examples) == len(records)
-    assert [examples.example(i).inputs_I.tolist() for i in range(len(records))] == [[1]] * len(records)
-
-
-def test_raw_text_in_pieces(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
-    """Texts of all lengths make pieces that fill their rows, and tokens are cached for every objective at once."""
-    lines = [" ".join(f"{n} is {n + 1} less one" for n in range(i % 7)) for i in range(100)]
-    source = CountingSource([{"text": line} for line in lines])
-    config = DataConfig(
-        source=SourceConfig(name="text:x", inputs=None, targets=None, text="line"),
-        tokenizer=SentencePieceConfig(path="given"),
-        objective=SpanCorruption(),
-        rows=2,
-        input_length=64,
-        target_length=16,
-    )
-    with pytest.raises(UserError, match="needs 3 sentinels, tokenizer.sentinels is 0; nearest: 3"):
-        open_examples(config, source, tokenizer, tmp_path)
-    marked = SentencePieceTokenizer(tokenizer.serialized(), sentinels=3)
-    examples = open_examples(config, source, marked, tmp_path)
-    tokens = np.concatenate([marked.encode(line) for line in lines])
-    assert len(examples) == -(-len(tokens) // 70)
-    assert set(examples.input_lengths[:-1]) == {64} and set(examples.target_lengths[:-1]) == {14}
-    first = examples.example(0)
-    kept = [token for token in (*first.inputs_I, *first.targets_T) if token not in (1, *range(277, 280))]
-    assert sorted(kept) == sorted(tokens[:70].tolist())
-    prefix = open_examples(
-        dataclasses.replace(config, objective=PrefixLM(), target_length=64), source, marked, tmp_path
-    )
-    assert source.reads == len(lines) and prefix.content != examples.content
-    assert [*prefix.example(1).inputs_I[:-1], *prefix.example(1).targets_T[:-1]] == tokens[64:128].tolist()
-
-
-def test_a_mixture_reads_each_part_in_its_own_pieces(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
-    lines = [" ".join(f"{n} is {n + 1} less one" for n in range(i % 9)) for i in range(200)]
-    source = CountingSource([{"text": line} for line in lines])
-    marked = SentencePieceTokenizer(tokenizer.serialized(), sentinels=16)
-    config = DataConfig(
-        source=SourceConfig(name="text:x", inputs=None, targets=None, text="line"),
-        tokenizer=SentencePieceConfig(path="given"),
-        objective=ul2(),
-        rows=2,
-        input_length=64,
-        target_length=64,
-    )
-    mixed = open_examples(config, source, marked, tmp_path)
-    names = {part.mode: marked.encode(part.mode).tolist() for part in ul2().parts}
-    seen = Counter()
-    for i in range(len(mixed)):
-        example = mixed.example(i)
-        assert (len(example.inputs_I), len(example.targets_T)) == (mixed.input_lengths[i], mixed.target_lengths[i])
-        assert len(example.inputs_I) <= 64 and len(example.targets_T) <= 64
-        seen[next(mode for mode, ids in names.items() if example.inputs_I[: len(ids)].tolist() == ids)] += 1
-    for mode, rate in (("[NLU]", 0.33), ("[S2S]", 0.34), ("[NLG]", 0.33)):
-        assert abs(seen[mode] - rate * len(mixed)) < 6
-    plans = EpochPlans(
-        mixed.input_lengths, mixed.target_lengths, input_limit=64, target_limit=64, seed=0, cache_dir=None
-    )
-    batch = Loader(mixed, config, plans).batch(0)
-    assert batch.examples >= 2 and batch.loss_tokens > 0
-
-
-def test_another_tokenizer_is_another_cache(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
-    source = CountingSource([{"inputs": "a", "targets": "b"}])
-    config = DataConfig(source=SOURCE, rows=2, input_length=32, target_length=32)
-    other = SentencePieceTokenizer(tokenizer._model.serialized_model_proto(), sentinels=1)
-    contents = {open_examples(config, source, each, tmp_path).content for each in (tokenizer, other)}
-    source.content_id = "counting 2"
-    contents.add(open_examples(config, source, tokenizer, tmp_path).content)
-    assert len(contents) == 3
-    assert source.reads == 3

@@ -36,6 +36,14 @@ def test_any_stretch_is_the_same_however_it_is_reached(mixture: Mixing, start: i
 
 
 @mixtures
+def test_examples_are_found_in_any_order(mixture: Mixing) -> None:
+    numbers = np.array([7, 123_456, 0, 5000, 7, 123_455, 4096, 4095])
+    component, within = mixture.find(numbers)
+    for n, m, k in zip(numbers.tolist(), component.tolist(), within.tolist(), strict=True):
+        assert [[m], [k]] == [a.tolist() for a in mixture.take(n, n + 1)]
+
+
+@mixtures
 def test_rates_are_kept_in_every_stretch(mixture: Mixing) -> None:
     shares = np.array(mixture.rates) / sum(mixture.rates)
     for start in (0, 12_345, 10**9):

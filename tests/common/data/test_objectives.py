@@ -4,11 +4,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.data.config import DataConfig, SentencePieceConfig, SourceConfig
+from common.data.config import DataConfig, SentencePieceConfig
 from common.data.objective_config import (
+    UL2,
+    UL2R,
     BertStyle,
     CausalLM,
     Deshuffling,
+    FullLM,
     IidDenoising,
     Mixture,
     Part,
@@ -18,10 +21,10 @@ from common.data.objective_config import (
     SpanCorruption,
     Supervised,
     needs_of,
-    ul2,
+    raw_parts,
 )
-from common.data.objectives import Example, cut_pieces, example_lengths, fields, make_example
-from common.data.ragged import Ragged
+from common.data.objectives import Example, fields, of_pieces, of_record, piece_lengths, record_lengths
+from common.data.source_config import SourceConfig
 from common.errors import UserError
 
 SENTINELS = 20
@@ -38,12 +41,16 @@ OBJECTIVES: list[Single] = [
     BertStyle(),
     Deshuffling(),
     PrefixLM(),
+    PrefixLM(complementary=True),
+    FullLM(),
 ]
 
 
 def make(objective: Single, tokens: dict[str, list[int]], index: int = 0) -> Example:
     arrays = {field: np.array(ids, np.int32) for field, ids in tokens.items()}
-    return make_example(objective, seed=0, index=index, tokens=arrays, ids=IDS)
+    if isinstance(objective, Supervised | CausalLM):
+        return of_record(objective, arrays, IDS.eos_id)
+    return of_pieces(objective, arrays["text"][None], seed=0, index_E=np.array([index]), ids=IDS, mode=())[0]
 
 
 @pytest.mark.parametrize(
@@ -75,17 +82,38 @@ def test_lengths_are_those_of_the_examples(objective: Single) -> None:
         {field: rng.integers(0, 9, rng.integers(least, 40)).tolist() for field in fields(objective)} for _ in range(50)
     ]
     lengths = {field: np.array([len(record[field]) for record in records]) for field in fields(objective)}
-    inputs_E, targets_E = example_lengths(objective, lengths, seed=0, ids=IDS)
     made = [make(objective, record, i) for i, record in enumerate(records)]
-    assert inputs_E.tolist() == [len(example.inputs_I) for example in made]
-    assert targets_E.tolist() == [len(example.targets_T) for example in made]
+    if isinstance(objective, Supervised | CausalLM):
+        found = list(zip(*record_lengths(objective, lengths), strict=True))
+    else:
+        found = [
+            tuple(side[0] for side in piece_lengths(objective, length, seed=0, index_E=np.array([i]), ids=IDS))
+            for i, length in enumerate(lengths["text"].tolist())
+        ]
+    assert found == [(len(example.inputs_I), len(example.targets_T)) for example in made]
+
+
+@pytest.mark.parametrize("objective", [one for one in OBJECTIVES if isinstance(one, RawText)], ids=str)
+def test_many_pieces_at_once_are_each_what_they_are_alone(objective: RawText) -> None:
+    tokens_EL = np.random.default_rng(0).integers(0, 90, (6, 17)).astype(np.int32)
+    index_E = np.array([4, 9, 2, 3, 100, 7])
+    for mode in ((), (55, 66)):
+        together = of_pieces(objective, tokens_EL, seed=5, index_E=index_E, ids=IDS, mode=mode)
+        inputs_E, targets_E = piece_lengths(objective, 17, seed=5, index_E=index_E, ids=IDS)
+        for e, found in enumerate(together):
+            alone = of_pieces(objective, tokens_EL[[e]], seed=5, index_E=index_E[[e]], ids=IDS, mode=mode)[0]
+            assert found.inputs_I.tolist() == alone.inputs_I.tolist()
+            assert found.targets_T.tolist() == alone.targets_T.tolist()
+            assert found.inputs_I[: len(mode)].tolist() == list(mode)
+            assert (len(found.inputs_I) - len(mode), len(found.targets_T)) == (inputs_E[e], targets_E[e])
+            assert found.weights_T.tolist() == [1.0] * len(found.targets_T)
+            assert (found.inputs_I.dtype, found.targets_T.dtype) == (np.int32, np.int32)
 
 
 def test_examples_do_not_alter_the_record() -> None:
     tokens = {"inputs": np.array([7, 8], np.int32), "targets": np.array([9], np.int32)}
     for objective in (Supervised(), Supervised(eos_after_inputs=False, eos_after_targets=False)):
-        first = make_example(objective, seed=0, index=0, tokens=tokens, ids=IDS)
-        second = make_example(objective, seed=0, index=0, tokens=tokens, ids=IDS)
+        first, second = (of_record(objective, tokens, eos_id=1) for _ in range(2))
         np.testing.assert_array_equal(first.inputs_I, second.inputs_I)
         assert tokens["inputs"].tolist() == [7, 8] and tokens["targets"].tolist() == [9]
 
@@ -99,15 +127,6 @@ def test_text_of_every_piece_comes_back() -> None:
         both = [*example.inputs_I[:-1].tolist(), *example.targets_T[:-1].tolist()]
         assert sorted(token for token in both if token < 100) == text
         assert all(token in text or 100 <= token < 120 for token in both)
-
-
-@pytest.mark.parametrize("ends", [[0], [0, 0, 0], [0, 1], [0, 3, 3, 9, 10], [0, 12], [0, 8], [0, 9]])
-def test_pieces_are_the_text(ends: list[int]) -> None:
-    texts = Ragged(tokens_P=np.arange(ends[-1], dtype=np.int32), offsets=np.array(ends))
-    pieces = cut_pieces(texts, 4)
-    whole, rest = divmod(ends[-1], 4)
-    assert pieces.lengths.tolist() == [4] * whole + [rest] * (rest >= 2)
-    assert [token for i in range(len(pieces)) for token in pieces[i]] == list(range(4 * whole + rest * (rest >= 2)))
 
 
 PAIRS = SourceConfig(name="jsonl:x", inputs="a", targets="b")
@@ -147,6 +166,8 @@ PIECES = SentencePieceConfig(sentinels=100, vocab_size=2000)
         (BertStyle(), 512, 511),
         (Deshuffling(), 512, 511),
         (PrefixLM(), 512, 512),
+        (PrefixLM(complementary=True), 512, 512),
+        (FullLM(), 2048, 2048),
     ],
     ids=str,
 )
@@ -155,8 +176,7 @@ def test_whole_pieces_fit(objective: RawText, target_length: int, piece: int) ->
     config = DataConfig(**RAW | {"objective": objective, "target_length": target_length, "tokenizer": PIECES})
     assert needs_of(objective, config.input_length, config.target_length).piece == piece
     ids = types.SimpleNamespace(eos_id=1, vocab_size=2000, sentinels=100, sentinel_id=lambda k: 1999 - k)
-    lengths = {"text": np.full(300, piece)}
-    inputs_E, targets_E = example_lengths(objective, lengths, seed=0, ids=ids)
+    inputs_E, targets_E = piece_lengths(objective, piece, seed=0, index_E=np.arange(300), ids=ids)
     assert inputs_E.max() <= 512
     assert targets_E.max() <= target_length or isinstance(objective, IidDenoising)
 
@@ -175,6 +195,7 @@ def test_whole_pieces_fit(objective: RawText, target_length: int, piece: int) ->
         ({"objective": BertStyle(), "tokenizer": SentencePieceConfig()}, "needs 1 sentinels"),
         ({"objective": Deshuffling(), "target_length": 2}, "target_length is 2; the least is 4"),
         ({"input_length": 3}, "input_length is 3; the least is 4"),
+        ({"objective": PrefixLM(complementary=True)}, "as many input as target slots.*nearest: target_length=512"),
         ({"source": PAIRS}, "reads text"),
     ],
 )
@@ -187,16 +208,22 @@ def test_what_cannot_work_is_refused_at_once(change: dict[str, Any], message: st
 
 def test_ul2_is_what_the_paper_says() -> None:
     """Seven denoisers; pieces of their own lengths; 128 sentinels at 512 slots, which T5's 100 cannot serve."""
-    parts = ul2().parts
+    parts = raw_parts(UL2())
     assert sum(part.rate for part in parts) == pytest.approx(1.0)
     pieces = [needs_of(part.objective, 512, 512).piece for part in parts]
     assert pieces == [568, 588, 512, 766, 908, 600, 1006]
-    config = {**RAW, "objective": ul2(), "target_length": 512}
+    config = {**RAW, "objective": UL2(), "target_length": 512}
     DataConfig(**config, tokenizer=SentencePieceConfig(sentinels=128, vocab_size=2000))
     with pytest.raises(UserError, match="'span_corruption' at input_length 512 needs 128 sentinels"):
         DataConfig(**config, tokenizer=PIECES)
     with pytest.raises(UserError, match="makes targets of 512; nearest: 512"):
         DataConfig(**{**config, "target_length": 511}, tokenizer=PIECES)
+
+
+def test_ul2r_is_smaller() -> None:
+    parts = raw_parts(UL2R())
+    assert sum(part.rate for part in parts) == pytest.approx(1.0)
+    assert [needs_of(part.objective, 512, 512).piece for part in parts] == [568, 598, 766, 512]
 
 
 def test_a_mixture_of_nothing_is_refused() -> None:
@@ -224,7 +251,7 @@ def test_objectives_refuse_what_is_no_share(kind: Any, values: dict[str, float],
     [
         ({"name": "tfd:x", "inputs": "a", "targets": "b"}, "did you mean 'tfds'"),
         ({"name": "jsonl:", "inputs": "a", "targets": "b"}, "nothing follows"),
-        ({"name": "no_scheme", "inputs": "a", "targets": "b"}, "valid: jsonl"),
+        ({"name": "no_scheme", "inputs": "a", "targets": "b"}, "valid: arrayrecord, corpus, jsonl"),
         ({"name": "jsonl:x", "inputs": "a", "targets": None}, "both inputs and targets"),
         ({"name": "jsonl:x", "inputs": "a", "targets": "b", "text": "c"}, "text alone"),
         ({"name": "jsonl:x", "inputs": None, "targets": None}, "text alone"),

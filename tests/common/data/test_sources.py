@@ -11,8 +11,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 from common.data import cache, cldr, sources
-from common.data.config import SourceConfig
 from common.data.files import parse_split, slice_bounds
+from common.data.source_config import SourceConfig
 from common.data.sources import open_source
 from common.errors import UserError
 
@@ -253,7 +253,7 @@ def tiny(tmp_path_factory):
 def test_a_prepared_tfds_data_set_is_read_without_its_code_and_without_tensorflow(tiny, tmp_path):
     code = f"""
 import pathlib, sys
-from common.data.config import SourceConfig
+from common.data.source_config import SourceConfig
 from common.data.sources import open_source
 assert "tensorflow_datasets" not in sys.modules
 config = SourceConfig(name="tfds:tiny_translate", inputs="en", targets="de", group="label")

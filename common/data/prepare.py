@@ -1,0 +1,264 @@
+"""Tokenising a source into shards: over several processes, going on where a killed one stopped, with a manifest.
+
+A shard is a range of records. It is written by one call of `write_shard`, which is the whole of the work wherever it
+runs: in this process, in several, or in an Apache Beam pipeline (`common.data.prepare_beam`).
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from common.data.cache import locked
+from common.data.progress import counter
+from common.data.records import Problem, Record, Source
+from common.data.token_store import KEPT, ShardWriter, TokenStream
+from common.data.tokenizer import Tokenizer
+from common.errors import UserError
+from common.files import read_json, write_json
+
+FORMAT = 2
+"""Part of the cache's key: raise it with any change of what is stored."""
+RECORDS_AT_ONCE = 512
+MOST_SHARDS = 256
+MANIFEST, PROBLEMS, REPORT = "manifest.json", "problems.jsonl", "{number:05d}.json"
+NAMED = 3
+"""Problems that a warning names; all are in the file."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to tokenise, and how; can be sent to other processes."""
+
+    source: Source
+    fields: tuple[str, ...]
+    tokenizer: Tokenizer
+    end_each: bool
+    """An eos behind every record."""
+    strict: bool
+    """Stop at the first record that cannot be used."""
+    records_a_shard: int = 1 << 14
+    """More where there would be too many shards."""
+
+    def key(self) -> str:
+        """Names what is made: equal keys, equal bytes."""
+        return hashlib.blake2b(json.dumps(self.identity()).encode(), digest_size=16).hexdigest()
+
+    def identity(self) -> list[object]:
+        return [FORMAT, self.source.content_id, self.tokenizer.content_hash, self.fields, self.end_each]
+
+    def shards(self) -> int:
+        return max(1, min(MOST_SHARDS, -(-len(self.source) // self.records_a_shard)))
+
+    def records(self, number: int) -> range:
+        """Of shard `number`."""
+        total, shards = len(self.source), self.shards()
+        return range(number * total // shards, (number + 1) * total // shards)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardReport:
+    records: int
+    """Read."""
+    kept: int
+    empty: int
+    """Kept, with no token in any field."""
+    tokens: dict[str, int]
+    """Of each field."""
+    problems: list[str]
+    """One for each record that was left out."""
+    hashes: dict[str, str]
+    """File name -> blake2b of its bytes."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A tokenised source."""
+
+    folder: Path
+    fields: dict[str, TokenStream]
+    manifest: dict
+
+    @classmethod
+    def open(cls, folder: Path, fields: Sequence[str]) -> "Prepared":
+        manifest = read_json(folder / MANIFEST)
+        shards = len(manifest["shards"])
+        streams = {field: TokenStream.open(folder, field, shards) for field in fields}
+        return cls(folder=folder, fields=streams, manifest=manifest)
+
+    def source_index(self, record: int) -> int:
+        """The number that a record has in the source, where some were left out."""
+        begin, first = 0, 0
+        for number, shard in enumerate(self.manifest["shards"]):
+            if record < first + shard["kept"]:
+                if shard["kept"] == shard["records"]:
+                    return begin + record - first
+                kept = np.load(self.folder / KEPT.format(number=number), allow_pickle=False)
+                return begin + int(kept[record - first])
+            begin, first = begin + shard["records"], first + shard["kept"]
+        raise IndexError(f"record {record} of {first}")
+
+
+def prepare(job: Job, folder: Path, workers: int | None = None) -> Prepared:
+    """The tokenised source in `folder`: as it lies there, or made now.
+
+    Shards that a killed process finished are kept. Records that cannot be used are left out, counted and named in
+    `problems.jsonl`, and a warning says so.
+
+    Args:
+      workers: processes; None: as many as there are cores, where there are several shards.
+
+    Raises UserError for a record that cannot be used where the job is strict.
+    """
+    if not folder.exists():
+        with locked(folder):
+            if not folder.exists():
+                _make(job, folder, workers)
+    prepared = Prepared.open(folder, job.fields)
+    if problems := prepared.manifest["problems"]:
+        if job.strict:
+            raise UserError(problems["first"][0])
+        _log.warning(
+            "%d of %d records of %s cannot be used and are left out (source.strict=true stops instead): %s; all: %s",
+            *(problems["count"], prepared.manifest["records"], job.source.content_id.partition(":blake2b")[0]),
+            *("; ".join(problems["first"]), folder / PROBLEMS),
+        )
+    return prepared
+
+
+def write_shard(number: int, job: Job, folder: Path, tick: Callable[[int], None] = lambda done: None) -> ShardReport:
+    """Tokenises shard `number` into `folder`, unless its report lies there already.
+
+    The report is written last, so a shard without one is begun anew. `tick` hears of every batch of records.
+    """
+    path = folder / REPORT.format(number=number)
+    if path.exists():
+        report = ShardReport(**read_json(path))
+        tick(report.records)
+        return report
+    writers = {field: ShardWriter(folder, number, field, job.tokenizer.vocab_size) for field in job.fields}
+    kept: list[int] = []
+    problems: list[str] = []
+    empty = 0
+    indices = job.records(number)
+    for begin in range(0, len(indices), RECORDS_AT_ONCE):
+        batch = indices[begin : begin + RECORDS_AT_ONCE]
+        found = [_checked(job, *pair) for pair in zip(job.source.read(batch), batch, strict=True)]
+        problems += [str(record) for record in found if isinstance(record, Problem)]
+        kept += [begin + place for place, record in enumerate(found) if not isinstance(record, Problem)]
+        ids = _encode(job, [record for record in found if not isinstance(record, Problem)])
+        for field, writer in writers.items():
+            writer.append(ids[field])
+        empty += sum(not any(map(len, texts)) for texts in zip(*ids.values(), strict=True))
+        tick(len(batch))
+    tokens = {field: writer.close() for field, writer in writers.items()}
+    if len(kept) < len(indices):
+        np.save(folder / KEPT.format(number=number), np.array(kept, np.int64))
+    hashes = {file.name: _hash(file) for file in sorted(folder.glob(f"{number:05d}.*.npy"))}
+    report = ShardReport(
+        records=len(indices), kept=len(kept), empty=empty, tokens=tokens, problems=problems, hashes=hashes
+    )
+    write_json(path, dataclasses.asdict(report))
+    return report
+
+
+def finish(job: Job, folder: Path, reports: Sequence[ShardReport]) -> None:
+    """Writes the manifest and the list of problems, and removes the reports that they are made of."""
+    problems = [problem for report in reports for problem in report.problems]
+    lines = "".join(json.dumps({"problem": problem}, ensure_ascii=False) + "\n" for problem in problems)
+    (folder / PROBLEMS).write_text(lines, encoding="utf-8")
+    shards = [
+        {"records": report.records, "kept": report.kept, "tokens": report.tokens, "hashes": report.hashes}
+        for report in reports
+    ]
+    manifest = {
+        "format": FORMAT,
+        "source": job.source.content_id,
+        "tokenizer": job.tokenizer.content_hash,
+        "fields": list(job.fields),
+        "eos_behind_every_record": job.end_each,
+        "records": sum(report.records for report in reports),
+        "kept": sum(report.kept for report in reports),
+        "empty": sum(report.empty for report in reports),
+        "tokens": {field: sum(report.tokens[field] for report in reports) for field in job.fields},
+        "problems": {"count": len(problems), "first": problems[:NAMED]} if problems else {},
+        "shards": shards,
+    }
+    write_json(folder / MANIFEST, manifest)
+    for number in range(len(reports)):
+        (folder / REPORT.format(number=number)).unlink()
+
+
+def _make(job: Job, folder: Path, workers: int | None) -> None:
+    part = folder.parent / f".{folder.name}.part"
+    part.mkdir(parents=True, exist_ok=True)
+    if not (part / MANIFEST).exists():  # where it is, only the move was missing
+        with counter("tokenising", len(job.source)) as tick:
+            reports = list(_write_all(job, part, workers, tick))
+        finish(job, part, reports)
+    os.replace(part, folder)
+
+
+def _write_all(job: Job, folder: Path, workers: int | None, tick: Callable[[int], None]) -> Iterator[ShardReport]:
+    shards = job.shards()
+    workers = min(shards, workers or os.cpu_count() or 1)
+    if workers == 1:
+        yield from (write_shard(number, job, folder, tick) for number in range(shards))
+        return
+    # Not by fork: a process with JAX's threads in it cannot be forked safely.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _begin_worker, (job, folder)) as pool:
+        for report in pool.map(_in_worker, range(shards)):
+            tick(report.records)
+            yield report
+
+
+_work: tuple[Job, Path] | None = None
+"""Of a worker process: sent once, not with every shard."""
+
+
+def _begin_worker(job: Job, folder: Path) -> None:
+    global _work
+    _work = job, folder
+
+
+def _in_worker(number: int) -> ShardReport:
+    assert _work is not None
+    return write_shard(number, *_work)
+
+
+def _checked(job: Job, record: Record | Problem, index: int) -> Record | Problem:
+    """The record, or what is wrong with it, which ends a strict job."""
+    if not isinstance(record, Problem):
+        try:
+            for field in job.fields:
+                record[field].encode()
+            return record
+        except UnicodeEncodeError:
+            where = f"{job.source.content_id.partition(':blake2b')[0]} record {index}"
+            record = Problem(where, f"field {field!r} is not valid Unicode (a lone surrogate)")
+    if job.strict:
+        raise UserError(str(record))
+    return record
+
+
+def _encode(job: Job, records: Sequence[Record]) -> dict[str, list[np.ndarray]]:
+    ids = {field: job.tokenizer.encode_batch([record[field] for record in records]) for field in job.fields}
+    if job.end_each:
+        end = np.array([job.tokenizer.eos_id], np.int32)
+        ids = {field: [np.concatenate([a, end]) for a in arrays] for field, arrays in ids.items()}
+    return ids
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

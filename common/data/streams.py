@@ -1,0 +1,226 @@
+"""From a data config to its tokenizer, its examples and its batches: everything is found in the cache, or made."""
+
+import bisect
+import dataclasses
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from common.data.batch import HostBatch
+from common.data.config import DataConfig
+from common.data.examples import Examples, MixedExamples, PieceExamples, RecordExamples
+from common.data.loader import Loader, prefetched
+from common.data.objective_config import CausalLM, FullLM, Part, Supervised, needs_of, raw_parts
+from common.data.objectives import fields
+from common.data.packing import RowPlans
+from common.data.prepare import Job, Prepared, prepare
+from common.data.records import Record, Source
+from common.data.source_config import SourceConfig, SourceMixture, parts_of
+from common.data.sources import open_source
+from common.data.templates import JoinedSource
+from common.data.tokenizer import Tokenizer
+from common.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """Which of the processes that share each batch this one is."""
+
+    index: int = 0
+    count: int = 1
+
+
+def open_training_text(config: DataConfig, cache_dir: Path) -> Source:
+    """The training splits of all parts, one after the other: what a tokenizer is trained on."""
+    sources = tuple(open_source(part, part.train_split, cache_dir) for part in parts_of(config.source))
+    return sources[0] if len(sources) == 1 else JoinedSource(sources)
+
+
+def open_training(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path, host: Host) -> "Loader | StagedLoader":
+    """The training stream. Raises UserError for a tokenizer with too few sentinels."""
+    config.check_sentinels(tokenizer.sentinels)
+    parts = _parts(config, [part.train_split for part in parts_of(config.source)], tokenizer, cache_dir)
+    mixture = config.source
+    if isinstance(mixture, SourceConfig):
+        return _loader(config, parts[0], cache_dir, host)
+    rates = [mixture.rates([part.size for part in parts]), *(stage.rates for stage in mixture.curriculum)]
+
+    def open_stage(stage: int, begun: Sequence[int]) -> tuple[MixedExamples, Loader]:
+        examples = MixedExamples(parts, rates[stage], config.seed, begun)
+        return examples, _loader(config, examples, cache_dir, host)
+
+    return StagedLoader([0, *(stage.from_step for stage in mixture.curriculum)], open_stage, [0] * len(parts))
+
+
+def open_validation(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path, host: Host) -> Loader:
+    """Rows of the validation splits; of a mixture's, at the rates of its beginning."""
+    parts = _parts(config, [part.validation_split for part in parts_of(config.source)], tokenizer, cache_dir)
+    mixture = config.source
+    if isinstance(mixture, SourceMixture):
+        return _loader(
+            config, MixedExamples(parts, mixture.rates([p.size for p in parts]), config.seed), cache_dir, host
+        )
+    return _loader(config, parts[0], cache_dir, host)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Records:
+    """One split, record by record and as examples."""
+
+    source: Source
+    prepared: Prepared
+    examples: RecordExamples
+
+    def text(self, place: int) -> Record:
+        """The record that was tokenised as number `place`."""
+        return self.source[self.prepared.source_index(place)]
+
+
+def open_records(config: DataConfig, part: SourceConfig, split: str, tokenizer: Tokenizer, cache_dir: Path) -> Records:
+    """One split of a source that an objective over whole records reads."""
+    assert isinstance(config.objective, Supervised | CausalLM)
+    source = open_source(part, split, cache_dir)
+    prepared = _prepared(part, source, fields(config.objective), tokenizer, cache_dir)
+    return Records(
+        source=source,
+        prepared=prepared,
+        examples=RecordExamples(
+            prepared.fields,
+            objective=config.objective,
+            seed=config.seed,
+            tokenizer=tokenizer,
+            source_content_id=source.content_id,
+        ),
+    )
+
+
+class StagedLoader:
+    """Batches of a mixture whose rates change at given steps; every part goes on where the stage before left it."""
+
+    def __init__(
+        self,
+        first_steps: Sequence[int],
+        open_stage: Callable[[int, Sequence[int]], tuple[MixedExamples, Loader]],
+        begun: Sequence[int],
+    ) -> None:
+        """`open_stage(stage, begun)`: its examples and their loader, where of each part so many lie behind."""
+        self._first_steps, self._open = first_steps, open_stage
+        self._lock = threading.RLock()
+        self._stages = [open_stage(0, begun)]
+
+    @property
+    def content(self) -> str:
+        """What the stream is read from; a chain of fingerprints starts here."""
+        first = self._stages[0][1].content
+        return first if len(self._first_steps) == 1 else json.dumps([first, list(self._first_steps)])
+
+    def batch(self, step: int) -> HostBatch:
+        """This process's rows of step `step`."""
+        stage = bisect.bisect_right(self._first_steps, step) - 1
+        return self._loader(stage).batch(step - self._first_steps[stage])
+
+    def iterate(self, start: int, stop: int, *, threads: int = 1, buffered: int = 4) -> Iterator[HostBatch]:
+        """As a `Loader` does."""
+        return prefetched(self.batch, start, stop, threads=threads, buffered=buffered)
+
+    def _loader(self, stage: int) -> Loader:
+        with self._lock:
+            while stage >= len(self._stages):
+                examples, loader = self._stages[-1]
+                last = len(self._stages)
+                steps = self._first_steps[last] - self._first_steps[last - 1]
+                self._stages.append(self._open(last, examples.behind(loader.planned(steps))))
+            return self._stages[stage][1]
+
+
+def _parts(config: DataConfig, splits: Sequence[str], tokenizer: Tokenizer, cache_dir: Path) -> list[Examples]:
+    mixed = isinstance(config.source, SourceMixture)
+    return [
+        _examples(config, part, number, open_source(part, split, cache_dir), tokenizer, cache_dir, mixed)
+        for number, (part, split) in enumerate(zip(parts_of(config.source), splits, strict=True))
+    ]
+
+
+def _examples(
+    config: DataConfig,
+    part: SourceConfig,
+    number: int,
+    source: Source,
+    tokenizer: Tokenizer,
+    cache_dir: Path,
+    mixed: bool,
+) -> Examples:
+    """Of one source, number `number` of its mixture."""
+    seed = config.seed + (number << 48)  # sources draw apart
+    objective = config.objective
+    if isinstance(objective, Supervised | CausalLM):
+        prepared = _prepared(part, source, fields(objective), tokenizer, cache_dir)
+        return RecordExamples(
+            prepared.fields,
+            objective=objective,
+            seed=seed,
+            tokenizer=tokenizer,
+            source_content_id=source.content_id,
+            mixed=mixed,
+        )
+    denoisers = raw_parts(objective)
+    apart = len(denoisers) > 1
+    made = [
+        _pieces(config, part, denoiser, source, tokenizer, cache_dir, seed + (n << 32), mixed or apart)
+        for n, denoiser in enumerate(denoisers)  # and so do objectives
+    ]
+    return MixedExamples(made, [denoiser.rate for denoiser in denoisers], seed) if apart else made[0]
+
+
+def _pieces(
+    config: DataConfig,
+    part: SourceConfig,
+    denoiser: Part,
+    source: Source,
+    tokenizer: Tokenizer,
+    cache_dir: Path,
+    seed: int,
+    mixed: bool,
+) -> PieceExamples:
+    mode = tokenizer.encode(denoiser.mode).tolist()
+    # A mode takes input slots from the piece, so that what fitted may fit no more.
+    left = dataclasses.replace(
+        config, source=part, objective=denoiser.objective, input_length=config.input_length - len(mode)
+    )
+    ends = isinstance(denoiser.objective, FullLM)
+    return PieceExamples(
+        _prepared(part, source, ("text",), tokenizer, cache_dir, end_each=ends).fields["text"],
+        piece=needs_of(denoiser.objective, left.input_length, left.target_length).piece,
+        objective=denoiser.objective,
+        seed=seed,
+        tokenizer=tokenizer,
+        source_content_id=source.content_id,
+        mode=mode,
+        mixed=mixed,
+    )
+
+
+def _prepared(
+    part: SourceConfig,
+    source: Source,
+    wanted: tuple[str, ...],
+    tokenizer: Tokenizer,
+    cache_dir: Path,
+    end_each: bool = False,
+) -> Prepared:
+    job = Job(source=source, fields=wanted, tokenizer=tokenizer, end_each=end_each, strict=part.strict)
+    return prepare(job, cache_dir / "tokenized" / job.key())
+
+
+def _loader(config: DataConfig, examples: Examples, cache_dir: Path, host: Host) -> Loader:
+    if not examples.size:
+        raise UserError("the source has no examples to pack")
+    plans = RowPlans(
+        examples,
+        input_limit=config.input_length,
+        target_limit=config.target_length,
+        seed=config.seed,
+        cache_dir=cache_dir,
+    )
+    return Loader(examples, config, plans, process_index=host.index, process_count=host.count)

@@ -1,0 +1,129 @@
+"""Tokenised text: the ids of every record, end to end, over any number of shards; on disk they are memory mapped.
+
+Legend: E records, S shards.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from common.data.ragged import Ragged
+
+TOKENS = "{number:05d}.{field}.tokens.npy"
+OFFSETS = "{number:05d}.{field}.offsets.npy"
+KEPT = "{number:05d}.kept.npy"
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenStream:
+    """One field of all records."""
+
+    shards: tuple[Ragged, ...]
+
+    @classmethod
+    def of(cls, records: Iterable[Iterable[int]]) -> "TokenStream":
+        """From lists of ids, in memory.
+
+        >>> stream = TokenStream.of([[5, 6], [], [7]])
+        >>> len(stream), stream.tokens, stream.slice(1, 3).tolist(), stream.lengths(np.array([2, 0])).tolist()
+        (3, 3, [6, 7], [1, 2])
+        """
+        return cls((Ragged.of(records),))
+
+    @classmethod
+    def open(cls, folder: Path, field: str, shards: int) -> "TokenStream":
+        """What `ShardWriter`s wrote; the tokens stay on disk until they are read, and so do the offsets."""
+
+        def mapped(name: str, number: int) -> np.ndarray:
+            path = folder / name.format(number=number, field=field)
+            # A plain view slices faster than np.memmap does.
+            return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+
+        return cls(
+            tuple(Ragged(tokens_P=mapped(TOKENS, number), offsets=mapped(OFFSETS, number)) for number in range(shards))
+        )
+
+    def __len__(self) -> int:
+        return int(self._first_record[-1])
+
+    @property
+    def tokens(self) -> int:
+        """Of all records together."""
+        return int(self._first_token[-1])
+
+    def __getitem__(self, record: int) -> np.ndarray:
+        """The ids of one record."""
+        shard, within = _place(self._first_record, record)
+        return self.shards[shard][within]
+
+    def lengths(self, records_E: np.ndarray) -> np.ndarray:
+        """Tokens of each record, int64 [E]."""
+        shard_E = np.searchsorted(self._first_record, records_E, side="right") - 1
+        out_E = np.empty(len(records_E), np.int64)
+        for shard in np.unique(shard_E).tolist():
+            (members,) = np.nonzero(shard_E == shard)
+            offsets, within = self.shards[shard].offsets, records_E[members] - self._first_record[shard]
+            out_E[members] = offsets[within + 1] - offsets[within]
+        return out_E
+
+    def slice(self, start: int, stop: int) -> np.ndarray:
+        """Tokens `start` to `stop - 1` of all records end to end, whichever shards they are in."""
+        shard, within = _place(self._first_token, start)
+        found = self.shards[shard].tokens_P[within : within + stop - start]
+        if len(found) == stop - start:
+            return found
+        return np.concatenate([found, self.slice(start + len(found), stop)])
+
+    @functools.cached_property
+    def _first_record(self) -> np.ndarray:
+        return np.cumsum([0, *(len(shard) for shard in self.shards)])
+
+    @functools.cached_property
+    def _first_token(self) -> np.ndarray:
+        return np.cumsum([0, *(len(shard.tokens_P) for shard in self.shards)])
+
+
+class ShardWriter:
+    """Appends one field's ids to a flat .npy file whose length is known only at the end."""
+
+    def __init__(self, folder: Path, number: int, field: str, vocab_size: int) -> None:
+        """Ids are less than `vocab_size`, which decides how many bytes each takes."""
+        self._path = folder / TOKENS.format(number=number, field=field)
+        self._offsets_path = folder / OFFSETS.format(number=number, field=field)
+        self._dtype = "<u2" if vocab_size <= 1 << 16 else "<i4"
+        self._file = self._path.open("wb")
+        self._lengths: list[np.ndarray] = [np.zeros(1, np.int64)]
+        self._header(0)
+
+    def append(self, arrays: Sequence[np.ndarray]) -> None:
+        """Adds one record an array."""
+        self._lengths.append(np.array([len(a) for a in arrays], np.int64))
+        self._file.write(np.concatenate([np.zeros(0, np.int32), *arrays]).astype(self._dtype).tobytes())
+
+    def close(self) -> int:
+        """Writes offsets and header; returns the number of tokens."""
+        offsets = np.cumsum(np.concatenate(self._lengths))
+        np.save(self._offsets_path, offsets)
+        size = self._file.tell()
+        self._file.seek(0)
+        self._header(int(offsets[-1]))
+        self._file.close()
+        # NumPy leaves room in a header for the first axis to grow; were that to end, the file would be torn.
+        assert np.load(self._path, mmap_mode="r").nbytes + self._data_start == size
+        return int(offsets[-1])
+
+    def _header(self, length: int) -> None:
+        fields = {"descr": self._dtype, "fortran_order": False, "shape": (length,)}
+        np.lib.format.write_array_header_1_0(self._file, fields)
+        self._data_start = self._file.tell()
+
+
+def _place(firsts: np.ndarray, n: int) -> tuple[int, int]:
+    """(shard, number within it)."""
+    shard = int(np.searchsorted(firsts, n, side="right")) - 1
+    if not 0 <= shard < len(firsts) - 1:
+        raise IndexError(f"{n} of {firsts[-1]}")
+    return shard, n - int(firsts[shard])
