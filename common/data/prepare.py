@@ -150,16 +150,15 @@ def write_shard(number: int, job: Job, folder: Path, tick: Callable[[int], None]
     problems: list[str] = []
     empty = 0
     indices = job.records(number)
-    for begin in range(0, len(indices), RECORDS_AT_ONCE):
-        batch = indices[begin : begin + RECORDS_AT_ONCE]
-        found = [_checked(job, *pair) for pair in zip(job.source.read(batch), batch, strict=True)]
-        problems += [str(record) for record in found if isinstance(record, Problem)]
-        kept += [begin + place for place, record in enumerate(found) if not isinstance(record, Problem)]
-        ids = _encode(job, [record for record in found if not isinstance(record, Problem)])
-        for field, writer in writers.items():
-            writer.append(ids[field])
-        empty += sum(not any(map(len, texts)) for texts in zip(*ids.values(), strict=True))
-        tick(len(batch))
+    batches = [indices[begin : begin + RECORDS_AT_ONCE] for begin in range(0, len(indices), RECORDS_AT_ONCE)]
+    # One batch is tokenised, which is C++, while the one before is written.
+    with concurrent.futures.ThreadPoolExecutor(1) as ahead:
+        for batch, (found, ids) in zip(batches, _in_turn(ahead, job, batches), strict=True):
+            problems += [str(record) for record in found if isinstance(record, Problem)]
+            kept += [i - indices.start for i, record in zip(batch, found, strict=True) if isinstance(record, dict)]
+            lengths = [writer.append(ids[field]) for field, writer in writers.items()]
+            empty += int(np.count_nonzero(sum(lengths) == 0))
+            tick(len(batch))
     tokens = {field: writer.close() for field, writer in writers.items()}
     if len(kept) < len(indices):
         np.save(folder / KEPT.format(number=number), np.array(kept, np.int64))
@@ -236,27 +235,52 @@ def _in_worker(number: int) -> ShardReport:
     return write_shard(number, *_work)
 
 
-def _checked(job: Job, record: Record | Problem, index: int) -> Record | Problem:
-    """The record, or what is wrong with it, which ends a strict job."""
-    if not isinstance(record, Problem):
-        try:
-            for field in job.fields:
-                record[field].encode()
-            return record
-        except UnicodeEncodeError:
-            where = f"{job.source.content_id.partition(':blake2b')[0]} record {index}"
-            record = Problem(where, f"field {field!r} is not valid Unicode (a lone surrogate)")
-    if job.strict:
-        raise UserError(str(record))
-    return record
+def _in_turn(
+    ahead: concurrent.futures.Executor, job: Job, batches: Sequence[range]
+) -> Iterator[tuple[list[Record | Problem], dict[str, list[np.ndarray]]]]:
+    """What `_encode` makes of each batch, the next one being made meanwhile."""
+    waiting = [ahead.submit(_encode, job, batch) for batch in batches[:1]]
+    for batch in [*batches[1:], None]:
+        first = waiting.pop() if waiting else None
+        if batch is not None:
+            waiting.append(ahead.submit(_encode, job, batch))
+        if first is not None:
+            yield first.result()
 
 
-def _encode(job: Job, records: Sequence[Record]) -> dict[str, list[np.ndarray]]:
+def _encode(job: Job, indices: range) -> tuple[list[Record | Problem], dict[str, list[np.ndarray]]]:
+    """The records, and by field the ids of those that can be used. A strict job ends at the first that cannot."""
+    found = job.source.read(indices)
+    try:
+        ids = _ids(job, found)
+    except UserError:  # some text is not valid Unicode, which is too rare to look for first
+        found = [_checked(job, record, index) for record, index in zip(found, indices, strict=True)]
+        ids = _ids(job, found)
+    if job.strict and (problem := next((record for record in found if isinstance(record, Problem)), None)):
+        raise UserError(str(problem))
+    return found, ids
+
+
+def _ids(job: Job, found: Sequence[Record | Problem]) -> dict[str, list[np.ndarray]]:
+    records = [record for record in found if not isinstance(record, Problem)]
     ids = {field: job.tokenizer.encode_batch([record[field] for record in records]) for field in job.fields}
     if job.end_each:
         end = np.array([job.tokenizer.eos_id], np.int32)
         ids = {field: [np.concatenate([a, end]) for a in arrays] for field, arrays in ids.items()}
     return ids
+
+
+def _checked(job: Job, record: Record | Problem, index: int) -> Record | Problem:
+    """The record, or what is wrong with it."""
+    if isinstance(record, Problem):
+        return record
+    for field in job.fields:
+        try:
+            record[field].encode()
+        except UnicodeEncodeError:
+            where = f"{job.source.content_id.partition(':blake2b')[0]} record {index}"
+            return Problem(where, f"field {field!r} is not valid Unicode (a lone surrogate)")
+    return record
 
 
 def _hash(path: Path) -> str:

@@ -66,13 +66,13 @@ class SentencePieceTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """As `encode`, for many texts."""
         try:
-            ids = self._model.encode(list(texts))
+            ids = self._model.encode(list(texts), return_type="numpy")
         except (RuntimeError, TypeError, UnicodeError):
             refuse_surrogates(texts)
             raise
         if self._mark_ids:
             ids = [self._encode_marks(t) if SPACE_MARK in t else i for t, i in zip(texts, ids, strict=True)]
-        return [np.array(i, np.int32) for i in ids]
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, whatever a model emits.
@@ -95,7 +95,7 @@ class SentencePieceTokenizer:
         plain = self.unk_id not in (*spelt, newline) and self._model.encode("\n")[-1:] == [newline]
         return spelt if plain else []
 
-    def _encode_marks(self, text: str) -> list[int]:
+    def _encode_marks(self, text: str) -> np.ndarray:
         """Ids of a text that holds the space mark itself, which SentencePiece would read back as a space."""
         first, *rest = text.split(SPACE_MARK)
         ids = list(self._model.encode(first))
@@ -104,7 +104,7 @@ class SentencePieceTokenizer:
         skip = len(self._model.encode("\n"))
         for part in rest:
             ids += self._mark_ids + self._model.encode("\n" + part)[skip:]
-        return ids
+        return np.array(ids, np.int32)
 
 
 def train_model(lines: Iterable[str], config: SentencePieceConfig) -> bytes:

@@ -98,10 +98,11 @@ class ShardWriter:
         self._lengths: list[np.ndarray] = [np.zeros(1, np.int64)]
         self._header(0)
 
-    def append(self, arrays: Sequence[np.ndarray]) -> None:
-        """Adds one record an array."""
+    def append(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """Adds one record an array; returns their lengths, int64."""
         self._lengths.append(np.array([len(a) for a in arrays], np.int64))
         self._file.write(np.concatenate([np.zeros(0, np.int32), *arrays]).astype(self._dtype).tobytes())
+        return self._lengths[-1]
 
     def close(self) -> int:
         """Writes offsets and header; returns the number of tokens."""

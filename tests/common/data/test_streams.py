@@ -1,4 +1,4 @@
-"""From a config to batches: the stream depends on the config alone, whoever reads it and however often it is resumed."""
+"""From a config to batches: the stream follows from the config alone, whoever reads it and however often it resumes."""
 
 import dataclasses
 import hashlib

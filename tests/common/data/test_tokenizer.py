@@ -1,6 +1,5 @@
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ from common.data.config import SentencePieceConfig
 from common.data.sentence_piece import SentencePieceTokenizer, train_model
 from common.data.tokenizer import open_tokenizer, training_lines
 from common.errors import UserError
+from tests.common.data.memory_source import MemorySource
 
 SHARED = Path(os.environ.get("TWINSTACK_SHARED_DATA", "../shared/data"))
 
@@ -43,25 +43,6 @@ ODD_TEXTS = [
     "x" * 5000,
     "take 3 apples before 10 o'clock",
 ]
-
-
-class ListSource:
-    """Records in memory."""
-
-    def __init__(self, records: list[dict[str, str]], content_id: str = "list") -> None:
-        self.content_id = content_id
-        self.records = records
-        self.reads = 0
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> dict[str, str]:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, str]]:
-        self.reads += len(indices)
-        return [self.records[index] for index in indices]
 
 
 @pytest.fixture(scope="module", params=["unigram", "bpe"])
@@ -123,7 +104,7 @@ def test_split_digits(split: bool) -> None:
 
 def test_training_is_deterministic_and_cached_by_content(tmp_path: Path) -> None:
     records = [{"inputs": line, "targets": line.upper(), "group": "\u0416" * 9} for line in LINES]
-    source = ListSource(records)
+    source = MemorySource(records)
     config = SentencePieceConfig(vocab_size=340)
     first = open_tokenizer(config, source, tmp_path / "a")
     reads = source.reads
@@ -137,14 +118,14 @@ def test_training_is_deterministic_and_cached_by_content(tmp_path: Path) -> None
     others = [
         open_tokenizer(SentencePieceConfig(vocab_size=341), source, tmp_path / "a"),
         open_tokenizer(SentencePieceConfig(vocab_size=341, sentinels=1), source, tmp_path / "a"),
-        open_tokenizer(config, ListSource(records[:200], "less"), tmp_path / "a"),
+        open_tokenizer(config, MemorySource(records[:200], "less"), tmp_path / "a"),
     ]
     assert len({first.content_hash, *(other.content_hash for other in others)}) == 4
     assert len(list((tmp_path / "a" / "tokenizers").glob("*.model"))) == 4
 
 
 def test_training_lines_are_evenly_spaced_and_short() -> None:
-    source = ListSource([{"text": f"{i}\n" + "y" * 2500} for i in range(100)])
+    source = MemorySource([{"text": f"{i}\n" + "y" * 2500} for i in range(100)])
     lines = list(training_lines(source, 3))
     assert [line for line in lines if line.isdigit()] == ["0", "33", "66"]
     assert [len(line) for line in lines[1:4]] == [1000, 1000, 500]
@@ -194,7 +175,7 @@ def test_files_that_are_not_models(tmp_path: Path) -> None:
     (tmp_path / "x.model").write_bytes(b"nothing of the kind")
     for name, message in (("x.model", "not a SentencePiece"), ("absent.model", "No such file")):
         with pytest.raises(UserError, match=message):
-            open_tokenizer(SentencePieceConfig(path=str(tmp_path / name)), ListSource([]), tmp_path)
+            open_tokenizer(SentencePieceConfig(path=str(tmp_path / name)), MemorySource([]), tmp_path)
 
 
 def shared_model(name: str) -> str:
@@ -206,7 +187,7 @@ def shared_model(name: str) -> str:
 
 def test_t5_model(tmp_path: Path) -> None:
     config = SentencePieceConfig(path=shared_model("t5_spiece_32000.model"), sentinels=100)
-    tokenizer = open_tokenizer(config, ListSource([]), tmp_path)
+    tokenizer = open_tokenizer(config, MemorySource([]), tmp_path)
     assert (tokenizer.vocab_size, tokenizer.table_size) == (32100, 32128)
     assert (tokenizer.sentinel_id(0), tokenizer.sentinel_id(99)) == (32099, 32000)
     assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.start_id) == (0, 1, 2, 0)
@@ -218,7 +199,7 @@ def test_t5_model(tmp_path: Path) -> None:
 
 def test_a_loaded_model_keeps_its_own_ids(tmp_path: Path) -> None:
     tokenizer = open_tokenizer(
-        SentencePieceConfig(path=shared_model("sentencepiece_test_model_1000.model")), ListSource([]), tmp_path
+        SentencePieceConfig(path=shared_model("sentencepiece_test_model_1000.model")), MemorySource([]), tmp_path
     )
     assert (tokenizer.unk_id, tokenizer.start_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2, 0)
     assert tokenizer.decode(tokenizer.encode("Hello world.")) == "Hello world."
