@@ -11,7 +11,7 @@ from common.data.objective_config import CausalLM, Objective, Supervised, needs_
 from common.data.spans import SHORTEST_INPUTS, SHORTEST_PIECE
 from common.errors import UserError, nearest
 
-SOURCE_SCHEMES = ("tfds", "jsonl", "tsv", "text")
+SOURCE_SCHEMES = ("tfds", "jsonl", "tsv", "text", "lines", "parquet", "tfrecord", "arrayrecord")
 MODEL_TYPES = ("unigram", "bpe")
 
 
@@ -23,8 +23,9 @@ class SourceConfig:
     """
 
     name: str
-    """`tfds:NAME` (for example `tfds:cldr_translate/en_de`), `jsonl:PATH`, `tsv:PATH` or `text:PATH`; PATH may hold
-    `{split}`."""
+    """`tfds:NAME` (for example `tfds:cldr_translate/en_de`), or files: `jsonl:PATH`, `tsv:PATH`, `text:PATH`,
+    `lines:PATH` (parallel texts; PATH holds `{field}`), `parquet:PATH`, `tfrecord:PATH` or `arrayrecord:PATH`. PATH may
+    hold `{split}`, be a glob, an url (`gs://...`), and for the last three a folder; text may be compressed."""
     inputs: str | None
     """Field that holds the inputs; None where records are plain text."""
     targets: str | None
