@@ -13,7 +13,7 @@ import numpy as np
 
 from common.data.indexes import Built, Index, file_digest, open_index, write_starts
 from common.data.packed_files import PlainFile
-from common.data.records import Problem
+from common.data.records import Problem, first_line
 from common.errors import UserError
 
 FILES_OPEN = 64
@@ -50,8 +50,10 @@ class ParquetFile:
             rows = [place for _, place in members]
             try:
                 table = _decoded(_Version(self.path, self.index.folder, os.getpid()), group, self.wanted)
-            except (OSError, ValueError) as error:  # pyarrow's errors are both
-                what = f"its row group cannot be read ({str(error).splitlines()[0]})"
+            except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's errors are all three
+                if isinstance(error, OSError) and error.errno:  # a disk or a network, not the file
+                    raise
+                what = f"its row group cannot be read ({first_line(error)})"
                 found += [Problem(where=self.where(row), what=what) for row in rows]
             else:
                 found += [self._row(table, row, int(starts[group])) for row in rows]
@@ -79,7 +81,7 @@ def _index(file: PlainFile, starts: Path) -> Built:
         with pyarrow.parquet.ParquetFile(file.path) as opened:
             about, names = opened.metadata, tuple(opened.schema_arrow.names)
     except (OSError, ValueError) as error:
-        raise UserError(f"{file.shown} is not a whole Parquet file: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{file.shown} is not a whole Parquet file: {first_line(error)}") from error
     rows = [about.row_group(number).num_rows for number in range(about.num_row_groups)]
     write_starts(starts, [np.cumsum([0, *rows])])
     return Built(records=about.num_rows, digest=file_digest(file.path), columns=names)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from common.data.records import first_line
 from common.errors import UserError, nearest
 
 ONLY_SPLIT = "train"
@@ -22,8 +23,8 @@ class Found(NamedTuple):
 
     shown: str
     """Path or url, for messages."""
-    size: int
-    """In bytes."""
+    size: int | None
+    """In bytes; None where a server does not say."""
     stamp: str
     """Differs when the content does, as far as can be told without reading it."""
 
@@ -99,6 +100,7 @@ def find_files(scheme: str, pattern: str, split: str, in_folder: Sequence[str] =
 
 def fillings(pattern: str, hole: str, find: Callable[[str], list[Found]] | None = None) -> list[str]:
     """What stands in place of `hole` in the names of the files that are there, for example their splits."""
+    pattern = pattern if "://" in pattern else os.path.expanduser(pattern)
     shape = re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")
     shape = shape.replace(re.escape(hole), r"([\w.-]+?)", 1).replace(re.escape(hole), r"\1")
     there = (find or _place(pattern).find)(pattern.replace(hole, "*"))
@@ -107,8 +109,7 @@ def fillings(pattern: str, hole: str, find: Callable[[str], list[Found]] | None 
 
 def _not_there(scheme: str, pattern: str, split: str, path: str, find: Callable[[str], list[Found]]) -> str:
     if "{split}" in pattern:
-        here = pattern if "://" in pattern else os.path.expanduser(pattern)
-        splits = fillings(here, "{split}", find) or fillings(here.rstrip("/") + "/*", "{split}", find)
+        splits = fillings(pattern, "{split}", find) or fillings(pattern.rstrip("/") + "/*", "{split}", find)
         return f"{scheme}:{pattern} has no split {split!r} (no file {path}); {nearest(split, splits)}"
     folder, _, name = path.rpartition("/")
     close = nearest(name, [file.name for file in find(f"{folder}/*" if folder else "*")]).partition("?")
@@ -199,4 +200,4 @@ def reading(url: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise UserError(f"{url} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+        raise UserError(f"{url} cannot be read: {first_line(error)}") from error

@@ -58,7 +58,7 @@ def _fetched(found: Found, cache_dir: Path) -> Path:
     def fetch(part: Path) -> None:
         with reading(found.shown):
             file_system(found.shown).get_file(found.shown, str(part))
-        if part.stat().st_size != found.size:
+        if found.size not in (None, part.stat().st_size):
             raise UserError(f"{found.shown} has {found.size} bytes, but {part.stat().st_size} arrived; try again")
 
     return build_once(cache_dir / "fetched" / _key(*found), fetch)
@@ -73,6 +73,8 @@ def _unpack(shown: str, chunks: Iterator[bytes], folder: Path) -> None:
             for chunk in chunks:
                 out.write(chunk)
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+            if isinstance(error, OSError) and error.errno:  # a disk or a network, not the file
+                raise UserError(f"{shown} cannot be unpacked into {folder.parent}: {error}") from error
             early = isinstance(error, EOFError) or "Truncated" in str(error)
             if not early and not out.tell():
                 raise UserError(f"{shown} is not packed as its name says, or damaged: {error}") from error

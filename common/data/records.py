@@ -1,5 +1,6 @@
 """What a source is: records by number, some of which may turn out to be unusable."""
 
+import abc
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -51,11 +52,11 @@ class Unusable(ValueError):
     """Raised inside a source: what is wrong with one record. Readers see it as a Problem."""
 
 
-class ByNumber:
+class ByNumber(abc.ABC):
     """What all sources do alike, on top of their `read`."""
 
-    def read(self, indices: Sequence[int]) -> list[Record | Problem]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def read(self, indices: Sequence[int]) -> list[Record | Problem]: ...
 
     def __getitem__(self, index: int) -> Record:
         return self.__getitems__([index])[0]
@@ -69,6 +70,11 @@ def _usable(record: Record | Problem) -> Record:
     if isinstance(record, Problem):
         raise UserError(str(record))
     return record
+
+
+def first_line(error: BaseException) -> str:
+    """What a library has to say, for a message of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def check_range(indices: Sequence[int], count: int) -> None:

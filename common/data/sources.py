@@ -24,7 +24,7 @@ from common.data import records
 from common.data.cache import locked
 from common.data.config import SourceConfig
 from common.data.file_sources import open_files, open_parallel, reading
-from common.data.records import ByNumber, Problem, Record, Unusable, check_range, pick
+from common.data.records import ByNumber, Problem, Record, Unusable, check_range, first_line, pick
 from common.errors import UserError, nearest
 
 BUILT_IN = "cldr_translate"
@@ -132,7 +132,7 @@ def tfds_source(builder: Any, split: str, fields: dict[str, str], made_by: str =
             f"access; prepare it again with --file_format=array_record"
         ) from error
     except (ValueError, AssertionError) as error:
-        raise UserError(f"{info.full_name}: split {split!r} cannot be read ({_first_line(error)})") from error
+        raise UserError(f"{info.full_name}: split {split!r} cannot be read ({first_line(error)})") from error
     size = f"{info.splits[base].num_examples} records"
     return TfdsSource(
         content_id=f"tfds:{info.full_name}{made_by}:{split}:{reading(fields)}:{size}", records=records, fields=fields
@@ -157,16 +157,12 @@ def _prepared(name: str, data_dir: Path) -> Any:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise UserError(f"tfds:{name} is neither in {data_dir} nor can it be made here{hint}; or {how}") from error
     except (ValueError, RuntimeError, ImportError) as error:
-        raise UserError(f"tfds:{name}: {_first_line(error)}; {how}") from error
+        raise UserError(f"tfds:{name}: {first_line(error)}; {how}") from error
     if builder.is_prepared():
         return builder
     with locked(data_dir / f"{name.replace('/', '-')}"):
         try:
             builder.download_and_prepare(file_format="array_record")
         except Exception as error:  # downloads fail in as many ways as there are data sets
-            raise UserError(f"tfds:{name} could not be prepared in {data_dir} ({_first_line(error)}); {how}") from error
+            raise UserError(f"tfds:{name} could not be prepared in {data_dir} ({first_line(error)}); {how}") from error
     return builder
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

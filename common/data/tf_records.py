@@ -21,7 +21,7 @@ from common.data.crc32c import masked_crc32c, masked_crc32c_of_rows
 from common.data.indexes import Built, Index, file_digest, open_index, write_starts
 from common.data.line_files import runs
 from common.data.packed_files import PlainFile
-from common.data.records import Problem
+from common.data.records import Problem, first_line
 from common.errors import UserError
 
 HEAD_BYTES, TAIL_BYTES = 12, 4
@@ -88,7 +88,7 @@ class ArrayRecordFile:
             found = reader.read(list(places))
         except RuntimeError as error:  # of many records one may be damaged
             if len(places) == 1:
-                return [Problem(where=self.where(places[0]), what=str(error).splitlines()[0])]
+                return [Problem(where=self.where(places[0]), what=first_line(error))]
             return [record for place in places for record in self.read([place])]
         return [_example(data, self.where(place)) for data, place in zip(found, places, strict=True)]
 

@@ -4,6 +4,7 @@ import bz2
 import concurrent.futures
 import contextlib
 import copy
+import errno
 import gzip
 import json
 import lzma
@@ -177,6 +178,20 @@ def test_what_is_not_packed_is_named(tmp_path, ending):
     with pytest.raises(UserError, match=f"a.jsonl.{ending} is not packed as its name says"):
         open_fields(f"jsonl:{tmp_path}/a.jsonl.{ending}", TEXT, "train", tmp_path / "cache")
     assert not [p for p in (tmp_path / "cache" / "unpacked").iterdir() if not p.name.startswith(".")]
+
+
+def test_a_full_disk_is_no_tear(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines(300)))
+
+    def full(path):
+        yield lines(2)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(packed_files.UNPACKERS, ".gz", full)
+        with pytest.raises(UserError, match="a.jsonl.gz cannot be unpacked into .*No space left"):
+            open_fields(f"jsonl:{tmp_path}/a.jsonl.gz", TEXT, "train", tmp_path / "cache")
+    assert len(open_fields(f"jsonl:{tmp_path}/a.jsonl.gz", TEXT, "train", tmp_path / "cache")) == 300
 
 
 @pytest.fixture
