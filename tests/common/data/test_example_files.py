@@ -1,5 +1,6 @@
 """Parquet, TFRecord and ArrayRecord files: the records that other libraries see, and every kind of damage is named."""
 
+import concurrent.futures
 import copy
 import json
 import multiprocessing
@@ -140,6 +141,19 @@ def test_a_folder_is_one_source_in_any_order(tmp_path, scheme, monkeypatch):
     next(data.glob("*-00002-of-*")).unlink()
     with pytest.raises(UserError, match="1 of 00004 files are missing: .*-00002-of-00004"):
         open_fields(f"{scheme}:{data}", PAIR, "train", cache)
+
+
+@pytest.mark.parametrize("scheme", FORMATS)
+def test_many_threads_and_a_spawned_process_read_the_same(tmp_path, scheme):
+    wanted = write_set(tmp_path, scheme, [40, 30, 30])
+    source = open_fields(f"{scheme}:{tmp_path}", PAIR, "train", tmp_path / "cache")
+    orders = [random.Random(seed).choices(range(100), k=300) for seed in range(8)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for order, found in zip(orders, pool.map(source.read, orders), strict=True):
+            assert found == [wanted[i] for i in order]
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as processes:
+        assert processes.submit(source.read, orders[0]).result() == [wanted[i] for i in orders[0]]
 
 
 @pytest.mark.parametrize("scheme", FORMATS)

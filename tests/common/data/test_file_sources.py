@@ -13,6 +13,7 @@ import os
 import random
 import sys
 import zlib
+from pathlib import Path
 
 import fsspec
 import pyarrow
@@ -31,6 +32,7 @@ PACKERS = {
     "zst": lambda data: pyarrow.Codec("zstd").compress(data, asbytes=True),
 }
 TEXT = {"text": "text"}
+SHARED = Path(os.environ.get("TWINSTACK_SHARED_DATA", "../shared/data"))
 
 
 def lines(count: int, start: int = 0) -> bytes:
@@ -394,6 +396,19 @@ def test_mistakes_with_parallel_files_are_named(tmp_path):
     found = open_fields(name, pair, "train", tmp_path / "cache").read([0, 1, 2])
     assert found[0] == {"inputs": "1", "targets": "one"} and found[2] == {"inputs": "3", "targets": "three"}
     assert isinstance(found[1], Problem) and found[1].where.endswith("train.de.gz line 2")
+
+
+@pytest.mark.parametrize(("split", "other"), [("val", "de"), ("test_2016_flickr", "fr")])
+def test_real_parallel_text_is_read_as_gzip_reads_it(tmp_path, split, other):
+    folder = SHARED / "mt_multi30k"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent: set TWINSTACK_SHARED_DATA")
+    pairs = {"inputs": "en", "targets": other}
+    source = open_fields(f"lines:{folder}/{{split}}.{{field}}.gz", pairs, split, tmp_path)
+    found = source.read(range(len(source)))
+    for ours, theirs in pairs.items():
+        with gzip.open(folder / f"{split}.{theirs}.gz", "rt", encoding="utf-8", newline="\n") as file:
+            assert [record[ours] for record in found] == [line.removesuffix("\n").removesuffix("\r") for line in file]
 
 
 def test_many_files_and_a_failure_among_them(tmp_path):
