@@ -1,110 +1,36 @@
-"""Local JSONL, TSV and text files as sources: an index of line starts, and reading by seek.
+"""Which files a source's name means: splits and their slices, globs, folders, buckets, and sets that are whole."""
 
-TSV is tab-separated without quoting, its first line names the columns. Text has one record a line, in the field "text".
-A path that ends in ".gz" is unpacked into the cache once. Lines count from 1, as editors do.
-"""
-
-import dataclasses
-import gzip
-import hashlib
-import json
+import contextlib
+import fnmatch
+import glob
+import os
 import re
-import shutil
-from collections.abc import Sequence
-from pathlib import Path
-from typing import BinaryIO
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from common.data.cache import build_once
+from common.data.records import first_line
 from common.errors import UserError, nearest
 
-CHUNK_BYTES = 1 << 22
 ONLY_SPLIT = "train"
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+STAMPS = ("generation", "etag", "ETag", "mtime", "updated", "LastModified", "last_modified", "modified", "created")
+"""What file systems call the things that change when a file does."""
+NAMED_AT_MOST = 5
+MEMBER = re.compile(r"(.*?)(\d+)-of-(\d+)(.*)")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class FileSource:
-    """One file, or a slice of it; every read opens the file, so that threads and processes may share a source."""
+class Found(NamedTuple):
+    """A file as it was found, before it is fetched or unpacked."""
 
-    content_id: str
-    scheme: str
     shown: str
-    """The path that the user gave, for messages."""
-    path: Path
-    starts: np.ndarray
-    """Byte offset of each line and of the end, int64."""
-    first_line: int
-    """Line number, from 1, of record 0."""
-    columns: tuple[str, ...]
-    """A TSV file's header."""
-    fields: dict[str, str]
-    """Name of a field in our records -> its name in the file's."""
+    """Path or url, for messages."""
+    size: int | None
+    """In bytes; None where a server does not say."""
+    stamp: str
+    """Differs when the content does, as far as can be told without reading it."""
 
-    @classmethod
-    def open(cls, scheme: str, pattern: str, split: str, fields: dict[str, str], cache_dir: Path) -> "FileSource":
-        """Opens `scheme:pattern`, a path that may hold "{split}". Raises UserError as `open_source` says."""
-        base, start, stop = parse_split(split)
-        given = _path_of_split(scheme, pattern, base)
-        plain = _unpacked(given, cache_dir)
-        starts, digest = _index(plain)
-        columns: tuple[str, ...] = ()
-        first = 1
-        if scheme == "tsv":
-            columns, first, starts = _header(given, plain, starts), 2, starts[1:]
-        low, high = slice_bounds(start, stop, max(len(starts) - 1, 0))
-        source = cls(
-            content_id=f"{scheme}:{given.name}:{split}:{_reading(fields)}:blake2b-{digest}",
-            scheme=scheme,
-            shown=str(given),
-            path=plain,
-            starts=starts[low : high + 1],
-            first_line=first + low,
-            columns=columns,
-            fields=fields,
-        )
-        known = {"tsv": columns, "text": ("text",)}.get(scheme)
-        for ours, theirs in fields.items():
-            if known is not None and theirs not in known:
-                raise UserError(f"source.{ours}: {given} has no field {theirs!r}; {nearest(theirs, known)}")
-        if len(source):
-            source[0]  # so that a wrong field or format is told now
-        return source
-
-    def __len__(self) -> int:
-        return max(len(self.starts) - 1, 0)
-
-    def __getitem__(self, index: int) -> dict[str, str]:
-        return self.__getitems__([index])[0]
-
-    def read(self, indices):
-        return self.__getitems__(indices)
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, str]]:
-        with open(self.path, "rb") as file:
-            return [self._read(file, index) for index in indices]
-
-    def _read(self, file: BinaryIO, index: int) -> dict[str, str]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        file.seek(self.starts[index])
-        line = file.read(self.starts[index + 1] - self.starts[index])
-        where = f"{self.shown} line {self.first_line + index}"
-        text = _decoded(line, where)
-        if self.scheme == "text":
-            record = {"text": text}
-        elif self.scheme == "tsv":
-            record = self._cells(text, where)
-        else:
-            record = _json(text, where)
-        return {ours: _value(record, ours, theirs, where) for ours, theirs in self.fields.items()}
-
-    def _cells(self, text: str, where: str) -> dict[str, str]:
-        cells = text.split("\t")
-        if len(cells) != len(self.columns):
-            raise UserError(f"{where}: {len(cells)} cells, but the header names {len(self.columns)} columns")
-        return dict(zip(self.columns, cells, strict=True))
+    @property
+    def name(self) -> str:
+        return self.shown.rsplit("/", 1)[-1]
 
 
 def parse_split(split: str) -> tuple[str, str, str]:
@@ -139,98 +65,139 @@ def slice_bounds(start: str, stop: str, count: int) -> tuple[int, int]:
     return low, max(place(stop, count), low)
 
 
-def _path_of_split(scheme: str, pattern: str, split: str) -> Path:
-    path = Path(pattern.replace("{split}", split)).expanduser()
+def find_files(scheme: str, pattern: str, split: str, in_folder: Sequence[str] = ()) -> list[Found]:
+    """The files of a split, sorted by name; at least one.
+
+    Args:
+      scheme: for messages.
+      pattern: a path or an url; it may hold "{split}" and be a glob.
+      split: the split's name, without a slice.
+      in_folder: where `pattern` is a folder, its files whose names hold one of these are meant; none: no folders.
+
+    Raises UserError, naming the nearest choice, where there is no such file or split, where members of a set
+    "NAME-00003-of-00010" are missing, and where a bucket cannot be read.
+    """
     if "{split}" not in pattern and split != ONLY_SPLIT:
         raise UserError(
-            f"{scheme}:{pattern} is one file, whose only split is {ONLY_SPLIT!r}, not {split!r}; "
+            f"{scheme}:{pattern} names no split, so its only split is {ONLY_SPLIT!r}, not {split!r}; "
             f"slice it (for example {ONLY_SPLIT + '[95%:]'!r}) or put {{split}} into the path"
         )
-    if path.is_file():
-        return path
+    path = pattern.replace("{split}", split)
+    place = _place(path)
+    wanted = path
+    if in_folder and place.is_folder(path):
+        wanted = path.rstrip("/") + "/*"
+        found = [file for file in place.find(wanted) if any(part in file.name for part in in_folder)]
+        if not found:
+            raise UserError(f"{scheme}:{path}: no file in this folder is named *{' or *'.join(in_folder)}*")
+    else:
+        found = place.find(path)
+    if not found:
+        raise UserError(_not_there(scheme, pattern, split, path, place.find))
+    _check_whole(scheme, wanted.rsplit("/", 1)[-1], found)
+    return found
+
+
+def fillings(pattern: str, hole: str, find: Callable[[str], list[Found]] | None = None) -> list[str]:
+    """What stands in place of `hole` in the names of the files that are there, for example their splits."""
+    pattern = pattern if "://" in pattern else os.path.expanduser(pattern)
+    shape = re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")
+    shape = shape.replace(re.escape(hole), r"([\w.-]+?)", 1).replace(re.escape(hole), r"\1")
+    there = (find or _place(pattern).find)(pattern.replace(hole, "*"))
+    return sorted({match[1] for file in there if (match := re.fullmatch(shape, file.shown))})
+
+
+def _not_there(scheme: str, pattern: str, split: str, path: str, find: Callable[[str], list[Found]]) -> str:
     if "{split}" in pattern:
-        before, after = pattern.split("{split}", 1)
-        folder = Path(before + "x").expanduser().parent
-        start = Path(before + "x").name[:-1]
-        there = [found.name for found in folder.glob(f"{start}*{after}")] if "/" not in after else []
-        splits = [name[len(start) : len(name) - len(after)] for name in there]
-        raise UserError(f"{scheme}:{pattern} has no split {split!r} (no file {path}); {nearest(split, splits)}")
-    beside = [found.name for found in path.parent.iterdir() if found.is_file()] if path.parent.is_dir() else []
-    close = nearest(path.name, beside).partition("?")
-    raise UserError(f"{scheme}:{pattern}: no such file" + (f"; {close[0]}?" if close[1] else ""))
+        splits = fillings(pattern, "{split}", find) or fillings(pattern.rstrip("/") + "/*", "{split}", find)
+        return f"{scheme}:{pattern} has no split {split!r} (no file {path}); {nearest(split, splits)}"
+    folder, _, name = path.rpartition("/")
+    close = nearest(name, [file.name for file in find(f"{folder}/*" if folder else "*")]).partition("?")
+    return f"{scheme}:{path}: no such file" + (f"; {close[0]}?" if close[1] else "")
 
 
-def _unpacked(path: Path, cache_dir: Path) -> Path:
-    if path.suffix != ".gz":
-        return path
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-    def unpack(part: Path) -> None:
-        try:
-            with gzip.open(path, "rb") as packed, open(part, "wb") as out:
-                shutil.copyfileobj(packed, out, CHUNK_BYTES)
-        except (OSError, EOFError) as error:
-            raise UserError(f"{path} is not a whole gzip file: {error}") from error
-
-    return build_once(cache_dir / "unpacked" / digest, unpack)
-
-
-def _index(path: Path) -> tuple[np.ndarray, str]:
-    """Where lines start, and behind the last byte; and a hash of all bytes."""
-    digest, size, ends = hashlib.blake2b(digest_size=16), 0, []
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-            ends.append(size + 1 + np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")))
-            size += len(chunk)
-        file.seek(0)
-        first = len(BYTE_ORDER_MARK) if file.read(3) == BYTE_ORDER_MARK else 0
-    starts = np.concatenate([np.array([first], np.int64), *ends])
-    if starts[-1] != size and size > first:
-        starts = np.append(starts, size)  # the last line has no newline
-    return starts, digest.hexdigest()
+def _check_whole(scheme: str, wanted: str, found: Sequence[Found]) -> None:
+    """A glob that names every member of a set must find every member."""
+    sets: dict[tuple[str, str, int, str, str], set[int]] = {}
+    for file in found:
+        folder, _, name = file.shown.rpartition("/")
+        if match := MEMBER.fullmatch(name):
+            before, number, count, after = match.groups()
+            sets.setdefault((folder, before, len(number), count, after), set()).add(int(number))
+    for (folder, before, digits, count, after), there in sets.items():
+        first = 1 if int(count) in there and 0 not in there else 0
+        names = {n: f"{before}{n:0{digits}}-of-{count}{after}" for n in range(first, first + int(count))}
+        missing = [name for n, name in names.items() if n not in there and fnmatch.fnmatchcase(name, wanted)]
+        if missing:
+            more = f" and {len(missing) - NAMED_AT_MOST} more" if len(missing) > NAMED_AT_MOST else ""
+            raise UserError(
+                f"{scheme}:{folder}/{wanted}: {len(missing)} of {count} files are missing: "
+                f"{', '.join(missing[:NAMED_AT_MOST])}{more}; put them there, or name the files to read one by one"
+            )
 
 
-def _header(given: Path, plain: Path, starts: np.ndarray) -> tuple[str, ...]:
-    if len(starts) < 2:
-        raise UserError(f"{given} is empty; the first line of a TSV file names its columns")
-    with open(plain, "rb") as file:
-        file.seek(starts[0])
-        columns = tuple(_decoded(file.read(starts[1] - starts[0]), f"{given} line 1").split("\t"))
-    if len(set(columns)) != len(columns):
-        raise UserError(f"{given} line 1: two columns have one name")
-    return columns
+class _Disk:
+    """Files on this machine's file systems."""
+
+    def find(self, path: str) -> list[Found]:
+        here = os.path.expanduser(path)
+        there = [here] if os.path.isfile(here) else sorted(glob.glob(here, recursive=True))
+        return [self._found(name) for name in there if os.path.isfile(name)]
+
+    def is_folder(self, path: str) -> bool:
+        return os.path.isdir(os.path.expanduser(path))
+
+    def _found(self, path: str) -> Found:
+        stat = os.stat(path)
+        return Found(shown=path, size=stat.st_size, stamp=str(stat.st_mtime_ns))
 
 
-def _decoded(line: bytes, where: str) -> str:
+class _Bucket:
+    """Files of anything that fsspec knows."""
+
+    def __init__(self, url: str) -> None:
+        self._system = file_system(url)
+        self._start = re.match(r"[^:]*://+", url)[0]  # type: ignore[index]
+
+    def find(self, path: str) -> list[Found]:
+        with reading(path):
+            if self._system.isfile(path):
+                return [self._found(self._system.info(path))]
+            there = self._system.glob(path) if glob.has_magic(path) else []
+            infos = [self._system.info(name) for name in sorted(there)]
+        return [self._found(info) for info in infos if info["type"] == "file"]
+
+    def is_folder(self, path: str) -> bool:
+        with reading(path):
+            return self._system.isdir(path)
+
+    def _found(self, info: dict[str, Any]) -> Found:
+        stamps = {stamp: str(info[stamp]) for stamp in STAMPS if info.get(stamp) is not None}
+        return Found(shown=self._start + str(info["name"]).lstrip("/"), size=info["size"], stamp=str(stamps))
+
+
+def _place(path: str) -> _Disk | _Bucket:
+    return _Bucket(path) if "://" in path else _Disk()
+
+
+def file_system(url: str) -> Any:
+    """The fsspec file system that `url`, PROTOCOL://PATH, lies in. Raises UserError where there is none for it."""
+    import fsspec
+
+    protocol = url.partition("://")[0]
     try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: byte {error.start + 1} is not UTF-8") from error
-    return text.removesuffix("\n").removesuffix("\r")
-
-
-def _json(text: str, where: str) -> dict:
-    try:
-        record = json.loads(text)
+        return fsspec.filesystem(protocol)
+    except ImportError as error:
+        missing = getattr(error.__cause__ or error, "name", None) or str(error)
+        raise UserError(f"{url}: reading {protocol}:// needs a package: pip install {missing}") from error
     except ValueError as error:
-        raise UserError(f"{where}: not JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: a JSON object is wanted, not a {type(record).__name__}")
-    return record
+        raise UserError(f"{url}: unknown protocol; {nearest(protocol, fsspec.available_protocols())}") from error
 
 
-def _value(record: dict, ours: str, theirs: str, where: str) -> str:
-    if theirs not in record:
-        raise UserError(f"{where}: no field {theirs!r} (source.{ours}); {nearest(theirs, record)}")
-    value = record[theirs]
-    if ours not in ("inputs", "targets", "text") and isinstance(value, int | float):
-        return str(value)
-    if not isinstance(value, str):
-        raise UserError(f"{where}: field {theirs!r} (source.{ours}) must be text, not {type(value).__name__}")
-    return value
-
-
-def _reading(fields: dict[str, str]) -> str:
-    return ",".join(f"{ours}={theirs}" for ours, theirs in fields.items() if ours != "group")
+@contextlib.contextmanager
+def reading(url: str) -> Iterator[None]:
+    """Turns whatever a file system raises into a UserError; every one has errors of its own."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{url} cannot be read: {first_line(error)}") from error

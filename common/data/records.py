@@ -1,10 +1,16 @@
 """What a source is: records by number, some of which may turn out to be unusable."""
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+import abc
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from common.errors import UserError, nearest
 
 Record = dict[str, str]
 """Our name of a field -> its text."""
+
+TEXTS = ("inputs", "targets", "text")
+"""Our fields that must be text; all others may be numbers too, and are written out."""
 
 
 class Problem(NamedTuple):
@@ -40,3 +46,99 @@ class Source(Protocol):
         """Several records at once, which is many times faster than one by one, and for indices in ascending order
         fastest."""
         ...
+
+
+class Unusable(ValueError):
+    """Raised inside a source: what is wrong with one record. Readers see it as a Problem."""
+
+
+class ByNumber(abc.ABC):
+    """What all sources do alike, on top of their `read`."""
+
+    @abc.abstractmethod
+    def read(self, indices: Sequence[int]) -> list[Record | Problem]: ...
+
+    def __getitem__(self, index: int) -> Record:
+        record = self.read([index])[0]
+        if isinstance(record, Problem):
+            raise UserError(str(record))
+        return record
+
+
+def first_line(error: BaseException) -> str:
+    """What a library has to say, for a message of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def check_range(indices: Sequence[int], count: int) -> None:
+    """Raises IndexError unless all indices lie in 0..count-1."""
+    if len(indices) and not (min(indices) >= 0 and max(indices) < count):
+        outside = next(index for index in indices if not 0 <= index < count)
+        raise IndexError(f"record {outside} of {count}")
+
+
+def pick(raw: Mapping[str, Any], fields: Mapping[str, str]) -> Record:
+    """The fields that were asked for, as text.
+
+    >>> pick({"en": "a", "n": 3, "answers": [{"text": b"b"}]}, {"inputs": "en", "targets": "answers.0.text", "id": "n"})
+    {'inputs': 'a', 'targets': 'b', 'id': '3'}
+
+    Args:
+      raw: a record as it is stored: names -> text, bytes, numbers, and dicts and lists of them.
+      fields: our name -> its name there, which may be a path into dicts and lists, split by dots.
+
+    Raises Unusable.
+    """
+    return {ours: _text(look_up(raw, ours, theirs), ours, theirs) for ours, theirs in fields.items()}
+
+
+def look_up(raw: Mapping[str, Any], ours: str, theirs: str) -> Any:
+    """What `raw` has under a name or a path. Raises Unusable where there is nothing."""
+    if theirs in raw:
+        return raw[theirs]
+    value: Any = raw
+    for part in theirs.split("."):
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            raise Unusable(f"no field {theirs!r} (source.{ours}); {nearest(theirs, paths(raw))}")
+    return value
+
+
+def paths(raw: Mapping[str, Any]) -> list[str]:
+    """All names in a record that can be asked for.
+
+    >>> paths({"q": "x", "answers": [{"text": "a"}, {"text": "b"}]})
+    ['q', 'answers.0.text', 'answers.1.text']
+    """
+    return [path.removeprefix(".") for path in _below("", raw)]
+
+
+def _below(path: str, value: Any) -> list[str]:
+    if isinstance(value, Mapping):
+        return [below for name, inner in value.items() for below in _below(f"{path}.{name}", inner)]
+    if isinstance(value, list):
+        return [below for number, inner in enumerate(value[:2]) for below in _below(f"{path}.{number}", inner)]
+    return [path]
+
+
+def _text(value: Any, ours: str, theirs: str) -> str:
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise Unusable(f"field {theirs!r} (source.{ours}): byte {error.start + 1} is not UTF-8") from error
+    if isinstance(value, str):
+        if not value.isascii():
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError as error:
+                what = f"character {error.start + 1} is half of a surrogate pair"
+                raise Unusable(f"field {theirs!r} (source.{ours}): {what}, which is no text") from error
+        return value
+    if ours not in TEXTS and (isinstance(value, int | float) or getattr(value, "shape", None) == ()):
+        return str(value)
+    kind = "null" if value is None else type(value).__name__
+    raise Unusable(f"field {theirs!r} (source.{ours}) must be text, not {kind}")

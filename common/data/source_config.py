@@ -53,8 +53,10 @@ class SourceConfig:
 
     kind: Literal["single"] = "single"
     name: str
-    """`tfds:NAME` (for example `tfds:cldr_translate/en_de`), `jsonl:PATH`, `tsv:PATH` or `text:PATH`; PATH may hold
-    `{split}`."""
+    """`tfds:NAME` (for example `tfds:cldr_translate/en_de`), `corpus:NAME`, or files: `jsonl:PATH`, `tsv:PATH`,
+    `text:PATH`, `lines:PATH` (parallel texts; PATH holds `{field}`), `parquet:PATH`, `tfrecord:PATH` or
+    `arrayrecord:PATH`. PATH may hold `{split}`, be a glob, an url (`gs://...`), and for the last three a folder; text
+    may be compressed."""
     inputs: str | None
     """Field that holds the inputs; None where records are plain text."""
     targets: str | None

@@ -1,65 +1,67 @@
-"""Sources: random access to text records, from TFDS or from local files.
+"""Sources: random access to text records, from TFDS or from files.
 
 A source is opened by name. `tfds:cldr_translate/SRC_DST` is built here from Unicode CLDR; any other `tfds:NAME` is read
-from `$TFDS_DATA_DIR` (or the cache) and downloaded where it can be; `jsonl:PATH`, `tsv:PATH` and `text:PATH` are local
-files, plain or gzipped. Splits may be sliced as in TFDS: "train[:1%]", "train[95%:]".
+from `$TFDS_DATA_DIR` (or the cache) and downloaded where it can be. The other schemes name files:
+
+- `jsonl:PATH`, `tsv:PATH`, `text:PATH`: a record a line;
+- `lines:PATH`: parallel text files, one for each field, whose name stands in place of `{field}` in the path;
+- `parquet:PATH`, `tfrecord:PATH`, `arrayrecord:PATH`: the last two hold tf.Example protos; PATH may be a folder.
+
+PATH may hold `{split}`, may be a glob, and may be an url (`gs://bucket/c4-train.*.jsonl.gz`), whose files are fetched
+into the cache once. Files that end in .gz, .bz2, .xz or .zst are unpacked there once. Splits may be sliced as in TFDS:
+"train[:1%]", "train[95%:]".
 """
 
 import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from common.data.cache import locked
-from common.data.files import FileSource
+from common.data.file_sources import open_files, open_parallel, reading
+from common.data.records import ByNumber, Problem, Record, Source, Unusable, check_range, first_line, pick
 from common.data.source_config import SourceConfig
+from common.data.templates import TemplatedSource
 from common.errors import UserError, nearest
 
 BUILT_IN = "cldr_translate"
-FIELDS = ("inputs", "targets", "text", "group")
-
-
-class Source(Protocol):
-    """Records by number; each has "inputs" and "targets", or "text", and "group" where the config names one.
-
-    `content_id` differs whenever the records may: it holds name, version, split, the fields read, and the version of
-    whatever made the records.
-    """
-
-    @property
-    def content_id(self) -> str: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, str]: ...
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, str]]:
-        """Several records at once, which for TFDS is many times faster than one by one."""
-        ...
-
 
 def open_source(config: SourceConfig, split: str, cache_dir: Path) -> Source:
-    """Opens one split, building or downloading what is missing.
+    """Opens one split, building, downloading, fetching, unpacking and indexing what is missing.
 
-    Raises UserError, naming the nearest valid choice, for an unknown data set, split or field, a missing file, and
-    (when it is read) a record that cannot be used.
+    Raises UserError, naming the nearest valid choice, for an unknown data set, split or field, and for a file that is
+    missing or of another format. A record that cannot be used is no such mistake: reading it gives a Problem.
     """
-    scheme, _, name = config.name.partition(":")
-    fields = config.fields()
-    if scheme == "tfds":
-        source = _open_tfds(name, split, fields, cache_dir)
-    else:
-        source = FileSource.open(scheme, name, split, fields, cache_dir)
-    from common.data.templates import TemplatedSource
-
+    source = open_fields(config.name, config.fields(), split, cache_dir)
     return TemplatedSource(source, config.templates) if config.templates else source
 
 
+def open_fields(name: str, fields: Mapping[str, str], split: str, cache_dir: Path) -> Source:
+    """As `open_source`, for fields of any names.
+
+    Args:
+      name: SCHEME:NAME.
+      fields: name of a field in our records -> its name in the data set's, or a path to it split by dots
+        ("answers.0.text"). "inputs", "targets" and "text" must be text there; others may be numbers and are written
+        out.
+      split: a split or a slice of one.
+      cache_dir: the folder for everything that can be rebuilt.
+    """
+    scheme, _, rest = name.partition(":")
+    match scheme:
+        case "tfds":
+            return _open_tfds(rest, split, dict(fields), cache_dir)
+        case "lines":
+            return open_parallel(rest, split, dict(fields), cache_dir)
+        case _:
+            return open_files(scheme, rest, split, dict(fields), cache_dir)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class TfdsSource:
+class TfdsSource(ByNumber):
     """One split of a prepared TFDS data set."""
 
     content_id: str
@@ -71,39 +73,16 @@ class TfdsSource:
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> dict[str, str]:
-        return self.__getitems__([index])[0]
-
-    def read(self, indices):
-        return self.__getitems__(indices)
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, str]]:
-        for index in indices:
-            if not 0 <= index < len(self):
-                raise IndexError(f"record {index} of {len(self)}")
+    def read(self, indices: Sequence[int]) -> list[Record | Problem]:
+        check_range(indices, len(self))
         found = self.records.__getitems__(list(indices)) if len(indices) else []
         return [self._read(record, index) for record, index in zip(found, indices, strict=True)]
 
-    def _read(self, record: dict[str, Any], index: int) -> dict[str, str]:
-        return {
-            ours: _text(
-                record[theirs], f"{self.content_id} record {index}, field {theirs!r} (source.{ours})", ours == "group"
-            )
-            for ours, theirs in self.fields.items()
-        }
-
-
-def _text(value: Any, where: str, numbers: bool) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bytes):
+    def _read(self, record: dict[str, Any], index: int) -> Record | Problem:
         try:
-            return value.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: byte {error.start + 1} is not UTF-8") from error
-    if numbers and (isinstance(value, int) or getattr(value, "shape", None) == ()):
-        return str(value)
-    raise UserError(f"{where}: must be text, not {type(value).__name__}")
+            return pick(record, self.fields)
+        except Unusable as error:
+            return Problem(where=f"{self.content_id} record {index}", what=str(error))
 
 
 def _open_tfds(name: str, split: str, fields: dict[str, str], cache_dir: Path) -> TfdsSource:
@@ -143,11 +122,10 @@ def tfds_source(builder: Any, split: str, fields: dict[str, str], made_by: str =
             f"access; prepare it again with --file_format=array_record"
         ) from error
     except (ValueError, AssertionError) as error:
-        raise UserError(f"{info.full_name}: split {split!r} cannot be read ({_first_line(error)})") from error
-    reading = ",".join(f"{ours}={theirs}" for ours, theirs in fields.items() if ours != "group")
+        raise UserError(f"{info.full_name}: split {split!r} cannot be read ({first_line(error)})") from error
     size = f"{info.splits[base].num_examples} records"
     return TfdsSource(
-        content_id=f"tfds:{info.full_name}{made_by}:{split}:{reading}:{size}", records=records, fields=fields
+        content_id=f"tfds:{info.full_name}{made_by}:{split}:{reading(fields)}:{size}", records=records, fields=fields
     )
 
 
@@ -169,16 +147,12 @@ def _prepared(name: str, data_dir: Path) -> Any:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise UserError(f"tfds:{name} is neither in {data_dir} nor can it be made here{hint}; or {how}") from error
     except (ValueError, RuntimeError, ImportError) as error:
-        raise UserError(f"tfds:{name}: {_first_line(error)}; {how}") from error
+        raise UserError(f"tfds:{name}: {first_line(error)}; {how}") from error
     if builder.is_prepared():
         return builder
     with locked(data_dir / f"{name.replace('/', '-')}"):
         try:
             builder.download_and_prepare(file_format="array_record")
         except Exception as error:  # downloads fail in as many ways as there are data sets
-            raise UserError(f"tfds:{name} could not be prepared in {data_dir} ({_first_line(error)}); {how}") from error
+            raise UserError(f"tfds:{name} could not be prepared in {data_dir} ({first_line(error)}); {how}") from error
     return builder
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

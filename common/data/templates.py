@@ -9,13 +9,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from common.data.draws import draw_bits
-from common.data.records import Problem, Record, Source
+from common.data.records import ByNumber, Problem, Record, Source
 from common.data.source_config import Template
-from common.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class TemplatedSource:
+class TemplatedSource(ByNumber):
     """A source whose records have "inputs" and "targets" by a template, which is drawn for each record by its number,
     the same in every epoch and on every machine."""
 
@@ -29,12 +28,6 @@ class TemplatedSource:
 
     def __len__(self) -> int:
         return len(self.records)
-
-    def __getitem__(self, index: int) -> Record:
-        made = self._put(self.records[index], index)
-        if isinstance(made, Problem):
-            raise UserError(str(made))
-        return made
 
     def read(self, indices: Sequence[int]) -> list[Record | Problem]:
         found = zip(self.records.read(indices), indices, strict=True)
@@ -58,7 +51,7 @@ class TemplatedSource:
 
 
 @dataclasses.dataclass(frozen=True)
-class JoinedSource:
+class JoinedSource(ByNumber):
     """Several sources as one: all records of the first, then of the second, and so on."""
 
     sources: tuple[Source, ...]
@@ -69,10 +62,6 @@ class JoinedSource:
 
     def __len__(self) -> int:
         return sum(map(len, self.sources))
-
-    def __getitem__(self, index: int) -> Record:
-        source, within = self._place(index)
-        return source[within]
 
     def read(self, indices: Sequence[int]) -> list[Record | Problem]:
         places = [self._place(index) for index in indices]

@@ -57,7 +57,7 @@ def test_local_files_give_every_record_in_any_order(tmp_path, scheme, ending, la
     assert len(source) == len(ROWS)
     assert [source[i] for i in range(len(source))] == expected(scheme)
     order = [3, 0, 5, 3]
-    assert source.__getitems__(order) == [expected(scheme)[i] for i in order]
+    assert source.read(order) == [expected(scheme)[i] for i in order]
     assert copy.deepcopy(source)[3] == expected(scheme)[3]  # as a worker gets it: by state, not by open file
     for index in (-1, len(source)):
         with pytest.raises(IndexError):
@@ -77,9 +77,10 @@ def test_a_byte_order_mark_is_not_text(tmp_path, scheme):
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_the_index_does_not_depend_on_the_size_of_reads(tmp_path, monkeypatch, chunk):
     whole = open_source(config(write(tmp_path, "jsonl")), "train", tmp_path)
-    monkeypatch.setattr("common.data.files.CHUNK_BYTES", chunk)
-    again = open_source(config(f"jsonl:{tmp_path}/data.jsonl"), "train", tmp_path)
-    assert again.starts.tolist() == whole.starts.tolist() and again.content_id == whole.content_id
+    monkeypatch.setattr("common.data.line_files.CHUNK_BYTES", chunk)
+    again = open_source(config(f"jsonl:{tmp_path}/data.jsonl"), "train", tmp_path / "another cache")
+    assert again.read(range(len(again))) == whole.read(range(len(whole))) == expected("jsonl")
+    assert again.content_id == whole.content_id
 
 
 @pytest.mark.parametrize("scheme", ["jsonl", "tsv", "text"])
@@ -91,13 +92,6 @@ def test_gzip_is_unpacked_once(tmp_path, scheme, monkeypatch):
     assert [source[i] for i in range(len(source))] == expected(scheme)
     monkeypatch.setattr("gzip.open", lambda *_: pytest.fail("unpacked twice"))
     assert open_source(config(f"{scheme}:{plain}.gz"), "train", tmp_path / "cache")[0] == source[0]
-
-
-def test_a_damaged_gzip_is_named_and_leaves_nothing(tmp_path):
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(os.urandom(5_000))[:-100])
-    with pytest.raises(UserError, match="a.jsonl.gz is not a whole gzip"):
-        open_source(config(f"jsonl:{tmp_path}/a.jsonl.gz"), "train", tmp_path / "cache")
-    assert not [p for p in (tmp_path / "cache" / "unpacked").iterdir() if not p.name.startswith(".")]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +131,7 @@ def test_splits_of_local_files_are_files(tmp_path):
     assert open_source(config(name), "validation", tmp_path)[0]["inputs"] == "validation"
     with pytest.raises(UserError, match="no split 'valid'.*did you mean 'validation'.*train"):
         open_source(config(name), "valid", tmp_path)
-    with pytest.raises(UserError, match=r"one file, whose only split is 'train', not 'test'"):
+    with pytest.raises(UserError, match="its only split is 'train', not 'test'"):
         open_source(config(write(tmp_path, "jsonl")), "test", tmp_path)
 
 
@@ -272,11 +266,11 @@ assert not any(name.split(".")[0] == "tensorflow" for name in sys.modules)
 def test_tfds_records_by_number(tiny, monkeypatch, tmp_path):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tiny))
     source = open_source(config("tfds:tiny_translate"), "train", tmp_path)
-    found = source.__getitems__(range(len(source)))
+    found = source.read(range(len(source)))
     assert {record["inputs"] for record in found} == {f"number {i}" for i in range(200)}
     assert all(record["targets"] == record["inputs"].replace("number", "Nummer größer") for record in found)
     assert [source[i] for i in (5, 0, 199)] == [found[i] for i in (5, 0, 199)]
-    assert source.__getitems__([]) == []
+    assert source.read([]) == []
     for index in (-1, 200):
         with pytest.raises(IndexError):
             source[index]
