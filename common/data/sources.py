@@ -29,6 +29,7 @@ from common.errors import UserError, nearest
 
 BUILT_IN = "cldr_translate"
 
+
 def open_source(config: SourceConfig, split: str, cache_dir: Path) -> Source:
     """Opens one split, building, downloading, fetching, unpacking and indexing what is missing.
 

@@ -19,7 +19,8 @@ from common.data.config import BytePairConfig, DataConfig, SentencePieceConfig
 from common.data.source_config import SourceConfig
 from common.data.tokenizer import open_tokenizer
 from common.errors import UserError
-from tests.common.data.test_tokenizer import LINES, ODD_TEXTS, SHARED, ListSource
+from tests.common.data.memory_source import MemorySource
+from tests.common.data.test_tokenizer import LINES, ODD_TEXTS, SHARED
 
 NAMES = ["</s> <pad> <unk> ⟨pad⟩⟨eos⟩ ⟨unk⟩ <extra_id_0> <|endoftext|>", "⟨eos⟩"]
 LEAST = 259
@@ -48,7 +49,7 @@ def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def gpt2(gpt2_folder: Path) -> Any:
-    return open_tokenizer(BytePairConfig(path=str(gpt2_folder)), ListSource([]), gpt2_folder)
+    return open_tokenizer(BytePairConfig(path=str(gpt2_folder)), MemorySource([]), gpt2_folder)
 
 
 @pytest.mark.parametrize("text", [*ODD_TEXTS, *NAMES])
@@ -137,7 +138,7 @@ def test_training_is_deterministic_over_processes() -> None:
 
 
 def test_training_is_cached_by_content(tmp_path: Path) -> None:
-    source = ListSource([{"inputs": line, "targets": line.upper()} for line in LINES])
+    source = MemorySource([{"inputs": line, "targets": line.upper()} for line in LINES])
     config = BytePairConfig(vocab_size=340)
     first = open_tokenizer(config, source, tmp_path)
     reads = source.reads
@@ -204,7 +205,7 @@ def test_gpt2(gpt2: Any) -> None:
 def test_a_vocabulary_and_its_tokenizer_json_write_the_same(gpt2: Any, gpt2_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(gpt2._tokenizer.to_str())
     for path in (tmp_path, tmp_path / "tokenizer.json"):
-        whole = open_tokenizer(BytePairConfig(path=str(path)), ListSource([]), tmp_path)
+        whole = open_tokenizer(BytePairConfig(path=str(path)), MemorySource([]), tmp_path)
         assert whole.eos_id == 50256
         for text in ODD_TEXTS:
             np.testing.assert_array_equal(whole.encode(text), gpt2.encode(text))
@@ -212,7 +213,7 @@ def test_a_vocabulary_and_its_tokenizer_json_write_the_same(gpt2: Any, gpt2_fold
 
 def test_sentinels_above_a_loaded_vocabulary(gpt2_folder: Path) -> None:
     config = BytePairConfig(path=str(gpt2_folder), sentinels=100)
-    tokenizer = open_tokenizer(config, ListSource([]), gpt2_folder)
+    tokenizer = open_tokenizer(config, MemorySource([]), gpt2_folder)
     assert tokenizer.vocab_size == 50357 and tokenizer.sentinel_id(0) == 50356 and tokenizer.sentinel_id(99) == 50257
     assert tokenizer.decode([50356, 15496]) == "<extra_id_0> Hello"
 
@@ -243,7 +244,7 @@ def wrap(single: str, *names: str) -> Edit:
 def test_llama_style_special_tokens(tmp_path: Path) -> None:
     names = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
     config = saved(tmp_path, names, wrap("<|begin_of_text|> $A", names[0]), eos_token={"content": "<|eot_id|>"})
-    tokenizer = open_tokenizer(config, ListSource([]), tmp_path)
+    tokenizer = open_tokenizer(config, MemorySource([]), tmp_path)
     assert (tokenizer.bos_id, tokenizer.start_id, tokenizer.eos_id, tokenizer.pad_id) == (340, 340, 342, 342)
     ids = tokenizer.encode("<|eot_id|>apples")
     assert ids.max() < 340, "neither bos in front nor a special token from the text"
@@ -252,7 +253,7 @@ def test_llama_style_special_tokens(tmp_path: Path) -> None:
 
 def test_t5_style_special_tokens(tmp_path: Path) -> None:
     names = ["<pad>", "</s>", "<unk>", "<extra_id_1>", "<extra_id_0>"]
-    tokenizer = open_tokenizer(saved(tmp_path, names, wrap("$A </s>", "</s>")), ListSource([]), tmp_path)
+    tokenizer = open_tokenizer(saved(tmp_path, names, wrap("$A </s>", "</s>")), MemorySource([]), tmp_path)
     assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.start_id) == (340, 341, 342, 340)
     assert tokenizer.bos_id is None and tokenizer.sentinels == 2
     assert [tokenizer.sentinel_id(k) for k in range(2)] == [344, 343]
@@ -260,13 +261,13 @@ def test_t5_style_special_tokens(tmp_path: Path) -> None:
     assert max(apples) < 340
     assert tokenizer.decode([344, *apples, 343, 341]) == "<extra_id_0> apples <extra_id_1>"
     with pytest.raises(UserError, match="2 of its own; nearest: 0"):
-        open_tokenizer(BytePairConfig(path=str(tmp_path), sentinels=100), ListSource([]), tmp_path)
+        open_tokenizer(BytePairConfig(path=str(tmp_path), sentinels=100), MemorySource([]), tmp_path)
 
 
 @pytest.mark.parametrize(("described", "bos"), [({}, None), ({"add_bos_token": True}, 340)])
 def test_bos_by_description(tmp_path: Path, described: dict[str, Any], bos: int | None) -> None:
     config = saved(tmp_path, ["<s>", "</s>"], bos_token="<s>", eos_token="</s>", **described)
-    tokenizer = open_tokenizer(config, ListSource([]), tmp_path)
+    tokenizer = open_tokenizer(config, MemorySource([]), tmp_path)
     assert (tokenizer.start_id, tokenizer.bos_id) == (340, bos)
 
 
@@ -275,7 +276,7 @@ def test_padding_and_truncation_stored_in_the_file_are_not_applied(tmp_path: Pat
         made.enable_truncation(4)
         made.enable_padding(length=64)
 
-    tokenizer = open_tokenizer(saved(tmp_path, ["</s>"], edit), ListSource([]), tmp_path)
+    tokenizer = open_tokenizer(saved(tmp_path, ["</s>"], edit), MemorySource([]), tmp_path)
     long, short = tokenizer.encode_batch(["many apples " * 30, "a"])
     assert len(long) > 30 and len(short) == 1
 
@@ -283,10 +284,10 @@ def test_padding_and_truncation_stored_in_the_file_are_not_applied(tmp_path: Pat
 def test_eos_by_name(tmp_path: Path) -> None:
     plain = saved(tmp_path, ["<|im_end|>"])
     with pytest.raises(UserError, match=r"no token is known to end a text; name one by tokenizer\.eos"):
-        open_tokenizer(plain, ListSource([]), tmp_path)
-    assert open_tokenizer(BytePairConfig(path=plain.path, eos="<|im_end|>"), ListSource([]), tmp_path).eos_id == 340
+        open_tokenizer(plain, MemorySource([]), tmp_path)
+    assert open_tokenizer(BytePairConfig(path=plain.path, eos="<|im_end|>"), MemorySource([]), tmp_path).eos_id == 340
     with pytest.raises(UserError, match="did you mean '<|im_end|>'"):
-        open_tokenizer(BytePairConfig(path=plain.path, eos="<|im_edn|>"), ListSource([]), tmp_path)
+        open_tokenizer(BytePairConfig(path=plain.path, eos="<|im_edn|>"), MemorySource([]), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -308,4 +309,4 @@ def test_files_that_are_no_tokenizer(tmp_path: Path, files: dict[str, str] | Non
         for name, text in files.items():
             (path / name).write_text(text)
     with pytest.raises(UserError, match=message):
-        open_tokenizer(BytePairConfig(path=str(path)), ListSource([]), tmp_path)
+        open_tokenizer(BytePairConfig(path=str(path)), MemorySource([]), tmp_path)

@@ -32,7 +32,7 @@ def small(tmp_path_factory):
 
 def records(builder) -> dict[str, list[dict]]:
     sources = {name: builder.as_data_source(split=name) for name in builder.info.splits}
-    return {name: source.read(list(range(len(source)))) for name, source in sources.items()}
+    return {name: source.__getitems__(list(range(len(source)))) for name, source in sources.items()}
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ import pyarrow
 import pytest
 
 from common.data import indexes, line_files, packed_files, records
-from common.data.config import SourceConfig
 from common.data.records import Problem
+from common.data.source_config import SourceConfig
 from common.data.sources import open_fields, open_source
 from common.errors import UserError
 
@@ -307,7 +307,7 @@ def test_bad_lines_are_problems_and_the_others_are_read(tmp_path, place):
         assert isinstance(problem, Problem) and problem.where == f"{tmp_path}/a.jsonl line {place + 1}"
         assert what in problem.what and "\n" not in problem.what
         with pytest.raises(UserError, match=f"a.jsonl line {place + 1}: "):
-            source.__getitems__(range(len(source)))
+            source[place]
 
 
 def test_a_wrong_name_is_told_on_opening_though_the_first_records_are_bad(tmp_path):
