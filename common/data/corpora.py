@@ -142,7 +142,7 @@ def _unpacked(packed: bytes, suffix: str, member: str) -> bytes:
     content = UNPACK[suffix](packed)
     if not member:
         return content
-    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
         file = archive.extractfile(member)
         if file is None:
             raise ValueError(f"{member} is not a file")

@@ -116,7 +116,7 @@ CORPORA: dict[str, Corpus] = {
         splits=_one(train=f"{COGS}train.tsv", validation=f"{COGS}dev.tsv", test=f"{COGS}test.tsv"),
         parse=parsers.columns,
         fields=("inputs", "targets", "kind"),
-        origin="COGS",
+        origin="COGS, from COGS/ReCOGS; the files lack its generalization split",
         licence="MIT",
     ),
     "cogs/variable_free": Corpus(
@@ -128,7 +128,7 @@ CORPORA: dict[str, Corpus] = {
         ),
         parse=parsers.columns,
         fields=("inputs", "targets", "kind"),
-        origin="ReCOGS",
+        origin="COGS with variable-free forms, from COGS/ReCOGS",
         licence="MIT",
     ),
     "gsm8k": Corpus(

@@ -7,7 +7,6 @@ with several questions) belong together too, across data sets.
 """
 
 import collections
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 
@@ -79,30 +78,33 @@ def _by_data_set(rows: Sequence[Record]) -> Mapping[str, dict[str, list[int]]]:
 
 def _matches(members: list[list[int]], reference: list[int], texts: Sequence[str]) -> list[tuple[int, int]]:
     """Pairs (row, row of the reference), for every template's rows."""
-    ids: dict[object, int] = {}
-    places = {row: [ids.setdefault(word, len(ids)) for word in _words(texts[row])] for rows in members for row in rows}
-
-    def counts(rows: list[int]) -> csr_matrix:
-        """int32 [rows, words], 1 where the row has the word."""
-        ends = np.cumsum([0, *(len(places[row]) for row in rows)])
-        flat = np.concatenate([np.array(places[row], np.int64) for row in rows])
-        return csr_matrix((np.ones(len(flat), np.int32), flat, ends), shape=(len(rows), len(ids)))
-
-    tables = [counts(rows) for rows in members]
-    shares = np.max([np.asarray(table.sum(axis=0)).ravel() / max(table.shape[0], 50) for table in tables], axis=0)
+    places = {row: place for place, row in enumerate(row for rows in members for row in rows)}
+    table = _word_table([texts[row] for row in places])
+    tables = [table[[places[row] for row in rows]] for rows in members]
+    shares = np.max([np.asarray(part.sum(axis=0)).ravel() / max(part.shape[0], 50) for part in tables], axis=0)
     weights = np.select([shares <= bound for bound, _ in RARENESS], [weight for _, weight in RARENESS], 0)
-    weighted = counts(reference).multiply(weights.astype(np.int32)).T.tocsr()
+    shown = table[[places[row] for row in reference]].multiply(weights.astype(np.int32)).T.tocsr()
     pairs = []
-    for rows, table in zip(members, tables, strict=True):
+    for rows, part in zip(members, tables, strict=True):
         # Whole numbers, so the matching is the same on every machine.
-        for mine, theirs in zip(*linear_sum_assignment((table @ weighted).toarray(), maximize=True), strict=True):
+        for mine, theirs in zip(*linear_sum_assignment((part @ shown).toarray(), maximize=True), strict=True):
             pairs.append((rows[mine], reference[theirs]))
     return pairs
 
 
-def _words(text: str) -> set[object]:
-    words = re.findall(r"\w+", text.lower())
-    return {*words, *itertools.pairwise(words)}
+def _word_table(texts: Sequence[str]) -> csr_matrix:
+    """int32 [texts, words and pairs of words], 1 where the text has it."""
+    ids: dict[str, int] = collections.defaultdict(lambda: len(ids))
+    found = [np.array([ids[word] for word in re.findall(r"\w+", text.lower())], np.int64) for text in texts]
+    words, text_of = np.concatenate(found), np.repeat(np.arange(len(texts)), [len(row) for row in found])
+    inside = text_of[1:] == text_of[:-1]
+    distinct, pairs = np.unique((words[:-1] * len(ids) + words[1:])[inside], return_inverse=True)
+    columns = np.concatenate([words, len(ids) + pairs])
+    rows = np.concatenate([text_of, text_of[1:][inside]])
+    shape = (len(texts), len(ids) + len(distinct))
+    table = csr_matrix((np.ones(len(rows), np.int32), (rows, columns)), shape=shape)
+    table.data[:] = 1
+    return table
 
 
 def _shared_sentences(rows: Sequence[Record]) -> list[tuple[int, int]]:
