@@ -4,13 +4,9 @@ It is an ordinary builder that writes ArrayRecord files (TensorFlow is not neede
 that a large TFDS corpus takes. This module imports tensorflow_datasets: import it where it is used.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import hashlib
-import io
-import itertools
-import logging
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,16 +15,14 @@ import babel
 import tensorflow_datasets as tfds
 from babel import localedata
 from babel.core import get_cldr_version
-from rich.console import Console
-from rich.progress import Progress
 
 from common.data.cache import build_once
 from common.data.cldr_phrases import MIX, Phrase, phrases, withheld_names
+from common.data.shares import SPLIT_PER_MILLE, split_by_hash
+from common.data.tfds_builders import one_bar
 from common.errors import UserError
 
 UNSEEN_NAMES = "test_unseen_names"
-SPLIT_PER_MILLE = {"train": 950, "validation": 25, "test": 25}
-TICKS_PER_UPDATE = 1_000
 
 
 @dataclasses.dataclass
@@ -77,9 +71,7 @@ def split_of(phrase: Phrase, withheld: frozenset[str]) -> str:
     """The split of a phrase: by its names, else by a hash of its source text."""
     if withheld.intersection(phrase.names):
         return UNSEEN_NAMES
-    place = int.from_bytes(hashlib.blake2b(phrase.source.encode(), digest_size=8).digest(), "little") % 1000
-    bounds = zip(SPLIT_PER_MILLE, itertools.accumulate(SPLIT_PER_MILLE.values()), strict=True)
-    return next(name for name, bound in bounds if place < bound)
+    return split_by_hash(phrase.source)
 
 
 def parse_pair(pair: str) -> tuple[str, str]:
@@ -132,31 +124,10 @@ def cldr_builder(pair: str, cache_dir: Path, limit: int | None = None) -> tfds.c
 
     def build(folder: Path) -> None:
         count = sum(MIX.values()) if limit is None else len(MIX) * limit
-        with Progress(console=Console(stderr=True), transient=True) as progress, _quiet_tfds():
+        with one_bar(f"making cldr_translate/{pair}", 2 * count) as tick:
             builder = CldrTranslate(config=config, data_dir=folder, file_format="array_record")
-            task, ticks = progress.add_task(f"making cldr_translate/{pair}", total=2 * count), itertools.count(1)
-
-            def tick() -> None:
-                if (done := next(ticks)) % TICKS_PER_UPDATE == 0:
-                    progress.update(task, completed=done)
-
             builder.tick = tick
             builder.download_and_prepare()
 
     folder = build_once(cache_dir / "tfds" / f"cldr_translate-{pair}-{maker_version(limit)}", build)
     return tfds.builder_from_directory(folder / CldrTranslate.name / pair / str(CldrTranslate.VERSION))
-
-
-@contextlib.contextmanager
-def _quiet_tfds() -> Iterator[None]:
-    """TFDS prints what it prepares, warns of configs made on the spot and draws bars; one bar of ours is enough."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    tfds.display_progress_bar(enable=False)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
-        tfds.display_progress_bar(enable=True)
