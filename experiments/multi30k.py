@@ -27,7 +27,7 @@ def multi30k() -> Experiment:
         source=SourceConfig(name="corpus:multi30k", inputs="en", targets="de"),
         tokenizer=SentencePieceConfig(vocab_size=4096),
         objective=Supervised(),
-        rows=16,
+        rows=8,
         input_length=128,
         target_length=128,
     )
@@ -53,18 +53,18 @@ def multi30k() -> Experiment:
         varies=("model.input_attention",),
         data=data,
         train=TrainConfig(
-            budget=Budget(unit="steps", amount=1600),
+            budget=Budget(unit="steps", amount=3200),
             optimizer=AdamW(),
-            schedule=Linear(warmup_steps=100),
-            validate_every=200,
-            checkpoint_every=400,
+            schedule=Linear(warmup_steps=200),
+            validate_every=320,
+            checkpoint_every=640,
             execution=Execution(dtype="float32", scan_layers=False),
         ),
         evaluation=Evaluation(
             splits=("test_2016_flickr",), examples=1000, rows=125, max_new_tokens=80, validation_batches=32
         ),
         arms={
-            "t5like": Arm(model=match_training_flops(t5like, gpt, text, multiple=8), learning_rate=2e-3),
-            "gpt": Arm(model=gpt, learning_rate=2e-3),
+            "t5like": Arm(model=match_training_flops(t5like, gpt, text, multiple=8), learning_rate=4e-3),
+            "gpt": Arm(model=gpt, learning_rate=4e-3),
         },
     )

@@ -1,7 +1,8 @@
 """Sources: random access to text records, from TFDS or from files.
 
-A source is opened by name. `tfds:cldr_translate/SRC_DST` is built here from Unicode CLDR; any other `tfds:NAME` is read
-from `$TFDS_DATA_DIR` (or the cache) and downloaded where it can be. The other schemes name files:
+A source is opened by name. `tfds:cldr_translate/SRC_DST` is built here from Unicode CLDR and `tfds:pydocs` from the
+running Python; any other `tfds:NAME` is read from `$TFDS_DATA_DIR` (or the cache) and downloaded where it can be.
+`corpus:NAME` is one of `common.data.corpus_table`. The other schemes name files:
 
 - `jsonl:PATH`, `tsv:PATH`, `text:PATH`: a record a line;
 - `lines:PATH`: parallel text files, one for each field, whose name stands in place of `{field}` in the path;
@@ -21,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from common.data.cache import locked
+from common.data.corpora import open_corpus
 from common.data.file_sources import open_files, open_parallel, reading
 from common.data.records import ByNumber, Problem, Record, Source, Unusable, check_range, first_line, pick
 from common.data.source_config import SourceConfig
 from common.data.templates import TemplatedSource
 from common.errors import UserError, nearest
 
-BUILT_IN = "cldr_translate"
+BUILT_IN = ("cldr_translate", "pydocs")
 
 
 def open_source(config: SourceConfig, split: str, cache_dir: Path) -> Source:
@@ -55,6 +57,8 @@ def open_fields(name: str, fields: Mapping[str, str], split: str, cache_dir: Pat
     match scheme:
         case "tfds":
             return _open_tfds(rest, split, dict(fields), cache_dir)
+        case "corpus":
+            return open_corpus(rest, split, dict(fields))
         case "lines":
             return open_parallel(rest, split, dict(fields), cache_dir)
         case _:
@@ -88,10 +92,14 @@ class TfdsSource(ByNumber):
 
 def _open_tfds(name: str, split: str, fields: dict[str, str], cache_dir: Path) -> TfdsSource:
     data_set, _, pair = name.partition("/")
-    if data_set == BUILT_IN:
+    if data_set == "cldr_translate":
         from common.data.cldr import cldr_builder, maker_version
 
         builder, made_by = cldr_builder(pair, cache_dir), f"+{maker_version()}"
+    elif name == "pydocs":
+        from common.data import pydocs
+
+        builder, made_by = pydocs.pydocs_builder(cache_dir), f"+{pydocs.maker_version()}"
     else:
         builder, made_by = _prepared(name, Path(os.environ.get("TFDS_DATA_DIR") or cache_dir / "tfds")), ""
     return tfds_source(builder, split, fields, made_by)
@@ -143,7 +151,7 @@ def _prepared(name: str, data_dir: Path) -> Any:
     except tfds.core.DatasetNotFoundError as error:
         there = [path.name for path in data_dir.iterdir()] if data_dir.is_dir() else []
         close = difflib.get_close_matches(
-            name.split("/")[0], [BUILT_IN, *tfds.list_builders(with_community_datasets=False), *there], n=1, cutoff=0.8
+            name.split("/")[0], [*BUILT_IN, *tfds.list_builders(with_community_datasets=False), *there], n=1, cutoff=0.8
         )
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise UserError(f"tfds:{name} is neither in {data_dir} nor can it be made here{hint}; or {how}") from error

@@ -10,7 +10,7 @@ import sys
 import pytest
 import tensorflow_datasets as tfds
 
-from common.data import cache, cldr, sources
+from common.data import cache, cldr, pydocs, sources
 from common.data.files import parse_split, slice_bounds
 from common.data.source_config import SourceConfig
 from common.data.sources import open_source
@@ -351,4 +351,4 @@ def test_build_once_builds_once_and_forgets_what_failed(tmp_path):
     assert not (tmp_path / "deep" / "thing").exists()
     assert (cache.build_once(tmp_path / "deep" / "thing", build) / "file").read_text() == "1"
     assert cache.build_once(tmp_path / "deep" / "thing", build).is_dir() and len(built) == 2
-    assert cldr.CldrTranslate.name == sources.BUILT_IN
+    assert (cldr.CldrTranslate.name, pydocs.Pydocs.name) == sources.BUILT_IN
