@@ -147,7 +147,7 @@ def score_arm(
         rows = _decode_split(experiment, split, records, data.tokenizer, fitted, progress)
         predictions, targets = [row["prediction"] for row in rows], [row["target"] for row in rows]
         groups = [row["group"] for row in rows] if all(row["group"] is not None for row in rows) else None
-        scores += score_texts(predictions, targets, groups, split)
+        scores += score_texts(predictions, targets, groups, split, inputs=[row["inputs"] for row in rows])
         samples += rows
     result = dataclasses.replace(
         _result(experiment, name, fitted, run_dir / name, tuple(scores)),

@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from common.compute.moments import Moments
 from common.data.batch import Batch
 from common.data.source_config import parts_of
 from common.data.tokenizer import Tokenizer
+from common.report.units import percent
 from experiments.config import Experiment
 from experiments.pipeline import open_data
 
@@ -30,6 +32,7 @@ def show(experiment: Experiment, rows: int, console: Console) -> None:
         f"{config.input_length} + {config.target_length} slots; {len(experiment.arms)} arms read the same rows",
         markup=False,
     )
+    console.print(padding_table(experiment, *data.train.filled()))
     steps = (data.train.batch(step).batch for step in range(-(-rows // config.rows)))
     each = ((batch, b) for batch in steps for b in range(config.rows))
     for number, (batch, b) in enumerate(itertools.islice(each, rows)):
@@ -41,6 +44,24 @@ def show(experiment: Experiment, rows: int, console: Console) -> None:
         console.print(slots_table("encoder of an encoder-decoder", inputs, 0))
         console.print(slots_table("its decoder", targets, 0))
         console.print(slots_table("decoder-only: one sequence", [*inputs, *targets], len(row.inputs_I)))
+
+
+def padding_table(experiment: Experiment, rows: int, held: Moments) -> Table:
+    """What of rows, and of each family's compute on them, goes to padding; `held`: what the rows' examples hold."""
+    slots = Moments.of_rows(rows, *experiment.row_slots()[1:])
+    table = Table(title=f"padding, in the first {rows:,} rows", title_justify="left")
+    shares = {
+        "input slots": (held.inputs, slots.inputs),
+        "target slots": (held.targets, slots.targets),
+        "all slots": (held.tokens, slots.tokens),
+    } | {
+        f"FLOPs of {name}": tuple(arm.model.flops(each).train_full_attention for each in (held, slots))
+        for name, arm in experiment.arms.items()
+    }
+    for name in shares:
+        table.add_column(name, justify="right")
+    table.add_row(*(percent(1 - real / all) if all else "none there" for real, all in shares.values()))
+    return table
 
 
 @dataclasses.dataclass(frozen=True)

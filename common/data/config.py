@@ -143,6 +143,8 @@ class DataConfig:
             )
         if pairs and isinstance(self.source, SourceMixture):
             raise UserError("complementary pairs fill rows by themselves and cannot come from a mixture of sources")
+        if isinstance(self.objective, FullLM) and self.input_length:
+            raise UserError(f"input_length is {self.input_length}, but full_lm has no inputs; nearest: 0")
         for part in raw_parts(self.objective):
             needs = needs_of(part.objective, self.input_length, self.target_length)
             if needs.piece < SHORTEST_PIECE:

@@ -34,12 +34,13 @@ def iid_denoising(
 ) -> Pairs:
     """As span corruption, but each token is noise or not by its own draw; neighbours that are noise make one span.
 
-    Noise behind as many spans as there are sentinels is left as it is.
+    What is kept behind the last span takes a sentinel too, so noise behind one span fewer than there are sentinels is
+    left as it is.
     """
     noise_EL = draw_uniform(seed, index_E, tokens_EL.shape[1]) < density
     first_EL = noise_EL.copy()
     first_EL[:, 1:] &= ~noise_EL[:, :-1]
-    return corrupt(tokens_EL, noise_EL & (np.cumsum(first_EL, axis=1) <= len(sentinels_S)), sentinels_S)
+    return corrupt(tokens_EL, noise_EL & (np.cumsum(first_EL, axis=1) < len(sentinels_S)), sentinels_S)
 
 
 def bert_style(

@@ -82,6 +82,12 @@ class Loader:
             rows = (first * self._rows + number for number in self._share)
             yield self._build([self._plans.numbers(0, row) if row < len(plan) else NO_EXAMPLES for row in rows])
 
+    def filled(self) -> tuple[int, Moments]:
+        """(rows of the first window, what their examples hold): how much of the slots is padding."""
+        plan = self._plans.plan(0)
+        lengths = self._examples.lengths(np.concatenate([self._plans.numbers(0, row) for row in range(len(plan))]))
+        return len(plan), Moments.of_examples(*lengths)
+
     def _build(self, rows: Sequence[np.ndarray]) -> HostBatch:
         return build_batch(self._examples, rows, input_length=self._lengths[0], target_length=self._lengths[1])
 

@@ -188,8 +188,11 @@ def needs_of(objective: RawText, input_length: int, target_length: int) -> Needs
             return Needs(piece=fitted.length, targets=fitted.targets, sentinels=fitted.spans)
         case IidDenoising():
             piece, density = input_length - 1, objective.density
-            # As many spans as there are on average; what more there may be is left as it is.
-            return Needs(piece=piece, targets=1, sentinels=math.ceil(piece * density * (1 - density)))
+            noise, spans = piece * density, piece * density * (1 - density)
+            # As many spans as there are on average, what more there may be is left as it is; and targets so long that
+            # four standard deviations (of noise and spans as if they went together) are none too many.
+            targets = noise + spans + 1 + 4 * (math.sqrt(noise * (1 - density)) + math.sqrt(spans) / 2)
+            return Needs(piece=piece, targets=math.ceil(targets), sentinels=math.ceil(spans) + 1)
         case BertStyle():
             return Needs(piece=shorter - 1, targets=shorter, sentinels=1)
         case Deshuffling():

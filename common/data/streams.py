@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from common.compute.moments import Moments
 from common.data.batch import HostBatch
 from common.data.config import DataConfig
 from common.data.examples import Examples, MixedExamples, PieceExamples, RecordExamples
@@ -123,6 +124,10 @@ class StagedLoader:
     def iterate(self, start: int, stop: int, *, threads: int = 1, buffered: int = 4) -> Iterator[HostBatch]:
         """As a `Loader` does."""
         return prefetched(self.batch, start, stop, threads=threads, buffered=buffered)
+
+    def filled(self) -> tuple[int, Moments]:
+        """As a `Loader` does, at the beginning."""
+        return self._stages[0][1].filled()
 
     def _loader(self, stage: int) -> Loader:
         with self._lock:

@@ -16,12 +16,19 @@ ALL = "all"
 
 
 def score_texts(
-    predictions: Sequence[str], references: Sequence[str], groups: Sequence[str] | None, split: str, *, seed: int = 0
+    predictions: Sequence[str],
+    references: Sequence[str],
+    groups: Sequence[str] | None,
+    split: str,
+    *,
+    inputs: Sequence[str] | None = None,
+    seed: int = 0,
 ) -> tuple[TextScore, ...]:
     """Scores for the whole split ("all", first) and, where `groups` names each example's kind, for each kind by name.
 
     Exact match compares strings as they are, with no normalisation. BLEU is for "all" only: it is a statistic of a
-    corpus, and a kind of phrase of two or three words has hardly any 4-grams, so its BLEU would be smoothing.
+    corpus, and a kind of phrase of two or three words has hardly any 4-grams, so its BLEU would be smoothing. Where
+    `inputs` are given, theirs stands beside it.
     Raises `UserError` where a kind is itself called "all".
 
     >>> [(s.group, s.examples, s.exact_match.value) for s in score_texts(["a", "b"], ["a", "c"], ["x", "x"], "test")]
@@ -41,6 +48,7 @@ def score_texts(
             examples=len(correct_E),
             exact_match=wilson(int(correct_E.sum()), len(correct_E)),
             bleu=corpus_bleu(predictions, references, seed=seed),
+            copied_bleu=None if inputs is None else _bleu(_sentence_statistics(inputs, references).sum(axis=0)),
         )
     ]
     groups_E = np.array(groups if groups is not None else [], dtype=object)

@@ -38,6 +38,8 @@ class TextScore:
     """Share in 0..1."""
     bleu: Interval | None
     """0..100 (sacrebleu); None where the group is not scored with it."""
+    copied_bleu: float | None = None
+    """BLEU of the inputs themselves against the same references: what a model must beat that translates."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

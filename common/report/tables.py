@@ -45,7 +45,7 @@ def comparison_rows(results: Sequence[ArmResult]) -> tuple[Row, ...]:
         whole = [find_score(r, split, "all") for r in results]
         rows.append(Row(label=f"exact match, {split}", values=tuple(map(_exact, whole)), note=_counted(whole)))
         if any(score and score.bleu for score in whole):
-            rows.append(Row(label=f"BLEU, {split}", values=tuple(map(_bleu, whole)), note=_counted(whole)))
+            rows.append(Row(label=f"BLEU, {split}", values=tuple(map(_bleu, whole)), note=_beside_copying(whole)))
     rows += [
         _row(results, "tokens per second", lambda r: si(r.tokens_per_second), "training, without padding"),
         _row(results, "training time", lambda r: duration(r.train_seconds), "without compilation and evaluation"),
@@ -138,6 +138,11 @@ def _bleu(score: TextScore | None) -> str:
     if score is None or score.bleu is None:
         return NOT_SCORED
     return f"{score.bleu.value:.1f} [{score.bleu.low:.1f}, {score.bleu.high:.1f}]"
+
+
+def _beside_copying(scores: Sequence[TextScore | None]) -> str:
+    copied = {f"{score.copied_bleu:.2f}" for score in scores if score and score.copied_bleu is not None}
+    return "; ".join([_counted(scores), *(f"the inputs themselves score {bleu}" for bleu in sorted(copied))])
 
 
 def _counted(scores: Iterable[TextScore | None]) -> str:

@@ -85,6 +85,42 @@ def test_raw_text_with_its_sentinels(tmp_path: Path, experiment: Experiment) -> 
 
 
 @pytest.mark.parametrize(
+    ("kind", "lengths", "marks"),
+    [
+        ("span_corruption", (64, 64), ["⟨0⟩", "⟨1⟩"]),
+        ("iid_denoising", (64, 64), ["⟨0⟩", "⟨1⟩"]),
+        ("bert_style", (64, 64), ["⟨0⟩"]),
+        ("deshuffling", (64, 64), []),
+        ("prefix_lm", (64, 64), []),
+        ("full_lm", (0, 64), []),
+        ("ul2", (64, 64), ["[NLU]", "[S2S]", "[NLG]"]),
+        ("ul2r", (64, 64), ["[NLU]", "[S2S]", "[NLG]"]),
+    ],
+)
+def test_objectives_of_t5_and_ul2_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, lengths: tuple[int, int], marks: list[str]
+) -> None:
+    """Each with what it promises, on the command line."""
+    words = "one two three four five six seven eight nine ten".split()
+    for split in ("train", "validation"):
+        lines = [" ".join(words[(n * k) % 10] for k in range(1, 40)) for n in range(1, 60)]
+        (tmp_path / f"{split}.txt").write_text("\n".join(lines) + "\n")
+    overrides = [
+        f"data.source.name=text:{tmp_path}/{{split}}.txt",
+        f"data.objective.kind={kind}",
+        f"data.input_length={lengths[0]}",
+        f"data.target_length={lengths[1]}",
+        "data.tokenizer.vocab_size=310",
+        "data.tokenizer.sentinels=32",
+    ]
+    assert cli.main(["data", "show", "pydocs", "--rows", "16", *overrides]) == 0
+    shown = capsys.readouterr().out
+    assert f"objective {kind}" in shown and "FLOPs of t5like" in shown
+    assert all(mark in shown for mark in marks)
+    assert kind not in ("deshuffling", "prefix_lm", "full_lm") or "⟨0⟩" not in shown
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["shw", "first_light"], "unknown action 'shw': did you mean 'show'?"),

@@ -135,6 +135,18 @@ def test_too_few_sentinels_are_noticed() -> None:
         corrupt(TEXTS[:1, :4], mask, SENTINELS[:1])
 
 
+@pytest.mark.parametrize("sentinels", [1, 2, 3, 10])
+def test_noise_that_no_sentinel_is_left_for_stays_text(sentinels: int) -> None:
+    """Also where the text begins with noise, or ends with what is kept, which takes a sentinel of its own."""
+    inputs, targets = iid_denoising(TEXTS, 0, INDEX, density=0.5, sentinels_S=SENTINELS[:sentinels])
+    full, _ = iid_denoising(TEXTS, 0, INDEX, density=0.5, sentinels_S=SENTINELS)
+    for i, text in enumerate(TEXTS.tolist()):
+        both = [*inputs[i].tolist(), *targets[i].tolist()]
+        assert sorted(token for token in both if token < VOCAB) == sorted(text)
+        assert np.count_nonzero(inputs[i] >= VOCAB) == min(sentinels - 1, np.count_nonzero(full[i] >= VOCAB))
+        assert np.count_nonzero(targets[i] >= VOCAB) <= sentinels
+
+
 # --- Distributions
 
 

@@ -1,7 +1,9 @@
 """Examples by number: every epoch has each once, draws are fresh, and mixtures go on where they were."""
 
+import tracemalloc
 import types
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,9 @@ import pytest
 from common.data import examples as module
 from common.data.draws import shuffled
 from common.data.examples import Examples, MixedExamples, Order, PieceExamples, RecordExamples
+from common.data.loader import build_batch
 from common.data.objective_config import FullLM, PrefixLM, RawText, SpanCorruption, Supervised
+from common.data.packing import RowPlans
 from common.data.token_store import TokenStream
 
 IDS = types.SimpleNamespace(
@@ -113,6 +117,27 @@ def test_a_text_shorter_than_a_piece_is_one_piece() -> None:
     assert pieces(SpanCorruption(), piece=568).size == 1
     assert pieces(SpanCorruption(), piece=568, text=TokenStream.of([[5]])).size == 0
     assert pieces(PrefixLM(complementary=True), piece=100).size == 0
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    """Rows from all over 8 billion tokens (a sparse file): only they and one window's plan are held."""
+    tokens, records_E = 1 << 33, np.array([0, 1 << 33])
+    path = tmp_path / "00000.text.tokens.npy"
+    with path.open("wb") as file:
+        header = {"descr": "<u2", "fortran_order": False, "shape": (tokens,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + 2 * tokens)
+    np.save(tmp_path / "00000.text.offsets.npy", records_E)
+    tracemalloc.start()
+    objective = SpanCorruption()
+    examples = pieces(objective, piece=568, text=TokenStream.open(tmp_path, "text", 1))
+    plans = RowPlans(examples, input_limit=512, target_limit=114, seed=0, cache_dir=None)
+    batch = build_batch(examples, [plans.row(row) for row in range(64)], input_length=512, target_length=114)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert batch.examples == 64 and batch.moments.inputs == 64 * 512
+    assert examples.size == -(-tokens // 568) and examples.order.place(np.arange(64)).max() > examples.size // 2
+    assert peak < 100e6, "the corpus has 17 GB"
 
 
 def records(count: int, first: int, name: str) -> RecordExamples:

@@ -59,6 +59,17 @@ def test_short_examples_fill_rows() -> None:
     assert max(plan.input_fill, plan.target_fill) > 0.97
 
 
+def test_long_examples_go_first_where_it_saves_rows() -> None:
+    """Lengths that leave no gaps when sorted: 6 + 4 and 5 + 5, where first-fit in any order opens more rows."""
+    lengths = np.repeat([6, 4, 5], 400)
+    plan = plan_epoch(lengths, lengths, input_limit=10, target_limit=10, seed=0, epoch=0)
+    in_turn = _first_fit(*[np.random.default_rng(0).permutation(lengths).tolist()] * 2, 10, 10).max() + 1
+    assert len(plan) < in_turn * 0.99
+    assert plan.input_fill > 0.98
+    for r in range(len(plan)):
+        assert lengths[plan.row(r)].sum() <= 10
+
+
 def test_same_seed_and_epoch_same_plan_else_another() -> None:
     inputs, targets = np.full(200, 3), np.full(200, 4)
 
@@ -130,7 +141,7 @@ def test_cached_plans_are_told_apart_by_all_they_depend_on(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("order", ["forward", "backward", "random"])
 def test_rows_run_through_epochs_in_any_order_of_asking(order: str) -> None:
-    inputs, targets = random_lengths(4)
+    inputs, targets = random_lengths(5)
     limits = {"input_limit": 40, "target_limit": 40, "seed": 2}
     epochs = [rows_of(plan_epoch(inputs, targets, **limits, epoch=epoch)) for epoch in range(4)]
     assert len({len(rows) for rows in epochs}) > 1, "epochs of unequal numbers of rows are what makes this hard"

@@ -80,6 +80,14 @@ def test_groups_partition_the_examples() -> None:
     assert whole.bleu is not None and dates.bleu is None and units.bleu is None
 
 
+def test_copying_the_inputs_is_scored_beside() -> None:
+    references = ["the cat sat on the mat", "a dog ran over the road"]
+    inputs = ["the cat sat on a chair", "ein Hund lief"]
+    (score,) = score_texts(references, references, None, "test", inputs=inputs)
+    assert score.bleu is not None and score.bleu.value == pytest.approx(100.0)
+    assert score.copied_bleu == pytest.approx(sacrebleu.corpus_bleu(inputs, [references]).score)
+
+
 def test_exact_match_is_exact() -> None:
     (score,) = score_texts(["5\u00a0€", "Tag ", "Tag"], ["5 €", "Tag", "Tag"], None, "test")
     assert score.exact_match.value == pytest.approx(1 / 3)
