@@ -1,5 +1,5 @@
-"""Where a training step's time goes in both families, `gpt`'s step beside PyTorch's, and decoding beside Hugging Face's
-(`make bench`)."""
+"""Where a training step's time goes in both families, `gpt`'s step beside PyTorch's, decoding beside Hugging Face's,
+and how fast data become batches (`make bench`)."""
 
 import argparse
 import contextlib
@@ -15,6 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks.data import BATCHES, SHAPES, THREADS, time_making, time_tokenizing
 from benchmarks.decoder import DECODER, LENGTH, ROWS, Spread, cores
 from benchmarks.generation import MODELS, NEW, PROMPT, Generation
 from benchmarks.generation import ROWS as PROMPTS
@@ -41,6 +42,8 @@ def main() -> int:
         found["torch"] = _torch(console, options.rounds, options.steps, options.torch)
     if options.only in (None, "generation"):
         found["generation"] = _generation(console, options.rounds)
+    if options.only in (None, "data"):
+        found["data"] = _data(console, options.rounds)
     if options.json:
         write_json(options.json, found)
     return 0
@@ -50,7 +53,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--rounds", type=_positive, default=7, help="repeated measurements (default: %(default)s)")
     parser.add_argument("--steps", type=_positive, default=3, help="steps in each of them (default: %(default)s)")
-    parser.add_argument("--only", choices=["families", "torch", "generation"], help="one part of it")
+    parser.add_argument("--only", choices=["families", "torch", "generation", "data"], help="one part of it")
     parser.add_argument("--torch", choices=["eager", "compiled"], default="eager", help="how PyTorch runs")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures there")
     return parser.parse_args()
@@ -183,6 +186,31 @@ def _generation_table(found: dict[str, Generation], rounds: int) -> Table:
         cells = (f"{one.parameters:,}", _spread(one.ours), _spread(one.theirs), f"{one.ratio:.2f}", _spread(one.paired))
         table.add_row(name, *(Text(cell) for cell in cells))
     return table
+
+
+def _data(console: Console, rounds: int) -> dict[str, Any]:
+    making = {}
+    for name in SHAPES:
+        with _bar(console, f"making batches: {name}", rounds) as advance:
+            making[name] = time_making(name, rounds, advance)
+    title = f"Tokens on disk to packed batches, million tokens/s; {BATCHES} batches at a time"
+    caption = f"median [least, most] of {rounds} rounds"
+    table = _table(title, [f"{THREADS} threads", "one thread", "copying the batches once"], caption)
+    for name, one in making.items():
+        cells = (_spread(spread, 1e-6) for spread in (one.tokens_per_second, one.one_thread, one.copying))
+        table.add_row(name, *(Text(cell) for cell in cells))
+    console.print(table)
+    with _bar(console, "tokenising", rounds) as advance:
+        tokenizing = time_tokenizing(rounds, advance)
+    title = "Text to tokens on disk, million characters/s"
+    table = _table(title, ["twinstack", "SentencePiece alone", "ratio, round by round"], caption)
+    sides = (_spread(tokenizing.ours, 1e-6), _spread(tokenizing.sentence_piece, 1e-6), _spread(tokenizing.paired))
+    table.add_row("tokenising", *map(Text, sides))
+    console.print(table, "")
+    return {
+        "making": {name: dataclasses.asdict(one) for name, one in making.items()},
+        "tokenizing": dataclasses.asdict(tokenizing),
+    }
 
 
 def _table(title: str, columns: Iterable[str], caption: str) -> Table:

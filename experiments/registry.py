@@ -10,6 +10,7 @@ EXPERIMENTS = {
     "first_light": "At equal compute, which learns more of translating phrases: encoder-decoder or decoder-only?",
     "ladder": "From encoder-decoder to decoder-only in four steps: what does each piece of structure buy?",
     "multi30k": "On real captions, English to German, at equal compute: what BLEU does each family reach?",
+    "multi30k_accelerator": "The same with wider models and many more epochs, where neither is short of training.",
     "pydocs": "After a short pretraining on text by span corruption, at equal compute: which predicts spans better?",
 }
 

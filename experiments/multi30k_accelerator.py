@@ -1,0 +1,62 @@
+"""Multi30k on an accelerator: as multi30k, with wider models, more of each epoch in a step, and many more epochs.
+
+Question  As multi30k's, where neither family is short of training.
+Data      As multi30k.
+Command   twinstack compare multi30k_accelerator    (several chips: train.mesh.data=N)
+Expected  Not run yet, so no BLEU is given: no accelerator was at hand. The CPU size's BLEU is a floor for it.
+"""
+
+import dataclasses
+
+from common.compute.matching import match_training_flops
+from common.compute.moments import Moments
+from common.nn.recipe import Execution, Recipe
+from common.train.config import Budget, Linear
+from experiments.config import Arm, Experiment
+from experiments.multi30k import multi30k
+from experiments.registry import EXPERIMENTS
+from gpt.config import GptConfig
+from t5like.config import T5LikeConfig
+
+
+def multi30k_accelerator() -> Experiment:
+    base = multi30k()
+    recipe = Recipe(positions="rope", mlp="swiglu", init="fan_in", dropout=0.3)
+    gpt = GptConfig(
+        vocab_size=4096, num_layers=6, d_model=256, num_heads=8, num_kv_heads=8, head_dim=32, d_ff=1024, recipe=recipe
+    )
+    t5like = T5LikeConfig(
+        vocab_size=4096,
+        encoder_layers=6,
+        decoder_layers=6,
+        d_model=256,
+        num_heads=8,
+        num_kv_heads=8,
+        head_dim=32,
+        d_ff=1024,
+        recipe=recipe,
+    )
+    data = dataclasses.replace(base.data, rows=64)
+    text = Moments.of_rows(data.rows, data.input_length, data.target_length)
+    return dataclasses.replace(
+        base,
+        name="multi30k_accelerator",
+        question=EXPERIMENTS["multi30k_accelerator"],
+        expected="Not run yet: no accelerator was at hand.",
+        data=data,
+        train=dataclasses.replace(
+            base.train,
+            budget=Budget(unit="steps", amount=4000),
+            schedule=Linear(warmup_steps=400),
+            validate_every=200,
+            checkpoint_every=1000,
+            execution=Execution(dtype="bfloat16", scan_layers=True),
+        ),
+        evaluation=dataclasses.replace(
+            base.evaluation, splits=("test_2016_flickr", "test_2017_flickr", "test_2017_mscoco")
+        ),
+        arms={
+            "t5like": Arm(model=match_training_flops(t5like, gpt, text, multiple=8), learning_rate=1e-3),
+            "gpt": Arm(model=gpt, learning_rate=1e-3),
+        },
+    )
