@@ -78,6 +78,12 @@ class SourceConfig:
                 f"name {self.name!r} must be SCHEME:NAME; scheme {scheme!r} is unknown or nothing follows it, "
                 + nearest(scheme, SOURCE_SCHEMES)
             )
+        if scheme == "tfds" and ":" in rest:
+            data_set, _, split = rest.partition(":")
+            raise UserError(
+                f"name {self.name!r} holds a split, which has fields of its own; nearest: name=tfds:{data_set} "
+                f"train_split={split}"
+            )
         pair = self.inputs is not None and self.targets is not None
         ways = pair + (self.text is not None) + bool(self.templates)
         if (self.inputs is None) != (self.targets is None) or ways != 1:

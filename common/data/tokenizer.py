@@ -108,16 +108,22 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
 
 
 def training_lines(source: Source, records: int) -> Iterator[str]:
-    """Lines to train on: all text fields of at most `records` records, evenly spaced, in the source's order."""
-    count = min(records, len(source))
+    """Lines to train on: all text fields of at most `records` records, evenly spaced, in the source's order.
+
+    Raises UserError where none of these records can be used.
+    """
+    count, problems = min(records, len(source)), []
     indices = [number * len(source) // count for number in range(count)]
     for start in bar(range(0, len(indices), RECORDS_AT_ONCE), "reading text for the tokenizer"):
         for record in source.read(indices[start : start + RECORDS_AT_ONCE]):
-            if isinstance(record, Problem):
-                continue  # named where the text is read for training
+            if isinstance(record, Problem):  # named where the text is read for training
+                problems.append(record)
+                continue
             for field in ("inputs", "targets", "text"):
                 for line in record.get(field, "").split("\n"):
                     yield from (line[at : at + TRAINING_LINE] for at in range(0, len(line), TRAINING_LINE))
+    if count and len(problems) == count:
+        raise UserError(f"none of the training text's records can be used; the first: {problems[0]}")
 
 
 def _training(config: TokenizerConfig) -> tuple[str, Callable[[Iterable[str]], bytes]]:

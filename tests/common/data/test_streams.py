@@ -206,6 +206,33 @@ def test_templates_put_records_in_words(folder: Path, tmp_path: Path, tokenizer:
     assert tokenizer.decode(made.inputs_I) == found[7][0] and tokenizer.decode(made.targets_T) == found[7][1]
 
 
+def test_instructions_of_several_tasks_are_mixed(
+    folder: Path, tmp_path: Path, tokenizer: SentencePieceTokenizer
+) -> None:
+    """Each source by its own templates; validation at the same rates; the tests of each on their own."""
+    odd = pairs(folder, Template(inputs="Is {a} odd?", targets="{label}", words={"0": "no", "1": "yes"}))
+    say = pairs(folder, Template(inputs="Say {a}.", targets="{b}"), Template(inputs="What is {a}?", targets="{b}"))
+    source = SourceMixture(parts=(odd, say), by=ByRate(rates=(1.0, 2.0)))
+    config = config_of(source, Supervised())
+    for loader in (
+        open_training(config, tokenizer, tmp_path, Host()),
+        open_validation(config, tokenizer, tmp_path, Host()),
+    ):
+        seen: Counter[str] = Counter()
+        for step in range(10):
+            batch = loader.batch(step).batch
+            for row, segments in zip(batch.inputs_BI, batch.input_segments_BI, strict=True):
+                for segment in range(1, segments.max() + 1):
+                    seen[tokenizer.decode(row[segments == segment].tolist()).split()[0]] += 1
+        assert set(seen) == {"Is", "Say", "What"}
+        assert abs(seen["Is"] / seen.total() - 1 / 3) < 0.05
+        assert abs(seen["Say"] - seen["What"]) < 0.25 * seen.total()
+    for part, first in ((odd, ("Is 0 odd?", "no")), (say, None)):
+        records = open_records(config, part, "validation", tokenizer, tmp_path)
+        text = records.text(0)
+        assert first is None or (text["inputs"], text["targets"]) == first
+
+
 def test_a_label_without_a_word_is_left_out_and_named(
     folder: Path, tmp_path: Path, tokenizer: SentencePieceTokenizer
 ) -> None:

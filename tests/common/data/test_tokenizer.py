@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from common.data.config import SentencePieceConfig
+from common.data.records import Problem
 from common.data.sentence_piece import SentencePieceTokenizer, train_model
 from common.data.tokenizer import open_tokenizer, training_lines
 from common.errors import UserError
@@ -122,6 +123,13 @@ def test_training_is_deterministic_and_cached_by_content(tmp_path: Path) -> None
     ]
     assert len({first.content_hash, *(other.content_hash for other in others)}) == 4
     assert len(list((tmp_path / "a" / "tokenizers").glob("*.model"))) == 4
+
+
+def test_text_of_which_nothing_can_be_used_is_named() -> None:
+    bad = Problem("x.jsonl line 1", "not JSON")
+    with pytest.raises(UserError, match="none of the .*; the first: x.jsonl line 1: not JSON"):
+        list(training_lines(MemorySource([bad, bad]), 10))
+    assert list(training_lines(MemorySource([bad, {"text": "a"}]), 10)) == ["a"]
 
 
 def test_training_lines_are_evenly_spaced_and_short() -> None:
