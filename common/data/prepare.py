@@ -220,7 +220,7 @@ def warn_of_problems(job: Job, prepared: Prepared) -> None:
         _log.warning(
             "%d of %d records of %s cannot be used and are left out (source.strict=true stops instead): %s; all: %s",
             *(problems["count"], prepared.manifest["records"], job.shown),
-            *("; ".join(problems["first"]), prepared.problems),
+            *("; ".join(problems["first"]), f"{prepared.where}/{PROBLEMS}"),
         )
 
 

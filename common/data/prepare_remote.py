@@ -2,13 +2,16 @@
 
 import contextlib
 import dataclasses
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from common.data.files import file_system
 from common.data.prepare import REPORT, Destination, Folder, Job, ShardReport, finish, write_shard
 from common.data.prepared import MANIFEST, PROBLEMS
 from common.data.remote_folder import RemoteFolder
+from common.errors import UserError
 from common.files import read_json
 
 
@@ -58,3 +61,16 @@ def destination(to: str, job: Job) -> Destination:
     if "://" in to:
         return Remote(RemoteFolder(f"{to.rstrip('/')}/{job.key()}"))
     return Folder(Path(to).expanduser() / job.key())
+
+
+def check_destination(to: str) -> None:
+    """Raises UserError where nothing can be put in `to`, as far as can be told without trying."""
+    if "://" in to:
+        file_system(to)
+        return
+    try:
+        Path(to).expanduser().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{to} cannot be made: {error.strerror}") from error
+    if not os.access(Path(to).expanduser(), os.W_OK):
+        raise UserError(f"{to} cannot be written to")

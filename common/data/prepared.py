@@ -22,6 +22,7 @@ class Prepared:
     """A tokenised source."""
 
     where: Path | RemoteFolder
+    """The folder, for messages."""
     place: Callable[[str], Path]
     """Where a file of that name lies on this machine; fetches it first where it is elsewhere."""
     fields: dict[str, TokenStream]
@@ -45,11 +46,6 @@ class Prepared:
             return remote.fetched(name, hashes[name], fetched)
 
         return cls(where=remote, place=place, fields=_streams(manifest, place), manifest=manifest)
-
-    @property
-    def problems(self) -> str:
-        """Where the list of all records is that were left out."""
-        return str(self.where / PROBLEMS) if isinstance(self.where, Path) else self.where.at(PROBLEMS)
 
     def source_index(self, record: int) -> int:
         """The number that a record has in the source, where some were left out."""
