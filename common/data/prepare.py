@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 
 from common.data.cache import locked
-from common.data.prepared import MANIFEST, PROBLEMS, VARIABLE, Prepared, find_elsewhere
+from common.data.prepared import IDENTITY, MANIFEST, PROBLEMS, VARIABLE, Prepared, find_elsewhere
 from common.data.progress import counter
 from common.data.records import Problem, Record, Source
 from common.data.remote_folder import file_hash
@@ -64,6 +64,7 @@ class Job:
         return hashlib.blake2b(json.dumps(self.identity()).encode(), digest_size=16).hexdigest()
 
     def identity(self) -> list[object]:
+        """As `IDENTITY` names it."""
         return [FORMAT, self.source.content_id, self.tokenizer.content_hash, list(self.fields), self.end_each]
 
     def shards(self) -> int:
@@ -275,11 +276,7 @@ def finish(job: Job, folder: Path, reports: Sequence[ShardReport]) -> None:
         for report in reports
     ]
     manifest = {
-        "format": FORMAT,
-        "source": job.source.content_id,
-        "tokenizer": job.tokenizer.content_hash,
-        "fields": list(job.fields),
-        "eos_behind_every_record": job.end_each,
+        **dict(zip(IDENTITY, job.identity(), strict=True)),
         "records": sum(report.records for report in reports),
         "kept": sum(report.kept for report in reports),
         "empty": sum(report.empty for report in reports),

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from common.errors import UserError
 from common.files import read_json
 
 MANIFEST, PROBLEMS = "manifest.json", "problems.jsonl"
+IDENTITY = ("format", "source", "tokenizer", "fields", "eos_behind_every_record")
+"""Fields of a manifest that say what was tokenised, and how."""
 VARIABLE = "TWINSTACK_PREPARED"
 
 
@@ -84,18 +87,21 @@ def find_elsewhere(key: str, identity: Sequence[object], cache_dir: Path) -> Pre
         raise UserError(f"${VARIABLE} is {base}: no such folder")
     if not (folder / key).is_dir():
         return None
-    prepared = Prepared.open(folder / key)
-    _check(str(folder / key / MANIFEST), prepared.manifest, identity)
-    return prepared
+    _check(str(folder / key / MANIFEST), read_json(folder / key / MANIFEST), identity)
+    return Prepared.open(folder / key)
 
 
-def _check(shown: str, manifest: dict, identity: Sequence[object]) -> None:
-    names = ("format", "source", "tokenizer", "fields", "eos_behind_every_record")
-    if [manifest.get(name) for name in names] != list(identity):
+def _check(shown: str, manifest: Any, identity: Sequence[object]) -> None:
+    try:
+        found = [manifest[name] for name in IDENTITY]
+        digests = list(_hashes(manifest).values())
+        _streams(manifest, Path)
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(f"{shown} is damaged; prepare it anew") from None
+    if found != list(identity):
         raise UserError(f"{shown} tells of another source, tokenizer or format than its folder's name; prepare it anew")
-    odd = [name for name, digest in _hashes(manifest).items() if not re.fullmatch("[0-9a-f]+", digest)]
-    if odd:
-        raise UserError(f"{shown} is damaged: it has no hash of {odd[0]}")
+    if not all(re.fullmatch("[0-9a-f]+", digest) for digest in digests):  # which become names of files
+        raise UserError(f"{shown} is damaged; prepare it anew")
 
 
 def _hashes(manifest: dict) -> dict[str, str]:
