@@ -37,7 +37,9 @@ class Prepared:
         manifest = read_json(folder / MANIFEST)
         missing = [name for name in _hashes(manifest) if not (folder / name).exists()]
         if missing:
-            raise UserError(f"{folder / missing[0]} is missing, which {MANIFEST} tells of; prepare {folder.name} anew")
+            raise UserError(
+                f"{folder / missing[0]} is missing, which {MANIFEST} tells of; delete the folder and prepare it anew"
+            )
         return cls(where=folder, place=folder.joinpath, fields=_streams(manifest, folder.joinpath), manifest=manifest)
 
     @classmethod
@@ -97,11 +99,13 @@ def _check(shown: str, manifest: Any, identity: Sequence[object]) -> None:
         digests = list(_hashes(manifest).values())
         _streams(manifest, Path)
     except (AttributeError, KeyError, TypeError):
-        raise UserError(f"{shown} is damaged; prepare it anew") from None
+        raise UserError(f"{shown} is damaged; delete its folder and prepare it anew") from None
     if found != list(identity):
-        raise UserError(f"{shown} tells of another source, tokenizer or format than its folder's name; prepare it anew")
+        raise UserError(
+            f"{shown} tells of another source, tokenizer or format than its folder says; delete that and prepare anew"
+        )
     if not all(re.fullmatch("[0-9a-f]+", digest) for digest in digests):  # which become names of files
-        raise UserError(f"{shown} is damaged; prepare it anew")
+        raise UserError(f"{shown} is damaged; delete its folder and prepare it anew")
 
 
 def _hashes(manifest: dict) -> dict[str, str]:

@@ -73,7 +73,9 @@ class RemoteFolder(NamedTuple):
             file_system(self.url).get_file(self.at(name), str(part))
         if file_hash(part) != digest:
             part.unlink()
-            raise UserError(f"{self.at(name)} is damaged: its bytes are not those that its manifest tells of")
+            raise UserError(
+                f"{self.at(name)} is damaged: its bytes are not those of its manifest; delete all and prepare it anew"
+            )
 
 
 def file_hash(path: Path) -> str:
