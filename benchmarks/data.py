@@ -105,7 +105,7 @@ def _loader(folder: Path, objective: RawText, rows: int, input_length: int, targ
         sentinel_id=lambda k: VOCAB - 1 - k,
     )
     examples = PieceExamples(
-        TokenStream.open(folder, "text", 1),
+        TokenStream.open(folder.joinpath, "text", [(CORPUS_TOKENS >> 20, CORPUS_TOKENS)]),
         piece=needs_of(objective, input_length, target_length).piece,
         objective=objective,
         seed=0,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from experiments.config import Experiment
 
 RUNS = Path("runs")
-DATA_ACTIONS = ("show",)
+DATA_ACTIONS = ("show", "prepare")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -73,9 +73,19 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     add("list", _list, "print the experiments and the question that each asks")
     plan = add("plan", _plan, "print every arm's parameters, FLOPs, tokens, memory and config; trains nothing")
-    data = add("data", _data, "print what a model is trained on: `data show NAME`")
-    data.add_argument("action", metavar="ACTION", help=f"{', '.join(DATA_ACTIONS)}: rows as both families read them")
-    data.add_argument("--rows", type=int, default=2, metavar="N", help="how many rows (2)")
+    data = add("data", _data, "print what a model is trained on: `data show NAME`; or make it: `data prepare NAME`")
+    data.add_argument("action", metavar="ACTION", help="show: rows as both families read them; prepare: ahead of a run")
+    data.add_argument("--rows", type=int, default=2, metavar="N", help="show: how many rows (2)")
+    data.add_argument("--workers", type=int, metavar="N", help="prepare: processes (as many as there are cores)")
+    data.add_argument(
+        "--to", metavar="FOLDER_OR_URL", help="prepare: put tokens there, for $TWINSTACK_PREPARED to name"
+    )
+    data.add_argument(
+        "--beam",
+        nargs=argparse.REMAINDER,
+        metavar="--OPTION=VALUE",
+        help="prepare: by Apache Beam, to which all that follows goes (--runner=DataflowRunner ...)",
+    )
     train = add("train", _train, "train one arm, or go on with it where it stopped")
     compare = add("compare", _compare, "train all arms, print them side by side and write the report")
     report = add("report", _report, "write report.html from what a run directory holds")
@@ -226,12 +236,24 @@ def _data(options: argparse.Namespace) -> None:
         raise UserError(f"unknown action {options.action!r}: {nearest(options.action, DATA_ACTIONS)}")
     if options.rows < 1:
         raise UserError(f"--rows is {options.rows}; the least is 1")
+    given = [name for name in ("workers", "to", "beam") if getattr(options, name) is not None]
+    if options.action != "prepare" and given:
+        raise UserError(f"--{given[0]} is for `twinstack data prepare`, not for {options.action}")
+    if options.workers is not None and options.workers < 1:
+        raise UserError(f"--workers is {options.workers}; the least is 1")
+    if options.beam is not None and options.to is None:
+        raise UserError("--beam needs a folder or url that its workers share: put --to before it")
     if experiment := _experiment(options):
         from rich.console import Console
 
-        from experiments.show_data import show
+        if options.action == "show":
+            from experiments.show_data import show
 
-        show(experiment, options.rows, Console())
+            show(experiment, options.rows, Console())
+        else:
+            from experiments.prepare_data import prepare_data
+
+            prepare_data(experiment, Console(), workers=options.workers, to=options.to, beam=options.beam)
 
 
 def _train(options: argparse.Namespace) -> None:

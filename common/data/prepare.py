@@ -5,7 +5,9 @@ runs: in this process, in several, or in an Apache Beam pipeline (`common.data.p
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -13,22 +15,25 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from common.data.cache import locked
+from common.data.prepared import IDENTITY, MANIFEST, PROBLEMS, VARIABLE, Prepared, find_elsewhere
 from common.data.progress import counter
 from common.data.records import Problem, Record, Source
-from common.data.token_store import KEPT, ShardWriter, TokenStream
+from common.data.remote_folder import file_hash
+from common.data.token_store import KEPT, ShardWriter
 from common.data.tokenizer import Tokenizer
 from common.errors import UserError
 from common.files import read_json, write_json
 
-FORMAT = 2
+FORMAT = 3
 """Part of the cache's key: raise it with any change of what is stored."""
 RECORDS_AT_ONCE = 512
 MOST_SHARDS = 256
-MANIFEST, PROBLEMS, REPORT = "manifest.json", "problems.jsonl", "{number:05d}.json"
+REPORT = "{number:05d}.json"
 NAMED = 3
 """Problems that a warning names; all are in the file."""
 
@@ -49,12 +54,18 @@ class Job:
     records_a_shard: int = 1 << 14
     """More where there would be too many shards."""
 
+    @property
+    def shown(self) -> str:
+        """The source, for messages."""
+        return self.source.content_id.partition(":blake2b")[0]
+
     def key(self) -> str:
         """Names what is made: equal keys, equal bytes."""
         return hashlib.blake2b(json.dumps(self.identity()).encode(), digest_size=16).hexdigest()
 
     def identity(self) -> list[object]:
-        return [FORMAT, self.source.content_id, self.tokenizer.content_hash, self.fields, self.end_each]
+        """As `IDENTITY` names it."""
+        return [FORMAT, self.source.content_id, self.tokenizer.content_hash, list(self.fields), self.end_each]
 
     def shards(self) -> int:
         return max(1, min(MOST_SHARDS, -(-len(self.source) // self.records_a_shard)))
@@ -77,35 +88,80 @@ class ShardReport:
     problems: list[str]
     """One for each record that was left out."""
     hashes: dict[str, str]
-    """File name -> blake2b of its bytes."""
+    """File name -> BLAKE2b of its bytes."""
+    bytes: int
+    """Of these files."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A tokenised source."""
+class Destination(Protocol):
+    """Where a tokenised source is put: a folder here, or an url (`common.data.prepare_remote`).
 
-    folder: Path
-    fields: dict[str, TokenStream]
-    manifest: dict
+    Objects can be sent to other processes.
+    """
 
-    @classmethod
-    def open(cls, folder: Path, fields: Sequence[str]) -> "Prepared":
-        manifest = read_json(folder / MANIFEST)
-        shards = len(manifest["shards"])
-        streams = {field: TokenStream.open(folder, field, shards) for field in fields}
-        return cls(folder=folder, fields=streams, manifest=manifest)
+    def manifest(self) -> dict | None:
+        """None unless all is there."""
+        ...
 
-    def source_index(self, record: int) -> int:
-        """The number that a record has in the source, where some were left out."""
-        begin, first = 0, 0
-        for number, shard in enumerate(self.manifest["shards"]):
-            if record < first + shard["kept"]:
-                if shard["kept"] == shard["records"]:
-                    return begin + record - first
-                kept = np.load(self.folder / KEPT.format(number=number), allow_pickle=False)
-                return begin + int(kept[record - first])
-            begin, first = begin + shard["records"], first + shard["kept"]
-        raise IndexError(f"record {record} of {first}")
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Keeps others from making the same."""
+        ...
+
+    def write(self, number: int, job: Job, tick: Callable[[int], None]) -> ShardReport:
+        """Puts shard `number` there, unless it is there already."""
+        ...
+
+    def finish(self, job: Job, reports: Sequence[ShardReport]) -> None:
+        """Makes all shards into one whole."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """On this machine; it appears when it is whole."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def manifest(self) -> dict | None:
+        return read_json(self.path / MANIFEST) if self.path.exists() else None
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        with locked(self.path):
+            if (self._part / MANIFEST).exists():  # only the move was missing
+                os.replace(self._part, self.path)
+            yield
+
+    def write(self, number: int, job: Job, tick: Callable[[int], None]) -> ShardReport:
+        self._part.mkdir(parents=True, exist_ok=True)
+        return write_shard(number, job, self._part, tick)
+
+    def finish(self, job: Job, reports: Sequence[ShardReport]) -> None:
+        finish(job, self._part, reports)
+        os.replace(self._part, self.path)
+
+    @property
+    def _part(self) -> Path:
+        return self.path.parent / f".{self.path.name}.part"
+
+
+def open_tokenized(job: Job, cache_dir: Path, workers: int | None = None) -> Prepared:
+    """The tokenised source: from the cache, from `$TWINSTACK_PREPARED`, or made now in the cache.
+
+    Raises UserError for a record that cannot be used where the job is strict.
+    """
+    folder = cache_dir / "tokenized" / job.key()
+    if not folder.exists():
+        if prepared := find_elsewhere(job.key(), job.identity(), cache_dir):
+            _check_strict(job, prepared.manifest)
+            return prepared
+        if elsewhere := os.environ.get(VARIABLE):
+            _log.warning("%s is not in %s and is tokenised here; its key is %s", job.shown, elsewhere, job.key())
+    make(job, Folder(folder), functools.partial(write_all, workers=workers))
+    return Prepared.open(folder)
 
 
 def prepare(job: Job, folder: Path, workers: int | None = None) -> Prepared:
@@ -119,20 +175,54 @@ def prepare(job: Job, folder: Path, workers: int | None = None) -> Prepared:
 
     Raises UserError for a record that cannot be used where the job is strict.
     """
-    if not folder.exists():
-        with locked(folder):
-            if not folder.exists():
-                _make(job, folder, workers)
-    prepared = Prepared.open(folder, job.fields)
+    make(job, Folder(folder), functools.partial(write_all, workers=workers))
+    prepared = Prepared.open(folder)
+    warn_of_problems(job, prepared)
+    return prepared
+
+
+def make(job: Job, destination: Destination, write: Callable[[Job, Destination], Sequence[ShardReport]]) -> dict:
+    """The manifest of what lies at the destination; what is not there yet is made by `write`, such as `write_all`.
+
+    Raises UserError for a record that cannot be used where the job is strict.
+    """
+    manifest = destination.manifest()
+    if manifest is None:
+        with destination.alone():
+            manifest = destination.manifest()
+            if manifest is None:
+                destination.finish(job, write(job, destination))
+                manifest = destination.manifest()
+    assert manifest is not None
+    _check_strict(job, manifest)
+    return manifest
+
+
+def write_all(job: Job, destination: Destination, workers: int | None = None) -> list[ShardReport]:
+    """Every shard, by so many processes on this machine; None: as many as there are cores."""
+    shards = job.shards()
+    workers = min(shards, workers or os.cpu_count() or 1)
+    with counter("tokenising", len(job.source)) as tick:
+        if workers == 1:
+            return [destination.write(number, job, tick) for number in range(shards)]
+        # Not by fork: a process with JAX's threads in it cannot be forked safely.
+        context = multiprocessing.get_context("spawn")
+        reports = []
+        with concurrent.futures.ProcessPoolExecutor(workers, context, _begin_worker, (job, destination)) as pool:
+            for report in pool.map(_in_worker, range(shards)):
+                tick(report.records)
+                reports.append(report)
+        return reports
+
+
+def warn_of_problems(job: Job, prepared: Prepared) -> None:
+    """Where records were left out."""
     if problems := prepared.manifest["problems"]:
-        if job.strict:
-            raise UserError(problems["first"][0])
         _log.warning(
             "%d of %d records of %s cannot be used and are left out (source.strict=true stops instead): %s; all: %s",
-            *(problems["count"], prepared.manifest["records"], job.source.content_id.partition(":blake2b")[0]),
-            *("; ".join(problems["first"]), folder / PROBLEMS),
+            *(problems["count"], prepared.manifest["records"], job.shown),
+            *("; ".join(problems["first"]), f"{prepared.where}/{PROBLEMS}"),
         )
-    return prepared
 
 
 def write_shard(number: int, job: Job, folder: Path, tick: Callable[[int], None] = lambda done: None) -> ShardReport:
@@ -162,16 +252,22 @@ def write_shard(number: int, job: Job, folder: Path, tick: Callable[[int], None]
     tokens = {field: writer.close() for field, writer in writers.items()}
     if len(kept) < len(indices):
         np.save(folder / KEPT.format(number=number), np.array(kept, np.int64))
-    hashes = {file.name: _hash(file) for file in sorted(folder.glob(f"{number:05d}.*.npy"))}
+    files = sorted(folder.glob(f"{number:05d}.*.npy"))
     report = ShardReport(
-        records=len(indices), kept=len(kept), empty=empty, tokens=tokens, problems=problems, hashes=hashes
+        records=len(indices),
+        kept=len(kept),
+        empty=empty,
+        tokens=tokens,
+        problems=problems,
+        hashes={file.name: file_hash(file) for file in files},
+        bytes=sum(file.stat().st_size for file in files),
     )
     write_json(path, dataclasses.asdict(report))
     return report
 
 
 def finish(job: Job, folder: Path, reports: Sequence[ShardReport]) -> None:
-    """Writes the manifest and the list of problems, and removes the reports that they are made of."""
+    """Writes the manifest and the list of problems, and removes such reports as lie beside them."""
     problems = [problem for report in reports for problem in report.problems]
     lines = "".join(json.dumps({"problem": problem}, ensure_ascii=False) + "\n" for problem in problems)
     (folder / PROBLEMS).write_text(lines, encoding="utf-8")
@@ -180,59 +276,38 @@ def finish(job: Job, folder: Path, reports: Sequence[ShardReport]) -> None:
         for report in reports
     ]
     manifest = {
-        "format": FORMAT,
-        "source": job.source.content_id,
-        "tokenizer": job.tokenizer.content_hash,
-        "fields": list(job.fields),
-        "eos_behind_every_record": job.end_each,
+        **dict(zip(IDENTITY, job.identity(), strict=True)),
         "records": sum(report.records for report in reports),
         "kept": sum(report.kept for report in reports),
         "empty": sum(report.empty for report in reports),
         "tokens": {field: sum(report.tokens[field] for report in reports) for field in job.fields},
+        "bytes": sum(report.bytes for report in reports),
         "problems": {"count": len(problems), "first": problems[:NAMED]} if problems else {},
         "shards": shards,
     }
     write_json(folder / MANIFEST, manifest)
     for number in range(len(reports)):
-        (folder / REPORT.format(number=number)).unlink()
+        (folder / REPORT.format(number=number)).unlink(missing_ok=True)
 
 
-def _make(job: Job, folder: Path, workers: int | None) -> None:
-    part = folder.parent / f".{folder.name}.part"
-    part.mkdir(parents=True, exist_ok=True)
-    if not (part / MANIFEST).exists():  # where it is, only the move was missing
-        with counter("tokenising", len(job.source)) as tick:
-            reports = list(_write_all(job, part, workers, tick))
-        finish(job, part, reports)
-    os.replace(part, folder)
+def _check_strict(job: Job, manifest: dict) -> None:
+    if job.strict and manifest["problems"]:
+        raise UserError(manifest["problems"]["first"][0])
 
 
-def _write_all(job: Job, folder: Path, workers: int | None, tick: Callable[[int], None]) -> Iterator[ShardReport]:
-    shards = job.shards()
-    workers = min(shards, workers or os.cpu_count() or 1)
-    if workers == 1:
-        yield from (write_shard(number, job, folder, tick) for number in range(shards))
-        return
-    # Not by fork: a process with JAX's threads in it cannot be forked safely.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _begin_worker, (job, folder)) as pool:
-        for report in pool.map(_in_worker, range(shards)):
-            tick(report.records)
-            yield report
-
-
-_work: tuple[Job, Path] | None = None
+_work: tuple[Job, Destination] | None = None
 """Of a worker process: sent once, not with every shard."""
 
 
-def _begin_worker(job: Job, folder: Path) -> None:
+def _begin_worker(job: Job, destination: Destination) -> None:
     global _work
-    _work = job, folder
+    _work = job, destination
 
 
 def _in_worker(number: int) -> ShardReport:
     assert _work is not None
-    return write_shard(number, *_work)
+    job, destination = _work
+    return destination.write(number, job, lambda done: None)
 
 
 def _in_turn(
@@ -278,11 +353,5 @@ def _checked(job: Job, record: Record | Problem, index: int) -> Record | Problem
         try:
             record[field].encode()
         except UnicodeEncodeError:
-            where = f"{job.source.content_id.partition(':blake2b')[0]} record {index}"
-            return Problem(where, f"field {field!r} is not valid Unicode (a lone surrogate)")
+            return Problem(f"{job.shown} record {index}", f"field {field!r} is not valid Unicode (a lone surrogate)")
     return record
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -12,10 +12,11 @@ from common.data.batch import HostBatch
 from common.data.config import DataConfig
 from common.data.examples import Examples, MixedExamples, PieceExamples, RecordExamples
 from common.data.loader import Loader, prefetched
-from common.data.objective_config import CausalLM, FullLM, Part, Supervised, needs_of, raw_parts
+from common.data.objective_config import CausalLM, FullLM, Part, Single, Supervised, needs_of, raw_parts
 from common.data.objectives import fields
 from common.data.packing import RowPlans
-from common.data.prepare import Job, Prepared, prepare
+from common.data.prepare import Job, open_tokenized, warn_of_problems
+from common.data.prepared import Prepared
 from common.data.records import Record, Source
 from common.data.source_config import SourceConfig, SourceMixture, parts_of
 from common.data.sources import open_source
@@ -36,6 +37,32 @@ def open_training_text(config: DataConfig, cache_dir: Path) -> Source:
     """The training splits of all parts, one after the other: what a tokenizer is trained on."""
     sources = tuple(open_source(part, part.train_split, cache_dir) for part in parts_of(config.source))
     return sources[0] if len(sources) == 1 else JoinedSource(sources)
+
+
+def jobs(
+    config: DataConfig, tokenizer: Tokenizer, cache_dir: Path, more_splits: Sequence[str] = ()
+) -> list[tuple[str, Job]]:
+    """All that streams of a config read tokenised, each once, with its split's name (of a mixture, and its part's).
+
+    Args:
+      more_splits: read besides the training and the validation split, of every part.
+
+    Raises UserError as opening the streams does.
+    """
+    config.check_sentinels(tokenizer.sentinels)
+    found: dict[str, tuple[str, Job]] = {}
+    parts = parts_of(config.source)
+    objective = config.objective
+    ways: list[Single] = [part.objective for part in raw_parts(objective)]
+    if isinstance(objective, Supervised | CausalLM):
+        ways = [objective]
+    for part in parts:
+        for split in dict.fromkeys((part.train_split, part.validation_split, *more_splits)):
+            source = open_source(part, split, cache_dir)
+            for way in ways:
+                job = _job(part, source, way, tokenizer)
+                found.setdefault(job.key(), (split if len(parts) == 1 else f"{split} of {part.name}", job))
+    return list(found.values())
 
 
 def open_training(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path, host: Host) -> "Loader | StagedLoader":
@@ -82,7 +109,7 @@ def open_records(config: DataConfig, part: SourceConfig, split: str, tokenizer: 
     """One split of a source that an objective over whole records reads."""
     assert isinstance(config.objective, Supervised | CausalLM)
     source = open_source(part, split, cache_dir)
-    prepared = _prepared(part, source, fields(config.objective), tokenizer, cache_dir)
+    prepared = _prepared(_job(part, source, config.objective, tokenizer), cache_dir)
     return Records(
         source=source,
         prepared=prepared,
@@ -160,7 +187,7 @@ def _examples(
     seed = config.seed + (number << 48)  # sources draw apart
     objective = config.objective
     if isinstance(objective, Supervised | CausalLM):
-        prepared = _prepared(part, source, fields(objective), tokenizer, cache_dir)
+        prepared = _prepared(_job(part, source, objective, tokenizer), cache_dir)
         return RecordExamples(
             prepared.fields,
             objective=objective,
@@ -193,9 +220,8 @@ def _pieces(
     left = dataclasses.replace(
         config, source=part, objective=denoiser.objective, input_length=config.input_length - len(mode)
     )
-    ends = isinstance(denoiser.objective, FullLM)
     return PieceExamples(
-        _prepared(part, source, ("text",), tokenizer, cache_dir, end_each=ends).fields["text"],
+        _prepared(_job(part, source, denoiser.objective, tokenizer), cache_dir).fields["text"],
         piece=needs_of(denoiser.objective, left.input_length, left.target_length).piece,
         objective=denoiser.objective,
         seed=seed,
@@ -206,16 +232,16 @@ def _pieces(
     )
 
 
-def _prepared(
-    part: SourceConfig,
-    source: Source,
-    wanted: tuple[str, ...],
-    tokenizer: Tokenizer,
-    cache_dir: Path,
-    end_each: bool = False,
-) -> Prepared:
-    job = Job(source=source, fields=wanted, tokenizer=tokenizer, end_each=end_each, strict=part.strict)
-    return prepare(job, cache_dir / "tokenized" / job.key())
+def _job(part: SourceConfig, source: Source, objective: Single, tokenizer: Tokenizer) -> Job:
+    """What an objective reads of a source."""
+    ends = isinstance(objective, FullLM)
+    return Job(source=source, fields=fields(objective), tokenizer=tokenizer, end_each=ends, strict=part.strict)
+
+
+def _prepared(job: Job, cache_dir: Path) -> Prepared:
+    prepared = open_tokenized(job, cache_dir)
+    warn_of_problems(job, prepared)
+    return prepared
 
 
 def _loader(config: DataConfig, examples: Examples, cache_dir: Path, host: Host) -> Loader:

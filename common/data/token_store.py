@@ -1,11 +1,11 @@
 """Tokenised text: the ids of every record, end to end, over any number of shards; on disk they are memory mapped.
 
-Legend: E records, S shards.
+Legend: E records, P tokens of all records in a row.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +17,44 @@ OFFSETS = "{number:05d}.{field}.offsets.npy"
 KEPT = "{number:05d}.kept.npy"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredShard:
+    """One field of a shard that a `ShardWriter` wrote. Each of its files is opened when it is first read."""
+
+    place: Callable[[str], Path]
+    """Where a file of that name lies on this machine; may have to fetch it first."""
+    number: int
+    field: str
+    records: int
+    tokens: int
+
+    def __len__(self) -> int:
+        return self.records
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.tokens_P[self.offsets[i] : self.offsets[i + 1]]
+
+    @functools.cached_property
+    def tokens_P(self) -> np.ndarray:
+        """uint16 or int32."""
+        return self._mapped(TOKENS)
+
+    @functools.cached_property
+    def offsets(self) -> np.ndarray:
+        """As a `Ragged`'s."""
+        return self._mapped(OFFSETS)
+
+    def _mapped(self, name: str) -> np.ndarray:
+        path = self.place(name.format(number=self.number, field=self.field))
+        # A plain view slices faster than np.memmap does.
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenStream:
     """One field of all records."""
 
-    shards: tuple[Ragged, ...]
+    shards: tuple[Ragged | StoredShard, ...]
 
     @classmethod
     def of(cls, records: Iterable[Iterable[int]]) -> "TokenStream":
@@ -34,17 +67,18 @@ class TokenStream:
         return cls((Ragged.of(records),))
 
     @classmethod
-    def open(cls, folder: Path, field: str, shards: int) -> "TokenStream":
-        """What `ShardWriter`s wrote; the tokens stay on disk until they are read, and so do the offsets."""
+    def open(cls, place: Callable[[str], Path], field: str, sizes: Sequence[tuple[int, int]]) -> "TokenStream":
+        """What `ShardWriter`s wrote; everything stays where it is until it is read.
 
-        def mapped(name: str, number: int) -> np.ndarray:
-            path = folder / name.format(number=number, field=field)
-            # A plain view slices faster than np.memmap does.
-            return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-
-        return cls(
-            tuple(Ragged(tokens_P=mapped(TOKENS, number), offsets=mapped(OFFSETS, number)) for number in range(shards))
-        )
+        Args:
+          place: where a file of that name lies on this machine, for example `folder.joinpath`.
+          sizes: (records, tokens) of each shard.
+        """
+        shards = [
+            StoredShard(place=place, number=number, field=field, records=records, tokens=tokens)
+            for number, (records, tokens) in enumerate(sizes)
+        ]
+        return cls(tuple(shards))
 
     def __len__(self) -> int:
         return int(self._first_record[-1])
@@ -83,7 +117,9 @@ class TokenStream:
 
     @functools.cached_property
     def _first_token(self) -> np.ndarray:
-        return np.cumsum([0, *(len(shard.tokens_P) for shard in self.shards)])
+        return np.cumsum(
+            [0, *(shard.tokens if isinstance(shard, StoredShard) else len(shard.tokens_P) for shard in self.shards)]
+        )
 
 
 class ShardWriter:

@@ -1,0 +1,111 @@
+"""`twinstack data prepare`: everything that an experiment's data need, made ahead of a run."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from common.data.cache import default_cache_dir
+from common.data.prepare import Job, make, open_tokenized, write_all
+from common.data.prepare_beam import parse_options, prepare_with_beam
+from common.data.prepare_remote import check_destination, destination
+from common.data.prepared import PROBLEMS, VARIABLE
+from common.data.streams import jobs, open_training_text
+from common.data.tokenizer import open_tokenizer
+from experiments.config import Experiment
+
+WIDEST = 1000
+"""Columns of text."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Made:
+    """One tokenised split."""
+
+    split: str
+    manifest: dict
+    where: str
+    """Folder or url."""
+    seconds: float
+
+
+def prepare_data(
+    experiment: Experiment,
+    console: Console,
+    *,
+    workers: int | None = None,
+    to: str | None = None,
+    beam: Sequence[str] | None = None,
+) -> None:
+    """Makes what is not there yet, tokenizer first, and prints a table of all of it.
+
+    Args:
+      workers: processes; None: as many as there are cores.
+      to: a folder or an url that tokens are put in; None: the cache.
+      beam: make them by an Apache Beam pipeline with these options; None: on this machine.
+
+    Raises UserError as opening the experiment's data does, and where `to` cannot be written.
+    """
+    cache_dir, config = default_cache_dir(), experiment.data
+    if to is not None:
+        check_destination(to)
+    if beam is not None:
+        parse_options(beam)
+    source = open_training_text(config, cache_dir)
+    tokenizer = open_tokenizer(config.tokenizer, source, cache_dir)
+    console.print(f"tokenizer: {tokenizer.vocab_size:,} ids, hash {tokenizer.content_hash}", highlight=False)
+    made = []
+    for split, job in jobs(config, tokenizer, cache_dir, experiment.evaluation.splits):
+        begin = time.perf_counter()
+        manifest, where = _prepare(job, cache_dir, workers, to, beam)
+        name = f"{split}, eos behind each" if job.end_each else split
+        made.append(Made(split=name, manifest=manifest, where=where, seconds=time.perf_counter() - begin))
+    shown = table(made)
+    shown.width = console.measure(shown, options=console.options.update(max_width=WIDEST)).maximum
+    console.print(shown, crop=False)  # a narrow terminal may fold lines, but nothing is cut off
+    for each in made:
+        if problems := each.manifest["problems"]:
+            told = f"{each.split}: {problems['count']:,} of {each.manifest['records']:,} records are left out: "
+            told += f"{'; '.join(problems['first'])}; all: {each.where}/{PROBLEMS}"
+            console.print(told, markup=False, highlight=False, soft_wrap=True)
+    if to is not None:
+        console.print(f"runs read them with {VARIABLE}={to}", markup=False, highlight=False, soft_wrap=True)
+
+
+def table(made: Sequence[Made]) -> Table:
+    """A row a split."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("split", "records", "kept", "empty", "tokens", "left out", "MB", "seconds", "folder"):
+        table.add_column(name, justify="left" if name in ("split", "folder") else "right")
+    for each in made:
+        manifest = each.manifest
+        tokens = [f"{field} {count:,}" for field, count in manifest["tokens"].items()]
+        table.add_row(
+            Text(each.split),
+            *(f"{manifest[name]:,}" for name in ("records", "kept", "empty")),
+            "\n".join(tokens),
+            f"{manifest['problems'].get('count', 0):,}",
+            f"{manifest['bytes'] / 1e6:,.2f}",
+            f"{each.seconds:,.1f}",
+            Text(each.where),
+        )
+    return table
+
+
+def _prepare(
+    job: Job, cache_dir: Path, workers: int | None, to: str | None, beam: Sequence[str] | None
+) -> tuple[dict, str]:
+    """The manifest, and the folder or url that it lies in."""
+    if to is None:
+        prepared = open_tokenized(job, cache_dir, workers)
+        return prepared.manifest, str(prepared.where)
+    there = destination(to, job)
+    if beam is None:
+        return make(job, there, functools.partial(write_all, workers=workers)), str(there)
+    return prepare_with_beam(job, there, beam), str(there)
