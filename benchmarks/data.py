@@ -16,13 +16,14 @@ from benchmarks.decoder import Spread
 from common.data.config import DataConfig, SentencePieceConfig
 from common.data.examples import PieceExamples
 from common.data.loader import Loader
-from common.data.objective_config import FullLM, RawText, SpanCorruption, needs_of
+from common.data.objectives.config import FullLM, RawText, SpanCorruption, needs_of
 from common.data.packing import RowPlans
-from common.data.prepare import Job, prepare
-from common.data.records import Record
-from common.data.sentence_piece import SentencePieceTokenizer, train_model
-from common.data.source_config import SourceConfig
-from common.data.token_store import ShardWriter, TokenStream
+from common.data.sources.config import SourceConfig
+from common.data.sources.records import Record
+from common.data.tokenized.prepare import prepare
+from common.data.tokenized.shards import Job
+from common.data.tokenized.token_store import ShardWriter, TokenStream
+from common.data.tokenizers.sentence_piece import SentencePieceTokenizer, train_model
 
 VOCAB = 32_100
 CORPUS_TOKENS = 1 << 25

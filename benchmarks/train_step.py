@@ -22,9 +22,9 @@ from benchmarks.decoder import Spread
 from common.data.batch import Batch
 from common.data.examples import RecordExamples
 from common.data.loader import Loader
-from common.data.objective_config import Supervised
+from common.data.objectives.config import Supervised
 from common.data.packing import RowPlans
-from common.data.token_store import TokenStream
+from common.data.tokenized.token_store import TokenStream
 from common.kernels.visibility import Visibility
 from common.nn.attention import Attention
 from common.nn.layers import MLP, RMSNorm

@@ -4,7 +4,7 @@ import dataclasses
 
 from common.compute.moments import Moments
 from common.data.config import DataConfig
-from common.data.objective_config import Supervised
+from common.data.objectives.config import Supervised
 from common.errors import UserError
 from common.train.config import InitFrom, TrainConfig
 from gpt.config import GptConfig

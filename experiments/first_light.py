@@ -17,8 +17,8 @@ see as many examples as 400 steps here, one seed, everything else as below (2026
 from common.compute.matching import match_training_flops
 from common.compute.moments import Moments
 from common.data.config import DataConfig, SentencePieceConfig
-from common.data.objective_config import Supervised
-from common.data.source_config import SourceConfig
+from common.data.objectives.config import Supervised
+from common.data.sources.config import SourceConfig
 from common.nn.recipe import Execution, Recipe
 from common.train.config import AdamW, Budget, Linear, TrainConfig
 from experiments.config import Arm, Evaluation, Experiment

@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 from common.config import from_json
 from common.data.cache import default_cache_dir
 from common.data.config import BytePairConfig, DataConfig, SentencePieceConfig, TokenizerConfig
-from common.data.objective_config import Supervised
+from common.data.objectives.config import Supervised
 from common.data.streams import open_training_text
-from common.data.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
+from common.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
 from common.errors import UserError
 from common.files import read_json
 from common.nn.recipe import Execution

@@ -11,8 +11,8 @@ Baseline  Copying the source scores BLEU 0.48 on test_2016_flickr; the report ha
 from common.compute.matching import match_training_flops
 from common.compute.moments import Moments
 from common.data.config import DataConfig, SentencePieceConfig
-from common.data.objective_config import Supervised
-from common.data.source_config import SourceConfig
+from common.data.objectives.config import Supervised
+from common.data.sources.config import SourceConfig
 from common.nn.recipe import Execution, Recipe
 from common.train.config import AdamW, Budget, Linear, TrainConfig
 from experiments.config import Arm, Evaluation, Experiment

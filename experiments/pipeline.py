@@ -12,7 +12,7 @@ from common.compute.xla import dot_flops
 from common.config import difference, to_json
 from common.data.cache import default_cache_dir
 from common.data.loader import Loader
-from common.data.source_config import parts_of
+from common.data.sources.config import parts_of
 from common.data.streams import (
     Host,
     Records,
@@ -22,7 +22,7 @@ from common.data.streams import (
     open_training_text,
     open_validation,
 )
-from common.data.tokenizer import Tokenizer, open_tokenizer
+from common.data.tokenizers.tokenizer import Tokenizer, open_tokenizer
 from common.errors import UserError
 from common.evals.decoding import decode_greedily
 from common.evals.text_metrics import score_texts

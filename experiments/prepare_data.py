@@ -12,12 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from common.data.cache import default_cache_dir
-from common.data.prepare import Job, make, open_tokenized, write_all
-from common.data.prepare_beam import parse_options, prepare_with_beam
-from common.data.prepare_remote import check_destination, destination
-from common.data.prepared import PROBLEMS, VARIABLE
 from common.data.streams import jobs, open_training_text
-from common.data.tokenizer import open_tokenizer
+from common.data.tokenized.beam import parse_options, prepare_with_beam
+from common.data.tokenized.prepare import make, open_tokenized, write_all
+from common.data.tokenized.prepared import PROBLEMS, VARIABLE
+from common.data.tokenized.remote import check_destination, destination
+from common.data.tokenized.shards import Job
+from common.data.tokenizers.tokenizer import open_tokenizer
 from experiments.config import Experiment
 
 WIDEST = 1000

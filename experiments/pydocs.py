@@ -10,8 +10,8 @@ Sizes     Rows as long as T5's table of lengths has them for 256 inputs; models 
 from common.compute.matching import match_training_flops
 from common.compute.moments import Moments
 from common.data.config import DataConfig, SentencePieceConfig
-from common.data.objective_config import SpanCorruption
-from common.data.source_config import SourceConfig
+from common.data.objectives.config import SpanCorruption
+from common.data.sources.config import SourceConfig
 from common.nn.recipe import Execution, Recipe
 from common.train.config import AdamW, Budget, Linear, TrainConfig
 from experiments.config import Arm, Evaluation, Experiment

@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from common.config import to_json
-from common.data.byte_pair import BytePairTokenizer
-from common.data.sentence_piece import SentencePieceTokenizer
+from common.data.tokenizers.byte_pair import BytePairTokenizer
+from common.data.tokenizers.sentence_piece import SentencePieceTokenizer
 from common.files import write_atomically
 from common.weights.folder import SOURCE, FolderWriter, write_folder
 from common.weights.text import byte_pair, sentence_piece

@@ -14,8 +14,8 @@ from rich.text import Text
 
 from common.compute.moments import Moments
 from common.data.batch import Batch
-from common.data.source_config import parts_of
-from common.data.tokenizer import Tokenizer
+from common.data.sources.config import parts_of
+from common.data.tokenizers.tokenizer import Tokenizer
 from common.report.units import percent
 from experiments.config import Experiment
 from experiments.pipeline import open_data

@@ -15,10 +15,10 @@ from common.config import to_json
 from common.data.config import DataConfig
 from common.data.examples import RecordExamples
 from common.data.loader import Loader
-from common.data.objective_config import Supervised
+from common.data.objectives.config import Supervised
 from common.data.packing import RowPlans
-from common.data.source_config import SourceConfig
-from common.data.token_store import TokenStream
+from common.data.sources.config import SourceConfig
+from common.data.tokenized.token_store import TokenStream
 from common.nn.recipe import Recipe
 from common.train.config import AdamW, Budget, Cosine, MeshShape, TrainConfig
 from common.train.loop import Setup, Stream, Task

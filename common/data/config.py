@@ -7,9 +7,19 @@ here and nowhere else.
 import dataclasses
 from typing import Literal
 
-from common.data.objective_config import CausalLM, FullLM, Objective, PrefixLM, Supervised, needs_of, raw_parts
-from common.data.source_config import SourceMixture, Sources, parts_of
-from common.data.spans import SHORTEST_INPUTS, SHORTEST_PIECE
+from common.data.objectives.config import (
+    CausalLM,
+    FullLM,
+    Needs,
+    Objective,
+    PrefixLM,
+    RawText,
+    Supervised,
+    needs_of,
+    raw_parts,
+)
+from common.data.objectives.spans import SHORTEST_INPUTS, SHORTEST_PIECE
+from common.data.sources.config import SourceMixture, Sources, parts_of
 from common.errors import UserError, nearest
 
 MODEL_TYPES = ("unigram", "bpe")
@@ -146,14 +156,7 @@ class DataConfig:
         if isinstance(self.objective, FullLM) and self.input_length:
             raise UserError(f"input_length is {self.input_length}, but full_lm has no inputs; nearest: 0")
         for part in raw_parts(self.objective):
-            needs = needs_of(part.objective, self.input_length, self.target_length)
-            if needs.piece < SHORTEST_PIECE:
-                raise UserError(f"target_length is {self.target_length}; the least is {SHORTEST_INPUTS}")
-            if needs.targets > self.target_length:
-                raise UserError(
-                    f"target_length is {self.target_length}; {part.objective.kind} at input_length "
-                    f"{self.input_length} makes targets of {needs.targets}; nearest: {needs.targets}"
-                )
+            fitted_needs(part.objective, self.input_length, self.target_length)
         if self.tokenizer.path is None:
             self.check_sentinels(self.tokenizer.sentinels)
 
@@ -166,3 +169,16 @@ class DataConfig:
                     f"objective {part.objective.kind!r} at input_length {self.input_length} needs {needed} sentinels, "
                     f"tokenizer.sentinels is {sentinels}; nearest: {needed}"
                 )
+
+
+def fitted_needs(objective: RawText, input_length: int, target_length: int) -> Needs:
+    """As `needs_of`. Raises UserError where no whole piece of text fits such rows."""
+    needs = needs_of(objective, input_length, target_length)
+    if needs.piece < SHORTEST_PIECE:
+        raise UserError(f"target_length is {target_length}; the least is {SHORTEST_INPUTS}")
+    if needs.targets > target_length:
+        raise UserError(
+            f"target_length is {target_length}; {objective.kind} at input_length {input_length} makes targets of "
+            f"{needs.targets}; nearest: {needs.targets}"
+        )
+    return needs

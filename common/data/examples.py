@@ -13,13 +13,13 @@ from typing import Protocol
 
 import numpy as np
 
-from common.data import objectives
-from common.data.draws import shuffled
 from common.data.mixing import Mixing
-from common.data.objective_config import CausalLM, PrefixLM, RawText, Supervised
-from common.data.objectives import Example, SpecialIds
-from common.data.spans import SHORTEST_PIECE
-from common.data.token_store import TokenStream
+from common.data.objectives import apply as objectives
+from common.data.objectives.apply import Example, SpecialIds
+from common.data.objectives.config import CausalLM, PrefixLM, RawText, Supervised
+from common.data.objectives.draws import shuffled
+from common.data.objectives.spans import SHORTEST_PIECE
+from common.data.tokenized.token_store import TokenStream
 
 PLANNED_TOGETHER = 1 << 20
 """A source of more examples is shuffled by a formula instead of by the plan of its rows, so that memory stays small."""

@@ -18,7 +18,7 @@ from common.compute.moments import Moments
 from common.data.batch import Batch, HostBatch
 from common.data.config import DataConfig
 from common.data.examples import Examples
-from common.data.objectives import Example
+from common.data.objectives.apply import Example
 from common.data.packing import RowPlans
 from common.errors import UserError
 
@@ -109,8 +109,8 @@ def build_batch(examples: Examples, rows: Sequence[np.ndarray], *, input_length:
 
     >>> import types
     >>> from common.data.examples import RecordExamples
-    >>> from common.data.objective_config import Supervised
-    >>> from common.data.token_store import TokenStream
+    >>> from common.data.objectives.config import Supervised
+    >>> from common.data.tokenized.token_store import TokenStream
     >>> ids = types.SimpleNamespace(eos_id=1, pad_id=0, start_id=0, content_hash="")
     >>> records = {"inputs": TokenStream.of([[7, 8], [9]]), "targets": TokenStream.of([[5], [6]])}
     >>> objective = Supervised(eos_after_inputs=False)

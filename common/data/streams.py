@@ -9,19 +9,20 @@ from pathlib import Path
 
 from common.compute.moments import Moments
 from common.data.batch import HostBatch
-from common.data.config import DataConfig
+from common.data.config import DataConfig, fitted_needs
 from common.data.examples import Examples, MixedExamples, PieceExamples, RecordExamples
 from common.data.loader import Loader, prefetched
-from common.data.objective_config import CausalLM, FullLM, Part, Single, Supervised, needs_of, raw_parts
-from common.data.objectives import fields
+from common.data.objectives.apply import fields
+from common.data.objectives.config import CausalLM, FullLM, Part, Single, Supervised, raw_parts
 from common.data.packing import RowPlans
-from common.data.prepare import Job, open_tokenized, warn_of_problems
-from common.data.prepared import Prepared
-from common.data.records import Record, Source
-from common.data.source_config import SourceConfig, SourceMixture, parts_of
-from common.data.sources import open_source
-from common.data.templates import JoinedSource
-from common.data.tokenizer import Tokenizer
+from common.data.sources.by_name import open_source
+from common.data.sources.config import SourceConfig, SourceMixture, parts_of
+from common.data.sources.records import Record, Source
+from common.data.sources.templates import JoinedSource
+from common.data.tokenized.prepare import open_tokenized, warn_of_problems
+from common.data.tokenized.prepared import Prepared
+from common.data.tokenized.shards import Job
+from common.data.tokenizers.tokenizer import Tokenizer
 from common.errors import UserError
 
 
@@ -217,12 +218,10 @@ def _pieces(
 ) -> PieceExamples:
     mode = tokenizer.encode(denoiser.mode).tolist()
     # A mode takes input slots from the piece, so that what fitted may fit no more.
-    left = dataclasses.replace(
-        config, source=part, objective=denoiser.objective, input_length=config.input_length - len(mode)
-    )
+    needs = fitted_needs(denoiser.objective, config.input_length - len(mode), config.target_length)
     return PieceExamples(
         _prepared(_job(part, source, denoiser.objective, tokenizer), cache_dir).fields["text"],
-        piece=needs_of(denoiser.objective, left.input_length, left.target_length).piece,
+        piece=needs.piece,
         objective=denoiser.objective,
         seed=seed,
         tokenizer=tokenizer,

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from jax.sharding import Mesh
 
-from common.data.tokenizer import Tokenizer
+from common.data.tokenizers.tokenizer import Tokenizer
 from common.infer.config import Greedy, Limits
 from common.infer.generate import Generator, Request
 from common.infer.texts import EncodedPrompt

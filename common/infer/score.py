@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from common.data.batch import Batch
 from common.data.loader import lay_out
-from common.data.objectives import Example
+from common.data.objectives.apply import Example
 from common.data.packing import plan_epoch
 from common.errors import UserError
 from common.nn.recipe import Execution

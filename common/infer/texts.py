@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from common.data.tokenizer import Tokenizer
+from common.data.tokenizers.tokenizer import Tokenizer
 from common.errors import UserError
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from common.config import to_json
 from common.data.config import SentencePieceConfig
-from common.data.sentence_piece import train_model
+from common.data.tokenizers.sentence_piece import train_model
 from common.errors import UserError
 from common.infer.config import Beam, Greedy, Sample
 from common.weights.folder import write_folder

@@ -14,9 +14,9 @@ import pytest
 from rich.console import Console
 
 from common.config import apply_overrides, to_json
-from common.data import byte_pair
 from common.data.config import BytePairConfig, SentencePieceConfig
-from common.data.sentence_piece import train_model
+from common.data.tokenizers import byte_pair
+from common.data.tokenizers.sentence_piece import train_model
 from common.errors import UserError
 from common.files import read_json
 from common.sharding.mesh import make_mesh

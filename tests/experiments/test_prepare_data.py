@@ -14,8 +14,8 @@ import fsspec
 import pytest
 from rich.console import Console
 
-from common.data import prepare as module
-from common.data.prepared import VARIABLE
+from common.data.tokenized import prepare as module
+from common.data.tokenized.prepared import VARIABLE
 from experiments import cli, registry
 from experiments.config import Experiment
 from experiments.pipeline import open_data, open_tests
@@ -115,7 +115,7 @@ PROGRAM = """
 import sys, time
 from pathlib import Path
 from rich.console import Console
-from common.data import prepare
+from common.data.tokenized import prepare
 from experiments.prepare_data import prepare_data
 from tests.experiments.tiny_experiment import tiny_experiment
 

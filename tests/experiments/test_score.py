@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from common.config import to_json
-from common.data.byte_pair import BytePairTokenizer, train_model
 from common.data.config import BytePairConfig
+from common.data.tokenizers.byte_pair import BytePairTokenizer, train_model
 from common.weights.folder import write_folder
 from experiments import cli
 from experiments.models import Text

@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from common.data.config import SentencePieceConfig
-from common.data.objective_config import SpanCorruption
-from common.data.source_config import SourceConfig
+from common.data.objectives.config import SpanCorruption
+from common.data.sources.config import SourceConfig
 from experiments import cli
 from experiments.config import Experiment
 from experiments.show_data import show

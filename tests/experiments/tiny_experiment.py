@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from common.data.config import DataConfig, SentencePieceConfig
-from common.data.objective_config import Supervised
-from common.data.source_config import SourceConfig
+from common.data.objectives.config import Supervised
+from common.data.sources.config import SourceConfig
 from common.train.config import Budget
 from experiments.config import Arm, Evaluation, Experiment
 from experiments.pipeline import open_data, train_arm

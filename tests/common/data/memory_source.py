@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from common.data.records import Problem, Record
+from common.data.sources.records import Problem, Record
 from common.errors import UserError
 
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from common.data import examples as module
-from common.data.draws import shuffled
 from common.data.examples import Examples, MixedExamples, Order, PieceExamples, RecordExamples
 from common.data.loader import build_batch
-from common.data.objective_config import FullLM, PrefixLM, RawText, SpanCorruption, Supervised
+from common.data.objectives.config import FullLM, PrefixLM, RawText, SpanCorruption, Supervised
+from common.data.objectives.draws import shuffled
 from common.data.packing import RowPlans
-from common.data.token_store import TokenStream
+from common.data.tokenized.token_store import TokenStream
 
 IDS = types.SimpleNamespace(
     eos_id=1, pad_id=0, start_id=0, content_hash="t", vocab_size=200, sentinels=40, sentinel_id=lambda k: 199 - k
@@ -130,7 +130,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     np.save(tmp_path / "00000.text.offsets.npy", records_E)
     tracemalloc.start()
     objective = SpanCorruption()
-    examples = pieces(objective, piece=568, text=TokenStream.open(tmp_path, "text", 1))
+    examples = pieces(objective, piece=568, text=TokenStream.open(tmp_path.joinpath, "text", [(1, tokens)]))
     plans = RowPlans(examples, input_limit=512, target_limit=114, seed=0, cache_dir=None)
     batch = build_batch(examples, [plans.row(row) for row in range(64)], input_length=512, target_length=114)
     peak = tracemalloc.get_traced_memory()[1]

@@ -13,11 +13,11 @@ from common.data.batch import Batch, HostBatch
 from common.data.config import DataConfig
 from common.data.examples import RecordExamples
 from common.data.loader import Loader, build_batch, chain
-from common.data.objective_config import CausalLM, Supervised
-from common.data.objectives import Example
+from common.data.objectives.apply import Example
+from common.data.objectives.config import CausalLM, Supervised
 from common.data.packing import RowPlans
-from common.data.source_config import SourceConfig
-from common.data.token_store import TokenStream
+from common.data.sources.config import SourceConfig
+from common.data.tokenized.token_store import TokenStream
 from common.errors import UserError
 
 SOURCE = SourceConfig(name="jsonl:x", inputs="a", targets="b")

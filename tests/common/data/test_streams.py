@@ -14,7 +14,7 @@ from common.data import examples as examples_module
 from common.data.batch import HostBatch
 from common.data.config import DataConfig, SentencePieceConfig
 from common.data.loader import Loader
-from common.data.objective_config import (
+from common.data.objectives.config import (
     UL2,
     UL2R,
     BertStyle,
@@ -28,9 +28,9 @@ from common.data.objective_config import (
     Supervised,
     raw_parts,
 )
-from common.data.sentence_piece import SentencePieceTokenizer, train_model
-from common.data.source_config import ByRate, BySize, SourceConfig, SourceMixture, Stage, Template
+from common.data.sources.config import ByRate, BySize, SourceConfig, SourceMixture, Stage, Template
 from common.data.streams import Host, StagedLoader, open_records, open_training, open_training_text, open_validation
+from common.data.tokenizers.sentence_piece import SentencePieceTokenizer, train_model
 from common.errors import UserError
 
 LINES = [" ".join(f"{n} is {n + 1} less one" for n in range(i % 9)) + f" end {i}" for i in range(300)]

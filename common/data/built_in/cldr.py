@@ -1,0 +1,133 @@
+"""The built-in data set `cldr_translate/SRC_DST`: everyday phrases in two languages, as a TFDS builder.
+
+It is an ordinary builder that writes ArrayRecord files (TensorFlow is not needed), so reading it takes the very path
+that a large TFDS corpus takes. This module imports tensorflow_datasets: import it where it is used.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import babel
+import tensorflow_datasets as tfds
+from babel import localedata
+from babel.core import get_cldr_version
+
+from common.data.built_in.cldr_phrases import MIX, Phrase, phrases, withheld_names
+from common.data.built_in.shares import SPLIT_PER_MILLE, split_by_hash
+from common.data.built_in.tfds_builders import one_bar
+from common.data.cache import build_once
+from common.errors import UserError
+
+UNSEEN_NAMES = "test_unseen_names"
+
+
+@dataclasses.dataclass
+class CldrConfig(tfds.core.BuilderConfig):
+    """Two babel locales; `limit` phrases of each kind (tests), all of them where None."""
+
+    source: str = ""
+    target: str = ""
+    limit: int | None = None
+
+
+class CldrTranslate(tfds.core.GeneratorBasedBuilder):
+    """Records {SRC: text, DST: text, "kind": text}; splits train, validation, test and test_unseen_names."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    tick: Callable[[], object] = staticmethod(lambda: None)
+    """Called twice per phrase: when it is made and when it is written."""
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        config, text = self.builder_config, tfds.features.Text
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Dates, times, amounts, units and names in two languages, from Unicode CLDR through babel.",
+            features=tfds.features.FeaturesDict({config.source: text(), config.target: text(), "kind": text()}),
+            homepage="https://cldr.unicode.org",
+            license="Unicode License v3",
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[tuple[str, dict]]]:
+        config = self.builder_config
+        withheld = withheld_names(config.source, config.target)
+        splits: dict[str, list[Phrase]] = {name: [] for name in (*SPLIT_PER_MILLE, UNSEEN_NAMES)}
+        for phrase in phrases(config.source, config.target, config.limit, self.tick):
+            splits[split_of(phrase, withheld)].append(phrase)
+        return {name: self._generate_examples(members) for name, members in splits.items() if members}
+
+    def _generate_examples(self, members: list[Phrase]) -> Iterator[tuple[str, dict]]:
+        config = self.builder_config
+        for phrase in members:
+            self.tick()
+            yield phrase.source, {config.source: phrase.source, config.target: phrase.target, "kind": phrase.kind}
+
+
+def split_of(phrase: Phrase, withheld: frozenset[str]) -> str:
+    """The split of a phrase: by its names, else by a hash of its source text."""
+    if withheld.intersection(phrase.names):
+        return UNSEEN_NAMES
+    return split_by_hash(phrase.source)
+
+
+def parse_pair(pair: str) -> tuple[str, str]:
+    """The two babel locales of `SRC_DST`.
+
+    >>> parse_pair("en_de")
+    ('en', 'de')
+    >>> parse_pair("pt_BR_zh_Hant")
+    ('pt_BR', 'zh_Hant')
+    >>> parse_pair("en_dee")
+    Traceback (most recent call last):
+    common.errors.UserError: cldr_translate/en_dee: babel knows no locale 'dee'; did you mean ee or de or kde?
+
+    Raises UserError where it does not name two different locales, each as babel spells it.
+    """
+    where = f"cldr_translate/{pair}"
+    # Territories and scripts begin with a capital, so a small letter begins the second language.
+    halves = re.split(r"_(?=[a-z])", pair)
+    if len(halves) != 2:
+        raise UserError(f"{where}: name two locales as SRC_DST, for example cldr_translate/en_de")
+    known = localedata.locale_identifiers()
+    for locale in halves:
+        if locale not in known:
+            spelt = localedata.normalize_locale(locale)
+            close = [spelt] if spelt else difflib.get_close_matches(locale, sorted(known), cutoff=0)
+            raise UserError(f"{where}: babel knows no locale {locale!r}; did you mean {' or '.join(close)}?")
+    if halves[0] == halves[1]:
+        raise UserError(f"{where}: the two locales are the same; name another, for example cldr_translate/en_de")
+    return halves[0], halves[1]
+
+
+def maker_version(limit: int | None = None) -> str:
+    """What the phrases of a pair depend on besides its locales: this builder, babel, CLDR and the mix of kinds."""
+    mix = hashlib.blake2b(repr((sorted(MIX.items()), limit)).encode(), digest_size=4).hexdigest()
+    return f"{CldrTranslate.VERSION}-babel-{babel.__version__}-cldr-{get_cldr_version()}-mix-{mix}"
+
+
+def cldr_builder(pair: str, cache_dir: Path, limit: int | None = None) -> tfds.core.DatasetBuilder:
+    """A builder whose data are prepared, in a folder of their own for every version of what made them.
+
+    Args:
+      pair: `SRC_DST`, two babel locales, for example "en_de".
+      cache_dir: the folder for everything that can be rebuilt; safe under several processes and after a killed one.
+      limit: at most so many phrases of each kind (for tests).
+
+    Raises UserError for a bad pair.
+    """
+    source, target = parse_pair(pair)
+    config = CldrConfig(name=pair, source=source, target=target, limit=limit)
+
+    def build(folder: Path) -> None:
+        count = sum(MIX.values()) if limit is None else len(MIX) * limit
+        with one_bar(f"making cldr_translate/{pair}", 2 * count) as tick:
+            builder = CldrTranslate(config=config, data_dir=folder, file_format="array_record")
+            builder.tick = tick
+            builder.download_and_prepare()
+
+    folder = build_once(cache_dir / "tfds" / f"cldr_translate-{pair}-{maker_version(limit)}", build)
+    return tfds.builder_from_directory(folder / CldrTranslate.name / pair / str(CldrTranslate.VERSION))

@@ -1,0 +1,149 @@
+"""Well-known small corpora, read in place from the folder `$TWINSTACK_SHARED_DATA`, as sources.
+
+All of them fit into memory: a split is read and parsed once. Archives are never unpacked to disk.
+"""
+
+import bz2
+import dataclasses
+import functools
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import tarfile
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from common.data.cache import build_once, default_cache_dir
+from common.data.corpora.table import CORPORA, Corpus
+from common.data.progress import spinner
+from common.data.sources.files import parse_split, slice_bounds
+from common.data.sources.records import Problem, Record
+from common.errors import UserError, nearest
+
+FOLDER_VARIABLE = "TWINSTACK_SHARED_DATA"
+PARSER_VERSION = 1
+"""Part of every content id: raise it with any change of what parsers or splits give."""
+UNPACK: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class TableSource:
+    """Records that are in memory."""
+
+    content_id: str
+    rows: Sequence[Record]
+    """Named as in the corpus."""
+    fields: dict[str, str]
+    """Name of a field in our records -> its name in the corpus."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        row = self.rows[index]
+        return {ours: row[theirs] for ours, theirs in self.fields.items()}
+
+    def read(self, indices: Sequence[int]) -> list[Record | Problem]:
+        """Several records at once; none of them is ever a problem, since all have been parsed."""
+        return [self[index] for index in indices]
+
+
+def corpora() -> dict[str, Corpus]:
+    """All corpora by name, whether their files are here or not."""
+    return dict(CORPORA)
+
+
+def open_corpus(name: str, split: str, fields: dict[str, str]) -> TableSource:
+    """One split of a corpus, or a slice of one.
+
+    Args:
+      name: one of `corpora()`, for example "multi30k" or "scan/length".
+      split: for example "train" or "validation[:10%]".
+      fields: name of a field in our records -> its name in the corpus.
+
+    Raises UserError for an unknown corpus, split or field, and for a file that is missing or cannot be read.
+    """
+    if name not in CORPORA:
+        raise UserError(f"there is no corpus:{name}; {nearest(name, CORPORA)}")
+    corpus = CORPORA[name]
+    base, start, stop = parse_split(split)
+    if base not in corpus.splits:
+        raise UserError(f"corpus:{name} has no split {base!r}; {nearest(base, corpus.splits)}")
+    paths = {file: _path(name, file) for file in corpus.splits[base]}
+    stamps = tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths.values())
+    rows, digest = _table(name, base, stamps)
+    known = rows[0] if rows else corpus.fields
+    for ours, theirs in fields.items():
+        if theirs not in known:
+            raise UserError(f"source.{ours}: corpus:{name} {base} has no field {theirs!r}; {nearest(theirs, known)}")
+    low, high = slice_bounds(start, stop, len(rows))
+    reading = ",".join(f"{ours}={theirs}" for ours, theirs in fields.items() if ours != "group")
+    content_id = f"corpus:{name}:{split}:{reading}:blake2b-{digest}-parser-{PARSER_VERSION}"
+    return TableSource(content_id=content_id, rows=rows[low:high], fields=fields)
+
+
+def data_folder() -> Path:
+    """`$TWINSTACK_SHARED_DATA`, or `shared/data` beside the project's folder."""
+    named = os.environ.get(FOLDER_VARIABLE)
+    return Path(named).expanduser() if named else Path(__file__).resolve().parents[3].parent / "shared" / "data"
+
+
+def _path(name: str, file: str) -> Path:
+    path = data_folder() / file.partition("!")[0]
+    if not path.is_file():
+        raise UserError(f"corpus:{name}: there is no file {path}; set {FOLDER_VARIABLE} to the folder of corpora")
+    return path
+
+
+@functools.lru_cache(maxsize=16)
+def _table(name: str, split: str, stamps: tuple[tuple[Path, int, int], ...]) -> tuple[list[Record], str]:
+    """A split's records and a hash of all that they are made of; `stamps` tell a changed file from the same one."""
+    rows, digest = _parsed(name, CORPORA[name].splits[split], stamps)
+    if (divide := CORPORA[name].divide) is None:
+        return rows, digest
+
+    def write(part: Path) -> None:
+        with spinner(f"splitting corpus:{name} by its source texts"):
+            part.write_text(json.dumps(divide(rows)))
+
+    # Kept, since finding out what belongs together may take longer than reading.
+    key = f"{name.replace('/', '-')}-{digest}-parser-{PARSER_VERSION}.json"
+    text = build_once(default_cache_dir() / "corpora" / key, write).read_text()
+    divided = hashlib.blake2b(f"{digest} {text}".encode(), digest_size=16).hexdigest()
+    return [row for row, its_split in zip(rows, json.loads(text), strict=True) if its_split == split], divided
+
+
+@functools.lru_cache(maxsize=4)
+def _parsed(name: str, files: tuple[str, ...], stamps: tuple) -> tuple[list[Record], str]:
+    """All records of some files, and a hash of the files' bytes as they are stored."""
+    digest, contents = hashlib.blake2b(digest_size=16), []
+    for file, (path, _, _) in zip(files, stamps, strict=True):
+        packed = path.read_bytes()
+        digest.update(len(packed).to_bytes(8, "little") + packed)
+        try:
+            contents.append(_unpacked(packed, path.suffix, file.partition("!")[2]))
+        except (OSError, EOFError, ValueError, lzma.LZMAError, tarfile.TarError, zlib.error, KeyError) as error:
+            raise UserError(f"corpus:{name}: {path} cannot be unpacked ({error})") from error
+    try:
+        return CORPORA[name].parse(contents, CORPORA[name].fields), digest.hexdigest()
+    except ValueError as error:  # also what is not UTF-8
+        shown = ", ".join(str(path) for path, _, _ in stamps)
+        raise UserError(f"corpus:{name}: {shown} cannot be read: {error}") from error
+
+
+def _unpacked(packed: bytes, suffix: str, member: str) -> bytes:
+    """The bytes of a compressed file, or of a member of a compressed archive."""
+    content = UNPACK[suffix](packed)
+    if not member:
+        return content
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
+        file = archive.extractfile(member)
+        if file is None:
+            raise ValueError(f"{member} is not a file")
+        return file.read()

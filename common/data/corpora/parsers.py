@@ -1,0 +1,147 @@
+"""How the bytes of a corpus become records: one short function for each format.
+
+A parser is given a split's files, unpacked and in order, and the names of the fields to make. What it cannot read is a
+ValueError that says in which line; whoever opened the files adds their names.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+
+from common.data.sources.records import Record
+
+SPEECHES_A_DOCUMENT = 100
+
+
+def json_lines(files: Sequence[bytes], fields: Sequence[str]) -> list[Record]:
+    """One JSON object a line; texts as they are, numbers and truth values as Python writes them.
+
+    A field that no record has is left out.
+
+    >>> json_lines([b'{"q": "is it?", "a": true, "n": 3}'], ["q", "a"])
+    [{'q': 'is it?', 'a': 'True'}]
+    """
+    found = []
+    for number, line in _numbered(files):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"line {number} is not JSON ({error})") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"line {number} is not a JSON object")
+        found.append({field: _text(record[field], field, number) for field in fields if field in record})
+    if any(row.keys() != found[0].keys() for row in found):
+        raise ValueError(f"some records lack one of {', '.join(fields)}")
+    return found
+
+
+def columns(files: Sequence[bytes], fields: Sequence[str]) -> list[Record]:
+    """Cells between tabs, without quoting and without a header: a field for every column.
+
+    >>> columns([b"jump\\tJUMP\\n"], ["inputs", "targets"])
+    [{'inputs': 'jump', 'targets': 'JUMP'}]
+    """
+    found = []
+    for number, line in _numbered(files):
+        cells = line.split("\t")
+        if len(cells) != len(fields):
+            raise ValueError(f"line {number} has {len(cells)} columns, not {len(fields)}")
+        found.append(dict(zip(fields, cells, strict=True)))
+    return found
+
+
+def parallel(files: Sequence[bytes], fields: Sequence[str]) -> list[Record]:
+    """A file for every field; equal lines belong together.
+
+    >>> parallel([b"a dog\\na cat\\n", b"ein Hund\\neine Katze\\n"], ["en", "de"])[1]
+    {'en': 'a cat', 'de': 'eine Katze'}
+    """
+    sides = [_lines(file) for file in files]
+    if len({len(side) for side in sides}) != 1:
+        raise ValueError(f"the files have {', '.join(str(len(side)) for side in sides)} lines, which must be equal")
+    return [dict(zip(fields, cells, strict=True)) for cells in zip(*sides, strict=True)]
+
+
+def commands(files: Sequence[bytes], fields: Sequence[str]) -> list[Record]:
+    """SCAN's lines.
+
+    >>> commands([b"IN: jump twice OUT: I_JUMP I_JUMP\\n"], ["inputs", "targets"])
+    [{'inputs': 'jump twice', 'targets': 'I_JUMP I_JUMP'}]
+    """
+    found = []
+    for number, line in _numbered(files):
+        match = re.fullmatch(r"IN: (.+) OUT: (.+)", line)
+        if not match:
+            raise ValueError(f"line {number} is not 'IN: ... OUT: ...'")
+        found.append(dict(zip(fields, match.groups(), strict=True)))
+    return found
+
+
+def questions(files: Sequence[bytes], fields: Sequence[str]) -> list[Record]:
+    """SQuAD's JSON: a record for every question, with its first answer and the paragraph it is asked about."""
+    found = []
+    for file in files:
+        try:
+            for article in json.loads(file.decode("utf-8"))["data"]:
+                for paragraph in article["paragraphs"]:
+                    for asked in paragraph["qas"]:
+                        record = {**asked, "context": paragraph["context"], "answer": asked["answers"][0]["text"]}
+                        found.append({field: record[field] for field in fields})
+        except (LookupError, TypeError) as error:
+            raise ValueError(f"not laid out as SQuAD is ({error!r})") from error
+    return found
+
+
+def last_words(files: Sequence[bytes], fields: Sequence[str]) -> list[Record]:
+    """LAMBADA: the text, and its last word apart from what stands before the space in front of it.
+
+    >>> last_words([b'{"text": "He saw the ship"}'], ["text", "context", "last_word"])
+    [{'text': 'He saw the ship', 'context': 'He saw the', 'last_word': 'ship'}]
+    """
+    texts = [row["text"] for row in json_lines(files, ["text"])]
+    return [dict(zip(fields, (text, *text.rpartition(" ")[::2]), strict=True)) for text in texts]
+
+
+def articles(files: Sequence[bytes], fields: Sequence[str]) -> list[Record]:
+    """WikiText: a document an article, cut before ` = Title = `; sections (` = = `) stay inside.
+
+    A title has empty lines around it; without that, lines of formulas and legends would be taken for titles. All
+    documents in a row are the file, byte for byte, so a score per word or byte needs no correction.
+
+    >>> text = b" \\n = Dog = \\n \\n A dog . \\n = 4 = \\n \\n = = Legs = = \\n \\n = Cat = \\n \\n A cat . \\n"
+    >>> [row["text"].count("\\n") for row in articles([text], ["text"])]
+    [7, 4]
+    """
+    (field,), pieces = fields, []
+    for file in files:
+        pieces += re.split(r"(?m)(?=^ ?\n = [^=\n][^\n]* = \n ?\n)", file.decode("utf-8"))
+    return [{field: piece} for piece in pieces if piece]
+
+
+def speeches(files: Sequence[bytes], fields: Sequence[str]) -> list[Record]:
+    """Plays that are nothing but speeches between empty lines: documents of so many speeches each.
+
+    The file names neither plays nor scenes. A speech alone is too short for a language model to need what stands
+    before it, and the whole file would be one document; a hundred speeches are about as long as a scene. All documents
+    in a row are the file.
+    """
+    (field,), pieces = fields, []
+    for file in files:
+        pieces += re.findall(r".+?(?:\n\n+|\Z)", file.decode("utf-8"), re.DOTALL)
+    size = SPEECHES_A_DOCUMENT
+    return [{field: "".join(pieces[start : start + size])} for start in range(0, len(pieces), size)]
+
+
+def _lines(file: bytes) -> list[str]:
+    """Lines end with a newline alone: texts hold other characters that Python's `splitlines` takes for line ends."""
+    return file.decode("utf-8").removesuffix("\n").split("\n") if file else []
+
+
+def _numbered(files: Sequence[bytes]) -> list[tuple[int, str]]:
+    return [numbered for file in files for numbered in enumerate(_lines(file), 1)]
+
+
+def _text(value: object, field: str, number: int) -> str:
+    if isinstance(value, str | bool | int | float):
+        return str(value)
+    raise ValueError(f"line {number}: field {field!r} must be text, not {type(value).__name__}")

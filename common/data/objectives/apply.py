@@ -1,0 +1,194 @@
+"""Pretraining objectives: how tokens become inputs, targets and loss weights. No model is known here.
+
+An objective is a pure function of (seed, index, tokens), so any example can be made again by anyone at any time.
+Inputs and targets may be empty, and id 0 may stand anywhere: lengths are explicit. Objectives over raw text take pieces
+of it, many at once; what they do is in `common.data.objectives.denoising`.
+
+Legend: I an example's input tokens, T its target tokens (both without padding), E examples, L tokens of a piece.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from common.data.objectives import denoising
+from common.data.objectives.config import (
+    BertStyle,
+    CausalLM,
+    Deshuffling,
+    FullLM,
+    IidDenoising,
+    PrefixLM,
+    RawText,
+    SpanCorruption,
+    Supervised,
+)
+from common.data.objectives.spans import count_noise
+from common.data.ragged import Ragged
+
+PIECES_AT_ONCE = 1024
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Example:
+    """One example before packing."""
+
+    inputs_I: np.ndarray
+    """int32."""
+    targets_T: np.ndarray
+    """int32, not shifted."""
+    weights_T: np.ndarray
+    """float32; the loss is a mean over tokens by these weights."""
+
+
+class SpecialIds(Protocol):
+    """What examples and batches need of a tokenizer."""
+
+    eos_id: int
+    pad_id: int
+    start_id: int
+    content_hash: str
+    vocab_size: int
+    sentinels: int
+
+    def sentinel_id(self, k: int) -> int: ...
+
+
+def fields(objective: object) -> tuple[str, ...]:
+    """The fields of a record that the objective reads.
+
+    >>> fields(CausalLM())
+    ('text',)
+    """
+    return ("inputs", "targets") if isinstance(objective, Supervised) else ("text",)
+
+
+def of_record(objective: Supervised | CausalLM, tokens: Mapping[str, np.ndarray], eos_id: int) -> Example:
+    """The example of a record whose fields hold int32 `tokens`.
+
+    >>> record = {"inputs": np.array([7, 0], np.int32), "targets": np.array([], np.int32)}
+    >>> example = of_record(Supervised(), record, eos_id=1)
+    >>> example.inputs_I.tolist(), example.targets_T.tolist(), example.weights_T.tolist()
+    ([7, 0, 1], [1], [1.0])
+    """
+    match objective:
+        case Supervised():
+            inputs_I = _ended(tokens["inputs"], eos_id, objective.eos_after_inputs)
+            targets_T = _ended(tokens["targets"], eos_id, objective.eos_after_targets)
+        case CausalLM():
+            inputs_I, targets_T = np.zeros(0, np.int32), _ended(tokens["text"], eos_id, objective.eos)
+    return Example(inputs_I, targets_T, np.ones(len(targets_T), np.float32))
+
+
+def record_lengths(
+    objective: Supervised | CausalLM, token_lengths: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Input and target lengths int64 [E] of examples, from the token lengths of their records' fields.
+
+    >>> record_lengths(CausalLM(), {"text": np.array([0, 4])})
+    (array([0, 0]), array([1, 5]))
+    """
+    match objective:
+        case Supervised():
+            inputs_E = np.asarray(token_lengths["inputs"], np.int64) + objective.eos_after_inputs
+            return inputs_E, np.asarray(token_lengths["targets"], np.int64) + objective.eos_after_targets
+        case CausalLM():
+            targets_E = np.asarray(token_lengths["text"], np.int64) + objective.eos
+            return np.zeros_like(targets_E), targets_E
+
+
+def of_pieces(
+    objective: RawText, tokens_EL: np.ndarray, *, seed: int, index_E: np.ndarray, ids: SpecialIds, mode: Sequence[int]
+) -> list[Example]:
+    """The examples of pieces of one length, int32 [E, L]; `mode` stands before all inputs.
+
+    >>> import types
+    >>> made = of_pieces(FullLM(), np.array([[5, 6]]), seed=0, index_E=np.array([0]), ids=None, mode=())
+    >>> made[0].inputs_I.tolist(), made[0].targets_T.tolist()
+    ([], [5, 6])
+    """
+    inputs, targets = _denoise(objective, tokens_EL, seed, index_E, ids)
+    if _ends(objective):
+        inputs, targets = inputs.framed((), (ids.eos_id,)), targets.framed((), (ids.eos_id,))
+    if len(mode):
+        inputs = inputs.framed(mode, ())
+    ones_P = np.ones(len(targets.tokens_P), np.float32)
+    weights = Ragged(tokens_P=ones_P, offsets=targets.offsets)
+    return [Example(inputs[e], targets[e], weights[e]) for e in range(len(inputs))]
+
+
+def piece_lengths(
+    objective: RawText, length: int, *, seed: int, index_E: np.ndarray, ids: SpecialIds
+) -> tuple[np.ndarray, np.ndarray]:
+    """Input and target lengths int64 [E] of what becomes of pieces of `length` tokens, without a mode.
+
+    They depend on draws at most, never on tokens: blank pieces have the same.
+    """
+    same = not isinstance(objective, PrefixLM | IidDenoising)
+    wanted = index_E[:1] if same else index_E
+    inputs_E, targets_E = np.zeros(len(wanted), np.int64), np.zeros(len(wanted), np.int64)
+    for first in range(0, len(wanted), PIECES_AT_ONCE):
+        chunk = slice(first, first + PIECES_AT_ONCE)
+        blank_EL = np.zeros((len(wanted[chunk]), length), np.int32)
+        made = _denoise(objective, blank_EL, seed, wanted[chunk], ids)
+        inputs_E[chunk], targets_E[chunk] = (side.lengths + _ends(objective) for side in made)
+    if same:
+        return np.repeat(inputs_E, len(index_E)), np.repeat(targets_E, len(index_E))
+    return inputs_E, targets_E
+
+
+def _ends(objective: RawText) -> bool:
+    """Whether eos ends both sides, as in T5's pretraining."""
+    match objective:
+        case FullLM():
+            return False
+        case PrefixLM(complementary=complementary):
+            return not complementary
+        case _:
+            return True
+
+
+def _denoise(
+    objective: RawText, tokens_EL: np.ndarray, seed: int, index_E: np.ndarray, ids: SpecialIds
+) -> denoising.Pairs:
+    """(inputs, targets), without eos."""
+    match objective:
+        case FullLM():
+            return denoising.full_lm(tokens_EL)
+        case SpanCorruption(density=density, mean_span=mean_span):
+            spans = count_noise(tokens_EL.shape[1], density, mean_span).spans
+            return denoising.span_corruption(
+                tokens_EL, seed, index_E, density=density, mean_span=mean_span, sentinels_S=_sentinels(ids, spans)
+            )
+        case IidDenoising(density=density):
+            sentinels_S = _sentinels(ids, ids.sentinels)
+            return denoising.iid_denoising(tokens_EL, seed, index_E, density=density, sentinels_S=sentinels_S)
+        case BertStyle(density=density, random_share=random_share):
+            return denoising.bert_style(
+                tokens_EL,
+                seed,
+                index_E,
+                density=density,
+                random_share=random_share,
+                mask_id=ids.sentinel_id(0),
+                vocab_size=ids.vocab_size - ids.sentinels,
+            )
+        case Deshuffling():
+            return denoising.deshuffling(tokens_EL, seed, index_E)
+        case PrefixLM(complementary=complementary):
+            return denoising.prefix_lm(tokens_EL, seed, index_E, complementary=complementary)
+
+
+def _sentinels(ids: SpecialIds, count: int) -> np.ndarray:
+    return np.array([ids.sentinel_id(k) for k in range(count)], np.int32)
+
+
+def _ended(tokens: np.ndarray, eos_id: int, ended: bool) -> np.ndarray:
+    if not ended:
+        return np.asarray(tokens, np.int32)
+    out = np.empty(len(tokens) + 1, np.int32)
+    out[:-1] = tokens
+    out[-1] = eos_id
+    return out

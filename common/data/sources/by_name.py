@@ -1,0 +1,167 @@
+"""Sources: random access to text records, from TFDS or from files.
+
+A source is opened by name. `tfds:cldr_translate/SRC_DST` is built here from Unicode CLDR and `tfds:pydocs` from the
+running Python; any other `tfds:NAME` is read from `$TFDS_DATA_DIR` (or the cache) and downloaded where it can be.
+`corpus:NAME` is one of `common.data.corpora.table`. The other schemes name files:
+
+- `jsonl:PATH`, `tsv:PATH`, `text:PATH`: a record a line;
+- `lines:PATH`: parallel text files, one for each field, whose name stands in place of `{field}` in the path;
+- `parquet:PATH`, `tfrecord:PATH`, `arrayrecord:PATH`: the last two hold tf.Example protos; PATH may be a folder.
+
+PATH may hold `{split}`, may be a glob, and may be an url (`gs://bucket/c4-train.*.jsonl.gz`), whose files are fetched
+into the cache once. Files that end in .gz, .bz2, .xz or .zst are unpacked there once. Splits may be sliced as in TFDS:
+"train[:1%]", "train[95%:]".
+"""
+
+import dataclasses
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.data.cache import locked
+from common.data.corpora.by_name import open_corpus
+from common.data.sources.config import SourceConfig
+from common.data.sources.file_sources import open_files, open_parallel, reading
+from common.data.sources.records import ByNumber, Problem, Record, Source, Unusable, check_range, first_line, pick
+from common.data.sources.templates import TemplatedSource
+from common.errors import UserError, nearest
+
+BUILT_IN = ("cldr_translate", "pydocs")
+
+
+def open_source(config: SourceConfig, split: str, cache_dir: Path) -> Source:
+    """Opens one split, building, downloading, fetching, unpacking and indexing what is missing.
+
+    Raises UserError, naming the nearest valid choice, for an unknown data set, split or field, and for a file that is
+    missing or of another format. A record that cannot be used is no such mistake: reading it gives a Problem.
+    """
+    source = open_fields(config.name, config.fields(), split, cache_dir)
+    return TemplatedSource(source, config.templates) if config.templates else source
+
+
+def open_fields(name: str, fields: Mapping[str, str], split: str, cache_dir: Path) -> Source:
+    """As `open_source`, for fields of any names.
+
+    Args:
+      name: SCHEME:NAME.
+      fields: name of a field in our records -> its name in the data set's, or a path to it split by dots
+        ("answers.0.text"). "inputs", "targets" and "text" must be text there; others may be numbers and are written
+        out.
+      split: a split or a slice of one.
+      cache_dir: the folder for everything that can be rebuilt.
+    """
+    scheme, _, rest = name.partition(":")
+    match scheme:
+        case "tfds":
+            return _open_tfds(rest, split, dict(fields), cache_dir)
+        case "corpus":
+            return open_corpus(rest, split, dict(fields))
+        case "lines":
+            return open_parallel(rest, split, dict(fields), cache_dir)
+        case _:
+            return open_files(scheme, rest, split, dict(fields), cache_dir)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class TfdsSource(ByNumber):
+    """One split of a prepared TFDS data set."""
+
+    content_id: str
+    records: Any
+    """TFDS's own data source, whose texts are bytes."""
+    fields: dict[str, str]
+    """Name of a field in our records -> its name in the data set's."""
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def read(self, indices: Sequence[int]) -> list[Record | Problem]:
+        check_range(indices, len(self))
+        found = self.records.__getitems__(list(indices)) if len(indices) else []
+        return [self._read(record, index) for record, index in zip(found, indices, strict=True)]
+
+    def _read(self, record: dict[str, Any], index: int) -> Record | Problem:
+        try:
+            return pick(record, self.fields)
+        except Unusable as error:
+            return Problem(where=f"{self.content_id} record {index}", what=str(error))
+
+
+def _open_tfds(name: str, split: str, fields: dict[str, str], cache_dir: Path) -> TfdsSource:
+    data_set, _, pair = name.partition("/")
+    if data_set == "cldr_translate":
+        from common.data.built_in.cldr import cldr_builder, maker_version
+
+        builder, made_by = cldr_builder(pair, cache_dir), f"+{maker_version()}"
+    elif name == "pydocs":
+        from common.data.built_in import pydocs
+
+        builder, made_by = pydocs.pydocs_builder(cache_dir), f"+{pydocs.maker_version()}"
+    else:
+        builder, made_by = _prepared(name, Path(os.environ.get("TFDS_DATA_DIR") or cache_dir / "tfds")), ""
+    return tfds_source(builder, split, fields, made_by)
+
+
+def tfds_source(builder: Any, split: str, fields: dict[str, str], made_by: str = "") -> TfdsSource:
+    """The split of a prepared TFDS builder.
+
+    Args:
+      builder: a `tfds.core.DatasetBuilder` whose data are there, in a format of random access.
+      split: a split or a slice of one, for example "train[:1%]".
+      fields: name of a field in our records ("inputs", "targets", "text", "group") -> its name in the data set's.
+      made_by: what the content id adds to the builder's own version.
+    """
+    info = builder.info
+    for ours, theirs in fields.items():
+        if theirs not in info.features:
+            raise UserError(
+                f"source.{ours}: {info.full_name} has no field {theirs!r}; {nearest(theirs, info.features)}"
+            )
+    base = re.split(r"[\[+]", split)[0]
+    if base not in info.splits:
+        raise UserError(f"{info.full_name} has no split {base!r}; {nearest(base, info.splits)}")
+    try:
+        records = builder.as_data_source(split=split)
+    except NotImplementedError as error:
+        raise UserError(
+            f"{info.full_name} in {builder.data_path} is stored as {info.file_format.value}, which has no random "
+            f"access; prepare it again with --file_format=array_record"
+        ) from error
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"{info.full_name}: split {split!r} cannot be read ({first_line(error)})") from error
+    size = f"{info.splits[base].num_examples} records"
+    return TfdsSource(
+        content_id=f"tfds:{info.full_name}{made_by}:{split}:{reading(fields)}:{size}", records=records, fields=fields
+    )
+
+
+def _prepared(name: str, data_dir: Path) -> Any:
+    """The builder of a data set under `data_dir`, downloaded where it is not there yet."""
+    import tensorflow_datasets as tfds
+
+    how = (
+        f"prepare it where TensorFlow and a network are: tfds build {name} --file_format=array_record "
+        f"--data_dir={data_dir} (reading it takes no TensorFlow)"
+    )
+    try:
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except tfds.core.DatasetNotFoundError as error:
+        there = [path.name for path in data_dir.iterdir()] if data_dir.is_dir() else []
+        close = difflib.get_close_matches(
+            name.split("/")[0], [*BUILT_IN, *tfds.list_builders(with_community_datasets=False), *there], n=1, cutoff=0.8
+        )
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"tfds:{name} is neither in {data_dir} nor can it be made here{hint}; or {how}") from error
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UserError(f"tfds:{name}: {first_line(error)}; {how}") from error
+    if builder.is_prepared():
+        return builder
+    with locked(data_dir / f"{name.replace('/', '-')}"):
+        try:
+            builder.download_and_prepare(file_format="array_record")
+        except Exception as error:  # downloads fail in as many ways as there are data sets
+            raise UserError(f"tfds:{name} could not be prepared in {data_dir} ({first_line(error)}); {how}") from error
+    return builder

@@ -1,0 +1,119 @@
+"""Parquet files: a row group at a time is decoded, and only the columns that were asked for."""
+
+import dataclasses
+import functools
+import itertools
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from common.data.sources.indexes import Built, Index, file_digest, open_index, write_starts
+from common.data.sources.packed_files import PlainFile
+from common.data.sources.records import Problem, first_line
+from common.errors import UserError
+
+FILES_OPEN = 64
+GROUPS_IN_MEMORY = 4
+"""Decoded row groups that a process keeps. Reading in order needs one; reading by chance decodes most anew."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParquetFile:
+    """One file; handles and decoded row groups are the process's, not the object's."""
+
+    shown: str
+    path: Path
+    index: Index
+    """Its `starts` are the numbers of the first rows of the row groups, and of all rows."""
+    wanted: tuple[str, ...]
+    """The columns that are read."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self.index.columns
+
+    def __len__(self) -> int:
+        return self.index.records
+
+    def where(self, place: int) -> str:
+        return f"{self.shown} row {place}"
+
+    def read(self, places: Sequence[int]) -> list[dict[str, Any] | Problem]:
+        starts = self.index.starts
+        groups = (np.searchsorted(starts, places, side="right") - 1).tolist()
+        found: list[dict[str, Any] | Problem] = []
+        for group, members in itertools.groupby(zip(groups, places, strict=True), key=lambda pair: pair[0]):
+            rows = [place for _, place in members]
+            try:
+                table = _decoded(_Version(self.path, self.index.folder, os.getpid()), group, self.wanted)
+            except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's errors are all three
+                if isinstance(error, OSError) and error.errno:  # a disk or a network, not the file
+                    raise
+                what = f"its row group cannot be read ({first_line(error)})"
+                found += [Problem(where=self.where(row), what=what) for row in rows]
+            else:
+                found += [self._row(table, row, int(starts[group])) for row in rows]
+        return found
+
+    def _row(self, table: Any, row: int, first: int) -> dict[str, Any] | Problem:
+        try:
+            return {name: table[name][row - first].as_py() for name in self.wanted}
+        except UnicodeDecodeError as error:
+            return Problem(where=self.where(row), what=f"byte {error.start + 1} of a field is not UTF-8")
+
+
+def open_parquet(file: PlainFile, fields: Mapping[str, str], cache_dir: Path) -> ParquetFile:
+    """Raises UserError where `file` is not a whole Parquet file."""
+    index = open_index("parquet", file, cache_dir, _index)
+    asked = {name for theirs in fields.values() for name in (theirs, theirs.split(".")[0])}
+    wanted = tuple(name for name in index.columns if name in asked)
+    return ParquetFile(shown=file.shown, path=file.path, index=index, wanted=wanted)
+
+
+def _index(file: PlainFile, starts: Path) -> Built:
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file.path) as opened:
+            about, names = opened.metadata, tuple(opened.schema_arrow.names)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file.shown} is not a whole Parquet file: {first_line(error)}") from error
+    rows = [about.row_group(number).num_rows for number in range(about.num_row_groups)]
+    write_starts(starts, [np.cumsum([0, *rows])])
+    return Built(records=about.num_rows, digest=file_digest(file.path), columns=names)
+
+
+class _Version(NamedTuple):
+    """Whose cached thing it is: of this process, and of the file before it changed."""
+
+    path: Path
+    content: Path
+    process: int
+
+
+@functools.lru_cache(FILES_OPEN)
+def _opened(version: _Version) -> Any:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.ParquetFile(version.path)
+
+
+@functools.lru_cache(GROUPS_IN_MEMORY)
+def _cached(version: _Version, group: int, columns: tuple[str, ...]) -> Any:
+    return _opened(version).read_row_group(group, columns=list(columns))
+
+
+def _decoded(version: _Version, group: int, columns: tuple[str, ...]) -> Any:
+    """A row group; one thread decodes it while the others wait for it, so that it is in memory once."""
+    with _turn(version.process):
+        return _cached(version, group, columns)
+
+
+@functools.lru_cache
+def _turn(process: int) -> threading.Lock:
+    """A lock that is free in a forked process, whatever held its parent's."""
+    return threading.Lock()

@@ -1,0 +1,229 @@
+"""Many files as one source: records numbered through all of them, slices, and the fields that were asked for."""
+
+import dataclasses
+import hashlib
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from common.data.sources.columnar import open_parquet
+from common.data.sources.files import fillings, find_files, parse_split, slice_bounds
+from common.data.sources.indexes import Index, in_threads
+from common.data.sources.line_files import open_line_file
+from common.data.sources.packed_files import PlainFile, plain_file
+from common.data.sources.records import ByNumber, Problem, Record, Unusable, check_range, paths, pick
+from common.data.sources.tf_records import open_array_record, open_tf_record
+from common.errors import UserError, nearest
+
+LOOKED_AT = 16
+"""So many records are read on opening, to see that fields are named as in the files."""
+IN_FOLDER = {"parquet": (".parquet",), "tfrecord": ("tfrecord",), "arrayrecord": ("array_record", "arrayrecord")}
+"""What the names of a folder's data files hold, where a folder may be named."""
+
+
+class DataFile(Protocol):
+    """One file of a format: its records as they are stored."""
+
+    @property
+    def shown(self) -> str:
+        """Its path or url, for messages."""
+        ...
+
+    @property
+    def index(self) -> Index: ...
+
+    @property
+    def columns(self) -> tuple[str, ...] | None:
+        """The names of all fields; None where every record has its own."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, places: Sequence[int]) -> list[dict[str, Any] | Problem]:
+        """Records by their number in this file."""
+        ...
+
+    def where(self, place: int) -> str:
+        """A record as a person would look for it."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class FileSource(ByNumber):
+    """The records of some files in a row, or a slice of them."""
+
+    content_id: str
+    files: tuple[DataFile, ...]
+    ends: tuple[int, ...]
+    """How many records there are up to the end of each file."""
+    low: int
+    """Where the slice starts, and where it ends (`high`)."""
+    high: int
+    fields: Mapping[str, str]
+    """Our name of a field -> its name in the files."""
+
+    def __len__(self) -> int:
+        return self.high - self.low
+
+    def read(self, indices: Sequence[int]) -> list[Record | Problem]:
+        return [
+            raw if isinstance(raw, Problem) else self._picked(raw, index)
+            for index, raw in zip(indices, self.raw(indices), strict=True)
+        ]
+
+    def raw(self, indices: Sequence[int]) -> list[dict[str, Any] | Problem]:
+        """Records as the files have them."""
+        check_range(indices, len(self))
+        found: list[Any] = [None] * len(indices)
+        place_R = np.asarray(indices, np.int64) + self.low
+        file_R = np.searchsorted(self.ends, place_R, side="right")
+        order_R = np.lexsort((place_R, file_R))
+        for group in np.split(order_R, np.flatnonzero(np.diff(file_R[order_R])) + 1):
+            if len(group):
+                file, begin = self._file(int(file_R[group[0]]))
+                for at, record in zip(group.tolist(), file.read((place_R[group] - begin).tolist()), strict=True):
+                    found[at] = record
+        return found
+
+    def _file(self, number: int) -> tuple[DataFile, int]:
+        """A file, and the number of its first record."""
+        return self.files[number], self.ends[number - 1] if number else 0
+
+    def _picked(self, raw: dict[str, Any], index: int) -> Record | Problem:
+        try:
+            return pick(raw, self.fields)
+        except Unusable as error:
+            file, begin = self._file(int(np.searchsorted(self.ends, index + self.low, side="right")))
+            return Problem(where=file.where(index + self.low - begin), what=str(error))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ParallelSource(ByNumber):
+    """A field from each of several sources of equal length."""
+
+    content_id: str
+    sources: tuple[FileSource, ...]
+
+    def __len__(self) -> int:
+        return len(self.sources[0])
+
+    def read(self, indices: Sequence[int]) -> list[Record | Problem]:
+        return [_joined(parts) for parts in zip(*(source.read(indices) for source in self.sources), strict=True)]
+
+
+def _joined(parts: Sequence[Record | Problem]) -> Record | Problem:
+    record: Record = {}
+    for part in parts:
+        if isinstance(part, Problem):
+            return part
+        record |= part
+    return record
+
+
+def open_files(scheme: str, pattern: str, split: str, fields: Mapping[str, str], cache_dir: Path) -> FileSource:
+    """Opens `scheme:pattern`, indexing what was not yet. Raises UserError as `open_source` says."""
+    base, start, stop = parse_split(split)
+    found = find_files(scheme, pattern, base, IN_FOLDER.get(scheme, ()))
+
+    files = in_threads(lambda one: _open(scheme, plain_file(one, cache_dir), fields, cache_dir), found, "indexing")
+    ends = tuple(itertools.accumulate(len(file) for file in files))
+    low, high = slice_bounds(start, stop, ends[-1])
+    name = found[0].name if len(found) == 1 else f"{os.path.basename(pattern.rstrip('/'))}:{len(found)} files"
+    source = FileSource(
+        content_id=f"{scheme}:{name}:{split}:{reading(fields)}:blake2b-{_digest([f.index.digest for f in files])}",
+        files=tuple(files),
+        ends=ends,
+        low=low,
+        high=high,
+        fields=fields,
+    )
+    _check_fields(source)
+    return source
+
+
+def _open(scheme: str, file: PlainFile, fields: Mapping[str, str], cache_dir: Path) -> DataFile:
+    match scheme:
+        case "parquet":
+            return open_parquet(file, fields, cache_dir)
+        case "tfrecord":
+            return open_tf_record(file, cache_dir)
+        case "arrayrecord":
+            return open_array_record(file, cache_dir)
+        case _:
+            return open_line_file(scheme, file, cache_dir)
+
+
+def open_parallel(pattern: str, split: str, fields: Mapping[str, str], cache_dir: Path) -> ParallelSource:
+    """Opens `lines:pattern`, whose "{field}" stands for a field's name. Raises UserError as `open_source` says."""
+    if "{field}" not in pattern:
+        raise UserError(f"lines:{pattern} must hold {{field}}, for example lines:/data/{{split}}.{{field}}.gz")
+    of_split = pattern.replace("{split}", parse_split(split)[0])
+    there = fillings(of_split, "{field}")
+    for ours, theirs in fields.items():
+        if there and theirs not in there:
+            raise UserError(f"source.{ours}: lines:{of_split} has no field {theirs!r}; {nearest(theirs, there)}")
+    sources = {
+        ours: open_files("text", pattern.replace("{field}", theirs), split, {ours: "text"}, cache_dir)
+        for ours, theirs in fields.items()
+    }
+    counts = {ours: source.ends[-1] for ours, source in sources.items()}
+    one, other = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+    if counts[one] != counts[other]:
+        torn = next((f"; {f.shown}: {f.index.torn}" for s in sources.values() for f in s.files if f.index.torn), "")
+        raise UserError(
+            f"lines:{of_split}: field {fields[one]!r} has {counts[one]} lines, but field {fields[other]!r} has "
+            f"{counts[other]}; both must have as many{torn}"
+        )
+    digests = [f.index.digest for ours, source in sources.items() if ours != "group" for f in source.files]
+    name = os.path.basename(of_split)
+    return ParallelSource(
+        content_id=f"lines:{name}:{split}:{reading(fields)}:blake2b-{_digest(digests)}", sources=tuple(sources.values())
+    )
+
+
+def reading(fields: Mapping[str, str]) -> str:
+    """The part of a content id that says what is read; a group is no part of what models read."""
+    return ",".join(f"{ours}={theirs}" for ours, theirs in fields.items() if ours != "group")
+
+
+def _digest(digests: Sequence[str]) -> str:
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.blake2b(" ".join(digests).encode(), digest_size=16).hexdigest()
+
+
+def _check_fields(source: FileSource) -> None:
+    """Raises UserError for a field that is in no file's columns, or in none of the first records."""
+    for file in source.files:
+        for ours, theirs in source.fields.items():
+            if file.columns is not None and not {theirs, theirs.split(".")[0]} & set(file.columns):
+                hint = nearest(theirs, file.columns)
+                raise UserError(f"source.{ours}: {file.shown} has no field {theirs!r}; {hint}")
+    raws = [raw for raw in source.raw(range(min(LOOKED_AT, len(source)))) if not isinstance(raw, Problem)]
+    for ours, theirs in source.fields.items():
+        if raws and not any(_may_have(raw, theirs) for raw in raws):
+            names = {path for raw in raws for path in paths(raw)}
+            raise UserError(f"source.{ours}: {source.files[0].shown} has no field {theirs!r}; {nearest(theirs, names)}")
+
+
+def _may_have(raw: Mapping[str, Any], path: str) -> bool:
+    """False where a name is missing; what a null or a short list would hold cannot be told."""
+    if path in raw:
+        return True
+    value: Any = raw
+    for part in path.split("."):
+        if isinstance(value, Mapping):
+            if part not in value:
+                return False
+            value = value[part]
+        elif isinstance(value, list) and part.isdecimal():
+            if int(part) >= len(value):
+                return True
+            value = value[int(part)]
+        else:
+            return value is None
+    return True

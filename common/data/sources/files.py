@@ -1,0 +1,203 @@
+"""Which files a source's name means: splits and their slices, globs, folders, buckets, and sets that are whole."""
+
+import contextlib
+import fnmatch
+import glob
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from common.data.sources.records import first_line
+from common.errors import UserError, nearest
+
+ONLY_SPLIT = "train"
+STAMPS = ("generation", "etag", "ETag", "mtime", "updated", "LastModified", "last_modified", "modified", "created")
+"""What file systems call the things that change when a file does."""
+NAMED_AT_MOST = 5
+MEMBER = re.compile(r"(.*?)(\d+)-of-(\d+)(.*)")
+
+
+class Found(NamedTuple):
+    """A file as it was found, before it is fetched or unpacked."""
+
+    shown: str
+    """Path or url, for messages."""
+    size: int | None
+    """In bytes; None where a server does not say."""
+    stamp: str
+    """Differs when the content does, as far as can be told without reading it."""
+
+    @property
+    def name(self) -> str:
+        return self.shown.rsplit("/", 1)[-1]
+
+
+def parse_split(split: str) -> tuple[str, str, str]:
+    """A split's name and the bounds of its slice, as written.
+
+    >>> parse_split("train[:95%]"), parse_split("test")
+    (('train', '', '95%'), ('test', '', ''))
+
+    Raises UserError for what is neither a name nor a slice of one.
+    """
+    match = re.fullmatch(r"(\w[\w.-]*)(?:\[(-?\d*%?):(-?\d*%?)\])?", split)
+    bounds = match.groups("")[1:] if match else ()
+    if not match or any(bound in ("-", "%", "-%") for bound in bounds):
+        raise UserError(f"split {split!r} must be a name or a slice of one, for example 'train[:1%]' or 'train[1000:]'")
+    return match[1], bounds[0], bounds[1]
+
+
+def slice_bounds(start: str, stop: str, count: int) -> tuple[int, int]:
+    """First record and the one behind the last, by TFDS's rules (percentages round to the closest record).
+
+    >>> slice_bounds("", "1%", 250), slice_bounds("-10", "", 250), slice_bounds("90%", "999", 250)
+    ((0, 2), (240, 250), (225, 250))
+    """
+
+    def place(bound: str, default: int) -> int:
+        if not bound:
+            return default
+        number = round(int(bound[:-1]) * count / 100) if bound.endswith("%") else int(bound)
+        return min(max(number + count if number < 0 else number, 0), count)
+
+    low = place(start, 0)
+    return low, max(place(stop, count), low)
+
+
+def find_files(scheme: str, pattern: str, split: str, in_folder: Sequence[str] = ()) -> list[Found]:
+    """The files of a split, sorted by name; at least one.
+
+    Args:
+      scheme: for messages.
+      pattern: a path or an url; it may hold "{split}" and be a glob.
+      split: the split's name, without a slice.
+      in_folder: where `pattern` is a folder, its files whose names hold one of these are meant; none: no folders.
+
+    Raises UserError, naming the nearest choice, where there is no such file or split, where members of a set
+    "NAME-00003-of-00010" are missing, and where a bucket cannot be read.
+    """
+    if "{split}" not in pattern and split != ONLY_SPLIT:
+        raise UserError(
+            f"{scheme}:{pattern} names no split, so its only split is {ONLY_SPLIT!r}, not {split!r}; "
+            f"slice it (for example {ONLY_SPLIT + '[95%:]'!r}) or put {{split}} into the path"
+        )
+    path = pattern.replace("{split}", split)
+    place = _place(path)
+    wanted = path
+    if in_folder and place.is_folder(path):
+        wanted = path.rstrip("/") + "/*"
+        found = [file for file in place.find(wanted) if any(part in file.name for part in in_folder)]
+        if not found:
+            raise UserError(f"{scheme}:{path}: no file in this folder is named *{' or *'.join(in_folder)}*")
+    else:
+        found = place.find(path)
+    if not found:
+        raise UserError(_not_there(scheme, pattern, split, path, place.find))
+    _check_whole(scheme, wanted.rsplit("/", 1)[-1], found)
+    return found
+
+
+def fillings(pattern: str, hole: str, find: Callable[[str], list[Found]] | None = None) -> list[str]:
+    """What stands in place of `hole` in the names of the files that are there, for example their splits."""
+    pattern = pattern if "://" in pattern else os.path.expanduser(pattern)
+    shape = re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")
+    shape = shape.replace(re.escape(hole), r"([\w.-]+?)", 1).replace(re.escape(hole), r"\1")
+    there = (find or _place(pattern).find)(pattern.replace(hole, "*"))
+    return sorted({match[1] for file in there if (match := re.fullmatch(shape, file.shown))})
+
+
+def _not_there(scheme: str, pattern: str, split: str, path: str, find: Callable[[str], list[Found]]) -> str:
+    if "{split}" in pattern:
+        splits = fillings(pattern, "{split}", find) or fillings(pattern.rstrip("/") + "/*", "{split}", find)
+        return f"{scheme}:{pattern} has no split {split!r} (no file {path}); {nearest(split, splits)}"
+    folder, _, name = path.rpartition("/")
+    close = nearest(name, [file.name for file in find(f"{folder}/*" if folder else "*")]).partition("?")
+    return f"{scheme}:{path}: no such file" + (f"; {close[0]}?" if close[1] else "")
+
+
+def _check_whole(scheme: str, wanted: str, found: Sequence[Found]) -> None:
+    """A glob that names every member of a set must find every member."""
+    sets: dict[tuple[str, str, int, str, str], set[int]] = {}
+    for file in found:
+        folder, _, name = file.shown.rpartition("/")
+        if match := MEMBER.fullmatch(name):
+            before, number, count, after = match.groups()
+            sets.setdefault((folder, before, len(number), count, after), set()).add(int(number))
+    for (folder, before, digits, count, after), there in sets.items():
+        first = 1 if int(count) in there and 0 not in there else 0
+        names = {n: f"{before}{n:0{digits}}-of-{count}{after}" for n in range(first, first + int(count))}
+        missing = [name for n, name in names.items() if n not in there and fnmatch.fnmatchcase(name, wanted)]
+        if missing:
+            more = f" and {len(missing) - NAMED_AT_MOST} more" if len(missing) > NAMED_AT_MOST else ""
+            raise UserError(
+                f"{scheme}:{folder}/{wanted}: {len(missing)} of {count} files are missing: "
+                f"{', '.join(missing[:NAMED_AT_MOST])}{more}; put them there, or name the files to read one by one"
+            )
+
+
+class _Disk:
+    """Files on this machine's file systems."""
+
+    def find(self, path: str) -> list[Found]:
+        here = os.path.expanduser(path)
+        there = [here] if os.path.isfile(here) else sorted(glob.glob(here, recursive=True))
+        return [self._found(name) for name in there if os.path.isfile(name)]
+
+    def is_folder(self, path: str) -> bool:
+        return os.path.isdir(os.path.expanduser(path))
+
+    def _found(self, path: str) -> Found:
+        stat = os.stat(path)
+        return Found(shown=path, size=stat.st_size, stamp=str(stat.st_mtime_ns))
+
+
+class _Bucket:
+    """Files of anything that fsspec knows."""
+
+    def __init__(self, url: str) -> None:
+        self._system = file_system(url)
+        self._start = re.match(r"[^:]*://+", url)[0]  # type: ignore[index]
+
+    def find(self, path: str) -> list[Found]:
+        with reading(path):
+            if self._system.isfile(path):
+                return [self._found(self._system.info(path))]
+            there = self._system.glob(path) if glob.has_magic(path) else []
+            infos = [self._system.info(name) for name in sorted(there)]
+        return [self._found(info) for info in infos if info["type"] == "file"]
+
+    def is_folder(self, path: str) -> bool:
+        with reading(path):
+            return self._system.isdir(path)
+
+    def _found(self, info: dict[str, Any]) -> Found:
+        stamps = {stamp: str(info[stamp]) for stamp in STAMPS if info.get(stamp) is not None}
+        return Found(shown=self._start + str(info["name"]).lstrip("/"), size=info["size"], stamp=str(stamps))
+
+
+def _place(path: str) -> _Disk | _Bucket:
+    return _Bucket(path) if "://" in path else _Disk()
+
+
+def file_system(url: str) -> Any:
+    """The fsspec file system that `url`, PROTOCOL://PATH, lies in. Raises UserError where there is none for it."""
+    import fsspec
+
+    protocol = url.partition("://")[0]
+    try:
+        return fsspec.filesystem(protocol)
+    except ImportError as error:
+        missing = getattr(error.__cause__ or error, "name", None) or str(error)
+        raise UserError(f"{url}: reading {protocol}:// needs a package: pip install {missing}") from error
+    except ValueError as error:
+        raise UserError(f"{url}: unknown protocol; {nearest(protocol, fsspec.available_protocols())}") from error
+
+
+@contextlib.contextmanager
+def reading(url: str) -> Iterator[None]:
+    """Turns whatever a file system raises into a UserError; every one has errors of its own."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{url} cannot be read: {first_line(error)}") from error

@@ -1,0 +1,156 @@
+"""JSONL, TSV and text files, a record a line: an index of line starts, and reading by seek.
+
+TSV is tab-separated without quoting, its first line names the columns. Text has one record a line, in the field "text".
+Lines count from 1, as editors do.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.data.sources.indexes import Built, Index, open_index, write_starts
+from common.data.sources.packed_files import PlainFile
+from common.data.sources.records import Problem, Unusable
+from common.errors import UserError
+
+CHUNK_BYTES = 1 << 22
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+TEXT_COLUMNS = ("text",)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LineFile:
+    """One file; every read opens it, so that threads and processes may share it."""
+
+    kind: str
+    """jsonl, tsv or text."""
+    shown: str
+    path: Path
+    index: Index
+    columns: tuple[str, ...] | None
+    """The names of all fields; None where every record has its own."""
+
+    def __len__(self) -> int:
+        return max(self.index.records - self._header_lines, 0)
+
+    @property
+    def _header_lines(self) -> int:
+        return 1 if self.kind == "tsv" else 0
+
+    def read(self, places: Sequence[int]) -> list[dict[str, Any] | Problem]:
+        """Records by their number in this file, as the file names their fields."""
+        starts, found = self.index.starts, []
+        with open(self.path, "rb") as file:
+            for low, high in runs(places):
+                lines = starts[low + self._header_lines : high + 1 + self._header_lines]
+                file.seek(int(lines[0]))
+                block = file.read(int(lines[-1] - lines[0]))
+                bounds = (lines - lines[0]).tolist()
+                found += [self._record(block[a:b], low + n) for n, (a, b) in enumerate(itertools.pairwise(bounds))]
+        return found
+
+    def where(self, place: int) -> str:
+        return f"{self.shown} line {place + self._header_lines + 1}"
+
+    def _record(self, line: bytes, place: int) -> dict[str, Any] | Problem:
+        number = place + self._header_lines
+        try:
+            if self.index.torn and number == self.index.records - 1:
+                raise Unusable(self.index.torn)
+            return self._parse(_decoded(line))
+        except Unusable as error:
+            return Problem(where=self.where(place), what=str(error))
+
+    def _parse(self, text: str) -> dict[str, Any]:
+        if self.kind == "text":
+            return {"text": text}
+        if self.kind == "jsonl":
+            return _json(text)
+        cells = text.split("\t")
+        assert self.columns is not None
+        if len(cells) != len(self.columns):
+            raise Unusable(f"{len(cells)} cells, but the header names {len(self.columns)} columns")
+        return dict(zip(self.columns, cells, strict=True))
+
+
+def open_line_file(kind: str, file: PlainFile, cache_dir: Path) -> LineFile:
+    """Raises UserError where the header of a TSV file cannot be used."""
+    index = open_index("lines", file, cache_dir, _index)
+    columns = {"tsv": lambda: _header(file, index), "text": lambda: TEXT_COLUMNS, "jsonl": lambda: None}[kind]()
+    return LineFile(kind=kind, shown=file.shown, path=file.path, index=index, columns=columns)
+
+
+def runs(places: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Stretches of neighbours: (first, behind the last).
+
+    >>> list(runs([4, 5, 6, 6, 1]))
+    [(4, 7), (6, 7), (1, 2)]
+    """
+    low = 0
+    for at in range(1, len(places) + 1):
+        if at == len(places) or places[at] != places[at - 1] + 1:
+            yield places[low], places[at - 1] + 1
+            low = at
+
+
+def _index(file: PlainFile, starts: Path) -> Built:
+    """Where lines start, and behind the last byte; and a hash of all bytes."""
+    digest = hashlib.blake2b(file.torn.encode(), digest_size=16)
+    records = write_starts(starts, _line_starts(file, digest)) - 1
+    return Built(records=records, digest=digest.hexdigest(), torn=file.torn)
+
+
+def _line_starts(file: PlainFile, digest: hashlib.blake2b) -> Iterator[np.ndarray]:
+    with open(file.path, "rb") as opened:
+        size = last = len(BYTE_ORDER_MARK) if opened.read(3) == BYTE_ORDER_MARK else 0
+        digest.update(BYTE_ORDER_MARK[:size])
+        opened.seek(size)
+        yield np.array([size], np.int64)
+        while chunk := opened.read(CHUNK_BYTES):
+            digest.update(chunk)
+            ends = size + 1 + np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n"))
+            last, size = (int(ends[-1]) if len(ends) else last), size + len(chunk)
+            yield ends
+    if last != size or file.torn:  # the last line has no newline, or stands for what is lost
+        yield np.array([size], np.int64)
+
+
+def _header(file: PlainFile, index: Index) -> tuple[str, ...]:
+    if index.records < 1:
+        raise UserError(f"{file.shown} is empty; the first line of a TSV file names its columns")
+    if index.torn and index.records == 1:
+        raise UserError(f"{file.shown} line 1: {index.torn}; the first line of a TSV file names its columns")
+    with open(file.path, "rb") as opened:
+        low, high = index.starts[:2].tolist()
+        opened.seek(low)
+        try:
+            columns = tuple(_decoded(opened.read(high - low)).split("\t"))
+        except Unusable as error:
+            raise UserError(f"{file.shown} line 1: {error}") from error
+    if len(set(columns)) != len(columns):
+        raise UserError(f"{file.shown} line 1: two columns have one name")
+    return columns
+
+
+def _decoded(line: bytes) -> str:
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Unusable(f"byte {error.start + 1} is not UTF-8") from error
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _json(text: str) -> dict[str, Any]:
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Unusable(f"not JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise Unusable(f"a JSON object is wanted, not a {type(record).__name__}")
+    return record

@@ -1,0 +1,180 @@
+"""TFRecord and ArrayRecord files of serialized tf.Example protos, read without TensorFlow.
+
+A TFRecord file is a row of records: length (uint64), its masked CRC-32C (uint32), data, their masked CRC-32C (uint32),
+all little-endian. Records count from 0.
+"""
+
+import array
+import dataclasses
+import functools
+import itertools
+import mmap
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.data.sources.crc32c import masked_crc32c, masked_crc32c_of_rows
+from common.data.sources.indexes import Built, Index, file_digest, open_index, write_starts
+from common.data.sources.line_files import runs
+from common.data.sources.packed_files import PlainFile
+from common.data.sources.records import Problem, first_line
+from common.errors import UserError
+
+HEAD_BYTES, TAIL_BYTES = 12, 4
+CHECKED_AT_ONCE = 1 << 16
+READERS_OPEN = 256
+BUFFER_BYTES = 1 << 15
+"""Of an ArrayRecord reader, which jumps about."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TfRecordFile:
+    """One file; every read opens it, so that threads and processes may share it."""
+
+    shown: str
+    path: Path
+    index: Index
+    """Its `starts` are the places of the whole records, and of the byte behind the last."""
+    columns: None = None
+
+    def __len__(self) -> int:
+        return self.index.records
+
+    def where(self, place: int) -> str:
+        return f"{self.shown} record {place}"
+
+    def read(self, places: Sequence[int]) -> list[dict[str, Any] | Problem]:
+        starts, found = self.index.starts, []
+        with open(self.path, "rb") as file:
+            for low, high in runs(places):
+                whole = starts[low : high + 1]  # one less where the tear is asked for
+                file.seek(int(whole[0]))
+                block = file.read(int(whole[-1] - whole[0]))
+                bounds = (whole - whole[0]).tolist()
+                found += [self._record(block[a:b], low + n) for n, (a, b) in enumerate(itertools.pairwise(bounds))]
+                if high == len(starts):
+                    found.append(Problem(where=self.where(high - 1), what=self.index.torn))
+        return found
+
+    def _record(self, framed: bytes, place: int) -> dict[str, Any] | Problem:
+        data = framed[HEAD_BYTES:-TAIL_BYTES]
+        if masked_crc32c(data) != int.from_bytes(framed[-TAIL_BYTES:], "little"):
+            return Problem(where=self.where(place), what="its bytes do not match their checksum")
+        return _example(data, self.where(place))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArrayRecordFile:
+    """One file; readers are the process's, not the object's."""
+
+    shown: str
+    path: Path
+    index: Index
+    columns: None = None
+
+    def __len__(self) -> int:
+        return self.index.records
+
+    def where(self, place: int) -> str:
+        return f"{self.shown} record {place}"
+
+    def read(self, places: Sequence[int]) -> list[dict[str, Any] | Problem]:
+        reader = _array_reader(self.path, self.index.folder, os.getpid())
+        try:
+            found = reader.read(list(places))
+        except RuntimeError as error:  # of many records one may be damaged
+            if len(places) == 1:
+                return [Problem(where=self.where(places[0]), what=first_line(error))]
+            return [record for place in places for record in self.read([place])]
+        return [_example(data, self.where(place)) for data, place in zip(found, places, strict=True)]
+
+
+def open_tf_record(file: PlainFile, cache_dir: Path) -> TfRecordFile:
+    index = open_index("tfrecord", file, cache_dir, _index_tf_record)
+    return TfRecordFile(shown=file.shown, path=file.path, index=index)
+
+
+def open_array_record(file: PlainFile, cache_dir: Path) -> ArrayRecordFile:
+    """Raises UserError where `file` is not a whole ArrayRecord file."""
+    index = open_index("arrayrecord", file, cache_dir, _index_array_record)
+    return ArrayRecordFile(shown=file.shown, path=file.path, index=index)
+
+
+def _index_tf_record(file: PlainFile, starts: Path) -> Built:
+    places, torn, wrong = array.array("q", [0]), file.torn, None
+    if size := file.path.stat().st_size:
+        with open(file.path, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            while places[-1] + HEAD_BYTES + TAIL_BYTES <= size:
+                end = places[-1] + HEAD_BYTES + struct.unpack_from("<Q", data, places[-1])[0] + TAIL_BYTES
+                if end > size:
+                    break
+                places.append(end)
+            wrong = _first_wrong_length(data, places, size)
+    if wrong is not None:
+        del places[wrong + 1 :]
+        torn = "its length does not match its checksum, so that it and all behind it in the file cannot be found"
+    elif places[-1] != size:
+        torn = torn or "the file ends in the middle of it"
+    write_starts(starts, [np.frombuffer(places, np.int64)])
+    return Built(records=len(places) - 1 + bool(torn), digest=file_digest(file.path, torn), torn=torn)
+
+
+def _first_wrong_length(data: mmap.mmap, places: array.array, size: int) -> int | None:
+    """The first record whose length is damaged; the last place is one too, if a head fits in."""
+    heads = np.frombuffer(places, np.int64)
+    heads = heads[heads + HEAD_BYTES <= size]
+    for first in range(0, len(heads), CHECKED_AT_ONCE):
+        some = heads[first : first + CHECKED_AT_ONCE].tolist()
+        head_NB = np.frombuffer(b"".join(data[at : at + HEAD_BYTES] for at in some), np.uint8).reshape(-1, HEAD_BYTES)
+        stored = np.ascontiguousarray(head_NB[:, 8:]).view("<u4")[:, 0]
+        bad = np.flatnonzero(masked_crc32c_of_rows(head_NB[:, :8]) != stored)
+        if len(bad):
+            return first + int(bad[0])
+    return None
+
+
+def _index_array_record(file: PlainFile, starts: Path) -> Built:
+    reader = _new_reader(file.path)
+    if not reader.ok():
+        raise UserError(f"{file.shown} is not a whole ArrayRecord file; it may have been cut off on its way here")
+    return Built(records=reader.num_records(), digest=file_digest(file.path))
+
+
+@functools.lru_cache(READERS_OPEN)
+def _array_reader(path: Path, version: Path, process: int) -> Any:
+    """Its threads do not survive a fork, so it belongs to one process; `version` differs where the file has changed."""
+    return _new_reader(path)
+
+
+def _new_reader(path: Path) -> Any:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    return ArrayRecordReader(str(path), "readahead_buffer_size:0", file_reader_buffer_size=BUFFER_BYTES)
+
+
+@functools.cache
+def _proto() -> Any:
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    return tf_example_pb2.Example
+
+
+def _example(data: bytes, where: str) -> dict[str, Any] | Problem:
+    """A tf.Example's features: a value where there is one, else a list."""
+    from google.protobuf.message import DecodeError
+
+    try:
+        example = _proto().FromString(data)
+    except DecodeError as error:
+        return Problem(where=where, what=f"not a tf.Example ({error})")
+    return {name: _values(feature) for name, feature in example.features.feature.items()}
+
+
+def _values(feature: Any) -> Any:
+    kind = feature.WhichOneof("kind")
+    values = list(getattr(feature, kind).value) if kind else []
+    return values[0] if len(values) == 1 else values

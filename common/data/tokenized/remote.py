@@ -1,0 +1,77 @@
+"""Tokenised sources are put at an url: shard by shard, and the manifest last, so that a manifest means all is there."""
+
+import contextlib
+import dataclasses
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from common.data.sources.files import file_system
+from common.data.tokenized.prepare import Destination, Folder, finish
+from common.data.tokenized.prepared import MANIFEST, PROBLEMS
+from common.data.tokenized.remote_folder import RemoteFolder
+from common.data.tokenized.shards import REPORT, Job, ShardReport, write_shard
+from common.errors import UserError
+from common.files import read_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Remote:
+    """An url. A shard is written here, sent, and forgotten here; its report, sent last, says that it is there."""
+
+    folder: RemoteFolder
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def manifest(self) -> dict | None:
+        return self.folder.read_json(MANIFEST)
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Nobody is kept out: two that make the same send the same bytes."""
+        return contextlib.nullcontext()
+
+    def write(self, number: int, job: Job, tick: Callable[[int], None]) -> ShardReport:
+        name = REPORT.format(number=number)
+        if (there := self.folder.read_json(name)) is not None:
+            report = ShardReport(**there)
+            tick(report.records)
+            return report
+        with tempfile.TemporaryDirectory() as temporary:
+            here = Path(temporary)
+            report = write_shard(number, job, here, tick)
+            self.folder.make()
+            for file in report.hashes:
+                self.folder.send(here / file)
+        self.folder.send_json(name, dataclasses.asdict(report))
+        return report
+
+    def finish(self, job: Job, reports: Sequence[ShardReport]) -> None:
+        with tempfile.TemporaryDirectory() as temporary:
+            here = Path(temporary)
+            finish(job, here, reports)
+            self.folder.send(here / PROBLEMS)
+            self.folder.send_json(MANIFEST, read_json(here / MANIFEST))
+        for number in range(len(reports)):
+            self.folder.remove(REPORT.format(number=number))
+
+
+def destination(to: str, job: Job) -> Destination:
+    """The job's own folder in `to`, a folder here or an url."""
+    if "://" in to:
+        return Remote(RemoteFolder(f"{to.rstrip('/')}/{job.key()}"))
+    return Folder(Path(to).expanduser() / job.key())
+
+
+def check_destination(to: str) -> None:
+    """Raises UserError where nothing can be put in `to`, as far as can be told without trying."""
+    if "://" in to:
+        file_system(to)
+        return
+    try:
+        Path(to).expanduser().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{to} cannot be made: {error.strerror}") from error
+    if not os.access(Path(to).expanduser(), os.W_OK):
+        raise UserError(f"{to} cannot be written to")

@@ -1,0 +1,93 @@
+"""A folder at an url: files are fetched from it when they are needed, and sent to it."""
+
+import contextlib
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common.data.cache import build_once
+from common.data.sources.files import file_system, reading
+from common.data.sources.records import first_line
+from common.errors import UserError
+
+_fetching: dict[Path, threading.Lock] = {}
+"""One thread at a time asks for a file: `build_once` would tell of another process."""
+
+
+class RemoteFolder(NamedTuple):
+    """Files of anything that fsspec knows; can be sent to other processes."""
+
+    url: str
+
+    def __str__(self) -> str:
+        return self.url
+
+    def at(self, name: str) -> str:
+        return f"{self.url.rstrip('/')}/{name}"
+
+    def read_json(self, name: str) -> Any | None:
+        """What a JSON file holds; None where there is no such file. Raises UserError for one that is not JSON."""
+        with reading(self.at(name)):
+            try:
+                return json.loads(file_system(self.url).cat_file(self.at(name)))
+            except FileNotFoundError:
+                return None
+
+    def fetched(self, name: str, digest: str, folder: Path) -> Path:
+        """The file in `folder`, fetched where it is not there yet; two contents never share a place.
+
+        Raises UserError where it cannot be fetched, or its BLAKE2b is not `digest`.
+        """
+        path = folder / f"{digest}.{name}"
+        if not path.exists():
+            with _fetching.setdefault(path, threading.Lock()):
+                build_once(path, lambda part: self._fetch(name, digest, part))
+        return path
+
+    def send(self, path: Path) -> None:
+        """Copies a file there, under its own name. A killed one may leave half of it."""
+        with _writing(self.at(path.name)):
+            file_system(self.url).put_file(str(path), self.at(path.name))
+
+    def send_json(self, name: str, value: Any) -> None:
+        """Writes it whole or not at all."""
+        system, part = file_system(self.url), self.at(f".{name}.part")
+        with _writing(self.at(name)):
+            system.pipe_file(part, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+            system.mv(part, self.at(name))
+
+    def make(self) -> None:
+        """Where folders are things of their own; a bucket has none."""
+        with _writing(self.url):
+            file_system(self.url).makedirs(self.url, exist_ok=True)
+
+    def remove(self, name: str) -> None:
+        with _writing(self.at(name)), contextlib.suppress(FileNotFoundError):
+            file_system(self.url).rm_file(self.at(name))
+
+    def _fetch(self, name: str, digest: str, part: Path) -> None:
+        with reading(self.at(name)):
+            file_system(self.url).get_file(self.at(name), str(part))
+        if file_hash(part) != digest:
+            part.unlink()
+            raise UserError(
+                f"{self.at(name)} is damaged: its bytes are not those of its manifest; delete all and prepare it anew"
+            )
+
+
+def file_hash(path: Path) -> str:
+    """BLAKE2b, 128 bits, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+@contextlib.contextmanager
+def _writing(url: str) -> Iterator[None]:
+    """As `reading`."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{url} cannot be written: {first_line(error)}") from error

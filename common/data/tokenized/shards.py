@@ -1,0 +1,164 @@
+"""A shard of a tokenised source: which records it holds, and the one call that writes it, wherever it runs."""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from common.data.sources.records import Problem, Record, Source
+from common.data.tokenized.remote_folder import file_hash
+from common.data.tokenized.token_store import KEPT, ShardWriter
+from common.data.tokenizers.tokenizer import Tokenizer
+from common.errors import UserError
+from common.files import read_json, write_json
+
+FORMAT = 3
+"""Part of the cache's key: raise it with any change of what is stored."""
+RECORDS_AT_ONCE = 512
+MOST_SHARDS = 256
+REPORT = "{number:05d}.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to tokenise, and how; can be sent to other processes."""
+
+    source: Source
+    fields: tuple[str, ...]
+    tokenizer: Tokenizer
+    end_each: bool
+    """An eos behind every record."""
+    strict: bool
+    """Stop at the first record that cannot be used."""
+    records_a_shard: int = 1 << 14
+    """More where there would be too many shards."""
+
+    @property
+    def shown(self) -> str:
+        """The source, for messages."""
+        return self.source.content_id.partition(":blake2b")[0]
+
+    def key(self) -> str:
+        """Names what is made: equal keys, equal bytes."""
+        return hashlib.blake2b(json.dumps(self.identity()).encode(), digest_size=16).hexdigest()
+
+    def identity(self) -> list[object]:
+        """As `IDENTITY` names it."""
+        return [FORMAT, self.source.content_id, self.tokenizer.content_hash, list(self.fields), self.end_each]
+
+    def shards(self) -> int:
+        return max(1, min(MOST_SHARDS, -(-len(self.source) // self.records_a_shard)))
+
+    def records(self, number: int) -> range:
+        """Of shard `number`."""
+        total, shards = len(self.source), self.shards()
+        return range(number * total // shards, (number + 1) * total // shards)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardReport:
+    records: int
+    """Read."""
+    kept: int
+    empty: int
+    """Kept, with no token in any field."""
+    tokens: dict[str, int]
+    """Of each field."""
+    problems: list[str]
+    """One for each record that was left out."""
+    hashes: dict[str, str]
+    """File name -> BLAKE2b of its bytes."""
+    bytes: int
+    """Of these files."""
+
+
+def write_shard(number: int, job: Job, folder: Path, tick: Callable[[int], None] = lambda done: None) -> ShardReport:
+    """Tokenises shard `number` into `folder`, unless its report lies there already.
+
+    The report is written last, so a shard without one is begun anew. `tick` hears of every batch of records.
+    """
+    path = folder / REPORT.format(number=number)
+    if path.exists():
+        report = ShardReport(**read_json(path))
+        tick(report.records)
+        return report
+    writers = {field: ShardWriter(folder, number, field, job.tokenizer.vocab_size) for field in job.fields}
+    kept: list[int] = []
+    problems: list[str] = []
+    empty = 0
+    indices = job.records(number)
+    batches = [indices[begin : begin + RECORDS_AT_ONCE] for begin in range(0, len(indices), RECORDS_AT_ONCE)]
+    # One batch is tokenised, which is C++, while the one before is written.
+    with concurrent.futures.ThreadPoolExecutor(1) as ahead:
+        for batch, (found, ids) in zip(batches, _in_turn(ahead, job, batches), strict=True):
+            problems += [str(record) for record in found if isinstance(record, Problem)]
+            kept += [i - indices.start for i, record in zip(batch, found, strict=True) if isinstance(record, dict)]
+            lengths = [writer.append(ids[field]) for field, writer in writers.items()]
+            empty += int(np.count_nonzero(sum(lengths) == 0))
+            tick(len(batch))
+    tokens = {field: writer.close() for field, writer in writers.items()}
+    if len(kept) < len(indices):
+        np.save(folder / KEPT.format(number=number), np.array(kept, np.int64))
+    files = sorted(folder.glob(f"{number:05d}.*.npy"))
+    report = ShardReport(
+        records=len(indices),
+        kept=len(kept),
+        empty=empty,
+        tokens=tokens,
+        problems=problems,
+        hashes={file.name: file_hash(file) for file in files},
+        bytes=sum(file.stat().st_size for file in files),
+    )
+    write_json(path, dataclasses.asdict(report))
+    return report
+
+
+def _in_turn(
+    ahead: concurrent.futures.Executor, job: Job, batches: Sequence[range]
+) -> Iterator[tuple[list[Record | Problem], dict[str, list[np.ndarray]]]]:
+    """What `_encode` makes of each batch, the next one being made meanwhile."""
+    waiting = [ahead.submit(_encode, job, batch) for batch in batches[:1]]
+    for batch in [*batches[1:], None]:
+        first = waiting.pop() if waiting else None
+        if batch is not None:
+            waiting.append(ahead.submit(_encode, job, batch))
+        if first is not None:
+            yield first.result()
+
+
+def _encode(job: Job, indices: range) -> tuple[list[Record | Problem], dict[str, list[np.ndarray]]]:
+    """The records, and by field the ids of those that can be used. A strict job ends at the first that cannot."""
+    found = job.source.read(indices)
+    try:
+        ids = _ids(job, found)
+    except UserError:  # some text is not valid Unicode, which is too rare to look for first
+        found = [_checked(job, record, index) for record, index in zip(found, indices, strict=True)]
+        ids = _ids(job, found)
+    if job.strict and (problem := next((record for record in found if isinstance(record, Problem)), None)):
+        raise UserError(str(problem))
+    return found, ids
+
+
+def _ids(job: Job, found: Sequence[Record | Problem]) -> dict[str, list[np.ndarray]]:
+    records = [record for record in found if not isinstance(record, Problem)]
+    ids = {field: job.tokenizer.encode_batch([record[field] for record in records]) for field in job.fields}
+    if job.end_each:
+        end = np.array([job.tokenizer.eos_id], np.int32)
+        ids = {field: [np.concatenate([a, end]) for a in arrays] for field, arrays in ids.items()}
+    return ids
+
+
+def _checked(job: Job, record: Record | Problem, index: int) -> Record | Problem:
+    """The record, or what is wrong with it."""
+    if isinstance(record, Problem):
+        return record
+    for field in job.fields:
+        try:
+            record[field].encode()
+        except UnicodeEncodeError:
+            return Problem(f"{job.shown} record {index}", f"field {field!r} is not valid Unicode (a lone surrogate)")
+    return record

@@ -1,0 +1,234 @@
+"""Byte-pair tokenizers: trained on a run's own text, or loaded from the files that a model came with.
+
+Source: Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units"
+(https://arxiv.org/abs/1508.07909), over bytes as in Radford et al. 2019 (GPT-2). `tokenizers` does the work.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from common.data.config import BYTE_PAIR_LEAST, BytePairConfig
+from common.data.tokenizers.vocabulary import decode_around_sentinels, refuse_surrogates, table_rows, top_sentinel
+from common.errors import UserError, nearest
+from common.files import read_json
+
+VERSION: str = tokenizers.__version__
+TRAINED_SPECIALS = ("⟨pad⟩", "⟨eos⟩", "⟨unk⟩")
+"""Ids 0, 1, 2. Their brackets are no letters of the byte alphabet, so no merge can ever spell one."""
+WELL_KNOWN = {
+    "eos": ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>"),
+    "bos": ("<s>", "<|begin_of_text|>", "<bos>"),
+    "pad": ("<pad>", "<|finetune_right_pad_id|>"),
+    "unk": ("<unk>",),
+}
+"""Looked for where no `tokenizer_config.json` names a token."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Specials:
+    pad: int
+    eos: int
+    unk: int
+    start: int
+    bos: int | None
+
+
+class BytePairTokenizer:
+    """A `Tokenizer` (see common/data/tokenizers/tokenizer.py) over one of the `tokenizers` library."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, special: Specials, *, sentinels: int, content: bytes) -> None:
+        """`content` are the bytes that the tokenizer was read from. Raises UserError for sentinels beside its own."""
+        self._tokenizer, self._special = tokenizer, special
+        tokenizer.encode_special_tokens = True  # a text that spells a special token is a text
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        own = next(k for k in range(len(vocabulary) + 1) if f"<extra_id_{k}>" not in vocabulary)
+        if own and sentinels:
+            raise UserError(f"tokenizer.sentinels is {sentinels}, but the tokenizer has {own} of its own; nearest: 0")
+        self.sentinels, self.appended_sentinels = own or sentinels, sentinels
+        self.vocab_size = max(vocabulary.values()) + 1 + sentinels
+        self.table_size = table_rows(self.vocab_size)
+        self.pad_id, self.eos_id, self.unk_id = special.pad, special.eos, special.unk
+        self.start_id, self.bos_id = special.start, special.bos
+        self._sentinel_ids = [
+            vocabulary[f"<extra_id_{k}>"] if own else top_sentinel(k, sentinels, self.vocab_size)
+            for k in range(self.sentinels)
+        ]
+        self._sentinel_numbers = {token: k for k, token in enumerate(self._sentinel_ids)}
+        self._silent = _silent_ids(tokenizer, special)
+        self._known = frozenset(vocabulary.values())
+        layout = json.dumps([dataclasses.astuple(special), sentinels])
+        self.content_hash = hashlib.blake2b(content + layout.encode(), digest_size=16).hexdigest()
+
+    @classmethod
+    def trained(cls, model: bytes, *, sentinels: int) -> "BytePairTokenizer":
+        """From what `train_model` returned."""
+        special = Specials(pad=0, eos=1, unk=2, start=0, bos=None)
+        return cls(tokenizers.Tokenizer.from_buffer(model), special, sentinels=sentinels, content=model)
+
+    def files(self) -> dict[str, bytes]:
+        """Name and content of what `load` makes the same tokenizer of, given `appended_sentinels`."""
+        special = self._special
+        roles = {"pad": special.pad, "eos": special.eos, "unk": special.unk, "bos": special.bos}
+        names = {f"{role}_token": self._tokenizer.id_to_token(i) for role, i in roles.items() if i is not None}
+        described = names | {"add_bos_token": special.bos is not None}
+        return {
+            "tokenizer.json": self._tokenizer.to_str().encode(),
+            "tokenizer_config.json": json.dumps(described, indent=2).encode(),
+        }
+
+    def encode(self, text: str) -> np.ndarray:
+        """int32 [length]: the ids of `text` alone. Raises UserError for text that is not valid Unicode."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """As `encode`, for many texts, which share the machine's cores."""
+        try:
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except TypeError:
+            refuse_surrogates(texts)
+            raise
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`, whatever a model emits; special tokens are left out, except unk, which shows its name."""
+        known = (token if token in self._known or token in self._sentinel_numbers else self.unk_id for token in ids)
+        kept = [token for token in known if token not in self._silent]
+        return decode_around_sentinels(kept, self._sentinel_numbers, self._decode_run)
+
+    def sentinel_id(self, k: int) -> int:
+        """The id of sentinel `k`. Raises UserError beyond the last."""
+        if not 0 <= k < self.sentinels:
+            raise UserError(f"sentinel {k} does not exist: the tokenizer has {self.sentinels}")
+        return self._sentinel_ids[k]
+
+    def _decode_run(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def train_model(lines: Iterable[str], config: BytePairConfig) -> bytes:
+    """A `tokenizer.json`; equal lines give equal bytes.
+
+    Raises UserError, with the largest possible size, when the text cannot fill `config.vocab_size`.
+    """
+    tokenizer = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size - config.sentinels,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=list(TRAINED_SPECIALS),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(lines, trainer)
+    size = tokenizer.get_vocab_size() + config.sentinels
+    if size < config.vocab_size:
+        text = "has no text to be trained on" if size == BYTE_PAIR_LEAST + config.sentinels else "has too little text"
+        raise UserError(
+            f"the tokenizer {text}: tokenizer.vocab_size {config.vocab_size} is too large, at most {size} is possible"
+        )
+    return tokenizer.to_str().encode()
+
+
+def load(path: Path, *, sentinels: int, eos: str | None) -> BytePairTokenizer:
+    """From a `tokenizer.json`, or a folder that holds one or that holds `vocab.json` and `merges.txt`.
+
+    Special tokens are those that a `tokenizer_config.json` beside it names, or else well-known ones; `eos` overrules
+    both. Without a bos token targets start with pad, and without that with eos. Raises UserError where files are
+    absent or broken, or no token ends a text.
+    """
+    tokenizer, content = _read(path)
+    described = (path if path.is_dir() else path.parent) / "tokenizer_config.json"
+    names = read_json(described) if described.is_file() else {}
+    try:
+        special = _specials(tokenizer, names, eos)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return BytePairTokenizer(tokenizer, special, sentinels=sentinels, content=content)
+
+
+def _read(path: Path) -> tuple[tokenizers.Tokenizer, bytes]:
+    whole = path / "tokenizer.json" if path.is_dir() else path
+    parts = [path / "vocab.json", path / "merges.txt"]
+    by_parts = path.is_dir() and not whole.is_file()
+    if by_parts and not all(part.is_file() for part in parts):
+        raise UserError(f"tokenizer.path {path} holds neither tokenizer.json nor vocab.json and merges.txt")
+    try:
+        if by_parts:
+            content = b"\n\n".join(part.read_bytes() for part in parts)
+            return _byte_level(models.BPE.from_file(*map(str, parts))), content
+        content = whole.read_bytes()
+    except OSError as error:
+        raise UserError(f"tokenizer.path {path} cannot be read: {error.strerror}") from None
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"tokenizer.path {path} holds no byte-pair tokenizer: {error}") from None
+    try:
+        return tokenizers.Tokenizer.from_buffer(content), content
+    except Exception as error:
+        raise UserError(f"tokenizer.path {whole} is no tokenizer.json: {error}") from None
+
+
+def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
+    """Words by GPT-2's rule, their bytes as letters, no normalisation: so every text can be read back."""
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _specials(tokenizer: tokenizers.Tokenizer, names: Mapping[str, Any], eos: str | None) -> Specials:
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    if eos is not None and eos not in vocabulary:
+        special = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+        raise UserError(f"tokenizer.eos {eos!r} is no token; {nearest(eos, special)}")
+
+    def named(role: str) -> int | None:
+        name = names.get(f"{role}_token")
+        name = name.get("content") if isinstance(name, dict) else name
+        candidates = WELL_KNOWN[role] if name is None else (name,)
+        return next((vocabulary[name] for name in candidates if name in vocabulary), None)
+
+    before, after = _wrapping(tokenizer)
+    eos_id = vocabulary[eos] if eos is not None else _first(named("eos"), after[0] if after else None)
+    if eos_id is None:
+        raise UserError("no token is known to end a text; name one by tokenizer.eos")
+    bos, pad = named("bos"), named("pad")
+    if not before and names.get("add_bos_token") and bos is not None:
+        before = [bos]
+    if bos is None and before:
+        bos = before[0]
+    return Specials(
+        pad=_first(pad, eos_id),
+        eos=eos_id,
+        unk=_first(named("unk"), eos_id),
+        start=_first(bos, pad, eos_id),
+        bos=before[0] if len(before) == 1 else None,
+    )
+
+
+def _first(*ids: int | None) -> Any:
+    return next((token for token in ids if token is not None), None)
+
+
+def _wrapping(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer's own post-processor puts before and behind a text."""
+    plain, wrapped = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+    for start in range(len(wrapped) - len(plain) + 1):
+        if wrapped[start : start + len(plain)] == plain:
+            return wrapped[:start], wrapped[start + len(plain) :]
+    return [], []
+
+
+def _silent_ids(tokenizer: tokenizers.Tokenizer, special: Specials) -> frozenset[int]:
+    """What decoding leaves out: special tokens, but not unk, unless it also is one of the others."""
+    added = tokenizer.get_added_tokens_decoder()
+    named = {token for token, a in added.items() if a.special and not a.content.startswith("<extra_id_")}
+    structural = {special.pad, special.eos, special.start, special.eos if special.bos is None else special.bos}
+    return frozenset(named - {special.unk} | structural)

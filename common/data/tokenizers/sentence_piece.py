@@ -1,0 +1,152 @@
+"""SentencePiece models as tokenizers: trained on a run's own text, or loaded from a file.
+
+Source: Kudo & Richardson 2018, "SentencePiece: A simple and language independent subword tokenizer and detokenizer for
+neural text processing" (https://arxiv.org/abs/1808.06226); sentinels as in Raffel et al. 2020
+(https://arxiv.org/abs/1910.10683): ids on top of the pieces, counted down from the highest.
+"""
+
+import hashlib
+import io
+import re
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import sentencepiece
+
+from common.data.config import SentencePieceConfig
+from common.data.tokenizers.vocabulary import decode_around_sentinels, refuse_surrogates, table_rows, top_sentinel
+from common.errors import UserError
+
+VERSION: str = sentencepiece.__version__
+SPACE_MARK = "\u2581"
+"""How SentencePiece writes a space; the same character in a text needs care to be read back."""
+
+
+class SentencePieceTokenizer:
+    """A `Tokenizer` (see common/data/tokenizers/tokenizer.py) over a SentencePiece model.
+
+    A tokenizer that this module trained reads back exactly what it wrote, for every text: `decode(encode(x)) == x`.
+    A loaded one does what its model does (T5's folds compatible characters and runs of spaces). Sentinels come only
+    from objectives: the text `<extra_id_0>` is spelt like any other.
+    """
+
+    def __init__(self, model: bytes, *, sentinels: int = 0) -> None:
+        """`model` holds the bytes of a SentencePiece model. Raises UserError where they do not, or lack an id."""
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise UserError(f"not a SentencePiece model: {error}") from None
+        self.pieces: int = self._model.get_piece_size()
+        self.sentinels = sentinels
+        self.vocab_size = self.pieces + sentinels
+        """Pieces and sentinels."""
+        self.table_size = table_rows(self.vocab_size)
+        """Rows of an embedding table: `vocab_size`, padded up."""
+        pad, start = self._model.pad_id(), self._model.bos_id()
+        self.eos_id: int = self._model.eos_id()
+        self.unk_id: int = self._model.unk_id()
+        # Padding is never read (segments say what is real), so any id will do where a model names none.
+        self.pad_id: int = max(pad, 0)
+        self.start_id: int = pad if pad >= 0 else start
+        self.bos_id: int | None = start if start >= 0 else None
+        if self.eos_id < 0 or self.start_id < 0:
+            raise UserError("the SentencePiece model needs an eos id, and a pad or bos id to start targets with")
+        self.content_hash = hashlib.blake2b(model + f"|{sentinels}".encode(), digest_size=16).hexdigest()
+        """Of the model's bytes and the number of sentinels: two tokenizers with equal hashes write equal ids."""
+        self._mark_ids = self._spell_mark()
+
+    def serialized(self) -> bytes:
+        """The SentencePiece model, without sentinels."""
+        return self._model.serialized_model_proto()
+
+    def encode(self, text: str) -> np.ndarray:
+        """int32 [length]: the ids of `text`, without eos. Raises UserError for text that is not valid Unicode."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """As `encode`, for many texts."""
+        try:
+            ids = self._model.encode(list(texts), return_type="numpy")
+        except (RuntimeError, TypeError, UnicodeError):
+            refuse_surrogates(texts)
+            raise
+        if self._mark_ids:
+            ids = [self._encode_marks(t) if SPACE_MARK in t else i for t, i in zip(texts, ids, strict=True)]
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`, whatever a model emits.
+
+        Pad, eos and start are left out, a sentinel reads `<extra_id_K>` between spaces, and an id beyond the
+        vocabulary (a table's padding rows) reads as unk does.
+        """
+        known = [token if token < self.vocab_size else self.unk_id for token in map(int, ids)]
+        numbers = {self.vocab_size - 1 - k: k for k in range(self.sentinels)}
+        return decode_around_sentinels(known, numbers, self._model.decode)
+
+    def sentinel_id(self, k: int) -> int:
+        """The id of sentinel `k`; 0 is the highest id of the vocabulary. Raises UserError beyond the last."""
+        return top_sentinel(k, self.sentinels, self.vocab_size)
+
+    def _spell_mark(self) -> list[int]:
+        """Byte ids that spell the space mark; empty where the model has no bytes or reads newline as anything else."""
+        spelt = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+        newline = self._model.piece_to_id("<0x0A>")
+        plain = self.unk_id not in (*spelt, newline) and self._model.encode("\n")[-1:] == [newline]
+        return spelt if plain else []
+
+    def _encode_marks(self, text: str) -> np.ndarray:
+        """Ids of a text that holds the space mark itself, which SentencePiece would read back as a space."""
+        first, *rest = text.split(SPACE_MARK)
+        ids = list(self._model.encode(first))
+        # A newline is a byte of its own, so what follows it is segmented as in mid-text, without the leading space
+        # that SentencePiece puts before a text.
+        skip = len(self._model.encode("\n"))
+        for part in rest:
+            ids += self._mark_ids + self._model.encode("\n" + part)[skip:]
+        return np.array(ids, np.int32)
+
+
+def train_model(lines: Iterable[str], config: SentencePieceConfig) -> bytes:
+    """The bytes of a SentencePiece model; equal lines in equal order give equal bytes.
+
+    Text is taken as it is: no Unicode normalisation, no folding of spaces. Raises UserError, with the nearest possible
+    size, when the text cannot fill `config.vocab_size` or does not fit into it.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            vocab_size=config.vocab_size - config.sentinels,
+            model_type=config.model_type,
+            split_digits=config.split_digits,
+            byte_fallback=config.byte_fallback,
+            character_coverage=config.character_coverage,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            num_threads=1,  # more threads sum in another order: other scores, other bytes
+            shuffle_input_sentence=False,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(_explain(str(error), config)) from None
+    return model.getvalue()
+
+
+def _explain(message: str, config: SentencePieceConfig) -> str:
+    """SentencePiece's complaint in the config's own terms."""
+    largest = re.search(r"too high \(\d+\).*<= (\d+)", message)
+    least = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
+    bound = f"tokenizer.vocab_size {config.vocab_size} is too"
+    if largest:
+        return f"{bound} large for this text: at most {int(largest[1]) + config.sentinels} is possible"
+    if least:
+        return f"{bound} small for this text's characters: at least {int(least[1]) + config.sentinels} is needed"
+    if "sentences_.empty()" in message:
+        return "the tokenizer has no text to be trained on: the training split is empty"
+    return f"SentencePiece cannot be trained: {message}"

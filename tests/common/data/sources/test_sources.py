@@ -1,0 +1,358 @@
+"""Sources: every scheme gives the same records by number, ids follow the bytes, and mistakes are named."""
+
+import copy
+import gzip
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tensorflow_datasets as tfds
+
+from common.data import cache
+from common.data.built_in import cldr, pydocs
+from common.data.sources import by_name as sources
+from common.data.sources.by_name import open_source
+from common.data.sources.config import SourceConfig
+from common.data.sources.files import parse_split, slice_bounds
+from common.errors import UserError
+
+ROWS = [
+    ("one", "eins"),
+    ("", "leer"),
+    ("naïve “x”", "größer\\t"),
+    ("three words here", "日本語 ok"),
+    ("", ""),
+    ("5", "fünf"),
+]
+
+
+def write(folder, scheme, rows=ROWS, ending="\n", last="\n", name="data") -> str:
+    if scheme == "jsonl":
+        lines = [json.dumps({"de": de, "en": en}, ensure_ascii=False) for en, de in rows]
+    elif scheme == "tsv":
+        lines = ["en\tother\tde", *(f"{en}\tx\t{de}" for en, de in rows)]
+    else:
+        lines = [en for en, _ in rows]
+    path = folder / f"{name}.{scheme}"
+    path.write_bytes((ending.join(lines) + last).encode())
+    return f"{scheme}:{path}"
+
+
+def config(name: str, **fields) -> SourceConfig:
+    if name.startswith("text:"):
+        return SourceConfig(name=name, inputs=None, targets=None, **{"text": "text"} | fields)
+    return SourceConfig(name=name, **{"inputs": "en", "targets": "de"} | fields)
+
+
+def expected(scheme: str, rows=ROWS) -> list[dict]:
+    return [{"text": en} if scheme == "text" else {"inputs": en, "targets": de} for en, de in rows]
+
+
+@pytest.mark.parametrize("scheme", ["jsonl", "tsv", "text"])
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("last", [True, False])
+def test_local_files_give_every_record_in_any_order(tmp_path, scheme, ending, last):
+    name = write(tmp_path, scheme, ending=ending, last=ending if last else "")
+    source = open_source(config(name), "train", tmp_path)
+    assert len(source) == len(ROWS)
+    assert [source[i] for i in range(len(source))] == expected(scheme)
+    order = [3, 0, 5, 3]
+    assert source.read(order) == [expected(scheme)[i] for i in order]
+    assert copy.deepcopy(source)[3] == expected(scheme)[3]  # as a worker gets it: by state, not by open file
+    for index in (-1, len(source)):
+        with pytest.raises(IndexError):
+            source[index]
+
+
+@pytest.mark.parametrize("scheme", ["jsonl", "tsv", "text"])
+def test_a_byte_order_mark_is_not_text(tmp_path, scheme):
+    path = write(tmp_path, scheme).split(":", 1)[1]
+    with open(path, "rb") as file:
+        text = file.read()
+    with open(path, "wb") as file:
+        file.write(b"\xef\xbb\xbf" + text)
+    assert open_source(config(f"{scheme}:{path}"), "train", tmp_path)[0] == expected(scheme)[0]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_the_index_does_not_depend_on_the_size_of_reads(tmp_path, monkeypatch, chunk):
+    whole = open_source(config(write(tmp_path, "jsonl")), "train", tmp_path)
+    monkeypatch.setattr("common.data.sources.line_files.CHUNK_BYTES", chunk)
+    again = open_source(config(f"jsonl:{tmp_path}/data.jsonl"), "train", tmp_path / "another cache")
+    assert again.read(range(len(again))) == whole.read(range(len(whole))) == expected("jsonl")
+    assert again.content_id == whole.content_id
+
+
+@pytest.mark.parametrize("scheme", ["jsonl", "tsv", "text"])
+def test_gzip_is_unpacked_once(tmp_path, scheme, monkeypatch):
+    plain = write(tmp_path, scheme).split(":", 1)[1]
+    with open(plain, "rb") as file, gzip.open(f"{plain}.gz", "wb") as packed:
+        packed.write(file.read())
+    source = open_source(config(f"{scheme}:{plain}.gz"), "train", tmp_path / "cache")
+    assert [source[i] for i in range(len(source))] == expected(scheme)
+    monkeypatch.setattr("gzip.open", lambda *_: pytest.fail("unpacked twice"))
+    assert open_source(config(f"{scheme}:{plain}.gz"), "train", tmp_path / "cache")[0] == source[0]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["", "[:1%]", "[99%:]", "[33%:67%]", "[:15%]", "[10:20]", "[-7:]", "[:-7]", "[-10%:]", "[5:]", "[50%:]"],
+)
+@pytest.mark.parametrize("count", [250, 1_003, 37])
+def test_slices_follow_tfds(spec, count):
+    info = {"train": tfds.core.SplitInfo(name="train", shard_lengths=[count], num_bytes=0, filename_template=None)}
+    (wanted,) = tfds.core.ReadInstruction.from_spec("train" + spec).to_absolute(
+        tfds.core.splits.SplitDict(info.values())
+    )
+    low, high = slice_bounds(*parse_split("train" + spec)[1:], count)
+    assert (low, high) == (wanted.from_ or 0, count if wanted.to is None else wanted.to)
+
+
+def test_slices_of_a_file_part_it(tmp_path):
+    rows = [(str(i), str(-i)) for i in range(103)]
+    name = write(tmp_path, "tsv", rows)
+    parts = [open_source(config(name), split, tmp_path) for split in ("train[:90%]", "train[90%:]")]
+    assert [part[i]["inputs"] for part in parts for i in range(len(part))] == [en for en, _ in rows]
+    assert len({part.content_id for part in parts}) == 2
+
+
+@pytest.mark.parametrize(
+    "split", ["train[", "train[5]", "train[:x]", "train[:-]", "a b", "", "train[:%]", "train[:1.5%]"]
+)
+def test_a_malformed_split_is_a_clear_error(tmp_path, split):
+    with pytest.raises(UserError, match="must be a name or a slice"):
+        open_source(config(write(tmp_path, "jsonl")), split, tmp_path)
+
+
+def test_splits_of_local_files_are_files(tmp_path):
+    for split in ("train", "validation"):
+        write(tmp_path, "jsonl", [(split, split)], name=f"part-{split}")
+    name = f"jsonl:{tmp_path}/part-{{split}}.jsonl"
+    assert open_source(config(name), "validation", tmp_path)[0]["inputs"] == "validation"
+    with pytest.raises(UserError, match="no split 'valid'.*did you mean 'validation'.*train"):
+        open_source(config(name), "valid", tmp_path)
+    with pytest.raises(UserError, match="its only split is 'train', not 'test'"):
+        open_source(config(write(tmp_path, "jsonl")), "test", tmp_path)
+
+
+def test_the_content_id_follows_bytes_split_and_fields(tmp_path):
+    name = write(tmp_path, "jsonl")
+    ids = {
+        open_source(config(name), "train", tmp_path).content_id,
+        open_source(config(name), "train[:50%]", tmp_path).content_id,
+        open_source(config(name, inputs="de", targets="en"), "train", tmp_path).content_id,
+    }
+    assert len(ids) == 3
+    assert open_source(config(name), "train", tmp_path).content_id in ids
+    elsewhere = write(tmp_path / "elsewhere", "jsonl") if (tmp_path / "elsewhere").mkdir() is None else ""
+    assert open_source(config(elsewhere), "train", tmp_path).content_id in ids  # the folder does not matter
+    changed = write(tmp_path, "jsonl", [*ROWS[:-1], ("6", "fünf")])
+    assert open_source(config(changed), "train", tmp_path).content_id not in ids
+
+
+@pytest.mark.parametrize(
+    ("scheme", "content", "index", "words"),
+    [
+        ("jsonl", b'{"en": "a", "de": "b"}\n{"en": "a"}\n', 1, ("line 2", "'de'", "targets")),
+        ("jsonl", b'{"en": "a", "de": "b"}\n{"en": "a", "dee": "b"}\n', 1, ("line 2", "did you mean 'dee'")),
+        ("jsonl", b'{"en": "a", "de": "b"}\n\n{"en": "a", "de": "b"}\n', 1, ("line 2", "not JSON")),
+        ("jsonl", b'{"en": "a", "de": "b"}\n[1]\n', 1, ("line 2", "object")),
+        ("jsonl", b'{"en": "a", "de": "b"}\n{"en": 1, "de": "b"}\n', 1, ("line 2", "'en'", "int")),
+        ("jsonl", b'{"en": "a", "de": "b"}\n{"en": "\xff", "de": "b"}\n', 1, ("line 2", "not UTF-8")),
+        ("jsonl", b'{"en": "a", "de": "b"', 0, ("line 1", "not JSON")),
+        ("tsv", b"en\tde\na\tb\na\tb\tc\n", 1, ("line 3", "3 cells", "2 columns")),
+        ("tsv", b"en\tde\na\tb\na\n", 1, ("line 3", "1 cells")),
+        ("tsv", b"en\tdee\na\tb\n", 0, ("no field 'de'", "did you mean 'dee'")),
+        ("tsv", b"en\ten\na\tb\n", 0, ("line 1", "one name")),
+        ("tsv", b"", 0, ("empty",)),
+        ("text", b"fine\nb\xe4d\n", 1, ("line 2", "byte 2 is not UTF-8")),
+    ],
+)
+def test_bad_records_are_named_by_file_and_line(tmp_path, scheme, content, index, words):
+    path = tmp_path / "bad.file"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        open_source(config(f"{scheme}:{path}"), "train", tmp_path)[index]
+    for word in ("bad.file", *words):
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_lines_of_a_slice_are_those_of_the_file(tmp_path):
+    path = tmp_path / "bad.tsv"
+    path.write_bytes(b"en\tde\n" + b"a\tb\n" * 50 + b"oops\n")
+    with pytest.raises(UserError, match="bad.tsv line 52"):
+        open_source(config(f"tsv:{path}"), "train[-2:]", tmp_path)[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("jsonl:{}/dota.jsonl", ("no such file", "did you mean 'data.jsonl'")),
+        ("jsonl:{}/nowhere/data.jsonl", ("no such file",)),
+        ("jsonl:{}/nowhere/{{split}}.jsonl", ("no split 'train'",)),
+    ],
+)
+def test_a_missing_file_is_named_with_its_nearest(tmp_path, name, words):
+    write(tmp_path, "jsonl")
+    with pytest.raises(UserError) as error:
+        open_source(config(name.format(tmp_path)), "train", tmp_path)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_text_has_one_field(tmp_path):
+    with pytest.raises(UserError, match="no field 'txt'; did you mean 'text'"):
+        open_source(config(write(tmp_path, "text"), text="txt"), "train", tmp_path)
+
+
+def test_an_empty_file_has_no_records(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    assert len(open_source(config(f"text:{tmp_path}/empty.txt"), "train", tmp_path)) == 0
+
+
+def test_a_group_comes_along_and_does_not_change_the_content(tmp_path):
+    path = tmp_path / "g.jsonl"
+    path.write_text('{"en": "a", "de": "b", "k": 3}\n')
+    grouped = open_source(config(f"jsonl:{path}", group="k"), "train", tmp_path)
+    assert grouped[0] == {"inputs": "a", "targets": "b", "group": "3"}
+    assert grouped.content_id == open_source(config(f"jsonl:{path}"), "train", tmp_path).content_id
+
+
+class TinyTranslate(tfds.core.GeneratorBasedBuilder):
+    """An ordinary TFDS data set, as a user may have prepared it elsewhere."""
+
+    VERSION = tfds.core.Version("3.1.4")
+
+    def _info(self):
+        label = tfds.features.ClassLabel(num_classes=3)
+        text = tfds.features.Text
+        features = tfds.features.FeaturesDict({"en": text(), "de": text(), "label": label})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(200), "test": self._generate_examples(7)}
+
+    def _generate_examples(self, count):
+        for i in range(count):
+            yield i, {"en": f"number {i}", "de": f"Nummer größer {i}", "label": i % 3}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tfds")
+    TinyTranslate(data_dir=folder, file_format="array_record").download_and_prepare()
+    return folder
+
+
+def test_a_prepared_tfds_data_set_is_read_without_its_code_and_without_tensorflow(tiny, tmp_path):
+    code = f"""
+import pathlib, sys
+from common.data.sources.config import SourceConfig
+from common.data.sources.by_name import open_source
+assert "tensorflow_datasets" not in sys.modules
+config = SourceConfig(name="tfds:tiny_translate", inputs="en", targets="de", group="label")
+source = open_source(config, "train[:10%]", pathlib.Path({str(tmp_path)!r}))
+print(source.content_id, len(source), source[3])
+assert not any(name.split(".")[0] == "tensorflow" for name in sys.modules)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "TFDS_DATA_DIR": str(tiny)}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert "tiny_translate/3.1.4:train[:10%]" in run.stdout and " 20 " in run.stdout
+    assert "größer" in run.stdout and "'group': '" in run.stdout
+
+
+def test_tfds_records_by_number(tiny, monkeypatch, tmp_path):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tiny))
+    source = open_source(config("tfds:tiny_translate"), "train", tmp_path)
+    found = source.read(range(len(source)))
+    assert {record["inputs"] for record in found} == {f"number {i}" for i in range(200)}
+    assert all(record["targets"] == record["inputs"].replace("number", "Nummer größer") for record in found)
+    assert [source[i] for i in (5, 0, 199)] == [found[i] for i in (5, 0, 199)]
+    assert source.read([]) == []
+    for index in (-1, 200):
+        with pytest.raises(IndexError):
+            source[index]
+    halves = [open_source(config("tfds:tiny_translate"), split, tmp_path) for split in ("train[:50%]", "train[50%:]")]
+    assert [half[i] for half in halves for i in range(len(half))] == found
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "fields", "words"),
+    [
+        ("tiny_translate", "trian", {}, ("no split 'trian'", "did you mean 'train'", "test")),
+        ("tiny_translate", "train[:x%]", {}, ("split 'train[:x%]' cannot be read",)),
+        ("tiny_translate", "train", {"inputs": "lable"}, ("source.inputs", "'lable'", "did you mean 'label'")),
+        ("tiny_translate", "train", {"inputs": "label"}, ("source.inputs", "must be text")),
+        ("tiny_translat", "train", {}, ("did you mean 'tiny_translate'", "tfds build tiny_translat", "array_record")),
+        ("cldr_translate/en_dee", "train", {}, ("'dee'", " or de ")),
+        ("cldr_translate", "train", {}, ("SRC_DST",)),
+    ],
+)
+def test_mistakes_with_tfds_are_named(tiny, monkeypatch, tmp_path, name, split, fields, words):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tiny))
+    with pytest.raises(UserError) as error:
+        open_source(config(f"tfds:{name}", **fields), split, tmp_path)[0]
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_failed_download_says_how_to_prepare(monkeypatch, tmp_path):
+    class NeedsNetwork(TinyTranslate):
+        def _split_generators(self, dl_manager):
+            raise OSError("no network")
+
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    with pytest.raises(UserError, match="no network.*tfds build needs_network --file_format=array_record"):
+        open_source(config("tfds:needs_network"), "train", tmp_path)
+
+
+def test_the_built_in_data_set_through_the_front_door(monkeypatch, tmp_path):
+    for kind in cldr.MIX:
+        monkeypatch.setitem(cldr.MIX, kind, 30)
+    built = config("tfds:cldr_translate/en_de", group="kind")
+    source = open_source(built, "train[:50]", tmp_path)
+    assert len(source) == 50 and set(source[0]) == {"inputs", "targets", "group"}
+    assert cldr.maker_version() in source.content_id and "train[:50]" in source.content_id
+    with pytest.raises(UserError, match="did you mean 'test_unseen_names'"):
+        open_source(built, "test_unseen", tmp_path)
+
+
+def test_opening_is_lazy():
+    """The training path does not pay for TFDS until a TFDS source is opened."""
+    code = (
+        "import sys, common.data.sources.by_name; print('tensorflow_datasets' in sys.modules, 'babel' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split() == ["False", "False"]
+
+
+def test_the_cache_folder_is_where_it_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("TWINSTACK_CACHE", str(tmp_path / "here"))
+    assert cache.default_cache_dir() == tmp_path / "here"
+    monkeypatch.delenv("TWINSTACK_CACHE")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache.default_cache_dir() == tmp_path / "twinstack"
+
+
+def test_build_once_builds_once_and_forgets_what_failed(tmp_path):
+    built = []
+
+    def build(part):
+        part.mkdir()
+        (part / "file").write_text(str(len(built)))
+        built.append(part)
+        if len(built) == 1:
+            raise RuntimeError("died half way")
+
+    with pytest.raises(RuntimeError):
+        cache.build_once(tmp_path / "deep" / "thing", build)
+    assert not (tmp_path / "deep" / "thing").exists()
+    assert (cache.build_once(tmp_path / "deep" / "thing", build) / "file").read_text() == "1"
+    assert cache.build_once(tmp_path / "deep" / "thing", build).is_dir() and len(built) == 2
+    assert (cldr.CldrTranslate.name, pydocs.Pydocs.name) == sources.BUILT_IN
