@@ -199,6 +199,23 @@ def test_processes_share_the_rows(count: int) -> None:
         assert sum(share.loss_tokens for share in shares) == whole.loss_tokens
 
 
+def test_each_process_reads_its_share_alone() -> None:
+    class Watched(RecordExamples):
+        def make(self, number_E: np.ndarray) -> list[Example]:
+            self.read = [*getattr(self, "read", []), *number_E.tolist()]
+            return super().make(number_E)
+
+    def reads(index: int, count: int) -> list[int]:
+        given: dict = {"objective": BARE, "seed": 0, "tokenizer": special_ids(), "source_content_id": "s"}
+        examples = Watched(EXAMPLES._records, **given)
+        list(loader_of(examples, index, count).iterate(2, 7))
+        return examples.read
+
+    shares = [reads(index, 4) for index in range(4)]
+    assert sorted(number for share in shares for number in share) == sorted(reads(0, 1))
+    assert all(not set(a) & set(b) for a, b in itertools.combinations(shares, 2))
+
+
 def test_rows_must_divide_among_processes() -> None:
     with pytest.raises(UserError, match="4 does not divide among 3"):
         loader_of(index=0, count=3)

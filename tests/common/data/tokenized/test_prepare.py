@@ -152,7 +152,7 @@ from common.data.config import SentencePieceConfig
 from common.data.tokenizers.sentence_piece import SentencePieceTokenizer, train_model
 here = Path(__file__).parent
 source = open_fields(f"text:{here}/a.txt", {"text": "text"}, "train", here / "cache")
-tokenizer = SentencePieceTokenizer(train_model(["line 1 2 3"] * 9, SentencePieceConfig(vocab_size=262)))
+tokenizer = SentencePieceTokenizer(train_model(["line 1 2 3"] * 9, SentencePieceConfig(vocab_size=267)))
 job = Job(source=source, fields=("text",), tokenizer=tokenizer, end_each=False, strict=False, records_a_shard=10)
 prepare(job, here / "tokens", workers=2)
 """
