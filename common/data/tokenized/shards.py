@@ -1,11 +1,13 @@
 """A shard of a tokenised source: which records it holds, and the one call that writes it, wherever it runs."""
 
+import collections
 import concurrent.futures
 import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +21,8 @@ from common.files import read_json, write_json
 FORMAT = 3
 """Part of the cache's key: raise it with any change of what is stored."""
 RECORDS_AT_ONCE = 512
+THREADS = 2
+"""Batches that are tokenised at a time: that is C++ or Rust, beside which Python reads and writes."""
 MOST_SHARDS = 256
 REPORT = "{number:05d}.json"
 
@@ -87,26 +91,25 @@ def write_shard(number: int, job: Job, folder: Path, tick: Callable[[int], None]
         tick(report.records)
         return report
     writers = {field: ShardWriter(folder, number, field, job.tokenizer.vocab_size) for field in job.fields}
-    kept: list[int] = []
+    kept: list[Sequence[int]] = []
     problems: list[str] = []
     empty = 0
     indices = job.records(number)
     batches = [indices[begin : begin + RECORDS_AT_ONCE] for begin in range(0, len(indices), RECORDS_AT_ONCE)]
-    # One batch is tokenised, which is C++, while the one before is written.
-    with concurrent.futures.ThreadPoolExecutor(1) as ahead:
-        for batch, (found, ids) in zip(batches, _in_turn(ahead, job, batches), strict=True):
-            problems += [str(record) for record in found if isinstance(record, Problem)]
-            kept += [i - indices.start for i, record in zip(batch, found, strict=True) if isinstance(record, dict)]
-            lengths = [writer.append(ids[field]) for field, writer in writers.items()]
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as ahead:
+        for batch, made in zip(batches, _in_turn(ahead, job, batches), strict=True):
+            problems += made.problems
+            kept.append(made.kept)
+            lengths = [writer.append(made.ids[field]) for field, writer in writers.items()]
             empty += int(np.count_nonzero(sum(lengths) == 0))
             tick(len(batch))
     tokens = {field: writer.close() for field, writer in writers.items()}
-    if len(kept) < len(indices):
-        np.save(folder / KEPT.format(number=number), np.array(kept, np.int64))
+    if problems:
+        np.save(folder / KEPT.format(number=number), np.concatenate(kept).astype(np.int64) - indices.start)
     files = sorted(folder.glob(f"{number:05d}.*.npy"))
     report = ShardReport(
         records=len(indices),
-        kept=len(kept),
+        kept=sum(map(len, kept)),
         empty=empty,
         tokens=tokens,
         problems=problems,
@@ -117,34 +120,44 @@ def write_shard(number: int, job: Job, folder: Path, tick: Callable[[int], None]
     return report
 
 
-def _in_turn(
-    ahead: concurrent.futures.Executor, job: Job, batches: Sequence[range]
-) -> Iterator[tuple[list[Record | Problem], dict[str, list[np.ndarray]]]]:
-    """What `_encode` makes of each batch, the next one being made meanwhile."""
-    waiting = [ahead.submit(_encode, job, batch) for batch in batches[:1]]
-    for batch in [*batches[1:], None]:
-        first = waiting.pop() if waiting else None
-        if batch is not None:
-            waiting.append(ahead.submit(_encode, job, batch))
-        if first is not None:
-            yield first.result()
+class _Encoded(NamedTuple):
+    """A batch of records."""
+
+    kept: Sequence[int]
+    """Their numbers, but for those that cannot be used."""
+    problems: list[str]
+    ids: dict[str, list[np.ndarray]]
+    """By field."""
 
 
-def _encode(job: Job, indices: range) -> tuple[list[Record | Problem], dict[str, list[np.ndarray]]]:
-    """The records, and by field the ids of those that can be used. A strict job ends at the first that cannot."""
+def _in_turn(ahead: concurrent.futures.Executor, job: Job, batches: Sequence[range]) -> Iterator[_Encoded]:
+    """What `_encode` makes of each batch, the next ones being made meanwhile."""
+    waiting: collections.deque[concurrent.futures.Future[_Encoded]] = collections.deque()
+    for batch in batches:
+        waiting.append(ahead.submit(_encode, job, batch))
+        if len(waiting) > THREADS:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _encode(job: Job, indices: range) -> _Encoded:
+    """A strict job ends at the first record that cannot be used."""
     found = job.source.read(indices)
     try:
         ids = _ids(job, found)
-    except UserError:  # some text is not valid Unicode, which is too rare to look for first
+    except (TypeError, UserError):  # a Problem has no fields; or a text is not valid Unicode
         found = [_checked(job, record, index) for record, index in zip(found, indices, strict=True)]
-        ids = _ids(job, found)
-    if job.strict and (problem := next((record for record in found if isinstance(record, Problem)), None)):
-        raise UserError(str(problem))
-    return found, ids
+        ids = _ids(job, [record for record in found if not isinstance(record, Problem)])
+    problems = [str(record) for record in found if isinstance(record, Problem)]
+    if problems and job.strict:
+        raise UserError(problems[0])
+    usable = zip(indices, found, strict=True)
+    kept = [i for i, record in usable if not isinstance(record, Problem)] if problems else indices
+    return _Encoded(kept=kept, problems=problems, ids=ids)
 
 
-def _ids(job: Job, found: Sequence[Record | Problem]) -> dict[str, list[np.ndarray]]:
-    records = [record for record in found if not isinstance(record, Problem)]
+def _ids(job: Job, records: Sequence[Any]) -> dict[str, list[np.ndarray]]:
     ids = {field: job.tokenizer.encode_batch([record[field] for record in records]) for field in job.fields}
     if job.end_each:
         end = np.array([job.tokenizer.eos_id], np.int32)

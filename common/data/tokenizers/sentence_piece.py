@@ -66,7 +66,7 @@ class SentencePieceTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """As `encode`, for many texts."""
         try:
-            ids = self._model.encode(list(texts), return_type="numpy")
+            ids = self._model.encode(list(texts), return_type="numpy", num_threads=1)
         except (RuntimeError, TypeError, UnicodeError):
             refuse_surrogates(texts)
             raise
