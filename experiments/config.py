@@ -1,6 +1,7 @@
 """What an experiment is: one data stream, one way to train, several arms."""
 
 import dataclasses
+from typing import Literal
 
 from common.compute.moments import Moments
 from common.data.config import DataConfig
@@ -58,6 +59,8 @@ class Evaluation:
     max_new_tokens: int
     validation_batches: int
     """Batches of the validation split that a validation loss is taken over."""
+    headline: Literal["exact_match", "bleu"] = "exact_match"
+    """The score that stands first in the report."""
     multi_turn: MultiTurn | None = None
 
     def __post_init__(self) -> None:

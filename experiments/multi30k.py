@@ -61,7 +61,12 @@ def multi30k() -> Experiment:
             execution=Execution(dtype="float32", scan_layers=False),
         ),
         evaluation=Evaluation(
-            splits=("test_2016_flickr",), examples=1000, rows=125, max_new_tokens=80, validation_batches=32
+            splits=("test_2016_flickr",),
+            examples=1000,
+            rows=125,
+            max_new_tokens=80,
+            validation_batches=32,
+            headline="bleu",
         ),
         arms={
             "t5like": Arm(model=match_training_flops(t5like, gpt, text, multiple=8), learning_rate=4e-3),

@@ -79,6 +79,22 @@ def corpus_bleu(
     return percentile_interval(_bleu(statistics_ES.sum(axis=0)), resampled_R)
 
 
+def bleu_difference(
+    first: Sequence[str], second: Sequence[str], references: Sequence[str], *, seed: int = 0, resamples: int = 1000
+) -> Interval:
+    """Corpus BLEU of the first system less that of the second, with the interval of a paired bootstrap: every resample
+    draws the same sentences for both (Koehn 2004)."""
+    sides = [_sentence_statistics(predictions, references) for predictions in (first, second)]
+    generator, examples = np.random.default_rng(seed), len(references)
+    resampled_R = np.empty(resamples)
+    for r in range(resamples):
+        drawn_E = np.bincount(generator.integers(examples, size=examples), minlength=examples)
+        one, other = (_bleu(drawn_E @ statistics_ES) for statistics_ES in sides)
+        resampled_R[r] = one - other
+    one, other = (_bleu(statistics_ES.sum(axis=0)) for statistics_ES in sides)
+    return percentile_interval(one - other, resampled_R)
+
+
 def _sentence_statistics(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
     """int64 [E, 10]: prediction length, reference length, matching n-grams of order 1 to 4, n-grams of order 1 to 4."""
     from sacrebleu.metrics import BLEU

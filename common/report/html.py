@@ -14,9 +14,10 @@ from common.analysis.statistics import CONFIDENCE
 from common.files import write_atomically
 from common.report import plots, samples, tables
 from common.report.certificate import certify_run, flatten
+from common.report.results import TextScore
 from common.report.run_files import ArmRun, Run, read_run
 from common.report.units import duration, percent, si
-from common.report.verdicts import Example, caveat, pair_examples, verdicts
+from common.report.verdicts import Example, caveat, headline, pair_examples, verdicts
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -69,7 +70,7 @@ def _context(run: Run) -> dict[str, Any]:
         "card": {k: v for k, v in run.experiment.items() if k not in known and isinstance(v, (str, int, float)) and v},
         "arms": [arm.name for arm in run.arms],
         "symbols": [_symbol(i) for i in range(len(run.arms))],
-        "tiles": [_tile(arm) for arm in run.arms],
+        "tiles": [_tile(arm, headline(run)) for arm in run.arms],
         "confidence": percent(CONFIDENCE, 0),
         "verdicts": verdicts(run),
         "caveat": caveat(run),
@@ -99,14 +100,21 @@ def _symbol(index: int) -> str:
     return {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚"}[plots.MARKERS[index % len(plots.MARKERS)]]
 
 
-def _tile(arm: ArmRun) -> dict[str, str]:
-    """An arm in a few figures; the large one is exact match on the first split, or else the validation loss."""
+def _tile(arm: ArmRun, headline: str) -> dict[str, str]:
+    """An arm in a few figures; the large one is the headline's on the first split, or else the validation loss."""
     result = arm.result
     whole = next((score for score in result.scores if score.group == "all"), None)
     lines = f"{si(result.parameters)} parameters · {duration(result.train_seconds)} of training"
     loss = f"{result.validation_loss:.4f}"
     if whole is None:
         return {"name": arm.name, "value": loss, "label": "validation loss, nats per token", "lines": lines}
+    if headline == "bleu" and whole.bleu is not None:
+        return {
+            "name": arm.name,
+            "value": f"{whole.bleu.value:.1f}",
+            "label": f"BLEU, {whole.split} [{whole.bleu.low:.1f}, {whole.bleu.high:.1f}]{_copied(whole)}",
+            "lines": f"validation loss {loss} · {lines}",
+        }
     low, high = whole.exact_match.low, whole.exact_match.high
     return {
         "name": arm.name,
@@ -114,6 +122,10 @@ def _tile(arm: ArmRun) -> dict[str, str]:
         "label": f"exact match, {whole.split} [{100 * low:.1f}, {100 * high:.1f}]",
         "lines": f"validation loss {loss} · {lines}",
     }
+
+
+def _copied(score: TextScore) -> str:
+    return "" if score.copied_bleu is None else f"; copying the inputs scores {score.copied_bleu:.2f}"
 
 
 def _shown(examples: Sequence[Example], count: int) -> list[dict[str, Any]]:

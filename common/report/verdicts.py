@@ -59,10 +59,13 @@ def _keyed(samples: tuple[Sample, ...]) -> Iterator[tuple[tuple[str, str, str, i
 
 
 def verdicts(run: Run) -> tuple[Verdict, ...]:
-    """One sentence a split and pair of arms (the first against each other one), and one on the validation loss."""
+    """Sentences for each split and pair of arms (the first against each other one), and one on the validation loss."""
     examples = pair_examples(run.arms)
     lines = [
-        _compare(run, examples, split, other) for split in splits(run.results) for other in range(1, len(run.arms))
+        line
+        for split in splits(run.results)
+        for other in range(1, len(run.arms))
+        for line in _compare(run, examples, split, other)
     ]
     losses = ", ".join(f"{r.arm} {r.validation_loss:.4f}" for r in run.results)
     return (*lines, Verdict(text=f"Validation loss: {losses} nats per token."))
@@ -78,10 +81,11 @@ def caveat(run: Run) -> str:
     )
 
 
-def _compare(run: Run, examples: tuple[Example, ...], split: str, other: int) -> Verdict:
+def _compare(run: Run, examples: tuple[Example, ...], split: str, other: int) -> list[Verdict]:
+    """By exact match and, where it is scored, by BLEU; the experiment's headline first."""
     first, second = run.arms[0], run.arms[other]
     pairs = [
-        (a.correct, b.correct)
+        (a, b)
         for example in examples
         if example.split == split and (a := example.answers[0]) and (b := example.answers[other])
     ]
@@ -91,11 +95,36 @@ def _compare(run: Run, examples: tuple[Example, ...], split: str, other: int) ->
         # a selection of samples (errors first, say) must not pass for the whole split
         text = f"Exact match, {split}: {first.name} and {second.name} are not compared example by example"
         counts = " and ".join(f"{n:,}" for n in sorted(scored))
-        return Verdict(text=f"{text}: samples.jsonl pairs {len(pairs):,} of {counts} examples.")
-    correct_E2 = np.array(pairs, bool)
+        return [Verdict(text=f"{text}: samples.jsonl pairs {len(pairs):,} of {counts} examples.")]
+    exact = _compare_exactly(split, first.name, second.name, pairs)
+    if not all(score and score.bleu for score in scores):
+        return [exact]
+    bleu = _compare_bleu(split, first.name, second.name, pairs)
+    return [bleu, exact] if headline(run) == "bleu" else [exact, bleu]
+
+
+def headline(run: Run) -> str:
+    """Which score stands first: "exact_match" or "bleu"."""
+    return run.experiment.get("evaluation", {}).get("headline", "exact_match")
+
+
+def _compare_bleu(split: str, first: str, second: str, pairs: list[tuple[Sample, Sample]]) -> Verdict:
+    from common.evals.text_metrics import bleu_difference
+
+    ours, theirs = ([pair[side].prediction for pair in pairs] for side in (0, 1))
+    found = bleu_difference(ours, theirs, [a.target for a, _ in pairs])
+    low, value, high = (f"{x:+.1f}".replace("-", "−") for x in (found.low, found.value, found.high))
+    better = first if found.value > 0 else second
+    resolved = found.low > 0 or found.high < 0
+    verdict = f"{better} is better on these examples" if resolved else "no difference resolved"
+    return Verdict(text=f"BLEU, {split}: {first} − {second} = {value} [{low}, {high}], n = {len(pairs):,}: {verdict}.")
+
+
+def _compare_exactly(split: str, first: str, second: str, pairs: list[tuple[Sample, Sample]]) -> Verdict:
+    correct_E2 = np.array([(a.correct, b.correct) for a, b in pairs], bool)
     compared = compare_paired(correct_E2[:, 0], correct_E2[:, 1])
     detail = (
-        f"both right {compared.both:,}, only {first.name} {compared.only_first:,}, "
-        f"only {second.name} {compared.only_second:,}, both wrong {compared.neither:,}"
+        f"both right {compared.both:,}, only {first} {compared.only_first:,}, "
+        f"only {second} {compared.only_second:,}, both wrong {compared.neither:,}"
     )
-    return Verdict(text=f"Exact match, {split}: {verdict_line(first.name, second.name, compared)}.", detail=detail)
+    return Verdict(text=f"Exact match, {split}: {verdict_line(first, second, compared)}.", detail=detail)

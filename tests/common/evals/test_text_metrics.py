@@ -8,7 +8,7 @@ import sacrebleu
 
 from common.analysis.statistics import wilson
 from common.errors import UserError
-from common.evals.text_metrics import _bleu, _sentence_statistics, corpus_bleu, score_texts
+from common.evals.text_metrics import _bleu, _sentence_statistics, bleu_difference, corpus_bleu, score_texts
 
 WORDS = "der die das Tag Jahr vor in Stunden, Euro 3,5 12.04.2020 (Serbien) — Mio. nächste".split()
 
@@ -57,6 +57,26 @@ def test_bleu_interval_surrounds_the_score_and_narrows_as_examples_grow() -> Non
     assert few.low < few.value < few.high and many.low < many.value < many.high
     assert (few.high - few.low) / (many.high - many.low) == pytest.approx(4, rel=0.3)
     assert corpus_bleu(*corpus(100)) == few
+
+
+def test_a_difference_of_bleu_is_of_the_same_sentences() -> None:
+    better, references = corpus(300)
+    worse = [" ".join(text.split()[:-1]) for text in better]
+    found = bleu_difference(better, worse, references, resamples=5)
+
+    def difference(drawn: np.ndarray) -> float:
+        one, other = (
+            sacrebleu.corpus_bleu([texts[i] for i in drawn], [[references[i] for i in drawn]]).score
+            for texts in (better, worse)
+        )
+        return one - other
+
+    generator = np.random.default_rng(0)
+    resampled = [difference(generator.integers(300, size=300)) for _ in range(5)]
+    assert found.value == pytest.approx(difference(np.arange(300)))
+    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(resampled, [2.5, 97.5])))
+    same = bleu_difference(better, better, references)
+    assert (same.low, same.value, same.high) == (0.0, 0.0, 0.0)
 
 
 def test_four_thousand_sentences_are_scored_quickly() -> None:

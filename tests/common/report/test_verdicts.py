@@ -25,8 +25,19 @@ def test_verdict_is_the_paired_comparison_of_all_examples(write_run: Callable[..
     want = verdict_line("enc-dec", "dec-only", compare_paired(*correct))
     assert lines[0].text == f"Exact match, validation: {want}." and "n = 1,200" in want
     assert lines[0].detail.startswith(f"both right {(correct[0] & correct[1]).sum():,}, only enc-dec")
-    assert "unseen names" in lines[1].text and "0.0512" in lines[2].text
+    assert "unseen names" in lines[2].text and "0.0512" in lines[-1].text
     assert "trained once" in caveat(run) and "2.31 M" in caveat(run)
+
+
+def test_the_headline_stands_first(write_run: Callable[..., Path]) -> None:
+    def by_bleu(files: Files) -> None:
+        files["experiment.json"] |= {"evaluation": {"headline": "bleu"}}
+        for row in files["dec-only/samples.jsonl"]:
+            row["prediction"] = "nothing at all like it"
+
+    exact, bleu = (verdicts(read_run(write_run(change)))[0].text for change in (lambda files: None, by_bleu))
+    assert exact.startswith("Exact match, validation") and bleu.startswith("BLEU, validation: enc-dec − dec-only = +")
+    assert bleu.endswith("enc-dec is better on these examples.")
 
 
 def test_the_order_of_samples_does_not_matter(write_run: Callable[..., Path]) -> None:
