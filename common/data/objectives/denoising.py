@@ -17,14 +17,25 @@ Pairs = tuple[Ragged, Ragged]
 
 
 def full_lm(tokens_EL: np.ndarray) -> Pairs:
-    """All tokens are targets; there are no inputs."""
+    """All tokens are targets; there are no inputs.
+
+    >>> inputs, targets = full_lm(np.array([[10, 11, 12]], np.int32))
+    >>> inputs[0].tolist(), targets[0].tolist()
+    ([], [10, 11, 12])
+    """
     return _parts(tokens_EL, np.zeros(tokens_EL.shape, bool)), _equal(tokens_EL)
 
 
 def span_corruption(
     tokens_EL: np.ndarray, seed: int, index_E: np.ndarray, *, density: float, mean_span: float, sentinels_S: np.ndarray
 ) -> Pairs:
-    """Spans of noise are cut out, and are the targets."""
+    """Spans of noise are cut out, and are the targets: three of ten tokens here, in two spans.
+
+    >>> text, sentinels = np.arange(10, 20, dtype=np.int32)[None], np.array([99, 98], np.int32)
+    >>> inputs, targets = span_corruption(text, 0, np.array([3]), density=0.3, mean_span=1.5, sentinels_S=sentinels)
+    >>> inputs[0].tolist(), targets[0].tolist()
+    ([10, 11, 12, 13, 14, 99, 17, 18, 98], [99, 15, 16, 98, 19])
+    """
     counts = count_noise(tokens_EL.shape[1], density, mean_span)
     return corrupt(tokens_EL, draw_masks(counts, seed, index_E), sentinels_S)
 
@@ -36,6 +47,11 @@ def iid_denoising(
 
     What is kept behind the last span takes a sentinel too, so noise behind one span fewer than there are sentinels is
     left as it is.
+
+    >>> text, sentinels = np.arange(10, 20, dtype=np.int32)[None], np.array([99, 98, 97], np.int32)
+    >>> inputs, targets = iid_denoising(text, 0, np.array([5]), density=0.3, sentinels_S=sentinels)
+    >>> inputs[0].tolist(), targets[0].tolist()
+    ([10, 11, 99, 13, 14, 15, 98, 17, 18, 19], [99, 12, 98, 16, 97])
     """
     noise_EL = draw_uniform(seed, index_E, tokens_EL.shape[1]) < density
     first_EL = noise_EL.copy()
@@ -55,7 +71,13 @@ def bert_style(
 ) -> Pairs:
     """The text with `density` of its tokens masked, `random_share` of these by random tokens; to the whole text.
 
-    Devlin et al. 2019 (arXiv 1810.04805) as T5 adapts it; with no random tokens it is the MASS style there.
+    Devlin et al. 2019 (arXiv 1810.04805) as T5 adapts it; with no random tokens it is the MASS style there. Below, 99
+    is the mask and 2 came by chance.
+
+    >>> text, share = np.arange(10, 20, dtype=np.int32)[None], {"density": 0.4, "random_share": 0.25}
+    >>> inputs, targets = bert_style(text, 0, np.array([7]), **share, mask_id=99, vocab_size=10)
+    >>> inputs[0].tolist(), targets[0].tolist() == text[0].tolist()
+    ([10, 11, 99, 13, 14, 99, 99, 17, 2, 99], True)
     """
     L = tokens_EL.shape[1]
     draws_EX = draw_uniform(seed, index_E, 2 * L)
@@ -65,7 +87,12 @@ def bert_style(
 
 
 def deshuffling(tokens_EL: np.ndarray, seed: int, index_E: np.ndarray) -> Pairs:
-    """The text's tokens in any order, to the text (Liu et al. 2019, arXiv 1910.00998)."""
+    """The text's tokens in any order, to the text (Liu et al. 2019, arXiv 1910.00998).
+
+    >>> inputs, targets = deshuffling(np.arange(10, 16, dtype=np.int32)[None], 0, np.array([3]))
+    >>> inputs[0].tolist(), targets[0].tolist()
+    ([14, 13, 12, 15, 11, 10], [10, 11, 12, 13, 14, 15])
+    """
     order_EL = np.argsort(draw_bits(seed, index_E, tokens_EL.shape[1]), axis=1)
     return _equal(np.take_along_axis(tokens_EL, order_EL, axis=1)), _equal(tokens_EL)
 
