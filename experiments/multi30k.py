@@ -6,6 +6,15 @@ Command   twinstack compare multi30k    (on an accelerator: twinstack compare mu
 Sizes     4 + 4 layers of width 128, as small as translates this set well (Wu et al. 2021, arXiv 2105.14462, use such a
           model on it); the decoder-only model's d_ff makes training FLOPs equal.
 Baseline  Copying the source scores BLEU 0.48 on test_2016_flickr; the report has it for every split.
+Expected  BLEU 26 (t5like) and 30 (gpt) on test_2016_flickr, one seed; about 40 minutes on 2 cores.
+
+Learning rates come from one sweep, the same for both: validation loss (nats a token) after one epoch of 450 steps, one
+seed, warm-up over 100 steps, everything else as below (2026-11-23).
+
+    peak      t5like    gpt
+    2e-3      3.879     3.663
+    4e-3      3.740     3.468
+    8e-3      3.754     3.572
 """
 
 from common.compute.matching import match_training_flops
@@ -49,7 +58,10 @@ def multi30k() -> Experiment:
     return Experiment(
         name="multi30k",
         question=EXPERIMENTS["multi30k"],
-        expected="",
+        expected=(
+            "Seen on 2 cores of an AMD EPYC (2026-11-23, one seed): BLEU 25.8 (t5like) and 29.6 (gpt) on "
+            "test_2016_flickr, where copying the source scores 0.48; 44 minutes of training with other work beside it."
+        ),
         varies=("model.input_attention",),
         data=data,
         train=TrainConfig(

@@ -4,6 +4,7 @@ Question  After a short pretraining by span corruption, at equal training FLOPs:
 Data      `tfds:pydocs`: the language reference, docstrings and library text of the running Python, split by module.
 Command   twinstack compare pydocs
           twinstack data show pydocs data.target_length=256 data.objective.kind=KIND    (of the objectives, see README)
+Rates     Those of multi30k's sweep; not swept here.
 Sizes     Rows as long as T5's table of lengths has them for 256 inputs; models as small as a laptop trains in minutes.
 """
 
@@ -48,7 +49,10 @@ def pydocs() -> Experiment:
     return Experiment(
         name="pydocs",
         question=EXPERIMENTS["pydocs"],
-        expected="",
+        expected=(
+            "Seen on 2 cores of an AMD EPYC (2026-11-23, one seed): validation loss 3.29 (t5like) and 3.55 "
+            "(gpt) nats a token of the spans; 8 minutes of training with other work beside it."
+        ),
         varies=("model.input_attention",),
         data=data,
         train=TrainConfig(
