@@ -28,7 +28,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit status: 2 for a mistake of the user's, 130 for an interruption."""
+    """Runs one command and returns the exit status: 2 for a mistake of the user's, 130 for an interruption.
+
+    A run that SIGTERM ends is saved first, and raises SystemExit.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(arguments)
@@ -37,9 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         resumable = arguments[:1] in (["train"], ["compare"])
-        hint = f"; the same command resumes: twinstack {shlex.join(arguments)}" if resumable else ""
-        print(f"\ntwinstack: interrupted{hint}", file=sys.stderr)
+        print(f"\ntwinstack: interrupted{_hint(arguments) if resumable else ''}", file=sys.stderr)
         return 130
+    except SystemExit as stopped:
+        if (step := getattr(stopped, "step", None)) is not None:
+            print(f"\ntwinstack: asked to end, step {step} is saved{_hint(arguments)}", file=sys.stderr)
+        raise
+
+
+def _hint(arguments: Sequence[str]) -> str:
+    return f"; the same command resumes: twinstack {shlex.join(arguments)}"
 
 
 def _run(arguments: list[str]) -> int:

@@ -30,6 +30,7 @@ from common.train.checkpoints import Checkpoints, Progress
 from common.train.config import Rule, TrainConfig
 from common.train.init_from import load_parameters
 from common.train.optimizer import make_optimizer, make_schedule
+from common.train.preemption import Preempted, noticed
 from common.train.state import Skeleton, TrainState, abstract_state, init_state, skeleton, state_of, state_shardings
 from common.train.step import Metrics, make_eval_step, make_train_step
 from common.train.stored import Stored
@@ -127,7 +128,8 @@ def fit(task: Task, run_dir: Path, watcher: Watcher) -> Fitted:
     """Trains to the end, from the newest good checkpoint of `run_dir` where there is one, else from the beginning.
 
     Raises UserError where the directory is in use or belongs to another config, and when a loss or gradient is not
-    finite (such a state never enters a checkpoint).
+    finite (such a state never enters a checkpoint). On SIGTERM the step that runs is ended and saved, then Preempted is
+    raised.
     """
     check_rows(task.setup)
     with rd.owned(run_dir):
@@ -251,7 +253,7 @@ class _Run:
         self.timings = rd.JsonLines(self.run_dir / rd.TIMINGS, keep_through_step=first)
         self.clock = _Clock(train_seconds=progress.train_seconds, data_seconds=progress.data_seconds)
         batches = self.task.stream.iterate(first, setup.steps)
-        with contextlib.closing(self.metrics), contextlib.closing(self.timings):
+        with contextlib.closing(self.metrics), contextlib.closing(self.timings), noticed() as asked_to_end:
             self.clock.restart()
             pending: tuple[Metrics, Progress] | None = None
             for step in range(first + 1, setup.steps + 1):
@@ -264,13 +266,17 @@ class _Run:
                 progress = self._advanced(progress, host)
                 pending = metrics, progress
                 validate = step % setup.train.validate_every == 0 or step == setup.steps
-                save = step % setup.train.checkpoint_every == 0 or step == setup.steps
+                # With several processes each would stop at a step of its own; they go back to the last checkpoint.
+                ends = asked_to_end() and step < setup.steps and jax.process_count() == 1
+                save = step % setup.train.checkpoint_every == 0 or step == setup.steps or ends
                 if validate or save:
                     loss = self._validation_loss(state.params) if validate else None
                     self._record(metrics, progress, loss)
                     pending = None
                     if save:
                         progress = self._save(state, progress, loss)
+                    if ends:
+                        raise Preempted(step)
                     self.clock.restart()
         return state, progress
 

@@ -123,6 +123,22 @@ def test_killed_while_a_checkpoint_is_written(folder: Path, tmp_path: Path) -> N
     check_same(folder, "t5like", broken, unbroken)
 
 
+def test_asked_to_end_it_saves_the_step_it_is_at(folder: Path, tmp_path: Path) -> None:
+    arm, broken, unbroken = "t5like", tmp_path / "broken", tmp_path / "unbroken"
+    with launched(folder, arm, broken) as process:
+        assert process.stdout is not None and any(line == "begin\n" for line in process.stdout)
+        give_up = time.monotonic() + PATIENCE
+        while not rows_written(broken, arm, 7):
+            assert time.monotonic() < give_up and process.poll() is None
+            time.sleep(0.001)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 128 + signal.SIGTERM
+    saved = (broken / arm / rd.METRICS).read_bytes().count(b"\n")
+    assert 7 <= saved < STEPS
+    check_resumed(finished(folder, arm, broken, unbroken), (saved,))
+    check_same(folder, arm, broken, unbroken)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", ["gpt", "t5like"])
 @pytest.mark.parametrize("seed", range(2))
