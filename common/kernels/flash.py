@@ -21,6 +21,8 @@ from common.kernels.bias import BiasTable, relative_bucket
 from common.kernels.flash_kernels import LANES, SUBLANES, Plan
 from common.kernels.visibility import Visibility
 
+GROUP_BYTES = 2**20  # of queries, a block; a kernel has up to eight times that, of 16 MiB
+
 Specs = list[pl.BlockSpec | None]
 
 
@@ -55,7 +57,9 @@ def flash(
     assert block % LANES == 0 or (interpret and SUBLANES <= block < LANES and block.bit_count() == 1)
     if 0 in (B, Q, K):
         return jnp.zeros_like(q_BQHC)
-    block_q, block_k = _even(Q, block), _even(K, block)
+    # All heads of a group stay in fast memory while its keys pass by: many of them, or wide ones, want shorter blocks.
+    fitting = GROUP_BYTES // (H // G * C * q_BQHC.dtype.itemsize) // LANES * LANES
+    block_q, block_k = _even(Q, min(block, max(fitting, LANES))), _even(K, block)
     plan = Plan(
         queries=-(-Q // block_q) * block_q,
         keys=-(-K // block_k) * block_k,
@@ -184,7 +188,7 @@ def _dq(plan: Plan, operands: tuple[Any, ...]) -> jax.Array:
 
 def _dkv(plan: Plan, operands: tuple[Any, ...]) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     q, k, v, vector = operands[2:6]
-    B, G, M, C, _ = q.shape
+    B, G, _, C, _ = q.shape
 
     def queries(j: Any, i: Any) -> Any:
         return jnp.maximum(i, plan.first_q_block(j))
@@ -233,4 +237,5 @@ def _specs(plan: Plan, q: jax.Array, vector: jax.Array | None, queries: Any, key
 
 def _parallel(axes: int) -> pltpu.CompilerParams:
     """The first `axes` of the grid may go to different cores; the others share sums and come in order."""
-    return pltpu.CompilerParams(dimension_semantics=("parallel",) * axes + ("arbitrary",) * (4 - axes))
+    parallel, arbitrary = pltpu.GridDimensionSemantics.PARALLEL, pltpu.GridDimensionSemantics.ARBITRARY
+    return pltpu.CompilerParams(dimension_semantics=[parallel] * axes + [arbitrary] * (4 - axes))

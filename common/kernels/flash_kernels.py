@@ -49,7 +49,7 @@ class Plan:
         if not self.causal:
             return self.k_blocks - 1
         begin = self.q_offset + i * self.block_q
-        last = (begin + self.block_q - 1) // self.block_k
+        last = _quotient(begin + self.block_q - 1, self.block_k)
         if self.prefix_length:
             of_prefix = (self.prefix_length - 1) // self.block_k
             last = jnp.where(begin < self.prefix_length, jnp.maximum(last, of_prefix), last)
@@ -60,8 +60,13 @@ class Plan:
         if not self.causal:
             return 0
         begin = j * self.block_k
-        first = jnp.minimum(jnp.maximum(begin - self.q_offset, 0) // self.block_q, self.q_blocks - 1)
+        first = jnp.minimum(_quotient(jnp.maximum(begin - self.q_offset, 0), self.block_q), self.q_blocks - 1)
         return jnp.where(begin < self.prefix_length, 0, first) if self.prefix_length else first
+
+
+def _quotient(x: jax.Array, y: int) -> jax.Array:
+    """`x // y` of what is not negative: `//` looks at signs, and lowering that asks for a chip that may not be here."""
+    return jax.lax.div(x, jnp.int32(y))
 
 
 def forward_kernel(plan: Plan, qseg, kseg, q, k, v, vector, out, log_sum, peak, total, weighted) -> None:  # type: ignore[no-untyped-def]
@@ -69,17 +74,17 @@ def forward_kernel(plan: Plan, qseg, kseg, q, k, v, vector, out, log_sum, peak, 
     i, j = pl.program_id(2), pl.program_id(3)
 
     @pl.when(j == 0)
-    def _() -> None:
+    def begin() -> None:
         peak[...] = jnp.full(peak.shape, MASKED, jnp.float32)
         total[...] = jnp.zeros(total.shape, jnp.float32)
         weighted[...] = jnp.zeros(weighted.shape, jnp.float32)
 
     @pl.when(j <= plan.last_k_block(i))
-    def _() -> None:
+    def meet() -> None:
         mask_KQ = _mask(plan, qseg, kseg, i, j)
 
         @pl.loop(0, q.shape[0])
-        def _(m: jax.Array) -> None:
+        def head(m: jax.Array) -> None:
             logits_KQ = jnp.where(mask_KQ, _logits(plan, q[m], k[...], vector, m, i, j), MASKED)
             before_1Q = peak[m]
             peak_1Q = jnp.maximum(before_1Q, logits_KQ.max(axis=0, keepdims=True))
@@ -90,7 +95,7 @@ def forward_kernel(plan: Plan, qseg, kseg, q, k, v, vector, out, log_sum, peak, 
             weighted[m] = shrink_1Q * weighted[m] + _dot(v[...], weights_KQ.astype(v.dtype), 1, 0)
 
     @pl.when(j == plan.k_blocks - 1)
-    def _() -> None:
+    def end() -> None:
         nonzero = jnp.where(total[...] > 0, total[...], 1.0)
         out[...] = (weighted[...] / nonzero).astype(out.dtype)
         log_sum[...] = peak[...] + jnp.log(nonzero)
@@ -101,21 +106,21 @@ def dq_kernel(plan: Plan, qseg, kseg, q, k, v, vector, dout, log_sum, delta, dq,
     i, j = pl.program_id(2), pl.program_id(3)
 
     @pl.when(j == 0)
-    def _() -> None:
+    def begin() -> None:
         total[...] = jnp.zeros(total.shape, jnp.float32)
 
     @pl.when(j <= plan.last_k_block(i))
-    def _() -> None:
+    def meet() -> None:
         mask_KQ = _mask(plan, qseg, kseg, i, j)
 
         @pl.loop(0, q.shape[0])
-        def _(m: jax.Array) -> None:
+        def head(m: jax.Array) -> None:
             logits_KQ = _logits(plan, q[m], k[...], vector, m, i, j)
             _, dlogits_KQ = _dlogits(mask_KQ, logits_KQ, v[...], dout[m], log_sum[m], delta[m])
             total[m] += _dot(k[...], dlogits_KQ.astype(k.dtype), 1, 0)
 
     @pl.when(j == plan.k_blocks - 1)
-    def _() -> None:
+    def end() -> None:
         dq[...] = total[...].astype(dq.dtype)
 
 
@@ -127,22 +132,22 @@ def dkv_kernel(plan: Plan, qseg, kseg, q, k, v, vector, dout, log_sum, delta, dk
     j, i = pl.program_id(2), pl.program_id(3)
 
     @pl.when(i == 0)
-    def _() -> None:
+    def begin() -> None:
         dk_sum[...] = jnp.zeros(dk_sum.shape, jnp.float32)
         dv_sum[...] = jnp.zeros(dv_sum.shape, jnp.float32)
 
     if dvector is not None:
 
         @pl.when((i == 0) & (j == 0))
-        def _() -> None:
+        def blank() -> None:
             dvector[...] = jnp.zeros(dvector.shape, jnp.float32)
 
     @pl.when(j <= plan.last_k_block(i))
-    def _() -> None:
+    def meet() -> None:
         mask_KQ = _mask(plan, qseg, kseg, i, j)
 
         @pl.loop(0, q.shape[0])
-        def _(m: jax.Array) -> None:
+        def head(m: jax.Array) -> None:
             logits_KQ = _logits(plan, q[m], k[...], vector, m, i, j)
             weights_KQ, dlogits_KQ = _dlogits(mask_KQ, logits_KQ, v[...], dout[m], log_sum[m], delta[m])
             dv_sum[...] += _dot(dout[m], weights_KQ.astype(dout.dtype), 1, 1)
@@ -151,7 +156,7 @@ def dkv_kernel(plan: Plan, qseg, kseg, q, k, v, vector, dout, log_sum, delta, dk
                 dvector[m, :, _distances(plan, i, j)] += collapse(dlogits_KQ)
 
     @pl.when(i == plan.q_blocks - 1)
-    def _() -> None:
+    def end() -> None:
         dk[...] = dk_sum[...].astype(dk.dtype)
         dv[...] = dv_sum[...].astype(dv.dtype)
 
