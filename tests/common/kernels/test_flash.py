@@ -71,23 +71,17 @@ class Case:
 CASES = {
     "bidirectional": Case(),
     "causal": Case(causal=True),
-    "causal, whole blocks": Case(causal=True, queries=128, keys=128, block=64),
+    "causal, whole blocks, heads of 64": Case(causal=True, queries=128, keys=128, block=64, head_dim=64),
     "causal, no bias": Case(causal=True, bias=False),
     "prefix": Case(causal=True, prefix=45),
     "prefix and offset": Case(causal=True, prefix=60, queries=70, keys=110, q_offset=40),
-    "offset": Case(causal=True, queries=40, keys=120, q_offset=75),
-    "last queries": Case(causal=True, queries=1, keys=70, q_offset=69),
+    "last query": Case(causal=True, queries=1, keys=70, q_offset=69),
     "keys that none can reach": Case(causal=True, queries=33, keys=160),
-    "cross": Case(queries=45, keys=130, bias=False),
+    "cross, heads of 128": Case(queries=45, keys=130, bias=False, head_dim=128),
     "cross with a table": Case(queries=130, keys=45),
     "grouped": Case(heads=6, groups=2, causal=True),
-    "one key head": Case(heads=4, groups=1),
     "blocks of 128": Case(queries=250, keys=250, heads=1, groups=1, block=128, causal=True),
-    "a strip in two": Case(queries=250, keys=250, heads=1, groups=1, block=256, rows=1),
-    "unequal blocks": Case(queries=120, keys=250, heads=1, groups=1, block=256),
-    "blocks of 8": Case(queries=20, keys=20, block=8),
-    "wide heads": Case(head_dim=128, queries=60, keys=60),
-    "heads of 64": Case(head_dim=64, queries=60, keys=60, causal=True),
+    "unequal blocks, a strip in two": Case(queries=120, keys=250, heads=1, groups=1, block=256),
 }
 EVERY_CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
@@ -210,7 +204,7 @@ def test_padding_is_blind_and_unseen(name: str) -> None:
     assert (np.asarray(out)[~padding] != 0).all()
 
 
-@pytest.mark.parametrize("name", ["bidirectional", "prefix", "grouped"])
+@pytest.mark.parametrize("name", ["bidirectional", "prefix"])
 def test_a_huge_key_of_a_stranger_changes_nothing(name: str) -> None:
     """Bit for bit: a key of segment 1 and a key of padding are planted, queries of segment 2 look."""
     case = CASES[name]
