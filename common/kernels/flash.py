@@ -39,8 +39,8 @@ def flash(
     """out_BQHC in the dtype of `q`, as `attention.attend` defines it; logits, softmax and sums in float32.
 
     At most `block` queries meet as many keys at a time: a multiple of 128, or a smaller power of two where `interpret`
-    runs the kernel without a TPU. Lengths need not be multiples of it. Queries and keys, where causal, stand at an
-    index known beforehand (no `q_start`).
+    runs the kernel without a TPU. Lengths need not be multiples of it. Queries and keys, where causal or biased,
+    stand at an index known beforehand (no `q_start`).
 
     The bias goes by index, not by position: it needs position differences that equal index differences, key j and query
     i being `j - i - q_offset` apart, for every pair that sees each other. That is so where one sequence attends to
@@ -52,7 +52,8 @@ def flash(
     assert k_BGKC.shape == v_BGKC.shape == (B, G, K, C) and H % G == 0
     assert q_BQHC.dtype == k_BGKC.dtype == v_BGKC.dtype
     assert visibility.q_segments_BQ.shape == (B, Q) and visibility.k_segments_BK.shape == (B, K)
-    assert visibility.placed and visibility.q_offset >= 0
+    assert visibility.placed or not (visibility.causal or visibility.bias)
+    assert visibility.q_offset >= 0
     assert visibility.bias is None or visibility.bias.table_HR.shape[0] == H
     assert block % LANES == 0 or (interpret and SUBLANES <= block < LANES and block.bit_count() == 1)
     if 0 in (B, Q, K):
@@ -77,7 +78,7 @@ def flash(
         _padded(v_BGKC.swapaxes(2, 3), plan.keys),
         None if visibility.bias is None else distance_vector(visibility.bias, plan).reshape(G, H // G, 1, -1),
         _padded(visibility.q_segments_BQ[:, None], plan.queries),
-        _padded(visibility.k_segments_BK[:, None], plan.keys).swapaxes(1, 2),
+        _padded(visibility.k_segments_BK[:, None], plan.keys),
         plan,
     )
     return jnp.moveaxis(out_BGMCQ[..., :Q], 4, 1).reshape(B, Q, H, C)
@@ -123,10 +124,10 @@ def _flash(
     v_BGCK: jax.Array,
     vector_GM1N: jax.Array | None,
     qseg_B1Q: jax.Array,
-    kseg_BK1: jax.Array,
+    kseg_B1K: jax.Array,
     plan: Plan,
 ) -> jax.Array:
-    return _forward(q_BGMCQ, k_BGCK, v_BGCK, vector_GM1N, qseg_B1Q, kseg_BK1, plan)[0]
+    return _forward(q_BGMCQ, k_BGCK, v_BGCK, vector_GM1N, qseg_B1Q, kseg_B1K, plan)[0]
 
 
 def _forward(q, k, v, vector, qseg, kseg, plan):  # type: ignore[no-untyped-def]
@@ -223,7 +224,7 @@ def _specs(plan: Plan, q: jax.Array, vector: jax.Array | None, queries: Any, key
     a_query = spec((None, None, M, 1, plan.block_q), lambda b, g, i, j: (b, g, 0, 0, i))
     specs = [
         spec((None, 1, plan.block_q), lambda b, g, i, j: (b, 0, i)),
-        spec((None, plan.block_k, 1), lambda b, g, i, j: (b, j, 0)),
+        spec((None, 1, plan.block_k), lambda b, g, i, j: (b, 0, j)),
         spec((None, None, M, C, plan.block_q), lambda b, g, i, j: (b, g, 0, 0, i)),
         of_keys,
         of_keys,

@@ -163,7 +163,8 @@ def dkv_kernel(plan: Plan, qseg, kseg, q, k, v, vector, dout, log_sum, delta, dk
 
 def _mask(plan: Plan, qseg: Ref, kseg: Ref, i: jax.Array, j: jax.Array) -> jax.Array:
     """mask_KQ of query block `i` and key block `j`."""
-    kseg_K1 = kseg[...]
+    # A column of memory would take 128 times its size, so a row is turned here (eight equal ones, as registers are).
+    kseg_K1 = jnp.broadcast_to(kseg[...], (SUBLANES, plan.block_k)).T[:, :1]
     mask_KQ = (kseg_K1 == qseg[...]) & (kseg_K1 != 0)
     if not plan.causal:
         return mask_KQ
