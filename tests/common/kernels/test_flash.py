@@ -1,0 +1,274 @@
+"""Flash attention, interpreted on a CPU, against NumPy in float64 and the gradients of the plain implementation."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from common.kernels import attention
+from common.kernels.bias import BiasTable, relative_bucket
+from common.kernels.flash import flash
+from common.kernels.flash_kernels import collapse, expand
+from common.kernels.visibility import Visibility
+
+SCALE = 0.3
+# Kernels are interpreted by programs that take longer to compile than to run.
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+jit = functools.partial(jax.jit, compiler_options=QUICKLY)
+Operands = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    queries: int = 100
+    keys: int = 100
+    heads: int = 2
+    groups: int = 2
+    head_dim: int = 32
+    causal: bool = False
+    prefix: int = 0
+    q_offset: int = 0
+    bias: bool = True
+    block: int = 32
+    rows: int = 2
+
+    def operands(self, dtype: Any = jnp.float32) -> Operands:
+        """q_BQHC, k_BGKC, v_BGKC, table_HR."""
+        keys, C = jax.random.split(jax.random.key(0), 4), self.head_dim
+        q = jax.random.normal(keys[0], (self.rows, self.queries, self.heads, C), dtype)
+        k, v = (jax.random.normal(key, (self.rows, self.groups, self.keys, C), dtype) for key in keys[1:3])
+        return q, k, v, jax.random.normal(keys[3], (self.heads, 32))
+
+    def visibility(self, table_HR: jax.Array | None) -> Visibility:
+        """Rows of two segments, then padding; the last row is one segment with a hole of padding at its begin."""
+        q_segments, k_segments = (np.ones((self.rows, n), np.int32) for n in (self.queries, self.keys))
+        for segments in (q_segments, k_segments):
+            length = segments.shape[1]
+            segments[:-1, length // 3 :] = 2
+            segments[:-1, length - length // 5 :] = 0
+            segments[-1, : length // 6] = 0
+        positions = [jnp.broadcast_to(jnp.arange(n)[None], (self.rows, n)) for n in (self.queries, self.keys)]
+        return Visibility(
+            q_segments_BQ=jnp.array(q_segments),
+            k_segments_BK=jnp.array(k_segments),
+            q_positions_BQ=positions[0] + self.q_offset,
+            k_positions_BK=positions[1],
+            causal=self.causal,
+            prefix_length=self.prefix,
+            q_offset=self.q_offset,
+            bias=None
+            if table_HR is None or not self.bias
+            else BiasTable(table_HR=table_HR, bidirectional=not self.causal, max_distance=48),
+        )
+
+
+CASES = {
+    "bidirectional": Case(),
+    "causal": Case(causal=True),
+    "causal, whole blocks, heads of 64": Case(causal=True, queries=128, keys=128, block=64, head_dim=64),
+    "causal, no bias": Case(causal=True, bias=False),
+    "prefix": Case(causal=True, prefix=45),
+    "prefix and offset": Case(causal=True, prefix=60, queries=70, keys=110, q_offset=40),
+    "last query": Case(causal=True, queries=1, keys=70, q_offset=69),
+    "keys that none can reach": Case(causal=True, queries=33, keys=160),
+    "cross, heads of 128": Case(queries=45, keys=130, bias=False, head_dim=128),
+    "cross with a table": Case(queries=130, keys=45),
+    "grouped": Case(heads=6, groups=2, causal=True),
+    "blocks of 128": Case(queries=250, keys=250, heads=1, groups=1, block=128, causal=True),
+    "unequal blocks, a strip in two": Case(queries=120, keys=250, heads=1, groups=1, block=256),
+}
+EVERY_CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+def reference(case: Case, q: Any, k: Any, v: Any, table: Any) -> np.ndarray:
+    """From the definition, float64."""
+    seen, bias = case.visibility(None), np.zeros((case.heads, case.queries, case.keys))
+    q_segments, k_segments = np.asarray(seen.q_segments_BQ), np.asarray(seen.k_segments_BK)
+    mask = (q_segments[:, :, None] == k_segments[:, None]) & (k_segments[:, None] != 0)
+    i, j = np.indices((case.queries, case.keys))
+    i += case.q_offset
+    if case.causal:
+        mask &= (j <= i) | ((i < case.prefix) & (j < case.prefix))
+    if case.bias:
+        bucket = relative_bucket(jnp.array(j - i), bidirectional=not case.causal, buckets=32, max_distance=48)
+        bias = np.asarray(table, np.float64)[:, np.asarray(bucket)]
+    k, v = (np.repeat(np.asarray(x, np.float64), case.heads // case.groups, axis=1) for x in (k, v))
+    logits = np.einsum("bqhc,bhkc->bhqk", np.asarray(q, np.float64) * SCALE, k) + bias
+    weights = np.where(mask[:, None], np.exp(logits - logits.max()), 0.0)
+    total = weights.sum(axis=-1, keepdims=True)
+    return np.einsum("bhqk,bhkc->bqhc", weights / np.where(total > 0, total, 1.0), v)
+
+
+def run(case: Case, q: jax.Array, k: jax.Array, v: jax.Array, table: jax.Array) -> jax.Array:
+    return flash(q, k, v, case.visibility(table), scale=SCALE, block=case.block, interpret=True)
+
+
+def plain(case: Case, q: jax.Array, k: jax.Array, v: jax.Array, table: jax.Array) -> jax.Array:
+    return attention.attend(q, k, v, case.visibility(table), scale=SCALE, block=None)
+
+
+def outcome(attend: Callable[..., jax.Array], case: Case, operands: Operands) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The output, and under random weights for it the gradients of queries, keys, values and table."""
+    weights = jax.random.normal(jax.random.key(6), operands[0].shape)
+
+    def total(*operands: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out = attend(case, *operands)
+        return (out.astype(jnp.float32) * weights).sum(), out
+
+    gradients, out = jit(jax.grad(total, argnums=(0, 1, 2, 3), has_aux=True))(*operands)
+    return out, dict(zip(("q", "k", "v", "table"), gradients, strict=True))
+
+
+@functools.cache
+def found(case: Case) -> tuple[jax.Array, dict[str, jax.Array]]:
+    return outcome(run, case, case.operands())
+
+
+def error(found: Any, expected: Any) -> float:
+    """The largest difference, relative to the largest value."""
+    found, expected = (np.asarray(x, np.float64) for x in (found, expected))
+    return float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-30))
+
+
+@EVERY_CASE
+def test_output_is_the_definition(case: Case) -> None:
+    assert error(found(case)[0], reference(case, *case.operands())) <= 1e-5
+
+
+@EVERY_CASE
+def test_gradients_are_those_of_the_plain_implementation(case: Case) -> None:
+    gradients, expected = found(case)[1], outcome(plain, case, case.operands())[1]
+    assert {name: e for name in expected if (e := error(gradients[name], expected[name])) > 1e-5} == {}
+    assert (np.asarray(gradients["table"]) != 0).any() == case.bias
+
+
+@pytest.mark.parametrize("name", ["bidirectional", "causal", "grouped"])
+def test_gradients_are_those_of_float64(name: str) -> None:
+    """Along random directions, against central differences of the definition."""
+    case, rng = CASES[name], np.random.default_rng(0)
+    operands, gradients = case.operands(), found(case)[1]
+    weights = np.asarray(jax.random.normal(jax.random.key(6), operands[0].shape), np.float64)
+    for at, key in enumerate(gradients):
+        direction = rng.normal(size=operands[at].shape)
+
+        def along(step: float, at: int = at, direction: np.ndarray = direction) -> float:
+            moved = [np.asarray(x, np.float64) + (step * direction if n == at else 0) for n, x in enumerate(operands)]
+            return float((reference(case, *moved) * weights).sum())
+
+        slope = (along(1e-5) - along(-1e-5)) / 2e-5
+        product = np.asarray(gradients[key], np.float64) * direction
+        assert abs(product.sum() - slope) <= 1e-5 * np.sqrt((product**2).sum()), key
+
+
+@pytest.mark.parametrize("name", ["bidirectional", "grouped"])
+def test_bfloat16_is_as_near_as_its_eight_bits_allow(name: str) -> None:
+    """Within 1 % of the largest value of float64 on the same rounded operands: weights and outputs have 8 bits each."""
+    case = CASES[name]
+    q, k, v, table = case.operands(jnp.bfloat16)
+    out, gradients = outcome(run, case, (q, k, v, table))
+    assert [x.dtype.name for x in (out, *gradients.values())] == ["bfloat16"] * 4 + ["float32"]
+    assert error(out, reference(case, q, k, v, table)) <= 1e-2
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    expected = outcome(plain, case, (q, k, v, table))[1]
+    assert {name: e for name in expected if (e := error(gradients[name], expected[name])) > 1e-2} == {}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_query_that_sees_nothing_is_zero_with_zero_gradient(causal: bool) -> None:
+    case = Case(causal=causal)
+    operands = case.operands()
+
+    def blind(case: Case, q: jax.Array, k: jax.Array, v: jax.Array, table: jax.Array) -> jax.Array:
+        seen = case.visibility(table)
+        seen = dataclasses.replace(seen, k_segments_BK=jnp.full_like(seen.k_segments_BK, 7))
+        return flash(q, k, v, seen, scale=SCALE, block=32, interpret=True)
+
+    out, gradients = outcome(blind, case, operands)
+    assert all((np.asarray(x) == 0).all() for x in (out, *gradients.values()))
+
+
+@pytest.mark.parametrize("name", ["bidirectional", "causal"])
+def test_padding_is_blind_and_unseen(name: str) -> None:
+    """Exactly: segment 0 gives no output and takes no gradient, among rows that do."""
+    out, gradients = found(CASES[name])
+    padding = np.asarray(CASES[name].visibility(None).q_segments_BQ) == 0
+    by_query = out, gradients["q"], gradients["k"].swapaxes(1, 2), gradients["v"].swapaxes(1, 2)
+    of_padding = [np.asarray(x)[padding] for x in by_query]
+    assert padding.any() and all((x == 0).all() for x in of_padding)
+    assert (np.asarray(out)[~padding] != 0).all()
+
+
+@pytest.mark.parametrize("name", ["bidirectional", "prefix"])
+def test_a_huge_key_of_a_stranger_changes_nothing(name: str) -> None:
+    """Bit for bit: a key of segment 1 and a key of padding are planted, queries of segment 2 look."""
+    case = CASES[name]
+    q, k, v, table = case.operands()
+    segments = np.asarray(case.visibility(None).q_segments_BQ)[0]
+    others = jnp.array(segments == 2, jnp.float32)[:, None, None]
+
+    def total(planted: jax.Array) -> tuple[jax.Array, jax.Array]:
+        huge_k, huge_v = (x.at[0, :, 0].set(planted).at[0, :, -1].set(planted) for x in (k, v))
+        out = run(case, q, huge_k, huge_v, table)[0]
+        return (out * others).sum(), out
+
+    look = jit(jax.grad(total, has_aux=True))
+    _, before = look(jnp.ones((case.groups, case.head_dim)))
+    for size in (1e4, 1e18, 1e30):
+        gradient, after = look(jnp.full((case.groups, case.head_dim), size))
+        assert (np.asarray(before)[segments == 2] == np.asarray(after)[segments == 2]).all()
+        assert not np.allclose(before[segments == 1], after[segments == 1])
+        assert (np.asarray(gradient) == 0).all()
+
+
+def test_causality_by_gradient() -> None:
+    """Of every key in the output at one query: not zero up to the query, zero after it."""
+    case = Case(causal=True, rows=1, heads=1, groups=1)
+    q, k, v, table = case.operands()
+    at, begin = 65, case.queries // 6
+    gradient = np.asarray(jit(jax.grad(lambda v: run(case, q, k, v, table)[0, at].sum()))(v))[0, 0]
+    assert (gradient[begin : at + 1] != 0).all()
+    assert (gradient[at + 1 :] == 0).all() and (gradient[:begin] == 0).all()
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(8, 8), (32, 16), (16, 64), (128, 128), (128, 256), (256, 384)])
+def test_tiles_and_vectors(queries: int, keys: int) -> None:
+    """A tile is the vector along its diagonals, and `collapse` sums each diagonal: exactly, on whole numbers."""
+    vector = np.arange(1.0, queries + keys + 1, dtype=np.float32)
+    c, r = np.indices((keys, queries))
+    expanded = jit(expand, static_argnums=1)(jnp.array(vector)[None], keys)
+    np.testing.assert_array_equal(expanded, vector[keys + r - c])
+    tile = np.random.default_rng(0).integers(-9, 9, (keys, queries)).astype(np.float32)
+    sums = np.zeros(queries + keys, np.float32)
+    np.add.at(sums, keys + r - c, tile)
+    np.testing.assert_array_equal(jit(collapse)(jnp.array(tile))[0], sums)
+
+
+def test_nothing_as_large_as_queries_times_keys_is_made() -> None:
+    """In the program of value and gradients, kernels' own blocks apart: the largest array is one of the operands."""
+    case = Case(queries=1024, keys=1024, block=128, head_dim=32, rows=1)
+    operands = case.operands()
+    program = jax.make_jaxpr(jax.grad(lambda *x: run(case, *x).sum(), argnums=(0, 1, 2, 3)))(*operands)
+    sizes: list[int] = []
+
+    def walk(jaxpr: Any) -> None:
+        for equation in jaxpr.eqns:
+            sizes.extend(variable.aval.size for variable in equation.outvars)
+            if equation.primitive.name != "pallas_call":
+                for inner in jaxprs_in_params(equation.params):
+                    walk(inner)
+
+    walk(program.jaxpr)
+    assert max(sizes) == operands[0].size < case.queries * case.keys
+
+
+def test_no_keys_at_all() -> None:
+    case = Case(keys=0, bias=False)
+    q, k, v, table = case.operands()
+    assert run(case, q, k, v, table).shape == q.shape
+    assert (np.asarray(run(case, q, k, v, table)) == 0).all()
