@@ -11,10 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from common.kernels.visibility import Visibility
-
-# Replaces masked logits. Finite, so that a row without keys has no NaN on its way to zero.
-MASKED = float(jnp.finfo(jnp.float32).min)
+from common.kernels.visibility import MASKED, Visibility
 
 
 def attend(

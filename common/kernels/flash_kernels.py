@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-# Replaces masked logits, and is the peak before any key is seen: finite, so that no row without keys makes a NaN.
-MASKED = float(jnp.finfo(jnp.float32).min)
+from common.kernels.visibility import MASKED
+
 SUBLANES, LANES = 8, 128
 
 Ref = Any  # Pallas has no public type for the references that a kernel reads and writes

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 
 from common.kernels.bias import BiasTable
 
+MASKED = float(jnp.finfo(jnp.float32).min)
+"""Replaces the logits of keys that are not seen; finite, so that a row without keys has no NaN on its way to zero."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
