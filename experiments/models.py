@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from common.config import from_json
 from common.data.cache import default_cache_dir
 from common.data.config import BytePairConfig, DataConfig, SentencePieceConfig, TokenizerConfig
-from common.data.objectives.config import Supervised
+from common.data.objectives.config import Objective, PrefixLM, Supervised
 from common.data.streams import open_training_text
 from common.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
 from common.errors import UserError
@@ -155,8 +155,19 @@ def _text_of_run(arm_dir: Path, data: DataConfig) -> Text:
         eos_ids=(tokenizer.eos_id,),
         bos_id=None,
         add_bos=False,
-        eos_after_inputs=not isinstance(data.objective, Supervised) or data.objective.eos_after_inputs,
+        eos_after_inputs=_ends_inputs(data.objective),
     )
+
+
+def _ends_inputs(objective: Objective) -> bool:
+    """Whether eos stood behind the inputs in training."""
+    match objective:
+        case Supervised(eos_after_inputs=ends):
+            return ends
+        case PrefixLM(complementary=complementary):
+            return not complementary
+        case _:
+            return True
 
 
 # Model folders.

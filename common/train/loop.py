@@ -253,7 +253,9 @@ class _Run:
         self.timings = rd.JsonLines(self.run_dir / rd.TIMINGS, keep_through_step=first)
         self.clock = _Clock(train_seconds=progress.train_seconds, data_seconds=progress.data_seconds)
         batches = self.task.stream.iterate(first, setup.steps)
-        with contextlib.closing(self.metrics), contextlib.closing(self.timings), noticed() as asked_to_end:
+        # Several processes would each stop at a step of its own: SIGTERM ends them, and they go back to a checkpoint.
+        listening = noticed() if jax.process_count() == 1 else contextlib.nullcontext(lambda: False)
+        with contextlib.closing(self.metrics), contextlib.closing(self.timings), listening as asked_to_end:
             self.clock.restart()
             pending: tuple[Metrics, Progress] | None = None
             for step in range(first + 1, setup.steps + 1):
@@ -266,8 +268,7 @@ class _Run:
                 progress = self._advanced(progress, host)
                 pending = metrics, progress
                 validate = step % setup.train.validate_every == 0 or step == setup.steps
-                # With several processes each would stop at a step of its own; they go back to the last checkpoint.
-                ends = asked_to_end() and step < setup.steps and jax.process_count() == 1
+                ends = asked_to_end()
                 save = step % setup.train.checkpoint_every == 0 or step == setup.steps or ends
                 if validate or save:
                     loss = self._validation_loss(state.params) if validate else None
@@ -278,6 +279,8 @@ class _Run:
                     if ends:
                         raise Preempted(step)
                     self.clock.restart()
+            if asked_to_end():  # during the last save
+                raise Preempted(setup.steps)
         return state, progress
 
     def _compiled(self, state: TrainState) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
