@@ -97,7 +97,6 @@ def plan_epoch(
 class Lengths(Protocol):
     """Examples, as far as planning reads them (see common/data/examples.py)."""
 
-    content: str
     window: int
     together: int
 

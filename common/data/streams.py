@@ -13,7 +13,7 @@ from common.data.config import DataConfig, fitted_needs
 from common.data.examples import Examples, MixedExamples, PieceExamples, RecordExamples
 from common.data.loader import Loader, prefetched
 from common.data.objectives.apply import fields
-from common.data.objectives.config import CausalLM, FullLM, Part, Single, Supervised, raw_parts
+from common.data.objectives.config import CausalLM, FullLM, Single, Supervised, raw_parts
 from common.data.packing import RowPlans
 from common.data.sources.by_name import open_source
 from common.data.sources.config import SourceConfig, SourceMixture, parts_of
@@ -75,11 +75,11 @@ def open_training(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path, hos
         return _loader(config, parts[0], cache_dir, host)
     rates = [mixture.rates([part.size for part in parts]), *(stage.rates for stage in mixture.curriculum)]
 
-    def open_stage(stage: int, begun: Sequence[int]) -> tuple[MixedExamples, Loader]:
+    def open_stage(stage: int, begun: Sequence[int] | None) -> tuple[MixedExamples, Loader]:
         examples = MixedExamples(parts, rates[stage], config.seed, begun)
         return examples, _loader(config, examples, cache_dir, host)
 
-    return StagedLoader([0, *(stage.from_step for stage in mixture.curriculum)], open_stage, [0] * len(parts))
+    return StagedLoader([0, *(stage.from_step for stage in mixture.curriculum)], open_stage)
 
 
 def open_validation(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path, host: Host) -> Loader:
@@ -109,19 +109,7 @@ class Records:
 def open_records(config: DataConfig, part: SourceConfig, split: str, tokenizer: Tokenizer, cache_dir: Path) -> Records:
     """One split of a source that an objective over whole records reads."""
     assert isinstance(config.objective, Supervised | CausalLM)
-    source = open_source(part, split, cache_dir)
-    prepared = _prepared(_job(part, source, config.objective, tokenizer), cache_dir)
-    return Records(
-        source=source,
-        prepared=prepared,
-        examples=RecordExamples(
-            prepared.fields,
-            objective=config.objective,
-            seed=config.seed,
-            tokenizer=tokenizer,
-            source_content_id=source.content_id,
-        ),
-    )
+    return _records(config, part, open_source(part, split, cache_dir), tokenizer, cache_dir, config.seed, False)
 
 
 class StagedLoader:
@@ -130,13 +118,12 @@ class StagedLoader:
     def __init__(
         self,
         first_steps: Sequence[int],
-        open_stage: Callable[[int, Sequence[int]], tuple[MixedExamples, Loader]],
-        begun: Sequence[int],
+        open_stage: Callable[[int, Sequence[int] | None], tuple[MixedExamples, Loader]],
     ) -> None:
-        """`open_stage(stage, begun)`: its examples and their loader, where of each part so many lie behind."""
+        """`open_stage(stage, begun)`: its examples and loader; so many of each part lie behind, none where None."""
         self._first_steps, self._open = first_steps, open_stage
         self._lock = threading.RLock()
-        self._stages = [open_stage(0, begun)]
+        self._stages = [open_stage(0, None)]
 
     @property
     def content(self) -> str:
@@ -188,47 +175,50 @@ def _examples(
     seed = config.seed + (number << 48)  # sources draw apart
     objective = config.objective
     if isinstance(objective, Supervised | CausalLM):
-        prepared = _prepared(_job(part, source, objective, tokenizer), cache_dir)
-        return RecordExamples(
-            prepared.fields,
-            objective=objective,
-            seed=seed,
+        return _records(config, part, source, tokenizer, cache_dir, seed, mixed).examples
+    denoisers = raw_parts(objective)
+    jobs = [_job(part, source, denoiser.objective, tokenizer) for denoiser in denoisers]
+    prepared = {key: _prepared(job, cache_dir) for key, job in {job.key(): job for job in jobs}.items()}
+    apart = len(denoisers) > 1
+    made: list[Examples] = []
+    for number, (denoiser, job) in enumerate(zip(denoisers, jobs, strict=True)):
+        mode = tokenizer.encode(denoiser.mode).tolist()
+        # A mode takes input slots from the piece, so that what fitted may fit no more.
+        needs = fitted_needs(denoiser.objective, config.input_length - len(mode), config.target_length)
+        examples = PieceExamples(
+            prepared[job.key()].fields["text"],
+            piece=needs.piece,
+            objective=denoiser.objective,
+            seed=seed + (number << 32),  # and so do objectives
             tokenizer=tokenizer,
             source_content_id=source.content_id,
-            mixed=mixed,
+            mode=mode,
+            mixed=mixed or apart,
         )
-    denoisers = raw_parts(objective)
-    apart = len(denoisers) > 1
-    made = [
-        _pieces(config, part, denoiser, source, tokenizer, cache_dir, seed + (n << 32), mixed or apart)
-        for n, denoiser in enumerate(denoisers)  # and so do objectives
-    ]
+        made.append(examples)
     return MixedExamples(made, [denoiser.rate for denoiser in denoisers], seed) if apart else made[0]
 
 
-def _pieces(
+def _records(
     config: DataConfig,
     part: SourceConfig,
-    denoiser: Part,
     source: Source,
     tokenizer: Tokenizer,
     cache_dir: Path,
     seed: int,
     mixed: bool,
-) -> PieceExamples:
-    mode = tokenizer.encode(denoiser.mode).tolist()
-    # A mode takes input slots from the piece, so that what fitted may fit no more.
-    needs = fitted_needs(denoiser.objective, config.input_length - len(mode), config.target_length)
-    return PieceExamples(
-        _prepared(_job(part, source, denoiser.objective, tokenizer), cache_dir).fields["text"],
-        piece=needs.piece,
-        objective=denoiser.objective,
+) -> Records:
+    assert isinstance(config.objective, Supervised | CausalLM)
+    prepared = _prepared(_job(part, source, config.objective, tokenizer), cache_dir)
+    examples = RecordExamples(
+        prepared.fields,
+        objective=config.objective,
         seed=seed,
         tokenizer=tokenizer,
         source_content_id=source.content_id,
-        mode=mode,
         mixed=mixed,
     )
+    return Records(source=source, prepared=prepared, examples=examples)
 
 
 def _job(part: SourceConfig, source: Source, objective: Single, tokenizer: Tokenizer) -> Job:

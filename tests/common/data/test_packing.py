@@ -18,8 +18,6 @@ def random_lengths(seed: int, most: int = 40) -> tuple[np.ndarray, np.ndarray]:
 class Fixed:
     """Examples of the same lengths in every epoch."""
 
-    content = ""
-
     def __init__(self, inputs: np.ndarray, targets: np.ndarray, together: int = 1) -> None:
         self.sides, self.window, self.together = (inputs, targets), len(inputs), together
 
