@@ -20,6 +20,7 @@ from common.infer.generate import Completion, Generator, Request
 from common.infer.texts import EncodedPrompt, encode_prompt
 from common.nn.recipe import Execution
 from common.sharding.mesh import make_mesh
+from common.sharding.shape import MeshShape
 from experiments.commands import prepare_jax
 from experiments.console import Progress
 from experiments.models import Loaded, find_model, open_model
@@ -76,7 +77,7 @@ def generate(
         return
     devices = len(jax.devices())
     with progress.console.status("opening the model"):
-        loaded = open_model(model, execution, make_mesh((devices, 1, 1)))
+        loaded = open_model(model, execution, make_mesh(MeshShape(data=devices)))
         encoded = [encode_prompt(prompt, loaded.text) for prompt in prompts]
     _check_positions(loaded, encoded, job.limits)
     generator = Generator(

@@ -28,8 +28,8 @@ from common.evals.decoding import decode_greedily
 from common.evals.text_metrics import score_texts
 from common.files import read_rows, write_json, write_rows
 from common.report.results import ArmResult, Flops, TextScore, TurnCost
+from common.sharding.shape import MeshShape
 from common.train import run_dir as rd
-from common.train.config import MeshShape
 from common.train.init_from import check_rules
 from common.train.loop import Fitted, Initial, Setup, Task, Watcher, abstract_batch, fit, prepare
 from common.train.state import abstract_state, skeleton

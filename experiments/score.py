@@ -23,6 +23,7 @@ from common.files import write_rows
 from common.infer.score import Pair, Score, continuation, pair, refuse_long, score
 from common.nn.recipe import Execution
 from common.sharding.mesh import make_mesh
+from common.sharding.shape import MeshShape
 from experiments.commands import prepare_jax
 from experiments.console import Progress
 from experiments.models import Text, open_model
@@ -42,7 +43,7 @@ def score_file(
     prepare_jax()
     records = read_records(file)
     devices = len(jax.devices())
-    loaded = open_model(model, execution, make_mesh((devices, 1, 1)))
+    loaded = open_model(model, execution, make_mesh(MeshShape(data=devices)))
     pairs = []
     for number, record in enumerate(records, 1):
         try:

@@ -19,6 +19,7 @@ from common.data.loader import build_batch
 from common.data.objectives.config import Supervised
 from common.data.tokenized.token_store import TokenStream
 from common.nn.recipe import GPT2, T5_V1_0, T5_V1_1, Execution, Recipe
+from common.sharding.shape import MeshShape
 from common.train.state import skeleton
 from experiments.config import ModelConfig
 from experiments.families import builder
@@ -27,6 +28,8 @@ from t5like.config import RUNGS, T5LikeConfig
 
 VOCAB = 128
 WIDTHS = {"vocab_size": VOCAB, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "d_ff": 48}
+ONE_DEVICE = MeshShape()
+EIGHT_DEVICES = MeshShape(data=2, fsdp=2, tensor=2)
 F32 = Execution(dtype="float32", matmul_precision="highest", scan_layers=False, attention_block=8, loss_chunk=8)
 
 ROPE = Recipe(positions="rope")

@@ -20,7 +20,8 @@ from common.data.packing import RowPlans
 from common.data.sources.config import SourceConfig
 from common.data.tokenized.token_store import TokenStream
 from common.nn.recipe import Recipe
-from common.train.config import AdamW, Budget, Cosine, MeshShape, TrainConfig
+from common.sharding.shape import MeshShape
+from common.train.config import AdamW, Budget, Cosine, TrainConfig
 from common.train.loop import Setup, Stream, Task
 from experiments.config import ModelConfig
 from experiments.families import builder

@@ -4,6 +4,7 @@ Legend: B batch rows, T token slots, R texts a row.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from common.infer.decode import Decoded, Decoder, Seeds, Weightless, prepare
 from common.infer.prompt import bucket, pad_prompts
 from common.infer.stops import find_stop, settled, tokens_to_stop
 from common.infer.texts import EncodedPrompt, TextRules, written_text
-from common.sharding.rules import RULES
+from common.sharding.shape import ROW_AXES
 
 CHUNK = 16
 """Steps between two looks for stop strings."""
@@ -170,7 +171,5 @@ def _places(found: Decoded, row: int) -> list[int]:
 
 def _fitting_rows(rows: int, mesh: Mesh) -> int:
     """At least `rows`, and divisible among the devices along the batch."""
-    axes = RULES["batch"]
-    assert isinstance(axes, tuple)
-    devices = int(np.prod([mesh.shape[axis] for axis in axes]))
+    devices = math.prod(mesh.shape[axis] for axis in ROW_AXES)
     return -(-rows // devices) * devices

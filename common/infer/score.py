@@ -8,6 +8,7 @@ chunk, D model, V vocab.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from common.data.packing import plan_epoch
 from common.errors import UserError
 from common.nn.recipe import Execution
 from common.sharding.rules import constrain
+from common.sharding.shape import ROW_AXES
 from common.train.state import Skeleton
 
 LENGTHS = (32, 128, 512, 2048)
@@ -130,7 +132,7 @@ def score(
     Raises UserError, naming the example, for one that is longer than the greatest of `lengths`, or whose inputs and
     targets together have more positions than the model (`max_positions`), and where `rows` do not divide over the mesh.
     """
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = math.prod(mesh.shape[axis] for axis in ROW_AXES)
     if rows % parts:
         raise UserError(
             f"rows is {rows}, which does not divide over {parts} devices; nearest: {-(-rows // parts) * parts}"
@@ -187,7 +189,7 @@ def _program(model: Skeleton, execution: Execution) -> Callable[[Any, Batch], tu
     def program(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         precision = None if execution.matmul_precision == "default" else execution.matmul_precision
         with jax.default_matmul_precision(precision):
-            batch = jax.tree.map(lambda x: constrain(x, "batch", None), batch)
+            batch = jax.tree.map(lambda x: constrain(x, "batch", "length"), batch)
             merged = model.merge(params)
             h_BTD, w_DV = merged.hidden(batch), merged.head()
             return target_log_probs(h_BTD, w_DV, batch.targets_BT, execution.loss_chunk, not execution.scan_layers)

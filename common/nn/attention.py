@@ -11,9 +11,9 @@ from flax import nnx
 
 from common.kernels.attention import attend
 from common.kernels.visibility import Visibility
-from common.nn.layers import RMSNorm, bias, value
+from common.nn.layers import RMSNorm, bias
 from common.nn.linear import project, unproject
-from common.nn.parameters import Initialisers, param
+from common.nn.parameters import Initialisers, param, use, use_bias
 from common.nn.positions import rope
 from common.nn.recipe import Execution, Recipe
 from common.sharding.rules import constrain
@@ -73,8 +73,8 @@ class Attention(nnx.Module):
         self.out_bias_D = bias(rngs, recipe, (D,), ("embed",))
 
     def keys_values(self, x_BKD: jax.Array, positions_BK: jax.Array) -> KeysValues:
-        k_BKGC = project(x_BKD, self.key_DGC[...], value(self.key_bias_GC))
-        v_BKGC = project(x_BKD, self.value_DGC[...], value(self.value_bias_GC))
+        k_BKGC = project(x_BKD, use(self.key_DGC, x_BKD.dtype), use_bias(self.key_bias_GC, x_BKD.dtype))
+        v_BKGC = project(x_BKD, use(self.value_DGC, x_BKD.dtype), use_bias(self.value_bias_GC, x_BKD.dtype))
         k_BKGC, v_BKGC = (constrain(x, "batch", None, "kv_heads", None) for x in (k_BKGC, v_BKGC))
         if self.key_norm is not None:
             k_BKGC = self.key_norm(k_BKGC)
@@ -85,7 +85,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BQD: jax.Array, memory: KeysValues, visibility: Visibility, dropout_key: jax.Array | None = None
     ) -> jax.Array:
-        q_BQHC = project(x_BQD, self.query_DHC[...], value(self.query_bias_HC))
+        q_BQHC = project(x_BQD, use(self.query_DHC, x_BQD.dtype), use_bias(self.query_bias_HC, x_BQD.dtype))
         q_BQHC = constrain(q_BQHC, "batch", None, "heads", None)
         if self.query_norm is not None:
             q_BQHC = self.query_norm(q_BQHC)
@@ -101,4 +101,4 @@ class Attention(nnx.Module):
             dropout_rate=self.dropout_rate,
             dropout_key=dropout_key,
         )
-        return unproject(out_BQHC, self.out_HCD[...], value(self.out_bias_D))
+        return unproject(out_BQHC, use(self.out_HCD, x_BQD.dtype), use_bias(self.out_bias_D, x_BQD.dtype))

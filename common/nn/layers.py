@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from common.nn.linear import linear
-from common.nn.parameters import Initialisers, ones, param, zeros
+from common.nn.parameters import Initialisers, ones, param, use, use_bias, zeros
 from common.nn.recipe import Recipe
 from common.sharding.rules import constrain
 
@@ -25,7 +25,7 @@ class RMSNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         normed = (x32 * jax.lax.rsqrt(mean_square + self.epsilon)).astype(x.dtype)
-        return normed * _broadcast(self.scale_D[...], x)
+        return normed * _broadcast(use(self.scale_D, x.dtype), x)
 
 
 class LayerNorm(nnx.Module):
@@ -41,7 +41,9 @@ class LayerNorm(nnx.Module):
         centred_BLD = x32_BLD - jnp.mean(x32_BLD, axis=-1, keepdims=True)
         variance_BL1 = jnp.mean(jnp.square(centred_BLD), axis=-1, keepdims=True)
         normed_BLD = (centred_BLD * jax.lax.rsqrt(variance_BL1 + self.epsilon)).astype(x_BLD.dtype)
-        return normed_BLD * _broadcast(self.scale_D[...], x_BLD) + _broadcast(self.bias_D[...], x_BLD)
+        return normed_BLD * _broadcast(use(self.scale_D, x_BLD.dtype), x_BLD) + _broadcast(
+            use(self.bias_D, x_BLD.dtype), x_BLD
+        )
 
 
 def make_norm(d_model: int, recipe: Recipe, rngs: nnx.Rngs) -> RMSNorm | LayerNorm:
@@ -64,7 +66,7 @@ class MLP(nnx.Module):
         self.out_bias_D = bias(rngs, recipe, (d_model,), ("embed",))
 
     def __call__(self, x_BLD: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
-        h_BLF = linear(x_BLD, self.in_DF[...], value(self.in_bias_F))
+        h_BLF = linear(x_BLD, use(self.in_DF, x_BLD.dtype), use_bias(self.in_bias_F, x_BLD.dtype))
         match self.kind:
             case "relu":
                 h_BLF = jax.nn.relu(h_BLF)
@@ -74,13 +76,13 @@ class MLP(nnx.Module):
                 h_BLF = jax.nn.gelu(h_BLF, approximate=True) * self._linear(x_BLD)
             case "swiglu":
                 h_BLF = jax.nn.silu(h_BLF) * self._linear(x_BLD)
-        h_BLF = constrain(h_BLF, "batch", None, "mlp")
+        h_BLF = constrain(h_BLF, "batch", "length", "mlp")
         h_BLF = dropout(h_BLF, self.dropout_rate, dropout_key)
-        return linear(h_BLF, self.out_FD[...], value(self.out_bias_D))
+        return linear(h_BLF, use(self.out_FD, x_BLD.dtype), use_bias(self.out_bias_D, x_BLD.dtype))
 
     def _linear(self, x_BLD: jax.Array) -> jax.Array:
         """The factor without an activation."""
-        return linear(x_BLD, self.linear_DF[...], value(self.linear_bias_F))
+        return linear(x_BLD, use(self.linear_DF, x_BLD.dtype), use_bias(self.linear_bias_F, x_BLD.dtype))
 
 
 class Embedding(nnx.Module):
@@ -91,7 +93,7 @@ class Embedding(nnx.Module):
         self.table_VD = param(rngs, init.embedding(d_model), (vocab_size, d_model), ("vocab", "embed"))
 
     def __call__(self, tokens_BL: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        return constrain(self.table_VD[...].astype(dtype)[tokens_BL] * self.scale, "batch", None, None)
+        return constrain(use(self.table_VD, dtype)[tokens_BL] * self.scale, "batch", "residual", None)
 
 
 class Head(nnx.Module):
@@ -116,13 +118,9 @@ def bias(rngs: nnx.Rngs, recipe: Recipe, shape: tuple[int, ...], axes: tuple[str
     return param(rngs, zeros, shape, axes) if recipe.biases else None
 
 
-def value(parameter: nnx.Param | None) -> jax.Array | None:
-    return None if parameter is None else parameter[...]
-
-
 def _broadcast(vector_D: jax.Array, x: jax.Array) -> jax.Array:
-    """In the dtype and rank of `x`."""
-    return vector_D.reshape((1,) * (x.ndim - 1) + vector_D.shape).astype(x.dtype)
+    """In the rank of `x`."""
+    return vector_D.reshape((1,) * (x.ndim - 1) + vector_D.shape)
 
 
 def dropout(x_BLD: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

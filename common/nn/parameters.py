@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from common.nn.linear import Columns
 from common.nn.recipe import Recipe
+from common.sharding.rules import in_use
 
 Initialiser = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
@@ -16,6 +19,21 @@ def param(rngs: nnx.Rngs, init: Initialiser, shape: tuple[int, ...], axes: tuple
     """A float32 parameter whose dimensions carry logical names; the mesh's rules turn them into shardings."""
     assert len(shape) == len(axes), (shape, axes)
     return nnx.Param(init(rngs.params(), shape), out_sharding=axes, eager_sharding=False)
+
+
+def use(parameter: nnx.Param, dtype: Any) -> Any:
+    """A parameter as computation takes it: in `dtype`, and gathered from the devices among which it is stored."""
+    stored = parameter[...]
+    if isinstance(stored, Columns):
+        return stored
+    return in_use(
+        stored.astype(dtype), parameter.get_metadata("out_sharding")[-stored.ndim :]
+    )  # one layer's: no "layers"
+
+
+def use_bias(parameter: nnx.Param | None, dtype: Any) -> jax.Array | None:
+    """The same of a bias, which a recipe may be without."""
+    return None if parameter is None else use(parameter, dtype)
 
 
 def normal(std: float) -> Initialiser:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from common.kernels.bias import BiasTable
 from common.nn.layers import Embedding
-from common.nn.parameters import Initialisers, param
+from common.nn.parameters import Initialisers, param, use
 from common.nn.recipe import Recipe
 
 
@@ -49,7 +49,9 @@ def bias_table(bias: RelativeBias | None) -> BiasTable | None:
     """The description that attention takes."""
     if bias is None:
         return None
-    return BiasTable(table_HR=bias.table_HR[...], bidirectional=bias.bidirectional, max_distance=bias.max_distance)
+    return BiasTable(
+        table_HR=use(bias.table_HR, jnp.float32), bidirectional=bias.bidirectional, max_distance=bias.max_distance
+    )
 
 
 class LearnedPositions(nnx.Module):
@@ -60,7 +62,7 @@ class LearnedPositions(nnx.Module):
         self.table_SD = param(rngs, init.positions(d_model), shape, ("positions", "embed"))
 
     def __call__(self, positions_BL: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        return self.table_SD[...].astype(dtype)[positions_BL]
+        return use(self.table_SD, dtype)[positions_BL]
 
 
 def learned_positions(

@@ -1,20 +1,35 @@
 """The device mesh of a run."""
 
+from collections.abc import Sequence
+
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from common.errors import UserError
-from common.sharding.rules import MESH_AXES
+from common.sharding.shape import MESH_AXES, MeshShape
 
 
-def make_mesh(shape: tuple[int, int, int]) -> Mesh:
-    """A mesh `(data, fsdp, tensor)` over the first devices; raises UserError where there are too few."""
-    wanted = shape[0] * shape[1] * shape[2]
-    devices = jax.devices()
-    if wanted > len(devices):
-        sizes = " x ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True))
+def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over the first devices (of this machine, or of those given); raises UserError where there are too few.
+
+    Devices of one slice that the data centre's network joins to others stay together: `replica` counts slices.
+    """
+    devices = jax.devices() if devices is None else devices
+    if shape.devices > len(devices):
         raise UserError(
-            f"train.mesh {sizes} needs {wanted} devices, but there are {len(devices)} ({devices[0].device_kind}); "
-            f"nearest: data={len(devices)}"
+            f"train.mesh {shape} needs {shape.devices} devices, but there are {len(devices)} "
+            f"({devices[0].device_kind}); nearest: data={len(devices)}"
         )
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:wanted])
+    chosen = list(devices[: shape.devices])
+    slices = len({getattr(device, "slice_index", 0) for device in chosen})
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    sizes = tuple(shape.sizes().values())
+    if slices == 1:
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=chosen)
+    if shape.replica != slices:
+        raise UserError(
+            f"train.mesh.replica is {shape.replica}, but the devices are in {slices} slices; nearest: {slices}"
+        )
+    across = (slices, *(1 for _ in sizes[1:]))
+    return Mesh(mesh_utils.create_hybrid_device_mesh((1, *sizes[1:]), across, chosen), MESH_AXES, axis_types=types)

@@ -1,16 +1,41 @@
-"""Logical axis names and the one table that maps them to mesh axes."""
+"""Logical axis names, and the table that maps them to mesh axes: once as parameters are stored, once as they are used.
 
-from typing import Any
+Stored parameters, their gradients and the optimizer's state are split over `fsdp` and `tensor`. To be used, a layer's
+parameters are gathered along `fsdp` (ZeRO, arXiv 1910.02054, stage 3); what is split along `tensor` stays so (Megatron,
+arXiv 1909.08053). Between that axis's products the residual stream is whole, or split along its length too (arXiv
+2205.05198): that is what the two strategies differ in.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any, Literal
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "tensor")
+from common.sharding.shape import ROW_AXES
 
-RULES: dict[str, str | tuple[str, ...] | None] = {
-    # Activations.
-    "batch": ("data", "fsdp"),
-    # Parameters; those of heads, mlp and vocab hold for activations too.
+Axis = str | tuple[str, ...] | None
+Strategy = Literal["fsdp", "sequence"]
+GATHERED = "gathered"
+"""Name under which rematerialisation finds gathered parameters."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rules:
+    """Mesh axes by logical name."""
+
+    parameters: Mapping[str, Axis]
+    """Of parameters, gradients and optimizer state as they lie between steps."""
+    compute: Mapping[str, Axis]
+    """Of parameters where they are used, and of activations."""
+
+
+_STORED: Mapping[str, Axis] = {
     "layers": None,
     "embed": "fsdp",
     "heads": "tensor",
@@ -21,26 +46,85 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "buckets": None,
     "positions": None,
 }
+_USED: Mapping[str, Axis] = {**_STORED, "embed": None, "batch": ROW_AXES, "length": "context", "residual": "context"}
+
+STRATEGIES: Mapping[str, Rules] = {
+    "fsdp": Rules(parameters=_STORED, compute=_USED),
+    "sequence": Rules(parameters=_STORED, compute={**_USED, "residual": ("context", "tensor")}),
+}
+
+_strategy: contextvars.ContextVar[Strategy] = contextvars.ContextVar("sharding strategy", default="fsdp")
 
 
-def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
-    """The mesh axes of an array whose dimensions have these logical names (None: not sharded).
+@contextlib.contextmanager
+def strategy(name: Strategy) -> Iterator[None]:
+    """Which table programs traced within follow."""
+    token = _strategy.set(name)
+    try:
+        yield
+    finally:
+        _strategy.reset(token)
 
-    >>> partition_spec(("layers", "embed", "mlp"))
+
+def stored_spec(axes: tuple[str, ...]) -> PartitionSpec:
+    """The mesh axes of a stored parameter whose dimensions have these logical names.
+
+    >>> stored_spec(("layers", "embed", "mlp"))
     P(None, 'fsdp', 'tensor')
     """
-    return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
+    return _spec(STRATEGIES[_strategy.get()].parameters, axes)
+
+
+def compute_spec(*axes: str | None) -> PartitionSpec:
+    """The mesh axes of an activation, or of a parameter in use (None: not split).
+
+    >>> compute_spec("embed", "mlp"), compute_spec("batch", "length", "heads", None)
+    (P(None, 'tensor'), P(('replica', 'data', 'fsdp'), 'context', 'tensor', None))
+    """
+    return _spec(STRATEGIES[_strategy.get()].compute, axes)
+
+
+def _spec(rules: Mapping[str, Axis], axes: tuple[str | None, ...]) -> PartitionSpec:
+    return PartitionSpec(*(None if axis is None else rules[axis] for axis in axes))
+
+
+def on_mesh() -> bool:
+    """Whether the program that is traced runs on several devices that the rules can divide it among."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1 and not mesh.manual_axes
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins an activation's sharding by logical names; without a mesh, `x` itself."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+    return jax.lax.with_sharding_constraint(x, compute_spec(*axes)) if on_mesh() else x
+
+
+def in_use(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """A stored parameter gathered for use; its gradient is asked for as the parameter is stored.
+
+    Without the latter the gradient would be summed whole on every device, as a constraint holds for the gradient too.
+    """
+    return checkpoint_name(_gathered(x, axes), GATHERED) if on_mesh() else x
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, compute_spec(*axes))
+
+
+def _forward(x: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, None]:
+    return _gathered(x, axes), None
+
+
+def _backward(axes: tuple[str, ...], _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    return (jax.lax.with_sharding_constraint(gradient, stored_spec(axes)),)
+
+
+_gathered.defvjp(_forward, _backward)
 
 
 def parameter_shardings(mesh: Mesh, logical_axes: Any) -> Any:
     """NamedShardings for a tree of logical-axis tuples."""
     return jax.tree.map(
-        lambda axes: NamedSharding(mesh, partition_spec(axes)), logical_axes, is_leaf=lambda x: isinstance(x, tuple)
+        lambda axes: NamedSharding(mesh, stored_spec(axes)), logical_axes, is_leaf=lambda x: isinstance(x, tuple)
     )

@@ -6,6 +6,7 @@ from typing import Literal
 
 from common.errors import UserError
 from common.nn.recipe import Execution
+from common.sharding.shape import MeshShape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,24 +122,6 @@ class Budget:
                 return max(1, int(self.amount // tokens_per_step))
             case "flops":
                 return max(1, int(self.amount // flops_per_step))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshShape:
-    """Devices along each mesh axis: rows are split over data and fsdp, parameters over fsdp and tensor."""
-
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
-                raise UserError(f"{field.name} is {getattr(self, field.name)}: it must be 1 or more")
-
-    @property
-    def devices(self) -> int:
-        return self.data * self.fsdp * self.tensor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from common.errors import UserError
 from common.files import write_json
 from common.model import Model, ModelConfig
 from common.sharding.mesh import make_mesh
-from common.sharding.rules import RULES
+from common.sharding.shape import ROW_AXES
 from common.train import run_dir as rd
 from common.train.checkpoints import Checkpoints, Progress
 from common.train.config import Rule, TrainConfig
@@ -146,19 +146,20 @@ def fit(task: Task, run_dir: Path, watcher: Watcher) -> Fitted:
 
 def check_rows(setup: Setup) -> None:
     """Raises UserError where a batch's rows do not divide over devices and micro-batches."""
-    mesh, rows = setup.train.mesh, setup.row_slots[0]
-    parts = mesh.data * mesh.fsdp * setup.train.accumulation
+    mesh, accumulation, rows = setup.train.mesh, setup.train.accumulation, setup.row_slots[0]
+    parts = mesh.row_parts * accumulation
     if rows % parts:
         raise UserError(
-            f"data.rows is {rows}, which does not divide by data x fsdp x accumulation "
-            f"({mesh.data} x {mesh.fsdp} x {setup.train.accumulation}); nearest: {max(1, round(rows / parts)) * parts}"
+            f"data.rows is {rows}, which does not divide by replica x data x fsdp x accumulation "
+            f"({mesh.replica} x {mesh.data} x {mesh.fsdp} x {accumulation}); "
+            f"nearest: {max(1, round(rows / parts)) * parts}"
         )
 
 
-def prepare(setup: Setup) -> Programs:
-    """Mesh, shardings and jitted functions; nothing is computed yet."""
+def prepare(setup: Setup, devices: Sequence[jax.Device] | None = None) -> Programs:
+    """Mesh, shardings and jitted functions, for this machine's devices or for others; nothing is computed yet."""
     train = setup.train
-    mesh = make_mesh((train.mesh.data, train.mesh.fsdp, train.mesh.tensor))
+    mesh = make_mesh(train.mesh, devices)
     model = skeleton(setup.build)
     schedule = make_schedule(train.schedule, setup.learning_rate, setup.steps)
     optimizer = make_optimizer(train.optimizer, schedule, model.logical_axes)
@@ -176,7 +177,7 @@ def prepare(setup: Setup) -> Programs:
         model=model,
         optimizer=optimizer,
         shardings=shardings,
-        batch_sharding=NamedSharding(mesh, PartitionSpec(RULES["batch"])),
+        batch_sharding=NamedSharding(mesh, PartitionSpec(ROW_AXES, "context")),
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
         eval_step=jax.jit(make_eval_step(model, execution=train.execution)),
     )

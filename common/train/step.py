@@ -80,7 +80,7 @@ def weighted_loss(
     model: Skeleton, params: Any, batch: Batch, execution: Execution, z_loss: float, dropout_key: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(sum of weighted CE + z-loss, sum of weighted CE, sum of weights); gradients flow through the first."""
-    batch = jax.tree.map(lambda x: constrain(x, "batch", None), batch)
+    batch = jax.tree.map(lambda x: constrain(x, "batch", "length"), batch)
     merged = model.merge(params)
     total, ce = cross_entropy(
         merged.hidden(batch, dropout_key),

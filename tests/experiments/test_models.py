@@ -20,6 +20,7 @@ from common.data.tokenizers.sentence_piece import train_model
 from common.errors import UserError
 from common.files import read_json
 from common.sharding.mesh import make_mesh
+from common.sharding.shape import MeshShape
 from common.train import run_dir as rd
 from common.train.config import Budget
 from common.train.loop import Fitted
@@ -34,7 +35,7 @@ from experiments.run_folder import folder_from_run
 from tests.experiments.tiny_experiment import WORDS, tiny_experiment, write_data
 from tests.tiny import EXECUTION, QUICK, Observer, cached_in, jax_settings
 
-MESH = (1, 1, 1)
+MESH = MeshShape()
 
 
 @pytest.fixture(scope="module", autouse=True)

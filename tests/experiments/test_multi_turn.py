@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import Mesh
 
 from common.infer.prompt import Prompt
+from common.sharding.mesh import make_mesh
+from common.sharding.shape import MeshShape
 from common.train.state import skeleton
 from experiments.config import ModelConfig, MultiTurn
 from experiments.families import builder
@@ -54,7 +55,7 @@ def test_families_say_whether_a_cache_stays_valid(config: ModelConfig) -> None:
 def test_every_turn_is_timed(name: str) -> None:
     config = CONFIGS[name]
     model, (_, params) = skeleton(builder(config, F32)), split(config)
-    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"))
+    mesh = make_mesh(MeshShape())
     done: list[int] = []
     plan = MultiTurn(turns=3, message_tokens=4, reply_tokens=2, repeats=2)
     costs = measure(config, model, params, mesh, plan, done.append)

@@ -14,6 +14,7 @@ from common.infer.generate import Completion, Generator, Request
 from common.infer.texts import EncodedPrompt
 from common.nn.recipe import Execution
 from common.sharding.mesh import make_mesh
+from common.sharding.shape import MeshShape
 from common.train.state import Skeleton, skeleton
 from common.weights.mapping import flatten
 from experiments.config import ModelConfig
@@ -42,7 +43,7 @@ def complete(
     generator = Generator(
         model,
         params,
-        make_mesh((1, 1, 1)),
+        make_mesh(MeshShape()),
         text,
         method=Greedy(),
         limits=Limits(max_new_tokens=max_new_tokens),
@@ -57,7 +58,7 @@ def test_stories260k_tells_its_published_story(tmp_path):
     tokenizer: Any = StoriesTokenizer(shared_file("weights/stories260K/tok512.bin"))
     write_hugging_face(weights, tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "ours", Progress(Console(file=io.StringIO())))
-    loaded = open_model(str(tmp_path / "ours"), F32, make_mesh((1, 1, 1)))
+    loaded = open_model(str(tmp_path / "ours"), F32, make_mesh(MeshShape()))
     assert loaded.config.param_count() == 260_032
     assert loaded.text.alignment == "native" and loaded.text.bos_id == BOS
     prompt = EncodedPrompt(inputs_I=np.array([], np.int32), start=BOS, before=(BOS,))

@@ -19,6 +19,7 @@ from rich.console import Console
 from common.data.batch import Batch
 from common.nn.recipe import Execution
 from common.sharding.mesh import make_mesh
+from common.sharding.shape import MeshShape
 from common.train.config import AdamW
 from common.train.optimizer import make_optimizer
 from common.train.state import TrainState
@@ -148,7 +149,7 @@ def _make(name: str, folder: Path) -> Peers:
     theirs = random_model(name)
     theirs.save_pretrained(folder / "theirs")
     convert(folder / "theirs", folder / "ours", PROGRESS)
-    ours = open_model(str(folder / "ours"), EXECUTION, make_mesh((1, 1, 1)))
+    ours = open_model(str(folder / "ours"), EXECUTION, make_mesh(MeshShape()))
     return Peers(theirs=theirs, ours=ours, saved=folder / "theirs")
 
 

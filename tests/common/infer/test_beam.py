@@ -14,6 +14,8 @@ from common.infer.beam import BeamDecoder, penalty
 from common.infer.config import Beam, Greedy, Limits
 from common.infer.decode import Decoded, Decoder, Seeds, prepare
 from common.infer.prompt import pad_prompts
+from common.sharding.mesh import make_mesh
+from common.sharding.shape import MeshShape
 from tests.common.infer.toy import Toy, log_probs, toy
 from tests.tiny import QUICK, jax_settings
 
@@ -202,7 +204,7 @@ def test_beams_along_eight_devices() -> None:
     method, limits = Beam(size=2), Limits(max_new_tokens=5)
     prompts = PROMPTS * 2
     expected = search(method, limits, prompts=prompts)
-    mesh = jax.make_mesh((8, 1, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    mesh = make_mesh(MeshShape(data=8))
     with jax.set_mesh(mesh):
         found = search(method, limits, prompts=prompts)
     for row in range(len(prompts)):

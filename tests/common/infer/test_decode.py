@@ -12,6 +12,8 @@ import pytest
 from common.infer.config import Greedy, Limits, Sample
 from common.infer.decode import Decoded, Decoder, Seeds, first_argmax, prepare
 from common.infer.prompt import bucket, pad_prompts
+from common.sharding.mesh import make_mesh
+from common.sharding.shape import MeshShape
 from tests.common.infer.toy import log_probs, toy
 from tests.tiny import QUICK, jax_settings
 
@@ -194,7 +196,7 @@ def test_sharded_rows_make_the_same_tokens() -> None:
     prompts = [*PROMPTS, *([i] for i in range(11))]
     method, limits = Sample(temperature=1.2), Limits(max_new_tokens=10)
     expected = texts(decode(method, limits, prompts))
-    mesh = jax.make_mesh((8, 1, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    mesh = make_mesh(MeshShape(data=8))
     with jax.set_mesh(mesh):
         assert texts(decode(method, limits, prompts)) == expected
 

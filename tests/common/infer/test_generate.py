@@ -13,6 +13,7 @@ from common.infer.config import Beam, Greedy, Limits, Method, Sample
 from common.infer.generate import Completion, Generator, Request
 from common.infer.texts import EncodedPrompt, encode_prompt, written_text
 from common.sharding.mesh import make_mesh
+from common.sharding.shape import MeshShape
 from tests.common.infer.toy import log_probs, toy
 from tests.tiny import QUICK, jax_settings
 
@@ -53,7 +54,7 @@ PROMPTS = ["abc", "", "hhhh", "d", "cafe" * 6]
 
 def generator(method: Method | None = None, rules: Rules | None = None, rows: int = 4, **limits: Any) -> Generator:
     limits = {"max_new_tokens": 12, **limits}
-    mesh = make_mesh((1, 1, 1))
+    mesh = make_mesh(MeshShape())
     return Generator(
         MODEL, MODEL.params, mesh, rules or Rules(), method=method or Greedy(), limits=Limits(**limits), rows=rows
     )
@@ -180,7 +181,7 @@ def test_a_model_without_a_tokenizer_cannot_read() -> None:
 
 
 def test_rows_fit_the_mesh() -> None:
-    mesh = make_mesh((8, 1, 1))
+    mesh = make_mesh(MeshShape(data=8))
     expected = in_order(generator().complete(requests()))
     sharded = Generator(MODEL, MODEL.params, mesh, Rules(), method=Greedy(), limits=Limits(max_new_tokens=12), rows=3)
     assert [t[0].tokens for t in in_order(sharded.complete(requests()))] == [t[0].tokens for t in expected]

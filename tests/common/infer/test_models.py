@@ -18,6 +18,7 @@ from common.nn.recipe import Execution
 from common.nn.stack import PerLayer
 from common.sharding.mesh import make_mesh
 from common.sharding.rules import parameter_shardings
+from common.sharding.shape import MeshShape
 from common.train.state import skeleton
 from experiments.config import ModelConfig
 from experiments.families import builder
@@ -202,7 +203,7 @@ def test_a_sharded_cache_makes_the_same_tokens(config: ModelConfig, method: Meth
     """Rows along two mesh axes, heads along the third."""
     limits = Limits(max_new_tokens=5)
     expected, _ = decode(config, method, limits)
-    mesh, (model, _) = make_mesh((2, 2, 2)), decoder_of(config, method, (), F32)
+    mesh, (model, _) = make_mesh(MeshShape(data=2, fsdp=2, tensor=2)), decoder_of(config, method, (), F32)
     params = jax.device_put(split(config)[1], parameter_shardings(mesh, model.logical_axes))
     with jax.set_mesh(mesh):
         found, cache = decode(config, method, limits, params=params)

@@ -17,10 +17,11 @@ from common.errors import UserError
 from common.infer.score import Pair, Score, continuation, pair, score, target_log_probs
 from common.sharding.mesh import make_mesh
 from common.sharding.rules import parameter_shardings
+from common.sharding.shape import MeshShape
 from common.train.state import skeleton
 from experiments.config import ModelConfig
 from experiments.families import builder
-from tests.helpers import F32, FAMILIES, MAX_POSITIONS, VOCAB, close, split
+from tests.helpers import EIGHT_DEVICES, F32, FAMILIES, MAX_POSITIONS, ONE_DEVICE, VOCAB, close, split
 from tests.tiny import QUICK, cached_in, jax_settings
 
 START = 3
@@ -67,7 +68,7 @@ def examples(count: int, seed: int = 0) -> list[Pair]:
     ]
 
 
-def scores(name: str, pairs: list[Pair], mesh_shape: tuple[int, int, int] = (1, 1, 1), **options: Any) -> list[Score]:
+def scores(name: str, pairs: list[Pair], mesh_shape: MeshShape = ONE_DEVICE, **options: Any) -> list[Score]:
     model = skeleton(builder(FAMILIES[name], options.pop("execution", F32)))
     mesh = make_mesh(mesh_shape)
     params = jax.device_put(split(FAMILIES[name])[1], parameter_shardings(mesh, model.logical_axes))
@@ -182,7 +183,7 @@ def test_nothing_to_score() -> None:
 def test_a_mesh_changes_nothing(name: str) -> None:
     pairs = examples(12)
     one = scores(name, pairs, rows=4)
-    for found, expected in zip(scores(name, pairs, mesh_shape=(2, 2, 2), rows=4), one, strict=True):
+    for found, expected in zip(scores(name, pairs, mesh_shape=EIGHT_DEVICES, rows=4), one, strict=True):
         np.testing.assert_allclose(found.log_probs_T, expected.log_probs_T, rtol=1e-5, atol=1e-5)
 
 

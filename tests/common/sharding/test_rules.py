@@ -7,35 +7,52 @@ from jax.sharding import PartitionSpec
 
 from common.errors import UserError
 from common.sharding.mesh import make_mesh
-from common.sharding.rules import MESH_AXES, RULES, constrain, parameter_shardings, partition_spec
-from common.train.config import MeshShape
+from common.sharding.rules import STRATEGIES, compute_spec, constrain, parameter_shardings, stored_spec, strategy
+from common.sharding.shape import MESH_AXES, ROW_AXES, MeshShape
 from common.train.loop import prepare
 from tests.tiny import setup, tiny, train_config
 
 
 def test_every_rule_names_an_axis_of_the_mesh() -> None:
-    used = {axis for rule in RULES.values() for axis in ((rule,) if isinstance(rule, str) else rule or ())}
-    assert used == set(MESH_AXES)
+    for rules in STRATEGIES.values():
+        maps = [*rules.parameters.values(), *rules.compute.values()]
+        assert {axis for rule in maps for axis in ((rule,) if isinstance(rule, str) else rule or ())} == set(MESH_AXES)
 
 
 @pytest.mark.parametrize(
     ("axes", "spec"),
     [
-        (("batch", None), (("data", "fsdp"), None)),
-        (("batch", None, "heads", "head_dim"), (("data", "fsdp"), None, "tensor", None)),
         (("layers", "embed", "kv_heads", "head_dim"), (None, "fsdp", "tensor", None)),
         (("layers", "mlp", "embed"), (None, "tensor", "fsdp")),
         (("vocab", "embed"), ("tensor", "fsdp")),
         ((), ()),
     ],
 )
-def test_partition_spec(axes: tuple[str | None, ...], spec: tuple[object, ...]) -> None:
-    assert partition_spec(axes) == PartitionSpec(*spec)
+def test_stored_parameters(axes: tuple[str, ...], spec: tuple[object, ...]) -> None:
+    assert stored_spec(axes) == PartitionSpec(*spec)
+
+
+@pytest.mark.parametrize(
+    ("axes", "spec"),
+    [
+        (("embed", "kv_heads", "head_dim"), (None, "tensor", None)),
+        (("batch", "length", "mlp"), (ROW_AXES, "context", "tensor")),
+        (("batch", None, "heads", "head_dim"), (ROW_AXES, None, "tensor", None)),
+    ],
+)
+def test_parameters_in_use_and_activations(axes: tuple[str | None, ...], spec: tuple[object, ...]) -> None:
+    assert compute_spec(*axes) == PartitionSpec(*spec)
+
+
+def test_a_strategy_holds_for_what_is_traced_within() -> None:
+    with strategy("sequence"):
+        assert compute_spec("batch", "residual", None) == PartitionSpec(ROW_AXES, ("context", "tensor"), None)
+    assert compute_spec("batch", "residual", None) == PartitionSpec(ROW_AXES, "context", None)
 
 
 def test_an_unknown_logical_axis_is_an_error() -> None:
     with pytest.raises(KeyError, match="heds"):
-        partition_spec(("heds",))
+        compute_spec("heds")
 
 
 @pytest.mark.parametrize("family", ["gpt", "t5like"])
@@ -51,21 +68,21 @@ def test_every_parameter_has_an_axis_a_dimension(family: str) -> None:
 def test_constrain_pins_what_a_program_computes() -> None:
     x = np.ones((8, 4, 2), np.float32)
     assert constrain(x, "batch", None, "heads") is x
-    with jax.set_mesh(make_mesh((2, 2, 2))):
+    with jax.set_mesh(make_mesh(MeshShape(data=2, fsdp=2, tensor=2))):
         y = jax.jit(lambda x: constrain(2 * x, "batch", None, "heads"))(x)
     assert y.sharding.spec == PartitionSpec(("data", "fsdp"), None, "tensor")
     assert y.addressable_shards[0].data.shape == (2, 4, 1)
 
 
 def test_a_mesh_takes_the_first_devices() -> None:
-    mesh = make_mesh((1, 2, 2))
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 2}
+    mesh = make_mesh(MeshShape(fsdp=2, tensor=2))
+    assert dict(mesh.shape) == {"replica": 1, "data": 1, "fsdp": 2, "context": 1, "tensor": 2}
     assert list(mesh.devices.flat) == jax.devices()[:4]
 
 
 def test_a_mesh_larger_than_the_machine() -> None:
-    with pytest.raises(UserError, match="data=4 x fsdp=2 x tensor=2 needs 16 devices, but there are 8 .*data=8"):
-        make_mesh((4, 2, 2))
+    with pytest.raises(UserError, match="data=4,fsdp=2,tensor=2 needs 16 devices, but there are 8 .*data=8"):
+        make_mesh(MeshShape(data=4, fsdp=2, tensor=2))
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,11 @@ from common.files import read_rows
 from common.nn.parameters import normal, param
 from common.nn.recipe import T5_V1_1
 from common.sharding.mesh import make_mesh
+from common.sharding.shape import MeshShape
 from common.train import run_dir as rd
 from common.train.adafactor import Factored
 from common.train.checkpoints import Checkpoints, Progress
-from common.train.config import Adafactor, Budget, InverseSqrt, Linear, MeshShape
+from common.train.config import Adafactor, Budget, InverseSqrt, Linear
 from common.train.loop import fit, prepare
 from common.train.optimizer import make_optimizer, make_schedule
 from common.train.paths import flatten
@@ -211,7 +212,7 @@ class Module(nnx.Module):
 
 
 MODEL: Any = skeleton(Module)  # no family: only parameters are asked for
-MESH = (2, 2, 2)
+MESH = MeshShape(data=2, fsdp=2, tensor=2)
 
 
 def optimizer_of(axes: Any) -> optax.GradientTransformation:
@@ -224,7 +225,7 @@ def advance(state: TrainState, optimizer: Any, grads: Tree) -> TrainState:
     return TrainState(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
 
 
-def trained(mesh_shape: tuple[int, int, int]) -> tuple[TrainState, TrainState]:
+def trained(mesh_shape: MeshShape) -> tuple[TrainState, TrainState]:
     """State and shardings after two updates."""
     optimizer = optimizer_of(MODEL.logical_axes)
     shardings = state_shardings(MODEL, optimizer, make_mesh(mesh_shape))
@@ -246,7 +247,7 @@ def test_statistics_are_sharded_as_what_they_have_kept() -> None:
         row=PartitionSpec(None, None, None, "fsdp"), column=PartitionSpec(None, "tensor", None, None)
     )
     assert spec["norm"] == PartitionSpec(None, "fsdp")
-    single, _ = trained((1, 1, 1))
+    single, _ = trained(MeshShape())
     for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(single), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)
 

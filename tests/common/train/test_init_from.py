@@ -18,8 +18,9 @@ from common.config import to_json
 from common.errors import UserError
 from common.files import read_json
 from common.sharding.mesh import make_mesh
+from common.sharding.shape import MeshShape
 from common.train import run_dir as rd
-from common.train.config import Adafactor, AdamW, Budget, Constant, Fresh, MeshShape, Rename, Resize, Rule
+from common.train.config import Adafactor, AdamW, Budget, Constant, Fresh, Rename, Resize, Rule
 from common.train.init_from import load_parameters, make_plan
 from common.train.loop import Fitted, Initial, Task, fit
 from common.train.paths import flatten
@@ -27,6 +28,7 @@ from common.train.state import check_divides, init_state, skeleton, state_shardi
 from common.train.stored import FolderParameters, RunParameters, Stored
 from common.weights.folder import write_folder
 from experiments.families import builder
+from tests.helpers import EIGHT_DEVICES, ONE_DEVICE
 from tests.tiny import EXECUTION, Observer, Stopped, cached_in, jax_settings, loader, task, tiny
 
 MODEL = skeleton(builder(tiny("gpt"), EXECUTION))
@@ -60,11 +62,11 @@ def stored_run(folder: Path, step: int | None = None) -> RunParameters:
 
 
 def fresh(model: Any = MODEL, seed: int = 0) -> Any:
-    shardings = state_shardings(model, optax.identity(), make_mesh((1, 1, 1)))
+    shardings = state_shardings(model, optax.identity(), make_mesh(MeshShape()))
     return init_state(model, optax.identity(), seed, shardings).params
 
 
-def load(stored: Stored, model: Any = MODEL, mesh: tuple[int, int, int] = (1, 1, 1), **how: Any) -> Any:
+def load(stored: Stored, model: Any = MODEL, mesh: MeshShape = ONE_DEVICE, **how: Any) -> Any:
     return load_parameters(stored, model, check_divides(model, make_mesh(mesh)), **how)
 
 
@@ -93,8 +95,8 @@ def drawn(shapes: dict[str, tuple[int, ...]] = SHAPES) -> Kept:
 # --- What is loaded
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)], ids=["one", "eight"])
-def test_a_runs_parameters_come_back(source: tuple[Path, Fitted], mesh: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("mesh", [MeshShape(), EIGHT_DEVICES], ids=["one", "eight"])
+def test_a_runs_parameters_come_back(source: tuple[Path, Fitted], mesh: MeshShape) -> None:
     """To the bit, and onto the new run's own mesh."""
     folder, fitted = source
     stored = stored_run(folder)
@@ -102,7 +104,7 @@ def test_a_runs_parameters_come_back(source: tuple[Path, Fitted], mesh: tuple[in
     same_bits(params, fitted.params)
     assert (stored.step, stored.origin) == (8, f"{folder}@8")
     assert params["embedding"]["table_VD"].sharding.spec == PartitionSpec("tensor", "fsdp")
-    assert len(params["embedding"]["table_VD"].sharding.device_set) == mesh[0] * mesh[1] * mesh[2]
+    assert len(params["embedding"]["table_VD"].sharding.device_set) == mesh.devices
     assert plan.fresh == () and plan.unused == () and plan.sources == {name: name for name in SHAPES}
 
 
@@ -122,8 +124,8 @@ def test_another_dtype(source: tuple[Path, Fitted]) -> None:
     same_bits(params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), fitted.params))
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)], ids=["one", "eight"])
-def test_a_model_folders_parameters_come_back(mesh: tuple[int, int, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize("mesh", [MeshShape(), EIGHT_DEVICES], ids=["one", "eight"])
+def test_a_model_folders_parameters_come_back(mesh: MeshShape, tmp_path: Path) -> None:
     kept = drawn()
     with write_folder(tmp_path / "model") as writer:
         writer.manifest(model=to_json(tiny("gpt")), text={}, source={})
@@ -153,9 +155,9 @@ def test_fresh_parameters_are_those_of_a_new_model() -> None:
     assert f"fresh: layers.mlp.in_DF, {HEAD}; not used: layers.mlp.in_DF, {HEAD}" in str(plan)
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)], ids=["one", "eight"])
+@pytest.mark.parametrize("mesh", [MeshShape(), EIGHT_DEVICES], ids=["one", "eight"])
 @pytest.mark.parametrize("rows", [101, 150])
-def test_a_table_of_another_length(rows: int, mesh: tuple[int, int, int]) -> None:
+def test_a_table_of_another_length(rows: int, mesh: MeshShape) -> None:
     """The rows that both have are the source's, further ones fresh; its length need not divide over the mesh."""
     width = SHAPES[TABLE][1]
     kept = drawn({**SHAPES, TABLE: (rows, width), HEAD: (width, rows)})
@@ -331,7 +333,7 @@ def test_a_new_run_begins_as_another_ended(source: tuple[Path, Fitted], tmp_path
 
 def test_it_resumes_from_its_own_checkpoints(source: tuple[Path, Fitted], tmp_path: Path) -> None:
     """Without looking at the source again, on a mesh; and an interrupted run ends as an unbroken one does."""
-    new = tuned(source[0], (Fresh(leaves="output.*"),), mesh=MeshShape(data=2, fsdp=2, tensor=2))
+    new = tuned(source[0], (Fresh(leaves="output.*"),), mesh=EIGHT_DEVICES)
     whole = fit(new, tmp_path / "whole", Observer())
     with pytest.raises(Stopped):
         fit(new, tmp_path / "broken", Observer(stop_at=3))

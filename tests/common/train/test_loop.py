@@ -26,9 +26,10 @@ from common.errors import UserError
 from common.files import read_rows
 from common.report.certificate import certify
 from common.report.results import ArmResult, Flops
+from common.sharding.shape import MeshShape
 from common.train import run_dir as rd
 from common.train.checkpoints import Checkpoints, Progress
-from common.train.config import Budget, MeshShape
+from common.train.config import Budget
 from common.train.loop import Fitted, Stream, Task, fit
 from common.train.state import TrainState
 from tests.tiny import DATA, INPUTS, ROWS, TARGETS, Observer, Stopped, cached_in, jax_settings, loader, task, tiny
@@ -256,9 +257,9 @@ def test_a_second_process_is_refused(unbroken: dict[str, Unbroken], tmp_path: Pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mesh": MeshShape(data=3)}, r"data.rows is 8, .*\(3 x 1 x 1\); nearest: 9"),
-        ({"mesh": MeshShape(data=2, fsdp=4), "accumulation": 2}, r"\(2 x 4 x 2\); nearest: 16"),
-        ({"accumulation": 5}, r"\(1 x 1 x 5\); nearest: 10"),
+        ({"mesh": MeshShape(data=3)}, r"data.rows is 8, .*\(1 x 3 x 1 x 1\); nearest: 9"),
+        ({"mesh": MeshShape(data=2, fsdp=4), "accumulation": 2}, r"\(1 x 2 x 4 x 2\); nearest: 16"),
+        ({"accumulation": 5}, r"\(1 x 1 x 1 x 5\); nearest: 10"),
     ],
 )
 def test_rows_that_do_not_divide_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from common.data.batch import Batch
-from common.train.config import AdamW, Linear, MeshShape
+from common.sharding.shape import MeshShape
+from common.train.config import AdamW, Linear
 from common.train.loop import Programs, prepare
 from common.train.state import TrainState, init_state
 from tests.helpers import close, random_rows
