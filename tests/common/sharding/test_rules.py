@@ -9,7 +9,7 @@ from common.errors import UserError
 from common.sharding.mesh import make_mesh
 from common.sharding.rules import MESH_AXES, RULES, constrain, parameter_shardings, partition_spec
 from common.train.config import MeshShape
-from common.train.loop import prepare
+from common.train.programs import prepare
 from tests.tiny import setup, tiny, train_config
 
 

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from common.data.batch import Batch
 from common.train.config import AdamW, Linear, MeshShape
-from common.train.loop import Programs, prepare
+from common.train.programs import Programs, prepare
 from common.train.state import TrainState, init_state
 from tests.helpers import close, random_rows
 from tests.tiny import INPUTS, RECIPE, ROWS, TARGETS, setup, tiny, train_config
