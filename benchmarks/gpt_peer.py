@@ -15,7 +15,7 @@ from benchmarks import decoder
 from common.data.batch import Batch
 from common.nn.recipe import Execution
 from common.train.config import AdamW, Budget, Linear, TrainConfig
-from common.train.loop import Setup, prepare
+from common.train.programs import Setup, prepare
 from common.train.state import init_state
 from experiments.families import builder
 from gpt.config import GptConfig

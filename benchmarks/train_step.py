@@ -31,7 +31,7 @@ from common.nn.layers import MLP, RMSNorm
 from common.nn.loss import cross_entropy
 from common.nn.parameters import Initialisers
 from common.nn.recipe import Execution
-from common.train.loop import prepare
+from common.train.programs import prepare
 from common.train.state import TrainState, init_state
 from common.train.step import weighted_loss
 from experiments.config import Experiment, ModelConfig

@@ -19,7 +19,7 @@ from common.errors import UserError
 from common.files import read_json, write_json
 from common.report.results import ArmResult
 from common.train import run_dir as rd
-from common.train.loop import check_rows, prepare
+from common.train.programs import check_rows, prepare
 from experiments.config import Experiment
 from experiments.console import Progress
 from experiments.pipeline import (

@@ -31,7 +31,8 @@ from common.report.results import ArmResult, Flops, TextScore, TurnCost
 from common.sharding.shape import MeshShape
 from common.train import run_dir as rd
 from common.train.init_from import check_rules
-from common.train.loop import Fitted, Initial, Setup, Task, Watcher, abstract_batch, fit, prepare
+from common.train.loop import Fitted, Initial, Task, Watcher, fit
+from common.train.programs import Setup, abstract_batch, prepare
 from common.train.state import abstract_state, skeleton
 from common.train.stored import has_checkpoint
 from experiments.config import Arm, Experiment

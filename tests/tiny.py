@@ -22,7 +22,8 @@ from common.data.tokenized.token_store import TokenStream
 from common.nn.recipe import Recipe
 from common.sharding.shape import MeshShape
 from common.train.config import AdamW, Budget, Cosine, TrainConfig
-from common.train.loop import Setup, Stream, Task
+from common.train.loop import Stream, Task
+from common.train.programs import Setup
 from experiments.config import ModelConfig
 from experiments.families import builder
 from gpt.config import GptConfig

@@ -41,9 +41,8 @@ class LayerNorm(nnx.Module):
         centred_BLD = x32_BLD - jnp.mean(x32_BLD, axis=-1, keepdims=True)
         variance_BL1 = jnp.mean(jnp.square(centred_BLD), axis=-1, keepdims=True)
         normed_BLD = (centred_BLD * jax.lax.rsqrt(variance_BL1 + self.epsilon)).astype(x_BLD.dtype)
-        return normed_BLD * _broadcast(use(self.scale_D, x_BLD.dtype), x_BLD) + _broadcast(
-            use(self.bias_D, x_BLD.dtype), x_BLD
-        )
+        scale_D, bias_D = (use(parameter, x_BLD.dtype) for parameter in (self.scale_D, self.bias_D))
+        return normed_BLD * _broadcast(scale_D, x_BLD) + _broadcast(bias_D, x_BLD)
 
 
 def make_norm(d_model: int, recipe: Recipe, rngs: nnx.Rngs) -> RMSNorm | LayerNorm:

@@ -26,9 +26,8 @@ def use(parameter: nnx.Param, dtype: Any) -> Any:
     stored = parameter[...]
     if isinstance(stored, Columns):
         return stored
-    return in_use(
-        stored.astype(dtype), parameter.get_metadata("out_sharding")[-stored.ndim :]
-    )  # one layer's: no "layers"
+    axes = parameter.get_metadata("out_sharding")[-stored.ndim :]  # of one layer alone: no "layers"
+    return in_use(stored.astype(dtype), axes)
 
 
 def use_bias(parameter: nnx.Param | None, dtype: Any) -> jax.Array | None:

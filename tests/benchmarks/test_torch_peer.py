@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks import gpt_peer
 from common.train.config import AdamW
-from common.train.loop import prepare
+from common.train.programs import prepare
 from common.train.state import init_state
 from tests.helpers import gpt
 

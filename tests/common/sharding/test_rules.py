@@ -9,7 +9,7 @@ from common.errors import UserError
 from common.sharding.mesh import make_mesh
 from common.sharding.rules import STRATEGIES, compute_spec, constrain, parameter_shardings, stored_spec, strategy
 from common.sharding.shape import MESH_AXES, ROW_AXES, MeshShape
-from common.train.loop import prepare
+from common.train.programs import prepare
 from tests.tiny import setup, tiny, train_config
 
 

@@ -23,9 +23,10 @@ from common.train import run_dir as rd
 from common.train.adafactor import Factored
 from common.train.checkpoints import Checkpoints, Progress
 from common.train.config import Adafactor, Budget, InverseSqrt, Linear
-from common.train.loop import fit, prepare
+from common.train.loop import fit
 from common.train.optimizer import make_optimizer, make_schedule
 from common.train.paths import flatten
+from common.train.programs import prepare
 from common.train.state import TrainState, abstract_state, init_state, skeleton, state_shardings
 from tests.tiny import Observer, setup, task, tiny, train_config
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from common.data.batch import Batch
 from common.sharding.shape import MeshShape
 from common.train.config import AdamW, Linear
-from common.train.loop import Programs, prepare
+from common.train.programs import Programs, prepare
 from common.train.state import TrainState, init_state
 from tests.helpers import close, random_rows
 from tests.tiny import INPUTS, RECIPE, ROWS, TARGETS, setup, tiny, train_config

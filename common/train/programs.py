@@ -1,0 +1,107 @@
+"""What trains, and its compiled programs: mesh, shardings, one jitted step over the family's protocol."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from common.compute.moments import Moments
+from common.data.batch import Batch
+from common.errors import UserError
+from common.model import Model, ModelConfig
+from common.sharding.mesh import make_mesh
+from common.sharding.shape import ROW_AXES
+from common.train.config import TrainConfig
+from common.train.optimizer import make_optimizer, make_schedule
+from common.train.state import Skeleton, TrainState, skeleton, state_shardings
+from common.train.step import make_eval_step, make_train_step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What trains, and for how long; enough to compile the step."""
+
+    build: Callable[[nnx.Rngs], Model]
+    model: ModelConfig
+    train: TrainConfig
+    learning_rate: float
+    """Peak, or what the schedule takes in its place."""
+    steps: int
+    row_slots: tuple[int, int, int]
+    """Rows, input slots and target slots of a batch, over all hosts."""
+
+    def flops_per_step(self) -> int:
+        """Training FLOPs, full attention, padding included."""
+        return self.model.flops(Moments.of_rows(*self.row_slots)).train_full_attention
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Programs:
+    """The compiled step and what it needs."""
+
+    mesh: Mesh
+    model: Skeleton
+    optimizer: Any
+    shardings: TrainState
+    batch_sharding: NamedSharding
+    train_step: jax.stages.Wrapped
+    eval_step: jax.stages.Wrapped
+
+    def put(self, batch: Batch) -> Batch:
+        """This host's rows onto its devices."""
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.batch_sharding, x), batch)
+
+
+def check_rows(setup: Setup) -> None:
+    """Raises UserError where a batch's rows do not divide over devices and micro-batches."""
+    mesh, accumulation, rows = setup.train.mesh, setup.train.accumulation, setup.row_slots[0]
+    parts = mesh.row_parts * accumulation
+    if rows % parts:
+        raise UserError(
+            f"data.rows is {rows}, which does not divide by replica x data x fsdp x accumulation "
+            f"({mesh.replica} x {mesh.data} x {mesh.fsdp} x {accumulation}); "
+            f"nearest: {max(1, round(rows / parts)) * parts}"
+        )
+
+
+def prepare(setup: Setup, devices: Sequence[jax.Device] | None = None) -> Programs:
+    """Mesh, shardings and jitted functions, for this machine's devices or for others; nothing is computed yet."""
+    train = setup.train
+    mesh = make_mesh(train.mesh, devices)
+    model = skeleton(setup.build)
+    schedule = make_schedule(train.schedule, setup.learning_rate, setup.steps)
+    optimizer = make_optimizer(train.optimizer, schedule, model.logical_axes)
+    shardings = state_shardings(model, optimizer, mesh)
+    step = make_train_step(
+        model,
+        optimizer,
+        execution=train.execution,
+        z_loss=setup.model.recipe.z_loss,
+        accumulation=train.accumulation,
+        seed=train.seed,
+    )
+    return Programs(
+        mesh=mesh,
+        model=model,
+        optimizer=optimizer,
+        shardings=shardings,
+        batch_sharding=NamedSharding(mesh, PartitionSpec(ROW_AXES, "context")),
+        train_step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+        eval_step=jax.jit(make_eval_step(model, execution=train.execution)),
+    )
+
+
+def abstract_batch(row_slots: tuple[int, int, int], sharding: NamedSharding) -> Batch:
+    """Shapes and dtypes of a batch of `(rows, input slots, target slots)`."""
+    rows, input_length, target_length = row_slots
+    lengths = {"I": input_length, "T": target_length}
+
+    def abstract(name: str) -> jax.ShapeDtypeStruct:
+        dtype = jnp.float32 if name == "weights_BT" else jnp.int32
+        return jax.ShapeDtypeStruct((rows, lengths[name[-1]]), dtype, sharding=sharding)
+
+    return Batch(**{field.name: abstract(field.name) for field in dataclasses.fields(Batch)})
