@@ -1,4 +1,4 @@
-"""The command line: `twinstack list | plan | data | train | compare | report | convert | score | generate`.
+"""The command line: `twinstack list | plan | data | train | compare | launch | report | convert | score | generate`.
 
 Nothing heavy is imported until a command needs it, so that `twinstack --help` answers at once.
 """
@@ -98,8 +98,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     )
     train = add("train", _train, "train one arm, or go on with it where it stopped")
     compare = add("compare", _compare, "train all arms, print them side by side and write the report")
+    launch = add("launch", _launch, "train on Cloud TPU: write what SkyPilot or gcloud needs, with --go submit it")
     report = add("report", _report, "write report.html from what a run directory holds")
-    for command in (plan, data, train, compare):
+    for command in (plan, data, train, compare, launch):
         command.add_argument("name", metavar="NAME", help="an experiment of `twinstack list`")
         command.add_argument("overrides", metavar="path.to.field=value", nargs="*", help="replaces a config's field")
         command.add_argument("--print-config", action="store_true", help="print the resolved config as JSON and stop")
@@ -112,6 +113,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
             "a whole comparison's); arms.ARM.init.rules says what becomes of parameters that differ",
         )
     train.add_argument("--arm", required=True, metavar="ARM", help="which arm; `twinstack plan NAME` names them")
+    _add_launch(launch)
     convert = add("convert", _convert, "turn a foreign checkpoint into a model folder, or a model folder into another")
     convert.add_argument(
         "source", type=Path, metavar="SOURCE", help="Hugging Face folder, T5X checkpoint, model folder, run"
@@ -139,6 +141,23 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     report.add_argument("source", metavar="NAME_OR_RUN_DIR", help=f"an experiment under {RUNS}/, or a run directory")
     report.add_argument("--figure", type=Path, metavar="FILE", help="write the drawing of all arms too, as SVG")
     return parser, commands
+
+
+def _add_launch(launch: argparse.ArgumentParser) -> None:
+    size = launch.add_mutually_exclusive_group(required=True)
+    size.add_argument("--tpu", metavar="TYPE", help="accelerator type, such as v5p-64 (cores) or v6e-16 (chips)")
+    size.add_argument("--topology", metavar="CHIP:GRID", help="the same by its chips, such as v5p:4x4x8")
+    launch.add_argument("--slices", type=int, default=1, metavar="N", help="with --engine gcloud: Multislice (1)")
+    launch.add_argument("--engine", default="sky", metavar="ENGINE", help="sky (default): SkyPilot; or gcloud")
+    launch.add_argument("--zone", metavar="ZONE", help="such as us-east5-a (default: the engine's)")
+    launch.add_argument("--spot", action="store_true", help="capacity that may be taken away; asked for again then")
+    launch.add_argument("--bucket", required=True, metavar="GS_URL", help="gs://BUCKET[/FOLDER] for all that must last")
+    launch.add_argument(
+        "--run", dest="run_name", metavar="NAME", help="the run's name: launched again, it goes on (default: from NAME)"
+    )
+    launch.add_argument("--arm", metavar="ARM", help="train this arm alone (default: compare all)")
+    launch.add_argument("--out", type=Path, metavar="DIR", help=f"where files go (default: {RUNS}/launch/RUN)")
+    launch.add_argument("--go", action="store_true", help="submit it; without, nothing leaves this machine")
 
 
 def _add_generate(generate: argparse.ArgumentParser) -> None:
@@ -268,11 +287,15 @@ def _data(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     if experiment := _experiment(options):
-        if options.arm not in experiment.arms:
-            raise UserError(f"unknown arm {options.arm!r}: {nearest(options.arm, experiment.arms)}")
+        _check_arm(options.arm, experiment)
         from experiments.commands import train
 
         train(experiment, options.arm, options.run_dir or RUNS / options.name)
+
+
+def _check_arm(arm: str, experiment: "Experiment") -> None:
+    if arm not in experiment.arms:
+        raise UserError(f"unknown arm {arm!r}: {nearest(arm, experiment.arms)}")
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -280,6 +303,37 @@ def _compare(options: argparse.Namespace) -> None:
         from experiments.commands import compare
 
         compare(experiment, options.run_dir or RUNS / options.name)
+
+
+def _launch(options: argparse.Namespace) -> None:
+    experiment = _experiment(options)
+    if experiment is None:
+        return
+    from rich.console import Console
+
+    from experiments.launching.job import Bucket, Job, run_name
+    from experiments.launching.launch import ENGINES, launch
+    from experiments.launching.slices import slice_of_topology, slice_of_type
+    from experiments.launching.source import committed
+
+    if options.arm is not None:
+        _check_arm(options.arm, experiment)
+    if options.engine not in ENGINES:
+        raise UserError(f"--engine {options.engine!r}: {nearest(options.engine, ENGINES)}")
+    job = Job(
+        run=options.run_name or run_name(options.name),
+        experiment=options.name,
+        overrides=tuple(options.overrides),
+        arm=options.arm,
+        slice=slice_of_topology(options.topology) if options.tpu is None else slice_of_type(options.tpu),
+        slices=options.slices,
+        bucket=Bucket.of(options.bucket),
+        zone=options.zone,
+        spot=options.spot,
+        commit=committed(),
+    )
+    folder = options.out or RUNS / "launch" / job.run
+    launch(job, experiment.train.mesh, options.engine, folder, Console(), go=options.go)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +135,9 @@ def _begin(experiment: Experiment, run_dir: Path) -> Console:
 
 
 def prepare_jax() -> None:
-    """Compiled programs are kept on disk, so that a resumed or repeated run starts at once."""
-    jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
+    """Compiled programs are kept in `$JAX_COMPILATION_CACHE_DIR` or on disk, so that a resumed run starts at once."""
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(default_cache_dir() / "xla")
+    jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
 

@@ -1,0 +1,73 @@
+"""`twinstack launch`: writes what an engine needs to run a job, and with `go` has it run.
+
+    twinstack launch first_light --tpu v5p-64 --spot --bucket gs://my-bucket train.mesh.fsdp=32
+    twinstack launch first_light --topology v6e:4x4 --engine gcloud --bucket gs://my-bucket/me train.mesh.fsdp=16 --go
+
+Nothing secret is written: who asks, and in which project, is the setting of `gcloud`.
+"""
+
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from rich.console import Console
+from rich.markup import escape
+
+from common.errors import UserError
+from common.sharding.shape import MeshShape
+from experiments.launching import gcloud, sky
+from experiments.launching.job import BUNDLE, Job
+from experiments.launching.source import write_bundle
+
+ENGINES: dict[str, ModuleType] = {"sky": sky, "gcloud": gcloud}
+
+
+def launch(job: Job, mesh: MeshShape, engine: str, folder: Path, console: Console, *, go: bool) -> None:
+    """Writes the specification and the code into `folder`, prints what to do with them, and with `go` does it.
+
+    Raises UserError where the mesh is not that of the slices, where the engine cannot, and with `go` where a program is
+    not installed or fails.
+    """
+    check_mesh(mesh, job)
+    commands = ENGINES[engine].write(job, folder)
+    write_bundle(folder / BUNDLE)
+    chips = f"{job.slices} x {job.slice.accelerator_type} ({job.slice.chip}, {job.slice.grid}: {job.slice.chips} chips)"
+    _print(console, "written", f"{folder}: commit {job.commit[:12]} on {chips}")
+    if not go:
+        prepare = ["twinstack", "data", "prepare", *job.configured, "--to", job.bucket.url("prepared")]
+        _print(console, "tokens, once", shlex.join(prepare))
+        for command in commands:
+            _print(console, "then", shlex.join(command))
+    for purpose, text in ENGINES[engine].afterwards(job).items():
+        _print(console, purpose, text)
+    if go:
+        submit(commands, ENGINES[engine].PROGRAMS)
+
+
+def check_mesh(mesh: MeshShape, job: Job) -> None:
+    """Raises UserError where the mesh leaves chips idle, asks for more than there are, or joins slices as if one."""
+    chips = job.slices * job.slice.chips
+    fits = MeshShape(replica=job.slices, fsdp=job.slice.chips)
+    if mesh.devices != chips or (job.slices > 1 and mesh.replica != job.slices):
+        raise UserError(
+            f"train.mesh {mesh} is not for {job.slices} x {job.slice.accelerator_type} of {job.slice.chips} chips; "
+            f"nearest: {' '.join(f'train.mesh.{part}' for part in str(fits).split(','))}"
+        )
+
+
+def submit(commands: list[list[str]], programs: Sequence[str]) -> None:
+    """Runs one after the other; raises UserError naming a program that is not installed, or the first that fails."""
+    for program in programs:
+        if shutil.which(program) is None:
+            raise UserError(f"--go needs the program {program!r}, which is not installed; without --go nothing is run")
+    for command in commands:
+        status = subprocess.run(command).returncode
+        if status:
+            raise UserError(f"{shlex.join(command)} ended with status {status}")
+
+
+def _print(console: Console, purpose: str, text: str) -> None:
+    console.print(f"[bold]{escape(purpose)}[/bold]: {escape(text)}", soft_wrap=True, highlight=False)

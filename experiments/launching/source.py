@@ -1,0 +1,34 @@
+"""The code that a job runs: the commit that is checked out here, as a git bundle."""
+
+import subprocess
+from pathlib import Path
+
+from common.errors import UserError
+from common.files import write_atomically
+
+ROOT = Path(__file__).parents[2]
+
+
+def committed(root: Path = ROOT) -> str:
+    """The commit that is checked out in `root`, in full.
+
+    Raises UserError where it is no git checkout, or where a run of that commit would not be what lies there.
+    """
+    try:
+        commit = _git(root, "rev-parse", "HEAD").decode().strip()
+        changed = _git(root, "status", "--porcelain").decode().splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        raise UserError(f"{root} is no git checkout: hosts run a commit, so launch from a clone") from None
+    if changed:
+        names = ", ".join(line[3:] for line in changed[:3]) + (", ..." if changed[3:] else "")
+        raise UserError(f"{root} has changes in no commit ({names}): hosts run a commit, so commit or stash them")
+    return commit
+
+
+def write_bundle(path: Path, root: Path = ROOT) -> None:
+    """Writes what `git clone` makes a checkout from, history included."""
+    write_atomically(path, _git(root, "bundle", "create", "--quiet", "-", "HEAD"))
+
+
+def _git(root: Path, *arguments: str) -> bytes:
+    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, check=True).stdout

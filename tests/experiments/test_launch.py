@@ -1,0 +1,550 @@
+"""What is written for the engines: held against SkyPilot's schema and gcloud's own parser where they are installed, and
+run here with stand-ins for the programs of a host.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import jax
+import pytest
+import yaml
+
+from common.errors import UserError
+from common.sharding.shape import MeshShape
+from experiments.cli import main
+from experiments.commands import prepare_jax
+from experiments.launching import gcloud, sky, source
+from experiments.launching import launch as launching
+from experiments.launching.job import LOCAL, MOUNT, Bucket, Job
+from experiments.launching.slices import CHIPS, Slice, slice_of_topology, slice_of_type
+
+HOSTILE = "data.source.name=tsv:/a b'\"$(touch pwned)`touch pwned`;touch pwned\n>pwned \\"
+JOB = Job(
+    run="first-light",
+    experiment="first_light",
+    overrides=("train.mesh.fsdp=32", HOSTILE),
+    arm="gpt",
+    commit="0123456789abcdef0123456789abcdef01234567",
+    slice=slice_of_type("v5p-64"),
+    slices=1,
+    bucket=Bucket.of("gs://my-bucket/me"),
+    zone="us-east5-a",
+    spot=True,
+)
+JOBS = {
+    "spot": JOB,
+    "anywhere": dataclasses.replace(JOB, zone=None, spot=False, arm=None, slice=slice_of_topology("v6e:4x4")),
+    "one-chip": dataclasses.replace(JOB, slice=slice_of_type("v5litepod-1"), bucket=Bucket.of("gs://my-bucket")),
+}
+TWO_SLICES = dataclasses.replace(JOB, slices=2)
+
+COMMAND = ["first_light", *JOB.overrides, "--arm", "gpt", "--run-dir", "/mnt/twinstack/me/runs/first-light"]
+
+
+# Slices
+
+
+@pytest.mark.parametrize(
+    ("name", "chip", "grid", "chips"),
+    [  # of the tables in Cloud TPU's documentation
+        ("v4-8", "v4", "2x2x1", 4),
+        ("v4-4096", "v4", "8x16x16", 2048),
+        ("v5litepod-1", "v5e", "1x1", 1),
+        ("v5litepod-256", "v5e", "16x16", 256),
+        ("v5p-8", "v5p", "2x2x1", 4),
+        ("v5p-64", "v5p", "2x4x4", 32),
+        ("v5p-12288", "v5p", "16x16x24", 6144),
+        ("v6e-16", "v6e", "4x4", 16),
+    ],
+)
+def test_accelerator_types_count_cores_or_chips(name, chip, grid, chips):
+    found = slice_of_type(name)
+    assert (found.chip, found.grid, found.chips) == (chip, grid, chips)
+
+
+@pytest.mark.parametrize(("chip", "grid"), [(chip, grid) for chip, facts in CHIPS.items() for grid in facts.grids])
+def test_types_and_topologies_name_the_same_slices(chip, grid):
+    found = slice_of_topology(f"{chip}:{grid}")
+    assert found == Slice(chip=chip, grid=grid) == slice_of_type(found.accelerator_type)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v5p-60", "nearest: v5p-64; valid: v5p-8, v5p-16,"),
+        ("v5p-9999999", "nearest: v5p-12288;"),
+        ("v5e-16", "nearest: v5litepod-16;"),
+        ("v4", "nearest: v4-8;"),
+        ("v6e-", "nearest: v6e-1;"),
+        ("v6p-8", "did you mean 'v6e'? Valid: v4, v5litepod, v5p, v6e"),
+        ("tpu7x-8", "valid: v4, v5litepod, v5p, v6e"),
+        ("v6e-16 --quiet", "valid: "),
+    ],
+)
+def test_a_type_that_does_not_exist(name, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        slice_of_type(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v5p:4x8x4", "nearest: v5p:4x4x8;"),
+        ("v5p:4x4", "nearest: v5p:2x2x4;"),
+        ("v5e:2x2x1", "nearest: v5e:2x2;"),
+        ("v6e", "nearest: v6e:1x1;"),
+        ("v6e:-4x-4", "nearest: v6e:1x1;"),
+        ("v5:4x4", "such as v5p:4x4x8; chip did you mean"),
+    ],
+)
+def test_a_topology_that_does_not_exist(name, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        slice_of_topology(name)
+
+
+# The job
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *[
+            "my-bucket",
+            "s3://my-bucket",
+            "gs://",
+            "gs://My",
+            "gs://my bucket",
+            "gs://my-bucket;x",
+            "gs://my-bucket/$(x)",
+        ],
+        *[
+            "gs://my-bucket/a b",
+            "gs://my-bucket/../other",
+            "gs://my-bucket//me",
+            "gs://my-bucket/me\n",
+            "gs://my-bucket/'",
+        ],
+    ],
+)
+def test_a_bucket_that_is_none(url):
+    with pytest.raises(UserError, match="must be gs://BUCKET"):
+        Bucket.of(url)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"run": "First Light"}, "nearest: first-light"),
+        ({"run": "-x"}, "nearest: x"),
+        ({"run": "a" * 41}, f"nearest: {'a' * 40}"),
+        ({"run": "$(touch pwned)"}, "nearest: touch-pwned"),
+        ({"zone": "us-east5"}, "such as us-east5-a"),
+        ({"zone": "us-east5-a --quiet"}, "such as us-east5-a"),
+        ({"slices": 0}, "the least is 1"),
+    ],
+)
+def test_a_job_that_is_none(change, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        dataclasses.replace(JOB, **change)
+
+
+def test_the_mesh_is_that_of_the_slices():
+    launching.check_mesh(MeshShape(data=4, fsdp=8), JOB)
+    launching.check_mesh(MeshShape(replica=2, fsdp=8, tensor=4), TWO_SLICES)
+    for mesh in (MeshShape(), MeshShape(fsdp=64)):
+        with pytest.raises(UserError, match=f"{mesh} is not for 1 x v5p-64 of 32 chips; nearest: train.mesh.fsdp=32$"):
+            launching.check_mesh(mesh, JOB)
+    with pytest.raises(UserError, match="nearest: train.mesh.data=1$"):
+        launching.check_mesh(MeshShape(fsdp=2), JOBS["one-chip"])
+    for mesh in (MeshShape(fsdp=32), MeshShape(fsdp=64), MeshShape(replica=4, fsdp=16)):
+        with pytest.raises(UserError, match="nearest: train.mesh.replica=2 train.mesh.fsdp=32$"):
+            launching.check_mesh(mesh, TWO_SLICES)
+
+
+def test_compiled_programs_go_where_a_job_says(monkeypatch, tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "bucket"))
+    try:
+        prepare_jax()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "bucket")
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+        prepare_jax()
+        assert jax.config.jax_compilation_cache_dir == str(Path(os.environ["TWINSTACK_CACHE"]) / "xla")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+# The code
+
+
+@pytest.fixture
+def repository(tmp_path) -> Path:
+    """Of two commits, the older of which is checked out."""
+    root = tmp_path / "repository"
+    root.mkdir()
+    git(root, "init", "--quiet", "--initial-branch=main")
+    for text in ("older", "newer"):
+        (root / "file").write_text(text)
+        git(root, "add", "file")
+        git(root, "-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "--quiet", "--message", text)
+    git(root, "checkout", "--quiet", "--detach", "HEAD~1")
+    return root
+
+
+def git(root: Path, *arguments: str) -> str:
+    run = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
+    return run.stdout.strip()
+
+
+@pytest.mark.parametrize("name", ["file", "untracked"])
+def test_what_is_in_no_commit_is_not_launched(repository, name):
+    assert source.committed(repository) == git(repository, "rev-parse", "main~1")
+    (repository / name).write_text("changed")
+    with pytest.raises(UserError, match=re.escape(f"changes in no commit ({name})")):
+        source.committed(repository)
+
+
+def test_only_a_checkout_is_launched(tmp_path):
+    with pytest.raises(UserError, match="is no git checkout"):
+        source.committed(tmp_path)
+
+
+# SkyPilot
+
+CHECK_TASK = """
+import json, sys, jsonschema, yaml, sky
+from sky.utils import schemas
+task = yaml.safe_load(sys.stdin)
+jsonschema.validate(task, schemas.get_task_schema())
+jsonschema.validate(task["resources"], schemas.get_resources_schema())
+for mount in task["file_mounts"].values():
+    jsonschema.validate(mount, schemas.get_storage_schema())
+found = sky.Task.from_yaml_config(task)
+[resources] = found.resources
+mounts = {path: [storage.source, storage.mode.value] for path, storage in found.storage_mounts.items()}
+facts = [str(resources.cloud), resources.zone, resources.accelerators, resources.accelerator_args, resources.use_spot]
+print(json.dumps([found.name, *facts, resources.job_recovery, mounts, found.num_nodes]))
+"""
+
+
+def ask_skypilot(text: str, home: Path) -> subprocess.CompletedProcess[str]:
+    """By the interpreter that its program has: its requirements do not go with constraints.txt."""
+    program = shutil.which("sky")
+    if program is None:
+        pytest.skip("SkyPilot's program `sky` is not on the path: pip install 'skypilot[gcp]', apart from twinstack")
+    python = Path(program).read_text().partition("\n")[0].removeprefix("#!").strip()
+    environment = {"PATH": os.environ["PATH"], "HOME": str(home), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"}
+    return subprocess.run([python, "-c", CHECK_TASK], input=text, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_skypilot_reads_the_task(name, tmp_path):
+    job = JOBS[name]
+    sky.write(job, tmp_path)
+    checked = ask_skypilot((tmp_path / sky.TASK).read_text(), tmp_path)
+    assert checked.returncode == 0, checked.stderr
+    type_, runtime = job.slice.accelerator_type, job.slice.runtime
+    recovery = {"strategy": "FAILOVER", "max_restarts_on_errors": 2, "recover_on_exit_codes": [143]}
+    assert json.loads(checked.stdout) == [
+        "first-light",
+        "GCP",
+        job.zone,
+        {f"tpu-{type_}": 1},
+        {"runtime_version": runtime, "tpu_vm": True},
+        job.spot,
+        recovery,
+        {"/mnt/twinstack": ["gs://my-bucket", "MOUNT"]},
+        1,
+    ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_spot": "yes"},
+        {"infra": "gpc"},
+        {"job_recovery": {"max_restarts_on_errors": -1}},
+        {"accelerator": "tpu-v5p-64"},
+    ],
+)
+def test_skypilot_refuses_what_is_no_task(change, tmp_path):
+    task = sky.task(JOB)
+    checked = ask_skypilot(yaml.safe_dump(task | {"resources": task["resources"] | change}), tmp_path)
+    assert checked.returncode != 0 and "ValidationError" in checked.stderr
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_the_file_is_the_task(name, tmp_path):
+    job = JOBS[name]
+    upload, submit = sky.write(job, tmp_path)
+    text = (tmp_path / sky.TASK).read_text()
+    assert yaml.safe_load(text) == sky.task(job) and "setup: |\n" in text
+    assert upload == ["gcloud", "storage", "cp", str(tmp_path / "source.bundle"), job.bundle_url]
+    assert submit[:4] == ["sky", "jobs", "launch", "--yes"] and submit[-1] == str(tmp_path / sky.TASK)
+
+
+def test_skypilot_makes_no_multislice():
+    with pytest.raises(UserError, match="--slices 2: SkyPilot makes no Multislice; take --engine gcloud"):
+        sky.task(TWO_SLICES)
+
+
+# gcloud
+
+
+def state_command(job: Job) -> list[str]:
+    """As the script asks."""
+    found = re.search(r"^state\(\) \{ (.*?) 2>", gcloud.launch_script(job), re.MULTILINE)
+    assert found is not None
+    return shlex.split(found[1])
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        (gcloud.create(TWO_SLICES), 1),
+        *[(gcloud.create(job), 1) for job in JOBS.values()],
+        *[(shlex.split(text), 1) for text in gcloud.afterwards(TWO_SLICES).values()],
+        (state_command(JOB), 1),
+        ([*gcloud.create(JOB), "--node-count=2"], 2),
+        ([*gcloud.create(JOB), "--spots"], 2),
+    ],
+)
+def test_gcloud_reads_the_commands(command, status, tmp_path):
+    """Without an account it reads its arguments, and stops (1); what it cannot read has status 2."""
+    if shutil.which("gcloud") is None:
+        pytest.skip("gcloud is not installed")
+    (tmp_path / gcloud.STARTUP).touch()
+    alone = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "CLOUDSDK_CONFIG": str(tmp_path / "config")}
+    alone |= {"CLOUDSDK_CORE_PROJECT": "none", "CLOUDSDK_CORE_CHECK_GCE_METADATA": "false"}
+    alone |= {"CLOUDSDK_COMPUTE_ZONE": "us-east5-a", "CLOUDSDK_CORE_DISABLE_PROMPTS": "1"}
+    run = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, text=True)
+    assert run.returncode == status, run.stderr
+    assert ("do not currently have an active account" in run.stderr) == (status == 1)
+
+
+@pytest.mark.parametrize("job", [*JOBS.values(), TWO_SLICES], ids=[*JOBS, "two-slices"])
+def test_the_request_has_what_gcloud_documents(job):
+    words = gcloud.create(job)
+    assert words[:6] == ["gcloud", "compute", "tpus", "queued-resources", "create", job.run]
+    flags = dict(word.removeprefix("--").partition("=")[::2] for word in words[6:])
+    nodes = {"node-count": "2", "node-prefix": job.run} if job.slices == 2 else {"node-id": job.run}
+    assert flags == {
+        "accelerator-type": job.slice.accelerator_type,
+        "runtime-version": job.slice.runtime,
+        "metadata-from-file": "startup-script=startup.sh",
+        **nodes,
+        **({"zone": job.zone} if job.zone else {}),
+        **({"spot": ""} if job.spot else {}),
+    }
+
+
+# Scripts
+
+
+def program(folder: Path, name: str, body: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!{shutil.which('bash')}\n{body}")
+    (folder / name).chmod(0o755)
+
+
+@pytest.mark.parametrize("job", [*JOBS.values(), TWO_SLICES], ids=[*JOBS, "two-slices"])
+def test_bash_reads_every_script(job):
+    task = sky.task(dataclasses.replace(job, slices=1))
+    for script in (task["setup"], task["run"], gcloud.startup_script(job), gcloud.launch_script(job)):
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+HOST = {
+    "mountpoint": "exit 0",
+    "gcsfuse": "exit 1",
+    "sleep": "exit 0",
+    # What Cloud TPU tells a host of itself.
+    "curl": """case "${@: -1}" in
+*/agent-worker-number) echo "$WORKER" ;;
+*/tpu-env) [ -z "$SLICE" ] && exit 22; printf "NODE_ID: 'x'\\nMEGASCALE_SLICE_ID: '%s'\\n" "$SLICE" ;;
+esac""",
+    "gcloud": '[ "$1 $2 $3" = "storage cp -" ] && echo "$4 $(cat)" >>ended',
+    # Installs a twinstack that writes down how it was called and ends with the next status.
+    "python3": """[ "$*" = "-m uv venv --quiet --python 3.12 .venv" ] || exit 0
+mkdir -p .venv/bin
+cp "$HOST/twinstack" .venv/bin/""",
+    "twinstack": """cd "$HOST/.."
+printf '%s\\0' "$@" >>arguments
+git -C "$OLDPWD" describe --always --dirty --abbrev=12 >>commits
+env | grep -E '^(TWINSTACK|JAX)_' | sort >environment
+status=$(head -n 1 statuses)
+sed -i 1d statuses
+exit "$status" """,
+}
+
+
+@pytest.fixture
+def host(tmp_path, repository):
+    """Runs the startup script as a host does, given the statuses that the command ends with."""
+    for name, body in HOST.items():
+        program(tmp_path / "host", name, body)
+    job = dataclasses.replace(JOB, commit=source.committed(repository))
+    script = gcloud.startup_script(job).replace(str(MOUNT), f"{tmp_path}/mnt").replace(str(LOCAL), f"{tmp_path}/local")
+    (tmp_path / "startup.sh").write_text(script.replace("HOME=/root", f"HOME={tmp_path}"))
+    source.write_bundle(tmp_path / "mnt/me/source" / f"{job.commit}.bundle", repository)
+
+    def boot(statuses: list[int], worker: int = 0, slice_id: str = "") -> tuple[int, str, int]:
+        """Exit status, what the bucket is told, times that the command was run."""
+        (tmp_path / "statuses").write_text("".join(f"{status}\n" for status in statuses))
+        environment = {"PATH": f"{tmp_path}/host:{os.environ['PATH']}", "HOST": f"{tmp_path}/host"}
+        environment |= {"WORKER": str(worker), "SLICE": slice_id, "GIT_CONFIG_GLOBAL": "/dev/null"}
+        run = subprocess.run(["bash", "startup.sh"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        ended = tmp_path / "ended"
+        commits = (tmp_path / "commits").read_text().splitlines()
+        assert set(commits) == {job.commit[:12]}, run.stderr
+        assert not list(tmp_path.rglob("pwned"))
+        return run.returncode, ended.read_text() if ended.exists() else "", len(commits)
+
+    return boot
+
+
+@pytest.mark.parametrize(
+    ("statuses", "ended", "runs"),
+    [
+        ([0], 0, 1),
+        ([2], 2, 1),  # a mistake of the user's
+        ([1, 143, 1, 143, 0], 0, 5),  # asked to end is no failure
+        ([1, 134, 1], 1, 3),
+    ],
+)
+def test_a_host_tries_again_and_says_how_it_ended(host, statuses, ended, runs):
+    assert host(statuses) == (ended, f"gs://my-bucket/me/ended/first-light {ended}\n", runs)
+
+
+@pytest.mark.parametrize(("worker", "slice_id"), [(3, ""), (0, "1"), (0, "10")])
+def test_other_hosts_tell_only_of_failures(host, worker, slice_id):
+    assert host([0], worker, slice_id) == (0, "", 1)
+    assert host([2], worker, slice_id) == (2, "gs://my-bucket/me/ended/first-light 2\n", 2)
+
+
+def test_the_first_host_of_the_first_slice_tells_of_success(host):
+    assert host([0], worker=0, slice_id="0")[1] == "gs://my-bucket/me/ended/first-light 0\n"
+
+
+def test_a_host_runs_the_command_as_it_was_given(host, tmp_path):
+    host([0])
+    expected = ["train", *COMMAND[:-1], f"{tmp_path}/mnt/me/runs/first-light"]
+    assert (tmp_path / "arguments").read_text().split("\0")[:-1] == expected
+    told = dict(line.split("=", 1) for line in (tmp_path / "environment").read_text().splitlines())
+    assert told == {
+        "TWINSTACK_CACHE": f"{tmp_path}/local/cache",
+        "TWINSTACK_PREPARED": "gs://my-bucket/me/prepared",
+        "TWINSTACK_SHARED_DATA": f"{tmp_path}/mnt/me/data",
+        "JAX_COMPILATION_CACHE_DIR": "gs://my-bucket/me/xla",
+    }
+
+
+def test_skypilot_runs_the_same_commands():
+    task = sky.task(JOB)
+    script = gcloud.startup_script(JOB)
+    for line in (*JOB.setup(), *JOB.main()):
+        assert line in script and line in task["setup"] + task["run"]
+
+
+CLOUD = """case "$*" in
+*" describe "*) head -n 1 states; sed -i 1d states ;;
+"storage cat "*) [ -s states ] && exit 1; cat ended ;;
+*) echo "$*" | grep -oE "\\b(create|delete|cp|rm)\\b" | head -n 1 >>done; [ "$(tail -n 1 done)" != rm ] ;;
+esac"""
+
+
+@pytest.mark.parametrize(
+    ("states", "ended", "done"),
+    [
+        (["", "ACTIVE", "ACTIVE"], 0, "cp rm create delete"),
+        (["", "WAITING_FOR_RESOURCES", "ACTIVE"], 2, "cp rm create delete"),
+        (["", "ACTIVE", "SUSPENDING", "SUSPENDED", "", "ACTIVE"], 0, "cp rm create delete create delete"),
+        (["", "FAILED", "", "SUSPENDED", ""], 1, "cp rm create delete create delete create delete"),
+        (["ACTIVE", "ACTIVE"], 0, "delete"),  # started anew: it watches, and forgets nothing
+    ],
+)
+def test_slices_are_asked_for_again_and_given_back(tmp_path, states, ended, done):
+    gcloud.write(JOB, tmp_path)
+    program(tmp_path / "programs", "gcloud", CLOUD)
+    program(tmp_path / "programs", "sleep", "exit 0")
+    (tmp_path / "states").write_text("".join(f"{state}\n" for state in states))
+    (tmp_path / "ended").write_text(f"{ended}\n")
+    environment = {"PATH": f"{tmp_path}/programs:{os.environ['PATH']}"}
+    run = subprocess.run(["bash", str(tmp_path / gcloud.LAUNCH)], env=environment, capture_output=True, text=True)
+    assert run.returncode == ended and f"has ended with status {ended}" in run.stdout, run.stderr
+    assert (tmp_path / "done").read_text().split() == done.split()
+
+
+# The command
+
+ARGUMENTS = ["launch", "first_light", "--tpu", "v6e-4", "--bucket", "gs://my-bucket", "train.mesh.fsdp=4"]
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path, repository) -> Path:
+    """A folder to launch from, on a machine that has neither engine, whatever is checked out there."""
+    commit = source.committed(repository)
+    monkeypatch.setattr(source, "committed", lambda: commit)
+    monkeypatch.setattr(launching, "write_bundle", lambda path: source.write_bundle(path, repository))
+    program(tmp_path / "programs", "git", f'exec {shutil.which("git")} "$@"')
+    program(tmp_path / "programs", "bash", f'exec {shutil.which("bash")} "$@"')
+    monkeypatch.setenv("PATH", str(tmp_path / "programs"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_launch_writes_and_says_what_to_do(here, capsys):
+    assert main([*ARGUMENTS, "--run", "mine", "--spot"]) == 0
+    printed = capsys.readouterr().out
+    assert "twinstack data prepare first_light train.mesh.fsdp=4 --to gs://my-bucket/prepared\n" in printed
+    assert "then: sky jobs launch --yes --name mine runs/launch/mine/sky.yaml\n" in printed
+    folder = here / "runs/launch/mine"
+    task = yaml.safe_load((folder / "sky.yaml").read_text())
+    assert task["resources"]["accelerators"] == "tpu-v6e-4" and task["resources"]["use_spot"] is True
+    assert "compare first_light train.mesh.fsdp=4 --run-dir /mnt/twinstack/runs/mine\n" in task["run"]
+    assert {path.name for path in folder.iterdir()} == {"sky.yaml", "source.bundle"}
+
+
+def test_launch_writes_scripts_for_gcloud(here, capsys):
+    assert main([*ARGUMENTS, "--engine", "gcloud", "--arm", "gpt", "--out", "there"]) == 0
+    assert "then: bash there/launch.sh\n" in capsys.readouterr().out
+    assert {path.name for path in (here / "there").iterdir()} == {"launch.sh", "startup.sh", "source.bundle"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--go"], "--go needs the program 'gcloud', which is not installed"),
+        (["--go", "--engine", "gcloud"], "--go needs the program 'gcloud', which is not installed"),
+        (["--engine", "slurm"], "--engine 'slurm': valid: gcloud, sky"),
+        (["--arm", "gtp"], "unknown arm 'gtp': did you mean 'gpt'?"),
+        (["train.mesh.fsdp=8"], "train.mesh fsdp=8 is not for 1 x v6e-4 of 4 chips; nearest: train.mesh.fsdp=4"),
+        (["train.mesh.fdsp=8"], "unknown field 'fdsp' in train.mesh: did you mean 'fsdp'?"),
+        (["--topology", "v6e:2x2"], "argument --topology: not allowed with argument --tpu"),
+        (["--slices", "2", "train.mesh.replica=2"], "--slices 2: SkyPilot makes no Multislice"),
+        (["--zone", "nowhere"], "--zone 'nowhere' must be a zone"),
+        (["--run", "Mine"], "--run 'Mine' must be lower-case"),
+        (["--bucket", "mine"], "--bucket 'mine' must be gs://BUCKET"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(here, capsys, arguments, message):
+    assert main([*ARGUMENTS, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"twinstack: error: {message}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("status", [0, 7])
+def test_go_asks_the_engine(here, capsys, status):
+    for name in ("gcloud", "sky"):
+        program(here / "programs", name, f'echo "{name} $*" >>asked; exit {status if name == "sky" else 0}')
+    assert main([*ARGUMENTS, "--go"]) == (2 if status else 0)
+    upload, submit = (here / "asked").read_text().splitlines()
+    assert upload.startswith("gcloud storage cp runs/launch/first-light/source.bundle gs://my-bucket/source/")
+    assert submit == "sky jobs launch --yes --name first-light runs/launch/first-light/sky.yaml"
+    assert ("ended with status 7" in capsys.readouterr().err) == bool(status)
