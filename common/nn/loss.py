@@ -8,6 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from common.sharding.rules import on_mesh
+from common.sharding.shape import POSITION_AXES, ROW_AXES
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -26,6 +30,9 @@ def cross_entropy(
     gradients are formed in the same pass, so nothing is recomputed. Only the first result carries a gradient, and only
     to `h_BTD` and `w_DV`; the second is for metrics. z-loss as in T5X (PaLM, arXiv 2204.02311, section 5).
 
+    On a mesh every device goes over its own positions, and the gradient of `w_DV` is summed over devices once, at the
+    end, each keeping the part that it stores.
+
     Args:
         h_BTD: activation dtype.
         w_DV: float32; products are taken in the dtype of `h_BTD` and summed in float32.
@@ -33,12 +40,14 @@ def cross_entropy(
         weights_BT: float32; slots of weight 0 count for nothing.
         unroll: a Python loop over chunks instead of a scan.
     """
-    total, ce, _, _ = _over_chunks(h_BTD, w_DV, targets_BT, weights_BT, z_loss, chunk, unroll, gradients=False)
+    run = partial(_over_chunks, z_loss=z_loss, chunk=chunk, unroll=unroll, gradients=False)
+    total, ce, _, _ = _on_devices(run, h_BTD, w_DV, targets_BT, weights_BT)
     return total, ce
 
 
 def _forward(h_BTD, w_DV, targets_BT, weights_BT, z_loss, chunk, unroll):  # type: ignore[no-untyped-def]
-    total, ce, dh_BTD, dw_DV = _over_chunks(h_BTD, w_DV, targets_BT, weights_BT, z_loss, chunk, unroll, gradients=True)
+    run = partial(_over_chunks, z_loss=z_loss, chunk=chunk, unroll=unroll, gradients=True)
+    total, ce, dh_BTD, dw_DV = _on_devices(run, h_BTD, w_DV, targets_BT, weights_BT)
     return (total, ce), (dh_BTD, dw_DV)
 
 
@@ -49,6 +58,32 @@ def _backward(z_loss, chunk, unroll, residuals, cotangents):  # type: ignore[no-
 
 
 cross_entropy.defvjp(_forward, _backward)
+
+
+def _on_devices(
+    run: Any, h_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+) -> tuple[jax.Array, jax.Array, Any, Any]:
+    """`run` on each device's positions, with all of the weights that `tensor` does not split; sums over devices."""
+    w_DV = w_DV.astype(h_BTD.dtype)
+    if not on_mesh():
+        return run(h_BTD, w_DV, targets_BT, weights_BT)
+
+    def local(*operands: jax.Array) -> tuple[jax.Array, jax.Array, Any, Any]:
+        total, ce, dh_BTD, dw_DV = run(*operands)
+        total, ce = jax.lax.psum((total, ce), POSITION_AXES)
+        if dw_DV is not None:
+            dw_DV = jax.lax.psum_scatter(dw_DV, "fsdp", scatter_dimension=0, tiled=True)
+            dw_DV = jax.lax.psum(dw_DV, [axis for axis in POSITION_AXES if axis != "fsdp"])
+        return total, ce, dh_BTD, dw_DV
+
+    split, whole = PartitionSpec(ROW_AXES, "context"), PartitionSpec()
+    return jax.shard_map(
+        local,
+        in_specs=(split, whole, split, split),
+        out_specs=(whole, whole, split, PartitionSpec("fsdp")),
+        axis_names=set(POSITION_AXES),
+        check_vma=False,  # the scan's sums begin as the same zeros everywhere, and end as each device's own
+    )(h_BTD, w_DV, targets_BT, weights_BT)
 
 
 def _over_chunks(
@@ -62,9 +97,8 @@ def _over_chunks(
     gradients: bool,
 ) -> tuple[jax.Array, jax.Array, Any, Any]:
     B, T, D = h_BTD.shape
-    w16_DV = w_DV.astype(h_BTD.dtype)
-    one = partial(_one_chunk, w_DV=w16_DV, z_loss=z_loss, gradients=gradients)
-    zero = (jnp.float32(0), jnp.float32(0), jnp.zeros_like(w_DV) if gradients else None)
+    one = partial(_one_chunk, w_DV=w_DV, z_loss=z_loss, gradients=gradients)
+    zero = (jnp.float32(0), jnp.float32(0), jnp.zeros_like(w_DV, jnp.float32) if gradients else None)
     whole = 0 if unroll else T // chunk
     carry, dh_parts = zero, []
     if whole:

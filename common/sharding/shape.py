@@ -47,4 +47,6 @@ class MeshShape:
 
 ROW_AXES = ("replica", "data", "fsdp")
 """Among which a batch's rows are dealt out."""
+POSITION_AXES = (*ROW_AXES, "context")
+"""Among which the positions of all rows are dealt out."""
 MESH_AXES = tuple(field.name for field in dataclasses.fields(MeshShape))

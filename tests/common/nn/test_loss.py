@@ -4,8 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from common.nn.loss import cross_entropy
+from common.sharding.mesh import make_mesh
+from common.sharding.rules import compute_spec, stored_spec
+from common.sharding.shape import MeshShape
+from tests.helpers import EIGHT_DEVICES
 
 B, T, D, V = 3, 10, 8, 40
 
@@ -58,3 +63,22 @@ def test_logits_never_exist_for_all_positions() -> None:
     step = jax.jit(jax.grad(lambda h, w: cross_entropy(h, w, targets, weights, 0.0, chunk, False)[0], argnums=(0, 1)))
     memory = step.lower(*shapes).compile().memory_analysis()
     assert memory.temp_size_in_bytes < long * vocab * 4 / 4
+
+
+@pytest.mark.parametrize("mesh", [MeshShape(fsdp=8), EIGHT_DEVICES, MeshShape(replica=2, context=2, tensor=2)], ids=str)
+def test_devices_of_a_mesh_share_the_work(mesh: MeshShape) -> None:
+    """The same sums and gradients, whatever axis the rows, the positions or the vocabulary lie along."""
+    h, w, targets, weights = (jnp.tile(x, (8, 2, 1)[: x.ndim]) if x.shape[0] == B else x for x in case())
+
+    def both(h: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return cross_entropy(h, w, targets, weights, 0.3, 4, False)
+
+    gradient = jax.value_and_grad(both, argnums=(0, 1), has_aux=True)
+    alone, expected = jax.jit(gradient)(h, w)
+    with jax.set_mesh(make_mesh(mesh)):
+        places = (compute_spec("batch", "length", None), stored_spec(("embed", "vocab")))
+        found, gradients = jax.jit(gradient)(*(jax.device_put(x, spec) for x, spec in zip((h, w), places, strict=True)))
+    np.testing.assert_allclose(jnp.stack(found), jnp.stack(alone), rtol=1e-6)
+    for x, wanted, place in zip(gradients, expected, places, strict=True):
+        np.testing.assert_allclose(x, wanted, atol=2e-6 * np.abs(wanted).max())
+        assert x.sharding.is_equivalent_to(NamedSharding(make_mesh(mesh), place), x.ndim)
