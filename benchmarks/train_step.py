@@ -222,7 +222,7 @@ def _attention(
 
 
 def _mlp(c: ModelConfig, execution: Execution, layers: int, slots: Slots) -> Program:
-    block = MLP(c.d_model, c.d_ff, c.recipe, _init(c, layers), rngs=nnx.Rngs(0))
+    block = MLP(c.d_model, c.d_ff, c.recipe, execution, _init(c, layers), rngs=nnx.Rngs(0))
     x_BLD = _stream(slots[0].shape, c, execution)
     return _forward_backward(c, block, layers, lambda block, h_BLD, _: block(h_BLD), x_BLD, None)
 

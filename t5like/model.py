@@ -49,7 +49,7 @@ class Layer(nnx.Module):
         self.cross_norm: Any = make_norm(c.d_model, c.recipe, rngs) if crosses else None
         self.cross_attention: Any = Attention(*sizes, c.recipe, execution, init, rngs=rngs) if crosses else None
         self.mlp_norm = make_norm(c.d_model, c.recipe, rngs)
-        self.mlp = MLP(c.d_model, c.d_ff, c.recipe, init, rngs=rngs)
+        self.mlp = MLP(c.d_model, c.d_ff, c.recipe, execution, init, rngs=rngs)
 
     def encode(
         self, x_BID: jax.Array, visibility: Visibility, key: jax.Array | None = None

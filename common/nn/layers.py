@@ -3,13 +3,16 @@
 Legend: B batch rows, L sequence, T target slots, D model, F mlp, V vocab.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from common.nn.linear import linear
 from common.nn.parameters import Initialisers, ones, param, use, use_bias, zeros
-from common.nn.recipe import Recipe
+from common.nn.recipe import Execution, Recipe
 from common.sharding.rules import constrain
 
 
@@ -51,11 +54,22 @@ def make_norm(d_model: int, recipe: Recipe, rngs: nnx.Rngs) -> RMSNorm | LayerNo
     return kind(d_model, recipe.norm_epsilon, rngs=rngs)
 
 
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": jax.nn.gelu,  # its tanh approximation
+    "geglu": jax.nn.gelu,
+    "swiglu": jax.nn.silu,
+}
+
+
 class MLP(nnx.Module):
     """Feed-forward layer: plain (ReLU, GELU) or gated (GEGLU, SwiGLU)."""
 
-    def __init__(self, d_model: int, d_ff: int, recipe: Recipe, init: Initialisers, *, rngs: nnx.Rngs):
-        self.kind, self.dropout_rate = recipe.mlp, recipe.dropout
+    def __init__(
+        self, d_model: int, d_ff: int, recipe: Recipe, execution: Execution, init: Initialisers, *, rngs: nnx.Rngs
+    ):
+        self.activation, self.gated = ACTIVATIONS[recipe.mlp], recipe.gated_mlp
+        self.dropout_rate, self.chunk = recipe.dropout, execution.mlp_chunk
         self.in_DF = param(rngs, init.mlp_in(d_model), (d_model, d_ff), ("embed", "mlp"))
         self.in_bias_F = bias(rngs, recipe, (d_ff,), ("mlp",))
         if recipe.gated_mlp:
@@ -65,23 +79,40 @@ class MLP(nnx.Module):
         self.out_bias_D = bias(rngs, recipe, (d_model,), ("embed",))
 
     def __call__(self, x_BLD: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
-        h_BLF = linear(x_BLD, use(self.in_DF, x_BLD.dtype), use_bias(self.in_bias_F, x_BLD.dtype))
-        match self.kind:
-            case "relu":
-                h_BLF = jax.nn.relu(h_BLF)
-            case "gelu":
-                h_BLF = jax.nn.gelu(h_BLF, approximate=True)
-            case "geglu":
-                h_BLF = jax.nn.gelu(h_BLF, approximate=True) * self._linear(x_BLD)
-            case "swiglu":
-                h_BLF = jax.nn.silu(h_BLF) * self._linear(x_BLD)
-        h_BLF = constrain(h_BLF, "batch", "length", "mlp")
-        h_BLF = dropout(h_BLF, self.dropout_rate, dropout_key)
-        return linear(h_BLF, use(self.out_FD, x_BLD.dtype), use_bias(self.out_bias_D, x_BLD.dtype))
+        dtype = x_BLD.dtype
+        # Taken once, whatever the number of pieces.
+        into = use(self.in_DF, dtype), use_bias(self.in_bias_F, dtype)
+        factor = (use(self.linear_DF, dtype), use_bias(self.linear_bias_F, dtype)) if self.gated else None
+        out = use(self.out_FD, dtype), use_bias(self.out_bias_D, dtype)
 
-    def _linear(self, x_BLD: jax.Array) -> jax.Array:
-        """The factor without an activation."""
-        return linear(x_BLD, use(self.linear_DF, x_BLD.dtype), use_bias(self.linear_bias_F, x_BLD.dtype))
+        def network(x_BUD: jax.Array) -> jax.Array:
+            h_BUF = linear(x_BUD, *into)
+            h_BUF = self.activation(h_BUF) if factor is None else _gated(self.activation, h_BUF, linear(x_BUD, *factor))
+            h_BUF = constrain(h_BUF, "batch", "length", "mlp")
+            return linear(dropout(h_BUF, self.dropout_rate, dropout_key), *out)
+
+        return in_pieces(network, x_BLD, self.chunk)
+
+
+def in_pieces(function: Callable[[jax.Array], jax.Array], x_BLD: jax.Array, chunk: int | None) -> jax.Array:
+    """`function`, which takes every position by itself, of at most about `chunk` positions of a row at a time.
+
+    Backward too: pieces are computed again, one after the other, and only their inputs are kept. A piece has every n-th
+    position, so that the pieces of a row whose positions are split over devices are split in the same way.
+    """
+    B, L, D = x_BLD.shape
+    pieces = 1 if chunk is None else next(n for n in range(-(-L // chunk), L + 1) if L % n == 0)
+    if pieces == 1:
+        return function(x_BLD)
+    x_NBUD = jnp.moveaxis(x_BLD.reshape(B, L // pieces, pieces, D), 2, 0)
+    y_NBUD = jax.lax.map(jax.checkpoint(function, prevent_cse=False), x_NBUD)
+    return jnp.moveaxis(y_NBUD, 0, 2).reshape(B, L, D)
+
+
+@partial(jax.checkpoint, static_argnums=0, prevent_cse=False)
+def _gated(activation: Callable[[jax.Array], jax.Array], gate_BLF: jax.Array, h_BLF: jax.Array) -> jax.Array:
+    """Nothing but the two operands is kept for the backward pass."""
+    return activation(gate_BLF) * h_BLF
 
 
 class Embedding(nnx.Module):

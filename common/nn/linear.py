@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from common.sharding.rules import on_mesh
+
 CPU_BLOCKS = 2
 
 
@@ -67,7 +69,11 @@ def _backward(residuals: tuple[jax.Array, jax.Array], dy_PF: jax.Array) -> tuple
     x_PD, w_DF = residuals
     narrow = x_PD.shape[1] <= dy_PF.shape[1]
     dw_DF = x_PD.T @ dy_PF if narrow else (dy_PF.T @ x_PD).T
-    return dy_PF @ w_DF.T, dw_DF
+    dx_PD = dy_PF @ w_DF.T
+    if on_mesh():
+        # Compilers for accelerators like to put the weights' gradients off, and keep all that they are made of.
+        dx_PD, dw_DF = jax.lax.optimization_barrier((dx_PD, dw_DF))
+    return dx_PD, dw_DF
 
 
 _matmul.defvjp(_forward, _backward)

@@ -74,6 +74,8 @@ def _on_devices(
         if dw_DV is not None:
             dw_DV = jax.lax.psum_scatter(dw_DV, "fsdp", scatter_dimension=0, tiled=True)
             dw_DV = jax.lax.psum(dw_DV, [axis for axis in POSITION_AXES if axis != "fsdp"])
+            # The backward pass, which begins with dh, waits: else the whole sum would stay until the update needs it.
+            dh_BTD, dw_DV = jax.lax.optimization_barrier((dh_BTD, dw_DV))
         return total, ce, dh_BTD, dw_DV
 
     split, whole = PartitionSpec(ROW_AXES, "context"), PartitionSpec()

@@ -3,6 +3,7 @@
 Legend: B batch rows (or 1), L sequence, H heads, C head dim, R relative buckets, S positions, D model.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,15 +16,35 @@ from common.nn.parameters import Initialisers, param, use
 from common.nn.recipe import Recipe
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rope(x_BLHC: jax.Array, positions_BL: jax.Array, theta: float) -> jax.Array:
-    """Rotates pairs (c, c + C/2) by `position * theta^(-2c/C)`, float32 inside (2104.09864, Llama's "half" layout)."""
+    """Rotates pairs (c, c + C/2) by `position * theta^(-2c/C)`, float32 inside (2104.09864, Llama's "half" layout).
+
+    The gradient is turned back by the same angles, so that nothing is kept but positions.
+    """
+    return _rotated(x_BLHC, positions_BL, theta)
+
+
+def _rope_forward(x_BLHC: jax.Array, positions_BL: jax.Array, theta: float) -> tuple[jax.Array, jax.Array]:
+    return _rotated(x_BLHC, positions_BL, theta), positions_BL
+
+
+def _rope_backward(theta: float, positions_BL: jax.Array, gradient_BLHC: jax.Array) -> tuple[jax.Array, None]:
+    return _rotated(gradient_BLHC, -positions_BL, theta), None
+
+
+rope.defvjp(_rope_forward, _rope_backward)
+
+
+def _rotated(x_BLHC: jax.Array, positions_BL: jax.Array, theta: float) -> jax.Array:
     half = x_BLHC.shape[-1] // 2
     frequency_C = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle_BL1C = positions_BL[:, :, None, None].astype(jnp.float32) * frequency_C[None, None, None]
     cos, sin = jnp.cos(angle_BL1C), jnp.sin(angle_BL1C)
-    x32 = x_BLHC.astype(jnp.float32)
-    first, second = x32[..., :half], x32[..., half:]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BLHC.dtype)
+    # Halves change places in the activation's dtype: in float32 they would be arrays of their own, twice as large.
+    swapped_BLHC = jnp.concatenate([x_BLHC[..., half:], x_BLHC[..., :half]], axis=-1)
+    kept = x_BLHC.astype(jnp.float32) * jnp.concatenate([cos, cos], axis=-1)
+    return (kept + swapped_BLHC.astype(jnp.float32) * jnp.concatenate([-sin, sin], axis=-1)).astype(x_BLHC.dtype)
 
 
 class RelativeBias(nnx.Module):

@@ -78,19 +78,22 @@ class Execution:
     matmul_precision: Literal["default", "high", "highest"] = "default"
     scan_layers: bool = True
     """One loop over stacked layers (quick to compile), or all layers unrolled (quicker to run on CPU)."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but matrix products, or whole layers."""
+    remat: Literal["none", "dots", "attention", "full", "offload"] = "none"
+    """What the backward pass of a layer finds: everything; its matrix products; the attention's outputs and its input;
+    its input alone; its input, put into the host's memory meanwhile. The rest is computed again."""
     attention: Literal["blocked", "plain"] = "blocked"
     """A block of queries at a time with recomputation, or all logits at once (what FLOPs are counted on)."""
     attention_block: int = 64
     """Queries in a block."""
+    mlp_chunk: int | None = None
+    """Positions of a row that go through an MLP at one time, forward and backward; None: all of them."""
     loss_chunk: int = 128
     """Target positions whose logits exist at one time."""
 
     def __post_init__(self) -> None:
-        for name in ("attention_block", "loss_chunk"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be 1 or more")
+        for name in ("attention_block", "mlp_chunk", "loss_chunk"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name} is {value}: it must be 1 or more")
 
 
 def check_widths(sizes: Mapping[str, int], max_positions: int | None, recipe: Recipe) -> None:

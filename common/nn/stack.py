@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from common.nn.recipe import Execution
+from common.nn.remat import entering, rematerialised
 
 Layer = TypeVar("Layer", bound=nnx.Module)
 Layers = TypeVar("Layers")
@@ -55,13 +56,9 @@ def run_layers(
 
     def step(carry: Any, layer_and_x: tuple[Any, Any]) -> tuple[Any, Any]:
         layer_parameters, x = layer_and_x
-        return body(nnx.merge(graphdef, layer_parameters), carry, x)
+        return body(nnx.merge(graphdef, layer_parameters), entering(carry), x)
 
-    match execution.remat:
-        case "dots":
-            step = jax.checkpoint(step, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-        case "full":
-            step = jax.checkpoint(step)
+    step = rematerialised(step, execution)
     if execution.scan_layers:
         return jax.lax.scan(step, carry, (parameters, xs))
     ys = []

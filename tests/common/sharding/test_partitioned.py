@@ -1,0 +1,125 @@
+"""The training step as it is after XLA's partitioner: what lies where, and what is sent between devices."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import pytest
+
+from common.sharding.shape import MeshShape
+from common.train.programs import abstract_batch, prepare
+from common.train.state import abstract_state
+from tests.tiny import EXECUTION, setup, tiny, train_config
+
+ROWS, INPUTS, TARGETS, CHUNK = 16, 24, 40, 8
+WIDTHS = {"vocab_size": 1024, "d_model": 64, "num_heads": 4, "num_kv_heads": 4, "head_dim": 8, "d_ff": 176}
+"""No product of a few of them is another's."""
+LAYERS = 3
+MESHES = [MeshShape(fsdp=8), MeshShape(fsdp=4, tensor=2), MeshShape(data=2, fsdp=4), MeshShape(fsdp=2, context=4)]
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?(%[\w.-]+) = (\w+)\[([\d,]*)\]\S* ([\w-]+)\((.*)$")
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    name: str
+    shape: Shape
+    kind: str
+    operands: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Partitioned:
+    """One device's program."""
+
+    instructions: tuple[Instruction, ...]
+    stored: tuple[Shape, ...]
+    """What one device holds of each parameter."""
+    whole: tuple[Shape, ...]
+
+    def users(self, name: str) -> list[Instruction]:
+        """Through what only renames or reshapes."""
+        found = [user for user in self.instructions if name in user.operands]
+        passed_on = [u for user in found if user.kind in ("bitcast", "copy", "reshape") for u in self.users(user.name)]
+        return passed_on + [user for user in found if user.kind not in ("bitcast", "copy", "reshape")]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(family, mesh) for family in ("gpt", "t5like") for mesh in MESHES],
+    ids=lambda case: f"{case[0]}-{case[1]}",
+)
+def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Partitioned:
+    family, mesh = request.param
+    layers = {"num_layers": LAYERS} if family == "gpt" else {"encoder_layers": LAYERS, "decoder_layers": LAYERS}
+    model = dataclasses.replace(tiny(family), **WIDTHS, **layers)
+    execution = dataclasses.replace(EXECUTION, scan_layers=True, remat="full", loss_chunk=CHUNK)
+    made_of = setup(model, train_config(mesh=mesh, execution=execution))
+    made_of = dataclasses.replace(made_of, row_slots=(ROWS, INPUTS, TARGETS))
+    made = prepare(made_of)
+    state = abstract_state(made.model, made.optimizer, made.shardings)
+    folder = tmp_path_factory.mktemp("hlo")
+    with jax.set_mesh(made.mesh):
+        lowered = made.train_step.lower(state, abstract_batch(made_of.row_slots, made.batch_sharding))
+        lowered.compile(
+            compiler_options={
+                "xla_dump_to": str(folder),
+                "xla_dump_hlo_as_text": True,
+                "xla_dump_hlo_pass_re": "spmd-partitioning",
+            }
+        )
+    (path,) = folder.glob("*after_spmd-partitioning*")
+    leaves = jax.tree.leaves(state.params)
+    return Partitioned(
+        instructions=tuple(_instructions(path)),
+        stored=tuple(x.sharding.shard_shape(x.shape) for x in leaves),
+        whole=tuple(x.shape for x in leaves),
+    )
+
+
+def _instructions(path: Path) -> Iterator[Instruction]:
+    for line in path.read_text().splitlines():
+        if found := _INSTRUCTION.match(line):
+            name, _, dims, kind, rest = found.groups()
+            shape = tuple(int(size) for size in dims.split(",") if size)
+            yield Instruction(name, shape, kind, tuple(re.findall(r"%[\w.-]+", rest.partition(")")[0])))
+
+
+def test_the_state_is_stored_in_parts(program: Partitioned) -> None:
+    """Parameters and both moments come in as each device's part; nothing is as large as a whole stack of layers."""
+    parameters = [one.shape for one in program.instructions if one.kind == "parameter"]
+    for stored, whole in zip(program.stored, program.whole, strict=True):
+        assert math.prod(stored) < math.prod(whole)
+        assert parameters.count(stored) >= 3
+        if whole[0] == LAYERS and len(whole) > 2:
+            assert not [one for one in program.instructions if one.shape == whole]
+
+
+def test_gradients_are_asked_for_in_parts(program: Partitioned) -> None:
+    """What is summed over devices for a matrix is cut at once into the part that a device stores."""
+    parts = {math.prod(stored[1:]) for stored in program.stored if stored[0] == LAYERS and len(stored) > 2}
+    sums = [
+        one
+        for one in program.instructions
+        if one.kind in ("all-reduce", "reduce-scatter") and len(one.shape) > 1 and math.prod(one.shape) >= min(parts)
+    ]
+    assert sums
+    matrices = {math.prod(whole[1:]) for whole in program.whole if whole[0] == LAYERS and len(whole) > 2}
+    for one in sums:
+        if one.kind == "all-reduce" and math.prod(one.shape) in matrices:
+            assert {user.kind for user in program.users(one.name)} == {"dynamic-slice"}, one
+
+
+def test_nothing_of_the_logits_size_exists(program: Partitioned) -> None:
+    """Logits of a chunk on a device's own rows, and nothing larger that has the vocabulary's length."""
+    vocab, largest = WIDTHS["vocab_size"], max(map(math.prod, program.whole))
+    with_vocab = [one for one in program.instructions if {vocab, vocab // 2} & set(one.shape)]
+    assert with_vocab
+    assert max(math.prod(one.shape) for one in with_vocab) < ROWS * TARGETS * vocab / 8
+    gathered = [one for one in with_vocab if one.kind == "all-gather"]
+    assert all(math.prod(one.shape) <= WIDTHS["d_model"] * vocab for one in gathered)
+    assert largest < ROWS * TARGETS * vocab / 8
