@@ -106,7 +106,7 @@ def in_pieces(function: Callable[[jax.Array], jax.Array], x_BLD: jax.Array, chun
         return function(x_BLD)
     x_NBUD = jnp.moveaxis(x_BLD.reshape(B, L // pieces, pieces, D), 2, 0)
     y_NBUD = jax.lax.map(jax.checkpoint(function, prevent_cse=False), x_NBUD)
-    return jnp.moveaxis(y_NBUD, 0, 2).reshape(B, L, D)
+    return jnp.moveaxis(y_NBUD, 0, 2).reshape(B, L, -1)
 
 
 @partial(jax.checkpoint, static_argnums=0, prevent_cse=False)

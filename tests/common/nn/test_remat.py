@@ -1,0 +1,94 @@
+"""What is kept for the backward pass changes no gradient, and is what its name says."""
+
+from typing import Any, get_args, get_type_hints
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.ad_checkpoint import checkpoint_name
+
+from common.nn.layers import in_pieces
+from common.nn.recipe import Execution
+from common.nn.remat import ATTENTION, entering, rematerialised
+from common.sharding.mesh import make_mesh
+from common.sharding.rules import in_use
+from common.sharding.shape import MeshShape
+
+REMATS = get_args(get_type_hints(Execution)["remat"])
+B, L, D, F = 2, 6, 8, 32
+
+
+def layer(carry: jax.Array, w_DF: jax.Array) -> tuple[jax.Array, None]:
+    """A product, something named as attention, and a product with a parameter that is gathered."""
+    x_BLD = entering(carry)
+    h_BLF = jnp.tanh(x_BLD @ in_use(w_DF, ("embed", "mlp")))
+    h_BLF = checkpoint_name(jnp.sin(h_BLF), ATTENTION)
+    return jnp.cos(h_BLF) @ in_use(w_DF, ("embed", "mlp")).T, None
+
+
+def operands() -> tuple[jax.Array, jax.Array]:
+    keys = jax.random.split(jax.random.key(0))
+    return jax.random.normal(keys[0], (B, L, D)), jax.random.normal(keys[1], (D, F)) / D
+
+
+def kept(remat: str, mesh: MeshShape) -> list[tuple[int, ...]]:
+    """Shapes of what the backward pass finds."""
+    body = rematerialised(layer, Execution(remat=remat))
+    with jax.set_mesh(make_mesh(mesh)):
+        _, backward = jax.vjp(lambda *x: body(*x)[0], *operands())
+    return sorted(x.shape for x in jax.tree.leaves(backward))
+
+
+@pytest.mark.parametrize("remat", [name for name in REMATS if name != "offload"])
+@pytest.mark.parametrize("scan", [False, True])
+def test_gradients_are_the_same(remat: str, scan: bool) -> None:
+    def loss(x: jax.Array, w: jax.Array, remat: str) -> jax.Array:
+        body = rematerialised(layer, Execution(remat=remat, scan_layers=scan))
+        if scan:
+            return jax.lax.scan(body, x, jnp.stack([w, 2 * w]))[0].sum()
+        return body(body(x, w)[0], 2 * w)[0].sum()
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
+    for found, expected in zip(gradient(*operands(), remat), gradient(*operands(), "none"), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("remat", "hidden"),  # of several elementwise steps, how many are kept is the automatic gradient's choice
+    [("full", {0}), ("attention", {1}), ("dots", {1}), ("none", {3, 4, 5, 6, 7})],
+)
+def test_what_is_kept(remat: str, hidden: set[int]) -> None:
+    """The operands, so many arrays between, and never a parameter that was gathered beside the one that is stored."""
+    found = kept(remat, MeshShape(fsdp=2))
+    assert set(found) <= {(B, L, D), (B, L, F), (D, F)}
+    assert found.count((D, F)) == found.count((B, L, D)) == 1
+    assert found.count((B, L, F)) in hidden
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4, 6, 99])
+def test_pieces_are_the_whole(chunk: int) -> None:
+    x, w = operands()
+
+    def network(x: jax.Array, w: jax.Array, chunk: int | None) -> jax.Array:
+        return jnp.square(in_pieces(lambda x: jnp.tanh(x @ w), x, chunk)).sum()
+
+    gradient = jax.value_and_grad(network, argnums=(0, 1))
+    (value, grads), (expected, wanted) = gradient(x, w, chunk), gradient(x, w, None)
+    assert float(value) == pytest.approx(float(expected), rel=1e-6)
+    for one, other in zip(grads, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_piece_is_all_that_exists() -> None:
+    long = 512
+
+    def memory(chunk: int | None) -> Any:
+        shapes = (jax.ShapeDtypeStruct((1, long, D), jnp.float32), jax.ShapeDtypeStruct((D, 4096), jnp.float32))
+
+        def network(x: jax.Array, w: jax.Array) -> jax.Array:
+            return in_pieces(lambda x: jnp.tanh(x @ w) @ w.T, x, chunk).sum()
+
+        return jax.jit(jax.grad(network)).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    assert memory(32) < memory(None) / 4
