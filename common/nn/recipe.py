@@ -80,10 +80,14 @@ class Execution:
     """One loop over stacked layers (quick to compile), or all layers unrolled (quicker to run on CPU)."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes: nothing, all but matrix products, or whole layers."""
-    attention: Literal["blocked", "plain"] = "blocked"
-    """A block of queries at a time with recomputation, or all logits at once (what FLOPs are counted on)."""
+    attention: Literal["auto", "splash", "flash", "cudnn", "blocked", "plain"] = "auto"
+    """`plain`: all logits at once (what FLOPs are counted on). `blocked`: a block of queries at a time, computed again
+    in the backward pass. `splash`, and `flash` for T5's bias: TPU kernels. `cudnn`: NVIDIA's. Where the one named does
+    not serve, and with `auto`: the platform's kernel that does; `blocked` where there is none, as on a CPU."""
     attention_block: int = 64
-    """Queries in a block."""
+    """Queries in a block of `blocked`."""
+    attention_kernel_block: int = 512
+    """Queries and keys, at most, in a block of the TPU kernels; a multiple of 128."""
     loss_chunk: int = 128
     """Target positions whose logits exist at one time."""
 
@@ -91,6 +95,12 @@ class Execution:
         for name in ("attention_block", "loss_chunk"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be 1 or more")
+        size = self.attention_kernel_block
+        if size < 128 or size % 128:
+            raise UserError(
+                f"attention_kernel_block is {size}: it must be a multiple of 128; "
+                f"nearest: {max(1, round(size / 128)) * 128}"
+            )
 
 
 def check_widths(sizes: Mapping[str, int], max_positions: int | None, recipe: Recipe) -> None:
