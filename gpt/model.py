@@ -72,7 +72,8 @@ class Gpt(nnx.Module):
         positions_BL = jnp.concatenate([batch.input_positions_BI, batch.target_positions_BT], axis=1)
         tokens_BL = jnp.concatenate([batch.inputs_BI, batch.decoder_inputs_BT], axis=1)
         input_slots = batch.inputs_BI.shape[1]
-        visibility = self._visibility(segments_BL, positions_BL, input_slots)
+        # Behind inputs, positions go on from each example's own, not from the slot before.
+        visibility = self._visibility(segments_BL, positions_BL, input_slots, consecutive=input_slots == 0)
         embed_key, layers_key, final_key = dropout_keys(dropout_key, 3)
         rate = self.config.recipe.dropout
         x_BLD = dropout(self._embed(tokens_BL, positions_BL), rate, embed_key)
@@ -91,7 +92,7 @@ class Gpt(nnx.Module):
     def prefill(self, prompt: Prompt, max_new_tokens: int) -> Cache:
         """Reads the inputs once; the cache has room for `max_new_tokens` decoder inputs behind them."""
         segments_BI, positions_BI = prompt.segments_BI(), prompt.positions_BI()
-        visibility = self._visibility(segments_BI, positions_BI, positions_BI.shape[1])
+        visibility = self._visibility(segments_BI, positions_BI, positions_BI.shape[1], consecutive=True)
 
         def layer(layer: Layer, x_BID: jax.Array, _: None) -> tuple[jax.Array, KeysValues]:
             x_BID, seen = layer(x_BID, visibility)
@@ -115,7 +116,9 @@ class Gpt(nnx.Module):
     def _embed(self, tokens_BL: jax.Array, positions_BL: jax.Array) -> jax.Array:
         return embed(self.embedding, self.positions, tokens_BL, positions_BL, jnp.dtype(self.execution.dtype))
 
-    def _visibility(self, segments_BL: jax.Array, positions_BL: jax.Array, input_slots: int) -> Visibility:
+    def _visibility(
+        self, segments_BL: jax.Array, positions_BL: jax.Array, input_slots: int, *, consecutive: bool
+    ) -> Visibility:
         return Visibility(
             q_segments_BQ=segments_BL,
             k_segments_BK=segments_BL,
@@ -124,4 +127,5 @@ class Gpt(nnx.Module):
             causal=True,
             prefix_length=input_slots if self.config.input_attention == "bidirectional" else 0,
             bias=bias_table(self.relative_bias),
+            consecutive=consecutive,
         )

@@ -232,6 +232,7 @@ class T5Like(nnx.Module):
             k_positions_BK=positions_BI,
             causal=self.config.input_attention == "causal",
             bias=bias_table(self.encoder_bias),
+            consecutive=True,
         )
 
     def _visibilities(self, batch: Batch) -> Seen:
@@ -248,6 +249,7 @@ class T5Like(nnx.Module):
             causal=True,
             q_offset=batch.inputs_BI.shape[1] if self.merged else 0,
             bias=bias_table(self.decoder_bias),
+            consecutive=not self.merged,
         )
         if self.merged:
             return Seen(own, None)

@@ -13,13 +13,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from common.kernels import flash_kernels as kernels
 from common.kernels.bias import BiasTable, relative_bucket
 from common.kernels.flash_kernels import LANES, SUBLANES, Plan
-from common.kernels.visibility import Visibility
+from common.kernels.visibility import ATTENTION, Visibility
 
 GROUP_BYTES = 2**20  # of queries, a block; a kernel has up to eight times that, of 16 MiB
 
@@ -40,7 +41,7 @@ def flash(
 
     At most `block` queries meet as many keys at a time: a multiple of 128, or a smaller power of two where `interpret`
     runs the kernel without a TPU. Lengths need not be multiples of it. Queries and keys, where causal or biased,
-    stand at an index known beforehand (no `q_start`).
+    stand at an index known beforehand or, a device's part of a longer sequence, from `q_start` on.
 
     The bias goes by index, not by position: it needs position differences that equal index differences, key j and query
     i being `j - i - q_offset` apart, for every pair that sees each other. That is so where one sequence attends to
@@ -52,7 +53,6 @@ def flash(
     assert k_BGKC.shape == v_BGKC.shape == (B, G, K, C) and H % G == 0
     assert q_BQHC.dtype == k_BGKC.dtype == v_BGKC.dtype
     assert visibility.q_segments_BQ.shape == (B, Q) and visibility.k_segments_BK.shape == (B, K)
-    assert visibility.placed or not (visibility.causal or visibility.bias)
     assert visibility.q_offset >= 0
     assert visibility.bias is None or visibility.bias.table_HR.shape[0] == H
     assert block % LANES == 0 or (interpret and SUBLANES <= block < LANES and block.bit_count() == 1)
@@ -68,15 +68,16 @@ def flash(
         block_k=block_k,
         causal=visibility.causal,
         prefix_length=visibility.prefix_length,
-        q_offset=visibility.q_offset,
         interpret=interpret,
     )
+    start = jnp.int32(visibility.q_offset) + (0 if visibility.q_start is None else visibility.q_start)
     q_BGMCQ = jnp.moveaxis((q_BQHC * scale).reshape(B, Q, G, H // G, C), 1, 4)
     out_BGMCQ = _flash(
+        start[None],
         _padded(q_BGMCQ, plan.queries),
         _padded(k_BGKC.swapaxes(2, 3), plan.keys),
         _padded(v_BGKC.swapaxes(2, 3), plan.keys),
-        None if visibility.bias is None else distance_vector(visibility.bias, plan).reshape(G, H // G, 1, -1),
+        None if visibility.bias is None else distance_vector(visibility.bias, plan, start).reshape(G, H // G, 1, -1),
         _padded(visibility.q_segments_BQ[:, None], plan.queries),
         _padded(visibility.k_segments_BK[:, None], plan.keys),
         plan,
@@ -84,15 +85,15 @@ def flash(
     return jnp.moveaxis(out_BGMCQ[..., :Q], 4, 1).reshape(B, Q, H, C)
 
 
-def distance_vector(bias: BiasTable, plan: Plan) -> jax.Array:
-    """vector_HN (float32): the bias at every distance from `keys - q_offset` down to `1 - queries - q_offset`.
+def distance_vector(bias: BiasTable, plan: Plan, start: jax.Array) -> jax.Array:
+    """vector_HN (float32): the bias at every distance from `keys - start` down to `1 - queries - start`.
 
     >>> table = BiasTable(table_HR=jnp.arange(8.0)[None], bidirectional=True, max_distance=8)
-    >>> known = dict(block_q=2, block_k=2, causal=False, prefix_length=0, q_offset=0, interpret=True)
-    >>> distance_vector(table, Plan(queries=4, keys=4, **known)).tolist()
+    >>> known = dict(block_q=2, block_k=2, causal=False, prefix_length=0, interpret=True)
+    >>> distance_vector(table, Plan(queries=4, keys=4, **known), jnp.int32(0)).tolist()
     [[7.0, 6.0, 6.0, 5.0, 0.0, 1.0, 2.0, 2.0]]
     """
-    distance_N = plan.keys - plan.q_offset - jnp.arange(plan.queries + plan.keys, dtype=jnp.int32)
+    distance_N = plan.keys - start - jnp.arange(plan.queries + plan.keys, dtype=jnp.int32)
     bucket_N = relative_bucket(
         distance_N,
         bidirectional=bias.bidirectional,
@@ -117,8 +118,9 @@ def _padded(x: jax.Array, length: int) -> jax.Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, length - x.shape[-1])])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6,))
+@partial(jax.custom_vjp, nondiff_argnums=(7,))
 def _flash(
+    start_1: jax.Array,
     q_BGMCQ: jax.Array,
     k_BGCK: jax.Array,
     v_BGCK: jax.Array,
@@ -127,60 +129,67 @@ def _flash(
     kseg_B1K: jax.Array,
     plan: Plan,
 ) -> jax.Array:
-    return _forward(q_BGMCQ, k_BGCK, v_BGCK, vector_GM1N, qseg_B1Q, kseg_B1K, plan)[0]
+    return _forward(start_1, q_BGMCQ, k_BGCK, v_BGCK, vector_GM1N, qseg_B1Q, kseg_B1K, plan)[0]
 
 
-def _forward(q, k, v, vector, qseg, kseg, plan):  # type: ignore[no-untyped-def]
+def _forward(start, q, k, v, vector, qseg, kseg, plan):  # type: ignore[no-untyped-def]
     B, G, M, C, Q = q.shape
 
-    def keys(i: Any, j: Any) -> Any:
-        return jnp.minimum(j, plan.last_k_block(i))
+    def keys(start: Any, i: Any, j: Any) -> Any:
+        return jnp.minimum(j, plan.last_k_block(start, i))
 
-    specs, a_query, _ = _specs(plan, q, vector, lambda i, j: i, keys)
+    specs, a_query, _ = _specs(plan, q, vector, lambda start, i, j: i, keys)
     out, log_sum = pl.pallas_call(
         partial(kernels.forward_kernel, plan),
-        grid=(B, G, plan.q_blocks, plan.k_blocks),
-        in_specs=specs,
-        out_specs=[specs[2], a_query],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(B, G, plan.q_blocks, plan.k_blocks),
+            in_specs=specs,
+            out_specs=[specs[2], a_query],
+            scratch_shapes=[pltpu.VMEM((M, rows, plan.block_q), jnp.float32) for rows in (1, 1, C)],
+        ),
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((B, G, M, 1, Q), jnp.float32),
         ],
-        scratch_shapes=[pltpu.VMEM((M, rows, plan.block_q), jnp.float32) for rows in (1, 1, C)],
         compiler_params=_parallel(3),
         interpret=plan.interpret,
         name="flash_forward",
-    )(qseg, kseg, q, k, v, vector)
-    return out, (q, k, v, vector, qseg, kseg, out, log_sum)
+    )(start, qseg, kseg, q, k, v, vector)
+    out, log_sum = (checkpoint_name(x, ATTENTION) for x in (out, log_sum))
+    return out, (start, q, k, v, vector, qseg, kseg, out, log_sum)
 
 
 def _backward(plan, residuals, dout):  # type: ignore[no-untyped-def]
-    q, k, v, vector, qseg, kseg, out, log_sum = residuals
+    start, q, k, v, vector, qseg, kseg, out, log_sum = residuals
     delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=3, keepdims=True)
-    operands = (qseg, kseg, q, k, v, vector, dout, log_sum, delta)
+    operands = (start, qseg, kseg, q, k, v, vector, dout, log_sum, delta)
     dq = _dq(plan, operands)
     dk, dv, dvector = _dkv(plan, operands)
-    return dq, dk, dv, None if dvector is None else dvector.sum(axis=0), None, None
+    return None, dq, dk, dv, None if dvector is None else dvector.sum(axis=0), None, None
 
 
 _flash.defvjp(_forward, _backward)
 
 
 def _dq(plan: Plan, operands: tuple[Any, ...]) -> jax.Array:
-    q, vector = operands[2], operands[5]
+    q, vector = operands[3], operands[6]
     B, G, M, C, _ = q.shape
 
-    def keys(i: Any, j: Any) -> Any:
-        return jnp.minimum(j, plan.last_k_block(i))
+    def keys(start: Any, i: Any, j: Any) -> Any:
+        return jnp.minimum(j, plan.last_k_block(start, i))
 
-    specs, a_query, _ = _specs(plan, q, vector, lambda i, j: i, keys)
+    specs, a_query, _ = _specs(plan, q, vector, lambda start, i, j: i, keys)
     return pl.pallas_call(
         partial(kernels.dq_kernel, plan),
-        grid=(B, G, plan.q_blocks, plan.k_blocks),
-        in_specs=[*specs, specs[2], a_query, a_query],
-        out_specs=specs[2],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(B, G, plan.q_blocks, plan.k_blocks),
+            in_specs=[*specs, specs[2], a_query, a_query],
+            out_specs=specs[2],
+            scratch_shapes=[pltpu.VMEM((M, C, plan.block_q), jnp.float32)],
+        ),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        scratch_shapes=[pltpu.VMEM((M, C, plan.block_q), jnp.float32)],
         compiler_params=_parallel(3),
         interpret=plan.interpret,
         name="flash_dq",
@@ -188,21 +197,24 @@ def _dq(plan: Plan, operands: tuple[Any, ...]) -> jax.Array:
 
 
 def _dkv(plan: Plan, operands: tuple[Any, ...]) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    q, k, v, vector = operands[2:6]
+    q, k, v, vector = operands[3:7]
     B, G, _, C, _ = q.shape
 
-    def queries(j: Any, i: Any) -> Any:
-        return jnp.maximum(i, plan.first_q_block(j))
+    def queries(start: Any, j: Any, i: Any) -> Any:
+        return jnp.maximum(i, plan.first_q_block(start, j))
 
-    specs, a_query, of_row = _specs(plan, q, vector, queries, lambda j, i: j)
+    specs, a_query, of_row = _specs(plan, q, vector, queries, lambda start, j, i: j)
     dvector = None if vector is None else jax.ShapeDtypeStruct((B, *vector.shape), jnp.float32)
     return pl.pallas_call(
         partial(kernels.dkv_kernel, plan),
-        grid=(B, G, plan.k_blocks, plan.q_blocks),
-        in_specs=[*specs, specs[2], a_query, a_query],
-        out_specs=[specs[3], specs[4], of_row],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(B, G, plan.k_blocks, plan.q_blocks),
+            in_specs=[*specs, specs[2], a_query, a_query],
+            out_specs=[specs[3], specs[4], of_row],
+            scratch_shapes=[pltpu.VMEM((C, plan.block_k), jnp.float32)] * 2,
+        ),
         out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype), dvector],
-        scratch_shapes=[pltpu.VMEM((C, plan.block_k), jnp.float32)] * 2,
         compiler_params=_parallel(2),
         interpret=plan.interpret,
         name="flash_dkv",
@@ -212,13 +224,16 @@ def _dkv(plan: Plan, operands: tuple[Any, ...]) -> tuple[jax.Array, jax.Array, j
 def _specs(plan: Plan, q: jax.Array, vector: jax.Array | None, queries: Any, keys: Any) -> tuple[Specs, Any, Any]:
     """Blocks of the operands of all three kernels; of one number a query; and of a row's own gradient of the vector.
 
-    `queries` and `keys` give the block of each for the last two numbers of the grid. Where nothing is seen they give
-    the nearest block of which something is, so that none is fetched in vain.
+    `queries` and `keys` give the block of each for the first query's index and the last two numbers of the grid. Where
+    nothing is seen they give the nearest block of which something is, so that none is fetched in vain.
     """
     _, _, M, C, _ = q.shape
 
     def spec(shape: tuple[int | None, ...], index: Any) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda b, g, *ij: index(b, g, queries(*ij), keys(*ij)))
+        def block(b: Any, g: Any, i: Any, j: Any, start: Any) -> tuple[Any, ...]:
+            return index(b, g, queries(start, i, j), keys(start, i, j))
+
+        return pl.BlockSpec(shape, block)
 
     of_keys = spec((None, None, C, plan.block_k), lambda b, g, i, j: (b, g, 0, j))
     a_query = spec((None, None, M, 1, plan.block_q), lambda b, g, i, j: (b, g, 0, 0, i))

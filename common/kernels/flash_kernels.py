@@ -25,7 +25,10 @@ Ref = Any  # Pallas has no public type for the references that a kernel reads an
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What of a call is known before it runs: lengths are multiples of the blocks, indexes are as in `Visibility`."""
+    """What of a call is known before it runs: lengths are multiples of the blocks.
+
+    The index of the first query, `start`, may become known only then: a reference that kernels and the choice of blocks
+    read."""
 
     queries: int
     keys: int
@@ -33,7 +36,6 @@ class Plan:
     block_k: int
     causal: bool
     prefix_length: int
-    q_offset: int
     interpret: bool
 
     @property
@@ -44,23 +46,23 @@ class Plan:
     def k_blocks(self) -> int:
         return self.keys // self.block_k
 
-    def last_k_block(self, i: Any) -> Any:
+    def last_k_block(self, start: Ref, i: Any) -> Any:
         """The last block of keys that any query of block `i` can see."""
         if not self.causal:
             return self.k_blocks - 1
-        begin = self.q_offset + i * self.block_q
+        begin = start[0] + i * self.block_q
         last = _quotient(begin + self.block_q - 1, self.block_k)
         if self.prefix_length:
             of_prefix = (self.prefix_length - 1) // self.block_k
             last = jnp.where(begin < self.prefix_length, jnp.maximum(last, of_prefix), last)
         return jnp.minimum(last, self.k_blocks - 1)
 
-    def first_q_block(self, j: Any) -> Any:
+    def first_q_block(self, start: Ref, j: Any) -> Any:
         """The first block of queries of which any can see keys of block `j`; no block after it is blind."""
         if not self.causal:
             return 0
         begin = j * self.block_k
-        first = jnp.minimum(_quotient(jnp.maximum(begin - self.q_offset, 0), self.block_q), self.q_blocks - 1)
+        first = jnp.minimum(_quotient(jnp.maximum(begin - start[0], 0), self.block_q), self.q_blocks - 1)
         return jnp.where(begin < self.prefix_length, 0, first) if self.prefix_length else first
 
 
@@ -69,7 +71,7 @@ def _quotient(x: jax.Array, y: int) -> jax.Array:
     return jax.lax.div(x, jnp.int32(y))
 
 
-def forward_kernel(plan: Plan, qseg, kseg, q, k, v, vector, out, log_sum, peak, total, weighted) -> None:  # type: ignore[no-untyped-def]
+def forward_kernel(plan: Plan, start, qseg, kseg, q, k, v, vector, out, log_sum, peak, total, weighted) -> None:  # type: ignore[no-untyped-def]
     """Grid (row, group, query block, key block): softmax over the key blocks in turn, as in arXiv 2205.14135."""
     i, j = pl.program_id(2), pl.program_id(3)
 
@@ -79,9 +81,9 @@ def forward_kernel(plan: Plan, qseg, kseg, q, k, v, vector, out, log_sum, peak, 
         total[...] = jnp.zeros(total.shape, jnp.float32)
         weighted[...] = jnp.zeros(weighted.shape, jnp.float32)
 
-    @pl.when(j <= plan.last_k_block(i))
+    @pl.when(j <= plan.last_k_block(start, i))
     def meet() -> None:
-        mask_KQ = _mask(plan, qseg, kseg, i, j)
+        mask_KQ = _mask(plan, start, qseg, kseg, i, j)
 
         @pl.loop(0, q.shape[0])
         def head(m: jax.Array) -> None:
@@ -101,7 +103,7 @@ def forward_kernel(plan: Plan, qseg, kseg, q, k, v, vector, out, log_sum, peak, 
         log_sum[...] = peak[...] + jnp.log(nonzero)
 
 
-def dq_kernel(plan: Plan, qseg, kseg, q, k, v, vector, dout, log_sum, delta, dq, total) -> None:  # type: ignore[no-untyped-def]
+def dq_kernel(plan: Plan, start, qseg, kseg, q, k, v, vector, dout, log_sum, delta, dq, total) -> None:  # type: ignore[no-untyped-def]
     """Grid (row, group, query block, key block): the gradient of the queries."""
     i, j = pl.program_id(2), pl.program_id(3)
 
@@ -109,9 +111,9 @@ def dq_kernel(plan: Plan, qseg, kseg, q, k, v, vector, dout, log_sum, delta, dq,
     def begin() -> None:
         total[...] = jnp.zeros(total.shape, jnp.float32)
 
-    @pl.when(j <= plan.last_k_block(i))
+    @pl.when(j <= plan.last_k_block(start, i))
     def meet() -> None:
-        mask_KQ = _mask(plan, qseg, kseg, i, j)
+        mask_KQ = _mask(plan, start, qseg, kseg, i, j)
 
         @pl.loop(0, q.shape[0])
         def head(m: jax.Array) -> None:
@@ -124,7 +126,9 @@ def dq_kernel(plan: Plan, qseg, kseg, q, k, v, vector, dout, log_sum, delta, dq,
         dq[...] = total[...].astype(dq.dtype)
 
 
-def dkv_kernel(plan: Plan, qseg, kseg, q, k, v, vector, dout, log_sum, delta, dk, dv, dvector, dk_sum, dv_sum) -> None:  # type: ignore[no-untyped-def]
+def dkv_kernel(
+    plan: Plan, start, qseg, kseg, q, k, v, vector, dout, log_sum, delta, dk, dv, dvector, dk_sum, dv_sum
+) -> None:  # type: ignore[no-untyped-def]
     """Grid (row, group, key block, query block): the gradients of keys, values and the vector of the bias.
 
     `dvector` keeps its place in memory over both loops of blocks: it is a row's and group's own sum.
@@ -142,9 +146,9 @@ def dkv_kernel(plan: Plan, qseg, kseg, q, k, v, vector, dout, log_sum, delta, dk
         def blank() -> None:
             dvector[...] = jnp.zeros(dvector.shape, jnp.float32)
 
-    @pl.when(j <= plan.last_k_block(i))
+    @pl.when(j <= plan.last_k_block(start, i))
     def meet() -> None:
-        mask_KQ = _mask(plan, qseg, kseg, i, j)
+        mask_KQ = _mask(plan, start, qseg, kseg, i, j)
 
         @pl.loop(0, q.shape[0])
         def head(m: jax.Array) -> None:
@@ -161,7 +165,7 @@ def dkv_kernel(plan: Plan, qseg, kseg, q, k, v, vector, dout, log_sum, delta, dk
         dv[...] = dv_sum[...].astype(dv.dtype)
 
 
-def _mask(plan: Plan, qseg: Ref, kseg: Ref, i: jax.Array, j: jax.Array) -> jax.Array:
+def _mask(plan: Plan, start: Ref, qseg: Ref, kseg: Ref, i: jax.Array, j: jax.Array) -> jax.Array:
     """mask_KQ of query block `i` and key block `j`."""
     # A column of memory would take 128 times its size, so a row is turned here (eight equal ones, as registers are).
     kseg_K1 = jnp.broadcast_to(kseg[...], (SUBLANES, plan.block_k)).T[:, :1]
@@ -169,7 +173,7 @@ def _mask(plan: Plan, qseg: Ref, kseg: Ref, i: jax.Array, j: jax.Array) -> jax.A
     if not plan.causal:
         return mask_KQ
     k_index_KQ = j * plan.block_k + jax.lax.broadcasted_iota(jnp.int32, mask_KQ.shape, 0)
-    q_index_KQ = plan.q_offset + i * plan.block_q + jax.lax.broadcasted_iota(jnp.int32, mask_KQ.shape, 1)
+    q_index_KQ = start[0] + i * plan.block_q + jax.lax.broadcasted_iota(jnp.int32, mask_KQ.shape, 1)
     seen_KQ = k_index_KQ <= q_index_KQ
     if plan.prefix_length:
         seen_KQ |= jnp.maximum(k_index_KQ, q_index_KQ) < plan.prefix_length

@@ -13,6 +13,9 @@ from common.kernels.bias import BiasTable
 MASKED = float(jnp.finfo(jnp.float32).min)
 """Replaces the logits of keys that are not seen; finite, so that a row without keys has no NaN on its way to zero."""
 
+ATTENTION = "attention"
+"""Name under which rematerialisation finds what the backward pass needs of the forward pass: output and log-sums."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,12 @@ class Visibility:
     q_offset: int = dataclasses.field(default=0, metadata={"static": True})
     q_start: jax.Array | None = None
     bias: BiasTable | None = None
+    consecutive: bool = dataclasses.field(default=False, metadata={"static": True})
+    """Within a segment positions count up by one with the index: key j and query i stand `j - i - q_offset` apart.
+    Positions are known only when the program runs, so whoever makes the description vouches for it."""
+    at_left: bool = dataclasses.field(default=False, metadata={"static": True})
+    """Queries and keys of a row are each one segment, the same, at the row's begin; behind it is padding. Vouched for
+    likewise."""
 
     @property
     def placed(self) -> bool:
@@ -41,11 +50,10 @@ class Visibility:
         return self.q_start is None
 
     def last_key(self, q_end: int) -> int:
-        """Keys from this index on are seen by no query before `q_end`; needs `placed` where causal."""
+        """Keys from this index on are seen by no query before `q_end`, as far as is known beforehand."""
         keys = self.k_segments_BK.shape[1]
-        if not self.causal:
+        if not (self.causal and self.placed):
             return keys
-        assert self.placed
         return min(keys, max(self.q_offset + q_end, self.prefix_length))
 
     def block(self, q_begin: int, q_end: int, k_end: int) -> "Visibility":

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from common.kernels.attention import attend
+from common.kernels.choice import How
 from common.kernels.visibility import Visibility
 from common.nn.layers import RMSNorm, bias
 from common.nn.linear import project, unproject
@@ -59,7 +60,9 @@ class Attention(nnx.Module):
         self.rope_theta = recipe.rope_theta if recipe.positions == "rope" else None
         self.scale = head_dim**-0.5 if recipe.scale_attention else 1.0
         self.dropout_rate = recipe.dropout
-        self.block = execution.attention_block if execution.attention == "blocked" else None
+        self.how = How(
+            kind=execution.attention, block=execution.attention_block, kernel_block=execution.attention_kernel_block
+        )
         D, H, G, C = d_model, num_heads, num_kv_heads, head_dim
         self.query_DHC = param(rngs, init.query(D, C), (D, H, C), ("embed", "heads", "head_dim"))
         self.key_DGC = param(rngs, init.key_value(D), (D, G, C), ("embed", "kv_heads", "head_dim"))
@@ -97,7 +100,7 @@ class Attention(nnx.Module):
             memory.v_BGKC,
             visibility,
             scale=self.scale,
-            block=self.block,
+            how=self.how,
             dropout_rate=self.dropout_rate,
             dropout_key=dropout_key,
         )

@@ -81,10 +81,14 @@ class Execution:
     remat: Literal["none", "dots", "attention", "full", "offload"] = "none"
     """What the backward pass of a layer finds: everything; its matrix products; the attention's outputs and its input;
     its input alone; its input, put into the host's memory meanwhile. The rest is computed again."""
-    attention: Literal["blocked", "plain"] = "blocked"
-    """A block of queries at a time with recomputation, or all logits at once (what FLOPs are counted on)."""
+    attention: Literal["auto", "splash", "flash", "cudnn", "blocked", "plain"] = "auto"
+    """`plain`: all logits at once (what FLOPs are counted on). `blocked`: a block of queries at a time, computed again
+    in the backward pass. `splash`, and `flash` for T5's bias: TPU kernels. `cudnn`: NVIDIA's. Where the one named does
+    not serve, and with `auto`: the platform's kernel that does; `blocked` where there is none, as on a CPU."""
     attention_block: int = 64
-    """Queries in a block."""
+    """Queries in a block of `blocked`."""
+    attention_kernel_block: int = 512
+    """Queries and keys, at most, in a block of the TPU kernels; a multiple of 128."""
     mlp_chunk: int | None = None
     """Positions of a row that go through an MLP at one time, forward and backward; None: all of them."""
     loss_chunk: int = 128
@@ -94,6 +98,12 @@ class Execution:
         for name in ("attention_block", "mlp_chunk", "loss_chunk"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"{name} is {value}: it must be 1 or more")
+        size = self.attention_kernel_block
+        if size < 128 or size % 128:
+            raise UserError(
+                f"attention_kernel_block is {size}: it must be a multiple of 128; "
+                f"nearest: {max(1, round(size / 128)) * 128}"
+            )
 
 
 def check_widths(sizes: Mapping[str, int], max_positions: int | None, recipe: Recipe) -> None:

@@ -13,6 +13,7 @@ from jax.extend.core import jaxprs_in_params
 
 from common.kernels import attention
 from common.kernels.bias import BiasTable, relative_bucket
+from common.kernels.choice import How
 from common.kernels.flash import flash
 from common.kernels.flash_kernels import collapse, expand
 from common.kernels.visibility import Visibility
@@ -110,7 +111,7 @@ def run(case: Case, q: jax.Array, k: jax.Array, v: jax.Array, table: jax.Array) 
 
 
 def plain(case: Case, q: jax.Array, k: jax.Array, v: jax.Array, table: jax.Array) -> jax.Array:
-    return attention.attend(q, k, v, case.visibility(table), scale=SCALE, block=None)
+    return attention.attend(q, k, v, case.visibility(table), scale=SCALE, how=How(kind="plain"))
 
 
 def outcome(attend: Callable[..., jax.Array], case: Case, operands: Operands) -> tuple[jax.Array, dict[str, jax.Array]]:

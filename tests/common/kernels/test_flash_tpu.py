@@ -30,6 +30,7 @@ import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from common.kernels import attention
 from common.kernels.bias import BiasTable
+from common.kernels.choice import How
 from common.kernels.flash import flash
 from common.kernels.visibility import Visibility
 
@@ -47,7 +48,7 @@ def attend(q, k, v, table, segments):
     seen = Visibility(q_segments_BQ=segments, k_segments_BK=segments, q_positions_BQ=positions,
                       k_positions_BK=positions, causal=case["causal"], bias=bias)
     if case["plain"]:
-        return attention.attend(q, k, v, seen, scale=1.0, block=None)
+        return attention.attend(q, k, v, seen, scale=1.0, how=How(kind="plain"))
     return flash(q, k, v, seen, scale=1.0)
 
 def backward(q, k, v, table, segments, dout):

@@ -9,6 +9,7 @@ import pytest
 
 from common.kernels import attention
 from common.kernels.bias import BiasTable, relative_bucket
+from common.kernels.choice import How
 from common.kernels.visibility import Visibility
 from common.nn.attention import KeysValues
 from common.nn.positions import rope
@@ -28,10 +29,12 @@ def inputs(seed: int = 0) -> tuple[jax.Array, KeysValues]:
 
 
 def attend(q: jax.Array, memory: KeysValues, seen: Visibility, *, scale: float, block: int | None) -> jax.Array:
-    return _attend(q, memory.k_BGKC, memory.v_BGKC, seen, scale=scale, block=block)
+    """`block` queries at a time, or all logits at once."""
+    how = How(kind="plain") if block is None else How(kind="blocked", block=block)
+    return _attend(q, memory.k_BGKC, memory.v_BGKC, seen, scale=scale, how=how)
 
 
-_attend = jax.jit(attention.attend, static_argnames=("scale", "block"))
+_attend = jax.jit(attention.attend, static_argnames=("scale", "how"))
 
 
 def visibility(causal: bool = True, prefix: int = 0, bias: BiasTable | None = None) -> Visibility:

@@ -1,0 +1,91 @@
+"""Which implementation attends: conditions that need no JAX to read."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+from common.errors import UserError
+
+Kind = Literal["auto", "splash", "flash", "cudnn", "blocked", "plain"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class How:
+    """Which implementation is wanted, and in what blocks."""
+
+    kind: Kind = "auto"
+    block: int = 64
+    """Queries that `blocked` takes at a time."""
+    kernel_block: int = 512
+    """Queries and keys that a TPU kernel takes at a time, at most."""
+    interpret: bool = False
+    """Kernels run without a TPU, slowly: for tests."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """What an implementation has to serve."""
+
+    platform: str
+    """`tpu`, `gpu` (`cuda`, `rocm`) or `cpu`: of the devices that the program is compiled for."""
+    dtype: str
+    head_dim: int
+    queries: int
+    biased: bool
+    consecutive: bool
+    prefix: bool
+    placed: bool
+    """Every query's index is known beforehand, or does not matter."""
+    dropping: bool
+    """Attention weights are dropped at random."""
+    divides: bool
+    """Rows, queries and heads divide over the devices (or there is one)."""
+
+    @property
+    def whole(self) -> bool:
+        """Neither decoding nor dropout, which take all logits at once."""
+        return self.queries > 1 and self.placed and not self.dropping
+
+
+SERVES: Mapping[Kind, Callable[[Case], bool]] = {
+    "splash": lambda case: False,
+    "flash": lambda case: case.whole and case.divides and (case.consecutive or not case.biased),
+    "cudnn": lambda case: False,
+    "blocked": lambda case: case.whole,
+    "plain": lambda case: True,
+}
+"""Under which conditions each implementation is right. cuDNN knows lengths of rows, but no segments."""
+
+PREFERRED: Mapping[str, tuple[Kind, ...]] = {
+    "tpu": ("splash", "flash", "blocked", "plain"),
+    "gpu": ("cudnn", "blocked", "plain"),
+    "cpu": ("blocked", "plain"),
+}
+"""What `auto` takes, the first that serves; a platform that is not here goes by `cpu`."""
+
+_RUNS_ON: Mapping[Kind, str] = {"splash": "tpu", "flash": "tpu", "cudnn": "gpu"}
+
+
+def choose(how: How, case: Case) -> Kind:
+    """The implementation wanted where it serves, else the first of the platform's that does.
+
+    Raises UserError where the one wanted runs on other devices than these.
+
+    >>> whole = Case(platform="tpu", dtype="bfloat16", head_dim=64, queries=512, biased=False, consecutive=False,
+    ...              prefix=False, placed=True, dropping=False, divides=True)
+    >>> biased = dataclasses.replace(whole, biased=True)
+    >>> choose(How(), whole), choose(How(), biased), choose(How(), dataclasses.replace(biased, consecutive=True))
+    ('flash', 'blocked', 'flash')
+    >>> choose(How(kind="plain"), whole), choose(How(kind="blocked"), dataclasses.replace(whole, queries=1))
+    ('plain', 'plain')
+    """
+    platform = {"cuda": "gpu", "rocm": "gpu"}.get(case.platform, case.platform)
+    needs = _RUNS_ON.get(how.kind)
+    if needs is not None and needs != platform and not how.interpret:
+        raise UserError(
+            f"execution.attention is {how.kind!r}, which runs on {needs}, but this program is for {platform}; "
+            "nearest: auto"
+        )
+    preferred = PREFERRED.get(platform, PREFERRED["cpu"])
+    wanted = preferred if how.kind == "auto" else (how.kind, *preferred)
+    return next(kind for kind in wanted if SERVES[kind](case))

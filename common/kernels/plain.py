@@ -1,0 +1,61 @@
+"""Attention with all logits at once, and what it shares with attention in blocks.
+
+Legend: B batch rows, Q query length, K key length, H heads, G key-value heads, M = H/G queries a key-value head, C head
+dim, R relative buckets, X = M * Q.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from common.kernels.visibility import MASKED, Visibility
+
+
+def plain(
+    q_BQHC: jax.Array,
+    k_BGKC: jax.Array,
+    v_BGKC: jax.Array,
+    visibility: Visibility,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """All logits at once; queries are scaled already."""
+    B, Q, H, C = q_BQHC.shape
+    logits_BGMQK, mask_B11QK = masked_logits(head_major(q_BQHC, k_BGKC.shape[1]), k_BGKC, visibility)
+    shifted = logits_BGMQK - jax.lax.stop_gradient(logits_BGMQK.max(axis=-1, keepdims=True))
+    weights_BGMQK = jnp.where(mask_B11QK, jnp.exp(shifted), 0.0)
+    total_BGMQ1 = weights_BGMQK.sum(axis=-1, keepdims=True)
+    if dropout_key is not None:
+        # One mask for all queries, as T5X draws it.
+        shape = (*weights_BGMQK.shape[:3], 1, weights_BGMQK.shape[-1])
+        kept = jax.random.bernoulli(dropout_key, 1.0 - dropout_rate, shape)
+        weights_BGMQK = jnp.where(kept, weights_BGMQK / (1.0 - dropout_rate), 0.0)
+    out_BGMQC = weighted("BGXK,BGKC->BGXC", weights_BGMQK.astype(q_BQHC.dtype), v_BGKC)
+    out_BGMQC /= or_one(total_BGMQ1).astype(q_BQHC.dtype)
+    return jnp.moveaxis(out_BGMQC, 3, 1).reshape(B, Q, H, C)
+
+
+def masked_logits(q_BGMQC: jax.Array, k_BGKC: jax.Array, visibility: Visibility) -> tuple[jax.Array, jax.Array]:
+    """logits_BGMQK (float32, masked ones replaced) and mask_B11QK."""
+    logits_BGMQK = weighted("BGXC,BGKC->BGXK", q_BGMQC, k_BGKC, jnp.float32)
+    if visibility.bias is not None:
+        bias_BHQK = visibility.bias.expand(visibility.q_positions_BQ, visibility.k_positions_BK)
+        logits_BGMQK += bias_BHQK.reshape(-1, *logits_BGMQK.shape[1:])
+    mask_B11QK = visibility.mask_BQK()[:, None, None]
+    return jnp.where(mask_B11QK, logits_BGMQK, MASKED), mask_B11QK
+
+
+def weighted(spec: str, x_BGMQ_: jax.Array, y: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    """A batched product with [M, Q] taken as one axis X, as queries of one group share their keys."""
+    B, G, M, Q, last = x_BGMQ_.shape
+    out = jnp.einsum(spec, x_BGMQ_.reshape(B, G, M * Q, last), y, preferred_element_type=dtype)
+    return out.reshape(B, G, M, Q, out.shape[-1])
+
+
+def head_major(q_BQHC: jax.Array, groups: int) -> jax.Array:
+    """[B, G, M, Q, C]."""
+    B, Q, H, C = q_BQHC.shape
+    return jnp.moveaxis(q_BQHC.reshape(B, Q, groups, H // groups, C), 1, 3)
+
+
+def or_one(total: jax.Array) -> jax.Array:
+    return jnp.where(total > 0, total, 1.0)

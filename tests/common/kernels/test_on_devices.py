@@ -1,0 +1,120 @@
+"""Attention on a mesh of eight devices, against the plain implementation on one."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from common.kernels.attention import attend
+from common.kernels.bias import BiasTable
+from common.kernels.choice import How
+from common.kernels.visibility import Visibility
+from common.sharding.mesh import make_mesh
+from common.sharding.shape import MeshShape
+
+B, H, G, C = 4, 4, 2, 16
+PLAIN = How(kind="plain")
+HOWS = {
+    "flash": How(kind="flash", kernel_block=16, interpret=True),
+    "blocked": How(kind="blocked", block=8),
+}
+ALL = MeshShape(data=2, context=2, tensor=2)
+# Kernels are interpreted by programs that take longer to compile than to run.
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+Operands = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    queries: int = 48
+    keys: int = 48
+    causal: bool = False
+    prefix: int = 0
+    q_offset: int = 0
+    bias: bool = False
+
+    def operands(self) -> Operands:
+        """q_BQHC, k_BGKC, v_BGKC, table_HR."""
+        keys = jax.random.split(jax.random.key(0), 4)
+        k, v = (jax.random.normal(key, (B, G, self.keys, C)) for key in keys[1:3])
+        return jax.random.normal(keys[0], (B, self.queries, H, C)), k, v, jax.random.normal(keys[3], (H, 32))
+
+    def visibility(self, table_HR: jax.Array) -> Visibility:
+        """Each row is cut elsewhere into two segments and padding; the last row's inputs, its first keys, are empty."""
+        segments = []
+        for length in (self.queries, self.keys):
+            cuts = np.arange(B)[:, None] + length // 3
+            at = np.arange(length)[None]
+            segments.append(np.where(at < cuts, 1, np.where(at < length - cuts // 2, 2, 0)).astype(np.int32))
+        segments[1][-1, : self.keys // 4] = 0
+        positions = [jnp.arange(length, dtype=jnp.int32)[None] for length in (self.queries, self.keys)]
+        bias = BiasTable(table_HR=table_HR, bidirectional=not self.causal, max_distance=48)
+        return Visibility(
+            q_segments_BQ=jnp.array(segments[0]),
+            k_segments_BK=jnp.array(segments[1]),
+            q_positions_BQ=positions[0] + self.q_offset,
+            k_positions_BK=positions[1],
+            causal=self.causal,
+            prefix_length=self.prefix,
+            q_offset=self.q_offset,
+            bias=bias if self.bias else None,
+            consecutive=True,
+        )
+
+
+CASES = {
+    "bidirectional": Case(bias=True),
+    "causal": Case(causal=True, bias=True),
+    "no bias": Case(causal=True),
+    "prefix": Case(causal=True, prefix=29, bias=True),
+    "cross": Case(queries=32, keys=51),
+    "behind inputs": Case(queries=32, keys=56, q_offset=24, causal=True),
+}
+
+
+def outcome(how: How, case: Case, mesh: MeshShape | None) -> tuple[Any, ...]:
+    """Output, and under random weights for it the gradients of queries, keys, values and table."""
+    weights = jax.random.normal(jax.random.key(6), (B, case.queries, H, C))
+
+    def total(*operands: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out = attend(*operands[:3], case.visibility(operands[3]), scale=0.3, how=how)
+        return (out * weights).sum(), out
+
+    program = jax.jit(jax.grad(total, argnums=(0, 1, 2, 3), has_aux=True), compiler_options=QUICKLY)
+    if mesh is None:
+        gradients, out = program(*case.operands())
+    else:
+        with jax.set_mesh(make_mesh(mesh)):
+            gradients, out = program(*case.operands())
+    return out, *gradients
+
+
+@pytest.mark.parametrize("how", HOWS.values(), ids=HOWS.keys())
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        *((name, ALL) for name in CASES),
+        ("causal", MeshShape(context=4)),
+        ("causal", MeshShape(replica=2, fsdp=2, tensor=2)),
+        ("prefix", MeshShape(context=4)),
+    ],
+    ids=str,
+)
+def test_a_mesh_changes_neither_output_nor_gradients(name: str, mesh: MeshShape, how: How) -> None:
+    case = CASES[name]
+    found, expected = outcome(how, case, mesh), outcome(PLAIN, case, None)
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5 * max(1e-30, float(np.abs(y).max())))
+    blind = np.asarray(case.visibility(case.operands()[3]).mask_BQK()).sum(axis=-1) == 0
+    assert blind.any() and (np.asarray(found[0])[blind] == 0).all() and (np.asarray(found[1])[blind] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["splash", "flash", "cudnn"])
+def test_a_kernel_that_these_devices_cannot_run_is_an_error(kind: Any) -> None:
+    q, k, v, table = CASES["causal"].operands()
+    with pytest.raises(UserError, match=f"attention is '{kind}'.*nearest: auto"):
+        attend(q, k, v, CASES["causal"].visibility(table), scale=1.0, how=How(kind=kind))
