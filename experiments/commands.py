@@ -14,7 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from common.compute.moments import Moments
-from common.config import difference, to_json
+from common.config import to_json
 from common.data.cache import default_cache_dir
 from common.errors import UserError
 from common.files import read_json, write_json
@@ -122,7 +122,7 @@ def _begin(experiment: Experiment, run_dir: Path) -> Console:
     check_devices(experiment)
     described = {"schema_version": rd.SCHEMA_VERSION, **to_json(experiment)}
     path = run_dir / EXPERIMENT
-    if path.exists() and (lines := difference(read_json(path), described)):
+    if path.exists() and (lines := rd.changes(read_json(path), described)):
         raise UserError(
             f"{run_dir} holds another config of {experiment.name} ({'; '.join(lines)}): "
             "choose another --run-dir, or remove it"

@@ -91,6 +91,7 @@ class T5LikeConfig:
         encoder_half = encoder if self.input_attention == "bidirectional" else round(encoder / 2)
         return ForwardFlops(
             dense=2 * (text.inputs * per_input + text.targets * per_target),
+            head=2 * text.targets * self.d_model * self.vocab_size,
             attention_full=encoder + decoder + cross,
             attention_causal_half=encoder_half + round(decoder / 2) + cross,
         )

@@ -7,7 +7,7 @@ everybody does. A training step costs three forward passes: backward does each p
 import dataclasses
 from typing import Protocol
 
-from common.nn.recipe import Recipe
+from common.nn.recipe import Execution, Recipe
 
 TRAIN_OVER_FORWARD = 3
 
@@ -18,6 +18,8 @@ class ForwardFlops:
 
     dense: int
     """Projections, MLP and head."""
+    head: int
+    """The head's part of it."""
     attention_full: int
     """Scores and weighted values, every key counted for every query: what XLA counts and plain attention computes."""
     attention_causal_half: int
@@ -35,6 +37,23 @@ class ForwardFlops:
     def train_six_nd(self) -> int:
         """6 x (matrix parameters that a token passes through) x (tokens that pass), summed over the model's parts."""
         return TRAIN_OVER_FORWARD * self.dense
+
+    def train_hardware(self, execution: Execution) -> int:
+        """What the device is made to compute: the training step as it is run, and what its backward pass does anew.
+
+        Attention counts in full where all logits are taken at once, with its causal part at half where blocks are
+        skipped. Blocks compute their scores a second time (half of attention's forward pass); `dots` computes attention
+        anew, whose products are not kept, and `full` the layers. The head's gradient needs nothing twice.
+        """
+        plain = execution.attention == "plain"
+        attention = self.attention_full if plain else self.attention_causal_half
+        anew = 0 if plain else attention // 2
+        match execution.remat:
+            case "dots":
+                anew += attention
+            case "full":
+                anew += self.dense - self.head + attention
+        return TRAIN_OVER_FORWARD * (self.dense + attention) + anew
 
 
 class Widths(Protocol):

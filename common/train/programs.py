@@ -83,6 +83,7 @@ def prepare(setup: Setup, devices: Sequence[jax.Device] | None = None) -> Progra
         z_loss=setup.model.recipe.z_loss,
         accumulation=train.accumulation,
         seed=train.seed,
+        guarded=train.anomalies.guards_step,
     )
     return Programs(
         mesh=mesh,
