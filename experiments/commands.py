@@ -140,6 +140,8 @@ def prepare_jax() -> None:
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    for name in ("absl", "asyncio"):  # Orbax prints the stacks of failures that it raises as well
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _data(experiment: Experiment, console: Console) -> Data:

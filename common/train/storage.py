@@ -1,6 +1,8 @@
 """Storage that refuses for a while: a full disk, a bucket that is busy."""
 
+import os
 import re
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -12,8 +14,9 @@ Result = TypeVar("Result")
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 BUSY = {408, 429, 500, 502, 503, 504}
 """HTTP statuses after which one should try again."""
-_REFUSED = re.compile(r"(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED): |os_error_code='(?!2')\d+'")
-"""As TensorStore words it; operating system error 2 is a file that is not there."""
+_UNAVAILABLE = re.compile(r"(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED): ")
+_SYSTEM = re.compile(r"\[os_error_code='(\d+)'\]")
+"""As TensorStore words it."""
 
 
 def refusal(error: BaseException) -> str | None:
@@ -21,18 +24,19 @@ def refusal(error: BaseException) -> str | None:
 
     >>> refusal(OSError(28, "No space left on device"))
     '[Errno 28] No space left on device'
+    >>> refusal(ValueError("RESOURCE_EXHAUSTED: Failed to write 9 bytes [os_error_code='28'] and much more"))
+    '[Errno 28] No space left on device'
     >>> refusal(ValueError("UNAVAILABLE: Error reading gs://bucket/x: HTTP 503"))
     'UNAVAILABLE: Error reading gs://bucket/x: HTTP 503'
     >>> refusal(FileNotFoundError(2, "No such file")) or refusal(ValueError("its arrays are not those"))
     """
     for one in _chain(error):
+        if found := _SYSTEM.search(str(one)):  # in the midst of paths and specifications
+            one = OSError(int(found[1]), os.strerror(int(found[1])))  # which makes it of its proper kind
         missing = isinstance(one, FileNotFoundError | NotADirectoryError | IsADirectoryError)
-        if (
-            (isinstance(one, OSError) and not missing)
-            or getattr(one, "code", None) in BUSY
-            or _REFUSED.search(str(one))
-        ):
-            return " ".join(str(one).split())[:300]
+        of_system = isinstance(one, OSError) and not missing
+        if of_system or getattr(one, "code", None) in BUSY or _UNAVAILABLE.match(str(one)):
+            return textwrap.shorten(str(one), 200)
     return None
 
 
