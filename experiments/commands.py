@@ -73,16 +73,19 @@ def plan(experiment: Experiment, console: Console) -> None:
     console.print_json(json.dumps(to_json(experiment)))
 
 
-def train(experiment: Experiment, arm: str, run_dir: Path) -> None:
-    """Trains one arm to the end, from its newest checkpoint where there is one, and scores it."""
+def train(experiment: Experiment, arm: str, run_dir: Path, *, profile_steps: int = 0) -> None:
+    """Trains one arm to the end, from its newest checkpoint where there is one, and scores it.
+
+    `profile_steps` of this launch's steps are traced into the arm's directory.
+    """
     console = _begin(experiment, run_dir)
     data = _data(experiment, console)
-    result = _train_and_score(experiment, arm, data, run_dir, console)
+    result = _train_and_score(experiment, arm, data, run_dir, console, profile_steps)
     console.print(f"{arm}: validation loss {result.validation_loss:.4f}; results in {run_dir / arm}")
 
 
-def compare(experiment: Experiment, run_dir: Path) -> None:
-    """Trains all arms, prints them side by side and writes the report."""
+def compare(experiment: Experiment, run_dir: Path, *, profile_steps: int = 0) -> None:
+    """Trains all arms, as `train` does, prints them side by side and writes the report."""
     from common.report.certificate import certify_run
     from common.report.run_files import read_run
     from common.report.tables import certificate_panel, comparison_table, groups_table
@@ -91,7 +94,7 @@ def compare(experiment: Experiment, run_dir: Path) -> None:
     console.print(Panel(f"{experiment.question}\n\n[dim]{experiment.expected}[/dim]", title=experiment.name))
     data = _data(experiment, console)
     for name in experiment.arms:
-        _train_and_score(experiment, name, data, run_dir, console)
+        _train_and_score(experiment, name, data, run_dir, console, profile_steps)
     run = read_run(run_dir)
     console.print(comparison_table(run.results))
     if experiment.evaluation.splits:
@@ -150,8 +153,10 @@ def _data(experiment: Experiment, console: Console) -> Data:
     return data
 
 
-def _train_and_score(experiment: Experiment, name: str, data: Data, run_dir: Path, console: Console) -> ArmResult:
+def _train_and_score(
+    experiment: Experiment, name: str, data: Data, run_dir: Path, console: Console, profile_steps: int
+) -> ArmResult:
     progress = Progress(console)
     with progress.training(name) as bar:
-        fitted = train_arm(experiment, name, data, run_dir, bar)
+        fitted = train_arm(experiment, name, data, run_dir, bar, profile_steps)
     return score_arm(experiment, name, data, fitted, run_dir, progress)

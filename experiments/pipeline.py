@@ -135,8 +135,11 @@ def check_initial(experiment: Experiment, run_dir: Path | None) -> list[str]:
     return lines
 
 
-def train_arm(experiment: Experiment, name: str, data: Data, run_dir: Path, watcher: Watcher) -> Fitted:
-    return fit(make_task(experiment, name, data), run_dir / name, watcher)
+def train_arm(
+    experiment: Experiment, name: str, data: Data, run_dir: Path, watcher: Watcher, profile_steps: int = 0
+) -> Fitted:
+    task = dataclasses.replace(make_task(experiment, name, data), profile_steps=profile_steps)
+    return fit(task, run_dir / name, watcher)
 
 
 def score_arm(
