@@ -119,14 +119,11 @@ class Checkpoints:
                 raise
 
     def steps(self) -> list[int]:
-        """Of whole checkpoints, oldest first, as they lie in the folder now; one being written is not waited for."""
-        return sorted(ocp.utils.checkpoint_steps(self.folder.resolve()))
+        """Of whole checkpoints, oldest first; one being written is not waited for."""
+        return saved_steps(self.folder)
 
     def last_good(self) -> str:
-        """A clause that names the newest whole checkpoint."""
-        steps = self.steps()
-        newest = f"the last good checkpoint is step {steps[-1]}" if steps else "there is no checkpoint yet"
-        return f"{newest} in {self.folder}"
+        return last_good(self.folder)
 
     def restore(
         self,
@@ -193,6 +190,18 @@ class Checkpoints:
         if not self._failed:
             self._manager.wait_until_finished()
             self._manager.close()
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Of the whole checkpoints in it, oldest first."""
+    return sorted(ocp.utils.checkpoint_steps(folder.resolve())) if folder.is_dir() else []
+
+
+def last_good(folder: Path) -> str:
+    """A clause that names the newest whole checkpoint."""
+    steps = saved_steps(folder)
+    newest = f"the last good checkpoint is step {steps[-1]}" if steps else "there is no checkpoint yet"
+    return f"{newest} in {folder}"
 
 
 class _LearntFromLeftOut(Exception):

@@ -21,7 +21,7 @@ from common.errors import UserError
 from common.files import write_json
 from common.train import run_dir as rd
 from common.train.anomalies import Judge, Verdict, last_learnt
-from common.train.checkpoints import Checkpoints, Progress
+from common.train.checkpoints import Checkpoints, Progress, last_good
 from common.train.init_from import load_parameters
 from common.train.preemption import Preempted, noticed
 from common.train.profile import Profile
@@ -49,12 +49,17 @@ def fit(task: Task, run_dir: Path, watcher: Watcher) -> Fitted:
 
     Raises UserError where the directory is in use or belongs to another config, where storage refuses for too long, and
     when a loss or gradient is not finite and nothing else was asked for (such a state never enters a checkpoint). On
-    SIGTERM the step that runs is ended and saved, then Preempted is raised. A run that hangs ends the process.
+    SIGTERM the step that runs is ended and saved, then Preempted is raised; where that takes too long the process is
+    ended, and so it is where it hangs.
     """
     check_rows(task.setup)
     began, patience = time.time(), task.setup.train.patience
     stacks = run_dir / f"stacks-{jax.process_index()}.txt"
-    with rd.owned(run_dir), watched(stacks, patience.stall_seconds) as alive:
+    with (
+        rd.owned(run_dir),
+        watched(stacks, patience.stall_seconds) as alive,
+        _listening(task.setup, run_dir / rd.CHECKPOINTS) as asked_to_end,
+    ):
         for warning in rd.claim(run_dir, task.config, task.data):
             watcher.note(f"warning: {warning}")
         programs = prepare(task.setup)
@@ -63,11 +68,20 @@ def fit(task: Task, run_dir: Path, watcher: Watcher) -> Fitted:
             state, progress = _start(task, programs, checkpoints, run_dir, watcher)
             if progress.consumed_batches < task.setup.steps:
                 first_launch = rd.launched(run_dir, began)
-                run = _Run(task, programs, checkpoints, run_dir, watcher, alive, first_launch)
+                run = _Run(task, programs, checkpoints, run_dir, watcher, alive, asked_to_end, first_launch)
                 while (done := run.go(state, progress)) is None:  # rolled back
                     state, progress = _start(task, programs, checkpoints, run_dir, watcher)
                 state, progress = done
+        if asked_to_end():  # since the last step, which is saved
+            raise Preempted(task.setup.steps)
         return Fitted(model=programs.model, params=state.params, progress=progress, mesh=programs.mesh)
+
+
+def _listening(setup: Setup, checkpoints: Path) -> contextlib.AbstractContextManager[Callable[[], bool]]:
+    """Several processes would each stop at a step of its own: SIGTERM ends them, and they go back to a checkpoint."""
+    if jax.process_count() > 1:
+        return contextlib.nullcontext(lambda: False)
+    return noticed(setup.train.patience.preemption_seconds, lambda: last_good(checkpoints))
 
 
 def _start(
@@ -131,10 +145,11 @@ class _Run:
         run_dir: Path,
         watcher: Watcher,
         alive: Callable[[], None],
+        asked_to_end: Callable[[], bool],
         first_launch: float,
     ):
         self.task, self.programs, self.checkpoints, self.run_dir = task, programs, checkpoints, run_dir
-        self.watcher, self.alive, self.first_launch = watcher, alive, first_launch
+        self.watcher, self.alive, self.asked_to_end, self.first_launch = watcher, alive, asked_to_end, first_launch
         self.step_fn: Callable[..., tuple[TrainState, Metrics]] | None = None
 
     def go(self, state: TrainState, progress: Progress) -> tuple[TrainState, Progress] | None:
@@ -169,23 +184,13 @@ class _Run:
             steps=self.task.profile_steps,
             note=self.watcher.note,
         )
-        # Several processes would each stop at a step of its own: SIGTERM ends them, and they go back to a checkpoint.
-        listening = (
-            noticed(setup.train.patience.preemption_seconds, self.checkpoints.last_good)
-            if jax.process_count() == 1
-            else contextlib.nullcontext(lambda: False)
-        )
-        with contextlib.closing(self.rows), contextlib.closing(profile), listening as asked_to_end:
+        with contextlib.closing(self.rows), contextlib.closing(profile):
             try:
-                return self._steps(state, progress, profile, asked_to_end)
+                return self._steps(state, progress, profile)
             except _RolledBack:
-                if asked_to_end():
-                    raise Preempted(max(self.checkpoints.steps(), default=0)) from None
                 return None
 
-    def _steps(
-        self, state: TrainState, progress: Progress, profile: Profile, asked_to_end: Callable[[], bool]
-    ) -> tuple[TrainState, Progress]:
+    def _steps(self, state: TrainState, progress: Progress, profile: Profile) -> tuple[TrainState, Progress]:
         setup, first = self.task.setup, progress.consumed_batches
         batches = self.task.stream.iterate(first, setup.steps)
         self.clock = Clock(progress)
@@ -201,7 +206,7 @@ class _Run:
                 progress = self._record(progress, pending)
             pending = _Pending(host=host, metrics=metrics, limit=limit)
             validate = step % setup.train.validate_every == 0 or step == setup.steps
-            ends = asked_to_end()
+            ends = self.asked_to_end()
             save = step % setup.train.checkpoint_every == 0 or step == setup.steps or ends or self.saving.due()
             if validate or save:
                 loss = self._validation_loss(state.params) if validate else None
@@ -212,8 +217,6 @@ class _Run:
                 if ends:
                     raise Preempted(step)
                 self.clock.restart()
-        if asked_to_end():  # during the last save
-            raise Preempted(setup.steps)
         return state, progress
 
     def _compiled(self, state: TrainState) -> Callable[..., tuple[TrainState, Metrics]]:

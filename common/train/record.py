@@ -27,7 +27,8 @@ class Clock:
     """Seconds since step 0 over all launches: of steps, of waiting for data in them, and of what was beside them.
 
     A step's time ends when its metrics have arrived on the host, which waits for the device; so it is never the time it
-    takes to dispatch one. Compilation is in none of them, and steps that were lost with a launch are not either.
+    takes to dispatch one. Waiting for data counts whether the device was busy meanwhile or not. Compilation is in none
+    of them, and steps that were lost with a launch are not either.
     """
 
     def __init__(self, progress: Progress):

@@ -151,7 +151,7 @@ def test_report_names_the_nearest_run(calls, capsys):
 
 
 def test_other_errors_keep_their_traceback(calls, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise ValueError("a bug")
 
     monkeypatch.setattr(sys.modules["experiments.commands"], "compare", fail)
@@ -161,7 +161,7 @@ def test_other_errors_keep_their_traceback(calls, monkeypatch):
 
 @pytest.mark.parametrize(("command", "resumes"), [("compare", True), ("plan", False)])
 def test_an_interruption_says_how_to_go_on(calls, monkeypatch, capsys, command, resumes):
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["experiments.commands"], command, interrupt)
