@@ -54,7 +54,11 @@ class GptConfig:
         # Causal: a triangle over inputs and targets. A bidirectional prefix keeps its whole square.
         half = pairs / 2 if self.input_attention == "causal" else pairs / 2 + text.inputs_squared / 2
         return ForwardFlops(
-            dense=2 * dense, head=2 * head, attention_full=pair * pairs, attention_causal_half=round(pair * half)
+            dense=2 * dense,
+            head=2 * head,
+            mlp=2 * text.tokens * self.num_layers * ledger.mlp_matrices(self),
+            attention_full=pair * pairs,
+            attention_causal_half=round(pair * half),
         )
 
 

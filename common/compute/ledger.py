@@ -20,6 +20,8 @@ class ForwardFlops:
     """Projections, MLP and head."""
     head: int
     """The head's part of it."""
+    mlp: int
+    """The MLPs' part of it."""
     attention_full: int
     """Scores and weighted values, every key counted for every query: what XLA counts and plain attention computes."""
     attention_causal_half: int
@@ -42,17 +44,17 @@ class ForwardFlops:
         """What the device is made to compute: the training step as it is run, and what its backward pass does anew.
 
         Attention counts in full where all logits are taken at once, with its causal part at half where blocks are
-        skipped. Blocks compute their scores a second time (half of attention's forward pass); `dots` computes attention
-        anew, whose products are not kept, and `full` the layers. The head's gradient needs nothing twice.
+        skipped. Blocks compute their scores a second time (half of attention's forward pass). What rematerialisation
+        does not keep is computed anew: attention (`dots`, since it keeps no product of two activations), all but
+        attention (`attention`) or whole layers (`full`, `offload`); and so are MLPs in pieces, once more. The head's
+        gradient needs nothing twice.
         """
         plain = execution.attention == "plain"
         attention = self.attention_full if plain else self.attention_causal_half
-        anew = 0 if plain else attention // 2
-        match execution.remat:
-            case "dots":
-                anew += attention
-            case "full":
-                anew += self.dense - self.head + attention
+        layers = self.dense - self.head
+        anew = {"none": 0, "dots": attention, "attention": layers}.get(execution.remat, layers + attention)
+        anew += 0 if plain else attention // 2
+        anew += 0 if execution.mlp_chunk is None else self.mlp
         return TRAIN_OVER_FORWARD * (self.dense + attention) + anew
 
 

@@ -1,16 +1,25 @@
 """Runs that hang, and runs that are asked to end while they cannot listen."""
 
+import dataclasses
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from common.data.batch import HostBatch
+from common.train import watchdog
+from common.train.config import Patience
+from common.train.loop import fit
 from common.train.preemption import STATUS
+from common.train.task import Stream
 from common.train.watchdog import STALLED, watched
+from tests.tiny import Observer, loader, task
 
 ROOT = Path(__file__).parents[3]
 HANG = """
@@ -56,6 +65,42 @@ def test_a_run_that_ends_is_not_watched_any_more(tmp_path: Path) -> None:
         alive()
     time.sleep(0.2)  # or this process would be gone
     assert not (tmp_path / "stacks.txt").exists()
+
+
+@dataclasses.dataclass
+class Stuck:
+    """A stream that goes no further than a batch until it is let go."""
+
+    stream: Stream
+    step: int
+    let_go: threading.Event
+
+    @property
+    def content(self) -> str:
+        return self.stream.content
+
+    def iterate(self, start: int, stop: int) -> Iterator[HostBatch]:
+        for step, host in enumerate(self.stream.iterate(start, stop), start=start + 1):
+            if step == self.step:
+                assert self.let_go.wait(60)
+            yield host
+
+
+def test_a_stream_that_hangs_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop says that it is alive at each step, and not while it waits for a batch."""
+    begun, let_go, steps = Observer(), threading.Event(), []
+
+    def end(stacks: Path, stall_seconds: float) -> None:
+        if begun.steps:  # compiling may take longer, too
+            steps.append(begun.steps[-1])
+            assert stacks == tmp_path / "stacks-0.txt" and stall_seconds == 0.5
+            let_go.set()
+        time.sleep(0.05)
+
+    monkeypatch.setattr(watchdog, "_end", end)
+    patience = Patience(stall_seconds=0.5, storage_seconds=0.1)
+    fit(task("gpt", Stuck(loader(), 5, let_go), patience=patience), tmp_path, begun)
+    assert begun.steps == list(range(1, 9)) and steps[0] in (3, 4)
 
 
 @pytest.mark.parametrize("grace", ["0.5", "60"])
