@@ -21,11 +21,11 @@ class MetricsRow:
     """One step's line of `metrics.jsonl`, as far as reports read it."""
 
     step: int
+    loss: float | None = None
+    """None for a batch that was left out."""
     tokens: int
     flops: float
     fingerprint: str
-    loss: float | None = None
-    """None for a batch that was left out."""
     validation_loss: float | None = None
 
 
