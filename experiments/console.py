@@ -60,7 +60,7 @@ class TrainingBar:
         self.task = progress.add_task(f"training {escape(arm)}: compiling", total=None, detail="")
 
     def note(self, message: str) -> None:
-        self.console.print(f"{escape(self.arm)}: {escape(message)}")
+        self.console.print(f"{escape(self.arm)}: {escape(message)}", soft_wrap=True)
 
     def begin(self, step: int, steps: int) -> None:
         self.steps, self.first, self.began = steps, step, time.monotonic()
@@ -80,7 +80,7 @@ class TrainingBar:
         if "validation_loss" in row:
             line += f"  validation {row['validation_loss']:.4f}  {timing['seconds']:,.0f} s"
         if "validation_loss" in row or silent:
-            self.console.print(line)
+            self.console.print(line, soft_wrap=True)
             self.last_line = time.monotonic()
         if row["step"] == self.steps:
             self.note(f"{describe_shares(timing)}; goodput since the first launch {timing['goodput']:.0%}")

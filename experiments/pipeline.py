@@ -32,7 +32,7 @@ from common.sharding.shape import MeshShape
 from common.train import run_dir as rd
 from common.train.init_from import check_rules
 from common.train.loop import Fitted, fit
-from common.train.programs import Setup, abstract_batch, prepare
+from common.train.programs import Setup, compile_step, prepare
 from common.train.state import abstract_state, skeleton
 from common.train.stored import has_checkpoint
 from common.train.task import Initial, Task, Watcher
@@ -254,4 +254,4 @@ def compiled_step(experiment: Experiment, arm: Arm) -> jax.stages.Compiled:
     programs = prepare(setup)
     state = abstract_state(programs.model, programs.optimizer, programs.shardings)
     with jax.set_mesh(programs.mesh):
-        return programs.train_step.lower(state, abstract_batch(setup.row_slots, programs.batch_sharding)).compile()
+        return compile_step(setup, programs, state)

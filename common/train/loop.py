@@ -25,7 +25,7 @@ from common.train.checkpoints import Checkpoints, Progress, last_good
 from common.train.init_from import load_parameters
 from common.train.preemption import Preempted, noticed
 from common.train.profile import Profile
-from common.train.programs import Programs, Setup, abstract_batch, check_rows, prepare
+from common.train.programs import Programs, Setup, check_rows, compile_step, prepare
 from common.train.record import WARM_UP, Clock, Rows
 from common.train.saving import Saving
 from common.train.state import Skeleton, TrainState, abstract_state, init_state, state_of
@@ -156,7 +156,7 @@ class _Run:
         """The last state; None where the run has to go on from another one, that of its newest checkpoint."""
         setup, first = self.task.setup, progress.consumed_batches
         # Compiled before the clock starts, so that compilation is never counted as training.
-        self.step_fn = self.step_fn or self._compiled(state)
+        self.step_fn = self.step_fn or compile_step(setup, self.programs, state)
         self.alive()
         self.watcher.begin(first, setup.steps)
         self.left_out = rd.left_out(self.run_dir)
@@ -218,11 +218,6 @@ class _Run:
                     raise Preempted(step)
                 self.clock.restart()
         return state, progress
-
-    def _compiled(self, state: TrainState) -> Callable[..., tuple[TrainState, Metrics]]:
-        batch = abstract_batch(self.task.setup.row_slots, self.programs.batch_sharding)
-        guard = (np.float32(0),) if self.task.setup.train.anomalies.guards_step else ()
-        return self.programs.train_step.lower(state, batch, *guard).compile()
 
     def _dispatched(self, step: int, state: TrainState, host: HostBatch, limit: float) -> tuple[TrainState, Metrics]:
         assert self.step_fn is not None

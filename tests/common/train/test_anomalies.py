@@ -23,6 +23,8 @@ from common.train.loop import Fitted, fit
 from common.train.programs import prepare
 from common.train.state import init_state
 from common.train.task import Stream, Task
+from experiments.pipeline import compiled_step
+from tests.experiments.tiny_experiment import tiny_experiment
 from tests.tiny import Observer, Stopped, cached_in, jax_settings, loader, task
 
 STEPS = 8
@@ -134,6 +136,17 @@ def test_a_guarded_step_keeps_the_state_to_the_bit(spoilt: str) -> None:
         after, metrics = made.train_step(state, made.put(host), limit)
     same_bits(after, before)
     assert math.isfinite(metrics["loss"]) == (spoilt == "limit")
+
+
+def test_a_guarded_step_is_planned_as_it_runs(tmp_path: Path) -> None:
+    """Compiling ahead of time gives it a limit too."""
+    experiment = tiny_experiment(tmp_path)
+    guarded = dataclasses.replace(experiment.train, anomalies=Anomalies(on_nonfinite="skip"))
+    plain, other = (
+        compiled_step(dataclasses.replace(experiment, train=train), experiment.arms["gpt"])
+        for train in (experiment.train, guarded)
+    )
+    assert other.memory_analysis().argument_size_in_bytes == plain.memory_analysis().argument_size_in_bytes + 4
 
 
 # --- What becomes of it
