@@ -1,5 +1,5 @@
 """Where a training step's time goes in both families, `gpt`'s step beside PyTorch's, decoding beside Hugging Face's,
-and how fast data become batches (`make bench`)."""
+how fast data become batches, and what saving costs (`make bench`)."""
 
 import argparse
 import contextlib
@@ -15,6 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks.checkpoints import BETWEEN, PERIOD, measure, measured_steps
 from benchmarks.data import BATCHES, SHAPES, THREADS, time_making, time_tokenizing
 from benchmarks.decoder import DECODER, LENGTH, ROWS, Spread, cores
 from benchmarks.generation import MODELS, NEW, PROMPT, Generation
@@ -44,6 +45,8 @@ def main() -> int:
         found["generation"] = _generation(console, options.rounds)
     if options.only in (None, "data"):
         found["data"] = _data(console, options.rounds)
+    if options.only in (None, "checkpoints"):
+        found["checkpoints"] = _checkpoints(console, options.rounds)
     if options.json:
         write_json(options.json, found)
     return 0
@@ -53,7 +56,8 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--rounds", type=_positive, default=7, help="repeated measurements (default: %(default)s)")
     parser.add_argument("--steps", type=_positive, default=3, help="steps in each of them (default: %(default)s)")
-    parser.add_argument("--only", choices=["families", "torch", "generation", "data"], help="one part of it")
+    parts = ["families", "torch", "generation", "data", "checkpoints"]
+    parser.add_argument("--only", choices=parts, help="one part of it")
     parser.add_argument("--torch", choices=["eager", "compiled"], default="eager", help="how PyTorch runs")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures there")
     return parser.parse_args()
@@ -211,6 +215,22 @@ def _data(console: Console, rounds: int) -> dict[str, Any]:
         "making": {name: dataclasses.asdict(one) for name, one in making.items()},
         "tokenizing": dataclasses.asdict(tokenizing),
     }
+
+
+def _checkpoints(console: Console, saves: int) -> dict[str, Any]:
+    with _bar(console, "saving", measured_steps(saves)) as advance:
+        found = measure(saves, advance)
+    title = (
+        f"Saving {si(found.parameters)} parameters with AdamW's moments, {si(found.state_bytes)}B on disk, by the loop"
+    )
+    caption = f"median [least, most] of {saves} saves; the steps are {BETWEEN} before and {BETWEEN} after each"
+    table = _table(title, ["a save"], caption)
+    table.add_row("step, s", Text(_spread(found.step)))
+    table.add_row("training held up, s", Text(_spread(found.blocking)))
+    table.add_row("steps slowed, s", Text(_spread(found.slowdown)))
+    table.add_row(f"share of {PERIOD} steps, %", Text(_spread(found.share, 100.0)))
+    console.print(table, "")
+    return dataclasses.asdict(found)
 
 
 def _table(title: str, columns: Iterable[str], caption: str) -> Table:

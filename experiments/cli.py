@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from experiments.config import Experiment
 
 RUNS = Path("runs")
+PROFILE_STEPS = 5
 DATA_ACTIONS = ("show", "prepare")
 
 
@@ -111,6 +112,15 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
             metavar="MODEL",
             help="begin with the parameters of a model folder or of another run (DIR, DIR@STEP; arm by arm where it is "
             "a whole comparison's); arms.ARM.init.rules says what becomes of parameters that differ",
+        )
+        command.add_argument(
+            "--profile",
+            type=int,
+            nargs="?",
+            const=PROFILE_STEPS,
+            default=0,
+            metavar="STEPS",
+            help=f"trace some steps ({PROFILE_STEPS}) of each launch into DIR/ARM/profile, for XProf or TensorBoard",
         )
     train.add_argument("--arm", required=True, metavar="ARM", help="which arm; `twinstack plan NAME` names them")
     _add_launch(launch)
@@ -290,7 +300,7 @@ def _train(options: argparse.Namespace) -> None:
         _check_arm(options.arm, experiment)
         from experiments.commands import train
 
-        train(experiment, options.arm, options.run_dir or RUNS / options.name)
+        train(experiment, options.arm, options.run_dir or RUNS / options.name, profile_steps=options.profile)
 
 
 def _check_arm(arm: str, experiment: "Experiment") -> None:
@@ -302,7 +312,7 @@ def _compare(options: argparse.Namespace) -> None:
     if experiment := _experiment(options):
         from experiments.commands import compare
 
-        compare(experiment, options.run_dir or RUNS / options.name)
+        compare(experiment, options.run_dir or RUNS / options.name, profile_steps=options.profile)
 
 
 def _launch(options: argparse.Namespace) -> None:

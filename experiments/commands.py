@@ -14,7 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from common.compute.moments import Moments
-from common.config import difference, to_json
+from common.config import to_json
 from common.data.cache import default_cache_dir
 from common.errors import UserError
 from common.files import read_json, write_json
@@ -73,16 +73,19 @@ def plan(experiment: Experiment, console: Console) -> None:
     console.print_json(json.dumps(to_json(experiment)))
 
 
-def train(experiment: Experiment, arm: str, run_dir: Path) -> None:
-    """Trains one arm to the end, from its newest checkpoint where there is one, and scores it."""
+def train(experiment: Experiment, arm: str, run_dir: Path, *, profile_steps: int = 0) -> None:
+    """Trains one arm to the end, from its newest checkpoint where there is one, and scores it.
+
+    `profile_steps` of this launch's steps are traced into the arm's directory.
+    """
     console = _begin(experiment, run_dir)
     data = _data(experiment, console)
-    result = _train_and_score(experiment, arm, data, run_dir, console)
+    result = _train_and_score(experiment, arm, data, run_dir, console, profile_steps)
     console.print(f"{arm}: validation loss {result.validation_loss:.4f}; results in {run_dir / arm}")
 
 
-def compare(experiment: Experiment, run_dir: Path) -> None:
-    """Trains all arms, prints them side by side and writes the report."""
+def compare(experiment: Experiment, run_dir: Path, *, profile_steps: int = 0) -> None:
+    """Trains all arms, as `train` does, prints them side by side and writes the report."""
     from common.report.certificate import certify_run
     from common.report.run_files import read_run
     from common.report.tables import certificate_panel, comparison_table, groups_table
@@ -91,7 +94,7 @@ def compare(experiment: Experiment, run_dir: Path) -> None:
     console.print(Panel(f"{experiment.question}\n\n[dim]{experiment.expected}[/dim]", title=experiment.name))
     data = _data(experiment, console)
     for name in experiment.arms:
-        _train_and_score(experiment, name, data, run_dir, console)
+        _train_and_score(experiment, name, data, run_dir, console, profile_steps)
     run = read_run(run_dir)
     console.print(comparison_table(run.results))
     if experiment.evaluation.splits:
@@ -122,7 +125,7 @@ def _begin(experiment: Experiment, run_dir: Path) -> Console:
     check_devices(experiment)
     described = {"schema_version": rd.SCHEMA_VERSION, **to_json(experiment)}
     path = run_dir / EXPERIMENT
-    if path.exists() and (lines := difference(read_json(path), described)):
+    if path.exists() and (lines := rd.changes(read_json(path), described)):
         raise UserError(
             f"{run_dir} holds another config of {experiment.name} ({'; '.join(lines)}): "
             "choose another --run-dir, or remove it"
@@ -140,6 +143,8 @@ def prepare_jax() -> None:
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    for name in ("absl", "asyncio"):  # Orbax prints the stacks of failures that it raises as well
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _data(experiment: Experiment, console: Console) -> Data:
@@ -148,8 +153,10 @@ def _data(experiment: Experiment, console: Console) -> Data:
     return data
 
 
-def _train_and_score(experiment: Experiment, name: str, data: Data, run_dir: Path, console: Console) -> ArmResult:
+def _train_and_score(
+    experiment: Experiment, name: str, data: Data, run_dir: Path, console: Console, profile_steps: int
+) -> ArmResult:
     progress = Progress(console)
     with progress.training(name) as bar:
-        fitted = train_arm(experiment, name, data, run_dir, bar)
+        fitted = train_arm(experiment, name, data, run_dir, bar, profile_steps)
     return score_arm(experiment, name, data, fitted, run_dir, progress)

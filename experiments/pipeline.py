@@ -31,10 +31,11 @@ from common.report.results import ArmResult, Flops, TextScore, TurnCost
 from common.sharding.shape import MeshShape
 from common.train import run_dir as rd
 from common.train.init_from import check_rules
-from common.train.loop import Fitted, Initial, Task, Watcher, fit
-from common.train.programs import Setup, abstract_batch, prepare
+from common.train.loop import Fitted, fit
+from common.train.programs import Setup, compile_step, prepare
 from common.train.state import abstract_state, skeleton
 from common.train.stored import has_checkpoint
+from common.train.task import Initial, Task, Watcher
 from experiments.config import Arm, Experiment
 from experiments.console import Progress
 from experiments.families import builder
@@ -134,8 +135,11 @@ def check_initial(experiment: Experiment, run_dir: Path | None) -> list[str]:
     return lines
 
 
-def train_arm(experiment: Experiment, name: str, data: Data, run_dir: Path, watcher: Watcher) -> Fitted:
-    return fit(make_task(experiment, name, data), run_dir / name, watcher)
+def train_arm(
+    experiment: Experiment, name: str, data: Data, run_dir: Path, watcher: Watcher, profile_steps: int = 0
+) -> Fitted:
+    task = dataclasses.replace(make_task(experiment, name, data), profile_steps=profile_steps)
+    return fit(task, run_dir / name, watcher)
 
 
 def score_arm(
@@ -207,7 +211,7 @@ def _result(
     steps = done.consumed_batches
     step_flops = arm.model.flops(Moments.of_rows(rows, input_length, target_length))
     metrics = read_rows(arm_dir / rd.METRICS)
-    last = metrics[-max(1, steps // 10) :]
+    last = [row["loss"] for row in metrics if "loss" in row][-max(1, steps // 10) :]
     return ArmResult(
         arm=name,
         parameters=arm.model.param_count(),
@@ -224,7 +228,7 @@ def _result(
         slots=steps * rows * (input_length + target_length),
         input_fill=done.input_tokens / (steps * rows * input_length),
         target_fill=(done.tokens - done.input_tokens) / (steps * rows * target_length),
-        train_loss=sum(row["loss"] for row in last) / len(last),
+        train_loss=sum(last) / len(last),
         validation_loss=metrics[-1]["validation_loss"],
         train_seconds=done.train_seconds,
         tokens_per_second=done.tokens / done.train_seconds,
@@ -250,4 +254,4 @@ def compiled_step(experiment: Experiment, arm: Arm) -> jax.stages.Compiled:
     programs = prepare(setup)
     state = abstract_state(programs.model, programs.optimizer, programs.shardings)
     with jax.set_mesh(programs.mesh):
-        return programs.train_step.lower(state, abstract_batch(setup.row_slots, programs.batch_sharding)).compile()
+        return compile_step(setup, programs, state)

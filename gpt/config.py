@@ -47,12 +47,19 @@ class GptConfig:
     def flops(self, text: Moments) -> ForwardFlops:
         """A forward pass over `text`: every layer on every token, the head on target tokens only."""
         layer = ledger.query_out_matrices(self) + ledger.key_value_matrices(self) + ledger.mlp_matrices(self)
-        dense = text.tokens * self.num_layers * layer + text.targets * self.d_model * self.vocab_size
+        head = text.targets * self.d_model * self.vocab_size
+        dense = text.tokens * self.num_layers * layer + head
         pair = self.num_layers * ledger.pair_flops(self)
         pairs = text.inputs_squared + 2 * text.inputs_times_targets + text.targets_squared
         # Causal: a triangle over inputs and targets. A bidirectional prefix keeps its whole square.
         half = pairs / 2 if self.input_attention == "causal" else pairs / 2 + text.inputs_squared / 2
-        return ForwardFlops(dense=2 * dense, attention_full=pair * pairs, attention_causal_half=round(pair * half))
+        return ForwardFlops(
+            dense=2 * dense,
+            head=2 * head,
+            mlp=2 * text.tokens * self.num_layers * ledger.mlp_matrices(self),
+            attention_full=pair * pairs,
+            attention_causal_half=round(pair * half),
+        )
 
 
 def _gpt2(layers: int, d_model: int, num_heads: int) -> GptConfig:

@@ -91,6 +91,8 @@ class T5LikeConfig:
         encoder_half = encoder if self.input_attention == "bidirectional" else round(encoder / 2)
         return ForwardFlops(
             dense=2 * (text.inputs * per_input + text.targets * per_target),
+            head=2 * text.targets * self.d_model * self.vocab_size,
+            mlp=2 * mlp * (text.inputs * encoder_layers + text.targets * self.decoder_layers),
             attention_full=encoder + decoder + cross,
             attention_causal_half=encoder_half + round(decoder / 2) + cross,
         )

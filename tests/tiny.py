@@ -22,8 +22,8 @@ from common.data.tokenized.token_store import TokenStream
 from common.nn.recipe import Recipe
 from common.sharding.shape import MeshShape
 from common.train.config import AdamW, Budget, Cosine, TrainConfig
-from common.train.loop import Stream, Task
 from common.train.programs import Setup
+from common.train.task import Stream, Task
 from experiments.config import ModelConfig
 from experiments.families import builder
 from gpt.config import GptConfig
@@ -152,7 +152,7 @@ class Observer:
     def begin(self, step: int, steps: int) -> None:
         pass
 
-    def step(self, row: dict[str, Any], train_seconds: float) -> None:
+    def step(self, row: dict[str, Any], timing: dict[str, Any]) -> None:
         self.steps.append(row["step"])
         if row["step"] == self.stop_at:
             raise Stopped

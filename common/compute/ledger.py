@@ -7,7 +7,7 @@ everybody does. A training step costs three forward passes: backward does each p
 import dataclasses
 from typing import Protocol
 
-from common.nn.recipe import Recipe
+from common.nn.recipe import Execution, Recipe
 
 TRAIN_OVER_FORWARD = 3
 
@@ -18,6 +18,10 @@ class ForwardFlops:
 
     dense: int
     """Projections, MLP and head."""
+    head: int
+    """The head's part of it."""
+    mlp: int
+    """The MLPs' part of it."""
     attention_full: int
     """Scores and weighted values, every key counted for every query: what XLA counts and plain attention computes."""
     attention_causal_half: int
@@ -35,6 +39,23 @@ class ForwardFlops:
     def train_six_nd(self) -> int:
         """6 x (matrix parameters that a token passes through) x (tokens that pass), summed over the model's parts."""
         return TRAIN_OVER_FORWARD * self.dense
+
+    def train_hardware(self, execution: Execution) -> int:
+        """What the device is made to compute: the training step as it is run, and what its backward pass does anew.
+
+        Attention counts in full where all logits are taken at once, with its causal part at half where blocks are
+        skipped. Blocks compute their scores a second time (half of attention's forward pass). What rematerialisation
+        does not keep is computed anew: attention (`dots`, since it keeps no product of two activations), all but
+        attention (`attention`) or whole layers (`full`, `offload`); and so are MLPs in pieces, once more. The head's
+        gradient needs nothing twice.
+        """
+        plain = execution.attention == "plain"
+        attention = self.attention_full if plain else self.attention_causal_half
+        layers = self.dense - self.head
+        anew = {"none": 0, "dots": attention, "attention": layers}.get(execution.remat, layers + attention)
+        anew += 0 if plain else attention // 2
+        anew += 0 if execution.mlp_chunk is None else self.mlp
+        return TRAIN_OVER_FORWARD * (self.dense + attention) + anew
 
 
 class Widths(Protocol):

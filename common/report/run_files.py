@@ -21,7 +21,8 @@ class MetricsRow:
     """One step's line of `metrics.jsonl`, as far as reports read it."""
 
     step: int
-    loss: float
+    loss: float | None = None
+    """None for a batch that was left out."""
     tokens: int
     flops: float
     fingerprint: str

@@ -174,6 +174,67 @@ class InitFrom:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Anomalies:
+    """What becomes of a step whose loss or gradient is not finite, or whose loss leaps.
+
+    `stop` ends the run. `skip` leaves the parameters as they were, and goes on with the next batch. `roll_back` goes
+    back to the last checkpoint from before the batches that are to be left out, and passes over them on the way (arXiv
+    2204.02311, section 5.1). No batch that was left out enters the chained fingerprint.
+    """
+
+    on_nonfinite: Literal["stop", "skip", "roll_back"] = "stop"
+    on_spike: Literal["ignore", "stop", "skip", "roll_back"] = "ignore"
+    spike_deviations: float = 10.0
+    """A loss is a spike above the median of those before it by this many standard deviations (1.4826 times the median
+    absolute deviation, which is the standard deviation of normal numbers and takes no notice of spikes)."""
+    spike_window: int = 100
+    """How many losses before it are looked at; as long as there are fewer nothing is a spike."""
+    rolled_back: int = 1
+    """Batches that `roll_back` leaves out, the one that was noticed the last; PaLM's authors took 200 to 500."""
+    max_in_a_row: int = 10
+    """The run stops before it leaves out more batches than this without one in between that was learnt from."""
+
+    def __post_init__(self) -> None:
+        for name in ("spike_window", "rolled_back"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be 1 or more")
+        if self.spike_deviations <= 0:
+            raise UserError(f"spike_deviations is {self.spike_deviations}: it must be more than 0")
+        if self.max_in_a_row < self.rolled_back:
+            raise UserError(
+                f"max_in_a_row is {self.max_in_a_row}: it must be at least rolled_back ({self.rolled_back})"
+            )
+
+    @property
+    def rolls_back(self) -> bool:
+        return "roll_back" in (self.on_nonfinite, self.on_spike)
+
+    @property
+    def guards_step(self) -> bool:
+        """Whether the step itself has to keep the parameters as they were."""
+        return "skip" in (self.on_nonfinite, self.on_spike)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long a run waits for the world outside, in seconds; no result depends on it."""
+
+    storage_seconds: float = 600.0
+    """A full disk or a bucket that refuses is tried again, ever less often, for so long."""
+    stall_seconds: float = 1800.0
+    """Longer than compiling, restoring, a step, a validation or a save may take; a run that hangs so long is ended."""
+    preemption_seconds: float = 25.0
+    """From SIGTERM to the end, whether the step at hand could be saved or not; clouds give 30."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) <= 0:
+                raise UserError(f"{field.name} is {getattr(self, field.name)}: it must be more than 0")
+        if self.stall_seconds <= self.storage_seconds:  # which would be taken for a stall
+            raise UserError(f"stall_seconds is {self.stall_seconds}: it must be more than storage_seconds")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     budget: Budget
     optimizer: Optimizer = AdamW()
@@ -189,8 +250,16 @@ class TrainConfig:
     """Checkpoints kept beside the best one."""
     mesh: MeshShape = MeshShape()
     execution: Execution = Execution()
+    anomalies: Anomalies = Anomalies()
+    patience: Patience = Patience()
 
     def __post_init__(self) -> None:
         for name in ("accumulation", "validate_every", "checkpoint_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be 1 or more")
+        many = self.anomalies.rolled_back
+        if self.anomalies.rolls_back and (many > self.checkpoint_every or self.keep_last < 2):
+            raise UserError(
+                f"anomalies.rolled_back is {many} with checkpoint_every {self.checkpoint_every} and keep_last "
+                f"{self.keep_last}: it must be at most checkpoint_every, and keep_last 2 or more"
+            )

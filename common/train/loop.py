@@ -7,70 +7,31 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
-from common.data.batch import Batch, HostBatch
+from common.data.batch import HostBatch
 from common.data.loader import chain
 from common.errors import UserError
 from common.files import write_json
 from common.train import run_dir as rd
-from common.train.checkpoints import Checkpoints, Progress
-from common.train.config import Rule
+from common.train.anomalies import Judge, Verdict, last_learnt
+from common.train.checkpoints import Checkpoints, Progress, last_good
 from common.train.init_from import load_parameters
 from common.train.preemption import Preempted, noticed
-from common.train.programs import Programs, Setup, abstract_batch, check_rows, prepare
-from common.train.record import Clock, Rows
+from common.train.profile import Profile
+from common.train.programs import Programs, Setup, check_rows, compile_step, prepare
+from common.train.record import WARM_UP, Clock, Rows
+from common.train.saving import Saving
 from common.train.state import Skeleton, TrainState, abstract_state, init_state, state_of
 from common.train.step import Metrics
-from common.train.stored import Stored
-
-
-class Stream(Protocol):
-    """Batches by number; `common.data.loader.Loader` is one."""
-
-    @property
-    def content(self) -> str: ...
-
-    def iterate(self, start: int, stop: int) -> Iterator[HostBatch]: ...
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Initial:
-    """Where a new run's parameters come from."""
-
-    open: Callable[[], Stored]
-    """Called once, and only where the run has no checkpoint of its own."""
-    rules: tuple[Rule, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Task:
-    """A setup with its data."""
-
-    setup: Setup
-    stream: Stream
-    validation: tuple[HostBatch, ...]
-    config: dict[str, Any]
-    """Resolved config of the run, as JSON: what a run directory is recognised by."""
-    data: dict[str, str]
-    """What is read: content id of the source, hash of the tokenizer."""
-    initial: Initial | None = None
-    """None: a fresh model."""
-
-
-class Watcher(Protocol):
-    """What a run tells whoever looks on."""
-
-    def note(self, message: str) -> None: ...
-
-    def begin(self, step: int, steps: int) -> None: ...
-
-    def step(self, row: dict[str, Any], train_seconds: float) -> None: ...
+from common.train.task import Task, Watcher
+from common.train.watchdog import watched
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,12 +47,19 @@ class Fitted:
 def fit(task: Task, run_dir: Path, watcher: Watcher) -> Fitted:
     """Trains to the end, from the newest good checkpoint of `run_dir` where there is one, else from the beginning.
 
-    Raises UserError where the directory is in use or belongs to another config, and when a loss or gradient is not
-    finite (such a state never enters a checkpoint). On SIGTERM the step that runs is ended and saved, then Preempted is
-    raised.
+    Raises UserError where the directory is in use or belongs to another config, where storage refuses for too long, and
+    when a loss or gradient is not finite and nothing else was asked for (such a state never enters a checkpoint). On
+    SIGTERM the step that runs is ended and saved, then Preempted is raised; where that takes too long the process is
+    ended, and so it is where it hangs.
     """
     check_rows(task.setup)
-    with rd.owned(run_dir):
+    began, patience = time.time(), task.setup.train.patience
+    stacks = run_dir / f"stacks-{jax.process_index()}.txt"
+    with (
+        rd.owned(run_dir),
+        watched(stacks, patience.stall_seconds) as alive,
+        _listening(task.setup, run_dir / rd.CHECKPOINTS) as asked_to_end,
+    ):
         for warning in rd.claim(run_dir, task.config, task.data):
             watcher.note(f"warning: {warning}")
         programs = prepare(task.setup)
@@ -99,15 +67,33 @@ def fit(task: Task, run_dir: Path, watcher: Watcher) -> Fitted:
         with contextlib.closing(checkpoints), jax.set_mesh(programs.mesh):
             state, progress = _start(task, programs, checkpoints, run_dir, watcher)
             if progress.consumed_batches < task.setup.steps:
-                state, progress = _Run(task, programs, checkpoints, run_dir, watcher).go(state, progress)
+                first_launch = rd.launched(run_dir, began)
+                run = _Run(task, programs, checkpoints, run_dir, watcher, alive, asked_to_end, first_launch)
+                while (done := run.go(state, progress)) is None:  # rolled back
+                    state, progress = _start(task, programs, checkpoints, run_dir, watcher)
+                state, progress = done
+        if asked_to_end():  # since the last step, which is saved
+            raise Preempted(task.setup.steps)
         return Fitted(model=programs.model, params=state.params, progress=progress, mesh=programs.mesh)
+
+
+def _listening(setup: Setup, checkpoints: Path) -> contextlib.AbstractContextManager[Callable[[], bool]]:
+    """Several processes would each stop at a step of its own: SIGTERM ends them, and they go back to a checkpoint."""
+    if jax.process_count() > 1:
+        return contextlib.nullcontext(lambda: False)
+    return noticed(setup.train.patience.preemption_seconds, lambda: last_good(checkpoints))
 
 
 def _start(
     task: Task, programs: Programs, checkpoints: Checkpoints, run_dir: Path, watcher: Watcher
 ) -> tuple[TrainState, Progress]:
     abstract = abstract_state(programs.model, programs.optimizer, programs.shardings)
-    restored = checkpoints.restore(abstract, seed=task.setup.train.seed)
+    restored = checkpoints.restore(
+        abstract,
+        seed=task.setup.train.seed,
+        left_out=rd.left_out(run_dir),
+        patience_seconds=_storage_seconds(task.setup),
+    )
     if restored is not None:
         watcher.note(f"resuming after step {restored[1].consumed_batches} of {task.setup.steps}")
         return restored
@@ -128,55 +114,167 @@ def _begin(task: Task, programs: Programs, run_dir: Path, watcher: Watcher) -> T
     return state_of(params, programs.optimizer, programs.shardings)
 
 
+def _storage_seconds(setup: Setup) -> float:
+    """Several processes would each try again at a step of its own: one that fails ends them, and they begin again."""
+    return setup.train.patience.storage_seconds if jax.process_count() == 1 else 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Pending:
+    """A batch whose step is recorded while the next one runs."""
+
+    host: HostBatch
+    metrics: Metrics | None
+    """None: it was passed over."""
+    limit: float
+    """The loss above which it is a spike."""
+
+
+class _RolledBack(Exception):
+    """The state that the loop holds is given up."""
+
+
 class _Run:
-    """One pass of the loop."""
+    """The loop, from a state to the last step."""
 
-    def __init__(self, task: Task, programs: Programs, checkpoints: Checkpoints, run_dir: Path, watcher: Watcher):
-        self.task, self.programs, self.checkpoints, self.watcher = task, programs, checkpoints, watcher
-        self.run_dir = run_dir
+    def __init__(
+        self,
+        task: Task,
+        programs: Programs,
+        checkpoints: Checkpoints,
+        run_dir: Path,
+        watcher: Watcher,
+        alive: Callable[[], None],
+        asked_to_end: Callable[[], bool],
+        first_launch: float,
+    ):
+        self.task, self.programs, self.checkpoints, self.run_dir = task, programs, checkpoints, run_dir
+        self.watcher, self.alive, self.asked_to_end, self.first_launch = watcher, alive, asked_to_end, first_launch
+        self.step_fn: Callable[..., tuple[TrainState, Metrics]] | None = None
 
-    def go(self, state: TrainState, progress: Progress) -> tuple[TrainState, Progress]:
-        setup = self.task.setup
-        first = progress.consumed_batches
+    def go(self, state: TrainState, progress: Progress) -> tuple[TrainState, Progress] | None:
+        """The last state; None where the run has to go on from another one, that of its newest checkpoint."""
+        setup, first = self.task.setup, progress.consumed_batches
         # Compiled before the clock starts, so that compilation is never counted as training.
-        step_fn = self._compiled(state)
+        self.step_fn = self.step_fn or compile_step(setup, self.programs, state)
+        self.alive()
         self.watcher.begin(first, setup.steps)
-        self.rows = Rows(setup, self.run_dir, progress)
-        self.clock = Clock(train_seconds=progress.train_seconds, data_seconds=progress.data_seconds)
+        self.left_out = rd.left_out(self.run_dir)
+        self.judge = Judge(setup.train.anomalies, progress.losses)
+        self.saving = Saving(
+            self.checkpoints,
+            seed=setup.train.seed,
+            patience_seconds=_storage_seconds(setup),
+            note=self.watcher.note,
+        )
+        self.rows = Rows(
+            setup,
+            self.run_dir,
+            progress,
+            first_launch=self.first_launch,
+            peak_flops_per_second=self.task.peak_flops_per_second,
+            note=self.watcher.note,
+            advice=lambda: (
+                f"{self.checkpoints.last_good()}: mend the storage, then the same command goes on from there"
+            ),
+        )
+        profile = Profile(
+            self.run_dir / "profile",
+            first=first + 1 + WARM_UP,
+            steps=self.task.profile_steps,
+            note=self.watcher.note,
+        )
+        with contextlib.closing(self.rows), contextlib.closing(profile):
+            try:
+                return self._steps(state, progress, profile)
+            except _RolledBack:
+                return None
+
+    def _steps(self, state: TrainState, progress: Progress, profile: Profile) -> tuple[TrainState, Progress]:
+        setup, first = self.task.setup, progress.consumed_batches
         batches = self.task.stream.iterate(first, setup.steps)
-        # Several processes would each stop at a step of its own: SIGTERM ends them, and they go back to a checkpoint.
-        listening = noticed() if jax.process_count() == 1 else contextlib.nullcontext(lambda: False)
-        with contextlib.closing(self.rows), listening as asked_to_end:
-            self.clock.restart()
-            pending: tuple[Metrics, Progress] | None = None
-            for step in range(first + 1, setup.steps + 1):
-                asked = time.perf_counter()
+        self.clock = Clock(progress)
+        pending: _Pending | None = None
+        for step in range(first + 1, setup.steps + 1):
+            profile.before(step, state)
+            with self.clock.waiting_for_data():
                 host = next(batches)
-                self.clock.data_seconds += time.perf_counter() - asked
-                state, metrics = step_fn(state, self.programs.put(host.batch))
-                if pending is not None:
-                    self._record(*pending)
-                progress = self._advanced(progress, host)
-                pending = metrics, progress
-                validate = step % setup.train.validate_every == 0 or step == setup.steps
-                ends = asked_to_end()
-                save = step % setup.train.checkpoint_every == 0 or step == setup.steps or ends
-                if validate or save:
-                    loss = self._validation_loss(state.params) if validate else None
-                    self._record(metrics, progress, loss)
-                    pending = None
-                    if save:
-                        progress = self._save(state, progress, loss)
-                    if ends:
-                        raise Preempted(step)
-                    self.clock.restart()
-            if asked_to_end():  # during the last save
-                raise Preempted(setup.steps)
+            limit, metrics = self.judge.limit(step), None
+            if step not in self.left_out:
+                state, metrics = self._dispatched(step, state, host, limit)
+            if pending is not None:
+                progress = self._record(progress, pending)
+            pending = _Pending(host=host, metrics=metrics, limit=limit)
+            validate = step % setup.train.validate_every == 0 or step == setup.steps
+            ends = self.asked_to_end()
+            save = step % setup.train.checkpoint_every == 0 or step == setup.steps or ends or self.saving.due()
+            if validate or save:
+                loss = self._validation_loss(state.params) if validate else None
+                progress = self._record(progress, pending, loss)
+                pending = None
+                if save:
+                    progress = self._save(state, progress, loss, wait=ends or step == setup.steps)
+                if ends:
+                    raise Preempted(step)
+                self.clock.restart()
         return state, progress
 
-    def _compiled(self, state: TrainState) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-        batch = abstract_batch(self.task.setup.row_slots, self.programs.batch_sharding)
-        return self.programs.train_step.lower(state, batch).compile()
+    def _dispatched(self, step: int, state: TrainState, host: HostBatch, limit: float) -> tuple[TrainState, Metrics]:
+        assert self.step_fn is not None
+        guard = (np.float32(limit),) if self.task.setup.train.anomalies.guards_step else ()
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            return self.step_fn(state, self.programs.put(host.batch), *guard)
+
+    def _record(self, progress: Progress, pending: _Pending, validation_loss: float | None = None) -> Progress:
+        """Waits for a step's metrics and writes its rows; returns what the run knows after it.
+
+        Stops the run, or rolls it back, where they are an anomaly and that was asked for.
+        """
+        step, host = progress.consumed_batches + 1, pending.host
+        computed: dict[str, Any] = {"skipped": "rolled back", "skipped_batch": f"{host.fingerprint:032x}"}
+        learnt = False
+        if pending.metrics is not None:
+            loss, grad_norm = float(pending.metrics["loss"]), float(pending.metrics["grad_norm"])
+            verdict = self.judge.verdict(loss, grad_norm, pending.limit)
+            learnt = verdict is None
+            if verdict is None:
+                self.judge.learnt(step, loss)
+                computed = {"loss": loss, "grad_norm": grad_norm}
+            else:
+                computed["skipped"] = f"loss {loss}, gradient norm {grad_norm}, limit {pending.limit}"
+                self._judged(verdict, progress, step, computed)
+        step_seconds = self.clock.lap()
+        self.alive()
+        progress = self._advanced(progress, host) if learnt else self._passed_over(progress)
+        row, timing = self.rows.write(
+            progress, computed, validation_loss=validation_loss, step_seconds=step_seconds, clock=self.clock
+        )
+        self.watcher.step(row, timing)
+        return progress
+
+    def _judged(self, verdict: Verdict, progress: Progress, step: int, computed: dict[str, Any]) -> None:
+        """Stops the run, rolls it back, or says that the batch is left out."""
+        said = f"step {step}: {computed['skipped']}, batch {computed['skipped_batch']}"
+        anomalies, first = self.task.setup.train.anomalies, step
+        if verdict == "roll_back":
+            self._saved()
+            oldest = min(self.checkpoints.steps(), default=0)
+            first = max(step - anomalies.rolled_back + 1, oldest + 1)
+        in_a_row = step - last_learnt(progress.skipped, first - 1)
+        if verdict == "stop" or in_a_row > anomalies.max_in_a_row:
+            self._saved()
+            many = f" (no step was learnt from in the last {in_a_row})" if in_a_row > 1 else ""
+            raise UserError(f"{said}{many}; stopped, {self.checkpoints.last_good()}")
+        if verdict == "roll_back":
+            rd.leave_out(self.run_dir, {"step": step, "first": first, **computed})
+            self.watcher.note(f"{said}; rolled back, batches {first} to {step} are left out")
+            raise _RolledBack
+        self.watcher.note(f"{said}; left out")
+
+    def _saved(self) -> None:
+        """Waits for the save that is under way; where it fails the checkpoint before it is the last good one."""
+        with contextlib.suppress(Exception):
+            self.checkpoints.wait()
 
     def _advanced(self, progress: Progress, host: HostBatch) -> Progress:
         return dataclasses.replace(
@@ -190,39 +288,24 @@ class _Run:
             useful_flops=progress.useful_flops + self.task.setup.model.flops(host.moments).train_full_attention,
         )
 
-    def _record(self, metrics: Metrics, progress: Progress, validation_loss: float | None = None) -> None:
-        """Waits for a step's metrics and writes its rows; stops the run where they are not finite."""
-        step = progress.consumed_batches
-        loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
-        step_seconds = self.clock.lap()
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            good = self.checkpoints.latest_step()
-            last = "there is no checkpoint yet" if good is None else f"the last good checkpoint is step {good}"
-            raise UserError(
-                f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped, {last} in {self.checkpoints.folder}"
-            )
-        row = self.rows.write(
-            progress,
-            loss=loss,
-            grad_norm=grad_norm,
-            validation_loss=validation_loss,
-            clock=self.clock,
-            step_seconds=step_seconds,
-        )
-        self.watcher.step(row, self.clock.train_seconds)
+    def _passed_over(self, progress: Progress) -> Progress:
+        step = progress.consumed_batches + 1
+        return dataclasses.replace(progress, consumed_batches=step, skipped=(*progress.skipped, step))
 
     def _validation_loss(self, params: Any) -> float:
         """Nats a weighted token, over the fixed validation batches; the sum is taken on the host in float64."""
         jax.block_until_ready(params)
-        paused = time.perf_counter()
-        sums = [self.programs.eval_step(params, self.programs.put(host.batch)) for host in self.task.validation]
-        ce, weight = (math.fsum(float(pair[i]) for pair in sums) for i in (0, 1))
-        self.clock.skip(time.perf_counter() - paused)
+        with self.clock.aside("eval"):
+            sums = [self.programs.eval_step(params, self.programs.put(host.batch)) for host in self.task.validation]
+            ce, weight = (math.fsum(float(pair[i]) for pair in sums) for i in (0, 1))
+        self.alive()
         return ce / weight
 
-    def _save(self, state: TrainState, progress: Progress, validation_loss: float | None) -> Progress:
-        timed = dataclasses.replace(
-            progress, train_seconds=self.clock.train_seconds, data_seconds=self.clock.data_seconds
-        )
-        self.checkpoints.save(state, timed, seed=self.task.setup.train.seed, validation_loss=validation_loss)
+    def _save(self, state: TrainState, progress: Progress, validation_loss: float | None, *, wait: bool) -> Progress:
+        timed = self.clock.stamp(dataclasses.replace(progress, losses=self.judge.recent()))
+        with self.clock.aside("checkpoint"):
+            self.saving.save(state, timed, validation_loss)
+            if wait:
+                self.saving.finish(state, timed, validation_loss)
+        self.alive()
         return timed

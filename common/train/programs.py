@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -83,6 +84,7 @@ def prepare(setup: Setup, devices: Sequence[jax.Device] | None = None) -> Progra
         z_loss=setup.model.recipe.z_loss,
         accumulation=train.accumulation,
         seed=train.seed,
+        guarded=train.anomalies.guards_step,
     )
     return Programs(
         mesh=mesh,
@@ -93,6 +95,13 @@ def prepare(setup: Setup, devices: Sequence[jax.Device] | None = None) -> Progra
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
         eval_step=jax.jit(make_eval_step(model, execution=train.execution)),
     )
+
+
+def compile_step(setup: Setup, programs: Programs, state: TrainState) -> jax.stages.Compiled:
+    """The training step for a state of these shapes and shardings; the mesh must be set."""
+    batch = abstract_batch(setup.row_slots, programs.batch_sharding)
+    limit = (np.float32(0),) if setup.train.anomalies.guards_step else ()
+    return programs.train_step.lower(state, batch, *limit).compile()
 
 
 def abstract_batch(row_slots: tuple[int, int, int], sharding: NamedSharding) -> Batch:

@@ -1,27 +1,49 @@
 """What a run writes down: a row a step of what was computed, and one of what it took."""
 
+import contextlib
 import dataclasses
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
+from common.compute.moments import Moments
 from common.train import run_dir as rd
 from common.train.checkpoints import Progress
 from common.train.optimizer import make_schedule
 from common.train.programs import Setup
+from common.train.storage import patiently
+
+WARM_UP = 2
+"""Steps after a start that are not counted as speed: caches are cold, buffers and pages are new."""
+
+Aside = Literal["checkpoint", "eval"]
 
 
-@dataclasses.dataclass(kw_only=True)
 class Clock:
-    """Seconds spent on steps: compilation, validation and checkpoints are left out."""
+    """Seconds since step 0 over all launches: of steps, of waiting for data in them, and of what was beside them.
 
-    train_seconds: float
-    data_seconds: float
-    """Part of it that was spent waiting for a batch."""
-    _last: float = 0.0
+    A step's time ends when its metrics have arrived on the host, which waits for the device; so it is never the time it
+    takes to dispatch one. Waiting for data counts whether the device was busy meanwhile or not. Compilation is in none
+    of them, and steps that were lost with a launch are not either.
+    """
+
+    def __init__(self, progress: Progress):
+        self.train_seconds, self.data_seconds = progress.train_seconds, progress.data_seconds
+        self._aside: dict[Aside, float] = {"checkpoint": progress.checkpoint_seconds, "eval": progress.eval_seconds}
+        self.restart()
+
+    @property
+    def checkpoint_seconds(self) -> float:
+        """In which saving held training up."""
+        return self._aside["checkpoint"]
+
+    @property
+    def eval_seconds(self) -> float:
+        return self._aside["eval"]
 
     def restart(self) -> None:
         self._last = time.perf_counter()
@@ -33,43 +55,126 @@ class Clock:
         self.train_seconds += seconds
         return seconds
 
-    def skip(self, seconds: float) -> None:
-        """Takes time out of the running lap."""
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Part of the running lap."""
+        began = time.perf_counter()
+        yield
+        self.data_seconds += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def aside(self, what: Aside) -> Iterator[None]:
+        """Time that is taken out of the running lap."""
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+        self._aside[what] += seconds
         self._last += seconds
+
+    def stamp(self, progress: Progress) -> Progress:
+        return dataclasses.replace(
+            progress,
+            train_seconds=self.train_seconds,
+            data_seconds=self.data_seconds,
+            checkpoint_seconds=self.checkpoint_seconds,
+            eval_seconds=self.eval_seconds,
+        )
+
+
+def shares(timing: dict[str, Any]) -> dict[str, float]:
+    """Of the time that a run has taken so far, from a row of `timings.jsonl`; they sum to 1.
+
+    >>> shares({"seconds": 80.0, "data_seconds": 10.0, "checkpoint_seconds": 5.0, "eval_seconds": 15.0})
+    {'data': 0.1, 'compute': 0.7, 'checkpoint': 0.05, 'eval': 0.15}
+    """
+    parts = {
+        "data": timing["data_seconds"],
+        "compute": timing["seconds"] - timing["data_seconds"],
+        "checkpoint": timing["checkpoint_seconds"],
+        "eval": timing["eval_seconds"],
+    }
+    total = sum(parts.values()) or 1.0
+    return {name: seconds / total for name, seconds in parts.items()}
+
+
+def utilisation(setup: Setup, step_seconds: float, peak_flops_per_second: float) -> dict[str, float]:
+    """Of the devices' peak: MFU in two conventions, padding counted as computed, and HFU.
+
+    MFU is what the model needs over what the devices could do (arXiv 2204.02311, appendix B), with every key of
+    attention counted (`full_attention`, that paper's convention) or with its causal part at half. HFU counts what the
+    devices did, recomputation included; `ForwardFlops.train_hardware` says by which rule.
+    """
+    flops = setup.model.flops(Moments.of_rows(*setup.row_slots))
+    possible = step_seconds * peak_flops_per_second * setup.train.mesh.devices
+    return {
+        "mfu_full_attention": flops.train_full_attention / possible,
+        "mfu_causal_half": flops.train_causal_half / possible,
+        "hfu": flops.train_hardware(setup.train.execution) / possible,
+    }
+
+
+def memory() -> dict[str, int]:
+    """Bytes on the fullest device of this process; empty where the backend does not tell."""
+    stats = [found for device in jax.local_devices() if (found := device.memory_stats())]
+    if not stats:
+        return {}
+    return {
+        "hbm_bytes": max(found["bytes_in_use"] for found in stats),
+        "hbm_peak_bytes": max(found["peak_bytes_in_use"] for found in stats),
+    }
 
 
 class Rows:
     """`metrics.jsonl`, which is the same to the bit for any two runs of one config, and `timings.jsonl`."""
 
-    def __init__(self, setup: Setup, run_dir: Path, progress: Progress):
-        """Opens for appending after dropping the rows of steps after `progress`."""
-        self.setup = setup
+    def __init__(
+        self,
+        setup: Setup,
+        run_dir: Path,
+        progress: Progress,
+        *,
+        first_launch: float,
+        peak_flops_per_second: float | None,
+        note: Callable[[str], None],
+        advice: Callable[[], str],
+    ):
+        """Opens for appending after dropping the rows of steps after `progress`.
+
+        `first_launch`: Unix seconds of the first launch. `peak_flops_per_second`: of one device; None where it is
+        not known.
+        `advice`: what to do when the disk refuses for too long.
+        """
+        self.setup, self.first_launch, self.peak_flops_per_second = setup, first_launch, peak_flops_per_second
+        self.note, self.advice = note, advice
         schedule = make_schedule(setup.train.schedule, setup.learning_rate, setup.steps)
         with jax.numpy_dtype_promotion("standard"):  # optax takes integer step counts into float formulas
             self.learning_rates = np.asarray(schedule(np.arange(setup.steps)))
         self.flops_per_step = setup.flops_per_step()
         first = progress.consumed_batches
-        self.metrics = rd.JsonLines(run_dir / rd.METRICS, keep_through_step=first)
-        self.timings = rd.JsonLines(run_dir / rd.TIMINGS, keep_through_step=first)
+        self.metrics = self._patiently(lambda: rd.JsonLines(run_dir / rd.METRICS, keep_through_step=first))
+        self.timings = self._patiently(lambda: rd.JsonLines(run_dir / rd.TIMINGS, keep_through_step=first))
+        self._tokens = progress.tokens
+        self._written = 0
 
     def write(
         self,
         progress: Progress,
+        computed: dict[str, Any],
         *,
-        loss: float,
-        grad_norm: float,
         validation_loss: float | None,
-        clock: Clock,
         step_seconds: float,
-    ) -> dict[str, Any]:
-        """The rows of the step that ends with `progress`; returns that of metrics."""
+        clock: Clock,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The rows, of metrics and of timings, of the step that ends with `progress`.
+
+        `computed`: its loss and gradient norm, or what is said of a batch that was left out.
+        """
         step = progress.consumed_batches
         rows, input_length, target_length = self.setup.row_slots
-        row = {
-            "step": step,
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "learning_rate": float(self.learning_rates[step - 1]),
+        row: dict[str, Any] = {"step": step, **computed}
+        if "loss" in computed:
+            row["learning_rate"] = float(self.learning_rates[step - 1 - len(progress.skipped)])
+        row |= {
             "examples": progress.examples,
             "tokens": progress.tokens,
             "slots": step * rows * (input_length + target_length),
@@ -79,16 +184,45 @@ class Rows:
         }
         if validation_loss is not None:
             row["validation_loss"] = validation_loss
-        self.metrics.write(row)
+        timing = self._timing(progress, step_seconds, clock)
+        for file, content in ((self.metrics, row), (self.timings, timing)):
+            try:
+                file.write(content)
+            except OSError:
+                self._patiently(file.flush)
+        return row, timing
+
+    def _timing(self, progress: Progress, step_seconds: float, clock: Clock) -> dict[str, Any]:
+        tokens, self._tokens = progress.tokens - self._tokens, progress.tokens
+        self._written += 1
+        now = time.time()
         timing = {
-            "step": step,
+            "step": progress.consumed_batches,
+            "time": now,
             "seconds": clock.train_seconds,
             "step_seconds": step_seconds,
             "data_seconds": clock.data_seconds,
+            "checkpoint_seconds": clock.checkpoint_seconds,
+            "eval_seconds": clock.eval_seconds,
+            "goodput": clock.train_seconds / max(now - self.first_launch, clock.train_seconds),
+            **memory(),
         }
-        self.timings.write(timing)
-        return row
+        if self._written > WARM_UP and tokens:
+            timing["tokens_per_second"] = tokens / step_seconds
+            if self.peak_flops_per_second is not None:
+                timing |= utilisation(self.setup, step_seconds, self.peak_flops_per_second)
+        return timing
+
+    def _patiently(self, action: Callable[[], Any]) -> Any:
+        return patiently(
+            action,
+            "rows of metrics",
+            patience_seconds=self.setup.train.patience.storage_seconds,
+            note=self.note,
+            advice=self.advice(),
+        )
 
     def close(self) -> None:
-        self.metrics.close()
-        self.timings.close()
+        for file in (self.metrics, self.timings):
+            with contextlib.suppress(OSError):  # which has been told of, and ends the run
+                file.close()

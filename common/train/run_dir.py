@@ -14,15 +14,20 @@ from typing import Any
 
 import jax
 
-from common.config import difference
+from common.config import difference, to_json
 from common.errors import UserError
 from common.files import read_json, read_rows, write_json, write_rows
+from common.train.config import Anomalies
 
 SCHEMA_VERSION = 1
 CHECKPOINTS = "checkpoints"
 CONFIG, ENVIRONMENT, METRICS, TIMINGS = "config.json", "environment.json", "metrics.jsonl", "timings.jsonl"
 INITIAL = "init.json"
 """What a run's parameters began as, where it was not a fresh model."""
+LAUNCHES = "launches.jsonl"
+"""When each launch of the run began, Unix seconds."""
+ROLLBACKS = "rollbacks.jsonl"
+"""Which batches are left out because the run was rolled back, and why."""
 
 # What decides the bits of a CPU program beside the program itself.
 MACHINE_KEYS = ("platform", "device_kind", "devices", "cpu", "threads", "jax", "jaxlib")
@@ -59,7 +64,7 @@ def claim(run_dir: Path, config: dict[str, Any], data: dict[str, str]) -> list[s
         write_json(run_dir / ENVIRONMENT, here)
         write_json(run_dir / CONFIG, present)
         return []
-    lines = difference(read_json(run_dir / CONFIG), present)
+    lines = changes(read_json(run_dir / CONFIG), present)
     if lines:
         raise UserError(
             f"{run_dir} holds a run of another config ({'; '.join(lines)}): choose another --run-dir, or remove it"
@@ -73,6 +78,35 @@ def claim(run_dir: Path, config: dict[str, Any], data: dict[str, str]) -> list[s
         for key in MACHINE_KEYS
         if before.get(key) != here[key]
     ]
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """One line for each difference that makes it another run; how patient a run is makes none.
+
+    What was written before a run could say what becomes of anomalies had the defaults.
+    """
+    if "train" in before:
+        before = {**before, "train": {"anomalies": to_json(Anomalies()), **before["train"]}}
+    lines = difference(before, now)
+    return [line for line in lines if not line.startswith("train.patience.")]
+
+
+def launched(run_dir: Path, now: float) -> float:
+    """Notes a launch that began at `now`; returns when the first one did (Unix seconds)."""
+    launches = [*read_rows(run_dir / LAUNCHES), {"started": now}]
+    write_rows(run_dir / LAUNCHES, launches)
+    return float(launches[0]["started"])
+
+
+def left_out(run_dir: Path) -> frozenset[int]:
+    """Numbers of the batches that roll-backs leave out, from 1."""
+    rows = read_rows(run_dir / ROLLBACKS)
+    return frozenset(batch for row in rows for batch in range(row["first"], row["step"] + 1))
+
+
+def leave_out(run_dir: Path, row: dict[str, Any]) -> None:
+    """Notes that batches `first` to `step` of `row` are left out from now on, whatever becomes of this process."""
+    write_rows(run_dir / ROLLBACKS, [*read_rows(run_dir / ROLLBACKS), row])
 
 
 def environment() -> dict[str, Any]:
@@ -102,7 +136,11 @@ class JsonLines:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def write(self, row: dict[str, Any]) -> None:
+        """Raises OSError where the disk refuses; what it refused is kept, and written by the next `flush`."""
         self._file.write(json.dumps(row) + "\n")
+        self.flush()
+
+    def flush(self) -> None:
         self._file.flush()
 
     def close(self) -> None:

@@ -27,8 +27,9 @@ def make_train_step(
     z_loss: float,
     accumulation: int,
     seed: int,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """A pure function `(state, batch) -> (state, metrics)`.
+    guarded: bool = False,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """A pure function `(state, batch) -> (state, metrics)`; guarded, `(state, batch, limit) -> (state, metrics)`.
 
     The loss is the sum over weighted target tokens divided by the whole batch's weight, however many micro-batches it
     is computed in. Metrics (float32 scalars): `loss` (cross-entropy a weighted token, in nats), `grad_norm` (before
@@ -63,7 +64,13 @@ def make_train_step(
         )
         return advanced, {"loss": ce * scale, "grad_norm": optax.tree.norm(grads)}
 
-    return _with_precision(train_step, execution)
+    def guarded_step(state: TrainState, batch: Batch, limit: jax.Array) -> tuple[TrainState, Metrics]:
+        advanced, metrics = train_step(state, batch)
+        loss, grad_norm = metrics["loss"], metrics["grad_norm"]
+        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (loss <= limit)
+        return jax.tree.map(lambda new, old: jnp.where(good, new, old), advanced, state), metrics
+
+    return _with_precision(guarded_step if guarded else train_step, execution)
 
 
 def make_eval_step(model: Skeleton, *, execution: Execution) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:

@@ -15,7 +15,7 @@ from etils import epath
 
 from common.data.progress import bar, spinner
 from common.errors import UserError
-from common.train.checkpoints import check_schema, leaf_checksums
+from common.train.checkpoints import check_schema, leaf_checksums, saved_steps
 from common.train.paths import flatten, nest
 from common.weights import folder
 
@@ -70,14 +70,7 @@ class FolderParameters:
 
 def has_checkpoint(checkpoints: Path) -> bool:
     """Whether a run has saved anything."""
-    return bool(_saved_steps(checkpoints))
-
-
-def _saved_steps(checkpoints: Path) -> list[int]:
-    """Newest first; a checkpoint being written is none yet."""
-    if not checkpoints.is_dir():
-        return []
-    return sorted(ocp.utils.checkpoint_steps(checkpoints.resolve()), reverse=True)
+    return bool(saved_steps(checkpoints))
 
 
 class RunParameters:
@@ -89,7 +82,7 @@ class RunParameters:
     def __init__(self, folder: Path, step: int | None = None):
         """Raises UserError where there is no (such) checkpoint in `folder`, or none that can be read."""
         self.folder = folder
-        found = _saved_steps(folder)
+        found = saved_steps(folder)[::-1]
         if not found:
             raise UserError(f"{folder} holds no checkpoint")
         if step is not None and step not in found:

@@ -50,8 +50,8 @@ def calls(monkeypatch, tmp_path):
     registry.load = lambda name: dataclasses.replace(BASE, name=name)
     commands = types.ModuleType("experiments.commands")
     commands.plan = lambda experiment, console: calls.append(("plan", experiment))
-    commands.train = lambda experiment, arm, run_dir: calls.append(("train", experiment, arm, run_dir))
-    commands.compare = lambda experiment, run_dir: calls.append(("compare", experiment, run_dir))
+    for name in ("train", "compare"):
+        setattr(commands, name, lambda *given, profile_steps, name=name: calls.append((name, *given, profile_steps)))
     commands.report = lambda run_dir, figure: calls.append(("report", run_dir)) or run_dir / "report.html"
     monkeypatch.setitem(sys.modules, "experiments.registry", registry)
     monkeypatch.setitem(sys.modules, "experiments.commands", commands)
@@ -63,10 +63,12 @@ def calls(monkeypatch, tmp_path):
     ("command", "expected"),
     [
         ("plan first", ("plan", BASE)),
-        ("train first --arm left", ("train", BASE, "left", Path("runs/first"))),
-        ("train --arm right --run-dir there first", ("train", BASE, "right", Path("there"))),
-        ("compare first", ("compare", BASE, Path("runs/first"))),
-        ("compare second --run-dir=there", ("compare", dataclasses.replace(BASE, name="second"), Path("there"))),
+        ("train first --arm left", ("train", BASE, "left", Path("runs/first"), 0)),
+        ("train --arm right --run-dir there first", ("train", BASE, "right", Path("there"), 0)),
+        ("train first --arm left --profile", ("train", BASE, "left", Path("runs/first"), 5)),
+        ("compare first", ("compare", BASE, Path("runs/first"), 0)),
+        ("compare --profile 3 first", ("compare", BASE, Path("runs/first"), 3)),
+        ("compare second --run-dir=there", ("compare", dataclasses.replace(BASE, name="second"), Path("there"), 0)),
     ],
 )
 def test_commands_get_the_experiment_and_the_run_directory(calls, command, expected):
@@ -149,7 +151,7 @@ def test_report_names_the_nearest_run(calls, capsys):
 
 
 def test_other_errors_keep_their_traceback(calls, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise ValueError("a bug")
 
     monkeypatch.setattr(sys.modules["experiments.commands"], "compare", fail)
@@ -159,7 +161,7 @@ def test_other_errors_keep_their_traceback(calls, monkeypatch):
 
 @pytest.mark.parametrize(("command", "resumes"), [("compare", True), ("plan", False)])
 def test_an_interruption_says_how_to_go_on(calls, monkeypatch, capsys, command, resumes):
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["experiments.commands"], command, interrupt)

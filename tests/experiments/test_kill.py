@@ -1,12 +1,13 @@
-"""Killed with SIGKILL at any moment and launched again, a run ends with the bits of an unbroken one."""
+"""Killed with SIGKILL or SIGTERM at any moment and launched again, a run ends with the bits of an unbroken one."""
 
 import contextlib
+import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextlib.contextmanager
 def launched(folder: Path, arm: str, *run_dirs: Path) -> Iterator[subprocess.Popen[str]]:
-    """The program of `tiny_experiment`, on one device; programs once compiled are taken from the session's cache."""
+    with program("tiny_experiment", folder, arm, *run_dirs) as process:
+        yield process
+
+
+@contextlib.contextmanager
+def program(name: str, folder: Path, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """A program beside this file, on one device; what was compiled once is taken from the session's cache."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -45,7 +52,7 @@ def launched(folder: Path, arm: str, *run_dirs: Path) -> Iterator[subprocess.Pop
         "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    command = [sys.executable, "-m", "tests.experiments.tiny_experiment", str(folder), arm, *map(str, run_dirs)]
+    command = [sys.executable, "-m", f"tests.experiments.{name}", str(folder), *map(str, arguments)]
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield process
@@ -139,23 +146,21 @@ def test_asked_to_end_it_saves_the_step_it_is_at(folder: Path, tmp_path: Path) -
     check_same(folder, arm, broken, unbroken)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arm", ["gpt", "t5like"])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.slow  # 50 launches of a run
+@pytest.mark.parametrize(("arm", "seed"), [("gpt", 0), ("t5like", 1)])
 def test_killed_again_and_again(folder: Path, arm: str, seed: int, tmp_path: Path) -> None:
-    dice, kills = random.Random(seed), 0
-    broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
-    while kills < 5:
-        after = time.monotonic() + PATIENCE
-
-        def now() -> bool:
-            nonlocal after
-            after = min(after, time.monotonic() + dice.uniform(0, 0.6))
-            return time.monotonic() >= after
-
-        if not killed(folder, arm, broken, now):
-            break
-        kills += 1
-    assert kills
-    finished(folder, arm, broken, unbroken)
-    check_same(folder, arm, broken, unbroken)
+    """25 kills of each arm by SIGKILL or SIGTERM, anywhere and in the midst of saves: every run's bits are the same."""
+    kills, broken, unbroken = 25, tmp_path / "broken", tmp_path / "unbroken"
+    finished(folder, arm, unbroken)
+    with program("chaos", folder, arm, broken, kills, seed) as process:
+        output, _ = process.communicate(timeout=10 * PATIENCE)
+        assert process.returncode == 0, output
+    launches = [json.loads(line) for line in output.splitlines()]
+    ends = Counter((launch["signal"], launch["status"]) for launch in launches if launch["status"])
+    assert ends.total() == kills and ends["SIGKILL", -signal.SIGKILL] > 5 and ends["SIGTERM", 128 + signal.SIGTERM] > 5
+    assert ends["SIGTERM", -signal.SIGTERM] <= 2  # when a run was over, and only its process was left
+    assert len(ends) <= 3
+    assert all(launch["seconds"] < 30 for launch in launches if launch["signal"] == "SIGTERM")
+    runs = {launch["run"] for launch in launches}
+    for run in runs:
+        check_same(folder, arm, broken / str(run), unbroken)

@@ -61,7 +61,7 @@ class Slow:
     def begin(self, step: int, steps: int) -> None:
         print("begin", flush=True)
 
-    def step(self, row: dict[str, Any], train_seconds: float) -> None:
+    def step(self, row: dict[str, Any], timing: dict[str, Any]) -> None:
         time.sleep(0.02)
 
 

@@ -185,7 +185,7 @@ def breaking(name: str, text: str | None) -> Callable[[Path], None]:
         ("experiment.json", "{", "delete it and repeat"),
         ("enc-dec/config.json", "{", "enc-dec and repeat the run's command"),
         ("dec-only/metrics.jsonl", '{"step": 1, "loss": 2.0', "metrics.jsonl line 1"),
-        ("dec-only/metrics.jsonl", '\n{"step": 1}', "metrics.jsonl line 2: loss"),
+        ("dec-only/metrics.jsonl", '\n{"step": 1}', "metrics.jsonl line 2: tokens"),
         ("dec-only/samples.jsonl", '{"split": 3}', "samples.jsonl line 1: split"),
         ("dec-only/environment.json", None, "environment.json is missing"),
     ],

@@ -1,0 +1,59 @@
+"""What `fit` is given: a setup with its data, and somebody who looks on."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from common.data.batch import HostBatch
+from common.train.config import Rule
+from common.train.programs import Setup
+from common.train.stored import Stored
+
+
+class Stream(Protocol):
+    """Batches by number; `common.data.loader.Loader` is one."""
+
+    @property
+    def content(self) -> str: ...
+
+    def iterate(self, start: int, stop: int) -> Iterator[HostBatch]: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Initial:
+    """Where a new run's parameters come from."""
+
+    open: Callable[[], Stored]
+    """Called once, and only where the run has no checkpoint of its own."""
+    rules: tuple[Rule, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """A setup with its data."""
+
+    setup: Setup
+    stream: Stream
+    validation: tuple[HostBatch, ...]
+    config: dict[str, Any]
+    """Resolved config of the run, as JSON: what a run directory is recognised by."""
+    data: dict[str, str]
+    """What is read: content id of the source, hash of the tokenizer."""
+    initial: Initial | None = None
+    """None: a fresh model."""
+    peak_flops_per_second: float | None = None
+    """Of one device; None: not known, so no utilisation is told."""
+    profile_steps: int = 0
+    """How many steps to trace for a profiler, the first ones left out."""
+
+
+class Watcher(Protocol):
+    """What a run tells whoever looks on."""
+
+    def note(self, message: str) -> None: ...
+
+    def begin(self, step: int, steps: int) -> None: ...
+
+    def step(self, row: dict[str, Any], timing: dict[str, Any]) -> None:
+        """The rows of `metrics.jsonl` and `timings.jsonl` as they are written."""
+        ...
