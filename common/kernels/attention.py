@@ -12,8 +12,10 @@ import jax.numpy as jnp
 
 from common.kernels.blocked import blocked
 from common.kernels.choice import Case, How, Kind, choose
+from common.kernels.cudnn import cudnn
 from common.kernels.flash import flash
 from common.kernels.plain import plain
+from common.kernels.splash import Part, splash
 from common.kernels.visibility import Visibility
 from common.sharding.rules import compute_spec, on_mesh
 
@@ -75,6 +77,8 @@ def _case(q_BQHC: jax.Array, visibility: Visibility, *, dropping: bool, divides:
         consecutive=visibility.consecutive,
         prefix=visibility.prefix_length > 0,
         placed=visibility.placed or not visibility.causal,
+        one_segment=visibility.at_left
+        and (not visibility.causal or (visibility.q_offset == 0 and _parts("length") == 1)),
         dropping=dropping,
         divides=divides,
     )
@@ -87,11 +91,25 @@ def _platform() -> str:
 
 
 def _here(
-    kind: Kind, how: How, scale: float, q_BQHC: jax.Array, k_BGKC: jax.Array, v_BGKC: jax.Array, visibility: Visibility
+    kind: Kind,
+    how: How,
+    scale: float,
+    q_BQHC: jax.Array,
+    k_BGKC: jax.Array,
+    v_BGKC: jax.Array,
+    visibility: Visibility,
+    part: Part | None = None,
 ) -> jax.Array:
-    """By one device."""
+    """By one device, of which these queries may be a `part`."""
+    operands = q_BQHC, k_BGKC, v_BGKC
+    if kind == "splash":
+        return splash(*operands, visibility, scale=scale, block=how.kernel_block, part=part, interpret=how.interpret)
+    if part is not None:
+        visibility = dataclasses.replace(visibility, q_start=part.index * q_BQHC.shape[1])
     if kind == "flash":
-        return flash(q_BQHC, k_BGKC, v_BGKC, visibility, scale=scale, block=how.kernel_block, interpret=how.interpret)
+        return flash(*operands, visibility, scale=scale, block=how.kernel_block, interpret=how.interpret)
+    if kind == "cudnn":
+        return cudnn(*operands, visibility, scale=scale)
     assert kind == "blocked"
     return blocked(q_BQHC * scale, k_BGKC, v_BGKC, visibility, how.block)
 
@@ -119,13 +137,11 @@ def _on_devices(
     }
     of_queries = compute_spec("batch", "length", "heads", None)
     of_keys = compute_spec("batch", "kv_heads", None, None)
-    length_axis = compute_spec("length")[0]
+    parts, length_axis = _parts("length"), compute_spec("length")[0]
 
     def local(q_BQHC: jax.Array, k_BGKC: jax.Array, v_BGKC: jax.Array, visibility: Visibility) -> jax.Array:
-        if _parts("length") > 1:
-            start = jax.lax.axis_index(length_axis) * q_BQHC.shape[1]
-            visibility = dataclasses.replace(visibility, q_start=start)
-        return _here(kind, how, scale, q_BQHC, k_BGKC, v_BGKC, visibility)
+        part = None if parts == 1 else Part(index=jax.lax.axis_index(length_axis), parts=parts)
+        return _here(kind, how, scale, q_BQHC, k_BGKC, v_BGKC, visibility, part)
 
     # Unchecked, as splash attention does not say over which axes its results vary. Each result varies over all axes,
     # so the gradient of what is whole along one, keys and the table of the bias, is the sum over it.
@@ -135,16 +151,15 @@ def _on_devices(
 
 
 def _divides(q_BQHC: jax.Array, k_BGKC: jax.Array) -> bool:
-    if not on_mesh():
-        return True
     sizes = zip((*q_BQHC.shape[:3], k_BGKC.shape[1]), ("batch", "length", "heads", "kv_heads"), strict=True)
     return all(size % _parts(name) == 0 for size, name in sizes)
 
 
 def _parts(name: str) -> int:
     """Into how many parts the mesh divides a logical axis."""
-    axes = compute_spec(name)[0]
-    sizes = jax.sharding.get_abstract_mesh().shape
+    if not on_mesh():
+        return 1
+    axes, sizes = compute_spec(name)[0], jax.sharding.get_abstract_mesh().shape
     return math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 

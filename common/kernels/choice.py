@@ -36,6 +36,8 @@ class Case:
     prefix: bool
     placed: bool
     """Every query's index is known beforehand, or does not matter."""
+    one_segment: bool
+    """Every row is one segment at its begin, and its first query, where causal, stands at its first key."""
     dropping: bool
     """Attention weights are dropped at random."""
     divides: bool
@@ -48,9 +50,17 @@ class Case:
 
 
 SERVES: Mapping[Kind, Callable[[Case], bool]] = {
-    "splash": lambda case: False,
+    "splash": lambda case: case.whole and case.divides and not case.biased and not case.prefix,
     "flash": lambda case: case.whole and case.divides and (case.consecutive or not case.biased),
-    "cudnn": lambda case: False,
+    "cudnn": lambda case: (
+        case.whole
+        and case.divides
+        and case.one_segment
+        and not (case.biased or case.prefix)
+        and case.dtype in ("bfloat16", "float16")
+        and case.head_dim % 8 == 0
+        and case.head_dim <= 128
+    ),
     "blocked": lambda case: case.whole,
     "plain": lambda case: True,
 }
@@ -72,10 +82,11 @@ def choose(how: How, case: Case) -> Kind:
     Raises UserError where the one wanted runs on other devices than these.
 
     >>> whole = Case(platform="tpu", dtype="bfloat16", head_dim=64, queries=512, biased=False, consecutive=False,
-    ...              prefix=False, placed=True, dropping=False, divides=True)
+    ...              prefix=False, placed=True, one_segment=False,
+    ...              dropping=False, divides=True)
     >>> biased = dataclasses.replace(whole, biased=True)
     >>> choose(How(), whole), choose(How(), biased), choose(How(), dataclasses.replace(biased, consecutive=True))
-    ('flash', 'blocked', 'flash')
+    ('splash', 'blocked', 'flash')
     >>> choose(How(kind="plain"), whole), choose(How(kind="blocked"), dataclasses.replace(whole, queries=1))
     ('plain', 'plain')
     """

@@ -19,7 +19,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from common.kernels import flash_kernels as kernels
 from common.kernels.bias import BiasTable, relative_bucket
-from common.kernels.flash_kernels import LANES, SUBLANES, Plan
+from common.kernels.blocks import LANES, SUBLANES, even_block, multiple, padded
+from common.kernels.flash_kernels import Plan
 from common.kernels.visibility import ATTENTION, Visibility
 
 GROUP_BYTES = 2**20  # of queries, a block; a kernel has up to eight times that, of 16 MiB
@@ -60,10 +61,10 @@ def flash(
         return jnp.zeros_like(q_BQHC)
     # All heads of a group stay in fast memory while its keys pass by: many of them, or wide ones, want shorter blocks.
     fitting = GROUP_BYTES // (H // G * C * q_BQHC.dtype.itemsize) // LANES * LANES
-    block_q, block_k = _even(Q, min(block, max(fitting, LANES))), _even(K, block)
+    block_q, block_k = even_block(Q, min(block, max(fitting, LANES))), even_block(K, block)
     plan = Plan(
-        queries=-(-Q // block_q) * block_q,
-        keys=-(-K // block_k) * block_k,
+        queries=multiple(Q, block_q),
+        keys=multiple(K, block_k),
         block_q=block_q,
         block_k=block_k,
         causal=visibility.causal,
@@ -74,12 +75,12 @@ def flash(
     q_BGMCQ = jnp.moveaxis((q_BQHC * scale).reshape(B, Q, G, H // G, C), 1, 4)
     out_BGMCQ = _flash(
         start[None],
-        _padded(q_BGMCQ, plan.queries),
-        _padded(k_BGKC.swapaxes(2, 3), plan.keys),
-        _padded(v_BGKC.swapaxes(2, 3), plan.keys),
+        padded(q_BGMCQ, plan.queries, axis=-1),
+        padded(k_BGKC.swapaxes(2, 3), plan.keys, axis=-1),
+        padded(v_BGKC.swapaxes(2, 3), plan.keys, axis=-1),
         None if visibility.bias is None else distance_vector(visibility.bias, plan, start).reshape(G, H // G, 1, -1),
-        _padded(visibility.q_segments_BQ[:, None], plan.queries),
-        _padded(visibility.k_segments_BK[:, None], plan.keys),
+        padded(visibility.q_segments_BQ[:, None], plan.queries, axis=-1),
+        padded(visibility.k_segments_BK[:, None], plan.keys, axis=-1),
         plan,
     )
     return jnp.moveaxis(out_BGMCQ[..., :Q], 4, 1).reshape(B, Q, H, C)
@@ -103,21 +104,6 @@ def distance_vector(bias: BiasTable, plan: Plan, start: jax.Array) -> jax.Array:
     return bias.table_HR.astype(jnp.float32)[:, bucket_N]
 
 
-def _even(length: int, block: int) -> int:
-    """The smallest block that cuts `length` into no more pieces than `block` does.
-
-    >>> [_even(length, 512) for length in (1, 128, 512, 640, 4096)]
-    [128, 128, 512, 384, 512]
-    """
-    step = min(block, LANES)
-    pieces = -(-length // block)
-    return -(-length // (pieces * step)) * step
-
-
-def _padded(x: jax.Array, length: int) -> jax.Array:
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, length - x.shape[-1])])
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(7,))
 def _flash(
     start_1: jax.Array,
@@ -133,13 +119,21 @@ def _flash(
 
 
 def _forward(start, q, k, v, vector, qseg, kseg, plan):  # type: ignore[no-untyped-def]
+    operands = (start, qseg, kseg, q, k, v, vector)
+    out, log_sum = (checkpoint_name(x, ATTENTION) for x in _out(plan, operands))
+    return out, (start, q, k, v, vector, qseg, kseg, out, log_sum)
+
+
+@partial(jax.jit, static_argnums=0)  # a kernel of its own would stay in a rematerialised program that does not want it
+def _out(plan: Plan, operands: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+    q, vector = operands[3], operands[6]
     B, G, M, C, Q = q.shape
 
     def keys(start: Any, i: Any, j: Any) -> Any:
         return jnp.minimum(j, plan.last_k_block(start, i))
 
     specs, a_query, _ = _specs(plan, q, vector, lambda start, i, j: i, keys)
-    out, log_sum = pl.pallas_call(
+    return pl.pallas_call(
         partial(kernels.forward_kernel, plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
@@ -155,9 +149,7 @@ def _forward(start, q, k, v, vector, qseg, kseg, plan):  # type: ignore[no-untyp
         compiler_params=_parallel(3),
         interpret=plan.interpret,
         name="flash_forward",
-    )(start, qseg, kseg, q, k, v, vector)
-    out, log_sum = (checkpoint_name(x, ATTENTION) for x in (out, log_sum))
-    return out, (start, q, k, v, vector, qseg, kseg, out, log_sum)
+    )(*operands)
 
 
 def _backward(plan, residuals, dout):  # type: ignore[no-untyped-def]

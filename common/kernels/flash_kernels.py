@@ -16,9 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from common.kernels.blocks import LANES, SUBLANES
 from common.kernels.visibility import MASKED
-
-SUBLANES, LANES = 8, 128
 
 Ref = Any  # Pallas has no public type for the references that a kernel reads and writes
 

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from common.kernels.visibility import ATTENTION
 from common.nn.recipe import Execution
 from common.sharding.rules import on_mesh
 
-ATTENTION = "attention"
 ENTERED = "entered"
 """Name of the stream that enters a layer."""
 COSTS_NOTHING = {

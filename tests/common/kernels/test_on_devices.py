@@ -15,17 +15,15 @@ from common.kernels.choice import How
 from common.kernels.visibility import Visibility
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
+from tests.common.kernels.cases import Operands, error, jit
 
 B, H, G, C = 4, 4, 2, 16
 PLAIN = How(kind="plain")
 HOWS = {
     "flash": How(kind="flash", kernel_block=16, interpret=True),
+    "splash": How(kind="splash", kernel_block=128, interpret=True),
     "blocked": How(kind="blocked", block=8),
 }
-ALL = MeshShape(data=2, context=2, tensor=2)
-# Kernels are interpreted by programs that take longer to compile than to run.
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-Operands = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +82,7 @@ def outcome(how: How, case: Case, mesh: MeshShape | None) -> tuple[Any, ...]:
         out = attend(*operands[:3], case.visibility(operands[3]), scale=0.3, how=how)
         return (out * weights).sum(), out
 
-    program = jax.jit(jax.grad(total, argnums=(0, 1, 2, 3), has_aux=True), compiler_options=QUICKLY)
+    program = jit(jax.grad(total, argnums=(0, 1, 2, 3), has_aux=True))
     if mesh is None:
         gradients, out = program(*case.operands())
     else:
@@ -93,22 +91,29 @@ def outcome(how: How, case: Case, mesh: MeshShape | None) -> tuple[Any, ...]:
     return out, *gradients
 
 
-@pytest.mark.parametrize("how", HOWS.values(), ids=HOWS.keys())
+EVERY_AXIS = MeshShape(data=2, context=2, tensor=2)
+MESHES = [
+    *((name, EVERY_AXIS) for name in CASES),
+    ("causal", MeshShape(replica=2, fsdp=2, tensor=2)),
+    ("prefix", MeshShape(context=4)),
+    ("no bias", MeshShape(context=4)),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "mesh"),
+    ("kind", "name", "mesh"),
     [
-        *((name, ALL) for name in CASES),
-        ("causal", MeshShape(context=4)),
-        ("causal", MeshShape(replica=2, fsdp=2, tensor=2)),
-        ("prefix", MeshShape(context=4)),
+        (kind, *on)
+        for kind in HOWS
+        for on in MESHES
+        if kind != "splash" or not (CASES[on[0]].bias or CASES[on[0]].prefix)
     ],
     ids=str,
 )
-def test_a_mesh_changes_neither_output_nor_gradients(name: str, mesh: MeshShape, how: How) -> None:
-    case = CASES[name]
+def test_a_mesh_changes_neither_output_nor_gradients(kind: str, name: str, mesh: MeshShape) -> None:
+    how, case = HOWS[kind], CASES[name]
     found, expected = outcome(how, case, mesh), outcome(PLAIN, case, None)
-    for x, y in zip(found, expected, strict=True):
-        np.testing.assert_allclose(x, y, atol=1e-5 * max(1e-30, float(np.abs(y).max())))
+    assert all(error(x, y) <= 1e-5 for x, y in zip(found, expected, strict=True))
     blind = np.asarray(case.visibility(case.operands()[3]).mask_BQK()).sum(axis=-1) == 0
     assert blind.any() and (np.asarray(found[0])[blind] == 0).all() and (np.asarray(found[1])[blind] == 0).all()
 

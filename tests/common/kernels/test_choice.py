@@ -1,0 +1,126 @@
+"""Which implementation is taken, and what of it the backward pass keeps."""
+
+import contextlib
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.extend.core import jaxprs_in_params
+from jax.interpreters.partial_eval import dce_jaxpr
+
+from common.errors import UserError
+from common.kernels.attention import attend
+from common.kernels.choice import Case, How, Kind, choose
+from common.kernels.visibility import ATTENTION
+from common.sharding.mesh import make_mesh
+from common.sharding.shape import MeshShape
+from tests.common.kernels import cases
+
+WHOLE = Case(
+    platform="tpu",
+    dtype="bfloat16",
+    head_dim=64,
+    queries=512,
+    biased=False,
+    consecutive=True,
+    prefix=False,
+    placed=True,
+    one_segment=False,
+    dropping=False,
+    divides=True,
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "tpu", "gpu", "cpu"),
+    [
+        ({}, "splash", "blocked", "blocked"),
+        ({"one_segment": True}, "splash", "cudnn", "blocked"),
+        ({"one_segment": True, "dtype": "float32"}, "splash", "blocked", "blocked"),
+        ({"one_segment": True, "head_dim": 20}, "splash", "blocked", "blocked"),
+        ({"prefix": True, "one_segment": True}, "flash", "blocked", "blocked"),
+        ({"biased": True}, "flash", "blocked", "blocked"),
+        ({"biased": True, "consecutive": False}, "blocked", "blocked", "blocked"),
+        ({"divides": False, "one_segment": True}, "blocked", "blocked", "blocked"),
+        ({"dropping": True}, "plain", "plain", "plain"),
+        ({"queries": 1}, "plain", "plain", "plain"),
+        ({"placed": False}, "plain", "plain", "plain"),
+    ],
+    ids=str,
+)
+def test_auto(change: dict[str, Any], tpu: Kind, gpu: Kind, cpu: Kind) -> None:
+    case = dataclasses.replace(WHOLE, **change)
+    assert [choose(How(), dataclasses.replace(case, platform=name)) for name in ("tpu", "gpu", "cpu")] == [
+        tpu,
+        gpu,
+        cpu,
+    ]
+
+
+def test_a_name_is_taken_where_it_serves() -> None:
+    """Else what `auto` takes."""
+    assert choose(How(kind="flash"), WHOLE) == "flash"
+    assert choose(How(kind="splash"), dataclasses.replace(WHOLE, biased=True)) == "flash"
+    assert all(choose(How(kind=kind), WHOLE) == kind for kind in ("blocked", "plain"))
+    assert choose(How(kind="cudnn"), dataclasses.replace(WHOLE, platform="cuda")) == "blocked"
+    with pytest.raises(UserError, match="attention is 'cudnn', which runs on gpu, but this program is for tpu"):
+        choose(How(kind="cudnn"), WHOLE)
+
+
+def test_auto_on_a_cpu_is_what_blocked_was() -> None:
+    """Bit for bit."""
+    case = cases.Case()
+    q, k, v, table = case.operands()
+    auto, blocked = (
+        attend(q, k, v, case.visibility(table), scale=0.3, how=how) for how in (How(), How(kind="blocked", block=64))
+    )
+    assert (auto == blocked).all()
+
+
+def counted(jaxpr: Any) -> Counter[str]:
+    """How often each primitive, or each kernel by its name, stands in a program; kernels' own bodies apart."""
+    found: Counter[str] = Counter()
+    for equation in jaxpr.eqns:
+        kernel = equation.primitive.name == "pallas_call"
+        found[equation.params["name"] if kernel else equation.primitive.name] += 1
+        for inner in () if kernel else jaxprs_in_params(equation.params):
+            found += counted(inner)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "counts", "once"),
+    [("splash", "splash_mha_fwd_segmented_residuals", 1), ("flash", "flash_forward", 1), ("blocked", "dot_general", 2)],
+)
+@pytest.mark.parametrize("mesh", [None, MeshShape(data=2, context=2, tensor=2)], ids=str)
+def test_what_is_kept_by_name_is_not_computed_again(kind: Kind, counts: str, once: int, mesh: MeshShape | None) -> None:
+    """Of all that `counts`, a program that may keep nothing has the forward pass's once more."""
+    case = cases.Case(bias=kind == "flash", causal=True, rows=4)
+    how = How(kind=kind, block=128, kernel_block=128, interpret=True)
+
+    def attention(*operands: jax.Array) -> jax.Array:
+        q, k, v, table = operands
+        # As in a layer, what attention reads and what reads it has to be computed too.
+        return jnp.sin(attend(jnp.sin(q), k, v, case.visibility(table), scale=0.3, how=how))
+
+    def number(policy: Any) -> int:
+        kept = jax.checkpoint(attention, policy=policy)
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(make_mesh(mesh)):
+            gradient = jax.make_jaxpr(jax.value_and_grad(lambda *x: kept(*x).sum(), argnums=(0, 1, 2)))
+            program = gradient(*case.operands()).jaxpr
+        used, _ = dce_jaxpr(program, [True] * len(program.outvars))
+        return counted(used)[counts]
+
+    policies = jax.checkpoint_policies
+    by_name, everything, nothing = (
+        number(policy)
+        for policy in (
+            policies.save_only_these_names(ATTENTION),
+            policies.everything_saveable,
+            policies.nothing_saveable,
+        )
+    )
+    assert by_name == everything == nothing - once
