@@ -29,6 +29,8 @@ class Chip:
     flops_per_second: float
     """Matrix products in bf16."""
     hbm_bytes: float
+    usable_hbm_bytes: float | None = None
+    """What a program may reserve, as libtpu 0.0.52 says when one wants more."""
     hbm_bytes_per_second: float
     links: int = 0
     """Links of a chip to its neighbours (ICI)."""
@@ -49,6 +51,7 @@ CHIPS: dict[str, Chip] = {
             device_kinds=("TPU v4",),
             flops_per_second=275e12,
             hbm_bytes=32 * GIB,
+            usable_hbm_bytes=30.75 * GIB,
             hbm_bytes_per_second=1200 * GB,
             links=6,
             link_bytes_per_second=50 * GB,
@@ -60,6 +63,7 @@ CHIPS: dict[str, Chip] = {
             device_kinds=("TPU v5 lite", "TPU v5e"),
             flops_per_second=197e12,
             hbm_bytes=16 * GIB,
+            usable_hbm_bytes=15.75 * GIB,
             hbm_bytes_per_second=819 * GB,
             links=4,
             link_bytes_per_second=50 * GB,
@@ -71,6 +75,7 @@ CHIPS: dict[str, Chip] = {
             device_kinds=("TPU v5", "TPU v5p"),
             flops_per_second=459e12,
             hbm_bytes=95 * GIB,
+            usable_hbm_bytes=95.73 * GIB,
             hbm_bytes_per_second=2765 * GB,
             links=6,
             link_bytes_per_second=100 * GB,
@@ -82,6 +87,7 @@ CHIPS: dict[str, Chip] = {
             device_kinds=("TPU v6 lite", "TPU v6e"),
             flops_per_second=918e12,
             hbm_bytes=32 * GIB,
+            usable_hbm_bytes=31.24 * GIB,
             hbm_bytes_per_second=1638 * GB,
             links=4,
             link_bytes_per_second=100 * GB,
@@ -94,6 +100,7 @@ CHIPS: dict[str, Chip] = {
             devices_per_chip=2,
             flops_per_second=2307e12 / 2,
             hbm_bytes=192 * GIB / 2,
+            usable_hbm_bytes=94.74 * GIB,
             hbm_bytes_per_second=7380 * GB / 2,
             links=6,
             link_bytes_per_second=100 * GB,
