@@ -115,32 +115,42 @@ class Program:
         return found
 
     def _trips(self, computation: str, loop: Instruction) -> int:
+        """Of a loop that counts up to a constant by a constant."""
         known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
         if known:
             return int(known.group(1))
-        condition = re.search(r"condition=%?([\w.-]+)", loop.rest)
-        assert condition, loop.rest
-        return self._bound(condition.group(1), loop.name) - self._first(computation, loop)
+        condition = self.computations[_attribute(loop, "condition")]
+        test = next(instruction for instruction in condition.values() if instruction.root)
+        bound = _constant(condition.get(test.operands[1])) if test.opcode == "compare" else None
+        if bound is None or "direction=LT" not in test.rest:
+            raise ValueError(f"the bound of loop {loop.name} is not a constant: {test}")
+        place = int(_attribute(condition[test.operands[0]], "index"))
+        steps = bound - self._first(computation, loop, place)
+        return max(0, -(-steps // self._step(_attribute(loop, "body"), place)))
 
-    def _bound(self, condition: str, loop: str) -> int:
-        """The constant that a loop counts up to, `i < bound`."""
-        body = self.computations[condition]
-        root = next(instruction for instruction in body.values() if instruction.root)
-        if root.opcode == "compare" and "direction=LT" in root.rest:
-            limit = body[root.operands[1]]
-            if limit.opcode == "constant" and (value := re.match(r"\((\d+)\)", limit.rest)):
-                return int(value.group(1))
-        raise ValueError(f"the bound of loop {loop} is not a constant: {root}")
-
-    def _first(self, computation: str, loop: Instruction) -> int:
+    def _first(self, computation: str, loop: Instruction, place: int) -> int:
         """Where the loop begins to count: 0, but for a loop whose first turns were taken out of it."""
         body = self.computations[computation]
         carry = body.get(loop.operands[0])
-        start = body.get(carry.operands[0]) if carry is not None and carry.opcode == "tuple" else None
+        start = body.get(carry.operands[place]) if carry is not None and carry.opcode == "tuple" else None
         while start is not None and start.opcode in ("copy", "bitcast"):
             start = body.get(start.operands[0])
-        value = re.match(r"\((\d+)\)", start.rest) if start is not None and start.opcode == "constant" else None
-        return int(value.group(1)) if value else 0
+        return _constant(start) or 0
+
+    def _step(self, name: str, place: int) -> int:
+        """By how much the loop counts: 1, but for products that the partitioner has cut up, which take several turns at
+        once."""
+        body = self.computations[name]
+        root = next(instruction for instruction in body.values() if instruction.root)
+        now = body.get(root.operands[place]) if root.opcode == "tuple" else None
+        step = 0
+        while now is not None and now.opcode == "add":
+            numbers = [_constant(body.get(operand)) for operand in now.operands]
+            if not any(numbers):
+                break
+            step += next(number for number in numbers if number)
+            now = body.get(now.operands[0 if numbers[1] else 1])
+        return step or 1
 
 
 def parse(text: str) -> Program:
@@ -184,6 +194,19 @@ def _instruction(line: str) -> Instruction | None:
     if opcode in ("constant", "parameter"):
         rest = inside + rest
     return Instruction(start.group(2), opcode, arrays_of(kind), operands, rest, bool(start.group(1)))
+
+
+def _attribute(instruction: Instruction, name: str) -> str:
+    found = re.search(rf"\b{name}=%?([\w.-]+)", instruction.rest)
+    assert found, instruction.rest
+    return found.group(1)
+
+
+def _constant(instruction: Instruction | None) -> int | None:
+    if instruction is None or instruction.opcode != "constant":
+        return None
+    value = re.match(r"\((\d+)\)", instruction.rest)
+    return int(value.group(1)) if value else None
 
 
 def _until(text: str, mark: str) -> tuple[str, str]:
