@@ -51,7 +51,7 @@ def _plan_there(experiment: Experiment, console: Console, target: Target) -> Non
         raise UserError(f"--price is {target.price:g}: it must be more than 0, in USD a chip-hour")
     if target.search:
         found = search(experiment, topology, console, _given_mesh(target.mesh, topology))
-        console.print(candidates_table(found, topology))
+        console.print(candidates_table(experiment, found, topology))
         return
     experiment = on_mesh(experiment, topology, _given_mesh(target.mesh, topology))
     compiled = _compile(experiment, topology, console)

@@ -1,9 +1,9 @@
 """The best of all meshes, remat policies and micro-batches for a topology, by estimate.
 
-A simple model of memory and time ranks all candidates in a moment; the first few are compiled, and of those that fit
-the one with the least estimate wins. Every candidate trains on the same rows a step, so that what is learned stays the
-same: only how many of them a device takes at a time differs. All arms share the config `train`, so one choice is made
-for all, by the sum of their steps.
+A simple model of memory and time ranks all candidates in a moment. The first mesh is compiled with each remat policy,
+then the next few candidates of the policy that proved best; of those that fit the one with the least estimate wins.
+Every candidate trains on the same rows a step, so that what is learned stays the same: only how many of them a device
+takes at a time differs. All arms share the config `train`, so one choice is made for all, by the sum of their steps.
 """
 
 import dataclasses
@@ -31,9 +31,8 @@ from experiments.plan_jobs import Job, compile_all
 from experiments.plan_table import outlook
 from gpt.config import GptConfig
 
-COMPILED = 3
-"""Candidates that are compiled, and again as many while none of them fits, up to ROUNDS times."""
-ROUNDS = 3
+MORE_MESHES = 2
+"""Candidates that are compiled with the remat policy that proved best, beside the first mesh with each policy."""
 SHOWN = 12
 MOST_TENSOR = 8
 ROOM = 0.9
@@ -91,16 +90,34 @@ def search(experiment: Experiment, topology: Topology, console: Console, mesh: M
         )
     usable = topology.facts.usable_hbm_bytes or topology.facts.hbm_bytes
     ranked = sorted(all_, key=lambda one: (max(1.0, one.bytes / (ROOM * usable)), one.guessed_seconds))
-    console.print(f"{len(all_)} candidates; compiling the best {COMPILED}")
-    for begin in range(0, min(ROUNDS * COMPILED, len(ranked)), COMPILED):
-        chosen = ranked[begin : begin + COMPILED]
-        jobs = [Job(experiment=one.experiment, arm=arm, topology=topology) for one in chosen for arm in experiment.arms]
-        answers = iter(compile_all(jobs, console))
-        for i, one in enumerate(chosen, begin):
-            ranked[i] = dataclasses.replace(one, compiled={arm: next(answers) for arm in experiment.arms})
-        if any(one.fits for one in ranked[begin : begin + COMPILED]):
-            break
-    return ranked
+    console.print(f"{len(ranked)} candidates; compiling one mesh with each remat policy, then more meshes")
+    alike = [(i, one) for i, one in enumerate(ranked) if one.experiment.train.mesh == ranked[0].experiment.train.mesh]
+    firsts = {one.experiment.train.execution.remat: i for i, one in reversed(alike)}
+    ranked = _compiled(ranked, sorted(firsts.values()), topology, console)
+    best = best_of(ranked, topology)
+    remat = (best or ranked[0]).experiment.train.execution.remat
+    others = [i for i, one in enumerate(ranked) if one.experiment.train.execution.remat == remat and not one.compiled]
+    return _compiled(ranked, others[:MORE_MESHES], topology, console)
+
+
+def _compiled(
+    candidates: Sequence[Candidate], chosen: Sequence[int], topology: Topology, console: Console
+) -> list[Candidate]:
+    """The same, with the compiler's answers for those at the places `chosen`."""
+    found = list(candidates)
+    answers = iter(
+        compile_all(
+            [
+                Job(experiment=found[i].experiment, arm=arm, topology=topology)
+                for i in chosen
+                for arm in found[i].experiment.arms
+            ],
+            console,
+        )
+    )
+    for i in chosen:
+        found[i] = dataclasses.replace(found[i], compiled={arm: next(answers) for arm in found[i].experiment.arms})
+    return found
 
 
 def best_of(candidates: Sequence[Candidate], topology: Topology) -> Candidate | None:
@@ -108,14 +125,15 @@ def best_of(candidates: Sequence[Candidate], topology: Topology) -> Candidate | 
     return min((one for one in candidates if one.fits), key=lambda one: sum(one.seconds(topology)), default=None)
 
 
-def candidates_table(candidates: Sequence[Candidate], topology: Topology) -> Table:
+def candidates_table(base: Experiment, candidates: Sequence[Candidate], topology: Topology) -> Table:
     """What was chosen from: the first by the simple model, all that were compiled, and which is best."""
     best = best_of(candidates, topology)
     first = candidates[0].experiment
+    shown = [one for i, one in enumerate(candidates) if i < SHOWN or one.compiled]
     table = Table(
         title=escape(f"{first.name} on {topology}: {len(candidates)} candidates, {first.data.rows:,} rows a step"),
         caption=escape(
-            f"best: {overrides(best.experiment)}"
+            f"best: {overrides(base, best.experiment)}"
             if best
             else "none of those that were compiled fits: take more chips, or chips with more memory"
         ),
@@ -123,7 +141,7 @@ def candidates_table(candidates: Sequence[Candidate], topology: Topology) -> Tab
     for column in ("mesh", "remat", "accumulation", "rows a device", "model: GiB", "model: s", "compiled: GiB"):
         table.add_column(column, justify="right")
     table.add_column("compiled: s, all arms", justify="right")
-    for one in candidates[: max(SHOWN, 1 + max(i for i, other in enumerate(candidates) if other.compiled))]:
+    for one in shown:
         train = one.experiment.train
         table.add_row(
             str(train.mesh),
@@ -139,13 +157,17 @@ def candidates_table(candidates: Sequence[Candidate], topology: Topology) -> Tab
     return table
 
 
-def overrides(experiment: Experiment) -> str:
-    """What the command line takes to run like this."""
-    train = experiment.train
-    sizes = [f"train.mesh.{axis}={size}" for axis, size in train.mesh.sizes().items()]
-    return " ".join(
-        [*sizes, f"train.execution.remat={train.execution.remat}", f"train.accumulation={train.accumulation}"]
-    )
+def overrides(base: Experiment, changed: Experiment) -> str:
+    """What the command line takes to run `base` like this."""
+    train, before = changed.train, base.train
+    words = [
+        f"train.mesh.{axis}={size}" for axis, size in train.mesh.sizes().items() if before.mesh.sizes()[axis] != size
+    ]
+    if train.execution != before.execution:
+        words.append(f"train.execution.remat={train.execution.remat}")
+    if train.accumulation != before.accumulation:
+        words.append(f"train.accumulation={train.accumulation}")
+    return " ".join(words) or "as the experiment has it"
 
 
 def guess(experiment: Experiment, topology: Topology, arm: str) -> Guess:
@@ -153,7 +175,8 @@ def guess(experiment: Experiment, topology: Topology, arm: str) -> Guess:
     one layer's weights and logits at work; weights gathered for every pass, gradients scattered and summed, and the
     residual stream summed along tensor. Padding, copies and the compiler's choices are not in it."""
     model, train, chip = experiment.arms[arm].model, experiment.train, topology.facts
-    mesh, recompute = train.mesh, {"none": 0, "full": 1}.get(train.execution.remat, 0)
+    mesh, remat = train.mesh, train.execution.remat
+    recompute = 0 if remat in ("none", "dots") else 1
     rows, inputs, targets = experiment.row_slots()
     at_once = rows / mesh.row_parts / train.accumulation
     passes = train.accumulation * (2 + recompute)
@@ -164,7 +187,7 @@ def guess(experiment: Experiment, topology: Topology, arm: str) -> Guess:
     layer = (attention_parameters(model) + mlp_parameters(model)) / mesh.tensor
     logits = at_once * min(train.execution.loss_chunk, targets) * model.vocab_size / mesh.tensor
     scores = at_once * model.num_heads / mesh.tensor * min(train.execution.attention_block, inputs) * (inputs + targets)
-    held = tokens * {"none": 2 * whole, "full": kept}.get(train.execution.remat, whole)
+    held = tokens * {"none": 2 * whole, "dots": whole, "attention": 2 * kept, "full": kept, "offload": 0}[remat]
     head = model.d_model * model.vocab_size / mesh.tensor
     forward = model.flops(Moments.of_rows(rows, inputs, targets))
     flops = forward.train_full_attention + recompute * (forward.dense + forward.attention_full)

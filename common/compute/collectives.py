@@ -101,6 +101,8 @@ def groups_of(attributes: str, devices: int) -> np.ndarray:
     [[0, 2], [1, 3]]
     >>> groups_of("replica_groups=mesh['a'=2,'b'=2] {'a'}", 4).tolist()
     [[0, 2], [1, 3]]
+    >>> groups_of("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}", 4).tolist()
+    [[0, 1], [2, 3]]
     >>> groups_of("source_target_pairs={{0,1},{1,0}}", 2).tolist()
     [[0, 1], [1, 0]]
     >>> groups_of("replica_groups={}", 2).tolist()
@@ -110,11 +112,12 @@ def groups_of(attributes: str, devices: int) -> np.ndarray:
         listed = [integers(group) for group in re.findall(r"\{([\d,]*)\}", pairs.group(1))]
         return np.array(listed or [tuple(range(devices))])
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        shape, sizes, order = (integers(part or "") for part in iota.groups())
-        ids = np.arange(devices).reshape(sizes)
-        return (ids.transpose(order) if order else ids).reshape(shape)
-    if named := re.search(r"replica_groups=(?:\w+)?mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
-        return _named_groups(*named.groups())
+        shape, box, turned = (integers(part or "") for part in iota.groups())
+        ids = np.arange(devices).reshape(box)
+        return (ids.transpose(turned) if turned else ids).reshape(shape)
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))? \{([^}]*)\}", attributes):
+        sizes, order, axes = named.groups()
+        return _device_ids(order or "", devices)[_named_groups(sizes, axes)]
     raise ValueError(f"groups of devices in an unknown notation: {attributes[:200]}")
 
 
@@ -126,6 +129,15 @@ def axes_of(groups: np.ndarray, mesh: Mapping[str, int]) -> tuple[str, ...]:
     """
     places = np.unravel_index(groups, tuple(mesh.values()))
     return tuple(axis for axis, place in zip(mesh, places, strict=True) if (place != place[:, :1]).any())
+
+
+def _device_ids(order: str, devices: int) -> np.ndarray:
+    """Devices in the order of a mesh: in a row, a transposed box `[2,4]T(1,0)`, or listed."""
+    box = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order)
+    if not box:
+        return np.array(integers(order)) if order else np.arange(devices)
+    ids = np.arange(devices).reshape(integers(box.group(1)))
+    return (ids.transpose(integers(box.group(2))) if box.group(2) else ids).reshape(-1)
 
 
 def _named_groups(sizes: str, axes: str) -> np.ndarray:

@@ -110,7 +110,7 @@ def _moved_by_fusion(program: Program, fusion: Instruction, operands: list[Instr
     for part, array in zip(parts, fusion.arrays, strict=False):
         if part.opcode == "dynamic-update-slice":
             update = inside[part.operands[1]].arrays[0]
-            total += 2 * _hbm_bytes((array,)) * update.bytes // max(array.bytes, 1)
+            total += _hbm_bytes((array,)) * update.bytes // max(array.bytes, 1)
         else:
             total += _hbm_bytes((array,))
     return total
