@@ -172,7 +172,7 @@ def _memory_rows(line: Line, topology: Topology) -> None:
     line("fits", lambda one: "no" if one.compiled.no_room else "yes")
     line("HBM", total)
     inside = _where_it_fits(line)
-    inside("  parameters", argument("state.params"))
+    inside("  stored parameters", argument("state.params"))
     inside("  optimizer state", argument("state.opt_state"))
     inside("  batch", argument("batch"))
     inside("  temporaries", lambda one: _mib(_memory(one).temporaries))
