@@ -121,35 +121,36 @@ class Program:
             return int(known.group(1))
         condition = self.computations[_attribute(loop, "condition")]
         test = next(instruction for instruction in condition.values() if instruction.root)
-        bound = _constant(condition.get(test.operands[1])) if test.opcode == "compare" else None
+        bound = _constant(_origin(condition, test.operands[1])) if test.opcode == "compare" else None
         if bound is None or "direction=LT" not in test.rest:
             raise ValueError(f"the bound of loop {loop.name} is not a constant: {test}")
-        place = int(_attribute(condition[test.operands[0]], "index"))
+        counter = _origin(condition, test.operands[0])
+        assert counter is not None, test
+        place = int(_attribute(counter, "index"))
         steps = bound - self._first(computation, loop, place)
         return max(0, -(-steps // self._step(_attribute(loop, "body"), place)))
 
     def _first(self, computation: str, loop: Instruction, place: int) -> int:
         """Where the loop begins to count: 0, but for a loop whose first turns were taken out of it."""
         body = self.computations[computation]
-        carry = body.get(loop.operands[0])
-        start = body.get(carry.operands[place]) if carry is not None and carry.opcode == "tuple" else None
-        while start is not None and start.opcode in ("copy", "bitcast"):
-            start = body.get(start.operands[0])
-        return _constant(start) or 0
+        carry = _origin(body, loop.operands[0])
+        if carry is None or carry.opcode != "tuple":
+            return 0
+        return _constant(_origin(body, carry.operands[place])) or 0
 
     def _step(self, name: str, place: int) -> int:
         """By how much the loop counts: 1, but for products that the partitioner has cut up, which take several turns at
         once."""
         body = self.computations[name]
         root = next(instruction for instruction in body.values() if instruction.root)
-        now = body.get(root.operands[place]) if root.opcode == "tuple" else None
+        now = _origin(body, root.operands[place]) if root.opcode == "tuple" else None
         step = 0
         while now is not None and now.opcode == "add":
-            numbers = [_constant(body.get(operand)) for operand in now.operands]
+            numbers = [_constant(_origin(body, operand)) for operand in now.operands]
             if not any(numbers):
                 break
             step += next(number for number in numbers if number)
-            now = body.get(now.operands[0 if numbers[1] else 1])
+            now = _origin(body, now.operands[0 if numbers[1] else 1])
         return step or 1
 
 
@@ -200,6 +201,14 @@ def _attribute(instruction: Instruction, name: str) -> str:
     found = re.search(rf"\b{name}=%?([\w.-]+)", instruction.rest)
     assert found, instruction.rest
     return found.group(1)
+
+
+def _origin(body: dict[str, Instruction], name: str) -> Instruction | None:
+    """What is copied, perhaps several times, to be `name`."""
+    found = body.get(name)
+    while found is not None and found.opcode in ("bitcast", "copy"):
+        found = body.get(found.operands[0])
+    return found
 
 
 def _constant(instruction: Instruction | None) -> int | None:

@@ -56,7 +56,8 @@ WINDOWED = """
 %condition (carry: (f32[8,8], u32[])) -> pred[] {
   %carry = (f32[8,8], u32[]) parameter(0)
   %turn = u32[] get-tuple-element(%carry), index=1
-  %limit = u32[] constant(LIMIT)
+  %number = u32[] constant(LIMIT)
+  %limit = u32[] copy(%number)
   ROOT %test = pred[] compare(%turn, %limit), direction=LT
 }
 
