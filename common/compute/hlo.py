@@ -7,7 +7,7 @@ import re
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{\s*$")
 _START = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = ")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
-_NAME = re.compile(r"%([\w.-]+)")
+_NAME = re.compile(r"%([\w.-]+(?:#\d+)?)")
 _CALLED = re.compile(r"(?:calls|to_apply|condition|body|true_computation|false_computation)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
@@ -163,11 +163,15 @@ def parse(text: str) -> Program:
     >>> max(program.runs().values()) >= 5
     True
     """
-    entry, current = "", {}
+    entry = ""
+    current: dict[str, Instruction] = {}
     computations: dict[str, dict[str, Instruction]] = {}
     for line in text.splitlines():
         if line.startswith((" ", "\t")):
             if instruction := _instruction(line):
+                for operand in instruction.operands:
+                    if "#" in operand and operand not in current:
+                        current[operand] = _element(operand, current)
                 current[instruction.name] = instruction
         elif header := _HEADER.match(line):
             current = computations.setdefault(header.group(2), {})
@@ -216,6 +220,13 @@ def _constant(instruction: Instruction | None) -> int | None:
         return None
     value = re.match(r"\((\d+)\)", instruction.rest)
     return int(value.group(1)) if value else None
+
+
+def _element(name: str, body: dict[str, Instruction]) -> Instruction:
+    """`tuple#1`, as newer XLA writes an element of a tuple, as the instruction that older ones have for it."""
+    whole, _, place = name.partition("#")
+    arrays = body[whole].arrays[int(place) : int(place) + 1]
+    return Instruction(name, "get-tuple-element", arrays, (whole,), f", index={place}", root=False)
 
 
 def _until(text: str, mark: str) -> tuple[str, str]:
