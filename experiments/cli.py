@@ -83,7 +83,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         return command
 
     add("list", _list, "print the experiments and the question that each asks")
-    plan = add("plan", _plan, "print every arm's parameters, FLOPs, tokens, memory and config; trains nothing")
+    plan = add("plan", _plan, "print every arm's cost and memory, here or on a TPU slice; trains nothing")
+    _add_plan(plan)
     data = add("data", _data, "print what a model is trained on: `data show NAME`; or make it: `data prepare NAME`")
     data.add_argument("action", metavar="ACTION", help="show: rows as both families read them; prepare: ahead of a run")
     data.add_argument("--rows", type=int, default=2, metavar="N", help="show: how many rows (2)")
@@ -168,6 +169,16 @@ def _add_launch(launch: argparse.ArgumentParser) -> None:
     launch.add_argument("--arm", metavar="ARM", help="train this arm alone (default: compare all)")
     launch.add_argument("--out", type=Path, metavar="DIR", help=f"where files go (default: {RUNS}/launch/RUN)")
     launch.add_argument("--go", action="store_true", help="submit it; without, nothing leaves this machine")
+
+
+def _add_plan(plan: argparse.ArgumentParser) -> None:
+    plan.add_argument(
+        "--topology", metavar="TPU", help="compile for it instead: v5p:4x4x8, v5e-256, 2*v6e:16x16 (no TPU is needed)"
+    )
+    plan.add_argument("--slices", type=int, metavar="N", help="with --topology: so many of it, joined by DCN (1)")
+    plan.add_argument("--mesh", metavar="AXIS=N,...", help="with --topology: data=, fsdp=, tensor= and others")
+    plan.add_argument("--price", type=float, metavar="USD", help="with --topology: of a chip-hour, not the list price")
+    plan.add_argument("--search", action="store_true", help="with --topology: find the best mesh, remat and rows")
 
 
 def _add_generate(generate: argparse.ArgumentParser) -> None:
@@ -262,12 +273,24 @@ def _list(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
+    given = [name for name in ("slices", "mesh", "price", "search") if getattr(options, name) not in (None, False)]
+    if given and options.topology is None:
+        raise UserError(f"--{given[0]} is for a TPU slice: name it by --topology, such as --topology v5e:4x4")
     if experiment := _experiment(options):
         from rich.console import Console
 
-        from experiments.commands import plan
+        from experiments.plan import Target, plan
 
-        plan(experiment, Console())
+        target = None
+        if options.topology is not None:
+            target = Target(
+                topology=options.topology,
+                slices=1 if options.slices is None else options.slices,
+                mesh=options.mesh,
+                price=options.price,
+                search=options.search,
+            )
+        plan(experiment, Console(), target)
 
 
 def _data(options: argparse.Namespace) -> None:

@@ -1,19 +1,15 @@
 """What the commands do. The command line parses, these work."""
 
-import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
 
 import jax
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 from rich.panel import Panel
-from rich.table import Table
 
-from common.compute.moments import Moments
 from common.config import to_json
 from common.data.cache import default_cache_dir
 from common.errors import UserError
@@ -26,7 +22,6 @@ from experiments.console import Progress
 from experiments.pipeline import (
     Data,
     check_initial,
-    compiled_step,
     make_setup,
     open_data,
     open_tests,
@@ -35,42 +30,6 @@ from experiments.pipeline import (
 )
 
 EXPERIMENT = "experiment.json"
-
-
-def plan(experiment: Experiment, console: Console) -> None:
-    """Prints every arm's size, cost and config; compiles the step for this machine, trains nothing."""
-    prepare_jax()
-    check_devices(experiment)
-    for line in check_initial(experiment, None):
-        console.print(escape(line))
-    steps, slots = experiment.steps(), experiment.row_slots()
-    padded = Moments.of_rows(*slots)
-    table = Table(title=f"{experiment.name}: {steps:,} steps of {slots[0]} rows x ({slots[1]} + {slots[2]}) slots")
-    columns = {}
-    for name, arm in experiment.arms.items():
-        flops = arm.model.flops(padded)
-        with console.status(f"compiling {name} for {jax.devices()[0].device_kind}"):
-            memory: Any = compiled_step(experiment, arm).memory_analysis()
-        columns[name] = {
-            "parameters": f"{arm.model.param_count():,}",
-            "FLOPs a step": f"{flops.train_full_attention:.4g}",
-            "training FLOPs": f"{steps * flops.train_full_attention:.3e}",
-            "  causal half": f"{steps * flops.train_causal_half:.3e}",
-            "  6ND": f"{steps * flops.train_six_nd:.3e}",
-            "token slots": f"{steps * slots[0] * (slots[1] + slots[2]):,}",
-            "state and batch": f"{memory.argument_size_in_bytes / 2**20:,.0f} MiB",
-            "temporaries": f"{memory.temp_size_in_bytes / 2**20:,.0f} MiB",
-        }
-    table.add_column("")
-    for name in columns:
-        table.add_column(name, justify="right")
-    for label in next(iter(columns.values())):
-        table.add_row(label, *(column[label] for column in columns.values()))
-    console.print(table)
-    console.print(
-        "FLOPs: full attention, padding included, unless named otherwise. Memory is per device, as XLA plans it."
-    )
-    console.print_json(json.dumps(to_json(experiment)))
 
 
 def train(experiment: Experiment, arm: str, run_dir: Path, *, profile_steps: int = 0) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from common.compute.chips import chip_of
 from common.compute.moments import Moments
 from common.compute.xla import dot_flops
 from common.config import difference, to_json
@@ -98,7 +99,7 @@ def make_setup(experiment: Experiment, arm: Arm) -> Setup:
 
 def make_task(experiment: Experiment, name: str, data: Data) -> Task:
     arm = experiment.arms[name]
-    config = to_json(experiment)
+    config, chip = to_json(experiment), chip_of(jax.devices()[0].device_kind)
     validation = data.validation.validation_batches(experiment.evaluation.validation_batches)
     return Task(
         setup=make_setup(experiment, arm),
@@ -108,6 +109,7 @@ def make_task(experiment: Experiment, name: str, data: Data) -> Task:
         | {key: config[key] for key in ("data", "train")},
         data={"content_id": data.content_id, "tokenizer_hash": data.tokenizer.content_hash},
         initial=make_initial(arm),
+        peak_flops_per_second=None if chip is None else chip.flops_per_second,
     )
 
 

@@ -12,6 +12,7 @@ EXPERIMENTS = {
     "multi30k": "On real captions, English to German, at equal compute: what BLEU does each family reach?",
     "multi30k_accelerator": "The same with wider models and many more epochs, where neither is short of training.",
     "pydocs": "After a short pretraining on text by span corruption, at equal compute: which predicts spans better?",
+    "xl": "At equal training FLOPs and at the scale of a pod slice: which family predicts spans better?",
 }
 
 

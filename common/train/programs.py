@@ -58,7 +58,7 @@ class Programs:
 
 
 def check_rows(setup: Setup) -> None:
-    """Raises UserError where a batch's rows do not divide over devices and micro-batches."""
+    """Raises UserError where a batch's rows do not divide over devices and micro-batches, or a row over `context`."""
     mesh, accumulation, rows = setup.train.mesh, setup.train.accumulation, setup.row_slots[0]
     parts = mesh.row_parts * accumulation
     if rows % parts:
@@ -67,6 +67,12 @@ def check_rows(setup: Setup) -> None:
             f"({mesh.replica} x {mesh.data} x {mesh.fsdp} x {accumulation}); "
             f"nearest: {max(1, round(rows / parts)) * parts}"
         )
+    for name, slots in zip(("input_length", "target_length"), setup.row_slots[1:], strict=True):
+        if slots % mesh.context:
+            raise UserError(
+                f"data.{name} is {slots}, which does not divide by train.mesh.context ({mesh.context}); "
+                f"nearest: {max(1, round(slots / mesh.context)) * mesh.context}"
+            )
 
 
 def prepare(setup: Setup, devices: Sequence[jax.Device] | None = None) -> Programs:

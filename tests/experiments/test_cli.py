@@ -49,12 +49,15 @@ def calls(monkeypatch, tmp_path):
     registry.EXPERIMENTS = {"first": "Who learns?", "second": "And why?"}
     registry.load = lambda name: dataclasses.replace(BASE, name=name)
     commands = types.ModuleType("experiments.commands")
-    commands.plan = lambda experiment, console: calls.append(("plan", experiment))
     for name in ("train", "compare"):
         setattr(commands, name, lambda *given, profile_steps, name=name: calls.append((name, *given, profile_steps)))
     commands.report = lambda run_dir, figure: calls.append(("report", run_dir)) or run_dir / "report.html"
     monkeypatch.setitem(sys.modules, "experiments.registry", registry)
     monkeypatch.setitem(sys.modules, "experiments.commands", commands)
+    plan = types.ModuleType("experiments.plan")
+    plan.Target = types.SimpleNamespace
+    plan.plan = lambda experiment, console, target: calls.append(("plan", experiment, target))
+    monkeypatch.setitem(sys.modules, "experiments.plan", plan)
     monkeypatch.chdir(tmp_path)
     return calls
 
@@ -62,7 +65,23 @@ def calls(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("command", "expected"),
     [
-        ("plan first", ("plan", BASE)),
+        ("plan first", ("plan", BASE, None)),
+        (
+            "plan first --topology v5e-16 --price 1.5",
+            (
+                "plan",
+                BASE,
+                types.SimpleNamespace(topology="v5e-16", slices=1, mesh=None, price=1.5, search=False),
+            ),
+        ),
+        (
+            "plan --topology v5e:4x4 first --slices 2 --mesh fsdp=16 --search",
+            (
+                "plan",
+                BASE,
+                types.SimpleNamespace(topology="v5e:4x4", slices=2, mesh="fsdp=16", price=None, search=True),
+            ),
+        ),
         ("train first --arm left", ("train", BASE, "left", Path("runs/first"), 0)),
         ("train --arm right --run-dir there first", ("train", BASE, "right", Path("there"), 0)),
         ("train first --arm left --profile", ("train", BASE, "left", Path("runs/first"), 5)),
@@ -132,6 +151,8 @@ def test_report_takes_a_name_or_a_run_directory(calls, capsys, named):
         ("train first", "the following arguments are required: --arm"),
         ("train first --arm lef", "unknown arm 'lef': did you mean 'left'? Valid: left, right"),
         ("plan first --run-dir x", "unknown option '--run-dir'"),
+        ("plan first --mesh fsdp=2", "--mesh is for a TPU slice: name it by --topology"),
+        ("plan first --search", "--search is for a TPU slice: name it by --topology"),
         ("list all", "unexpected argument 'all'"),
         ("report first", "'first' is no run directory, nor is runs/first: valid: none"),
     ],
@@ -164,7 +185,8 @@ def test_an_interruption_says_how_to_go_on(calls, monkeypatch, capsys, command, 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["experiments.commands"], command, interrupt)
+    module = "experiments.plan" if command == "plan" else "experiments.commands"
+    monkeypatch.setattr(sys.modules[module], command, interrupt)
     assert main([command, "first", "name=a b"]) == 130
     error = capsys.readouterr().err.strip()
     assert error.startswith("twinstack: interrupted") and "\n" not in error

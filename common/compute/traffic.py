@@ -1,0 +1,129 @@
+"""What a compiled program computes and what it moves through main memory, each loop counted as often as it runs."""
+
+import math
+import re
+
+from common.compute.hlo import Array, Instruction, Program, integers
+
+_FREE = frozenset(
+    "after-all bitcast call conditional constant get-tuple-element opt-barrier parameter partition-id replica-id tuple "
+    "while".split()
+)
+"""They only pass on what others have made, or lead to computations that are counted by themselves."""
+_ONCE = (
+    "fusion",
+    "reduce",
+    "sort",
+    "scatter",
+    "map",
+    "reduce-window",
+    "select-and-scatter",
+    "all-reduce",
+    "custom-call",
+)
+"""Their inner computations stay in registers or in faster memory."""
+_SLICES = ("slice", "dynamic-slice")
+
+
+def product_flops(partitioned: Program) -> int:
+    """FLOPs of all matrix products that one device does in a step, 2 a multiply-add, recomputed ones included.
+
+    Of a program after partitioning, where they still are `dot`; products within kernels are not seen.
+    """
+    total = 0
+    for name, times in partitioned.runs().items():
+        body = partitioned.computations[name]
+        for dot in body.values():
+            if dot.opcode == "dot":
+                contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.rest)
+                left = body[dot.operands[0]].arrays[0].shape
+                depth = math.prod(left[axis] for axis in integers(contracted.group(1) if contracted else ""))
+                total += 2 * times * depth * math.prod(dot.arrays[0].shape)
+    return total
+
+
+def memory_traffic(optimised: Program) -> int:
+    """Bytes that one device reads from and writes to main memory (HBM) in a step, as the compiler has laid them out.
+
+    Every instruction reads its operands and writes its result, a fusion once for all that is in it; of what a fusion
+    only slices, the slice is read, and of what it updates in place, the update is written. What lies in faster memory
+    is not counted, nor is what a network moves there.
+    """
+    total = 0
+    for name, times in _outer_runs(optimised).items():
+        body = optimised.computations[name]
+        total += times * sum(_moved(optimised, instruction, body) for instruction in body.values())
+    return total
+
+
+def _outer_runs(program: Program) -> dict[str, int]:
+    """As `runs`, of computations that are no part of one instruction."""
+    inner = {
+        called
+        for body in program.computations.values()
+        for instruction in body.values()
+        if instruction.opcode in _ONCE or instruction.opcode.startswith("async")
+        for called in instruction.called
+    }
+    return {name: times for name, times in program.runs().items() if name not in inner}
+
+
+def _moved(program: Program, instruction: Instruction, body: dict[str, Instruction]) -> int:
+    if instruction.opcode in _FREE:
+        return 0
+    operands = [body[name] for name in instruction.operands if name in body]
+    if instruction.opcode.endswith("-done"):
+        return _hbm_bytes(instruction.arrays)  # what the start read was counted with it
+    if instruction.opcode in _SLICES:
+        return 2 * _hbm_bytes(instruction.arrays)
+    if instruction.opcode == "async-start" and (sliced := _sliced(program, instruction, operands)):
+        return sliced
+    if instruction.opcode == "dynamic-update-slice":
+        return 2 * _hbm_bytes(operands[1].arrays)
+    if instruction.opcode == "fusion":
+        return _moved_by_fusion(program, instruction, operands)
+    written = 0 if instruction.opcode.endswith("-start") else _hbm_bytes(instruction.arrays)
+    return written + sum(_hbm_bytes(operand.arrays) for operand in operands)
+
+
+def _sliced(program: Program, start: Instruction, operands: list[Instruction]) -> int:
+    """What is read of the operands where all that runs in the background is one slice."""
+    inside = program.computations[start.called[0]].values()
+    root = next(instruction for instruction in inside if instruction.root)
+    return _share(operands[0], root.arrays[0]) if root.opcode in _SLICES else 0
+
+
+def _moved_by_fusion(program: Program, fusion: Instruction, operands: list[Instruction]) -> int:
+    inside, users = program.computations[fusion.called[0]], program.users(fusion.called[0])
+    total = 0
+    for parameter in inside.values():
+        if parameter.opcode != "parameter":
+            continue
+        operand = operands[int(re.match(r"\((\d+)\)", parameter.rest).group(1))]  # type: ignore[union-attr]
+        readers = users.get(parameter.name, [])
+        if all(reader.opcode in _SLICES for reader in readers):
+            total += sum(_share(operand, reader.arrays[0]) for reader in readers)
+        elif not (len(readers) == 1 and _updates(readers[0], parameter)):
+            total += _hbm_bytes(operand.arrays)
+    root = next(instruction for instruction in inside.values() if instruction.root)
+    parts = [inside[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    for part, array in zip(parts, fusion.arrays, strict=False):
+        if part.opcode == "dynamic-update-slice":
+            update = inside[part.operands[1]].arrays[0]
+            total += _hbm_bytes((array,)) * update.bytes // max(array.bytes, 1)
+        else:
+            total += _hbm_bytes((array,))
+    return total
+
+
+def _updates(reader: Instruction, parameter: Instruction) -> bool:
+    return reader.opcode == "dynamic-update-slice" and reader.operands[0] == parameter.name
+
+
+def _share(operand: Instruction, part: Array) -> int:
+    """Bytes of a part, with the padding of the whole."""
+    return _hbm_bytes(operand.arrays) * part.bytes // max(sum(array.bytes for array in operand.arrays), 1)
+
+
+def _hbm_bytes(arrays: tuple[Array, ...]) -> int:
+    return sum(array.padded_bytes for array in arrays if array.in_hbm)

@@ -1,0 +1,256 @@
+"""How a plan for a TPU slice is shown: a table with an arm in each column, and lines of advice."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from rich.markup import escape
+from rich.table import Table
+
+from common.compute.aot import Compiled
+from common.compute.collectives import as_compiled, wanted_bytes
+from common.compute.memory import Memory
+from common.compute.moments import Moments
+from common.compute.roofline import Estimate, axes_name, estimate
+from common.compute.topology import Topology
+from common.report.units import percent, scientific, si
+from experiments.config import Arm, Experiment
+
+GIB = 2**30
+SHOWN_BUFFERS = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """One arm on a topology, with what follows from the estimate; pairs go from the lower to the upper end."""
+
+    arm: Arm
+    compiled: Compiled
+    time: Estimate
+    mfu_causal_half: tuple[float, float]
+    mfu_full: tuple[float, float]
+    tokens_a_day: tuple[float, float]
+    days: tuple[float, float]
+
+    def usd(self, topology: Topology, usd_per_chip_hour: float) -> tuple[float, float]:
+        low, high = (days * 24 * topology.chips * usd_per_chip_hour for days in self.days)
+        return low, high
+
+
+def outlook(experiment: Experiment, topology: Topology, arm: str, compiled: Compiled) -> Outlook:
+    """What the program computes is at least what the ledger says, as products in kernels are not seen."""
+    model = experiment.arms[arm].model
+    rows, inputs, targets = experiment.row_slots()
+    ledger = model.flops(Moments.of_rows(rows, inputs, targets))
+    flops = max(compiled.flops, ledger.train_causal_half / topology.devices)
+    time = estimate(
+        topology,
+        flops=flops,
+        moved_bytes=compiled.moved_bytes,
+        collectives=as_compiled(compiled.collectives, compiled.scattered_bytes),
+        ring_links=compiled.ring_links,
+    )
+    low, high = time.seconds
+    peak = topology.devices * topology.facts.flops_per_second
+
+    def share(model_flops: int) -> tuple[float, float]:
+        return model_flops / (high * peak), model_flops / (low * peak)
+
+    def days(seconds: float) -> float:
+        return experiment.steps() * seconds / 86_400
+
+    tokens = rows * (inputs + targets) * 86_400
+    return Outlook(
+        arm=experiment.arms[arm],
+        compiled=compiled,
+        time=time,
+        mfu_causal_half=share(ledger.train_causal_half),
+        mfu_full=share(ledger.train_full_attention),
+        tokens_a_day=(tokens / high, tokens / low),
+        days=(days(low), days(high)),
+    )
+
+
+def plan_table(
+    experiment: Experiment, topology: Topology, compiled: Mapping[str, Compiled], price: float | None
+) -> Table:
+    """All arms side by side: memory, what is sent, time, money."""
+    arms = {arm: outlook(experiment, topology, arm, answer) for arm, answer in compiled.items()}
+    rows, inputs, targets = experiment.row_slots()
+    train = experiment.train
+    table = Table(
+        title=escape(
+            f"{experiment.name} on {topology} ({topology.devices} devices), mesh {train.mesh}: {experiment.steps():,} "
+            f"steps of {rows:,} rows x ({inputs} + {targets}) slots, remat {train.execution.remat}, accumulation "
+            f"{train.accumulation}"
+        )
+    )
+    table.add_column("")
+    for arm in arms:
+        table.add_column(escape(arm), justify="right")
+
+    def section(title: str) -> None:
+        table.add_section()
+        table.add_row(f"[bold]{title}[/bold]")
+
+    def line(label: str, cell: Callable[[Outlook], str]) -> None:
+        table.add_row(escape(label), *(escape(cell(one)) for one in arms.values()))
+
+    line("parameters", lambda one: f"{one.arm.model.param_count():,}")
+    line("training FLOPs a step", lambda one: scientific(experiment.flops_per_step(one.arm), 4))
+    section("Memory of a device")
+    _memory_rows(line, topology)
+    section("Sent by a device in a step (after partitioning)")
+    for kind, axes in _sendings(compiled):
+        line(f"{kind} along {axes_name(axes)}", lambda one, key=(kind, axes): _sent(one.compiled, *key))  # type: ignore[misc]
+    line("reduce-scatters that libtpu keeps", lambda one: _kept(one.compiled))
+    if any(one.compiled.memory for one in arms.values()):
+        section("Time of a step (estimate: a roofline at published peaks)")
+        _time_rows(_where_it_fits(line), topology)
+        section("The whole budget (estimate)")
+        _budget_rows(_where_it_fits(line), topology, price)
+    return table
+
+
+def advice(experiment: Experiment, topology: Topology, compiled: Mapping[str, Compiled]) -> list[str]:
+    """What the numbers mean, and what would change them."""
+    lines = [
+        "Estimates: the lower end hides all that is sent behind computing, the upper none of it; true steps are "
+        "longer, since nothing reaches published peaks. MFU counts the model's own FLOPs, none recomputed; tokens are "
+        "slots."
+    ]
+    for arm, answer in compiled.items():
+        one = outlook(experiment, topology, arm, answer)
+        asked = wanted_bytes(answer.collectives)
+        if answer.no_room:
+            needed, available = answer.no_room.needed / GIB, answer.no_room.available / GIB
+            lines.append(f"{arm} does not fit: it needs {needed:.1f} GiB a device, and {available:.2f} can be used.")
+        elif asked and answer.scattered_bytes < 0.9 * asked:
+            lines.append(
+                f"{arm}: libtpu sums gradients whole on every device and slices them ({_kept(answer)} are kept as "
+                "reduce-scatters), which sends twice as much; the estimate counts it so. A smaller fsdp, with data "
+                "beside it, may help."
+            )
+        if answer.has_kernels:
+            lines.append(f"{arm}: products within kernels are not counted under matrix products.")
+        if one.time.memory > 1.2 * one.time.compute:
+            lines.append(f"{arm} waits for HBM: the largest temporaries above are where to look.")
+    return lines
+
+
+Cell = Callable[[Outlook], str]
+Line = Callable[[str, Cell], None]
+
+
+def _where_it_fits(line: Line) -> Line:
+    """Lines that leave the arms empty that have no room: they take no time."""
+    return lambda label, cell: line(label, lambda one: cell(one) if one.compiled.memory else "-")
+
+
+def _memory_rows(line: Line, topology: Topology) -> None:
+    def total(one: Outlook) -> str:
+        usable = (topology.facts.usable_hbm_bytes or topology.facts.hbm_bytes) / GIB
+        if one.compiled.no_room:
+            return f"{one.compiled.no_room.needed / GIB:.2f} of {one.compiled.no_room.available / GIB:.2f} GiB"
+        return f"{_memory(one).total / GIB:.2f} of {usable:.2f} GiB"
+
+    def argument(name: str) -> Cell:
+        def size(one: Outlook) -> str:
+            parts = _memory(one).arguments.items()
+            return _mib(sum(size for key, size in parts if key.startswith(name)))
+
+        return size
+
+    def buffer(place: int) -> Cell:
+        def words(one: Outlook) -> str:
+            if place >= len(_memory(one).largest):
+                return ""
+            largest = _memory(one).largest[place]
+            return f"{_mib(largest.bytes)} {largest.array} ({largest.made_by.rsplit('/', 1)[-1]})"
+
+        return words
+
+    line("fits", lambda one: "no" if one.compiled.no_room else "yes")
+    line("HBM", total)
+    inside = _where_it_fits(line)
+    inside("  stored parameters", argument("state.params"))
+    inside("  optimizer state", argument("state.opt_state"))
+    inside("  batch", argument("batch"))
+    inside("  temporaries", lambda one: _mib(_memory(one).temporaries))
+    inside("    at once", lambda one: _mib(_memory(one).at_peak))
+    for place in range(SHOWN_BUFFERS):
+        inside("    largest then" if place == 0 else "", buffer(place))
+
+
+def _time_rows(line: Line, topology: Topology) -> None:
+    line("matrix products", lambda one: _seconds(one.time.compute))
+    line("HBM", lambda one: _seconds(one.time.memory))
+    line("links (ICI)", lambda one: _seconds(one.time.links))
+    if topology.slices > 1:
+        line("between slices (DCN)", lambda one: _seconds(one.time.data_centre))
+    line("step", lambda one: _span(one.time.seconds, _seconds))
+    line("limited by", lambda one: one.time.limit)
+    line("MFU, causal half", lambda one: _span(one.mfu_causal_half, percent))
+    line("MFU, full attention", lambda one: _span(one.mfu_full, percent))
+
+
+def _budget_rows(line: Line, topology: Topology, price: float | None) -> None:
+    def usd(rate: float) -> Cell:
+        return lambda one: _span(one.usd(topology, rate), lambda usd: f"{usd:,.0f}" if usd >= 100 else f"{usd:.2f}")
+
+    line("tokens a day", lambda one: _span(one.tokens_a_day, si))
+    line("days", lambda one: _span(one.days, lambda days: f"{days:.3g}"))
+    listed = topology.facts.price
+    if price is not None:
+        line(f"USD at {price:.2f} a chip-hour", usd(price))
+    elif listed is not None:
+        line(f"USD on demand ({listed.on_demand:.2f} a chip-hour, {listed.region})", usd(listed.on_demand))
+        if listed.spot is not None:
+            line(f"USD spot ({listed.spot:.2f})", usd(listed.spot))
+
+
+def _memory(one: Outlook) -> Memory:
+    assert one.compiled.memory is not None
+    return one.compiled.memory
+
+
+def _sendings(compiled: Mapping[str, Compiled]) -> list[tuple[str, tuple[str, ...]]]:
+    """(kind, axes) of any arm, the most bytes first; what is less than a thousandth of all is left out."""
+    sizes: dict[tuple[str, tuple[str, ...]], float] = {}
+    for answer in compiled.values():
+        for one in answer.collectives:
+            sizes[one.kind, one.axes] = sizes.get((one.kind, one.axes), 0.0) + one.sent_bytes
+    least = sum(sizes.values()) / 1000
+    return sorted((key for key, size in sizes.items() if size > least), key=lambda key: -sizes[key])
+
+
+def _sent(compiled: Compiled, kind: str, axes: tuple[str, ...]) -> str:
+    found = [one for one in compiled.collectives if (one.kind, one.axes) == (kind, axes)]
+    if not found:
+        return "-"
+    return f"{sum(one.times for one in found):,} x, {_mib(sum(one.sent_bytes for one in found))}"
+
+
+def _kept(compiled: Compiled) -> str:
+    asked = wanted_bytes(compiled.collectives)
+    if compiled.no_room or not asked:
+        return "-"
+    return percent(min(1.0, compiled.scattered_bytes / asked), 0)
+
+
+def _span(pair: tuple[float, float], show: Callable[[float], str]) -> str:
+    low, high = (show(number) for number in pair)
+    return low if low == high else f"{low} to {high}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g} s"
+
+
+def _mib(size: float) -> str:
+    """
+    >>> _mib(2**30), _mib(2**17)
+    ('1,024 MiB', '0.1 MiB')
+    """
+    if size < 10 * 2**20:
+        return f"{size / 2**20:.1f} MiB"
+    return f"{size / 2**20:,.0f} MiB"

@@ -1,0 +1,70 @@
+"""T5-XL beside a decoder-only model of equal training FLOPs, on C4, for a pod slice of 256 TPU v5e.
+
+Source    T5 v1.1 (arXiv 1910.10683; T5X's t5_1_1 xl): sizes, batch, objective, optimizer and schedule.
+Question  At equal training FLOPs and at the scale of a pod slice: which family predicts spans better?
+Data      `tfds:c4/en` by span corruption, 512 inputs and 114 targets a row; prepared by TFDS beforehand.
+Command   twinstack plan xl --topology v5e:16x16    (no data and no TPU needed; `pip install twinstack[plan]`)
+          twinstack compare xl                      (on the slice)
+Sizes     T5-XL as published; the decoder-only model has its width, heads and depth of one stack, and the d_ff that
+          makes training FLOPs equal.
+Rates     T5's schedule, the same for both; not swept.
+Budget    20 tokens a parameter of the larger model (arXiv 2203.15556).
+Expected  Not run: no TPU was at hand. What `plan` says are a compiler's answer and an estimate, no measurement.
+"""
+
+from common.compute.matching import match_training_flops
+from common.compute.moments import Moments
+from common.data.config import DataConfig, SentencePieceConfig
+from common.data.objectives.config import SpanCorruption
+from common.data.sources.config import SourceConfig
+from common.nn.recipe import Execution
+from common.sharding.shape import MeshShape
+from common.train.config import Adafactor, Budget, InverseSqrt, TrainConfig
+from experiments.config import Arm, Evaluation, Experiment
+from experiments.registry import EXPERIMENTS
+from gpt.config import GptConfig
+from t5like.config import SIZES
+
+
+def xl() -> Experiment:
+    data = DataConfig(
+        source=SourceConfig(name="tfds:c4/en", inputs=None, targets=None, text="text"),
+        tokenizer=SentencePieceConfig(vocab_size=32_100, sentinels=100),
+        objective=SpanCorruption(),
+        rows=2048,
+        input_length=512,
+        target_length=114,
+    )
+    t5like = SIZES["t5-v1.1-xl"]
+    gpt = GptConfig(
+        vocab_size=t5like.vocab_size,
+        num_layers=t5like.decoder_layers,
+        d_model=t5like.d_model,
+        num_heads=t5like.num_heads,
+        num_kv_heads=t5like.num_kv_heads,
+        head_dim=t5like.head_dim,
+        d_ff=t5like.d_ff,
+        recipe=t5like.recipe,
+    )
+    text = Moments.of_rows(data.rows, data.input_length, data.target_length)
+    return Experiment(
+        name="xl",
+        question=EXPERIMENTS["xl"],
+        expected="Not run: no TPU was at hand.",
+        varies=("model.input_attention",),
+        data=data,
+        train=TrainConfig(
+            budget=Budget(unit="tokens", amount=20.0 * t5like.param_count()),
+            optimizer=Adafactor(),
+            schedule=InverseSqrt(),
+            validate_every=1000,
+            checkpoint_every=1000,
+            mesh=MeshShape(fsdp=256),
+            execution=Execution(dtype="bfloat16", remat="full", attention_block=512),
+        ),
+        evaluation=Evaluation(splits=(), examples=1, rows=1, max_new_tokens=1, validation_batches=8),
+        arms={
+            "t5like": Arm(model=t5like, learning_rate=1.0),
+            "gpt": Arm(model=match_training_flops(gpt, t5like, text, multiple=128), learning_rate=1.0),
+        },
+    )

@@ -1,0 +1,147 @@
+"""What programs send, counted in their text: closed forms, on eight CPU devices."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from common.compute.collectives import Collective, as_compiled, axes_of, collectives, groups_of, scattered_bytes
+from common.compute.hlo import parse
+
+SIZES = {"data": 2, "fsdp": 4}
+
+
+def mesh() -> Mesh:
+    return jax.make_mesh(tuple(SIZES.values()), tuple(SIZES), axis_types=(AxisType.Auto,) * 2)
+
+
+def sent(function: Callable[..., Any], *shapes_and_specs: tuple[tuple[int, ...], P]) -> list[Collective]:
+    """By the compiled program of `function` on float32 arguments."""
+    arguments = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh(), spec))
+        for shape, spec in shapes_and_specs
+    ]
+    with jax.set_mesh(mesh()):
+        text = jax.jit(function).lower(*arguments).compile().as_text()
+    return collectives(parse(text), SIZES)
+
+
+def gathered(w: jax.Array) -> jax.Array:
+    return jax.lax.with_sharding_constraint(w, NamedSharding(mesh(), P()))
+
+
+def test_a_matrix_in_parts_is_gathered_once() -> None:
+    found = sent(lambda x, w: x @ gathered(w), ((64, 32), P(("data", "fsdp"))), ((32, 48), P("fsdp")))
+    assert found == [Collective(kind="all-gather", axes=("fsdp",), group=4, times=1, bytes=32 * 48 * 4)]
+    assert found[0].sent_bytes == 32 * 48 * 4 * 3 / 4
+
+
+@pytest.mark.parametrize("layers", [1, 3, 11])
+def test_a_loop_over_layers_gathers_as_often_as_it_runs(layers: int) -> None:
+    def stack(x: jax.Array, ws: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ gathered(w)), None), x, ws)[0]
+
+    found = sent(stack, ((64, 32), P("data")), ((layers, 32, 32), P(None, "fsdp")))
+    gathers = [one for one in found if one.kind == "all-gather" and one.axes == ("fsdp",)]
+    assert sum(one.bytes for one in gathers) == layers * 32 * 32 * 4
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "share"),
+    [
+        (lambda x, axes: jax.lax.psum(x, axes), "all-reduce", lambda n: 2 * (n - 1) / n),
+        (lambda x, axes: jax.lax.psum_scatter(x, axes, tiled=True), "reduce-scatter", lambda n: (n - 1) / n),
+        (lambda x, axes: jax.lax.all_gather(x, axes, tiled=True), "all-gather", lambda n: n - 1),
+        (lambda x, axes: jax.lax.all_to_all(x, axes, 0, 1, tiled=True), "all-to-all", lambda n: (n - 1) / n),
+    ],
+    ids=["sum", "scatter", "gather", "exchange"],
+)
+@pytest.mark.parametrize("axes", [("data",), ("fsdp",), ("data", "fsdp")])
+def test_every_kind_along_every_axis(
+    body: Callable[..., Any], kind: str, share: Callable[[int], float], axes: tuple[str, ...]
+) -> None:
+    """`share` is what a ring sends of the part that a device holds."""
+    whole = jax.shard_map(lambda x: body(x, axes), mesh=mesh(), in_specs=P(), out_specs=P(), check_vma=False)
+    found = sent(whole, ((16, 8), P()))
+    n = math.prod(SIZES[axis] for axis in axes)
+    assert [(one.kind, one.axes, one.group, one.times) for one in found] == [(kind, axes, n, 1)]
+    assert found[0].sent_bytes == pytest.approx(16 * 8 * 4 * share(n))
+
+
+def test_a_permutation_sends_all_of_it() -> None:
+    def shift(x: jax.Array) -> jax.Array:
+        return jax.lax.ppermute(x, "fsdp", [(i, (i + 1) % 4) for i in range(4)])
+
+    whole = jax.shard_map(shift, mesh=mesh(), in_specs=P(), out_specs=P(), check_vma=False)
+    (found,) = sent(whole, ((16, 8), P()))
+    assert (found.kind, found.axes, found.sent_bytes) == ("collective-permute", ("fsdp",), 16 * 8 * 4)
+
+
+SLICED = """
+ENTRY %main (x: f32[64,8]) -> f32[16,8] {
+  %x = f32[64,8]{1,0} parameter(0)
+  %place = s32[] constant(0)
+  %sum = f32[64,8]{1,0} all-reduce(%x), channel_id=1, replica_groups=GROUPS, to_apply=%add
+  ROOT %own = f32[ROWS,8]{1,0} dynamic-slice(%sum, %place, %place), dynamic_slice_sizes={ROWS,8}
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes"),
+    [
+        ("{{0,1,2,3},{4,5,6,7}}", ("fsdp",)),
+        ("[2,4]<=[8]", ("fsdp",)),
+        ("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", ("fsdp",)),
+        ("mesh['axis_0'=8] {'axis_0':(2)4}", ("fsdp",)),
+        ("[2,4]<=[4,2]T(1,0)", ("data", "fsdp")),
+    ],
+)
+@pytest.mark.parametrize(("rows", "kind"), [(16, "reduce-scatter"), (32, "all-reduce")])
+def test_a_sum_of_which_each_keeps_its_slice_is_a_reduce_scatter(
+    groups: str, axes: tuple[str, ...], rows: int, kind: str
+) -> None:
+    program = parse(SLICED.replace("GROUPS", groups).replace("ROWS", str(rows)))
+    (found,) = collectives(program, SIZES)
+    assert (found.kind, found.axes, found.bytes) == (kind, axes, 64 * 8 * 4)
+
+
+FUSED = """
+%all-reduce-scatter.1 (p: bf16[64,8]) -> bf16[16,8] {
+  %p = bf16[64,8]{1,0} parameter(0)
+  %sum = bf16[64,8]{1,0} all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add
+  %zero = s32[] constant(0)
+  ROOT %own = bf16[16,8]{1,0} dynamic-slice(%sum, %zero, %zero), dynamic_slice_sizes={16,8}
+}
+
+ENTRY %main (x: bf16[64,8], y: bf16[64,8]) -> bf16[16,8] {
+  %x = bf16[64,8]{1,0} parameter(0)
+  %y = bf16[64,8]{1,0} parameter(1)
+  %whole = bf16[64,8]{1,0} all-reduce(%y), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %fusion = bf16[16,8]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+
+
+def test_of_two_gradients_the_compiler_scatters_one() -> None:
+    assert scattered_bytes(parse(FUSED)) == 64 * 8 * 2
+    asked = [Collective(kind="reduce-scatter", axes=("fsdp",), group=4, times=2, bytes=2 * 64 * 8 * 2)]
+    done = as_compiled(asked, 64 * 8 * 2)
+    assert [(one.kind, one.bytes) for one in done] == [("reduce-scatter", 1024), ("all-reduce", 1024)]
+    assert sum(one.sent_bytes for one in done) == 1.5 * asked[0].sent_bytes
+
+
+def test_groups_in_an_unknown_notation_are_refused() -> None:
+    with pytest.raises(ValueError, match="unknown notation"):
+        groups_of("replica_groups=<dialect>", 8)
+
+
+def test_axes_are_those_along_which_any_group_differs() -> None:
+    assert axes_of(np.array([[0, 1], [2, 3]]), {"a": 2, "b": 1, "c": 2}) == ("c",)
+    assert axes_of(np.array([[0], [1]]), {"a": 2}) == ()

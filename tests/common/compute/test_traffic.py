@@ -1,0 +1,169 @@
+"""What programs compute and move, counted in their text."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from common.compute.hlo import parse
+from common.compute.traffic import memory_traffic, product_flops
+from common.compute.xla import dot_flops
+from experiments.pipeline import compiled_step
+from tests.experiments.tiny_experiment import tiny_experiment
+from tests.tiny import QUICK, jax_settings
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation() -> Iterator[None]:
+    with jax_settings(QUICK):
+        yield
+
+
+@pytest.mark.parametrize(("remat", "passes"), [(False, 3), (True, 4)])
+@pytest.mark.parametrize("layers", [2, 5])
+def test_a_scan_computes_every_layer_three_times_and_with_rematerialisation_four(layers, remat, passes) -> None:
+    def layer(x: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
+        return jnp.tanh(jnp.tanh(x @ w) @ w.T), None
+
+    def loss(ws: jax.Array, x: jax.Array) -> jax.Array:
+        body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
+        return jnp.square(jax.lax.scan(body, x, ws)[0]).sum()
+
+    arguments = jnp.ones((layers, 16, 32)), jnp.ones((8, 16))
+    program = parse(jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*arguments).compile().as_text())
+    assert product_flops(program) == passes * layers * 2 * (2 * 8 * 16 * 32)
+
+
+@pytest.mark.slow  # three compilations of a model
+@pytest.mark.parametrize("name", ["gpt", "t5like"])
+def test_a_model_in_a_scan_computes_what_its_layers_one_by_one_do(name, tmp_path) -> None:
+    """XLA's own count of the unrolled program, and ours of the scanned one, recomputation included."""
+    experiment = tiny_experiment(tmp_path)
+
+    def text(**execution) -> str:
+        chosen = dataclasses.replace(experiment.train.execution, attention="plain", **execution)
+        train = dataclasses.replace(experiment.train, execution=chosen)
+        return compiled_step(dataclasses.replace(experiment, train=train), experiment.arms[name]).as_text() or ""
+
+    unrolled = dot_flops(text(scan_layers=False, remat="none"))
+    assert product_flops(parse(text(scan_layers=True, remat="none"))) == unrolled
+    assert unrolled * 1.1 < product_flops(parse(text(scan_layers=True, remat="full"))) < unrolled * 4 / 3
+
+
+WINDOWED = """
+%condition (carry: (f32[8,8], u32[])) -> pred[] {
+  %carry = (f32[8,8], u32[]) parameter(0)
+  %turn = u32[] get-tuple-element(%carry), index=1
+  %number = u32[] constant(LIMIT)
+  %limit = u32[] copy(%number)
+  ROOT %test = pred[] compare(%turn, %limit), direction=LT
+}
+
+%body (carry.1: (f32[8,8], u32[])) -> (f32[8,8], u32[]) {
+  %carry.1 = (f32[8,8], u32[]) parameter(0)
+  %x = f32[8,8]{1,0} get-tuple-element(%carry.1), index=0
+  %turn.1 = u32[] get-tuple-element(%carry.1), index=1
+  %one = u32[] constant(1)
+  %next = u32[] add(%turn.1, %one)
+  %after = u32[] add(%one, %next)
+  %product = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %out = (f32[8,8], u32[]) tuple(%product, %after)
+}
+
+ENTRY %main (y: f32[8,8]) -> f32[8,8] {
+  %y = f32[8,8]{1,0} parameter(0)
+  %begin = u32[] constant(BEGIN)
+  %start = (f32[8,8], u32[]) tuple(%y, %begin)
+  %loop = (f32[8,8], u32[]) while(%start), condition=%condition, body=%body
+  ROOT %z = f32[8,8]{1,0} get-tuple-element(%loop), index=0
+}
+"""
+
+
+@pytest.mark.parametrize("hashes", [False, True])
+@pytest.mark.parametrize(("begin", "limit", "turns"), [(0, 6, 3), (0, 5, 3), (2, 6, 2), (6, 6, 0)])
+def test_a_loop_may_begin_late_and_count_by_two(begin: int, limit: int, turns: int, hashes: bool) -> None:
+    """In either notation of a tuple's elements."""
+    text = WINDOWED.replace("BEGIN", str(begin)).replace("LIMIT", str(limit))
+    if hashes:
+        lines = [line for line in text.splitlines() if "get-tuple-element(%carry" not in line]
+        text = "\n".join(lines).replace("(%turn,", "(%carry#1,").replace("%turn.1", "%carry.1#1")
+        text = text.replace("dot(%x, %x)", "dot(%carry.1#0, %carry.1#0)")
+    assert product_flops(parse(text)) == turns * 2 * 8**3
+
+
+def test_a_loop_without_a_constant_bound_is_refused() -> None:
+    def until(x: jax.Array) -> jax.Array:
+        return jax.lax.while_loop(lambda y: y.sum() < 100, lambda y: y * 2, x)
+
+    program = parse(jax.jit(until).lower(jnp.ones(3)).compile().as_text())
+    with pytest.raises(ValueError, match="is not a constant"):
+        program.runs()
+
+
+FUSION = """
+%fused (p0: f32[24,64,128], p1: s32[], p2: f32[64,128]) -> f32[24,64,128] {
+  %p0 = f32[24,64,128]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %p2 = f32[64,128]{1,0} parameter(2)
+  %zero = s32[] constant(0)
+  %old = f32[1,64,128]{2,1,0} dynamic-slice(%p0, %p1, %zero, %zero), dynamic_slice_sizes={1,64,128}
+  %shaped = f32[1,64,128]{2,1,0} reshape(%p2)
+  %sum = f32[1,64,128]{2,1,0} add(%old, %shaped)
+  ROOT %new = f32[24,64,128]{2,1,0} WRITE
+}
+
+ENTRY %main (a: f32[24,64,128], i: s32[], b: f32[64,128]) -> f32[24,64,128] {
+  %a = f32[24,64,128]{2,1,0:T(8,128)} parameter(0)
+  %i = s32[]{:T(128)S(6)} parameter(1)
+  %b = f32[64,128]{1,0:T(8,128)MEMORY} parameter(2)
+  ROOT %out = f32[24,64,128]{2,1,0:T(8,128)} fusion(%a, %i, %b), kind=kLoop, calls=%fused
+}
+"""
+LAYER = 64 * 128 * 4
+
+
+@pytest.mark.parametrize(
+    ("write", "memory", "layers"),
+    [
+        ("broadcast(%sum), dimensions={0,1,2}", "", 1 + 1 + 24),
+        ("broadcast(%sum), dimensions={0,1,2}", "S(1)", 1 + 24),
+    ],
+)
+def test_of_a_stack_that_is_sliced_one_layer_is_read(write: str, memory: str, layers: int) -> None:
+    """Beside it all that is written, and the other operand where it does not lie in faster memory."""
+    program = parse(FUSION.replace("WRITE", write).replace("MEMORY", memory))
+    assert memory_traffic(program) == layers * LAYER
+
+
+UPDATE = """
+%fused (p0: f32[24,64,128], p1: f32[1,64,128], p2: s32[]) -> f32[24,64,128] {
+  %p0 = f32[24,64,128]{2,1,0} parameter(0)
+  %p1 = f32[1,64,128]{2,1,0} parameter(1)
+  %p2 = s32[] parameter(2)
+  ROOT %new = f32[24,64,128]{2,1,0} dynamic-update-slice(%p0, %p1, %p2, %p2, %p2)
+}
+
+ENTRY %main (a: f32[24,64,128], b: f32[1,64,128], i: s32[]) -> f32[24,64,128] {
+  %a = f32[24,64,128]{2,1,0:T(8,128)} parameter(0)
+  %b = f32[1,64,128]{2,1,0:T(8,128)} parameter(1)
+  %i = s32[]{:T(128)S(6)} parameter(2)
+  ROOT %out = f32[24,64,128]{2,1,0:T(8,128)} fusion(%a, %b, %i), kind=kLoop, calls=%fused
+}
+"""
+
+
+def test_of_a_stack_that_is_updated_one_layer_is_written() -> None:
+    assert memory_traffic(parse(UPDATE)) == 2 * LAYER
+
+
+def test_narrow_arrays_move_their_padding_too() -> None:
+    text = """
+ENTRY %main (a: f32[512,32]) -> f32[512,32] {
+  %a = f32[512,32]{1,0:T(8,128)} parameter(0)
+  ROOT %b = f32[512,32]{0,1:T(8,128)} copy(%a)
+}
+"""
+    assert memory_traffic(parse(text)) == 512 * 128 * 4 + 512 * 32 * 4

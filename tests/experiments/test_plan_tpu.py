@@ -1,0 +1,90 @@
+"""Steps compiled for TPUs that are not here, by the processes that `plan` starts."""
+
+import dataclasses
+import importlib.util
+import io
+import math
+from pathlib import Path
+
+import jax
+import pytest
+from rich.console import Console
+
+from common.compute.aot import Compiled
+from common.compute.topology import parse_topology
+from common.nn.recipe import Execution
+from common.sharding.shape import MeshShape
+from common.train.state import skeleton
+from experiments.config import Experiment
+from experiments.pipeline import make_setup
+from experiments.plan_jobs import Job, compile_all
+from tests.experiments.tiny_experiment import tiny_experiment
+
+pytestmark = [
+    pytest.mark.slow,  # half a minute each
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler for TPU, is absent"),
+]
+
+
+def on(tmp_path: Path, mesh: MeshShape) -> Experiment:
+    """A tiny experiment of matrices large enough to be split, in bf16."""
+    base = tiny_experiment(tmp_path)
+    arms = {
+        name: dataclasses.replace(
+            arm, model=dataclasses.replace(arm.model, d_model=256, d_ff=512, num_heads=4, num_kv_heads=4, head_dim=64)
+        )
+        for name, arm in base.arms.items()
+    }
+    train = dataclasses.replace(base.train, mesh=mesh, execution=Execution(remat="full"))
+    return dataclasses.replace(base, arms=arms, train=train, data=dataclasses.replace(base.data, rows=8))
+
+
+def compiled(experiment: Experiment, arm: str, topology: str) -> tuple[Compiled, str]:
+    out = io.StringIO()
+    job = Job(experiment=experiment, arm=arm, topology=parse_topology(topology))
+    return compile_all([job], Console(file=out, width=200))[0], out.getvalue()
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "v4:2x2x1"])
+def test_every_parameter_is_gathered_for_both_passes_and_lies_in_parts(tmp_path, topology) -> None:
+    experiment = on(tmp_path, MeshShape(fsdp=4))
+    answer, said = compiled(experiment, "gpt", topology)
+    assert "compiling gpt" in said
+    shapes = jax.tree.leaves(skeleton(make_setup(experiment, experiment.arms["gpt"]).build).shapes)
+    parameters = sum(math.prod(leaf.shape) for leaf in shapes)
+    gathered = sum(one.bytes for one in answer.collectives if one.kind == "all-gather" and one.axes == ("fsdp",))
+    # In bf16, or in float32 where the partitioner gathers before it rounds.
+    assert 2 * 2 * parameters * 0.5 < gathered < 2 * 4 * parameters * 1.1
+    assert answer.memory is not None and answer.no_room is None
+    stored = answer.memory.arguments["state.params"]
+    assert 4 * parameters / 4 <= stored < 2 * parameters  # with padding
+    assert answer.memory.at_peak <= answer.memory.temporaries
+    ledger = experiment.flops_per_step(experiment.arms["gpt"]) / 4
+    assert answer.has_kernels or ledger < answer.flops < 1.5 * ledger
+    again, said = compiled(experiment, "gpt", topology)
+    assert again == answer and said == ""
+
+
+def test_two_slices_sum_gradients_between_them(tmp_path) -> None:
+    answer, _ = compiled(on(tmp_path, MeshShape(replica=2, fsdp=4)), "t5like", "2*v5e:2x2")
+    between = [one for one in answer.collectives if "replica" in one.axes]
+    assert between and all(one.kind == "all-reduce" for one in between)
+    within = [one for one in answer.collectives if one.kind == "reduce-scatter"]
+    assert sum(one.bytes for one in within) > sum(one.bytes for one in between) / 8
+
+
+def test_a_step_that_is_too_large_is_an_answer(tmp_path) -> None:
+    base = on(tmp_path, MeshShape(fsdp=4))
+    data = dataclasses.replace(base.data, rows=2**15, input_length=512, target_length=512)
+    train = dataclasses.replace(base.train, execution=Execution(remat="none", attention="plain"))
+    answer, _ = compiled(dataclasses.replace(base, data=data, train=train), "gpt", "v5e:2x2")
+    assert answer.no_room is not None and answer.memory is None
+    assert answer.no_room.needed > answer.no_room.available == pytest.approx(15.75 * 2**30)
+
+
+@pytest.mark.parametrize("arm", ["gpt", "t5like"])
+def test_widths_that_do_not_divide_are_one_line(tmp_path, arm) -> None:
+    experiment = on(tmp_path, MeshShape(tensor=8))
+    with pytest.raises(ValueError, match=r"train.mesh.tensor is 8, which does not divide .*nearest: tensor=4") as error:
+        compiled(experiment, arm, "v5e:2x4")
+    assert "\n" not in str(error.value)
