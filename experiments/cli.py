@@ -123,6 +123,13 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
             metavar="STEPS",
             help=f"trace some steps ({PROFILE_STEPS}) of each launch into DIR/ARM/profile, for XProf or TensorBoard",
         )
+        command.add_argument(
+            "--coordinator",
+            metavar="HOST:PORT",
+            help="where process 0 of several listens; Cloud TPU, GKE, SLURM and Open MPI need none of these three",
+        )
+        command.add_argument("--processes", type=int, metavar="N", help="how many there are; 1: this one is alone")
+        command.add_argument("--process", type=int, metavar="I", help="which one this is, 0 to N-1")
     train.add_argument("--arm", required=True, metavar="ARM", help="which arm; `twinstack plan NAME` names them")
     _add_launch(launch)
     convert = add("convert", _convert, "turn a foreign checkpoint into a model folder, or a model folder into another")
@@ -321,9 +328,11 @@ def _data(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     if experiment := _experiment(options):
         _check_arm(options.arm, experiment)
+        from common.train.distributed import joined
         from experiments.commands import train
 
-        train(experiment, options.arm, options.run_dir or RUNS / options.name, profile_steps=options.profile)
+        with joined(options.coordinator, options.processes, options.process):
+            train(experiment, options.arm, options.run_dir or RUNS / options.name, profile_steps=options.profile)
 
 
 def _check_arm(arm: str, experiment: "Experiment") -> None:
@@ -333,9 +342,11 @@ def _check_arm(arm: str, experiment: "Experiment") -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     if experiment := _experiment(options):
+        from common.train.distributed import joined
         from experiments.commands import compare
 
-        compare(experiment, options.run_dir or RUNS / options.name, profile_steps=options.profile)
+        with joined(options.coordinator, options.processes, options.process):
+            compare(experiment, options.run_dir or RUNS / options.name, profile_steps=options.profile)
 
 
 def _launch(options: argparse.Namespace) -> None:

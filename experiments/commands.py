@@ -15,6 +15,7 @@ from common.data.cache import default_cache_dir
 from common.errors import UserError
 from common.files import read_json, write_json
 from common.report.results import ArmResult
+from common.sharding.hosts import first_says, is_first
 from common.train import run_dir as rd
 from common.train.programs import check_rows, prepare
 from experiments.config import Experiment
@@ -54,12 +55,16 @@ def compare(experiment: Experiment, run_dir: Path, *, profile_steps: int = 0) ->
     data = _data(experiment, console)
     for name in experiment.arms:
         _train_and_score(experiment, name, data, run_dir, console, profile_steps)
-    run = read_run(run_dir)
-    console.print(comparison_table(run.results))
-    if experiment.evaluation.splits:
-        console.print(groups_table(run.results))
-    console.print(certificate_panel(certify_run(run)))
-    console.print(f"report: {report(run_dir)}")
+
+    def conclude() -> None:
+        run = read_run(run_dir)
+        console.print(comparison_table(run.results))
+        if experiment.evaluation.splits:
+            console.print(groups_table(run.results))
+        console.print(certificate_panel(certify_run(run)))
+        console.print(f"report: {report(run_dir)}")
+
+    first_says(conclude)
 
 
 def report(run_dir: Path, figure: Path | None = None) -> Path:
@@ -84,15 +89,19 @@ def _begin(experiment: Experiment, run_dir: Path) -> Console:
     check_devices(experiment)
     described = {"schema_version": rd.SCHEMA_VERSION, **to_json(experiment)}
     path = run_dir / EXPERIMENT
-    if path.exists() and (lines := rd.changes(read_json(path), described)):
-        raise UserError(
-            f"{run_dir} holds another config of {experiment.name} ({'; '.join(lines)}): "
-            "choose another --run-dir, or remove it"
-        )
-    console = Console()
+
+    def check_directory() -> None:
+        if path.exists() and (lines := rd.changes(read_json(path), described)):
+            raise UserError(
+                f"{run_dir} holds another config of {experiment.name} ({'; '.join(lines)}): "
+                "choose another --run-dir, or remove it"
+            )
+
+    first_says(check_directory)
+    console = Console(quiet=not is_first())
     for line in check_initial(experiment, run_dir):
         console.print(escape(line))
-    write_json(path, described)
+    first_says(lambda: write_json(path, described))
     return console
 
 

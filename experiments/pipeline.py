@@ -10,7 +10,7 @@ import numpy as np
 from common.compute.chips import chip_of
 from common.compute.moments import Moments
 from common.compute.xla import dot_flops
-from common.config import difference, to_json
+from common.config import difference, from_json, to_json
 from common.data.cache import default_cache_dir
 from common.data.loader import Loader
 from common.data.sources.config import parts_of
@@ -29,11 +29,12 @@ from common.evals.decoding import decode_greedily
 from common.evals.text_metrics import score_texts
 from common.files import read_rows, write_json, write_rows
 from common.report.results import ArmResult, Flops, TextScore, TurnCost
+from common.sharding.hosts import first_says
 from common.sharding.shape import MeshShape
 from common.train import run_dir as rd
 from common.train.init_from import check_rules
 from common.train.loop import Fitted, fit
-from common.train.programs import Setup, compile_step, prepare
+from common.train.programs import Setup, check_rows, compile_step, prepare
 from common.train.state import abstract_state, skeleton
 from common.train.stored import has_checkpoint
 from common.train.task import Initial, Task, Watcher
@@ -65,13 +66,21 @@ def open_data(experiment: Experiment) -> Data:
             raise UserError(
                 f"arms.{name}.model.vocab_size is {arm.model.vocab_size}; the tokenizer needs {tokenizer.table_size}"
             )
-    host = Host(jax.process_index(), jax.process_count())
+    host = Host() if jax.process_count() == 1 else Host(_rows_here(experiment))
     return Data(
         content_id=source.content_id,
         tokenizer=tokenizer,
         train=open_training(config, tokenizer, cache_dir, host),
         validation=open_validation(config, tokenizer, cache_dir, host),
     )
+
+
+def _rows_here(experiment: Experiment) -> list[int]:
+    """Numbers of the rows of a batch that this process feeds; of all arms, which share a mesh."""
+    arm = next(iter(experiment.arms.values()))
+    setup = make_setup(experiment, arm)
+    check_rows(setup)
+    return prepare(setup).held
 
 
 def open_tests(experiment: Experiment, tokenizer: Tokenizer) -> dict[str, Records]:
@@ -147,7 +156,7 @@ def train_arm(
 def score_arm(
     experiment: Experiment, name: str, data: Data, fitted: Fitted, run_dir: Path, progress: Progress
 ) -> ArmResult:
-    """Decodes the test splits and writes `samples.jsonl` and `result.json`."""
+    """Decodes the test splits and writes `samples.jsonl` and `result.json`; all processes decode, the first writes."""
     samples: list[dict[str, Any]] = []
     scores: list[TextScore] = []
     for split, records in open_tests(experiment, data.tokenizer).items():
@@ -156,13 +165,16 @@ def score_arm(
         groups = [row["group"] for row in rows] if all(row["group"] is not None for row in rows) else None
         scores += score_texts(predictions, targets, groups, split, inputs=[row["inputs"] for row in rows])
         samples += rows
-    result = dataclasses.replace(
-        _result(experiment, name, fitted, run_dir / name, tuple(scores)),
-        multi_turn=_multi_turn(experiment, name, fitted, progress),
-    )
-    write_rows(run_dir / name / "samples.jsonl", samples)
-    write_json(run_dir / name / "result.json", to_json(result))
-    return result
+    turns = _multi_turn(experiment, name, fitted, progress)
+
+    def write() -> dict[str, Any]:
+        result = _result(experiment, name, fitted, run_dir / name, tuple(scores))
+        described = to_json(dataclasses.replace(result, multi_turn=turns))
+        write_rows(run_dir / name / "samples.jsonl", samples)
+        write_json(run_dir / name / "result.json", described)
+        return described
+
+    return from_json(ArmResult, first_says(write))
 
 
 def _decode_split(

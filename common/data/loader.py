@@ -1,7 +1,7 @@
 """Batches by random access: step n's rows follow from (seed, plan) alone, whoever asks and in whatever order.
 
-The only state of a stream is the number of batches consumed. Hosts take contiguous shares of each step's rows; threads
-prefetch whole batches and cannot reorder them.
+The only state of a stream is the number of batches consumed. Each process makes the rows of a step that its devices
+hold; threads prefetch whole batches and cannot reorder them.
 
 Legend: B rows of this process, I input slots, T target slots, N examples in the batch (row after row), P tokens of one
 side of all N examples, end to end.
@@ -20,17 +20,13 @@ from common.data.config import DataConfig
 from common.data.examples import Examples
 from common.data.objectives.apply import Example
 from common.data.packing import RowPlans
-from common.errors import UserError
 
 FINGERPRINT_BYTES = 16
 NO_EXAMPLES = np.zeros(0, np.int64)
 
 
 class Loader:
-    """The batches of one split, of which this process makes its share of rows.
-
-    Raises UserError where `data.rows` does not divide among the processes.
-    """
+    """The batches of one split, of which this process makes its share of rows."""
 
     def __init__(
         self,
@@ -38,18 +34,14 @@ class Loader:
         config: DataConfig,
         plans: RowPlans,
         *,
-        process_index: int = 0,
-        process_count: int = 1,
+        share: Sequence[int] | None = None,
     ) -> None:
-        if config.rows % process_count:
-            raise UserError(f"data.rows {config.rows} does not divide among {process_count} processes")
-        assert 0 <= process_index < process_count
+        """`share`: which of a batch's rows this process makes, by number; None: all."""
         self._examples = examples
         self._plans = plans
         self._rows = config.rows
         self._lengths = (config.input_length, config.target_length)
-        share = config.rows // process_count
-        self._share = range(process_index * share, (process_index + 1) * share)
+        self._share = range(config.rows) if share is None else share
 
     @property
     def content(self) -> str:

@@ -28,10 +28,10 @@ from common.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-    """Which of the processes that share each batch this one is."""
+    """What this process makes of each batch."""
 
-    index: int = 0
-    count: int = 1
+    rows: Sequence[int] | None = None
+    """Numbers of its rows; None: all."""
 
 
 def open_training_text(config: DataConfig, cache_dir: Path) -> Source:
@@ -243,4 +243,4 @@ def _loader(config: DataConfig, examples: Examples, cache_dir: Path, host: Host)
         seed=config.seed,
         cache_dir=cache_dir,
     )
-    return Loader(examples, config, plans, process_index=host.index, process_count=host.count)
+    return Loader(examples, config, plans, share=host.rows)

@@ -10,9 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from common.errors import UserError
+from common.sharding.hosts import where
 from common.train.paths import flatten
 from common.train.state import TrainState
 from common.train.storage import patiently
@@ -99,7 +101,14 @@ class Checkpoints:
         )
         loss = math.inf if validation_loss is None else validation_loss
         try:
-            began = self._manager.save(progress.consumed_batches, args=args, metrics={"validation_loss": loss})
+            # Of several processes Orbax would ask for itself whether SIGTERM has come, and they would lose count of the
+            # steps; forced, it does not ask.
+            began = self._manager.save(
+                progress.consumed_batches,
+                args=args,
+                metrics={"validation_loss": loss},
+                force=jax.process_count() > 1,
+            )
         except Exception:
             self._failed = True
             raise
@@ -169,21 +178,35 @@ class Checkpoints:
     def _read(
         self, step: int, abstract: TrainState, seed: int, left_out: frozenset[int]
     ) -> tuple[TrainState, Progress]:
-        found = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))
-        about = dict(found["progress"])
-        check_schema(about.pop("schema_version"), f"{self.folder}/{step}", "train into another --run-dir")
+        about, tree = self._load(step, abstract, left_out)
         saved_seed = about.pop("seed")
         assert saved_seed == seed, "the run directory's config was checked before"
-        skipped = tuple(about.pop("skipped", ()))
-        if not {batch for batch in left_out if batch <= step} <= set(skipped):
-            raise _LearntFromLeftOut
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(_tree(abstract)))
-        tree = self._manager.restore(step, args=args)["state"]
         about.pop("parameter_checksums", None)
         if _checksum(leaf_checksums(tree)) != about.pop("checksum"):
             raise ValueError("its arrays are not those that were saved")
         losses = tuple((at, loss) for at, loss in about.pop("losses", ()))
-        return TrainState(**tree), Progress(**about, skipped=skipped, losses=losses)
+        return TrainState(**tree), Progress(**about, losses=losses)
+
+    def _load(self, step: int, abstract: TrainState, left_out: frozenset[int]) -> tuple[dict[str, Any], Any]:
+        """(What is said of it, its arrays), unchecked. All processes can read them, or it raises in all."""
+        # By Orbax's handlers themselves: its manager would wait for a process that has failed to read.
+        folder = epath.Path(self.folder.resolve() / str(step))
+        failure: Exception | None = None
+        try:
+            about = dict(ocp.JsonCheckpointHandler().restore(folder / "progress", args=ocp.args.JsonRestore()))
+            check_schema(about.pop("schema_version"), f"{self.folder}/{step}", "train into another --run-dir")
+            about["skipped"] = tuple(about.get("skipped", ()))
+            if not {batch for batch in left_out if batch <= step} <= set(about["skipped"]):
+                raise _LearntFromLeftOut
+            arrays = ocp.args.StandardRestore(_tree(abstract))
+            tree = ocp.StandardCheckpointHandler().restore(folder / "state", args=arrays)
+        except (UserError, _LearntFromLeftOut):
+            raise
+        except Exception as error:  # as in `restore`
+            failure = error
+        if unable := where(failure is not None):
+            raise failure or ValueError(f"process {unable[0]} says why")
+        return about, tree
 
     def close(self) -> None:
         """Waits for the last save; one that failed has been told of."""

@@ -19,19 +19,23 @@ from common.data.batch import HostBatch
 from common.data.loader import chain
 from common.errors import UserError
 from common.files import write_json
+from common.sharding.hosts import first_says, is_first, meet, where
 from common.train import run_dir as rd
 from common.train.anomalies import Judge, Verdict, last_learnt
 from common.train.checkpoints import Checkpoints, Progress, last_good
 from common.train.init_from import load_parameters
 from common.train.preemption import Preempted, noticed
 from common.train.profile import Profile
-from common.train.programs import Programs, Setup, check_rows, compile_step, prepare
+from common.train.programs import Counts, Programs, Setup, check_rows, compile_step, prepare
 from common.train.record import WARM_UP, Clock, Rows
 from common.train.saving import Saving
 from common.train.state import Skeleton, TrainState, abstract_state, init_state, state_of
 from common.train.step import Metrics
 from common.train.task import Task, Watcher
 from common.train.watchdog import watched
+
+SEEN_SECONDS = 60.0
+"""In which a file that one machine has written is there for the others: network file systems take their time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,24 +54,26 @@ def fit(task: Task, run_dir: Path, watcher: Watcher) -> Fitted:
     Raises UserError where the directory is in use or belongs to another config, where storage refuses for too long, and
     when a loss or gradient is not finite and nothing else was asked for (such a state never enters a checkpoint). On
     SIGTERM the step that runs is ended and saved, then Preempted is raised; where that takes too long the process is
-    ended, and so it is where it hangs.
+    ended, and so it is where it hangs. Of several processes the first one alone writes, checkpoints apart; where any is
+    sent SIGTERM, all end after the same step.
     """
     check_rows(task.setup)
     began, patience = time.time(), task.setup.train.patience
     stacks = run_dir / f"stacks-{jax.process_index()}.txt"
     with (
-        rd.owned(run_dir),
+        contextlib.ExitStack() as hold,
         watched(stacks, patience.stall_seconds) as alive,
-        _listening(task.setup, run_dir / rd.CHECKPOINTS) as asked_to_end,
+        noticed(patience.preemption_seconds, lambda: last_good(run_dir / rd.CHECKPOINTS)) as asked_to_end,
     ):
-        for warning in rd.claim(run_dir, task.config, task.data):
+        for warning in first_says(lambda: _claim(task, run_dir, hold)):
             watcher.note(f"warning: {warning}")
+        _check_same(task, run_dir)
         programs = prepare(task.setup)
         checkpoints = Checkpoints(run_dir / rd.CHECKPOINTS, keep_last=task.setup.train.keep_last)
         with contextlib.closing(checkpoints), jax.set_mesh(programs.mesh):
             state, progress = _start(task, programs, checkpoints, run_dir, watcher)
             if progress.consumed_batches < task.setup.steps:
-                first_launch = rd.launched(run_dir, began)
+                first_launch = first_says(lambda: rd.launched(run_dir, began))
                 run = _Run(task, programs, checkpoints, run_dir, watcher, alive, asked_to_end, first_launch)
                 while (done := run.go(state, progress)) is None:  # rolled back
                     state, progress = _start(task, programs, checkpoints, run_dir, watcher)
@@ -77,11 +83,27 @@ def fit(task: Task, run_dir: Path, watcher: Watcher) -> Fitted:
         return Fitted(model=programs.model, params=state.params, progress=progress, mesh=programs.mesh)
 
 
-def _listening(setup: Setup, checkpoints: Path) -> contextlib.AbstractContextManager[Callable[[], bool]]:
-    """Several processes would each stop at a step of its own: SIGTERM ends them, and they go back to a checkpoint."""
-    if jax.process_count() > 1:
-        return contextlib.nullcontext(lambda: False)
-    return noticed(setup.train.patience.preemption_seconds, lambda: last_good(checkpoints))
+def _claim(task: Task, run_dir: Path, hold: contextlib.ExitStack) -> list[str]:
+    """Holds the directory until `hold` is closed, and returns warnings."""
+    hold.enter_context(rd.owned(run_dir))
+    return rd.claim(run_dir, task.config, task.data)
+
+
+def _check_same(task: Task, run_dir: Path) -> None:
+    """Raises UserError, in all processes, where one of them is about to train something else."""
+    give_up = time.monotonic() + SEEN_SECONDS
+    while not (run_dir / rd.CONFIG).is_file() and time.monotonic() < give_up:
+        time.sleep(0.1)
+    if blind := where(not (run_dir / rd.CONFIG).is_file()):
+        raise UserError(f"process {blind[0]} does not see {run_dir}: --run-dir must be one that all processes share")
+    moved = rd.differences(run_dir, task.config, task.data)
+    if others := where(bool(moved)):
+        how = f" ({'; '.join(moved)})" if moved else ""
+        raise UserError(f"process {others[0]} was about to train something else{how}: start all with one command")
+
+
+def _left_out(run_dir: Path) -> frozenset[int]:
+    return frozenset(first_says(lambda: sorted(rd.left_out(run_dir))))
 
 
 def _start(
@@ -91,7 +113,7 @@ def _start(
     restored = checkpoints.restore(
         abstract,
         seed=task.setup.train.seed,
-        left_out=rd.left_out(run_dir),
+        left_out=_left_out(run_dir),
         patience_seconds=_storage_seconds(task.setup),
     )
     if restored is not None:
@@ -110,7 +132,8 @@ def _begin(task: Task, programs: Programs, run_dir: Path, watcher: Watcher) -> T
         stored, programs.model, programs.shardings.params, rules=task.initial.rules, seed=seed
     )
     watcher.note(f"begins as {stored.origin}: {plan}")
-    write_json(run_dir / rd.INITIAL, {"origin": stored.origin, **dataclasses.asdict(plan)})
+    if is_first():
+        write_json(run_dir / rd.INITIAL, {"origin": stored.origin, **dataclasses.asdict(plan)})
     return state_of(params, programs.optimizer, programs.shardings)
 
 
@@ -123,7 +146,8 @@ def _storage_seconds(setup: Setup) -> float:
 class _Pending:
     """A batch whose step is recorded while the next one runs."""
 
-    host: HostBatch
+    counts: Callable[[], Counts]
+    """What its batch holds; waits for it."""
     metrics: Metrics | None
     """None: it was passed over."""
     limit: float
@@ -157,9 +181,10 @@ class _Run:
         setup, first = self.task.setup, progress.consumed_batches
         # Compiled before the clock starts, so that compilation is never counted as training.
         self.step_fn = self.step_fn or compile_step(setup, self.programs, state)
+        meet()
         self.alive()
         self.watcher.begin(first, setup.steps)
-        self.left_out = rd.left_out(self.run_dir)
+        self.left_out = _left_out(self.run_dir)
         self.judge = Judge(setup.train.anomalies, progress.losses)
         self.saving = Saving(
             self.checkpoints,
@@ -181,7 +206,7 @@ class _Run:
         profile = Profile(
             self.run_dir / "profile",
             first=first + 1 + WARM_UP,
-            steps=self.task.profile_steps,
+            steps=self.task.profile_steps if is_first() else 0,
             note=self.watcher.note,
         )
         with contextlib.closing(self.rows), contextlib.closing(profile):
@@ -202,9 +227,10 @@ class _Run:
             limit, metrics = self.judge.limit(step), None
             if step not in self.left_out:
                 state, metrics = self._dispatched(step, state, host, limit)
+            counts = self.programs.count(host)
             if pending is not None:
                 progress = self._record(progress, pending)
-            pending = _Pending(host=host, metrics=metrics, limit=limit)
+            pending = _Pending(counts=counts, metrics=metrics, limit=limit)
             validate = step % setup.train.validate_every == 0 or step == setup.steps
             ends = self.asked_to_end()
             save = step % setup.train.checkpoint_every == 0 or step == setup.steps or ends or self.saving.due()
@@ -230,8 +256,8 @@ class _Run:
 
         Stops the run, or rolls it back, where they are an anomaly and that was asked for.
         """
-        step, host = progress.consumed_batches + 1, pending.host
-        computed: dict[str, Any] = {"skipped": "rolled back", "skipped_batch": f"{host.fingerprint:032x}"}
+        step, counts = progress.consumed_batches + 1, pending.counts()
+        computed: dict[str, Any] = {"skipped": "rolled back", "skipped_batch": f"{counts.fingerprint:032x}"}
         learnt = False
         if pending.metrics is not None:
             loss, grad_norm = float(pending.metrics["loss"]), float(pending.metrics["grad_norm"])
@@ -245,7 +271,7 @@ class _Run:
                 self._judged(verdict, progress, step, computed)
         step_seconds = self.clock.lap()
         self.alive()
-        progress = self._advanced(progress, host) if learnt else self._passed_over(progress)
+        progress = self._advanced(progress, counts) if learnt else self._passed_over(progress)
         row, timing = self.rows.write(
             progress, computed, validation_loss=validation_loss, step_seconds=step_seconds, clock=self.clock
         )
@@ -258,7 +284,7 @@ class _Run:
         anomalies, first = self.task.setup.train.anomalies, step
         if verdict == "roll_back":
             self._saved()
-            oldest = min(self.checkpoints.steps(), default=0)
+            oldest = first_says(lambda: min(self.checkpoints.steps(), default=0))
             first = max(step - anomalies.rolled_back + 1, oldest + 1)
         in_a_row = step - last_learnt(progress.skipped, first - 1)
         if verdict == "stop" or in_a_row > anomalies.max_in_a_row:
@@ -266,7 +292,8 @@ class _Run:
             many = f" (no step was learnt from in the last {in_a_row})" if in_a_row > 1 else ""
             raise UserError(f"{said}{many}; stopped, {self.checkpoints.last_good()}")
         if verdict == "roll_back":
-            rd.leave_out(self.run_dir, {"step": step, "first": first, **computed})
+            if is_first():
+                rd.leave_out(self.run_dir, {"step": step, "first": first, **computed})
             self.watcher.note(f"{said}; rolled back, batches {first} to {step} are left out")
             raise _RolledBack
         self.watcher.note(f"{said}; left out")
@@ -276,16 +303,16 @@ class _Run:
         with contextlib.suppress(Exception):
             self.checkpoints.wait()
 
-    def _advanced(self, progress: Progress, host: HostBatch) -> Progress:
+    def _advanced(self, progress: Progress, counts: Counts) -> Progress:
         return dataclasses.replace(
             progress,
             consumed_batches=progress.consumed_batches + 1,
-            fingerprint=chain(progress.fingerprint, host.fingerprint),
-            examples=progress.examples + host.examples,
-            tokens=progress.tokens + host.moments.tokens,
-            input_tokens=progress.input_tokens + host.moments.inputs,
-            loss_tokens=progress.loss_tokens + host.loss_tokens,
-            useful_flops=progress.useful_flops + self.task.setup.model.flops(host.moments).train_full_attention,
+            fingerprint=chain(progress.fingerprint, counts.fingerprint),
+            examples=progress.examples + counts.examples,
+            tokens=progress.tokens + counts.moments.tokens,
+            input_tokens=progress.input_tokens + counts.moments.inputs,
+            loss_tokens=progress.loss_tokens + counts.loss_tokens,
+            useful_flops=progress.useful_flops + self.task.setup.model.flops(counts.moments).train_full_attention,
         )
 
     def _passed_over(self, progress: Progress) -> Progress:

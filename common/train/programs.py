@@ -1,6 +1,7 @@
 """What trains, and its compiled programs: mesh, shardings, one jitted step over the family's protocol."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,9 +12,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from common.compute.moments import Moments
-from common.data.batch import Batch
+from common.data.batch import Batch, HostBatch
 from common.errors import UserError
 from common.model import Model, ModelConfig
+from common.sharding.hosts import counts_here, place_rows, rows_here, start_sum
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import ROW_AXES
 from common.train.config import TrainConfig
@@ -41,6 +43,16 @@ class Setup:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What a batch holds, over all processes; as in a `HostBatch`."""
+
+    fingerprint: int
+    examples: int
+    loss_tokens: int
+    moments: Moments
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Programs:
     """The compiled step and what it needs."""
 
@@ -49,12 +61,40 @@ class Programs:
     optimizer: Any
     shardings: TrainState
     batch_sharding: NamedSharding
+    rows: int
+    """Of a batch, over all processes."""
     train_step: jax.stages.Wrapped
     eval_step: jax.stages.Wrapped
 
+    @functools.cached_property
+    def held(self) -> list[int]:
+        """Numbers of the rows that this process feeds. Raises UserError as `rows_here` does."""
+        return rows_here(self.batch_sharding, self.rows)
+
+    @functools.cached_property
+    def _counts(self) -> bool:
+        return counts_here(self.batch_sharding, self.rows)
+
     def put(self, batch: Batch) -> Batch:
-        """This host's rows onto its devices."""
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.batch_sharding, x), batch)
+        """This process's rows onto its devices."""
+        return jax.tree.map(lambda x: place_rows(self.batch_sharding, self.rows, self.held, x), batch)
+
+    def count(self, host: HostBatch) -> Callable[[], Counts]:
+        """Starts to add up what all processes have in their batches; waits when it is asked for."""
+        mine = (host.fingerprint, host.examples, host.loss_tokens, *dataclasses.astuple(host.moments))
+        added = start_sum(mine if self._counts else [0] * len(mine))
+
+        def result() -> Counts:
+            fingerprint, examples, loss_tokens, *moments = added()
+            names = (field.name for field in dataclasses.fields(Moments))
+            return Counts(
+                fingerprint=fingerprint % 2**128,
+                examples=examples,
+                loss_tokens=loss_tokens,
+                moments=Moments(**dict(zip(names, moments, strict=True))),
+            )
+
+        return result
 
 
 def check_rows(setup: Setup) -> None:
@@ -98,6 +138,7 @@ def prepare(setup: Setup, devices: Sequence[jax.Device] | None = None) -> Progra
         optimizer=optimizer,
         shardings=shardings,
         batch_sharding=NamedSharding(mesh, PartitionSpec(ROW_AXES, "context")),
+        rows=setup.row_slots[0],
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
         eval_step=jax.jit(make_eval_step(model, execution=train.execution)),
     )

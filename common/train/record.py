@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 
 from common.compute.moments import Moments
+from common.sharding.hosts import is_first
 from common.train import run_dir as rd
 from common.train.checkpoints import Progress
 from common.train.optimizer import make_schedule
@@ -125,7 +127,10 @@ def memory() -> dict[str, int]:
 
 
 class Rows:
-    """`metrics.jsonl`, which is the same to the bit for any two runs of one config, and `timings.jsonl`."""
+    """`metrics.jsonl`, which is the same to the bit for any two runs of one config, and `timings.jsonl`.
+
+    The first process alone has them.
+    """
 
     def __init__(
         self,
@@ -151,8 +156,10 @@ class Rows:
             self.learning_rates = np.asarray(schedule(np.arange(setup.steps)))
         self.flops_per_step = setup.flops_per_step()
         first = progress.consumed_batches
-        self.metrics = self._patiently(lambda: rd.JsonLines(run_dir / rd.METRICS, keep_through_step=first))
-        self.timings = self._patiently(lambda: rd.JsonLines(run_dir / rd.TIMINGS, keep_through_step=first))
+        self.files = [
+            self._patiently(partial(rd.JsonLines, run_dir / name, keep_through_step=first))
+            for name in ((rd.METRICS, rd.TIMINGS) if is_first() else ())
+        ]
         self._tokens = progress.tokens
         self._written = 0
 
@@ -185,7 +192,7 @@ class Rows:
         if validation_loss is not None:
             row["validation_loss"] = validation_loss
         timing = self._timing(progress, step_seconds, clock)
-        for file, content in ((self.metrics, row), (self.timings, timing)):
+        for file, content in zip(self.files, (row, timing), strict=False):
             try:
                 file.write(content)
             except OSError:
@@ -223,6 +230,6 @@ class Rows:
         )
 
     def close(self) -> None:
-        for file in (self.metrics, self.timings):
+        for file in self.files:
             with contextlib.suppress(OSError):  # which has been told of, and ends the run
                 file.close()

@@ -58,26 +58,38 @@ def claim(run_dir: Path, config: dict[str, Any], data: dict[str, str]) -> list[s
     `data` says what is read (content id, tokenizer). Returns warnings: how this machine differs from the one the run
     was begun on. Raises UserError with the difference where the directory belongs to another config or other data.
     """
-    present = {"schema_version": SCHEMA_VERSION, **config}
     here = {**environment(), **data}
     if not (run_dir / CONFIG).exists():
         write_json(run_dir / ENVIRONMENT, here)
-        write_json(run_dir / CONFIG, present)
+        write_json(run_dir / CONFIG, _described(config))
         return []
-    lines = changes(read_json(run_dir / CONFIG), present)
-    if lines:
+    if lines := changes(read_json(run_dir / CONFIG), _described(config)):
         raise UserError(
             f"{run_dir} holds a run of another config ({'; '.join(lines)}): choose another --run-dir, or remove it"
         )
-    before = read_json(run_dir / ENVIRONMENT)
-    if moved := [f"{key}: {before.get(key)} -> {value}" for key, value in data.items() if before.get(key) != value]:
+    if moved := _other_data(run_dir, data):
         other = "; ".join(moved)
         raise UserError(f"{run_dir} was begun on other data ({other}): choose another --run-dir, or remove it")
+    before = read_json(run_dir / ENVIRONMENT)
     return [
         f"{key} was {before.get(key)} when this run began and is {here[key]} now: results may differ in the last bits"
         for key in MACHINE_KEYS
         if before.get(key) != here[key]
     ]
+
+
+def differences(run_dir: Path, config: dict[str, Any], data: dict[str, str]) -> list[str]:
+    """How a claimed directory's config and data differ from these."""
+    return [*changes(read_json(run_dir / CONFIG), _described(config)), *_other_data(run_dir, data)]
+
+
+def _described(config: dict[str, Any]) -> dict[str, Any]:
+    return {"schema_version": SCHEMA_VERSION, **config}
+
+
+def _other_data(run_dir: Path, data: dict[str, str]) -> list[str]:
+    before = read_json(run_dir / ENVIRONMENT)
+    return [f"{key}: {before.get(key)} -> {value}" for key, value in data.items() if before.get(key) != value]
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -119,6 +131,7 @@ def environment() -> dict[str, Any]:
         "platform": device.platform,
         "device_kind": device.device_kind,
         "devices": jax.device_count(),
+        "processes": jax.process_count(),
         "cpu": _cpu_model(),
         "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "commit": _commit(),

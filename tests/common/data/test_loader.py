@@ -3,7 +3,7 @@ import hashlib
 import itertools
 import json
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -18,7 +18,6 @@ from common.data.objectives.config import CausalLM, Supervised
 from common.data.packing import RowPlans
 from common.data.sources.config import SourceConfig
 from common.data.tokenized.token_store import TokenStream
-from common.errors import UserError
 
 SOURCE = SourceConfig(name="jsonl:x", inputs="a", targets="b")
 ROWS, INPUTS, TARGETS = 4, 24, 30
@@ -50,10 +49,15 @@ def random_pairs(count: int = 150) -> list[tuple[list[int], list[int]]]:
 EXAMPLES = examples_of(random_pairs())
 
 
-def loader_of(examples: RecordExamples = EXAMPLES, index: int = 0, count: int = 1, rows: int = ROWS) -> Loader:
+def loader_of(examples: RecordExamples = EXAMPLES, share: Sequence[int] | None = None, rows: int = ROWS) -> Loader:
     config = DataConfig(source=SOURCE, rows=rows, input_length=INPUTS, target_length=TARGETS)
     plans = RowPlans(examples, input_limit=INPUTS, target_limit=TARGETS, seed=0, cache_dir=None)
-    return Loader(examples, config, plans, process_index=index, process_count=count)
+    return Loader(examples, config, plans, share=share)
+
+
+def dealt(count: int) -> list[list[int]]:
+    """Contiguous shares of a batch's rows."""
+    return [share.tolist() for share in np.split(np.arange(ROWS), count)]
 
 
 def arrays(batch: Batch) -> dict[str, np.ndarray]:
@@ -189,7 +193,7 @@ def test_budgets_beyond_one_epoch() -> None:
 def test_processes_share_the_rows(count: int) -> None:
     for step in (0, 3, 17):
         whole = loader_of().batch(step)
-        shares = [loader_of(index=index, count=count).batch(step) for index in range(count)]
+        shares = [loader_of(share=share).batch(step) for share in dealt(count)]
         for name, expected in arrays(whole.batch).items():
             together = np.concatenate([arrays(share.batch)[name] for share in shares])
             np.testing.assert_array_equal(together, expected)
@@ -205,20 +209,22 @@ def test_each_process_reads_its_share_alone() -> None:
             self.read = [*getattr(self, "read", []), *number_E.tolist()]
             return super().make(number_E)
 
-    def reads(index: int, count: int) -> list[int]:
+    def reads(share: list[int]) -> list[int]:
         given: dict = {"objective": BARE, "seed": 0, "tokenizer": special_ids(), "source_content_id": "s"}
         examples = Watched(EXAMPLES._records, **given)
-        list(loader_of(examples, index, count).iterate(2, 7))
+        list(loader_of(examples, share).iterate(2, 7))
         return examples.read
 
-    shares = [reads(index, 4) for index in range(4)]
-    assert sorted(number for share in shares for number in share) == sorted(reads(0, 1))
+    shares = [reads(share) for share in dealt(4)]
+    assert sorted(number for share in shares for number in share) == sorted(reads(list(range(ROWS))))
     assert all(not set(a) & set(b) for a, b in itertools.combinations(shares, 2))
 
 
-def test_rows_must_divide_among_processes() -> None:
-    with pytest.raises(UserError, match="4 does not divide among 3"):
-        loader_of(index=0, count=3)
+def test_a_share_need_not_be_contiguous() -> None:
+    """Devices lie in a mesh as their links do, so that the rows of one process may be any."""
+    whole, share = loader_of().batch(3), [0, 3]
+    for name, found in arrays(loader_of(share=share).batch(3).batch).items():
+        np.testing.assert_array_equal(found, arrays(whole.batch)[name][share])
 
 
 def test_an_error_in_a_batch_reaches_the_consumer() -> None:
@@ -253,7 +259,7 @@ def test_validation_ends_with_empty_rows(rows: int) -> None:
 
 def test_validation_divides_among_processes() -> None:
     whole = list(loader_of().validation_batches())
-    shares = [list(loader_of(index=index, count=2).validation_batches()) for index in range(2)]
+    shares = [list(loader_of(share=share).validation_batches()) for share in dealt(2)]
     assert [len(share) for share in shares] == [len(whole)] * 2
     for made, *parts in zip(whole, *shares, strict=True):
         assert made.fingerprint == sum(part.fingerprint for part in parts) % 2**128

@@ -127,7 +127,7 @@ def test_the_stream_is_the_same_for_any_hosts_workers_and_resume(
     whole = [alone.batch(step) for step in range(steps)]
     assert len({each.fingerprint for each in whole}) == steps, "no step repeats another"
     for count in (2, 8):
-        hosts = [stream(Host(index, count)) for index in range(count)]
+        hosts = [stream(Host(share.tolist())) for share in np.split(np.arange(ROWS), count)]
         for step in (7, 0, 4):  # any order, and each host on its own
             shares = [host.batch(step) for host in hosts]
             assert all(len(share.batch.inputs_BI) == ROWS // count for share in shares)

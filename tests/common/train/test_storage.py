@@ -168,15 +168,15 @@ class Bucket:
         self.refusals = refusals
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
-        real = ocp.CheckpointManager.restore
+        real = ocp.StandardCheckpointHandler.restore
 
-        def restore(manager: Any, *args: Any, **kwargs: Any) -> Any:
+        def restore(handler: Any, *args: Any, **kwargs: Any) -> Any:
             if self.refusals:
                 self.refusals -= 1
                 raise BUCKET
-            return real(manager, *args, **kwargs)
+            return real(handler, *args, **kwargs)
 
-        patch.setattr(ocp.CheckpointManager, "restore", restore)
+        patch.setattr(ocp.StandardCheckpointHandler, "restore", restore)
         patch.setattr(storage, "FIRST_PAUSE", 0.01)
 
 
