@@ -162,9 +162,12 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
 
 def _add_launch(launch: argparse.ArgumentParser) -> None:
-    size = launch.add_mutually_exclusive_group(required=True)
-    size.add_argument("--tpu", metavar="TYPE", help="accelerator type, such as v5p-64 (cores) or v6e-16 (chips)")
-    size.add_argument("--topology", metavar="CHIP:GRID", help="the same by its chips, such as v5p:4x4x8")
+    launch.add_argument(
+        "--topology",
+        metavar="TPU",
+        required=True,
+        help="one slice by its grid of chips, v5p:4x4x8, or by its accelerator type, v5p-256",
+    )
     launch.add_argument("--slices", type=int, default=1, metavar="N", help="with --engine gcloud: Multislice (1)")
     launch.add_argument("--engine", default="sky", metavar="ENGINE", help="sky (default): SkyPilot; or gcloud")
     launch.add_argument("--zone", metavar="ZONE", help="such as us-east5-a (default: the engine's)")
@@ -357,7 +360,7 @@ def _launch(options: argparse.Namespace) -> None:
 
     from experiments.launching.job import Bucket, Job, run_name
     from experiments.launching.launch import ENGINES, launch
-    from experiments.launching.slices import slice_of_topology, slice_of_type
+    from experiments.launching.slices import rentable
     from experiments.launching.source import committed
 
     if options.arm is not None:
@@ -369,8 +372,7 @@ def _launch(options: argparse.Namespace) -> None:
         experiment=options.name,
         overrides=tuple(options.overrides),
         arm=options.arm,
-        slice=slice_of_topology(options.topology) if options.tpu is None else slice_of_type(options.tpu),
-        slices=options.slices,
+        topology=rentable(options.topology, options.slices),
         bucket=Bucket.of(options.bucket),
         zone=options.zone,
         spot=options.spot,

@@ -60,8 +60,15 @@ class Compiled:
     """That the compilation took."""
 
 
-def environment(dump: Path) -> dict[str, str]:
-    """Variables of a process that compiles for TPUs without having one, silently, beside others."""
+def environment(dump: Path | None) -> dict[str, str]:
+    """Variables of a process that compiles for TPUs without having one, silently, beside others.
+
+    Where `dump` is a folder, the programs are written there as they are after the passes that planning reads.
+    """
+    dumping = (
+        f"--xla_dump_to={dump} --xla_dump_hlo_as_text --xla_dump_hlo_pass_re=.*spmd-partitioning.* "
+        "--xla_dump_hlo_module_re=.*train_step.*"
+    )
     return {
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "JAX_PLATFORMS": "cpu",
@@ -69,8 +76,7 @@ def environment(dump: Path) -> dict[str, str]:
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_STDERR_LOG_LEVEL": "3",
-        "XLA_FLAGS": f"--xla_dump_to={dump} --xla_dump_hlo_as_text --xla_dump_hlo_pass_re=.*spmd-partitioning.* "
-        "--xla_dump_hlo_module_re=.*train_step.*",
+        "XLA_FLAGS": "" if dump is None else dumping,
     }
 
 

@@ -1,10 +1,11 @@
-"""Which implementation attends: conditions that need no JAX to read."""
+"""Which implementation attends, and under which conditions."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Literal
 
 from common.errors import UserError
+from common.kernels.blocks import LANES
 
 Kind = Literal["auto", "splash", "flash", "cudnn", "blocked", "plain"]
 
@@ -66,12 +67,12 @@ SERVES: Mapping[Kind, Callable[[Case], bool]] = {
 }
 """Under which conditions each implementation is right. cuDNN knows lengths of rows, but no segments."""
 
-PREFERRED: Mapping[str, tuple[Kind, ...]] = {
+_PREFERRED: Mapping[str, tuple[Kind, ...]] = {
     "tpu": ("splash", "flash", "blocked", "plain"),
     "gpu": ("cudnn", "blocked", "plain"),
     "cpu": ("blocked", "plain"),
 }
-"""What `auto` takes, the first that serves; a platform that is not here goes by `cpu`."""
+"""The first that serves is taken; a platform that is not here goes by `cpu`."""
 
 _RUNS_ON: Mapping[Kind, str] = {"splash": "tpu", "flash": "tpu", "cudnn": "gpu"}
 
@@ -81,7 +82,7 @@ def choose(how: How, case: Case) -> Kind:
 
     Raises UserError where the one wanted runs on other devices than these.
 
-    >>> whole = Case(platform="tpu", dtype="bfloat16", head_dim=64, queries=512, biased=False, consecutive=False,
+    >>> whole = Case(platform="tpu", dtype="bfloat16", head_dim=128, queries=512, biased=False, consecutive=False,
     ...              prefix=False, placed=True, one_segment=False,
     ...              dropping=False, divides=True)
     >>> biased = dataclasses.replace(whole, biased=True)
@@ -97,6 +98,16 @@ def choose(how: How, case: Case) -> Kind:
             f"execution.attention is {how.kind!r}, which runs on {needs}, but this program is for {platform}; "
             "nearest: auto"
         )
-    preferred = PREFERRED.get(platform, PREFERRED["cpu"])
-    wanted = preferred if how.kind == "auto" else (how.kind, *preferred)
+    wanted = _preferred(platform, case.head_dim)
+    if how.kind != "auto":
+        wanted = (how.kind, *wanted)
     return next(kind for kind in wanted if SERVES[kind](case))
+
+
+def _preferred(platform: str, head_dim: int) -> tuple[Kind, ...]:
+    kinds = _PREFERRED.get(platform, _PREFERRED["cpu"])
+    if head_dim % LANES:
+        # What splash attention reads and writes ends in the head dimension, which a TPU would pad to its lanes in
+        # memory; of `flash` it ends in the length.
+        return tuple(kind for kind in kinds if kind != "splash")
+    return kinds

@@ -11,6 +11,7 @@ from pathlib import Path
 from common.files import write_atomically
 from common.train.preemption import Preempted
 from experiments.launching.job import BUNDLE, MAX_FAILURES, MOUNT, Job
+from experiments.launching.slices import RENTED, accelerator_type
 
 PROGRAMS = ("bash", "gcloud")
 STARTUP, LAUNCH = "startup.sh", "launch.sh"
@@ -124,15 +125,15 @@ def launch_script(job: Job) -> str:
 
 def create(job: Job) -> list[str]:
     """The request for all slices, to be made in the folder of `startup.sh`."""
-    several = [f"--node-count={job.slices}", f"--node-prefix={job.run}"]
+    several = [f"--node-count={job.topology.slices}", f"--node-prefix={job.run}"]
     return [
         *_RESOURCES,
         "create",
         job.run,
         *_zone(job),
-        f"--accelerator-type={job.slice.accelerator_type}",
-        f"--runtime-version={job.slice.runtime}",
-        *([f"--node-id={job.run}"] if job.slices == 1 else several),
+        f"--accelerator-type={accelerator_type(job.topology)}",
+        f"--runtime-version={RENTED[job.topology.chip].runtime}",
+        *([f"--node-id={job.run}"] if job.topology.slices == 1 else several),
         *(["--spot"] if job.spot else []),
         f"--metadata-from-file=startup-script={STARTUP}",
     ]
@@ -152,7 +153,7 @@ def write(job: Job, folder: Path) -> list[list[str]]:
 
 def afterwards(job: Job) -> dict[str, str]:
     """Commands for later, and what each is for."""
-    node = job.run if job.slices == 1 else f"{job.run}-0"
+    node = job.run if job.topology.slices == 1 else f"{job.run}-0"
     log = "--command=sudo journalctl --follow --unit=google-startup-scripts"
     return {
         f"{LAUNCH} asks by": shlex.join(create(job)),

@@ -12,8 +12,8 @@ import re
 import shlex
 from pathlib import PurePosixPath
 
+from common.compute.topology import Topology
 from common.errors import UserError
-from experiments.launching.slices import Slice
 
 MOUNT = PurePosixPath("/mnt/twinstack")
 LOCAL = PurePosixPath("/tmp/twinstack")
@@ -63,8 +63,7 @@ class Job:
     arm: str | None
     """None: all arms, one after the other."""
     commit: str
-    slice: Slice
-    slices: int
+    topology: Topology
     bucket: Bucket
     zone: str | None
     """None: the engine's own choice or setting."""
@@ -78,8 +77,6 @@ class Job:
             )
         if self.zone is not None and not re.fullmatch(r"[a-z]+-[a-z]+\d+-[a-z]", self.zone):
             raise UserError(f"--zone {self.zone!r} must be a zone of Google Cloud, such as us-east5-a")
-        if self.slices < 1:
-            raise UserError(f"--slices is {self.slices}; the least is 1")
 
     @property
     def configured(self) -> list[str]:

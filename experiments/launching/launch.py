@@ -1,6 +1,6 @@
 """`twinstack launch`: writes what an engine needs to run a job, and with `go` has it run.
 
-    twinstack launch first_light --tpu v5p-64 --spot --bucket gs://my-bucket train.mesh.fsdp=32
+    twinstack launch first_light --topology v5p-64 --spot --bucket gs://my-bucket train.mesh.fsdp=32
     twinstack launch first_light --topology v6e:4x4 --engine gcloud --bucket gs://my-bucket/me train.mesh.fsdp=16 --go
 
 Nothing secret is written: who asks, and in which project, is the setting of `gcloud`.
@@ -20,6 +20,7 @@ from common.errors import UserError
 from common.sharding.shape import MeshShape
 from experiments.launching import gcloud, sky
 from experiments.launching.job import BUNDLE, Job
+from experiments.launching.slices import accelerator_type
 from experiments.launching.source import write_bundle
 
 ENGINES: dict[str, ModuleType] = {"sky": sky, "gcloud": gcloud}
@@ -34,8 +35,7 @@ def launch(job: Job, mesh: MeshShape, engine: str, folder: Path, console: Consol
     check_mesh(mesh, job)
     commands = ENGINES[engine].write(job, folder)
     write_bundle(folder / BUNDLE)
-    chips = f"{job.slices} x {job.slice.accelerator_type} ({job.slice.chip}, {job.slice.grid}: {job.slice.chips} chips)"
-    _print(console, "written", f"{folder}: commit {job.commit[:12]} on {chips}")
+    _print(console, "written", f"{folder}: commit {job.commit[:12]} on {_words(job)}")
     if not go:
         prepare = ["twinstack", "data", "prepare", *job.configured, "--to", job.bucket.url("prepared")]
         _print(console, "tokens, once", shlex.join(prepare))
@@ -49,13 +49,18 @@ def launch(job: Job, mesh: MeshShape, engine: str, folder: Path, console: Consol
 
 def check_mesh(mesh: MeshShape, job: Job) -> None:
     """Raises UserError where the mesh leaves chips idle, asks for more than there are, or joins slices as if one."""
-    chips = job.slices * job.slice.chips
-    fits = MeshShape(replica=job.slices, fsdp=job.slice.chips)
-    if mesh.devices != chips or (job.slices > 1 and mesh.replica != job.slices):
+    slices, devices = job.topology.slices, job.topology.devices
+    fits = MeshShape(replica=slices, fsdp=devices // slices)
+    if mesh.devices != devices or (slices > 1 and mesh.replica != slices):
         raise UserError(
-            f"train.mesh {mesh} is not for {job.slices} x {job.slice.accelerator_type} of {job.slice.chips} chips; "
+            f"train.mesh {mesh} is not for {_words(job)}; "
             f"nearest: {' '.join(f'train.mesh.{part}' for part in str(fits).split(','))}"
         )
+
+
+def _words(job: Job) -> str:
+    topology = job.topology
+    return f"{topology.slices} x {accelerator_type(topology)} ({topology}: {topology.chips} chips)"
 
 
 def submit(commands: list[list[str]], programs: Sequence[str]) -> None:

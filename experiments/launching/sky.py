@@ -14,6 +14,7 @@ from common.errors import UserError
 from common.files import write_atomically
 from common.train.preemption import Preempted
 from experiments.launching.job import BUNDLE, MAX_FAILURES, MOUNT, Job
+from experiments.launching.slices import RENTED, accelerator_type
 
 PROGRAMS = ("gcloud", "sky")
 TASK = "sky.yaml"
@@ -21,14 +22,16 @@ TASK = "sky.yaml"
 
 def task(job: Job) -> dict[str, Any]:
     """Raises UserError for more than one slice: SkyPilot asks for slices that do not know of each other."""
-    if job.slices > 1:
-        raise UserError(f"--slices {job.slices}: SkyPilot makes no Multislice; take --engine gcloud, or one slice")
+    if job.topology.slices > 1:
+        raise UserError(
+            f"--slices {job.topology.slices}: SkyPilot makes no Multislice; take --engine gcloud, or one slice"
+        )
     return {
         "name": job.run,
         "resources": {
             "infra": "gcp" if job.zone is None else f"gcp/*/{job.zone}",
-            "accelerators": f"tpu-{job.slice.accelerator_type}",
-            "accelerator_args": {"runtime_version": job.slice.runtime, "tpu_vm": True},
+            "accelerators": f"tpu-{accelerator_type(job.topology)}",
+            "accelerator_args": {"runtime_version": RENTED[job.topology.chip].runtime, "tpu_vm": True},
             "use_spot": job.spot,
             "job_recovery": {
                 "strategy": "FAILOVER",  # the same region first: the bucket is there

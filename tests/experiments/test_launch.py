@@ -22,7 +22,7 @@ from experiments.commands import prepare_jax
 from experiments.launching import gcloud, sky, source
 from experiments.launching import launch as launching
 from experiments.launching.job import LOCAL, MOUNT, Bucket, Job
-from experiments.launching.slices import CHIPS, Slice, slice_of_topology, slice_of_type
+from experiments.launching.slices import RENTED, accelerator_type, rentable
 
 HOSTILE = "data.source.name=tsv:/a b'\"$(touch pwned)`touch pwned`;touch pwned\n>pwned \\"
 JOB = Job(
@@ -31,18 +31,17 @@ JOB = Job(
     overrides=("train.mesh.fsdp=32", HOSTILE),
     arm="gpt",
     commit="0123456789abcdef0123456789abcdef01234567",
-    slice=slice_of_type("v5p-64"),
-    slices=1,
+    topology=rentable("v5p-64", 1),
     bucket=Bucket.of("gs://my-bucket/me"),
     zone="us-east5-a",
     spot=True,
 )
 JOBS = {
     "spot": JOB,
-    "anywhere": dataclasses.replace(JOB, zone=None, spot=False, arm=None, slice=slice_of_topology("v6e:4x4")),
-    "one-chip": dataclasses.replace(JOB, slice=slice_of_type("v5litepod-1"), bucket=Bucket.of("gs://my-bucket")),
+    "anywhere": dataclasses.replace(JOB, zone=None, spot=False, arm=None, topology=rentable("v6e:4x4", 1)),
+    "one-chip": dataclasses.replace(JOB, topology=rentable("v5litepod-1", 1), bucket=Bucket.of("gs://my-bucket")),
 }
-TWO_SLICES = dataclasses.replace(JOB, slices=2)
+TWO_SLICES = dataclasses.replace(JOB, topology=rentable("v5p-64", 2))
 
 COMMAND = ["first_light", *JOB.overrides, "--arm", "gpt", "--run-dir", "/mnt/twinstack/me/runs/first-light"]
 
@@ -51,61 +50,40 @@ COMMAND = ["first_light", *JOB.overrides, "--arm", "gpt", "--run-dir", "/mnt/twi
 
 
 @pytest.mark.parametrize(
-    ("name", "chip", "grid", "chips"),
+    ("name", "form", "chips"),
     [  # of the tables in Cloud TPU's documentation
-        ("v4-8", "v4", "2x2x1", 4),
-        ("v4-4096", "v4", "8x16x16", 2048),
-        ("v5litepod-1", "v5e", "1x1", 1),
-        ("v5litepod-256", "v5e", "16x16", 256),
-        ("v5p-8", "v5p", "2x2x1", 4),
-        ("v5p-64", "v5p", "2x4x4", 32),
-        ("v5p-12288", "v5p", "16x16x24", 6144),
-        ("v6e-16", "v6e", "4x4", 16),
+        ("v4-8", "v4:2x2x1", 4),
+        ("v4-4096", "v4:8x16x16", 2048),
+        ("v5litepod-1", "v5e:1x1", 1),
+        ("v5litepod-256", "v5e:16x16", 256),
+        ("v5p-8", "v5p:2x2x1", 4),
+        ("v5p-64", "v5p:2x4x4", 32),
+        ("v5p-12288", "v5p:16x16x24", 6144),
+        ("v6e-16", "v6e:4x4", 16),
     ],
 )
-def test_accelerator_types_count_cores_or_chips(name, chip, grid, chips):
-    found = slice_of_type(name)
-    assert (found.chip, found.grid, found.chips) == (chip, grid, chips)
-
-
-@pytest.mark.parametrize(("chip", "grid"), [(chip, grid) for chip, facts in CHIPS.items() for grid in facts.grids])
-def test_types_and_topologies_name_the_same_slices(chip, grid):
-    found = slice_of_topology(f"{chip}:{grid}")
-    assert found == Slice(chip=chip, grid=grid) == slice_of_type(found.accelerator_type)
+def test_accelerator_types_and_grids_name_the_same_slices(name, form, chips):
+    found = rentable(name, 1)
+    assert (str(found), found.chips) == (form, chips)
+    assert rentable(form, 1) == found
+    assert accelerator_type(found) == name == accelerator_type(rentable(form, 3))
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v5p-60", "nearest: v5p-64; valid: v5p-8, v5p-16,"),
-        ("v5p-9999999", "nearest: v5p-12288;"),
-        ("v5e-16", "nearest: v5litepod-16;"),
-        ("v4", "nearest: v4-8;"),
-        ("v6e-", "nearest: v6e-1;"),
-        ("v6p-8", "did you mean 'v6e'? Valid: v4, v5litepod, v5p, v6e"),
-        ("tpu7x-8", "valid: v4, v5litepod, v5p, v6e"),
-        ("v6e-16 --quiet", "valid: "),
+        ("v5p-60", "nearest: v5p:2x4x4"),
+        ("v6p-8", "did you mean 'v6e'?"),
+        ("v6e-16 --quiet", "must be CHIP:GRID"),
+        ("v5p:4x8x4", "nearest: v5p:4x4x8"),
+        ("v6e", "must be CHIP:GRID"),
+        ("v5p:4x4x16", "has no accelerator type of its own; nearest: v5p:4x8x8 (v5p-512)"),
+        ("tpu7x:2x2x1", "the Cloud TPU API, which both engines ask, has no tpu7x; it has v4, v5e, v5p, v6e"),
     ],
 )
-def test_a_type_that_does_not_exist(name, message):
+def test_a_slice_that_cannot_be_rented(name, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        slice_of_type(name)
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("v5p:4x8x4", "nearest: v5p:4x4x8;"),
-        ("v5p:4x4", "nearest: v5p:2x2x4;"),
-        ("v5e:2x2x1", "nearest: v5e:2x2;"),
-        ("v6e", "nearest: v6e:1x1;"),
-        ("v6e:-4x-4", "nearest: v6e:1x1;"),
-        ("v5:4x4", "such as v5p:4x4x8; chip did you mean"),
-    ],
-)
-def test_a_topology_that_does_not_exist(name, message):
-    with pytest.raises(UserError, match=re.escape(message)):
-        slice_of_topology(name)
+        rentable(name, 1)
 
 
 # The job
@@ -146,7 +124,6 @@ def test_a_bucket_that_is_none(url):
         ({"run": "$(touch pwned)"}, "nearest: touch-pwned"),
         ({"zone": "us-east5"}, "such as us-east5-a"),
         ({"zone": "us-east5-a --quiet"}, "such as us-east5-a"),
-        ({"slices": 0}, "the least is 1"),
     ],
 )
 def test_a_job_that_is_none(change, message):
@@ -158,7 +135,9 @@ def test_the_mesh_is_that_of_the_slices():
     launching.check_mesh(MeshShape(data=4, fsdp=8), JOB)
     launching.check_mesh(MeshShape(replica=2, fsdp=8, tensor=4), TWO_SLICES)
     for mesh in (MeshShape(), MeshShape(fsdp=64)):
-        with pytest.raises(UserError, match=f"{mesh} is not for 1 x v5p-64 of 32 chips; nearest: train.mesh.fsdp=32$"):
+        with pytest.raises(
+            UserError, match=f"{mesh} is not for 1 x v5p-64 .v5p:2x4x4: 32 chips.; nearest: train.mesh.fsdp=32$"
+        ):
             launching.check_mesh(mesh, JOB)
     with pytest.raises(UserError, match="nearest: train.mesh.data=1$"):
         launching.check_mesh(MeshShape(fsdp=2), JOBS["one-chip"])
@@ -249,7 +228,7 @@ def test_skypilot_reads_the_task(name, tmp_path):
     sky.write(job, tmp_path)
     checked = ask_skypilot((tmp_path / sky.TASK).read_text(), tmp_path)
     assert checked.returncode == 0, checked.stderr
-    type_, runtime = job.slice.accelerator_type, job.slice.runtime
+    type_, runtime = accelerator_type(job.topology), RENTED[job.topology.chip].runtime
     recovery = {"strategy": "FAILOVER", "max_restarts_on_errors": 2, "recover_on_exit_codes": [143]}
     assert json.loads(checked.stdout) == [
         "first-light",
@@ -333,10 +312,10 @@ def test_the_request_has_what_gcloud_documents(job):
     words = gcloud.create(job)
     assert words[:6] == ["gcloud", "compute", "tpus", "queued-resources", "create", job.run]
     flags = dict(word.removeprefix("--").partition("=")[::2] for word in words[6:])
-    nodes = {"node-count": "2", "node-prefix": job.run} if job.slices == 2 else {"node-id": job.run}
+    nodes = {"node-count": "2", "node-prefix": job.run} if job.topology.slices == 2 else {"node-id": job.run}
     assert flags == {
-        "accelerator-type": job.slice.accelerator_type,
-        "runtime-version": job.slice.runtime,
+        "accelerator-type": accelerator_type(job.topology),
+        "runtime-version": RENTED[job.topology.chip].runtime,
         "metadata-from-file": "startup-script=startup.sh",
         **nodes,
         **({"zone": job.zone} if job.zone else {}),
@@ -355,7 +334,7 @@ def program(folder: Path, name: str, body: str) -> None:
 
 @pytest.mark.parametrize("job", [*JOBS.values(), TWO_SLICES], ids=[*JOBS, "two-slices"])
 def test_bash_reads_every_script(job):
-    task = sky.task(dataclasses.replace(job, slices=1))
+    task = sky.task(dataclasses.replace(job, topology=dataclasses.replace(job.topology, slices=1)))
     for script in (task["setup"], task["run"], gcloud.startup_script(job), gcloud.launch_script(job)):
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
@@ -483,7 +462,7 @@ def test_slices_are_asked_for_again_and_given_back(tmp_path, states, ended, done
 
 # The command
 
-ARGUMENTS = ["launch", "first_light", "--tpu", "v6e-4", "--bucket", "gs://my-bucket", "train.mesh.fsdp=4"]
+ARGUMENTS = ["launch", "first_light", "--topology", "v6e-4", "--bucket", "gs://my-bucket", "train.mesh.fsdp=4"]
 
 
 @pytest.fixture
@@ -524,9 +503,12 @@ def test_launch_writes_scripts_for_gcloud(here, capsys):
         (["--go", "--engine", "gcloud"], "--go needs the program 'gcloud', which is not installed"),
         (["--engine", "slurm"], "--engine 'slurm': valid: gcloud, sky"),
         (["--arm", "gtp"], "unknown arm 'gtp': did you mean 'gpt'?"),
-        (["train.mesh.fsdp=8"], "train.mesh fsdp=8 is not for 1 x v6e-4 of 4 chips; nearest: train.mesh.fsdp=4"),
+        (
+            ["train.mesh.fsdp=8"],
+            "train.mesh fsdp=8 is not for 1 x v6e-4 (v6e:2x2: 4 chips); nearest: train.mesh.fsdp=4",
+        ),
         (["train.mesh.fdsp=8"], "unknown field 'fdsp' in train.mesh: did you mean 'fsdp'?"),
-        (["--topology", "v6e:2x2"], "argument --topology: not allowed with argument --tpu"),
+        (["--topology", "v6e:2x3"], "topology 'v6e:2x3': no slice has this form; nearest: v6e:2x4"),
         (["--slices", "2", "train.mesh.replica=2"], "--slices 2: SkyPilot makes no Multislice"),
         (["--zone", "nowhere"], "--zone 'nowhere' must be a zone"),
         (["--run", "Mine"], "--run 'Mine' must be lower-case"),

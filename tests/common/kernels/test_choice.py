@@ -22,7 +22,7 @@ from tests.common.kernels import cases
 WHOLE = Case(
     platform="tpu",
     dtype="bfloat16",
-    head_dim=64,
+    head_dim=128,
     queries=512,
     biased=False,
     consecutive=True,
@@ -39,8 +39,9 @@ WHOLE = Case(
     [
         ({}, "splash", "blocked", "blocked"),
         ({"one_segment": True}, "splash", "cudnn", "blocked"),
+        ({"one_segment": True, "head_dim": 64}, "flash", "cudnn", "blocked"),
         ({"one_segment": True, "dtype": "float32"}, "splash", "blocked", "blocked"),
-        ({"one_segment": True, "head_dim": 20}, "splash", "blocked", "blocked"),
+        ({"one_segment": True, "head_dim": 20}, "flash", "blocked", "blocked"),
         ({"prefix": True, "one_segment": True}, "flash", "blocked", "blocked"),
         ({"biased": True}, "flash", "blocked", "blocked"),
         ({"biased": True, "consecutive": False}, "blocked", "blocked", "blocked"),
