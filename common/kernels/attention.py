@@ -4,7 +4,6 @@ Legend: B batch rows, Q query length, K key length, H heads, G key-value heads, 
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ from common.kernels.flash import flash
 from common.kernels.plain import plain
 from common.kernels.splash import Part, splash
 from common.kernels.visibility import Visibility
-from common.sharding.rules import compute_spec, on_mesh
+from common.sharding.rules import compute_spec, on_mesh, parts
 
 
 def attend(
@@ -78,7 +77,7 @@ def _case(q_BQHC: jax.Array, visibility: Visibility, *, dropping: bool, divides:
         prefix=visibility.prefix_length > 0,
         placed=visibility.placed or not visibility.causal,
         one_segment=visibility.at_left
-        and (not visibility.causal or (visibility.q_offset == 0 and _parts("length") == 1)),
+        and (not visibility.causal or (visibility.q_offset == 0 and parts("length") == 1)),
         dropping=dropping,
         divides=divides,
     )
@@ -137,10 +136,10 @@ def _on_devices(
     }
     of_queries = compute_spec("batch", "length", "heads", None)
     of_keys = compute_spec("batch", "kv_heads", None, None)
-    parts, length_axis = _parts("length"), compute_spec("length")[0]
+    lengths, length_axis = parts("length"), compute_spec("length")[0]
 
     def local(q_BQHC: jax.Array, k_BGKC: jax.Array, v_BGKC: jax.Array, visibility: Visibility) -> jax.Array:
-        part = None if parts == 1 else Part(index=jax.lax.axis_index(length_axis), parts=parts)
+        part = None if lengths == 1 else Part(index=jax.lax.axis_index(length_axis), parts=lengths)
         return _here(kind, how, scale, q_BQHC, k_BGKC, v_BGKC, visibility, part)
 
     # Unchecked, as splash attention does not say over which axes its results vary. Each result varies over all axes,
@@ -152,15 +151,7 @@ def _on_devices(
 
 def _divides(q_BQHC: jax.Array, k_BGKC: jax.Array) -> bool:
     sizes = zip((*q_BQHC.shape[:3], k_BGKC.shape[1]), ("batch", "length", "heads", "kv_heads"), strict=True)
-    return all(size % _parts(name) == 0 for size, name in sizes)
-
-
-def _parts(name: str) -> int:
-    """Into how many parts the mesh divides a logical axis."""
-    if not on_mesh():
-        return 1
-    axes, sizes = compute_spec(name)[0], jax.sharding.get_abstract_mesh().shape
-    return math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+    return all(size % parts(name) == 0 for size, name in sizes)
 
 
 def _rows(x_BL: jax.Array, rows: int) -> jax.Array:

@@ -78,18 +78,18 @@ class Attention(nnx.Module):
     def keys_values(self, x_BKD: jax.Array, positions_BK: jax.Array) -> KeysValues:
         k_BKGC = project(x_BKD, use(self.key_DGC, x_BKD.dtype), use_bias(self.key_bias_GC, x_BKD.dtype))
         v_BKGC = project(x_BKD, use(self.value_DGC, x_BKD.dtype), use_bias(self.value_bias_GC, x_BKD.dtype))
-        k_BKGC, v_BKGC = (constrain(x, "batch", None, "kv_heads", None) for x in (k_BKGC, v_BKGC))
         if self.key_norm is not None:
             k_BKGC = self.key_norm(k_BKGC)
         if self.rope_theta is not None:
             k_BKGC = rope(k_BKGC, positions_BK, self.rope_theta)
+        k_BKGC, v_BKGC = (constrain(x, "batch", None, "kv_heads", None) for x in (k_BKGC, v_BKGC))
         return KeysValues(k_BKGC.swapaxes(1, 2), v_BKGC.swapaxes(1, 2))
 
     def __call__(
         self, x_BQD: jax.Array, memory: KeysValues, visibility: Visibility, dropout_key: jax.Array | None = None
     ) -> jax.Array:
         q_BQHC = project(x_BQD, use(self.query_DHC, x_BQD.dtype), use_bias(self.query_bias_HC, x_BQD.dtype))
-        q_BQHC = constrain(q_BQHC, "batch", None, "heads", None)
+        q_BQHC = constrain(q_BQHC, "batch", "length", "heads", None)
         if self.query_norm is not None:
             q_BQHC = self.query_norm(q_BQHC)
         if self.rope_theta is not None:
@@ -104,4 +104,5 @@ class Attention(nnx.Module):
             dropout_rate=self.dropout_rate,
             dropout_key=dropout_key,
         )
-        return unproject(out_BQHC, use(self.out_HCD, x_BQD.dtype), use_bias(self.out_bias_D, x_BQD.dtype))
+        y_BQD = unproject(out_BQHC, use(self.out_HCD, x_BQD.dtype), use_bias(self.out_bias_D, x_BQD.dtype))
+        return constrain(y_BQD, "batch", "residual", None)

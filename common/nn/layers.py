@@ -91,7 +91,7 @@ class MLP(nnx.Module):
             h_BUF = constrain(h_BUF, "batch", "length", "mlp")
             return linear(dropout(h_BUF, self.dropout_rate, dropout_key), *out)
 
-        return in_pieces(network, x_BLD, self.chunk)
+        return constrain(in_pieces(network, x_BLD, self.chunk), "batch", "residual", None)
 
 
 def in_pieces(function: Callable[[jax.Array], jax.Array], x_BLD: jax.Array, chunk: int | None) -> jax.Array:

@@ -9,6 +9,7 @@ arXiv 1909.08053). Between that axis's products the residual stream is whole, or
 import contextlib
 import contextvars
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, Literal
@@ -95,8 +96,21 @@ def on_mesh() -> bool:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins an activation's sharding by logical names; without a mesh, `x` itself."""
-    return jax.lax.with_sharding_constraint(x, compute_spec(*axes)) if on_mesh() else x
+    """Pins an activation's sharding by logical names; without a mesh, `x` itself.
+
+    A dimension that does not divide by its devices, as the length of what is decoded one token at a time, stays whole.
+    """
+    if not on_mesh():
+        return x
+    dividing = (axis if size % parts(axis) == 0 else None for size, axis in zip(x.shape, axes, strict=True))
+    return jax.lax.with_sharding_constraint(x, compute_spec(*dividing))
+
+
+def parts(axis: str | None) -> int:
+    """Into how many parts the mesh divides an activation's logical axis."""
+    names = compute_spec(axis)[0] if on_mesh() else None
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[name] for name in ((names,) if isinstance(names, str) else names or ()))
 
 
 def in_use(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:

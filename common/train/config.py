@@ -249,6 +249,9 @@ class TrainConfig:
     keep_last: int = 2
     """Checkpoints kept beside the best one."""
     mesh: MeshShape = MeshShape()
+    sharding: Literal["fsdp", "sequence"] = "fsdp"
+    """The table by which arrays lie on the mesh (`common.sharding.rules`); `sequence` divides what lies between a
+    layer's products by `tensor` too: less memory, the same traffic."""
     execution: Execution = Execution()
     anomalies: Anomalies = Anomalies()
     patience: Patience = Patience()

@@ -17,6 +17,7 @@ from common.errors import UserError
 from common.model import Model, ModelConfig
 from common.sharding.hosts import counts_here, place_rows, rows_here, start_sum
 from common.sharding.mesh import make_mesh
+from common.sharding.rules import Strategy, strategy
 from common.sharding.shape import ROW_AXES
 from common.train.config import TrainConfig
 from common.train.optimizer import make_optimizer, make_schedule
@@ -117,8 +118,12 @@ def check_rows(setup: Setup) -> None:
 
 def prepare(setup: Setup, devices: Sequence[jax.Device] | None = None) -> Programs:
     """Mesh, shardings and jitted functions, for this machine's devices or for others; nothing is computed yet."""
+    with strategy(setup.train.sharding):
+        return _prepare(setup, make_mesh(setup.train.mesh, devices))
+
+
+def _prepare(setup: Setup, mesh: Mesh) -> Programs:
     train = setup.train
-    mesh = make_mesh(train.mesh, devices)
     model = skeleton(setup.build)
     schedule = make_schedule(train.schedule, setup.learning_rate, setup.steps)
     optimizer = make_optimizer(train.optimizer, schedule, model.logical_axes)
@@ -139,9 +144,20 @@ def prepare(setup: Setup, devices: Sequence[jax.Device] | None = None) -> Progra
         shardings=shardings,
         batch_sharding=NamedSharding(mesh, PartitionSpec(ROW_AXES, "context")),
         rows=setup.row_slots[0],
-        train_step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
-        eval_step=jax.jit(make_eval_step(model, execution=train.execution)),
+        train_step=jax.jit(_following(train.sharding, step), donate_argnums=0, out_shardings=(shardings, None)),
+        eval_step=jax.jit(_following(train.sharding, make_eval_step(model, execution=train.execution))),
     )
+
+
+def _following(name: Strategy, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, traced by that table of rules whenever it is traced."""
+
+    @functools.wraps(function)
+    def traced(*args: Any) -> Any:
+        with strategy(name):
+            return function(*args)
+
+    return traced
 
 
 def compile_step(setup: Setup, programs: Programs, state: TrainState) -> jax.stages.Compiled:

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from common.data.batch import Batch
+from common.sharding.rules import Strategy
 from common.sharding.shape import MeshShape
 from common.train.config import AdamW, Linear
 from common.train.programs import Programs, prepare
@@ -21,19 +22,31 @@ from tests.tiny import INPUTS, RECIPE, ROWS, TARGETS, setup, tiny, train_config
 FAMILIES = ("gpt", "t5like")
 families = pytest.mark.parametrize("family", FAMILIES)
 ONE_DEVICE = MeshShape()
-EIGHT = [MeshShape(data=8), MeshShape(fsdp=8), MeshShape(data=2, fsdp=2, tensor=2)]
+EIGHT = [
+    MeshShape(data=8),
+    MeshShape(fsdp=8),
+    MeshShape(data=2, fsdp=2, tensor=2),
+    MeshShape(replica=2, fsdp=2, context=2),
+    MeshShape(fsdp=2, context=2, tensor=2),
+]
 RATE = 3e-2
 
 
 @functools.cache
 def programs(
-    family: str, mesh: MeshShape = ONE_DEVICE, accumulation: int = 1, dropout: float = 0.0, seed: int = 0
+    family: str,
+    mesh: MeshShape = ONE_DEVICE,
+    accumulation: int = 1,
+    dropout: float = 0.0,
+    seed: int = 0,
+    sharding: Strategy = "fsdp",
 ) -> Programs:
     """The step as the loop compiles it. Nothing is clipped, so that the first moments are a tenth of the gradient."""
     train = train_config(
         optimizer=AdamW(b1=0.9, epsilon=1e-3, clip_norm=1e9),
         schedule=Linear(),
         mesh=mesh,
+        sharding=sharding,
         accumulation=accumulation,
         seed=seed,
     )
@@ -119,8 +132,8 @@ def loss_of_rows(family: str, chosen_B: np.ndarray) -> float:
 
 
 @functools.cache
-def losses(family: str, mesh: MeshShape) -> tuple[list[float], TrainState]:
-    made = programs(family, mesh)
+def losses(family: str, mesh: MeshShape, sharding: Strategy = "fsdp") -> tuple[list[float], TrainState]:
+    made = programs(family, mesh, sharding=sharding)
     state = fresh(family, made)
     found = []
     for step in range(20):
@@ -134,11 +147,13 @@ def bytes_on_one_device(tree: Any) -> int:
 
 
 @families
-@pytest.mark.parametrize("mesh", EIGHT, ids=lambda mesh: "-".join(map(str, dataclasses.astuple(mesh))))
-def test_sharded_is_single_device(family: str, mesh: MeshShape) -> None:
+@pytest.mark.parametrize(
+    ("mesh", "sharding"), [*((mesh, "fsdp") for mesh in EIGHT), (EIGHT[2], "sequence"), (EIGHT[4], "sequence")], ids=str
+)
+def test_sharded_is_single_device(family: str, mesh: MeshShape, sharding: Strategy) -> None:
     """Twenty steps from the same seed: the same losses and parameters, on one device and on eight."""
     alone, last = losses(family, ONE_DEVICE)
-    together, sharded = losses(family, mesh)
+    together, sharded = losses(family, mesh, sharding)
     assert together == pytest.approx(alone, rel=1e-5)
     assert alone[-1] < alone[0] - 1  # something was learned that could have differed
     close(sharded.params, last.params, 1e-4)
@@ -153,7 +168,7 @@ def test_sharded_is_single_device(family: str, mesh: MeshShape) -> None:
 
 
 def test_a_state_born_sharded_is_the_same_state() -> None:
-    for one, other in zip(*(jax.tree.leaves(initial("gpt", mesh)) for mesh in (ONE_DEVICE, EIGHT[-1])), strict=True):
+    for one, other in zip(*(jax.tree.leaves(initial("gpt", mesh)) for mesh in (ONE_DEVICE, EIGHT[2])), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
