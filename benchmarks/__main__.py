@@ -1,5 +1,5 @@
 """Where a training step's time goes in both families, `gpt`'s step beside PyTorch's, decoding beside Hugging Face's,
-how fast data become batches, and what saving costs (`make bench`)."""
+how fast data become batches, and what saving costs (`make bench`); what a step wants of a TPU's memory."""
 
 import argparse
 import contextlib
@@ -21,6 +21,7 @@ from benchmarks.decoder import DECODER, LENGTH, ROWS, Spread, cores
 from benchmarks.generation import MODELS, NEW, PROMPT, Generation
 from benchmarks.generation import ROWS as PROMPTS
 from benchmarks.generation import compare as compare_generation
+from benchmarks.memory import CASES, Case, Planned, plan
 from benchmarks.side_by_side import SideBySide, compare
 from benchmarks.train_step import Parts, time_arm, time_loader
 from common.files import write_json
@@ -47,6 +48,8 @@ def main() -> int:
         found["data"] = _data(console, options.rounds)
     if options.only in (None, "checkpoints"):
         found["checkpoints"] = _checkpoints(console, options.rounds)
+    if options.only == "memory":  # a quarter of an hour, and nothing of it is this machine's speed
+        found["memory"] = _memory(console)
     if options.json:
         write_json(options.json, found)
     return 0
@@ -56,7 +59,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--rounds", type=_positive, default=7, help="repeated measurements (default: %(default)s)")
     parser.add_argument("--steps", type=_positive, default=3, help="steps in each of them (default: %(default)s)")
-    parts = ["families", "torch", "generation", "data", "checkpoints"]
+    parts = ["families", "torch", "generation", "data", "checkpoints", "memory"]
     parser.add_argument("--only", choices=parts, help="one part of it")
     parser.add_argument("--torch", choices=["eager", "compiled"], default="eager", help="how PyTorch runs")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures there")
@@ -231,6 +234,35 @@ def _checkpoints(console: Console, saves: int) -> dict[str, Any]:
     table.add_row(f"share of {PERIOD} steps, %", Text(_spread(found.share, 100.0)))
     console.print(table, "")
     return dataclasses.asdict(found)
+
+
+def _memory(console: Console) -> dict[str, Any] | None:
+    if importlib.util.find_spec("libtpu") is None:
+        console.print("libtpu, the compiler for TPU, is not installed: pip install -e '.[plan]'", markup=False)
+        return None
+    table = _table(
+        "Training step on TPU, memory of one device, GiB; no TPU is needed for this",
+        ["TPU", "rows x length", "arguments + temporaries", "MaxText 0.2.5's", "peak"],
+        "full rematerialisation, bf16, AdamW in float32, as the TPU's compiler plans it",
+    )
+    found = {}
+    with _bar(console, "compiling for TPU", len(CASES)) as advance:
+        for name, case in CASES.items():
+            found[name] = plan(name)
+            table.add_row(name, *map(Text, _memory_cells(case, found[name])))
+            advance(1)
+    console.print(table)
+    return {name: dataclasses.asdict(one) for name, one in found.items()}
+
+
+def _memory_cells(case: Case, found: Planned) -> list[str]:
+    length = f"{case.input_length} + {case.target_length}" if case.input_length else f"{case.target_length}"
+    shape = [case.topology, f"{case.rows} x {length}"]
+    if found.no_room:
+        return [*shape, f"no room: {found.no_room}", "–", "–"]
+    theirs = "–" if case.maxtext_mib is None else f"{sum(case.maxtext_mib) / 2**10:.2f}"
+    ours = f"{found.arguments / 2**30:.2f} + {found.temporaries / 2**30:.2f} = {found.total / 2**30:.2f}"
+    return [*shape, ours, theirs, f"{found.peak / 2**30:.2f}"]
 
 
 def _table(title: str, columns: Iterable[str], caption: str) -> Table:
