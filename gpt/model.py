@@ -73,7 +73,16 @@ class Gpt(nnx.Module):
         tokens_BL = jnp.concatenate([batch.inputs_BI, batch.decoder_inputs_BT], axis=1)
         input_slots = batch.inputs_BI.shape[1]
         # Behind inputs, positions go on from each example's own, not from the slot before.
-        visibility = self._visibility(segments_BL, positions_BL, input_slots, consecutive=input_slots == 0)
+        consecutive = input_slots == 0
+        places_BT = None
+        if self.relative_bias is not None and self.config.input_attention == "causal" and not consecutive:
+            # Kernels take the bias by distance in the row, so each example's targets go right behind its inputs.
+            order_BL, places_BT = side_by_side(segments_BL, input_slots)
+            segments_BL, positions_BL, tokens_BL = (
+                jnp.take_along_axis(x_BL, order_BL, axis=1) for x_BL in (segments_BL, positions_BL, tokens_BL)
+            )
+            consecutive = True
+        visibility = self._visibility(segments_BL, positions_BL, input_slots, consecutive=consecutive)
         embed_key, layers_key, final_key = dropout_keys(dropout_key, 3)
         rate = self.config.recipe.dropout
         x_BLD = dropout(self._embed(tokens_BL, positions_BL), rate, embed_key)
@@ -83,7 +92,11 @@ class Gpt(nnx.Module):
             return layer(x_BLD, visibility, key)[0], None
 
         x_BLD, _ = run_layers(self.layers, layer, x_BLD, keys_N, self.execution)
-        return self.output(dropout(self.final_norm(x_BLD[:, input_slots:]), rate, final_key))
+        if places_BT is None:
+            x_BTD = x_BLD[:, input_slots:]
+        else:
+            x_BTD = jnp.take_along_axis(x_BLD, places_BT[..., None], axis=1)
+        return self.output(dropout(self.final_norm(x_BTD), rate, final_key))
 
     def head(self) -> jax.Array:
         """w_DV (float32): logits are `hidden @ w_DV`."""
@@ -130,3 +143,15 @@ class Gpt(nnx.Module):
             bias=bias_table(self.relative_bias),
             consecutive=consecutive,
         )
+
+
+def side_by_side(segments_BL: jax.Array, input_slots: int) -> tuple[jax.Array, jax.Array]:
+    """The slots of `[inputs | targets]` ordered by segment, padding last, and where the target slots are then (int32).
+
+    >>> order_BL, places_BT = side_by_side(jnp.array([[1, 1, 2, 0, 1, 2, 2, 0]]), input_slots=4)
+    >>> order_BL.tolist(), places_BT.tolist()
+    ([[0, 1, 4, 2, 5, 6, 3, 7]], [[2, 4, 5, 7]])
+    """
+    last = jnp.iinfo(segments_BL.dtype).max
+    order_BL = jnp.argsort(jnp.where(segments_BL == 0, last, segments_BL), axis=1, stable=True)
+    return order_BL, jnp.argsort(order_BL, axis=1)[:, input_slots:]

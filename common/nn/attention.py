@@ -17,7 +17,7 @@ from common.nn.linear import project, unproject
 from common.nn.parameters import Initialisers, param, use, use_bias
 from common.nn.positions import rope
 from common.nn.recipe import Execution, Recipe
-from common.sharding.rules import constrain
+from common.sharding.rules import constrain, enter, leave
 
 
 @jax.tree_util.register_dataclass
@@ -76,8 +76,11 @@ class Attention(nnx.Module):
         self.out_bias_D = bias(rngs, recipe, (D,), ("embed",))
 
     def keys_values(self, x_BKD: jax.Array, positions_BK: jax.Array) -> KeysValues:
+        x_BKD = enter(x_BKD)
         k_BKGC = project(x_BKD, use(self.key_DGC, x_BKD.dtype), use_bias(self.key_bias_GC, x_BKD.dtype))
         v_BKGC = project(x_BKD, use(self.value_DGC, x_BKD.dtype), use_bias(self.value_bias_GC, x_BKD.dtype))
+        # Pinned, lest every device projects all of a sequence.
+        k_BKGC, v_BKGC = (constrain(x, "batch", "length", "kv_heads", None) for x in (k_BKGC, v_BKGC))
         if self.key_norm is not None:
             k_BKGC = self.key_norm(k_BKGC)
         if self.rope_theta is not None:
@@ -88,6 +91,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BQD: jax.Array, memory: KeysValues, visibility: Visibility, dropout_key: jax.Array | None = None
     ) -> jax.Array:
+        x_BQD = enter(x_BQD)
         q_BQHC = project(x_BQD, use(self.query_DHC, x_BQD.dtype), use_bias(self.query_bias_HC, x_BQD.dtype))
         q_BQHC = constrain(q_BQHC, "batch", "length", "heads", None)
         if self.query_norm is not None:
@@ -105,4 +109,4 @@ class Attention(nnx.Module):
             dropout_key=dropout_key,
         )
         y_BQD = unproject(out_BQHC, use(self.out_HCD, x_BQD.dtype), use_bias(self.out_bias_D, x_BQD.dtype))
-        return constrain(y_BQD, "batch", "residual", None)
+        return leave(y_BQD)

@@ -13,7 +13,7 @@ from flax import nnx
 from common.nn.linear import linear
 from common.nn.parameters import Initialisers, ones, param, use, use_bias, zeros
 from common.nn.recipe import Execution, Recipe
-from common.sharding.rules import constrain
+from common.sharding.rules import constrain, enter, leave
 
 
 class RMSNorm(nnx.Module):
@@ -91,7 +91,7 @@ class MLP(nnx.Module):
             h_BUF = constrain(h_BUF, "batch", "length", "mlp")
             return linear(dropout(h_BUF, self.dropout_rate, dropout_key), *out)
 
-        return constrain(in_pieces(network, x_BLD, self.chunk), "batch", "residual", None)
+        return leave(in_pieces(network, enter(x_BLD), self.chunk))
 
 
 def in_pieces(function: Callable[[jax.Array], jax.Array], x_BLD: jax.Array, chunk: int | None) -> jax.Array:

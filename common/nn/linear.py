@@ -1,6 +1,7 @@
 """One matrix product for every projection, with a backward pass that copies little.
 
-Legend: B batch rows, L sequence, P = B * L tokens, D features in, F features out, H heads, C head dim.
+Legend: B batch rows, L sequence, x tokens in one dimension or as [B, L], D features in, F features out, H heads, C head
+dim.
 """
 
 import dataclasses
@@ -47,33 +48,36 @@ def linear(x_BLD: jax.Array, w_DF: jax.Array | Columns, bias_F: jax.Array | None
     B, L, D = x_BLD.shape
     if isinstance(w_DF, Columns):
         y_BLF = jnp.concatenate([linear(x_BLD, block) for block in w_DF.blocks], axis=-1)
+    elif on_mesh():  # rows and lengths may both be split, and tokens in one dimension could not be
+        y_BLF = _matmul(x_BLD, w_DF.astype(x_BLD.dtype))
     else:
         y_BLF = _matmul(x_BLD.reshape(B * L, D), w_DF.astype(x_BLD.dtype)).reshape(B, L, w_DF.shape[1])
     return y_BLF if bias_F is None else y_BLF + bias_F[None, None].astype(x_BLD.dtype)
 
 
 @jax.custom_vjp
-def _matmul(x_PD: jax.Array, w_DF: jax.Array) -> jax.Array:
-    return x_PD @ w_DF
+def _matmul(x_xD: jax.Array, w_DF: jax.Array) -> jax.Array:
+    return x_xD @ w_DF
 
 
-def _forward(x_PD: jax.Array, w_DF: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return x_PD @ w_DF, (x_PD, w_DF)
+def _forward(x_xD: jax.Array, w_DF: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x_xD @ w_DF, (x_xD, w_DF)
 
 
-def _backward(residuals: tuple[jax.Array, jax.Array], dy_PF: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(residuals: tuple[jax.Array, jax.Array], dy_xF: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A CPU product wants its left operand untransposed, so a transposed one is copied: copy the narrower one.
 
     The automatic gradient always copies `dy`; `x` is often narrower, and shared by several projections.
     """
-    x_PD, w_DF = residuals
-    narrow = x_PD.shape[1] <= dy_PF.shape[1]
-    dw_DF = x_PD.T @ dy_PF if narrow else (dy_PF.T @ x_PD).T
-    dx_PD = dy_PF @ w_DF.T
+    x_xD, w_DF = residuals
+    tokens = (tuple(range(x_xD.ndim - 1)),) * 2
+    narrow = x_xD.shape[-1] <= dy_xF.shape[-1]
+    dw_DF = jnp.tensordot(x_xD, dy_xF, tokens) if narrow else jnp.tensordot(dy_xF, x_xD, tokens).T
+    dx_xD = dy_xF @ w_DF.T
     if on_mesh():
         # Compilers for accelerators like to put the weights' gradients off, and keep all that they are made of.
-        dx_PD, dw_DF = jax.lax.optimization_barrier((dx_PD, dw_DF))
-    return dx_PD, dw_DF
+        dx_xD, dw_DF = jax.lax.optimization_barrier((dx_xD, dw_DF))
+    return dx_xD, dw_DF
 
 
 _matmul.defvjp(_forward, _backward)

@@ -106,6 +106,30 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, compute_spec(*dividing))
 
 
+_IN_LAYER, _BETWEEN = ("batch", "length", None), ("batch", "residual", None)
+
+
+def enter(x_BLD: jax.Array) -> jax.Array:
+    """The residual stream as a layer's products read it; its gradient is asked for as the stream lies."""
+    return _moved(x_BLD, _IN_LAYER, _BETWEEN)
+
+
+def leave(y_BLD: jax.Array) -> jax.Array:
+    """What a layer's last product gives, as the residual stream lies; its gradient as the product reads it."""
+    return _moved(y_BLD, _BETWEEN, _IN_LAYER)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _moved(x: jax.Array, axes: tuple[str | None, ...], gradient_axes: tuple[str | None, ...]) -> jax.Array:
+    return constrain(x, *axes)
+
+
+_moved.defvjp(
+    lambda x, axes, gradient_axes: (constrain(x, *axes), None),
+    lambda axes, gradient_axes, _, gradient: (constrain(gradient, *gradient_axes),),
+)
+
+
 def parts(axis: str | None) -> int:
     """Into how many parts the mesh divides an activation's logical axis."""
     names = compute_spec(axis)[0] if on_mesh() else None
