@@ -1,5 +1,7 @@
 """From logical names to mesh axes."""
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,16 @@ from jax.sharding import PartitionSpec
 
 from common.errors import UserError
 from common.sharding.mesh import make_mesh
-from common.sharding.rules import STRATEGIES, compute_spec, constrain, parameter_shardings, stored_spec, strategy
+from common.sharding.rules import (
+    STRATEGIES,
+    compute_spec,
+    constrain,
+    enter,
+    leave,
+    parameter_shardings,
+    stored_spec,
+    strategy,
+)
 from common.sharding.shape import MESH_AXES, ROW_AXES, MeshShape
 from common.train.programs import prepare
 from tests.tiny import setup, tiny, train_config
@@ -72,6 +83,28 @@ def test_constrain_pins_what_a_program_computes() -> None:
         y = jax.jit(lambda x: constrain(2 * x, "batch", None, "heads"))(x)
     assert y.sharding.spec == PartitionSpec(("data", "fsdp"), None, "tensor")
     assert y.addressable_shards[0].data.shape == (2, 4, 1)
+
+
+def test_what_does_not_divide_stays_whole() -> None:
+    """One token a row has no length that two devices could share."""
+    with jax.set_mesh(make_mesh(MeshShape(fsdp=2, context=2, tensor=2))):
+        x, one = (jax.jit(lambda x: constrain(x, "batch", "length", None))(np.ones((4, n, 3))) for n in (6, 1))
+    assert x.addressable_shards[0].data.shape == (2, 3, 3) and one.addressable_shards[0].data.shape == (2, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("move", "to", "back"),
+    [(enter, "context", ("context", "tensor")), (leave, ("context", "tensor"), "context")],
+)
+def test_gradients_move_the_other_way(move: Callable[[jax.Array], jax.Array], to: object, back: object) -> None:
+    def both(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y, pull = jax.vjp(move, x)
+        return y, pull(2 * y)[0]
+
+    with jax.set_mesh(make_mesh(MeshShape(fsdp=2, context=2, tensor=2))), strategy("sequence"):
+        y, gradient = jax.jit(both)(np.ones((4, 8, 3), np.float32))
+    assert (y.sharding.spec[1], gradient.sharding.spec[1]) == (to, back)
+    np.testing.assert_array_equal(gradient, 2 * np.ones((4, 8, 3)))
 
 
 def test_a_mesh_takes_the_first_devices() -> None:

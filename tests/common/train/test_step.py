@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ EIGHT = [
     MeshShape(fsdp=2, context=2, tensor=2),
 ]
 RATE = 3e-2
+Positions = Literal["rope", "t5_bias"]
 
 
 @functools.cache
@@ -40,6 +41,7 @@ def programs(
     dropout: float = 0.0,
     seed: int = 0,
     sharding: Strategy = "fsdp",
+    positions: Positions = "rope",
 ) -> Programs:
     """The step as the loop compiles it. Nothing is clipped, so that the first moments are a tenth of the gradient."""
     train = train_config(
@@ -50,7 +52,7 @@ def programs(
         accumulation=accumulation,
         seed=seed,
     )
-    return prepare(setup(tiny(family, dataclasses.replace(RECIPE, dropout=dropout)), train, RATE))
+    return prepare(setup(tiny(family, dataclasses.replace(RECIPE, dropout=dropout, positions=positions)), train, RATE))
 
 
 @functools.cache
@@ -165,6 +167,25 @@ def test_sharded_is_single_device(family: str, mesh: MeshShape, sharding: Strate
     assert matrix.sharding.spec == PartitionSpec("tensor", "fsdp")
     assert matrix.addressable_shards[0].data.shape == (128 // mesh.tensor, 16 // mesh.fsdp)
     assert len({shard.device for shard in matrix.addressable_shards}) == 8
+
+
+@families
+@pytest.mark.parametrize("sharding", ["fsdp", "sequence"])
+def test_relative_bias_is_the_same_on_a_mesh(family: str, sharding: Strategy) -> None:
+    """Gradients of one step, the bias's table among them, with rows, lengths and heads divided."""
+    alone, together = (
+        programs(family, mesh, sharding=sharding, positions="t5_bias") for mesh in (ONE_DEVICE, EIGHT[-1])
+    )
+    start = jax.tree.map(np.array, init_state(alone.model, alone.optimizer, 0, alone.shardings))
+    found = []
+    for made in (alone, together):
+        state, metrics = apply(made, jax.device_put(jax.tree.map(np.copy, start), made.shardings), batch_of())
+        found.append((gradients(state), metrics["loss"]))
+    (one, loss), (other, loss_together) = found
+    assert loss_together == pytest.approx(loss, rel=1e-6)
+    close(other, one, 1e-5)
+    biases = [leaf for path, leaf in jax.tree.leaves_with_path(one) if "bias" in jax.tree_util.keystr(path)]
+    assert biases and all(np.abs(leaf).max() > 1e-6 for leaf in biases)
 
 
 def test_a_state_born_sharded_is_the_same_state() -> None:
