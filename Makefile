@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-PARITY := .venv/.parity
+SLOW := .venv/.slow
 MINIMUM := 3, 11
 
 .PHONY: help demo test test-slow lint bench
@@ -10,7 +10,7 @@ MINIMUM := 3, 11
 help:
 	@echo "make demo       train both families, print a table, write report.html"
 	@echo "make test       all tests but the slow ones, doctests included"
-	@echo "make test-slow  the slow tests, those beside PyTorch and Transformers among them (a CPU build, 1 GB more)"
+	@echo "make test-slow  the slow tests: several processes, kills, TPU's compiler, PyTorch and Transformers (2 GB more)"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      speed, side by side with peers (PyTorch where it is installed)"
 
@@ -20,7 +20,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m "not slow" --durations=10 --numprocesses auto --maxprocesses 8 --dist loadfile
 
-test-slow: $(PARITY)
+test-slow: $(SLOW)
 	$(BIN)/python -m pytest -q -m slow --durations=10 || [ $$? -eq 5 ] # 5: there is none
 
 lint: $(INSTALLED)
@@ -46,15 +46,22 @@ $(INSTALLED): pyproject.toml constraints.txt
 	fi
 	@touch $@
 
-# What the parity tests compare with. On Linux only PyTorch's CPU build will do (constraints.txt): the ordinary one brings
-# gigabytes of CUDA. Without it those tests are skipped, and say so.
-$(PARITY): $(INSTALLED)
-	@echo "Installing PyTorch (CPU) and Transformers for the parity tests."
-	@if [ -x $(BIN)/pip ]; then \
-		$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev,parity]'; \
-	else \
-		UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" UV_EXTRA_INDEX_URL="$${UV_EXTRA_INDEX_URL:-$$PIP_EXTRA_INDEX_URL}" \
-			uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[dev,parity]'; \
-	fi || { \
+# What slow tests need beside: PyTorch and Transformers to compare with, and libtpu, TPU's compiler. On Linux only PyTorch's
+# CPU build will do (constraints.txt): the ordinary one brings gigabytes of CUDA. Tests of what is not there are skipped,
+# and say so.
+$(SLOW): $(INSTALLED)
+	@echo "Installing libtpu, PyTorch (CPU) and Transformers for the slow tests."
+	@$(call install,plan) || echo "libtpu is not to be had for this machine, so tests with TPU's compiler will be skipped." >&2
+	@$(call install,parity) && touch $@ || \
 		echo "No CPU build of PyTorch was found, so the parity tests will be skipped: name the index that PyTorch's" \
-			"own installation page gives for CPU, make test-slow PIP_EXTRA_INDEX_URL=..." >&2; exit 0; } && touch $@
+			"own installation page gives for CPU, make test-slow PIP_EXTRA_INDEX_URL=..." >&2
+
+# An extra, beside `dev`.
+define install
+if [ -x $(BIN)/pip ]; then \
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev,$(1)]'; \
+else \
+	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" UV_EXTRA_INDEX_URL="$${UV_EXTRA_INDEX_URL:-$$PIP_EXTRA_INDEX_URL}" \
+		uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[dev,$(1)]'; \
+fi
+endef

@@ -4,6 +4,8 @@ Nothing heavy is imported until a command needs it, so that `twinstack --help` a
 """
 
 import argparse
+import importlib.util
+import os
 import re
 import shlex
 import sys
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from experiments.config import Experiment
 
 DATA_ACTIONS = ("show", "prepare")
+PCI, GOOGLE = Path("/sys/bus/pci/devices"), "0x1ae0"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,8 +61,19 @@ def _run(arguments: list[str]) -> int:
         parser.print_help()
         return 2
     else:
+        _tell_jax_where_no_tpu_is()
         COMMANDS[options.command](options)
     return 0
+
+
+def _tell_jax_where_no_tpu_is() -> None:
+    """Where libtpu is installed for planning alone, JAX would ask the network about its TPUs, and complain."""
+    no_libtpu = importlib.util.find_spec("libtpu") is None
+    if no_libtpu or any(path.read_text().strip() == GOOGLE for path in PCI.glob("*/vendor")):
+        return
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    if importlib.util.find_spec("jax_plugins") is None:  # nor any other accelerator's
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def _version() -> str:

@@ -203,6 +203,27 @@ def in_new_process(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.parametrize(
+    ("vendors", "installed", "told"),
+    [
+        (["0x8086"], {"libtpu"}, {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"}),
+        (["0x10de"], {"libtpu", "jax_plugins"}, {"TPU_SKIP_MDS_QUERY": "1"}),
+        (["0x8086", "0x1ae0"], {"libtpu"}, {}),
+        (["0x8086"], set(), {}),
+    ],
+    ids=["a laptop", "a GPU", "a TPU", "no libtpu"],
+)
+def test_jax_is_told_where_no_tpu_is(calls, monkeypatch, tmp_path, vendors, installed, told):
+    for number, vendor in enumerate(vendors):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "vendor").write_text(f"{vendor}\n")
+    monkeypatch.setattr("experiments.cli.PCI", tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name in installed else None)
+    monkeypatch.setattr("os.environ", {})
+    assert main(["plan", "first"]) == 0
+    assert os.environ == told
+
+
 def test_help_and_version_import_nothing_heavy():
     heavy = {"jax", "numpy", "pydantic", "rich", "flax", "matplotlib"}
     code = (
