@@ -121,8 +121,7 @@ def compile_case(case: Case) -> Planned:
     from common.compute.topology import parse_topology
     from common.sharding.shape import MeshShape
     from common.train.config import AdamW, Budget, Linear, TrainConfig
-    from common.train.programs import Setup, abstract_batch, prepare
-    from common.train.state import abstract_state
+    from common.train.programs import Setup, lower_step, prepare
     from experiments.families import builder
 
     devices = devices_of(parse_topology(case.topology))
@@ -145,16 +144,13 @@ def compile_case(case: Case) -> Planned:
         row_slots=(case.rows * len(devices), case.input_length, case.target_length),
     )
     programs = prepare(setup, devices)
-    state = abstract_state(programs.model, programs.optimizer, programs.shardings)
-    with jax.set_mesh(programs.mesh):
-        lowered = programs.train_step.lower(state, abstract_batch(setup.row_slots, programs.batch_sharding))
-        try:
-            memory: Any = lowered.compile().memory_analysis()
-        except jax.errors.JaxRuntimeError as error:
-            no_room = parse_no_room(str(error))
-            if no_room is None:
-                raise
-            return Planned(no_room=f"{no_room.needed / 2**30:.1f} GiB wanted, {no_room.available / 2**30:.2f} there")
+    try:
+        memory: Any = lower_step(setup, programs).compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        no_room = parse_no_room(str(error))
+        if no_room is None:
+            raise
+        return Planned(no_room=f"{no_room.needed / 2**30:.1f} GiB wanted, {no_room.available / 2**30:.2f} there")
     return Planned(
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,

@@ -34,8 +34,8 @@ from common.sharding.shape import MeshShape
 from common.train import run_dir as rd
 from common.train.init_from import check_rules
 from common.train.loop import Fitted, fit
-from common.train.programs import Setup, check_rows, compile_step, prepare
-from common.train.state import abstract_state, skeleton
+from common.train.programs import Setup, check_rows, lower_step, prepare
+from common.train.state import skeleton
 from common.train.stored import has_checkpoint
 from common.train.task import Initial, Task, Watcher
 from experiments.config import Arm, Experiment
@@ -265,7 +265,4 @@ def xla_flops_per_step(experiment: Experiment, arm: Arm) -> int:
 def compiled_step(experiment: Experiment, arm: Arm) -> jax.stages.Compiled:
     """The arm's training step, compiled ahead of time for the experiment's mesh; no data is needed."""
     setup = make_setup(experiment, arm)
-    programs = prepare(setup)
-    state = abstract_state(programs.model, programs.optimizer, programs.shardings)
-    with jax.set_mesh(programs.mesh):
-        return compile_step(setup, programs, state)
+    return lower_step(setup, prepare(setup)).compile()

@@ -117,7 +117,7 @@ def _what_fits(
         console.print(escape(f"trying {words}"))
         if not any(answer.no_room for answer in _compile(changed, topology, console).values()):
             return [f"With {words} {' and '.join(tight)} would fit."]
-    return ["None of what was tried fits: take more chips, chips with more memory, or fewer data.rows."]
+    return ["None of what was tried fits: try --search for other meshes, or take more chips or fewer data.rows."]
 
 
 def _smaller(experiment: Experiment) -> Sequence[tuple[Experiment, str]]:

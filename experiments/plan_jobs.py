@@ -154,10 +154,7 @@ def _source_files() -> Iterator[Path]:
 
 def _work(request: dict[str, Any]) -> Compiled:
     """In a process of its own: the answer to one request."""
-    import jax
-
-    from common.train.programs import abstract_batch, check_rows, prepare
-    from common.train.state import abstract_state
+    from common.train.programs import check_rows, lower_step, prepare
     from experiments.pipeline import make_setup
 
     experiment = from_json(Experiment, request["experiment"])
@@ -165,14 +162,7 @@ def _work(request: dict[str, Any]) -> Compiled:
     setup = make_setup(experiment, experiment.arms[request["arm"]])
     check_rows(setup)
     programs = prepare(setup, devices_of(topology))
-    state = abstract_state(programs.model, programs.optimizer, programs.shardings)
-    batch = abstract_batch(setup.row_slots, programs.batch_sharding)
-
-    def lower() -> jax.stages.Lowered:
-        with jax.set_mesh(programs.mesh):
-            return programs.train_step.lower(state, batch)
-
-    return compile_step(lower, programs.mesh, topology, Path(request["dump"]))
+    return compile_step(lambda: lower_step(setup, programs), programs.mesh, topology, Path(request["dump"]))
 
 
 if __name__ == "__main__":

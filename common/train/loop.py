@@ -26,7 +26,7 @@ from common.train.checkpoints import Checkpoints, Progress, last_good
 from common.train.init_from import load_parameters
 from common.train.preemption import Preempted, noticed
 from common.train.profile import Profile
-from common.train.programs import Counts, Programs, Setup, check_rows, compile_step, prepare
+from common.train.programs import Counts, Programs, Setup, check_rows, lower_step, prepare
 from common.train.record import WARM_UP, Clock, Rows
 from common.train.saving import Saving
 from common.train.state import Skeleton, TrainState, abstract_state, init_state, state_of
@@ -180,7 +180,7 @@ class _Run:
         """The last state; None where the run has to go on from another one, that of its newest checkpoint."""
         setup, first = self.task.setup, progress.consumed_batches
         # Compiled before the clock starts, so that compilation is never counted as training.
-        self.step_fn = self.step_fn or compile_step(setup, self.programs, state)
+        self.step_fn = self.step_fn or lower_step(setup, self.programs, state).compile()
         meet()
         self.alive()
         self.watcher.begin(first, setup.steps)

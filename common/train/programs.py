@@ -21,7 +21,7 @@ from common.sharding.rules import Strategy, strategy
 from common.sharding.shape import ROW_AXES
 from common.train.config import TrainConfig
 from common.train.optimizer import make_optimizer, make_schedule
-from common.train.state import Skeleton, TrainState, skeleton, state_shardings
+from common.train.state import Skeleton, TrainState, abstract_state, skeleton, state_shardings
 from common.train.step import make_eval_step, make_train_step
 
 
@@ -160,11 +160,14 @@ def _following(name: Strategy, function: Callable[..., Any]) -> Callable[..., An
     return traced
 
 
-def compile_step(setup: Setup, programs: Programs, state: TrainState) -> jax.stages.Compiled:
-    """The training step for a state of these shapes and shardings; the mesh must be set."""
+def lower_step(setup: Setup, programs: Programs, state: TrainState | None = None) -> jax.stages.Lowered:
+    """The training step for a state of these shapes and shardings, or for what `init_state` would make; to compile."""
+    if state is None:
+        state = abstract_state(programs.model, programs.optimizer, programs.shardings)
     batch = abstract_batch(setup.row_slots, programs.batch_sharding)
     limit = (np.float32(0),) if setup.train.anomalies.guards_step else ()
-    return programs.train_step.lower(state, batch, *limit).compile()
+    with jax.set_mesh(programs.mesh):
+        return programs.train_step.lower(state, batch, *limit)
 
 
 def abstract_batch(row_slots: tuple[int, int, int], sharding: NamedSharding) -> Batch:

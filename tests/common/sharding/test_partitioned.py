@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from common.sharding.shape import MeshShape
-from common.train.programs import abstract_batch, prepare
+from common.train.programs import lower_step, prepare
 from common.train.state import abstract_state
 from tests.tiny import EXECUTION, setup, tiny, train_config
 
@@ -61,19 +61,16 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     made_of = setup(model, train_config(mesh=mesh, execution=execution))
     made_of = dataclasses.replace(made_of, row_slots=(ROWS, INPUTS, TARGETS))
     made = prepare(made_of)
-    state = abstract_state(made.model, made.optimizer, made.shardings)
     folder = tmp_path_factory.mktemp("hlo")
-    with jax.set_mesh(made.mesh):
-        lowered = made.train_step.lower(state, abstract_batch(made_of.row_slots, made.batch_sharding))
-        lowered.compile(
-            compiler_options={
-                "xla_dump_to": str(folder),
-                "xla_dump_hlo_as_text": True,
-                "xla_dump_hlo_pass_re": "spmd-partitioning",
-            }
-        )
+    lower_step(made_of, made).compile(
+        compiler_options={
+            "xla_dump_to": str(folder),
+            "xla_dump_hlo_as_text": True,
+            "xla_dump_hlo_pass_re": "spmd-partitioning",
+        }
+    )
     (path,) = folder.glob("*after_spmd-partitioning*")
-    leaves = jax.tree.leaves(state.params)
+    leaves = jax.tree.leaves(abstract_state(made.model, made.optimizer, made.shardings).params)
     return Partitioned(
         instructions=tuple(_instructions(path)),
         stored=tuple(x.sharding.shard_shape(x.shape) for x in leaves),
