@@ -199,14 +199,17 @@ def test_a_text_goes_on_without_a_start_token(name: str) -> None:
 
 @pytest.mark.parametrize("method", [Greedy(), Beam(size=2)], ids=["greedy", "beam"])
 @siblings
-def test_a_sharded_cache_makes_the_same_tokens(config: ModelConfig, method: Method) -> None:
-    """Rows along two mesh axes, heads along the third."""
+@pytest.mark.parametrize(
+    "shape", [MeshShape(data=2, fsdp=2, tensor=2), MeshShape(fsdp=2, context=2, tensor=2)], ids=str
+)
+def test_a_sharded_cache_makes_the_same_tokens(config: ModelConfig, method: Method, shape: MeshShape) -> None:
+    """Rows along the mesh axes of rows, heads along `tensor`; one token has no length to divide along `context`."""
     limits = Limits(max_new_tokens=5)
     expected, _ = decode(config, method, limits)
-    mesh, (model, _) = make_mesh(MeshShape(data=2, fsdp=2, tensor=2)), decoder_of(config, method, (), F32)
+    mesh, (model, _) = make_mesh(shape), decoder_of(config, method, (), F32)
     params = jax.device_put(split(config)[1], parameter_shardings(mesh, model.logical_axes))
     with jax.set_mesh(mesh):
         found, cache = decode(config, method, limits, params=params)
     assert made(found) == made(expected)
     for x in jax.tree.leaves(cache.layers):
-        assert x.sharding.shard_shape(x.shape)[:2] == (x.shape[0] // 4, x.shape[1] // 2)
+        assert x.sharding.shard_shape(x.shape)[:2] == (x.shape[0] // shape.row_parts, x.shape[1] // 2)

@@ -193,7 +193,11 @@ def test_a_mesh_changes_nothing(name: str) -> None:
         ([([1], [1]), ([1] * 17, [1])], {}, r"pairs\[1\] has 17 input and 1 target tokens; the longest row has 16"),
         ([([], [1] * 17)], {}, r"pairs\[0\] has 0 input and 17 target tokens"),
         ([([1] * 9, [1] * 9)], {"max_positions": 17}, r"pairs\[0\] has 9 input and 9 target .* has 17 positions"),
-        ([([1], [1])], {"rows": 3, "mesh_shape": MeshShape(data=2, fsdp=2)}, "rows is 3, .* over 4 devices; nearest: 4"),
+        (
+            [([1], [1])],
+            {"rows": 3, "mesh_shape": MeshShape(data=2, fsdp=2)},
+            "rows is 3, .* over 4 devices; nearest: 4",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(pairs: list, options: dict[str, Any], message: str) -> None:
