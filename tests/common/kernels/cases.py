@@ -105,3 +105,23 @@ def error(found: Any, expected: Any) -> float:
     """The largest difference, relative to the largest value."""
     found, expected = (np.asarray(x, np.float64) for x in (found, expected))
     return float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-30))
+
+
+def check_strangers(run: Callable[..., jax.Array], case: Case) -> None:
+    """Bit for bit: a key of segment 1 and a key of padding are planted, queries of segment 2 look."""
+    q, k, v, table = case.operands()
+    segments = np.asarray(case.visibility(None).q_segments_BQ)[0]
+    others = jnp.array(segments == 2, jnp.float32)[:, None, None]
+
+    def total(planted: jax.Array) -> tuple[jax.Array, jax.Array]:
+        huge_k, huge_v = (x.at[0, :, 0].set(planted).at[0, :, -1].set(planted) for x in (k, v))
+        out = run(case, q, huge_k, huge_v, table)[0]
+        return (out * others).sum(), out
+
+    look = jit(jax.grad(total, has_aux=True))
+    _, before = look(jnp.ones((case.groups, case.head_dim)))
+    for size in (1e4, 1e18, 1e30):
+        gradient, after = look(jnp.full((case.groups, case.head_dim), size))
+        assert (np.asarray(before)[segments == 2] == np.asarray(after)[segments == 2]).all()
+        assert not np.allclose(before[segments == 1], after[segments == 1])
+        assert (np.asarray(gradient) == 0).all()
