@@ -21,7 +21,7 @@ from experiments.plan_jobs import Job, compile_all
 from tests.experiments.tiny_experiment import tiny_experiment
 
 pytestmark = [
-    pytest.mark.slow,  # half a minute each
+    pytest.mark.slow,  # libtpu is installed for them
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler for TPU, is absent"),
 ]
 
@@ -63,6 +63,21 @@ def test_every_parameter_is_gathered_for_both_passes_and_lies_in_parts(tmp_path,
     assert answer.has_kernels or ledger < answer.flops < 1.5 * ledger
     again, said = compiled(experiment, "gpt", topology)
     assert again == answer and said == ""
+
+
+def test_the_update_takes_no_memory_of_its_own(tmp_path) -> None:
+    """Parameters are most of this step: beside gradients (more than VMEM holds) lies no tree of updates or moments."""
+    base = on(tmp_path, MeshShape(fsdp=4))
+    wide = dataclasses.replace(
+        base.arms["gpt"].model, d_model=2048, d_ff=8192, num_heads=16, num_kv_heads=16, head_dim=128, num_layers=8
+    )
+    experiment = dataclasses.replace(base, arms={"gpt": dataclasses.replace(base.arms["gpt"], model=wide)})
+    answer, _ = compiled(experiment, "gpt", "v5e:2x2")
+    assert answer.memory is not None
+    gradients = 4 * wide.param_count() / 4
+    assert answer.memory.arguments["state.opt_state"] == pytest.approx(2 * gradients, rel=0.05)
+    copies = gradients / 2  # of parameters, in bf16
+    assert gradients < answer.memory.at_peak < 1.1 * (gradients + copies)
 
 
 def test_two_slices_sum_gradients_between_them(tmp_path) -> None:
