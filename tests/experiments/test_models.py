@@ -290,8 +290,8 @@ def test_the_command_line_says_what_arms_begin_as(
     made: list[Experiment] = []
     monkeypatch.setattr("experiments.registry.EXPERIMENTS", {"tiny": experiment.question})
     monkeypatch.setattr("experiments.registry.load", lambda name: experiment)
-    monkeypatch.setattr("experiments.commands.train", lambda experiment, *rest: made.append(experiment))
-    monkeypatch.setattr("experiments.commands.compare", lambda experiment, *rest: made.append(experiment))
+    monkeypatch.setattr("experiments.commands.train", lambda experiment, *_, **__: made.append(experiment))
+    monkeypatch.setattr("experiments.commands.compare", lambda experiment, *_, **__: made.append(experiment))
     assert cli.main(command.format(run=run_dir[0]).split()) == 0
     found = {name: arm.init.path if arm.init else None for name, arm in made[0].arms.items()}
     assert found == {name: path and path.format(run=run_dir[0]) for name, path in paths.items()}

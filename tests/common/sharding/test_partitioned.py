@@ -18,7 +18,7 @@ ROWS, INPUTS, TARGETS, CHUNK = 24, 24, 48, 8
 WIDTHS = {"vocab_size": 1024, "d_model": 64, "num_heads": 4, "num_kv_heads": 4, "head_dim": 8, "d_ff": 176}
 """No shape or size of an activation is that of a weight."""
 LAYERS = 5
-MESHES = [MeshShape(fsdp=8), MeshShape(fsdp=4, tensor=2), MeshShape(data=2, fsdp=4), MeshShape(fsdp=2, context=4)]
+MESHES = [MeshShape(data=2, fsdp=4), MeshShape(fsdp=4, tensor=2), MeshShape(fsdp=2, context=4)]
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?(%[\w.-]+) = (\w+)\[([\d,]*)\]\S* ([\w-]+)\((.*)$")
 
 Shape = tuple[int, ...]
