@@ -104,7 +104,7 @@ def test_no_array_of_queries_times_keys(chip: str, kernel: str, causal: bool, ba
     Splash attention pads heads of 64 to 128 and writes its log-sums 128 times over: it needs more than the operands,
     but less than that.
     """
-    memory = compiled(chip, [kernel], bias=kernel == "flash", causal=causal, backward=backward)
+    memory = compiled(chip, [kernel], kind=kernel, bias=kernel == "flash", causal=causal, backward=backward)
     print(chip, kernel, causal, backward, {name: f"{size / 2**20:.0f} MiB" for name, size in memory.items()})
     if kernel == "flash":
         assert memory["temporaries"] <= memory["arguments"]
@@ -135,7 +135,7 @@ def test_the_plain_implementation_needs_a_hundred_times_as_much(backward: bool) 
     ids=["grouped", "one key head", "short", "float32", "long"],
 )
 def test_other_shapes_are_taken(chip: str, kernel: str, case: dict[str, Any]) -> None:
-    compiled(chip, [kernel], bias=kernel == "flash", **case)
+    compiled(chip, [kernel], kind=kernel, bias=kernel == "flash", **case)
 
 
 @pytest.mark.parametrize("chip", TOPOLOGIES)
@@ -151,4 +151,4 @@ def test_other_shapes_are_taken(chip: str, kernel: str, case: dict[str, Any]) ->
 )
 def test_a_mesh_is_taken(chip: str, kernel: str, case: dict[str, Any]) -> None:
     """The length and the heads split in two, each device running the kernel on its part."""
-    compiled(chip, [kernel], mesh={"context": 2, "tensor": 2}, **case)
+    compiled(chip, [kernel], kind=kernel, mesh={"context": 2, "tensor": 2}, **case)
