@@ -134,6 +134,10 @@ def _smaller(experiment: Experiment) -> Sequence[tuple[Experiment, str]]:
                 f" train.accumulation={accumulation}" if accumulation > train.accumulation else ""
             )
             found.append((dataclasses.replace(experiment, train=changed), words))
+    mesh = MeshShape(replica=train.mesh.replica, fsdp=train.mesh.devices // train.mesh.replica)
+    if mesh != train.mesh and rows % mesh.row_parts == 0:
+        changed = dataclasses.replace(train, execution=execution, mesh=mesh)
+        found.append((dataclasses.replace(experiment, train=changed), f"--mesh {mesh} train.execution.remat=full"))
     return found
 
 

@@ -121,6 +121,17 @@ def test_where_there_is_no_room_what_makes_room_is_found_by_compiling(monkeypatc
     assert [job.arm for job in compiler.jobs] == ["gpt", "t5like", "t5like", "t5like"]
 
 
+def test_a_mesh_may_be_what_makes_room(monkeypatch, experiment) -> None:
+    divided = MeshShape(fsdp=4)
+    text, _ = planned(
+        monkeypatch,
+        dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, rows=32)),
+        Target(topology="v5e:2x2", mesh="data=4"),
+        lambda job: FITS if job.experiment.train.mesh == divided else NO_ROOM,
+    )
+    assert "With --mesh fsdp=4 train.execution.remat=full gpt and t5like would fit." in text
+
+
 def test_where_nothing_fits_it_says_so(monkeypatch, experiment) -> None:
     text, _ = planned(monkeypatch, experiment, Target(topology="v5e:2x2"), lambda job: NO_ROOM)
     assert "None of what was tried fits" in text
