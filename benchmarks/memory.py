@@ -17,7 +17,7 @@ from experiments.config import ModelConfig
 from gpt.config import GptConfig
 from t5like.config import SIZES
 
-KEPT_SMALL = Execution(remat="full", mlp_chunk=512, loss_chunk=64)
+KEPT_SMALL = Execution(remat="full", mlp_chunk=512, loss_chunk=512)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -310,10 +310,6 @@ def _is_run(path: Path) -> bool:
     return (path / "experiment.json").is_file()
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-
-
 COMMANDS = {
     "list": _list,
     "plan": _plan,
@@ -326,3 +322,7 @@ COMMANDS = {
     "score": _score,
     "generate": _generate,
 }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

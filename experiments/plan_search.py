@@ -185,7 +185,7 @@ def guess(experiment: Experiment, topology: Topology, arm: str) -> Guess:
     tokens = at_once * sum(layers * slots for layers, slots in _stacks(experiment.arms[arm], inputs, targets))
     kept, whole = _activation_bytes(experiment.arms[arm], mesh.tensor)
     layer = (attention_parameters(model) + mlp_parameters(model)) / mesh.tensor
-    logits = at_once * min(train.execution.loss_chunk, targets) * model.vocab_size / mesh.tensor
+    logits = min(train.execution.loss_chunk, at_once * targets) * model.vocab_size / mesh.tensor
     scores = at_once * model.num_heads / mesh.tensor * min(train.execution.attention_block, inputs) * (inputs + targets)
     held = tokens * {"none": 2 * whole, "dots": whole, "attention": 2 * kept, "full": kept, "offload": 0}[remat]
     head = model.d_model * model.vocab_size / mesh.tensor

@@ -30,7 +30,7 @@ VOCAB = 128
 WIDTHS = {"vocab_size": VOCAB, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "d_ff": 48}
 ONE_DEVICE = MeshShape()
 EIGHT_DEVICES = MeshShape(data=2, fsdp=2, tensor=2)
-F32 = Execution(dtype="float32", matmul_precision="highest", scan_layers=False, attention_block=8, loss_chunk=8)
+F32 = Execution(dtype="float32", matmul_precision="highest", scan_layers=False, attention_block=8, loss_chunk=32)
 
 ROPE = Recipe(positions="rope")
 BIAS = T5_V1_1

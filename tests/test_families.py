@@ -192,7 +192,7 @@ def test_rows_may_have_no_input_slots(name: str) -> None:
     def loss(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graphdef, params)
         h_BTD, w_DV = model.hidden(batch), model.head()
-        return cross_entropy(h_BTD, w_DV, batch.targets_BT, batch.weights_BT, 0.0, 8, True)[0], h_BTD @ w_DV
+        return cross_entropy(h_BTD, w_DV, batch.targets_BT, batch.weights_BT, 0.0, 64, True)[0], h_BTD @ w_DV
 
     none, some = (
         jax.jit(jax.value_and_grad(loss, has_aux=True))(params, rows_of([pairs, pairs], slots, 8)) for slots in (0, 4)
@@ -214,7 +214,7 @@ def test_no_leak_between_packed_segments(config: ModelConfig) -> None:
 
     def loss(table: jax.Array) -> jax.Array:
         model = nnx.merge(graphdef, {**params, "embedding": {"table_VD": table}})
-        return cross_entropy(model.hidden(batch), model.head(), batch.targets_BT, weights, 0.0, 8, True)[0]
+        return cross_entropy(model.hidden(batch), model.head(), batch.targets_BT, weights, 0.0, 64, True)[0]
 
     table = params["embedding"]["table_VD"]
     planted = table.at[120:124].set(1e4)
@@ -230,7 +230,7 @@ def test_no_leak_between_packed_segments(config: ModelConfig) -> None:
     [
         dataclasses.replace(F32, scan_layers=True),
         dataclasses.replace(F32, remat="full", attention="plain"),
-        dataclasses.replace(F32, remat="dots", scan_layers=True, loss_chunk=5),
+        dataclasses.replace(F32, remat="dots", scan_layers=True, loss_chunk=20),
     ],
     ids=["scan", "remat-plain", "scan-remat-dots"],
 )
@@ -278,7 +278,7 @@ def test_a_fresh_model_is_almost_uniform(vocab: int, tied: bool) -> None:
     batch = random_rows(8)
 
     def loss(model: Any, batch: Batch) -> jax.Array:
-        return cross_entropy(model.hidden(batch), model.head(), batch.targets_BT, batch.weights_BT, 0.0, 16, True)[0]
+        return cross_entropy(model.hidden(batch), model.head(), batch.targets_BT, batch.weights_BT, 0.0, 64, True)[0]
 
     total = run(config, loss, batch)
     assert float(total / batch.weights_BT.sum()) == pytest.approx(math.log(vocab), rel=0.05)

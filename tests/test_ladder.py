@@ -76,7 +76,7 @@ def results(config: ModelConfig, params: Any, batch: Batch, execution: Execution
     def loss(params: Any) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graphdef, params)
         h_BTD, w_DV = model.hidden(batch), model.head()
-        total, _ = cross_entropy(h_BTD, w_DV, batch.targets_BT, batch.weights_BT, 1e-4, 8, True)
+        total, _ = cross_entropy(h_BTD, w_DV, batch.targets_BT, batch.weights_BT, 1e-4, 64, True)
         return total, jnp.where((batch.target_segments_BT > 0)[..., None], h_BTD @ w_DV, 0)
 
     (total, logits_BTV), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
@@ -181,7 +181,9 @@ def test_ledger_is_xlas_count(switches: dict[str, str]) -> None:
     def step(params: Any, batch: Batch) -> Any:
         def loss(params: Any) -> jax.Array:
             model = nnx.merge(graphdef, params)
-            return cross_entropy(model.hidden(batch), model.head(), batch.targets_BT, batch.weights_BT, 0.0, 8, True)[0]
+            return cross_entropy(model.hidden(batch), model.head(), batch.targets_BT, batch.weights_BT, 0.0, 64, True)[
+                0
+            ]
 
         return jax.grad(loss)(params)
 

@@ -35,7 +35,7 @@ QUICK = {"jax_disable_most_optimizations": True}
 ROWS, INPUTS, TARGETS = 8, 12, 10
 SIZES = {"vocab_size": VOCAB, "d_model": 16, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8, "d_ff": 32}
 RECIPE = Recipe(positions="rope", mlp="relu")
-EXECUTION = dataclasses.replace(F32, loss_chunk=16)
+EXECUTION = dataclasses.replace(F32, loss_chunk=64)
 
 
 @contextlib.contextmanager

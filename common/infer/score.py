@@ -22,8 +22,9 @@ from common.data.loader import lay_out
 from common.data.objectives.apply import Example
 from common.data.packing import plan_epoch
 from common.errors import UserError
+from common.nn.loss import slots_at_once
 from common.nn.recipe import Execution
-from common.sharding.rules import constrain
+from common.sharding.rules import constrain, parts
 from common.sharding.shape import ROW_AXES
 from common.train.state import Skeleton
 
@@ -127,15 +128,16 @@ def score(
     """The score of each pair, in the order given.
 
     `rows` rows of packed examples go through the model at a time, and logits exist for `execution.loss_chunk` positions
-    a row. `advance` hears how many examples have just been done.
+    of a device's rows. `advance` hears how many examples have just been done.
 
     Raises UserError, naming the example, for one that is longer than the greatest of `lengths`, or whose inputs and
     targets together have more positions than the model (`max_positions`), and where `rows` do not divide over the mesh.
     """
-    parts = math.prod(mesh.shape[axis] for axis in ROW_AXES)
-    if rows % parts:
+    row_parts = math.prod(mesh.shape[axis] for axis in ROW_AXES)
+    if rows % row_parts:
         raise UserError(
-            f"rows is {rows}, which does not divide over {parts} devices; nearest: {-(-rows // parts) * parts}"
+            f"rows is {rows}, which does not divide over {row_parts} devices; "
+            f"nearest: {-(-rows // row_parts) * row_parts}"
         )
     for i, p in enumerate(pairs):
         refuse_long(f"pairs[{i}]", p, max(lengths), max_positions)
@@ -159,10 +161,11 @@ def target_log_probs(
 ) -> tuple[jax.Array, jax.Array]:
     """(float32 [B, T] log-probability of each target, bool [B, T] whether no other id has a greater one).
 
-    Logits never exist for more than `chunk` positions a row. Products are taken in the dtype of `h_BTD` and summed in
-    float32; of equal logits the lowest id is first, as in greedy decoding.
+    Logits never exist for more than `chunk` positions of a device's rows, or one of each row. Products are taken in the
+    dtype of `h_BTD` and summed in float32; of equal logits the lowest id is first, as in greedy decoding.
     """
     B, T, _ = h_BTD.shape
+    U = slots_at_once(B // parts("batch"), T, chunk)
     w_DV = w_DV.astype(h_BTD.dtype)
 
     def one(h_BUD: jax.Array, targets_BU: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -171,17 +174,14 @@ def target_log_probs(
         best_BU = jnp.argmax(logits_BUV, axis=-1).astype(jnp.int32)
         return of_target_BU - jax.nn.logsumexp(logits_BUV, axis=-1), best_BU == targets_BU
 
-    whole = 0 if unroll else T // chunk
-    parts = []
+    whole = 0 if unroll else T // U
+    pieces = []
     if whole:
-        split = [
-            jnp.moveaxis(x[:, : whole * chunk].reshape(B, whole, chunk, *x.shape[2:]), 1, 0)
-            for x in (h_BTD, targets_BT)
-        ]
-        parts.append([jnp.moveaxis(x, 0, 1).reshape(B, whole * chunk) for x in jax.lax.map(lambda x: one(*x), split)])
-    for start in range(whole * chunk, T, chunk):
-        parts.append([*one(h_BTD[:, start : start + chunk], targets_BT[:, start : start + chunk])])
-    log_probs, greedy = (jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
+        split = [jnp.moveaxis(x[:, : whole * U].reshape(B, whole, U, *x.shape[2:]), 1, 0) for x in (h_BTD, targets_BT)]
+        pieces.append([jnp.moveaxis(x, 0, 1).reshape(B, whole * U) for x in jax.lax.map(lambda x: one(*x), split)])
+    for start in range(whole * U, T, U):
+        pieces.append([*one(h_BTD[:, start : start + U], targets_BT[:, start : start + U])])
+    log_probs, greedy = (jnp.concatenate(x, axis=1) for x in zip(*pieces, strict=True))
     return log_probs, greedy
 
 

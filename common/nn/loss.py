@@ -1,6 +1,6 @@
 """Cross-entropy from hidden states and the head's weights, a chunk of positions at a time.
 
-Legend: B batch rows, T target slots, U positions in one chunk, D model, V vocab.
+Legend: B batch rows, T target slots, U target slots of a row in one chunk, D model, V vocab.
 """
 
 from functools import partial
@@ -26,9 +26,10 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Two float32 scalars: sum of `weight * (CE + z_loss * log(Z)^2)`, and the sum of `weight * CE` alone.
 
-    Logits never exist for more than `chunk` positions a row (the last chunk may be shorter). Under differentiation the
-    gradients are formed in the same pass, so nothing is recomputed. Only the first result carries a gradient, and only
-    to `h_BTD` and `w_DV`; the second is for metrics. z-loss as in T5X (PaLM, arXiv 2204.02311, section 5).
+    Logits never exist for more than `chunk` positions of all rows of a device, or one of each row (`slots_at_once`).
+    Under differentiation the gradients are formed in the same pass, so nothing is recomputed. Only the first result
+    carries a gradient, and only to `h_BTD` and `w_DV`; the second is for metrics. z-loss as in T5X (PaLM, arXiv
+    2204.02311, section 5).
 
     On a mesh every device goes over its own positions, and the gradient of `w_DV` is summed over devices once, at the
     end, each keeping the part that it stores.
@@ -58,6 +59,18 @@ def _backward(z_loss, chunk, unroll, residuals, cotangents):  # type: ignore[no-
 
 
 cross_entropy.defvjp(_forward, _backward)
+
+
+def slots_at_once(rows: int, length: int, chunk: int) -> int:
+    """Slots of each row that are taken together: at most `chunk` of all rows, or one of each, and mostly as many in
+    every turn.
+
+    >>> [slots_at_once(rows, length, 512) for rows, length in ((8, 114), (12, 2048), (1000, 64), (1, 521))]
+    [57, 32, 1, 261]
+    """
+    turns = -(-length // max(1, chunk // rows))
+    even = (more for more in range(turns, 2 * turns) if length % more == 0)
+    return -(-length // next(even, turns))
 
 
 def _on_devices(
@@ -99,21 +112,22 @@ def _over_chunks(
     gradients: bool,
 ) -> tuple[jax.Array, jax.Array, Any, Any]:
     B, T, D = h_BTD.shape
+    U = slots_at_once(B, T, chunk)
     one = partial(_one_chunk, w_DV=w_DV, z_loss=z_loss, gradients=gradients)
     zero = (jnp.float32(0), jnp.float32(0), jnp.zeros_like(w_DV, jnp.float32) if gradients else None)
-    whole = 0 if unroll else T // chunk
+    whole = 0 if unroll else T // U
     carry, dh_parts = zero, []
     if whole:
         # [T] -> [chunks, U] in front, so that rows stay sharded as they are.
         split = [
-            jnp.moveaxis(x[:, : whole * chunk].reshape(B, whole, chunk, *x.shape[2:]), 1, 0)
+            jnp.moveaxis(x[:, : whole * U].reshape(B, whole, U, *x.shape[2:]), 1, 0)
             for x in (h_BTD, targets_BT, weights_BT)
         ]
         carry, dh = jax.lax.scan(lambda carry, x: one(carry, *x), carry, tuple(split))
         if gradients:
-            dh_parts.append(jnp.moveaxis(dh, 0, 1).reshape(B, whole * chunk, D))
-    for start in range(whole * chunk, T, chunk):
-        part = slice(start, min(start + chunk, T))
+            dh_parts.append(jnp.moveaxis(dh, 0, 1).reshape(B, whole * U, D))
+    for start in range(whole * U, T, U):
+        part = slice(start, min(start + U, T))
         carry, dh = one(carry, h_BTD[:, part], targets_BT[:, part], weights_BT[:, part])
         dh_parts.append(dh)
     total, ce, dw_DV = carry

@@ -91,8 +91,8 @@ class Execution:
     """Queries and keys, at most, in a block of the TPU kernels; a multiple of 128."""
     mlp_chunk: int | None = None
     """Positions of a row that go through an MLP at one time, forward and backward; None: all of them."""
-    loss_chunk: int = 128
-    """Target positions whose logits exist at one time."""
+    loss_chunk: int = 1024
+    """Target positions, of all rows of a device, whose logits exist at one time; at least one of each row."""
 
     def __post_init__(self) -> None:
         for name in ("attention_block", "mlp_chunk", "loss_chunk"):

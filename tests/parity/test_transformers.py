@@ -39,7 +39,7 @@ safetensors_torch = pytest.importorskip("safetensors.torch")
 
 pytestmark = pytest.mark.slow
 PROGRESS = Progress(Console(file=io.StringIO()))
-EXECUTION = Execution(dtype="float32", matmul_precision="highest", attention_block=8, loss_chunk=8)
+EXECUTION = Execution(dtype="float32", matmul_precision="highest", attention_block=8, loss_chunk=32)
 
 VOCAB = 61
 TOLERANCE = 2e-5

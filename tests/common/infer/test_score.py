@@ -213,11 +213,11 @@ def test_as_many_positions_as_the_model_has_are_scored() -> None:
 
 
 @pytest.mark.parametrize("unroll", [False, True])
-@pytest.mark.parametrize("chunk", [1, 3, 4, 7, 10, 100])
+@pytest.mark.parametrize("chunk", [1, 9, 12, 16, 33, 100])
 def test_chunks_change_nothing(chunk: int, unroll: bool) -> None:
     rng = np.random.default_rng(0)
-    h_BTD, w_DV = (jnp.array(rng.normal(size=shape), jnp.float32) for shape in ((3, 10, 5), (5, 11)))
-    targets_BT = jnp.array(rng.integers(0, 11, (3, 10)), jnp.int32)
+    h_BTD, w_DV = (jnp.array(rng.normal(size=shape), jnp.float32) for shape in ((3, 11, 5), (5, 11)))
+    targets_BT = jnp.array(rng.integers(0, 11, (3, 11)), jnp.int32)
     log_probs, greedy = target_log_probs(h_BTD, w_DV, targets_BT, chunk, unroll)
     full = jax.nn.log_softmax(h_BTD @ w_DV)
     np.testing.assert_allclose(log_probs, jnp.take_along_axis(full, targets_BT[..., None], -1)[..., 0], atol=1e-5)
@@ -233,7 +233,7 @@ def test_large_logits_do_not_overflow() -> None:
 
 @pytest.mark.parametrize("unroll", [False, True])
 def test_logits_never_exist_for_more_than_a_chunk(unroll: bool) -> None:
-    B, T, D, V, chunk = 2, 64, 4, 50, 8
+    B, T, D, V, chunk = 2, 64, 4, 50, 16
     arrays = jnp.zeros((B, T, D)), jnp.zeros((D, V)), jnp.zeros((B, T), jnp.int32)
     jaxpr = jax.make_jaxpr(lambda h, w, t: target_log_probs(h, w, t, chunk, unroll))(*arrays)
 
@@ -244,11 +244,11 @@ def test_logits_never_exist_for_more_than_a_chunk(unroll: bool) -> None:
                 yield from sizes(inner)
 
     largest = max(sizes(jaxpr.jaxpr))
-    assert B * chunk * V <= largest < 2 * B * chunk * V
+    assert chunk * V <= largest < 2 * chunk * V
 
 
 def test_scanned_layers_and_other_chunks_score_the_same() -> None:
     pairs = examples(6)
-    scanned = dataclasses.replace(F32, scan_layers=True, loss_chunk=5)
+    scanned = dataclasses.replace(F32, scan_layers=True, loss_chunk=10)
     for a, b in zip(scores("t5like-bias", pairs), scores("t5like-bias", pairs, execution=scanned), strict=True):
         np.testing.assert_allclose(a.log_probs_T, b.log_probs_T, rtol=1e-5, atol=1e-5)

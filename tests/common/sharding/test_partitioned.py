@@ -14,7 +14,7 @@ from common.train.programs import lower_step, prepare
 from common.train.state import abstract_state
 from tests.tiny import EXECUTION, setup, tiny, train_config
 
-ROWS, INPUTS, TARGETS, CHUNK = 24, 24, 48, 8
+ROWS, INPUTS, TARGETS, CHUNK = 24, 24, 48, 24
 WIDTHS = {"vocab_size": 1024, "d_model": 64, "num_heads": 4, "num_kv_heads": 4, "head_dim": 8, "d_ff": 176}
 """No shape or size of an activation is that of a weight."""
 LAYERS = 5
