@@ -189,8 +189,7 @@ def guess(experiment: Experiment, topology: Topology, arm: str) -> Guess:
     scores = at_once * model.num_heads / mesh.tensor * min(train.execution.attention_block, inputs) * (inputs + targets)
     held = tokens * {"none": 2 * whole, "dots": whole, "attention": 2 * kept, "full": kept, "offload": 0}[remat]
     head = model.d_model * model.vocab_size / mesh.tensor
-    forward = model.flops(Moments.of_rows(rows, inputs, targets))
-    flops = forward.train_full_attention + recompute * (forward.dense + forward.attention_full)
+    flops = model.flops(Moments.of_rows(rows, inputs, targets)).train_hardware(train.execution)
     fsdp, data, tensor = mesh.fsdp, mesh.data, mesh.tensor
     sent = 2 * parameters * (passes + train.accumulation) * (fsdp - 1) / fsdp / _links(fsdp, topology)
     sent += 4 * parameters / fsdp * (data - 1) / data / _links(data, topology)

@@ -37,11 +37,12 @@ class Outlook:
 
 
 def outlook(experiment: Experiment, topology: Topology, arm: str, compiled: Compiled) -> Outlook:
-    """What the program computes is at least what the ledger says, as products in kernels are not seen."""
+    """What kernels compute is not seen in the program, so the ledger says it."""
     model = experiment.arms[arm].model
     rows, inputs, targets = experiment.row_slots()
     ledger = model.flops(Moments.of_rows(rows, inputs, targets))
-    flops = max(compiled.flops, ledger.train_causal_half / topology.devices)
+    in_kernels = ledger.train_kernels(experiment.train.execution) if compiled.has_kernels else 0
+    flops = compiled.flops + in_kernels / topology.devices
     time = estimate(
         topology,
         flops=flops,
@@ -131,7 +132,7 @@ def advice(experiment: Experiment, topology: Topology, compiled: Mapping[str, Co
                 "beside it, may help."
             )
         if answer.has_kernels:
-            lines.append(f"{arm}: products within kernels are not counted under matrix products.")
+            lines.append(f"{arm}: what attention's kernels compute is counted as they are written, not read from them.")
         if one.time.memory > 1.2 * one.time.compute:
             lines.append(f"{arm} waits for HBM: the largest temporaries above are where to look.")
     return lines

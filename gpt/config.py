@@ -57,6 +57,7 @@ class GptConfig:
             dense=2 * dense,
             head=2 * head,
             mlp=2 * text.tokens * self.num_layers * ledger.mlp_matrices(self),
+            mlp_out=2 * text.tokens * self.num_layers * ledger.mlp_out_matrix(self),
             attention_full=pair * pairs,
             attention_causal_half=round(pair * half),
         )

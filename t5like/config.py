@@ -89,10 +89,12 @@ class T5LikeConfig:
         decoder = pair * self.decoder_layers * text.targets_squared
         cross = pair * self.decoder_layers * text.inputs_times_targets
         encoder_half = encoder if self.input_attention == "bidirectional" else round(encoder / 2)
+        in_stacks = 2 * (text.inputs * encoder_layers + text.targets * self.decoder_layers)
         return ForwardFlops(
             dense=2 * (text.inputs * per_input + text.targets * per_target),
             head=2 * text.targets * self.d_model * self.vocab_size,
-            mlp=2 * mlp * (text.inputs * encoder_layers + text.targets * self.decoder_layers),
+            mlp=in_stacks * mlp,
+            mlp_out=in_stacks * ledger.mlp_out_matrix(self),
             attention_full=encoder + decoder + cross,
             attention_causal_half=encoder_half + round(decoder / 2) + cross,
         )

@@ -54,6 +54,7 @@ class Compiled:
     flops: int
     """Matrix products, recomputed ones included; those in kernels are not seen."""
     has_kernels: bool
+    """Whether attention is in kernels."""
     moved_bytes: int
     """Through HBM; 0 where there is no room."""
     seconds: float

@@ -22,6 +22,8 @@ class ForwardFlops:
     """The head's part of it."""
     mlp: int
     """The MLPs' part of it."""
+    mlp_out: int
+    """The part of these that leads out again: the last product of a layer, whose result no gradient asks for."""
     attention_full: int
     """Scores and weighted values, every key counted for every query: what XLA counts and plain attention computes."""
     attention_causal_half: int
@@ -45,17 +47,29 @@ class ForwardFlops:
 
         Attention counts in full where all logits are taken at once, with its causal part at half where blocks are
         skipped. Blocks compute their scores a second time (half of attention's forward pass). What rematerialisation
-        does not keep is computed anew: attention (`dots`, since it keeps no product of two activations), all but
-        attention (`attention`) or whole layers (`full`, `offload`); and so are MLPs in pieces, once more. The head's
-        gradient needs nothing twice.
+        does not keep is computed anew, but for what no gradient asks for: attention (`dots`, since it keeps no product
+        of two activations), all but attention (`attention`, which knows that of blocks and kernels alone) or whole
+        layers (`full`, `offload`); or MLPs in pieces alone (`none`). The head's gradient needs nothing twice.
         """
         plain = execution.attention == "plain"
         attention = self.attention_full if plain else self.attention_causal_half
-        layers = self.dense - self.head
-        anew = {"none": 0, "dots": attention, "attention": layers}.get(execution.remat, layers + attention)
+        layers = self.dense - self.head - self.mlp_out
+        anew = {
+            "none": 0 if execution.mlp_chunk is None else self.mlp - self.mlp_out,
+            "dots": attention,
+            "attention": layers + (attention if plain else 0),
+        }.get(execution.remat, layers + attention)
         anew += 0 if plain else attention // 2
-        anew += 0 if execution.mlp_chunk is None else self.mlp
         return TRAIN_OVER_FORWARD * (self.dense + attention) + anew
+
+    def train_kernels(self, execution: Execution) -> int:
+        """What attention costs in a training step where TPU kernels do it, which compilers cannot look into.
+
+        Of the forward pass's two products each gradient's kernel takes the first anew: the queries' has three, that of
+        keys and values four. Where rematerialisation does not keep attention's output, forward runs twice.
+        """
+        products = 2 + 3 + 4 + (0 if execution.remat in ("none", "attention") else 2)
+        return self.attention_causal_half * products // 2
 
 
 class Widths(Protocol):
@@ -92,6 +106,10 @@ def key_value_matrices(w: Widths) -> int:
 
 def mlp_matrices(w: Widths) -> int:
     return (3 if w.recipe.gated_mlp else 2) * w.d_model * w.d_ff
+
+
+def mlp_out_matrix(w: Widths) -> int:
+    return w.d_model * w.d_ff
 
 
 def pair_flops(w: Widths) -> int:
