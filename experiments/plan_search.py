@@ -13,6 +13,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -126,32 +127,40 @@ def best_of(candidates: Sequence[Candidate], topology: Topology) -> Candidate | 
 
 
 def candidates_table(base: Experiment, candidates: Sequence[Candidate], topology: Topology) -> Table:
-    """What was chosen from: the first by the simple model, all that were compiled, and which is best."""
+    """What was chosen from: the first by the simple model, all that were compiled, and which is best.
+
+    Rows are those of a device at one time, and how many times; seconds are those of all arms.
+    """
     best = best_of(candidates, topology)
     first = candidates[0].experiment
     shown = [one for i, one in enumerate(candidates) if i < SHOWN or one.compiled]
     table = Table(
-        title=escape(f"{first.name} on {topology}: {len(candidates)} candidates, {first.data.rows:,} rows a step"),
+        title=escape(
+            f"{first.name} on {topology}: {len(candidates)} candidates, {first.data.rows:,} rows a step; rows of a "
+            "device at a time, seconds of all arms"
+        ),
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),  # fits 80 columns
         caption=escape(
             f"best: {overrides(base, best.experiment)}"
             if best
             else "none of those that were compiled fits: take more chips, or chips with more memory"
         ),
     )
-    for column in ("mesh", "remat", "accumulation", "rows a device", "model: GiB", "model: s", "compiled: GiB"):
-        table.add_column(column, justify="right")
-    table.add_column("compiled: s, all arms", justify="right")
+    table.add_column("mesh", no_wrap=True)
+    for column in ("remat", "rows", "guess\nGiB", "guess\ns", "libtpu\nGiB", "libtpu\ns"):
+        table.add_column(column, justify="right", no_wrap=True)
     for one in shown:
         train = one.experiment.train
         table.add_row(
             str(train.mesh),
             train.execution.remat,
-            str(train.accumulation),
-            f"{first.data.rows / train.mesh.row_parts / train.accumulation:g}",
+            f"{first.data.rows / train.mesh.row_parts / train.accumulation:g}"
+            + (f" x {train.accumulation}" if train.accumulation > 1 else ""),
             f"{one.bytes / 2**30:.1f}",
             f"{one.guessed_seconds:.3g}",
             "" if not one.compiled else _compiled_gib(one.compiled),
-            "" if not one.fits else "{:.3g} to {:.3g}".format(*one.seconds(topology)),
+            "" if not one.fits else "{:.3g}-{:.3g}".format(*one.seconds(topology)),
             style="bold" if one is best else None,
         )
     return table
@@ -264,5 +273,5 @@ def _links(size: int, topology: Topology) -> float:
 
 def _compiled_gib(compiled: dict[str, Compiled]) -> str:
     if any(answer.no_room for answer in compiled.values()):
-        return "does not fit"
+        return "no room"
     return f"{max(answer.memory.total for answer in compiled.values() if answer.memory) / 2**30:.1f}"
