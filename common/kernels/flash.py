@@ -147,6 +147,7 @@ def _out(plan: Plan, operands: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
             jax.ShapeDtypeStruct((B, G, M, 1, Q), jnp.float32),
         ],
         compiler_params=_parallel(3),
+        cost_estimate=_cost(plan, operands, products=2),
         interpret=plan.interpret,
         name="flash_forward",
     )(*operands)
@@ -183,6 +184,7 @@ def _dq(plan: Plan, operands: tuple[Any, ...]) -> jax.Array:
         ),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         compiler_params=_parallel(3),
+        cost_estimate=_cost(plan, operands, products=3),
         interpret=plan.interpret,
         name="flash_dq",
     )(*operands)
@@ -208,6 +210,7 @@ def _dkv(plan: Plan, operands: tuple[Any, ...]) -> tuple[jax.Array, jax.Array, j
         ),
         out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype), dvector],
         compiler_params=_parallel(2),
+        cost_estimate=_cost(plan, operands, products=4),
         interpret=plan.interpret,
         name="flash_dkv",
     )(*operands)
@@ -241,6 +244,14 @@ def _specs(plan: Plan, q: jax.Array, vector: jax.Array | None, queries: Any, key
     of_group = spec((None, *vector.shape[1:]), lambda b, g, i, j: (g, 0, 0, 0))
     of_row = spec((None, None, *vector.shape[1:]), lambda b, g, i, j: (b, g, 0, 0, 0))
     return [*specs, of_group], a_query, of_row
+
+
+def _cost(plan: Plan, operands: tuple[Any, ...], products: int) -> pl.CostEstimate:
+    """For the compiler, which cannot look into a kernel and has to find what to send meanwhile; operands read once."""
+    B, G, M, C, Q = operands[3].shape
+    pairs = B * G * M * Q * plan.keys // (2 if plan.causal else 1)
+    read = sum(x.size * x.dtype.itemsize for x in operands if x is not None)
+    return pl.CostEstimate(flops=2 * products * pairs * C, transcendentals=pairs, bytes_accessed=read)
 
 
 def _parallel(axes: int) -> pltpu.CompilerParams:
