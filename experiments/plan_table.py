@@ -1,7 +1,7 @@
 """How a plan for a TPU slice is shown: a table with an arm in each column, and lines of advice."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from rich.markup import escape
 from rich.table import Table
@@ -17,6 +17,8 @@ from experiments.config import Arm, Experiment
 
 GIB = 2**30
 SHOWN_BUFFERS = 4
+LEAST_SHOWN = 2**17
+"""Bytes of a buffer that are worth a line."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +96,9 @@ def plan_table(
         table.add_row(f"[bold]{title}[/bold]")
 
     def line(label: str, cell: Callable[[Outlook], str]) -> None:
-        table.add_row(escape(label), *(escape(cell(one)) for one in arms.values()))
+        shown = [escape(cell(one)) for one in arms.values()]
+        if any(shown):
+            table.add_row(escape(label), *shown)
 
     line("parameters", lambda one: f"{one.arm.model.param_count():,}")
     line("training FLOPs a step", lambda one: scientific(experiment.flops_per_step(one.arm), 4))
@@ -113,29 +117,35 @@ def plan_table(
 
 
 def advice(experiment: Experiment, topology: Topology, compiled: Mapping[str, Compiled]) -> list[str]:
-    """What the numbers mean, and what would change them."""
-    lines = [
+    """What the numbers mean, and what would change them; what is so of several arms is said once."""
+    arms_of: dict[str, list[str]] = {}
+    for arm, answer in compiled.items():
+        for words in _advice(outlook(experiment, topology, arm, answer)):
+            arms_of.setdefault(words, []).append(arm)
+    return [
         "Estimates: the lower end hides all that is sent behind computing, the upper none of it; true steps are "
         "longer, since nothing reaches published peaks. MFU counts the model's own FLOPs, none recomputed; tokens are "
-        "slots."
+        "slots. What attention's kernels compute is counted as they are written.",
+        *(f"{', '.join(arms)}: {words}" for words, arms in arms_of.items()),
     ]
-    for arm, answer in compiled.items():
-        one = outlook(experiment, topology, arm, answer)
-        asked = wanted_bytes(answer.collectives)
-        if answer.no_room:
-            needed, available = answer.no_room.needed / GIB, answer.no_room.available / GIB
-            lines.append(f"{arm} does not fit: it needs {needed:.1f} GiB a device, and {available:.2f} can be used.")
-        elif asked and answer.scattered_bytes < 0.9 * asked:
-            lines.append(
-                f"{arm}: libtpu sums gradients whole on every device and slices them ({_kept(answer)} are kept as "
-                "reduce-scatters), which sends twice as much; the estimate counts it so. A smaller fsdp, with data "
-                "beside it, may help."
-            )
-        if answer.has_kernels:
-            lines.append(f"{arm}: what attention's kernels compute is counted as they are written, not read from them.")
-        if one.time.memory > 1.2 * one.time.compute:
-            lines.append(f"{arm} waits for HBM: the largest temporaries above are where to look.")
-    return lines
+
+
+def _advice(one: Outlook) -> Iterator[str]:
+    answer, asked = one.compiled, wanted_bytes(one.compiled.collectives)
+    if answer.no_room:
+        needed, available = answer.no_room.needed / GIB, answer.no_room.available / GIB
+        yield f"does not fit, needs {needed:.1f} GiB a device, and {available:.2f} can be used."
+        return
+    if asked and answer.scattered_bytes < 0.9 * asked:
+        yield (
+            f"libtpu sums gradients whole on every device and slices them ({_kept(answer)} are kept as "
+            "reduce-scatters), which sends twice as much; the estimate counts it so. A smaller fsdp, with data beside "
+            "it, may help."
+        )
+    if one.time.limit == "HBM":
+        yield "waits for HBM; the largest temporaries above are where to look."
+    elif one.time.limit != "matrix products":
+        yield f"waits for {one.time.limit}; more rows a step, or another mesh (--search), would help."
 
 
 Cell = Callable[[Outlook], str]
@@ -163,10 +173,12 @@ def _memory_rows(line: Line, topology: Topology) -> None:
 
     def buffer(place: int) -> Cell:
         def words(one: Outlook) -> str:
-            if place >= len(_memory(one).largest):
-                return ""
-            largest = _memory(one).largest[place]
-            return f"{_mib(largest.bytes)} {largest.array} ({largest.made_by.rsplit('/', 1)[-1]})"
+            largest = _memory(one).largest[place : place + 1]
+            return "".join(
+                f"{_mib(buffer.bytes)} {buffer.array} ({buffer.made_by.rsplit('/', 1)[-1]})"
+                for buffer in largest
+                if buffer.bytes >= LEAST_SHOWN
+            )
 
         return words
 
@@ -244,7 +256,11 @@ def _span(pair: tuple[float, float], show: Callable[[float], str]) -> str:
 
 
 def _seconds(seconds: float) -> str:
-    return f"{seconds:.3g} s"
+    """
+    >>> _seconds(0.28), _seconds(0.0028)
+    ('0.28 s', '2.8 ms')
+    """
+    return f"{seconds:.3g} s" if seconds >= 0.1 else f"{1000 * seconds:.3g} ms"
 
 
 def _mib(size: float) -> str:

@@ -122,6 +122,6 @@ def _buffer(value: tuple[str, int, int, str], optimised: Program) -> Buffer:
     makers = [body[name] for body in optimised.computations.values() if name in body]
     return Buffer(
         bytes=value[1],
-        array=value[3].partition("{")[0],
+        array=value[3].partition("{")[0].removeprefix("("),  # the first of several
         made_by=(makers[0].op_name if makers else "") or name,
     )

@@ -88,7 +88,7 @@ def test_time_and_money_follow_from_peaks(monkeypatch, experiment) -> None:
     assert {str(job.experiment.train.mesh) for job in compiler.jobs} == {"fsdp=4"}
     assert shown["matrix products"] == ["1 s"] * 2
     assert shown["HBM"] == ["0.5 s"] * 2
-    assert shown["links (ICI)"] == [f"{sending:.3g} s"] * 2
+    assert shown["links (ICI)"] == [f"{1000 * sending:.3g} ms"] * 2
     assert shown["step"] == [f"1 s to {1 + sending:.3g} s"] * 2
     assert shown["reduce-scatters that libtpu keeps"] == ["25 %"] * 2
     # Four chips at a cent a second.
@@ -117,7 +117,7 @@ def test_where_there_is_no_room_what_makes_room_is_found_by_compiling(monkeypatc
     experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, rows=32))
     text, compiler = planned(monkeypatch, experiment, Target(topology="v5e:2x2"), answer)
     assert cells(text)["fits"] == ["yes", "no"]
-    assert "t5like does not fit: it needs 47.0 GiB a device, and 15.00 can be used." in text
+    assert "t5like: does not fit, needs 47.0 GiB a device, and 15.00 can be used." in text
     assert "With train.execution.remat=full train.accumulation=2 t5like would fit." in text
     assert [job.arm for job in compiler.jobs] == ["gpt", "t5like", "t5like", "t5like"]
 
