@@ -198,9 +198,14 @@ def test_without_a_command_help_is_printed(capsys):
     assert "compare" in capsys.readouterr().out
 
 
-def in_new_process(code: str) -> subprocess.CompletedProcess[str]:
+def in_new_process(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_the_module_runs_commands_too():
+    process = in_new_process("-m", "experiments.cli", "list")
+    assert process.returncode == 0 and "first_light" in process.stdout
 
 
 @pytest.mark.parametrize(
@@ -232,7 +237,7 @@ def test_help_and_version_import_nothing_heavy():
         "try: main(['--help'])\n"
         f"except SystemExit as end: sys.exit(end.code or sorted({heavy} & set(sys.modules)) or 0)"
     )
-    process = in_new_process(code)
+    process = in_new_process("-c", code)
     assert process.returncode == 0, process.stderr
     assert process.stdout.startswith("twinstack ") and "compare" in process.stdout
 
@@ -240,7 +245,7 @@ def test_help_and_version_import_nothing_heavy():
 def test_help_takes_less_than_a_second():
     def seconds() -> float:
         start = time.perf_counter()
-        in_new_process("from experiments.cli import main; main(['--help'])")
+        in_new_process("-c", "from experiments.cli import main; main(['--help'])")
         return time.perf_counter() - start
 
     assert min(seconds() for _ in range(3)) < 1.0
