@@ -10,6 +10,8 @@ _FREE = frozenset(
     "while".split()
 )
 """They only pass on what others have made, or lead to computations that are counted by themselves."""
+_UNWRITTEN = 'custom_call_target="AllocateBuffer"'
+"""Room that others fill."""
 _ONCE = (
     "fusion",
     "reduce",
@@ -45,9 +47,9 @@ def product_flops(partitioned: Program) -> int:
 def memory_traffic(optimised: Program) -> int:
     """Bytes that one device reads from and writes to main memory (HBM) in a step, as the compiler has laid them out.
 
-    Every instruction reads its operands and writes its result, a fusion once for all that is in it; of what a fusion
-    only slices, the slice is read, and of what it updates in place, the update is written. What lies in faster memory
-    is not counted, nor is what a network moves there.
+    Every instruction reads its operands and writes its result, a fusion once for all that is in it, other fusions
+    among it; of what a fusion only slices, the slice is read, and of what it updates in place, the update is written.
+    What lies in faster memory is not counted, nor is what a network moves there.
     """
     total = 0
     for name, times in _outer_runs(optimised).items():
@@ -69,7 +71,7 @@ def _outer_runs(program: Program) -> dict[str, int]:
 
 
 def _moved(program: Program, instruction: Instruction, body: dict[str, Instruction]) -> int:
-    if instruction.opcode in _FREE:
+    if instruction.opcode in _FREE or _UNWRITTEN in instruction.rest:
         return 0
     operands = [body[name] for name in instruction.operands if name in body]
     if instruction.opcode.endswith("-done"):
@@ -88,36 +90,57 @@ def _moved(program: Program, instruction: Instruction, body: dict[str, Instructi
 
 def _sliced(program: Program, start: Instruction, operands: list[Instruction]) -> int:
     """What is read of the operands where all that runs in the background is one slice."""
-    inside = program.computations[start.called[0]].values()
-    root = next(instruction for instruction in inside if instruction.root)
+    root = _root(program.computations[start.called[0]])
     return _share(operands[0], root.arrays[0]) if root.opcode in _SLICES else 0
 
 
 def _moved_by_fusion(program: Program, fusion: Instruction, operands: list[Instruction]) -> int:
-    inside, users = program.computations[fusion.called[0]], program.users(fusion.called[0])
-    total = 0
-    for parameter in inside.values():
-        if parameter.opcode != "parameter":
-            continue
-        operand = operands[int(re.match(r"\((\d+)\)", parameter.rest).group(1))]  # type: ignore[union-attr]
-        readers = users.get(parameter.name, [])
-        if all(reader.opcode in _SLICES for reader in readers):
-            total += sum(_share(operand, reader.arrays[0]) for reader in readers)
-        elif not (len(readers) == 1 and _updates(readers[0], parameter)):
-            total += _hbm_bytes(operand.arrays)
-    root = next(instruction for instruction in inside.values() if instruction.root)
-    parts = [inside[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    name = fusion.called[0]
+    inside = program.computations[name]
+    total = sum(_read(program, name, _parameter(inside, place), operand) for place, operand in enumerate(operands))
+    root = _root(inside)
+    parts = [inside[part] for part in root.operands] if root.opcode == "tuple" else [root]
     for part, array in zip(parts, fusion.arrays, strict=False):
-        if part.opcode == "dynamic-update-slice":
-            update = inside[part.operands[1]].arrays[0]
-            total += _hbm_bytes((array,)) * update.bytes // max(array.bytes, 1)
-        else:
-            total += _hbm_bytes((array,))
+        update = _update(program, inside, part)
+        whole = _hbm_bytes((array,))
+        total += whole if update is None else whole * update.bytes // max(array.bytes, 1)
     return total
 
 
-def _updates(reader: Instruction, parameter: Instruction) -> bool:
-    return reader.opcode == "dynamic-update-slice" and reader.operands[0] == parameter.name
+def _read(program: Program, computation: str, name: str, operand: Instruction) -> int:
+    """Bytes of an operand that a fused computation, in which it has that name, reads: by fusions within it too."""
+    whole, total = _hbm_bytes(operand.arrays), 0
+    for reader in program.users(computation).get(name, []):
+        if reader.opcode in _SLICES and reader.operands[0] == name:
+            total += _share(operand, reader.arrays[0])
+        elif reader.opcode == "bitcast":
+            total += _read(program, computation, reader.name, operand)
+        elif reader.opcode == "fusion":
+            inner = reader.called[0]
+            places = [place for place, given in enumerate(reader.operands) if given == name]
+            names = [_parameter(program.computations[inner], place) for place in places]
+            total += sum(_read(program, inner, its, operand) for its in names)
+        elif not (reader.opcode == "dynamic-update-slice" and reader.operands[0] == name):
+            return whole
+    return min(total, whole)
+
+
+def _update(program: Program, inside: dict[str, Instruction], result: Instruction) -> Array | None:
+    """What is written of a result that is updated in place; None where all of it is."""
+    if result.opcode == "bitcast" and result.operands[0] in inside:
+        return _update(program, inside, inside[result.operands[0]])
+    if result.opcode == "fusion":
+        body = program.computations[result.called[0]]
+        return _update(program, body, _root(body))
+    return inside[result.operands[1]].arrays[0] if result.opcode == "dynamic-update-slice" else None
+
+
+def _parameter(inside: dict[str, Instruction], place: int) -> str:
+    return next(one.name for one in inside.values() if one.opcode == "parameter" and one.rest.startswith(f"({place})"))
+
+
+def _root(inside: dict[str, Instruction]) -> Instruction:
+    return next(instruction for instruction in inside.values() if instruction.root)
 
 
 def _share(operand: Instruction, part: Array) -> int:

@@ -82,6 +82,22 @@ def test_the_update_takes_no_memory_of_its_own(tmp_path) -> None:
     assert gradients < answer.memory.at_peak < 1.1 * (gradients + copies)
 
 
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_a_layer_moves_as_much_memory_however_many_there_are(tmp_path, remat) -> None:
+    """Of the stacks that its loop reads and fills a layer at a time it moves its own part, not the whole."""
+    base = on(tmp_path, MeshShape(fsdp=4))
+    data = dataclasses.replace(base.data, rows=128, input_length=256, target_length=256)
+    train = dataclasses.replace(base.train, execution=Execution(remat=remat))
+    moved = []
+    for layers in (8, 16, 24):
+        deep = dataclasses.replace(base.arms["gpt"].model, num_layers=layers)
+        arms = {"gpt": dataclasses.replace(base.arms["gpt"], model=deep)}
+        answer, _ = compiled(dataclasses.replace(base, arms=arms, train=train, data=data), "gpt", "v5e:2x2")
+        moved.append(answer.moved_bytes)
+    few, more, many = moved
+    assert many - more == pytest.approx(more - few, rel=0.1)
+
+
 def test_two_slices_sum_gradients_between_them(tmp_path) -> None:
     answer, _ = compiled(on(tmp_path, MeshShape(replica=2, fsdp=4)), "t5like", "2*v5e:2x2")
     between = [one for one in answer.collectives if "replica" in one.axes]

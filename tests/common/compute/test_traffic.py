@@ -164,6 +164,53 @@ def test_of_a_stack_that_is_sliced_one_layer_is_read(write: str, memory: str, la
     assert memory_traffic(program) == layers * LAYER
 
 
+NESTED = """
+%inner (q0: bf16[24,64,128], q1: s32[], q2: bf16[64,128]) -> bf16[64,128] {
+  %q0 = bf16[24,64,128]{2,1,0} parameter(0)
+  %q1 = s32[] parameter(1)
+  %q2 = bf16[64,128]{1,0} parameter(2)
+  %zero = s32[] constant(0)
+  %cast = bf16[24,64,128]{2,1,0} bitcast(%q0)
+  %one = bf16[1,64,128]{2,1,0} dynamic-slice(%cast, %q1, %zero, %zero), dynamic_slice_sizes={1,64,128}
+  %shaped = bf16[64,128]{1,0} bitcast(%one)
+  ROOT %product = bf16[64,128]{1,0} multiply(%shaped, %q2)
+}
+
+%written (r0: bf16[24,64,128], r1: bf16[64,128], r2: s32[]) -> bf16[24,64,128] {
+  %r0 = bf16[24,64,128]{2,1,0} parameter(0)
+  %r1 = bf16[64,128]{1,0} parameter(1)
+  %r2 = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %row = bf16[1,64,128]{2,1,0} bitcast(%r1)
+  ROOT %new = bf16[24,64,128]{2,1,0} dynamic-update-slice(%r0, %row, %r2, %zero, %zero)
+}
+
+%outer (p0: bf16[24,64,128], p1: s32[], p2: bf16[64,128], p3: bf16[24,64,128]) -> (bf16[24,64,128], bf16[64,128]) {
+  %p0 = bf16[24,64,128]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %p2 = bf16[64,128]{1,0} parameter(2)
+  %p3 = bf16[24,64,128]{2,1,0} parameter(3)
+  %x = bf16[64,128]{1,0} fusion(%p0, %p1, %p2), kind=kLoop, calls=%inner
+  %stack = bf16[24,64,128]{2,1,0} fusion(%p3, %x, %p1), kind=kLoop, calls=%written
+  %same = bf16[24,64,128]{2,1,0} bitcast(%stack)
+  ROOT %both = (bf16[24,64,128]{2,1,0}, bf16[64,128]{1,0}) tuple(%same, %x)
+}
+
+ENTRY %main (a: bf16[24,64,128], i: s32[], b: bf16[64,128], c: bf16[24,64,128]) -> (bf16[24,64,128], bf16[64,128]) {
+  %a = bf16[24,64,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %i = s32[]{:T(128)S(6)} parameter(1)
+  %b = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(2)
+  %c = bf16[24,64,128]{2,1,0:T(8,128)(2,1)} parameter(3)
+  ROOT %o = (bf16[24,64,128]{2,1,0:T(8,128)(2,1)}, bf16[64,128]{1,0:T(8,128)(2,1)}) fusion(%a, %i, %b, %c), calls=%outer
+}
+"""
+
+
+def test_fusions_within_a_fusion_slice_and_update_too() -> None:
+    """As TPU's compiler nests them: read are one layer and `b`, written one layer and what is returned beside."""
+    assert memory_traffic(parse(NESTED)) == 4 * LAYER // 2
+
+
 UPDATE = """
 %fused (p0: f32[24,64,128], p1: f32[1,64,128], p2: s32[]) -> f32[24,64,128] {
   %p0 = f32[24,64,128]{2,1,0} parameter(0)
@@ -183,6 +230,15 @@ ENTRY %main (a: f32[24,64,128], b: f32[1,64,128], i: s32[]) -> f32[24,64,128] {
 
 def test_of_a_stack_that_is_updated_one_layer_is_written() -> None:
     assert memory_traffic(parse(UPDATE)) == 2 * LAYER
+
+
+def test_room_that_is_only_set_aside_moves_nothing() -> None:
+    text = """
+ENTRY %main () -> f32[8,128] {
+  ROOT %a = f32[8,128]{1,0:T(8,128)} custom-call(), custom_call_target="AllocateBuffer"
+}
+"""
+    assert memory_traffic(parse(text)) == 0
 
 
 def test_narrow_arrays_move_their_padding_too() -> None:
