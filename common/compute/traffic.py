@@ -76,6 +76,8 @@ def _moved(program: Program, instruction: Instruction, body: dict[str, Instructi
     operands = [body[name] for name in instruction.operands if name in body]
     if instruction.opcode.endswith("-done"):
         return _hbm_bytes(instruction.arrays)  # what the start read was counted with it
+    if instruction.opcode == "async-update":  # hands further operands to what its first one has started
+        return sum(_hbm_bytes(operand.arrays) for operand in operands[1:])
     if instruction.opcode in _SLICES:
         return 2 * _hbm_bytes(instruction.arrays)
     if instruction.opcode == "async-start" and (sliced := _sliced(program, instruction, operands)):

@@ -241,6 +241,24 @@ ENTRY %main () -> f32[8,128] {
     assert memory_traffic(parse(text)) == 0
 
 
+def test_what_runs_in_the_background_is_read_and_written_once() -> None:
+    """As TPU7x's compiler hands sums to another core."""
+    text = """
+%sum (p0: f32[8,128]) -> f32[8,128] {
+  %p0 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %all-reduce = f32[8,128]{1,0:T(8,128)} all-reduce(%p0), to_apply=%add
+}
+
+ENTRY %main (a: f32[8,128]) -> f32[8,128] {
+  %a = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %begun = ((), (), (s32[4096]{0:T(1024)S(8)})) async-start(), calls=%sum
+  %given = ((f32[8,128]{1,0:T(8,128)}), f32[8,128]{1,0:T(8,128)}, (s32[4096]{0:T(1024)})) async-update(%begun, %a)
+  ROOT %done = f32[8,128]{1,0:T(8,128)} async-done(%given)
+}
+"""
+    assert memory_traffic(parse(text)) == 2 * 8 * 128 * 4
+
+
 def test_narrow_arrays_move_their_padding_too() -> None:
     text = """
 ENTRY %main (a: f32[512,32]) -> f32[512,32] {
