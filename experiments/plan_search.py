@@ -25,7 +25,7 @@ from common.compute.roofline import Estimate
 from common.compute.topology import Topology
 from common.errors import UserError
 from common.nn.recipe import Execution
-from common.sharding.shape import MeshShape
+from common.sharding.shape import MESH_AXES, MeshShape
 from common.train.config import AdamW
 from experiments.config import Arm, Experiment
 from experiments.plan_jobs import Job, compile_all
@@ -140,20 +140,21 @@ def candidates_table(base: Experiment, candidates: Sequence[Candidate], topology
             "device at a time, seconds of all arms"
         ),
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),  # fits 80 columns
+        padding=0,  # fits 80 columns
         caption=escape(
             f"best: {overrides(base, best.experiment)}"
             if best
             else "none of those that were compiled fits: take more chips, or chips with more memory"
         ),
     )
-    table.add_column("mesh", no_wrap=True)
-    for column in ("remat", "rows", "guess\nGiB", "guess\ns", "libtpu\nGiB", "libtpu\ns"):
+    meshes = [one.experiment.train.mesh.sizes() for one in shown]
+    axes = [axis for axis in MESH_AXES if any(mesh[axis] > 1 for mesh in meshes)]
+    for column in (*axes, "remat", "rows", "guess\nGiB", "guess\ns", "libtpu\nGiB", "libtpu\ns"):
         table.add_column(column, justify="right", no_wrap=True)
-    for one in shown:
+    for one, mesh in zip(shown, meshes, strict=True):
         train = one.experiment.train
         table.add_row(
-            str(train.mesh),
+            *(str(mesh[axis]) for axis in axes),
             train.execution.remat,
             f"{first.data.rows / train.mesh.row_parts / train.accumulation:g}"
             + (f" x {train.accumulation}" if train.accumulation > 1 else ""),
@@ -181,33 +182,41 @@ def overrides(base: Experiment, changed: Experiment) -> str:
 
 def guess(experiment: Experiment, topology: Topology, arm: str) -> Guess:
     """The simple model, of one device: state and gradients divided by fsdp and tensor, what remat keeps of each layer,
-    one layer's weights and logits at work; weights gathered for every pass, gradients scattered and summed, and the
-    residual stream summed along tensor. Padding, copies and the compiler's choices are not in it."""
+    one layer's weights, keys, values and logits at work; weights gathered for every pass, gradients scattered and
+    summed, the residual stream summed along tensor, keys and values gathered along context. Padding, copies and the
+    compiler's choices are not in it."""
     model, train, chip = experiment.arms[arm].model, experiment.train, topology.facts
     mesh, remat = train.mesh, train.execution.remat
+    fsdp, data, context, tensor = mesh.fsdp, mesh.data, mesh.context, mesh.tensor
     recompute = 0 if remat in ("none", "dots") else 1
     rows, inputs, targets = experiment.row_slots()
     at_once = rows / mesh.row_parts / train.accumulation
     passes = train.accumulation * (2 + recompute)
-    parameters = model.param_count() / mesh.tensor
+    parameters = model.param_count() / tensor
     state = 4 + (8 if isinstance(train.optimizer, AdamW) else 0) + 4 * (1 + (train.accumulation > 1))
-    tokens = at_once * sum(layers * slots for layers, slots in _stacks(experiment.arms[arm], inputs, targets))
-    kept, whole = _activation_bytes(experiment.arms[arm], mesh.tensor)
-    layer = (attention_parameters(model) + mlp_parameters(model)) / mesh.tensor
-    logits = min(train.execution.loss_chunk, at_once * targets) * model.vocab_size / mesh.tensor
-    scores = at_once * model.num_heads / mesh.tensor * min(train.execution.attention_block, inputs) * (inputs + targets)
-    held = tokens * {"none": 2 * whole, "dots": whole, "attention": 2 * kept, "full": kept, "offload": 0}[remat]
-    head = model.d_model * model.vocab_size / mesh.tensor
-    flops = model.flops(Moments.of_rows(rows, inputs, targets)).train_hardware(train.execution)
-    fsdp, data, tensor = mesh.fsdp, mesh.data, mesh.tensor
+    stacks = _stacks(experiment.arms[arm], inputs, targets)
+    tokens = at_once * sum(layers * slots for layers, slots in stacks) / context
+    kept, whole = _activation_bytes(experiment.arms[arm], tensor)
+    seen = 4 * model.num_kv_heads * model.head_dim / tensor  # a token's keys and values in a layer, bf16
+    layer = (attention_parameters(model) + mlp_parameters(model)) / tensor
+    logits = min(train.execution.loss_chunk, at_once * targets / context) * model.vocab_size / tensor
+    queries = min(train.execution.attention_block, inputs / context)
+    scores = at_once * model.num_heads / tensor * queries * (inputs + targets)
+    # Without rematerialisation what lies between the products is kept too.
+    held = tokens * {"none": 3 * whole, "dots": whole, "attention": 2 * kept, "full": kept, "offload": 0}[remat]
+    work = 4 * layer + 8 * scores + 8 * logits + at_once * max(slots for _, slots in stacks) * seen
+    head = model.d_model * model.vocab_size / tensor
+    flops = model.flops(Moments.of_rows(rows, inputs, targets)).of_slowest(context).train_hardware(train.execution)
     sent = 2 * parameters * (passes + train.accumulation) * (fsdp - 1) / fsdp / _links(fsdp, topology)
-    sent += 4 * parameters / fsdp * (data - 1) / data / _links(data, topology)
+    for summed in (data, context):
+        sent += 4 * parameters / fsdp * (summed - 1) / summed / _links(summed, topology)
+    sent += passes * tokens * seen * (context - 1) / _links(context, topology)
     sums = (4 + 2 * recompute) * train.accumulation * tokens * model.d_model * 2
     sent += sums * 2 * (tensor - 1) / tensor / _links(tensor, topology)
     between = 4 * parameters / fsdp * (topology.slices - 1) / topology.slices
     moved = 4 * parameters * passes + (6 + 2 * recompute) * train.accumulation * tokens * whole
     return Guess(
-        bytes=state * parameters / fsdp + held + 4 * layer + 8 * scores + 8 * logits + 4 * head,
+        bytes=state * parameters / fsdp + held + work + 4 * head,
         time=Estimate(
             compute=flops / topology.devices / chip.flops_per_second,
             memory=(moved + 2 * state * parameters / fsdp) / chip.hbm_bytes_per_second,
@@ -232,17 +241,23 @@ def _candidates(experiment: Experiment, topology: Topology, mesh: MeshShape | No
 
 
 def _meshes(experiment: Experiment, topology: Topology) -> Iterator[MeshShape]:
-    """Over data, fsdp and tensor, where every arm's widths divide; slices are replicas."""
+    """Over data, fsdp, context and tensor, where every arm's widths and the lengths divide; slices are replicas."""
     devices = topology.devices // topology.slices
     models = [arm.model for arm in experiment.arms.values()]
-    for tensor in (size for size in range(1, MOST_TENSOR + 1) if devices % size == 0):
-        widths = [n for m in models for n in (m.num_heads, m.num_kv_heads, m.d_ff, m.vocab_size)]
-        if any(width % tensor for width in widths):
+    widths = [n for m in models for n in (m.num_heads, m.num_kv_heads, m.d_ff, m.vocab_size)]
+    _, *lengths = experiment.row_slots()
+    for tensor, context in itertools.product(range(1, MOST_TENSOR + 1), _divisors(devices)):
+        of_rows, left = divmod(devices, tensor * context)
+        if left or any(width % tensor for width in widths) or any(length % context for length in lengths):
             continue
-        rest = devices // tensor
-        for fsdp in (size for size in range(1, rest + 1) if rest % size == 0):
+        for fsdp in _divisors(of_rows):
             if all(model.d_model % fsdp == 0 for model in models):
-                yield MeshShape(replica=topology.slices, data=rest // fsdp, fsdp=fsdp, tensor=tensor)
+                sizes = {"data": of_rows // fsdp, "fsdp": fsdp, "context": context, "tensor": tensor}
+                yield MeshShape(replica=topology.slices, **sizes)
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
 
 
 def _stacks(arm: Arm, inputs: int, targets: int) -> list[tuple[int, int]]:

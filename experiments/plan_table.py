@@ -43,7 +43,9 @@ def outlook(experiment: Experiment, topology: Topology, arm: str, compiled: Comp
     model = experiment.arms[arm].model
     rows, inputs, targets = experiment.row_slots()
     ledger = model.flops(Moments.of_rows(rows, inputs, targets))
-    in_kernels = ledger.train_kernels(experiment.train.execution) if compiled.has_kernels else 0
+    train = experiment.train
+    slowest = ledger.of_slowest(train.mesh.context)
+    in_kernels = slowest.train_kernels(train.execution) if compiled.has_kernels else 0
     flops = compiled.flops + in_kernels / topology.devices
     time = estimate(
         topology,
@@ -104,10 +106,12 @@ def plan_table(
     line("training FLOPs a step", lambda one: scientific(experiment.flops_per_step(one.arm), 4))
     section("Memory of a device")
     _memory_rows(line, topology)
-    section("Sent by a device in a step (after partitioning)")
+    if any(answer.collectives for answer in compiled.values()):
+        section("Sent by a device in a step (after partitioning)")
     for kind, axes in _sendings(compiled):
         line(f"{kind} along {axes_name(axes)}", lambda one, key=(kind, axes): _sent(one.compiled, *key))  # type: ignore[misc]
-    line("reduce-scatters that libtpu keeps", lambda one: _kept(one.compiled))
+    if any(wanted_bytes(answer.collectives) for answer in compiled.values()):
+        line("reduce-scatters that libtpu keeps", lambda one: _kept(one.compiled))
     if any(one.compiled.memory for one in arms.values()):
         section("Time of a step (estimate: a roofline at published peaks)")
         _time_rows(_where_it_fits(line), topology)

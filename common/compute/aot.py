@@ -23,9 +23,10 @@ from common.compute.roofline import axes_name, links_of
 from common.compute.topology import Topology
 from common.compute.traffic import memory_traffic, product_flops
 
-_PARTITIONED = "*.jit_train_step.*after_*spmd-partitioning.before_*.txt"
-_OPTIMISED = "*.jit_train_step.*.after_optimizations.txt"
-_LAST = "*.jit_train_step.*.after_optimizations_after_buffer_assignment.txt"
+_PARTITIONED = "*.jit_*_step.*after_*spmd-partitioning.before_*.txt"
+_UNPARTITIONED = "*.jit_*_step.*.before_optimizations.txt"
+_OPTIMISED = "*.jit_*_step.*.after_optimizations.txt"
+_LAST = "*.jit_*_step.*.after_optimizations_after_buffer_assignment.txt"
 _NO_ROOM = re.compile(r"\(?([\d.]+)([KMGT]?)\)? (?:exceeds available HBM \(|of )([\d.]+)([KMGT]?)")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -68,7 +69,7 @@ def environment(dump: Path | None) -> dict[str, str]:
     """
     dumping = (
         f"--xla_dump_to={dump} --xla_dump_hlo_as_text --xla_dump_hlo_pass_re=.*spmd-partitioning.* "
-        "--xla_dump_hlo_module_re=.*train_step.*"
+        "--xla_dump_hlo_module_re=.*_step.*"
     )
     return {
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -95,7 +96,7 @@ def devices_of(topology: Topology) -> list[Any]:
 def compile_step(lower: Callable[[], Any], mesh: Any, topology: Topology, dump: Path) -> Compiled:
     """Lowers and compiles in a thread, and reads what lies in `dump` once it is whole.
 
-    `lower` gives what `jax.jit(...).lower(...)` does, of a function named `train_step`. What else goes wrong is raised.
+    `lower` gives what `jax.jit(...).lower(...)` does, of a function named `..._step`. What else goes wrong is raised.
     """
     started = time.perf_counter()
     failure: list[BaseException] = []
@@ -134,7 +135,8 @@ def parse_no_room(message: str) -> NoRoom | None:
 
 
 def _read(dump: Path, mesh: Any, topology: Topology, no_room: NoRoom | None, seconds: float) -> Compiled:
-    partitioned = parse(_text(dump, _PARTITIONED))
+    text = _text(dump, _PARTITIONED if mesh.size > 1 else _UNPARTITIONED)  # nobody parts what one device does
+    partitioned = parse(text)
     sent = collectives(partitioned, mesh.shape)
     optimised = None if no_room else parse(_text(dump, _OPTIMISED))
     return Compiled(
@@ -150,7 +152,7 @@ def _read(dump: Path, mesh: Any, topology: Topology, no_room: NoRoom | None, sec
         ring_links={axes_name(axes): _ring_links(axes, mesh, topology) for axes in {one.axes for one in sent}},
         scattered_bytes=0 if optimised is None else scattered_bytes(optimised),
         flops=product_flops(partitioned),
-        has_kernels="tpu_custom_call" in _text(dump, _PARTITIONED),
+        has_kernels="tpu_custom_call" in text,
         moved_bytes=0 if optimised is None else memory_traffic(optimised),
         seconds=seconds,
     )

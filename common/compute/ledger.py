@@ -42,6 +42,18 @@ class ForwardFlops:
         """6 x (matrix parameters that a token passes through) x (tokens that pass), summed over the model's parts."""
         return TRAIN_OVER_FORWARD * self.dense
 
+    def of_slowest(self, parts: int) -> "ForwardFlops":
+        """`parts` times what the busiest device does, where devices share a row's queries in order.
+
+        Whoever has the last queries of causal attention sees nearly all keys, and the others wait for it.
+
+        >>> whole = ForwardFlops(dense=0, head=0, mlp=0, mlp_out=0, attention_full=80, attention_causal_half=40)
+        >>> [whole.of_slowest(parts).attention_causal_half for parts in (1, 2, 4)]
+        [40, 60, 70]
+        """
+        causal = self.attention_full - self.attention_causal_half
+        return dataclasses.replace(self, attention_causal_half=self.attention_causal_half + causal - causal // parts)
+
     def train_hardware(self, execution: Execution) -> int:
         """What the device is made to compute: the training step as it is run, and what its backward pass does anew.
 

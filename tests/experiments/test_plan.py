@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -172,6 +173,32 @@ def test_every_candidate_has_the_topologys_devices_and_the_experiments_rows(expe
         assert (mesh.devices, mesh.replica, one.data.rows) == (wanted.devices, wanted.slices, 64)
         assert 64 % (mesh.row_parts * one.train.accumulation) == 0
         assert all(arm.model.num_heads % mesh.tensor == 0 for arm in one.arms.values())
+        assert all(slots % mesh.context == 0 for slots in one.row_slots()[1:])
+    assert {one.train.mesh.context for one in found} > {1, 2}
+
+
+def test_few_long_rows_are_split_along_their_length(monkeypatch, experiment) -> None:
+    """One row a step for four devices: only `context` and `tensor` can use them all."""
+    data = dataclasses.replace(experiment.data, rows=1, input_length=2**15, target_length=2**15)
+    experiment = dataclasses.replace(experiment, data=data)
+    text, compiler = planned(monkeypatch, experiment, Target(topology="v5e:2x2", search=True), lambda job: FITS)
+    assert all(job.experiment.train.mesh.row_parts == 1 for job in compiler.jobs)
+    assert all(job.experiment.train.mesh.context > 1 for job in compiler.jobs)
+    assert "best: train.mesh.context=" in text
+
+
+def test_the_last_queries_of_causal_attention_make_the_others_wait(experiment) -> None:
+    """Of a row of four parts, by counting the pairs that the last part sees."""
+    mesh = MeshShape(context=4)
+    split = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, mesh=mesh))
+    _, inputs, targets = experiment.row_slots()
+    length = inputs + targets
+    seen = np.tril(np.ones((length, length)))
+    seen -= np.eye(length) / 2  # as the ledger halves the square
+    share = seen[-length // 4 :].sum() / (seen.sum() / 4)
+    unseen = dataclasses.replace(FITS, flops=0, has_kernels=True)
+    times = [plan_table.outlook(one, V5E, "gpt", unseen).time.compute for one in (experiment, split)]
+    assert times[1] / times[0] == pytest.approx(share)
 
 
 def test_the_simple_model_keeps_less_with_more_rematerialisation_and_less_of_a_state_that_is_split() -> None:
@@ -217,7 +244,10 @@ def test_the_experiments_own_mesh_stands_where_it_has_the_devices(experiment) ->
         (Target(topology="v5e:2x2", mesh="replica=2,fsdp=2"), "replica counts slices"),
         (Target(topology="v5e:2x4"), "data.rows is 4, which does not divide"),
         (Target(topology="v5e:2x2", price=-1.0), "--price is -1"),
-        (Target(topology="v5e:4x4", search=True), "data.rows is 4, which divides over no mesh of v5e:4x4; nearest: 16"),
+        (
+            Target(topology="v5e:16x16", search=True),
+            "data.rows is 4, which divides over no mesh of v5e:16x16; nearest: 256",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_one_line(monkeypatch, experiment, target, message) -> None:

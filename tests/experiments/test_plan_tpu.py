@@ -15,6 +15,7 @@ from common.compute.moments import Moments
 from common.compute.topology import parse_topology
 from common.nn.recipe import Execution
 from common.sharding.shape import MeshShape
+from common.train.config import Anomalies
 from common.train.state import skeleton
 from experiments.config import Experiment
 from experiments.pipeline import make_setup
@@ -80,6 +81,19 @@ def test_the_update_takes_no_memory_of_its_own(tmp_path) -> None:
     assert answer.memory.arguments["state.opt_state"] == pytest.approx(2 * gradients, rel=0.05)
     copies = gradients / 2  # of parameters, in bf16
     assert gradients < answer.memory.at_peak < 1.1 * (gradients + copies)
+
+
+@pytest.mark.parametrize("arm", ["gpt", "t5like"])
+def test_one_device_computes_what_the_ledger_says_and_sends_nothing(tmp_path, arm) -> None:
+    """A step that keeps its parameters where the loss is not finite, too."""
+    experiment = on(tmp_path, MeshShape())
+    train = dataclasses.replace(experiment.train, anomalies=Anomalies(on_nonfinite="skip"))
+    experiment = dataclasses.replace(experiment, train=train)
+    answer, _ = compiled(experiment, arm, "v5e:1x1")
+    assert answer.collectives == () and answer.has_kernels and answer.memory is not None
+    ledger = experiment.arms[arm].model.flops(Moments.of_rows(*experiment.row_slots()))
+    but_kernels = dataclasses.replace(ledger, attention_full=0, attention_causal_half=0)
+    assert answer.flops == but_kernels.train_hardware(experiment.train.execution)
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
