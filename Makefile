@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 SLOW := .venv/.slow
+SKY := .venv/sky
+SKYPILOT := 'skypilot[gcp]==0.14.1'
 MINIMUM := 3, 11
 
 .PHONY: help demo test test-slow lint bench
@@ -10,7 +12,7 @@ MINIMUM := 3, 11
 help:
 	@echo "make demo       train both families, print a table, write report.html"
 	@echo "make test       all tests but the slow ones, doctests included"
-	@echo "make test-slow  the slow tests: several processes, kills, TPU's compiler, PyTorch and Transformers (2 GB more)"
+	@echo "make test-slow  the slow tests: several processes, kills, TPU's compiler, PyTorch and Transformers (3 GB more)"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      speed, side by side with peers (PyTorch where it is installed)"
 
@@ -21,7 +23,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m "not slow" --durations=10 --numprocesses auto --maxprocesses 8 --dist loadfile
 
 test-slow: $(SLOW)
-	$(BIN)/python -m pytest -q -m slow --durations=10 || [ $$? -eq 5 ] # 5: there is none
+	PATH="$$PATH:$(CURDIR)/$(SKY)/bin" $(BIN)/python -m pytest -q -m slow --durations=10 || [ $$? -eq 5 ] # 5: there is none
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
@@ -46,15 +48,26 @@ $(INSTALLED): pyproject.toml constraints.txt
 	fi
 	@touch $@
 
-# What slow tests need beside: PyTorch and Transformers to compare with, and libtpu, TPU's compiler. On Linux only PyTorch's
-# CPU build will do (constraints.txt): the ordinary one brings gigabytes of CUDA. Tests of what is not there are skipped,
-# and say so.
+# What slow tests need beside: PyTorch and Transformers to compare with, libtpu, TPU's compiler, and SkyPilot, which reads
+# the jobs written for it and has an environment of its own, since its requirements do not go with constraints.txt. On
+# Linux only PyTorch's CPU build will do (constraints.txt): the ordinary one brings gigabytes of CUDA. Tests of what is not
+# there are skipped, and say so.
 $(SLOW): $(INSTALLED)
-	@echo "Installing libtpu, PyTorch (CPU) and Transformers for the slow tests."
+	@echo "Installing libtpu, SkyPilot, PyTorch (CPU) and Transformers for the slow tests."
+	@$(install_sky) || echo "SkyPilot is not to be had for this Python, so the jobs written for it are not shown to it." >&2
 	@$(call install,plan) || echo "libtpu is not to be had for this machine, so tests with TPU's compiler will be skipped." >&2
 	@$(call install,parity) && touch $@ || \
 		echo "No CPU build of PyTorch was found, so the parity tests will be skipped: name the index that PyTorch's" \
 			"own installation page gives for CPU, make test-slow PIP_EXTRA_INDEX_URL=..." >&2
+
+define install_sky
+if [ -x $(BIN)/pip ]; then \
+	$(BIN)/python -m venv --clear $(SKY) && \
+	$(SKY)/bin/python -m pip install --disable-pip-version-check --quiet $(SKYPILOT); \
+else \
+	uv venv --quiet --clear --python $(BIN)/python $(SKY) && uv pip install --quiet --python $(SKY)/bin/python $(SKYPILOT); \
+fi
+endef
 
 # An extra, beside `dev`.
 define install

@@ -216,12 +216,13 @@ def ask_skypilot(text: str, home: Path) -> subprocess.CompletedProcess[str]:
     """By the interpreter that its program has: its requirements do not go with constraints.txt."""
     program = shutil.which("sky")
     if program is None:
-        pytest.skip("SkyPilot's program `sky` is not on the path: pip install 'skypilot[gcp]', apart from twinstack")
+        pytest.skip("SkyPilot's program `sky` is not on the path; `make test-slow` installs it, apart from twinstack")
     python = Path(program).read_text().partition("\n")[0].removeprefix("#!").strip()
     environment = {"PATH": os.environ["PATH"], "HOME": str(home), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"}
     return subprocess.run([python, "-c", CHECK_TASK], input=text, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow  # SkyPilot is installed for them
 @pytest.mark.parametrize("name", JOBS)
 def test_skypilot_reads_the_task(name, tmp_path):
     job = JOBS[name]
@@ -243,6 +244,7 @@ def test_skypilot_reads_the_task(name, tmp_path):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
