@@ -27,15 +27,13 @@ def attend(
     *,
     scale: float,
     how: How,
-    dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """out_BQHC in the dtype of `q`; logits and softmax in float32.
 
     A query that sees no key gets exactly 0, with gradient 0. Masked logits are replaced, never added to, so that no key
-    of a stranger, however large, can leak. `how` names the implementation; decoding, and dropout on the attention
-    weights, take the plain one, which holds all logits at once. Several rows of queries in turn may share a row of
-    keys, as the beams of a prompt do; then nothing may be causal.
+    of a stranger, however large, can leak. `how` names the implementation; decoding takes the plain one, which holds
+    all logits at once. Several rows of queries in turn may share a row of keys, as the beams of a prompt do; then
+    nothing may be causal.
 
     On a mesh every other implementation computes on each device its own rows, heads and queries: rows and heads as the
     rules deal them out, queries along `length`, against keys and values gathered along it. The plain one, and what does
@@ -50,23 +48,20 @@ def attend(
             visibility.gathered(rows),
             scale=scale,
             how=how,
-            dropout_rate=dropout_rate,
-            dropout_key=dropout_key,
         )
         return out_BQHC.reshape(q_BQHC.shape)
     if 0 in (q_BQHC.shape[1], k_BGKC.shape[2]):
         return jnp.zeros_like(q_BQHC)
-    dropping = dropout_key is not None and dropout_rate > 0.0
     divides = _divides(q_BQHC, k_BGKC)
-    kind = choose(how, _case(q_BQHC, visibility, dropping=dropping, divides=divides))
+    kind = choose(how, _case(q_BQHC, visibility, divides=divides))
     if kind == "plain":
-        return plain(q_BQHC * scale, k_BGKC, v_BGKC, visibility, dropout_rate, dropout_key if dropping else None)
+        return plain(q_BQHC * scale, k_BGKC, v_BGKC, visibility)
     if on_mesh() and divides:
         return _on_devices(kind, how, scale, q_BQHC, k_BGKC, v_BGKC, visibility)
     return _here(kind, how, scale, q_BQHC, k_BGKC, v_BGKC, visibility)
 
 
-def _case(q_BQHC: jax.Array, visibility: Visibility, *, dropping: bool, divides: bool) -> Case:
+def _case(q_BQHC: jax.Array, visibility: Visibility, *, divides: bool) -> Case:
     return Case(
         platform=_platform(),
         dtype=q_BQHC.dtype.name,
@@ -78,7 +73,6 @@ def _case(q_BQHC: jax.Array, visibility: Visibility, *, dropping: bool, divides:
         placed=visibility.placed or not visibility.causal,
         one_segment=visibility.at_left
         and (not visibility.causal or (visibility.q_offset == 0 and parts("length") == 1)),
-        dropping=dropping,
         divides=divides,
     )
 

@@ -39,15 +39,13 @@ class Case:
     """Every query's index is known beforehand, or does not matter."""
     one_segment: bool
     """Every row is one segment at its begin, and its first query, where causal, stands at its first key."""
-    dropping: bool
-    """Attention weights are dropped at random."""
     divides: bool
     """Rows, queries and heads divide over the devices (or there is one)."""
 
     @property
     def whole(self) -> bool:
-        """Neither decoding nor dropout, which take all logits at once."""
-        return self.queries > 1 and self.placed and not self.dropping
+        """Not decoding, which takes all logits at once."""
+        return self.queries > 1 and self.placed
 
 
 SERVES: Mapping[Kind, Callable[[Case], bool]] = {
@@ -83,8 +81,7 @@ def choose(how: How, case: Case) -> Kind:
     Raises UserError where the one wanted runs on other devices than these.
 
     >>> whole = Case(platform="tpu", dtype="bfloat16", head_dim=128, queries=512, biased=False, consecutive=False,
-    ...              prefix=False, placed=True, one_segment=False,
-    ...              dropping=False, divides=True)
+    ...              prefix=False, placed=True, one_segment=False, divides=True)
     >>> biased = dataclasses.replace(whole, biased=True)
     >>> choose(How(), whole), choose(How(), biased), choose(How(), dataclasses.replace(biased, consecutive=True))
     ('splash', 'blocked', 'flash')

@@ -10,25 +10,13 @@ import jax.numpy as jnp
 from common.kernels.visibility import MASKED, Visibility
 
 
-def plain(
-    q_BQHC: jax.Array,
-    k_BGKC: jax.Array,
-    v_BGKC: jax.Array,
-    visibility: Visibility,
-    dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
-) -> jax.Array:
+def plain(q_BQHC: jax.Array, k_BGKC: jax.Array, v_BGKC: jax.Array, visibility: Visibility) -> jax.Array:
     """All logits at once; queries are scaled already."""
     B, Q, H, C = q_BQHC.shape
     logits_BGMQK, mask_B11QK = masked_logits(head_major(q_BQHC, k_BGKC.shape[1]), k_BGKC, visibility)
     shifted = logits_BGMQK - jax.lax.stop_gradient(logits_BGMQK.max(axis=-1, keepdims=True))
     weights_BGMQK = jnp.where(mask_B11QK, jnp.exp(shifted), 0.0)
     total_BGMQ1 = weights_BGMQK.sum(axis=-1, keepdims=True)
-    if dropout_key is not None:
-        # One mask for all queries, as T5X draws it.
-        shape = (*weights_BGMQK.shape[:3], 1, weights_BGMQK.shape[-1])
-        kept = jax.random.bernoulli(dropout_key, 1.0 - dropout_rate, shape)
-        weights_BGMQK = jnp.where(kept, weights_BGMQK / (1.0 - dropout_rate), 0.0)
     out_BGMQC = weighted("BGXK,BGKC->BGXC", weights_BGMQK.astype(q_BQHC.dtype), v_BGKC)
     out_BGMQC /= or_one(total_BGMQ1).astype(q_BQHC.dtype)
     return jnp.moveaxis(out_BGMQC, 3, 1).reshape(B, Q, H, C)

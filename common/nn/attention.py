@@ -101,12 +101,22 @@ class Attention(nnx.Module):
         out_BQHC = attend(
             q_BQHC,
             memory.k_BGKC,
-            memory.v_BGKC,
+            _dropped(memory.v_BGKC, self.dropout_rate, dropout_key),
             visibility,
             scale=self.scale,
             how=self.how,
-            dropout_rate=self.dropout_rate,
-            dropout_key=dropout_key,
         )
         y_BQD = unproject(out_BQHC, use(self.out_HCD, x_BQD.dtype), use_bias(self.out_bias_D, x_BQD.dtype))
         return leave(y_BQD)
+
+
+def _dropped(v_BGKC: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Values of which some are left out, in place of attention weights: no implementation need know of dropout.
+
+    All queries leave out the same keys, as in T5X, so a weight that is dropped and a value that is dropped come to the
+    same. Query heads that share values share what is dropped.
+    """
+    if key is None or rate == 0.0:
+        return v_BGKC
+    kept_BGK1 = jax.random.bernoulli(key, 1.0 - rate, (*v_BGKC.shape[:3], 1))
+    return jnp.where(kept_BGK1, v_BGKC / (1.0 - rate), 0)

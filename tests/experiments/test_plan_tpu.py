@@ -85,8 +85,15 @@ def test_the_update_takes_no_memory_of_its_own(tmp_path) -> None:
 
 @pytest.mark.parametrize("arm", ["gpt", "t5like"])
 def test_one_device_computes_what_the_ledger_says_and_sends_nothing(tmp_path, arm) -> None:
-    """A step that keeps its parameters where the loss is not finite, too."""
+    """With dropout, and of a step that keeps its parameters where the loss is not finite, too."""
     experiment = on(tmp_path, MeshShape())
+    arms = {
+        name: dataclasses.replace(
+            arm, model=dataclasses.replace(arm.model, recipe=dataclasses.replace(arm.model.recipe, dropout=0.1))
+        )
+        for name, arm in experiment.arms.items()
+    }
+    experiment = dataclasses.replace(experiment, arms=arms)
     train = dataclasses.replace(experiment.train, anomalies=Anomalies(on_nonfinite="skip"))
     experiment = dataclasses.replace(experiment, train=train)
     answer, _ = compiled(experiment, arm, "v5e:1x1")

@@ -29,7 +29,6 @@ WHOLE = Case(
     prefix=False,
     placed=True,
     one_segment=False,
-    dropping=False,
     divides=True,
 )
 
@@ -46,7 +45,6 @@ WHOLE = Case(
         ({"biased": True}, "flash", "blocked", "blocked"),
         ({"biased": True, "consecutive": False}, "blocked", "blocked", "blocked"),
         ({"divides": False, "one_segment": True}, "blocked", "blocked", "blocked"),
-        ({"dropping": True}, "plain", "plain", "plain"),
         ({"queries": 1}, "plain", "plain", "plain"),
         ({"placed": False}, "plain", "plain", "plain"),
     ],
