@@ -34,8 +34,8 @@ MODEL = GptConfig(
     recipe=Recipe(positions="rope", mlp="swiglu", init="fan_in"),
 )
 ROWS, LENGTH = 4, 128
-PERIOD = 100
-"""Steps to a save: what is measured is scaled to it. Here a step takes about a second."""
+PERIOD_SECONDS = 100.0
+"""Of training to a save, such as 100 steps of a second: what is measured is told as a share of it."""
 BETWEEN = 4
 """Steps that are looked at before and after a save; writing it takes less time than they do."""
 
@@ -53,7 +53,7 @@ class Saves:
     slowdown: Spread
     """What `BETWEEN` steps after a save took beyond as many quiet ones: about 0 where writing is free."""
     share: Spread
-    """Both together, of the time of `PERIOD` quiet steps."""
+    """Both together, of `PERIOD_SECONDS`."""
 
 
 class _Stream:
@@ -149,7 +149,7 @@ def _saves(rows: list[dict[str, Any]], saves: int, state_bytes: int) -> Saves:
         quiet = np.median(seconds[save - BETWEEN : save])
         blocking.append(float(held[save - 1]))
         slowdown.append(float(seconds[save : save + BETWEEN].sum() - BETWEEN * quiet))
-        shares.append(float((blocking[-1] + slowdown[-1]) / (PERIOD * quiet)))
+        shares.append((blocking[-1] + slowdown[-1]) / PERIOD_SECONDS)
     return Saves(
         parameters=MODEL.param_count(),
         state_bytes=state_bytes,

@@ -61,13 +61,16 @@ def _run(arguments: list[str]) -> int:
         parser.print_help()
         return 2
     else:
-        _tell_jax_where_no_tpu_is()
+        tell_jax_where_no_tpu_is()
         COMMANDS[options.command](options)
     return 0
 
 
-def _tell_jax_where_no_tpu_is() -> None:
-    """Where libtpu is installed for planning alone, JAX would ask the network about its TPUs, and complain."""
+def tell_jax_where_no_tpu_is() -> None:
+    """To be called before JAX is imported.
+
+    Where libtpu is installed for planning alone, JAX would ask the network about its TPUs, and complain.
+    """
     no_libtpu = importlib.util.find_spec("libtpu") is None
     if no_libtpu or any(path.read_text().strip() == GOOGLE for path in PCI.glob("*/vendor")):
         return
