@@ -48,7 +48,7 @@ def main() -> int:
         found["data"] = _data(console, options.rounds)
     if options.only in (None, "checkpoints"):
         found["checkpoints"] = _checkpoints(console, options.rounds)
-    if options.only == "memory":  # a quarter of an hour, and nothing of it is this machine's speed
+    if options.only == "memory":  # minutes, and nothing of it is this machine's speed
         found["memory"] = _memory(console)
     if options.json:
         write_json(options.json, found)
