@@ -161,13 +161,13 @@ def _named_groups(sizes: str, axes: str) -> np.ndarray:
 
 def _in_computation(program: Program, name: str, devices: int) -> Iterator[tuple[str, np.ndarray, int]]:
     """(kind, groups, bytes of whole arrays) of each collective."""
-    body, users = program.computations[name], program.users(name)
+    body = program.computations[name]
     for instruction in body.values():
         kind = instruction.opcode.removesuffix("-start")
         if kind in KINDS:
             groups = groups_of(instruction.rest, devices)
             members, operand = groups.shape[1], _operand_bytes(instruction, body)
-            if kind == "all-reduce" and operand == members * _kept_bytes(instruction, users):
+            if kind == "all-reduce" and operand == members * _kept_bytes(program, name, instruction):
                 kind = "reduce-scatter"
             yield kind, groups, operand * members if kind == "all-gather" else operand
 
@@ -176,11 +176,25 @@ def _operand_bytes(instruction: Instruction, body: dict[str, Instruction]) -> in
     return sum(array.bytes for operand in instruction.operands for array in body[operand].arrays)
 
 
-def _kept_bytes(instruction: Instruction, users: dict[str, list[Instruction]]) -> int:
+def _kept_bytes(program: Program, computation: str, instruction: Instruction) -> int:
     """Of the result, where every device slices its own part out of it; else all of it."""
-    readers = users.get(instruction.name, [])
-    if readers and all(reader.opcode == "dynamic-slice" for reader in readers):
-        return max(reader.arrays[0].bytes for reader in readers)
-    if readers and all(reader.opcode in _THROUGH for reader in readers):
-        return sum(_kept_bytes(reader, users) for reader in readers)
+    readers = list(_readers(program, computation, instruction))
+    if readers and all(reader.opcode == "dynamic-slice" for _, reader in readers):
+        return max(reader.arrays[0].bytes for _, reader in readers)
+    if readers and all(reader.opcode in _THROUGH for _, reader in readers):
+        return sum(_kept_bytes(program, name, reader) for name, reader in readers)
     return sum(array.bytes for array in instruction.arrays)
+
+
+def _readers(program: Program, computation: str, instruction: Instruction) -> Iterator[tuple[str, Instruction]]:
+    """What uses a result, and in which computation: where a call gives it back, whoever takes it from there."""
+    calls = program.calls.get(computation, [])
+    for reader in program.users(computation).get(instruction.name, []):
+        if not (reader.root and reader.opcode == "tuple" and calls):
+            yield computation, reader
+            continue
+        place = reader.operands.index(instruction.name)
+        for name, call in calls:
+            for element in program.users(name).get(call.name, []):
+                if element.opcode != "get-tuple-element" or f"index={place}" in element.rest.split(", "):
+                    yield name, element

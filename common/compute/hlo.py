@@ -1,6 +1,7 @@
 """XLA's programs as text: instructions, the bytes of their arrays, and how often each computation runs."""
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -112,6 +113,16 @@ class Program:
         for instruction in self.computations[computation].values():
             for operand in instruction.operands:
                 found.setdefault(operand, []).append(instruction)
+        return found
+
+    @functools.cached_property
+    def calls(self) -> dict[str, list[tuple[str, Instruction]]]:
+        """By the name of a computation that is run by calls, these and the computations that they are in."""
+        found: dict[str, list[tuple[str, Instruction]]] = {}
+        for name, body in self.computations.items():
+            for instruction in body.values():
+                if instruction.opcode == "call":
+                    found.setdefault(instruction.called[0], []).append((name, instruction))
         return found
 
     def _trips(self, computation: str, loop: Instruction) -> int:

@@ -112,6 +112,32 @@ def test_a_sum_of_which_each_keeps_its_slice_is_a_reduce_scatter(
     assert (found.kind, found.axes, found.bytes) == (kind, axes, 64 * 8 * 4)
 
 
+CALLED = """
+%inside (x: f32[64,8]) -> (f32[64,8], f32[64,8]) {
+  %x = f32[64,8]{1,0} parameter(0)
+  %sum = f32[64,8]{1,0} all-reduce(%x), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %both = (f32[64,8]{1,0}, f32[64,8]{1,0}) tuple(%x, %sum)
+}
+
+ENTRY %main (x: f32[64,8]) -> (f32[16,8], f32[64,8]) {
+  %x = f32[64,8]{1,0} parameter(0)
+  %place = s32[] constant(0)
+  %call = (f32[64,8]{1,0}, f32[64,8]{1,0}) call(%x), to_apply=%inside
+  %same = f32[64,8]{1,0} get-tuple-element(%call), index=SAME
+  %sum = f32[64,8]{1,0} get-tuple-element(%call), index=SUM
+  %own = f32[16,8]{1,0} dynamic-slice(%sum, %place, %place), dynamic_slice_sizes={16,8}
+  ROOT %out = (f32[16,8]{1,0}, f32[64,8]{1,0}) tuple(%own, %same)
+}
+"""
+
+
+@pytest.mark.parametrize(("same", "sum_", "kind"), [(0, 1, "reduce-scatter"), (1, 0, "all-reduce")])
+def test_a_slice_may_be_taken_of_what_a_call_gives_back(same: int, sum_: int, kind: str) -> None:
+    """As `shard_map` leaves the sums of its gradients."""
+    (found,) = collectives(parse(CALLED.replace("SAME", str(same)).replace("SUM", str(sum_))), SIZES)
+    assert (found.kind, found.bytes) == (kind, 64 * 8 * 4)
+
+
 FUSED = """
 %all-reduce-scatter.1 (p: bf16[64,8]) -> bf16[16,8] {
   %p = bf16[64,8]{1,0} parameter(0)
