@@ -66,7 +66,11 @@ def test_logits_never_exist_for_all_positions(rows: int, length: int) -> None:
     assert memory.temp_size_in_bytes < rows * length * vocab * 4 / 4
 
 
-@pytest.mark.parametrize("mesh", [MeshShape(fsdp=8), EIGHT_DEVICES, MeshShape(replica=2, context=2, tensor=2)], ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    [MeshShape(fsdp=8), MeshShape(tensor=8), EIGHT_DEVICES, MeshShape(replica=2, context=2, tensor=2)],
+    ids=str,
+)
 def test_devices_of_a_mesh_share_the_work(mesh: MeshShape) -> None:
     """The same sums and gradients, whatever axis the rows, the positions or the vocabulary lie along."""
     h, w, targets, weights = (jnp.tile(x, (8, 2, 1)[: x.ndim]) if x.shape[0] == B else x for x in case())
