@@ -91,7 +91,7 @@ def _begin(experiment: Experiment, run_dir: Path) -> Console:
     path = run_dir / EXPERIMENT
 
     def check_directory() -> None:
-        if path.exists() and (lines := rd.changes(read_json(path), described)):
+        if path.exists() and (lines := rd.refused(read_json(path), described)):
             raise UserError(
                 f"{run_dir} holds another config of {experiment.name} ({'; '.join(lines)}): "
                 "choose another --run-dir, or remove it"

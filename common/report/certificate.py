@@ -8,6 +8,7 @@ from typing import Any
 from common.report.results import ArmResult
 from common.report.run_files import Run
 from common.report.units import percent, scientific, si
+from common.train.config import only_how
 
 FLOPS_TOLERANCE = 0.01
 """Between arms' training FLOPs, relative."""
@@ -182,12 +183,13 @@ def _ledger_is_xla(results: Sequence[ArmResult]) -> Check:
 
 
 def one_recipe(configs: Mapping[str, Mapping[str, Any]], varies: Sequence[str]) -> Check:
-    """Whether arms' resolved configs differ in nothing but sizes, rates and what the comparison `varies`."""
+    """Whether arms' resolved configs differ in nothing but sizes, rates, how they are computed, and what the comparison
+    `varies`."""
     flat = {arm: flatten(config) for arm, config in configs.items()}
     shared = [path for path in next(iter(flat.values())) if all(path in other for other in flat.values())]
     apart = [path for path in shared if len({repr(config[path]) for config in flat.values()}) > 1]
     free = IDENTITY_FIELDS.union(varies)
-    own = [path for path in apart if path.rsplit(".", 1)[-1] in OWN_FIELDS or path in free]
+    own = [path for path in apart if path.rsplit(".", 1)[-1] in OWN_FIELDS or path in free or only_how(path)]
     wrong = [path for path in apart if path not in own]
     if wrong:
         detail = "; ".join(f"{path}: {_by_arm({arm: config[path] for arm, config in flat.items()})}" for path in wrong)

@@ -234,6 +234,19 @@ class Patience:
             raise UserError(f"stall_seconds is {self.stall_seconds}: it must be more than storage_seconds")
 
 
+def only_how(path: str) -> bool:
+    """Whether a field of a resolved config, by its dotted path, says only how the same training is computed.
+
+    A later launch of a run may have another value, as for other devices than before, and a comparison's arms may: what
+    differs is rounding and, where `accumulation` moves, which units dropout leaves out. Precision is no such field.
+
+    >>> [only_how(path) for path in ("train.mesh.fsdp", "train.execution.remat", "train.execution.dtype", "train.seed")]
+    [True, True, False, False]
+    """
+    prefixes = ("train.mesh.", "train.sharding", "train.accumulation", "train.execution.", "train.patience.")
+    return path.startswith(prefixes) and path not in ("train.execution.dtype", "train.execution.matmul_precision")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     budget: Budget

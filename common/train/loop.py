@@ -73,7 +73,7 @@ def fit(task: Task, run_dir: Path, watcher: Watcher) -> Fitted:
         with contextlib.closing(checkpoints), jax.set_mesh(programs.mesh):
             state, progress = _start(task, programs, checkpoints, run_dir, watcher)
             if progress.consumed_batches < task.setup.steps:
-                first_launch = first_says(lambda: rd.launched(run_dir, began))
+                first_launch = first_says(lambda: rd.launched(run_dir, task.config, began))
                 run = _Run(task, programs, checkpoints, run_dir, watcher, alive, asked_to_end, first_launch)
                 while (done := run.go(state, progress)) is None:  # rolled back
                     state, progress = _start(task, programs, checkpoints, run_dir, watcher)
@@ -96,7 +96,10 @@ def _check_same(task: Task, run_dir: Path) -> None:
         time.sleep(0.1)
     if blind := where(not (run_dir / rd.CONFIG).is_file()):
         raise UserError(f"process {blind[0]} does not see {run_dir}: --run-dir must be one that all processes share")
-    moved = rd.differences(run_dir, task.config, task.data)
+    theirs = first_says(lambda: [task.config, task.data])
+    moved = [
+        line for first, mine in zip(theirs, (task.config, task.data), strict=True) for line in rd.changes(first, mine)
+    ]
     if others := where(bool(moved)):
         how = f" ({'; '.join(moved)})" if moved else ""
         raise UserError(f"process {others[0]} was about to train something else{how}: start all with one command")

@@ -17,7 +17,7 @@ import jax
 from common.config import difference, to_json
 from common.errors import UserError
 from common.files import read_json, read_rows, write_json, write_rows
-from common.train.config import Anomalies
+from common.train.config import Anomalies, only_how
 
 SCHEMA_VERSION = 1
 CHECKPOINTS = "checkpoints"
@@ -25,7 +25,7 @@ CONFIG, ENVIRONMENT, METRICS, TIMINGS = "config.json", "environment.json", "metr
 INITIAL = "init.json"
 """What a run's parameters began as, where it was not a fresh model."""
 LAUNCHES = "launches.jsonl"
-"""When each launch of the run began, Unix seconds."""
+"""When each launch of the run began, Unix seconds, and what of the config it changed."""
 ROLLBACKS = "rollbacks.jsonl"
 """Which batches are left out because the run was rolled back, and why."""
 
@@ -56,14 +56,16 @@ def claim(run_dir: Path, config: dict[str, Any], data: dict[str, str]) -> list[s
     """Writes the resolved config and the environment, or checks that the directory holds the same run.
 
     `data` says what is read (content id, tokenizer). Returns warnings: how this machine differs from the one the run
-    was begun on. Raises UserError with the difference where the directory belongs to another config or other data.
+    was begun on, and what of the config says how to compute it and is not as it was (`launched` notes that). Raises
+    UserError with the difference where the directory belongs to another config or other data.
     """
     here = {**environment(), **data}
     if not (run_dir / CONFIG).exists():
         write_json(run_dir / ENVIRONMENT, here)
         write_json(run_dir / CONFIG, _described(config))
         return []
-    if lines := changes(read_json(run_dir / CONFIG), _described(config)):
+    stored = read_json(run_dir / CONFIG)
+    if lines := refused(stored, _described(config)):
         raise UserError(
             f"{run_dir} holds a run of another config ({'; '.join(lines)}): choose another --run-dir, or remove it"
         )
@@ -75,12 +77,7 @@ def claim(run_dir: Path, config: dict[str, Any], data: dict[str, str]) -> list[s
         f"{key} was {before.get(key)} when this run began and is {here[key]} now: results may differ in the last bits"
         for key in MACHINE_KEYS
         if before.get(key) != here[key]
-    ]
-
-
-def differences(run_dir: Path, config: dict[str, Any], data: dict[str, str]) -> list[str]:
-    """How a claimed directory's config and data differ from these."""
-    return [*changes(read_json(run_dir / CONFIG), _described(config)), *_other_data(run_dir, data)]
+    ] + [f"{line}: results may differ in the last bits" for line in changes(stored, _described(config))]
 
 
 def _described(config: dict[str, Any]) -> dict[str, Any]:
@@ -93,7 +90,7 @@ def _other_data(run_dir: Path, data: dict[str, str]) -> list[str]:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """One line for each difference that makes it another run; how patient a run is makes none.
+    """One line for each difference between two configs, but for how patient a run is.
 
     What was written before a run could say what becomes of anomalies had the defaults.
     """
@@ -103,10 +100,17 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [line for line in lines if not line.startswith("train.patience.")]
 
 
-def launched(run_dir: Path, now: float) -> float:
-    """Notes a launch that began at `now`; returns when the first one did (Unix seconds)."""
-    launches = [*read_rows(run_dir / LAUNCHES), {"started": now}]
+def refused(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Those of the changes that make it another run."""
+    return [line for line in changes(before, now) if not only_how(line.partition(":")[0])]
+
+
+def launched(run_dir: Path, config: dict[str, Any], now: float) -> float:
+    """Notes a launch that began at `now`, and how it is computed; returns when the first one began (Unix seconds)."""
+    changed = changes(read_json(run_dir / CONFIG), _described(config))
+    launches = [*read_rows(run_dir / LAUNCHES), {"started": now} | ({"changed": changed} if changed else {})]
     write_rows(run_dir / LAUNCHES, launches)
+    write_json(run_dir / CONFIG, _described(config))
     return float(launches[0]["started"])
 
 

@@ -204,6 +204,20 @@ def test_asked_to_end_all_save_the_same_step(
     check_resumed(folder, broken, unbroken(arm), arm, {saved})
 
 
+def test_a_run_of_two_goes_on_as_one(folder: Path, tmp_path: Path, unbroken: Callable[[str], Path]) -> None:
+    """On other devices in another mesh: the same batches, and losses but for rounding."""
+    broken = tmp_path / "broken"
+    with training(folder, broken, "gpt", PAIR, 2) as job:
+        job.wait_until(lambda: rows_written(broken, "gpt") >= 3)
+        job.processes[0].send_signal(signal.SIGTERM)
+        assert job.wait(30) == [128 + signal.SIGTERM] * 2, job.everything()
+    job = trained(folder, broken, "gpt", MeshShape(fsdp=4, tensor=2), 1)
+    assert "train.mesh.tensor: 1 -> 2: results may differ" in " ".join(job.output(0).split()), job.everything()
+    a, b = (read_rows(run_dir / "gpt" / rd.METRICS) for run_dir in (broken, unbroken("gpt")))
+    assert [row["fingerprint"] for row in a] == [row["fingerprint"] for row in b]
+    assert [row["loss"] for row in a] == pytest.approx([row["loss"] for row in b], rel=1e-5)
+
+
 def test_another_config_in_one_stops_all(folder: Path, tmp_path: Path) -> None:
     with training(folder, tmp_path / "run", "gpt", PAIR, 2, last=("train.seed=1",)) as job:
         assert job.wait() == [2, 2], job.everything()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from common.report.certificate import Certificate, Check, certify, certify_run, first_parting
+from common.report.certificate import Certificate, Check, certify, certify_run, first_parting, one_recipe
 from common.report.run_files import read_run
 from common.report.tables import certificate_panel
 
@@ -38,6 +38,17 @@ def test_equal_arms_agree_in_every_check(write_run: Callable[..., Path]) -> None
     ]
     assert "model.d_ff (512 / 464)" in check(certificate, "recipe").detail  # own sizes are allowed, but told
     assert all(len(fact.values) == 2 for fact in certificate.facts)
+
+
+def test_how_arms_are_computed_is_no_part_of_the_recipe() -> None:
+    """Told, as sizes are; precision is one."""
+    configs = {
+        arm: {"train": {"mesh": {"fsdp": fsdp}, "execution": {"remat": "full", "dtype": dtype}}}
+        for arm, fsdp, dtype in (("a", 4, "float32"), ("b", 2, "float32"), ("c", 2, "bfloat16"))
+    }
+    found = one_recipe({arm: configs[arm] for arm in ("a", "b")}, varies=())
+    assert found.agrees and "train.mesh.fsdp (4 / 2)" in found.detail
+    assert not one_recipe(configs, varies=()).agrees
 
 
 def part_at(step: int) -> Callable[[Files], None]:

@@ -20,6 +20,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from common.compute.moments import Moments
+from common.config import to_json
 from common.data.batch import HostBatch
 from common.data.loader import chain
 from common.errors import UserError
@@ -33,7 +34,20 @@ from common.train.config import Budget
 from common.train.loop import Fitted, fit
 from common.train.state import TrainState
 from common.train.task import Stream, Task
-from tests.tiny import DATA, INPUTS, ROWS, TARGETS, Observer, Stopped, cached_in, jax_settings, loader, task, tiny
+from tests.tiny import (
+    DATA,
+    EXECUTION,
+    INPUTS,
+    ROWS,
+    TARGETS,
+    Observer,
+    Stopped,
+    cached_in,
+    jax_settings,
+    loader,
+    task,
+    tiny,
+)
 
 ROOT = Path(__file__).parents[3]
 STEPS = 8
@@ -179,6 +193,33 @@ def test_resumed_is_unbroken_on_a_mesh(tmp_path: Path) -> None:
     assert (tmp_path / "broken" / rd.METRICS).read_bytes() == (tmp_path / "whole" / rd.METRICS).read_bytes()
 
 
+@families
+def test_a_run_goes_on_on_other_devices(unbroken: dict[str, Unbroken], family: str, tmp_path: Path) -> None:
+    """From the same checkpoint, computed in other ways: the same batches, losses equal but for rounding."""
+    run, before = unbroken[family], run_steps(unbroken[family].folder)
+    with pytest.raises(Stopped):
+        fit(task(family, mesh=MeshShape(data=2, fsdp=2)), tmp_path, Observer(stop_at=7))
+    last, execution = Observer(), dataclasses.replace(EXECUTION, remat="full")
+    moved = task(family, mesh=MeshShape(context=2, tensor=2), accumulation=2, sharding="sequence", execution=execution)
+    fitted = fit(moved, tmp_path, last)
+    assert last.steps == [7, 8] and "resuming after step 6 of 8" in last.notes
+    changes = ["train.accumulation: 1 -> 2", "train.mesh.data: 2 -> 1", "train.mesh.tensor: 1 -> 2"]
+    for change in changes:
+        assert f"warning: {change}: results may differ in the last bits" in last.notes
+    assert set(changes) < set(read_rows(tmp_path / rd.LAUNCHES)[1]["changed"])
+    assert json.loads((tmp_path / rd.CONFIG).read_text())["train"]["mesh"] == to_json(moved.setup.train.mesh)
+    after = run_steps(tmp_path)
+    assert [row["fingerprint"] for row in after] == [row["fingerprint"] for row in before]
+    assert [row["loss"] for row in after] == pytest.approx([row["loss"] for row in before], rel=1e-5)
+    for found, expected in zip(jax.tree.leaves(fitted.params), jax.tree.leaves(run.fitted.params), strict=True):
+        expected = np.asarray(expected)
+        np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def run_steps(folder: Path) -> list[dict[str, Any]]:
+    return read_rows(folder / rd.METRICS)
+
+
 def test_a_half_written_row_is_dropped(unbroken: dict[str, Unbroken], tmp_path: Path) -> None:
     run = unbroken["gpt"]
     with pytest.raises(Stopped):
@@ -224,6 +265,9 @@ def test_another_config_is_refused_with_the_difference(unbroken: dict[str, Unbro
     before = run.metrics()
     with pytest.raises(UserError, match="another config .train.budget.amount: 8.0 -> 9.0.: choose another"):
         fit(task("gpt", budget=Budget(unit="steps", amount=9)), run.folder, Observer())
+    wide = dataclasses.replace(EXECUTION, dtype="bfloat16", scan_layers=not EXECUTION.scan_layers)
+    with pytest.raises(UserError, match=r'config \(train.execution.dtype: "float32" -> "bfloat16"\): choose'):
+        fit(task("gpt", execution=wide), run.folder, Observer())
     with pytest.raises(UserError, match='model.kind: "gpt" -> "t5like"'):
         fit(task("t5like"), run.folder, Observer())
     assert run.metrics() == before
