@@ -170,12 +170,14 @@ def test_rows_end_early_somewhere() -> None:
 
 
 def test_company_and_calls_change_nothing() -> None:
+    """Of the texts and their order; programs for other numbers of rows may round scores otherwise."""
     method, limits = Beam(size=3), Limits(max_new_tokens=6)
     together = search(method, limits)
     chunked = search(method, limits, chunk=2)
     for row, p in enumerate(PROMPTS):
         alone = search(method, limits, prompts=[p])
-        assert texts(alone, 0) == texts(together, row) == texts(chunked, row)
+        same(texts(alone, 0), texts(together, row))
+        same(texts(chunked, row), texts(together, row))
 
 
 def test_one_beam_without_penalty_or_end_is_greedy() -> None:

@@ -149,7 +149,7 @@ def test_continuations_score_the_same_text_however_it_is_said() -> None:
         ],
     )
     close(as_targets.log_probs_T[-3:], as_inputs.log_probs_T, 1e-5)
-    np.testing.assert_array_equal(native.log_probs_T, as_targets.log_probs_T)
+    close(native.log_probs_T, as_targets.log_probs_T, 1e-6)  # rows of one batch may round otherwise
     assert native.weights_T.tolist() == [0, 0, 0, 1, 1, 1]
     assert as_targets.log_likelihood == pytest.approx(as_inputs.log_likelihood, rel=1e-5)
     assert as_inputs.tokens == native.tokens == 3
