@@ -1,5 +1,6 @@
 """Where a training step's time goes in both families, `gpt`'s step beside PyTorch's, decoding beside Hugging Face's,
-how fast data become batches, and what saving costs (`make bench`); what a step wants of a TPU's memory."""
+how fast data become batches, and what saving costs (`make bench`); what a step wants of a TPU's memory, and plans
+beside published speeds."""
 
 import argparse
 import contextlib
@@ -18,6 +19,8 @@ from rich.text import Text
 from benchmarks.checkpoints import BETWEEN, PERIOD_SECONDS, measure, measured_steps
 from benchmarks.data import BATCHES, SHAPES, THREADS, time_making, time_tokenizing
 from benchmarks.decoder import DECODER, LENGTH, ROWS, Spread, cores
+from benchmarks.estimates import CASES as ESTIMATED
+from benchmarks.estimates import estimates
 from benchmarks.generation import MODELS, NEW, PROMPT, Generation
 from benchmarks.generation import ROWS as PROMPTS
 from benchmarks.generation import compare as compare_generation
@@ -50,6 +53,8 @@ def main() -> int:
         found["checkpoints"] = _checkpoints(console, options.rounds)
     if options.only == "memory":  # minutes, and nothing of it is this machine's speed
         found["memory"] = _memory(console)
+    if options.only == "estimates":
+        found["estimates"] = _estimates(console)
     if options.json:
         write_json(options.json, found)
     return 0
@@ -59,7 +64,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--rounds", type=_positive, default=7, help="repeated measurements (default: %(default)s)")
     parser.add_argument("--steps", type=_positive, default=3, help="steps in each of them (default: %(default)s)")
-    parts = ["families", "torch", "generation", "data", "checkpoints", "memory"]
+    parts = ["families", "torch", "generation", "data", "checkpoints", "memory", "estimates"]
     parser.add_argument("--only", choices=parts, help="one part of it")
     parser.add_argument("--torch", choices=["eager", "compiled"], default="eager", help="how PyTorch runs")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures there")
@@ -251,6 +256,21 @@ def _memory(console: Console) -> dict[str, Any] | None:
             found[name] = plan(name)
             table.add_row(name, *map(Text, _memory_cells(case, found[name])))
             advance(1)
+    console.print(table)
+    return {name: dataclasses.asdict(one) for name, one in found.items()}
+
+
+def _estimates(console: Console) -> dict[str, Any]:
+    table = _table(
+        "MFU that `twinstack plan` estimates, and what MaxText publishes of its own steps",
+        ["TPU", "rows x length", "estimated, %", "published, %"],
+        "causal-half FLOPs; full rematerialisation; nothing that is sent hidden behind computing to all of it",
+    )
+    found = dict(estimates(console))
+    for name, one in found.items():
+        case = ESTIMATED[name]
+        shape = [case.topology, f"{case.rows} x {case.length}"]
+        table.add_row(name, *shape, f"{100 * one.low:.0f} to {100 * one.high:.0f}", f"{100 * one.published:.1f}")
     console.print(table)
     return {name: dataclasses.asdict(one) for name, one in found.items()}
 
