@@ -107,15 +107,15 @@ def plan_table(
     section("Memory of a device")
     _memory_rows(line, topology)
     if any(answer.collectives for answer in compiled.values()):
-        section("Sent by a device in a step (after partitioning)")
+        section("Sent in a step")
     for kind, axes in _sendings(compiled):
         line(f"{kind} along {axes_name(axes)}", lambda one, key=(kind, axes): _sent(one.compiled, *key))  # type: ignore[misc]
     if any(wanted_bytes(answer.collectives) for answer in compiled.values()):
-        line("reduce-scatters that libtpu keeps", lambda one: _kept(one.compiled))
+        line("reduce-scatters kept", lambda one: _kept(one.compiled))
     if any(one.compiled.memory for one in arms.values()):
-        section("Time of a step (estimate: a roofline at published peaks)")
+        section("Time (estimate)")
         _time_rows(_where_it_fits(line), topology)
-        section("The whole budget (estimate)")
+        section("Budget (estimate)")
         _budget_rows(_where_it_fits(line), topology, price)
     return table
 
@@ -127,9 +127,10 @@ def advice(experiment: Experiment, topology: Topology, compiled: Mapping[str, Co
         for words in _advice(outlook(experiment, topology, arm, answer)):
             arms_of.setdefault(words, []).append(arm)
     return [
-        "Estimates: the lower end hides all that is sent behind computing, the upper none of it; true steps are "
-        "longer, since nothing reaches published peaks. MFU counts the model's own FLOPs, none recomputed; tokens are "
-        "slots. What attention's kernels compute is counted as they are written.",
+        "Memory and what is sent are those of a device; sent is what the partitioned program asks for. Estimates are a "
+        "roofline at published peaks: the lower end hides all that is sent behind computing, the upper none of it; "
+        "true steps are longer, since nothing reaches these peaks. MFU counts the model's own FLOPs, none recomputed; "
+        "tokens are slots. What attention's kernels compute is counted as they are written.",
         *(f"{', '.join(arms)}: {words}" for words, arms in arms_of.items()),
     ]
 
