@@ -60,7 +60,8 @@ def xl() -> Experiment:
             validate_every=1000,
             checkpoint_every=1000,
             mesh=MeshShape(fsdp=256),
-            execution=Execution(dtype="bfloat16", remat="full", attention_block=512),
+            # 626 slots in one block of a kernel: two of 384 would compute half as much again.
+            execution=Execution(dtype="bfloat16", remat="full", attention_block=512, attention_kernel_block=640),
         ),
         evaluation=Evaluation(splits=(), examples=1, rows=1, max_new_tokens=1, validation_batches=8),
         arms={
