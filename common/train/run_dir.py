@@ -110,7 +110,8 @@ def launched(run_dir: Path, config: dict[str, Any], now: float) -> float:
     changed = changes(read_json(run_dir / CONFIG), _described(config))
     launches = [*read_rows(run_dir / LAUNCHES), {"started": now} | ({"changed": changed} if changed else {})]
     write_rows(run_dir / LAUNCHES, launches)
-    write_json(run_dir / CONFIG, _described(config))
+    if changed:
+        write_json(run_dir / CONFIG, _described(config))
     return float(launches[0]["started"])
 
 
