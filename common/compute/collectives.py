@@ -189,12 +189,12 @@ def _kept_bytes(program: Program, computation: str, instruction: Instruction) ->
 def _readers(program: Program, computation: str, instruction: Instruction) -> Iterator[tuple[str, Instruction]]:
     """What uses a result, and in which computation: where a call gives it back, whoever takes it from there."""
     calls = program.calls.get(computation, [])
-    for reader in program.users(computation).get(instruction.name, []):
+    for reader in program.users[computation].get(instruction.name, []):
         if not (reader.root and reader.opcode == "tuple" and calls):
             yield computation, reader
             continue
         place = reader.operands.index(instruction.name)
         for name, call in calls:
-            for element in program.users(name).get(call.name, []):
+            for element in program.users[name].get(call.name, []):
                 if element.opcode != "get-tuple-element" or f"index={place}" in element.rest.split(", "):
                     yield name, element

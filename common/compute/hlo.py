@@ -107,13 +107,19 @@ class Program:
         visit(self.entry, 1)
         return totals
 
-    def users(self, computation: str) -> dict[str, list[Instruction]]:
-        """By the name of what is used."""
-        found: dict[str, list[Instruction]] = {}
-        for instruction in self.computations[computation].values():
-            for operand in instruction.operands:
-                found.setdefault(operand, []).append(instruction)
+    @functools.cached_property
+    def users(self) -> dict[str, dict[str, list[Instruction]]]:
+        """By the name of what is used, of each computation by name."""
+        found: dict[str, dict[str, list[Instruction]]] = {name: {} for name in self.computations}
+        for name, body in self.computations.items():
+            for instruction in body.values():
+                for operand in instruction.operands:
+                    found[name].setdefault(operand, []).append(instruction)
         return found
+
+    def root(self, computation: str) -> Instruction:
+        """What it gives back."""
+        return next(instruction for instruction in self.computations[computation].values() if instruction.root)
 
     @functools.cached_property
     def calls(self) -> dict[str, list[tuple[str, Instruction]]]:
@@ -130,8 +136,8 @@ class Program:
         known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
         if known:
             return int(known.group(1))
-        condition = self.computations[_attribute(loop, "condition")]
-        test = next(instruction for instruction in condition.values() if instruction.root)
+        name = _attribute(loop, "condition")
+        condition, test = self.computations[name], self.root(name)
         bound = _constant(_origin(condition, test.operands[1])) if test.opcode == "compare" else None
         if bound is None or "direction=LT" not in test.rest:
             raise ValueError(f"the bound of loop {loop.name} is not a constant: {test}")
@@ -152,8 +158,7 @@ class Program:
     def _step(self, name: str, place: int) -> int:
         """By how much the loop counts: 1, but for products that the partitioner has cut up, which take several turns at
         once."""
-        body = self.computations[name]
-        root = next(instruction for instruction in body.values() if instruction.root)
+        body, root = self.computations[name], self.root(name)
         now = _origin(body, root.operands[place]) if root.opcode == "tuple" else None
         step = 0
         while now is not None and now.opcode == "add":

@@ -92,7 +92,7 @@ def _moved(program: Program, instruction: Instruction, body: dict[str, Instructi
 
 def _sliced(program: Program, start: Instruction, operands: list[Instruction]) -> int:
     """What is read of the operands where all that runs in the background is one slice."""
-    root = _root(program.computations[start.called[0]])
+    root = program.root(start.called[0])
     return _share(operands[0], root.arrays[0]) if root.opcode in _SLICES else 0
 
 
@@ -100,7 +100,7 @@ def _moved_by_fusion(program: Program, fusion: Instruction, operands: list[Instr
     name = fusion.called[0]
     inside = program.computations[name]
     total = sum(_read(program, name, _parameter(inside, place), operand) for place, operand in enumerate(operands))
-    root = _root(inside)
+    root = program.root(name)
     parts = [inside[part] for part in root.operands] if root.opcode == "tuple" else [root]
     for part, array in zip(parts, fusion.arrays, strict=False):
         update = _update(program, inside, part)
@@ -112,7 +112,7 @@ def _moved_by_fusion(program: Program, fusion: Instruction, operands: list[Instr
 def _read(program: Program, computation: str, name: str, operand: Instruction) -> int:
     """Bytes of an operand that a fused computation, in which it has that name, reads: by fusions within it too."""
     whole, total = _hbm_bytes(operand.arrays), 0
-    for reader in program.users(computation).get(name, []):
+    for reader in program.users[computation].get(name, []):
         if reader.opcode in _SLICES and reader.operands[0] == name:
             total += _share(operand, reader.arrays[0])
         elif reader.opcode == "bitcast":
@@ -132,17 +132,13 @@ def _update(program: Program, inside: dict[str, Instruction], result: Instructio
     if result.opcode == "bitcast" and result.operands[0] in inside:
         return _update(program, inside, inside[result.operands[0]])
     if result.opcode == "fusion":
-        body = program.computations[result.called[0]]
-        return _update(program, body, _root(body))
+        body = result.called[0]
+        return _update(program, program.computations[body], program.root(body))
     return inside[result.operands[1]].arrays[0] if result.opcode == "dynamic-update-slice" else None
 
 
 def _parameter(inside: dict[str, Instruction], place: int) -> str:
     return next(one.name for one in inside.values() if one.opcode == "parameter" and one.rest.startswith(f"({place})"))
-
-
-def _root(inside: dict[str, Instruction]) -> Instruction:
-    return next(instruction for instruction in inside.values() if instruction.root)
 
 
 def _share(operand: Instruction, part: Array) -> int:
