@@ -96,10 +96,7 @@ def _check_same(task: Task, run_dir: Path) -> None:
         time.sleep(0.1)
     if blind := where(not (run_dir / rd.CONFIG).is_file()):
         raise UserError(f"process {blind[0]} does not see {run_dir}: --run-dir must be one that all processes share")
-    theirs = first_says(lambda: [task.config, task.data])
-    moved = [
-        line for first, mine in zip(theirs, (task.config, task.data), strict=True) for line in rd.changes(first, mine)
-    ]
+    moved = rd.changes(first_says(lambda: task.config | task.data), task.config | task.data)
     if others := where(bool(moved)):
         how = f" ({'; '.join(moved)})" if moved else ""
         raise UserError(f"process {others[0]} was about to train something else{how}: start all with one command")
