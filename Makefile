@@ -12,7 +12,7 @@ MINIMUM := 3, 11
 help:
 	@echo "make demo       train both families, print a table, write report.html"
 	@echo "make test       all tests but the slow ones, doctests included"
-	@echo "make test-slow  the slow tests: several processes, kills, TPU's compiler, PyTorch and Transformers (3 GB more)"
+	@echo "make test-slow  the slow tests: several processes, kills, TPU's compiler, SkyPilot, PyTorch, Transformers (3 GB more)"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      speed, side by side with peers (PyTorch where it is installed)"
 

@@ -1,7 +1,7 @@
 """What `twinstack plan` estimates beside what others measured and published: how far true steps stay behind a roofline.
 
-Published are MaxText's figures for its own steps (its performance table, 0.2.5; causal-half FLOPs). Which
-rematerialisation and how many rows they took it does not say; here it is `full`, with as many rows as are named.
+Published are the figures of MaxText 0.2.5 for its own steps (causal-half FLOPs). Rematerialisation is `full` here, and
+rows are as many as are named; neither need be what MaxText took.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class Case:
 
 
 def _llama_3_1(size: str, d_ff: int) -> GptConfig:
-    """Llama 2's shapes with the vocabulary, the key-value heads and the d_ff of arXiv 2407.21783, table 3."""
+    """Llama 2's shapes with Llama 3.1's vocabulary, key-value heads and d_ff (arXiv 2407.21783)."""
     return dataclasses.replace(SIZES[size], vocab_size=128_256, num_kv_heads=8, d_ff=d_ff)
 
 
@@ -63,22 +63,12 @@ CASES = {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Estimated:
-    """MFU by causal-half FLOPs, from nothing that is sent hidden behind computing to all of it."""
-
-    low: float
-    high: float
-    published: float
-
-
-def estimates(console: Console) -> Iterator[tuple[str, Estimated]]:
-    """Raises UserError where libtpu is not installed."""
+def estimates(console: Console) -> Iterator[tuple[str, tuple[float, float]]]:
+    """MFU by causal-half FLOPs of each case, from nothing that is sent hidden behind computing to all of it."""
     for name, case in CASES.items():
         topology, experiment = parse_topology(case.topology), _experiment(case)
         (compiled,) = compile_all([Job(experiment=experiment, arm=ARM, topology=topology)], console)
-        low, high = outlook(experiment, topology, ARM, compiled).mfu_causal_half
-        yield name, Estimated(low=low, high=high, published=case.published_mfu)
+        yield name, outlook(experiment, topology, ARM, compiled).mfu_causal_half
 
 
 def _experiment(case: Case) -> Experiment:

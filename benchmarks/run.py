@@ -51,10 +51,9 @@ def main() -> int:
         found["data"] = _data(console, options.rounds)
     if options.only in (None, "checkpoints"):
         found["checkpoints"] = _checkpoints(console, options.rounds)
-    if options.only == "memory":  # minutes, and nothing of it is this machine's speed
-        found["memory"] = _memory(console)
-    if options.only == "estimates":
-        found["estimates"] = _estimates(console)
+    for name, of_tpu in (("memory", _memory), ("estimates", _estimates)):  # nothing of them is this machine's speed
+        if options.only == name and _has_libtpu(console):
+            found[name] = of_tpu(console)
     if options.json:
         write_json(options.json, found)
     return 0
@@ -241,10 +240,14 @@ def _checkpoints(console: Console, saves: int) -> dict[str, Any]:
     return dataclasses.asdict(found)
 
 
-def _memory(console: Console) -> dict[str, Any] | None:
-    if importlib.util.find_spec("libtpu") is None:
+def _has_libtpu(console: Console) -> bool:
+    found = importlib.util.find_spec("libtpu") is not None
+    if not found:
         console.print("libtpu, the compiler for TPU, is not installed: pip install -e '.[plan]'", markup=False)
-        return None
+    return found
+
+
+def _memory(console: Console) -> dict[str, Any]:
     table = _table(
         "Training step on TPU, memory of one device, GiB; no TPU is needed for this",
         ["TPU", "rows x length", "arguments + temporaries", "MaxText 0.2.5's", "peak"],
@@ -267,12 +270,12 @@ def _estimates(console: Console) -> dict[str, Any]:
         "causal-half FLOPs; full rematerialisation; nothing that is sent hidden behind computing to all of it",
     )
     found = dict(estimates(console))
-    for name, one in found.items():
+    for name, (low, high) in found.items():
         case = ESTIMATED[name]
         shape = [case.topology, f"{case.rows} x {case.length}"]
-        table.add_row(name, *shape, f"{100 * one.low:.0f} to {100 * one.high:.0f}", f"{100 * one.published:.1f}")
+        table.add_row(name, *shape, f"{100 * low:.0f} to {100 * high:.0f}", f"{100 * case.published_mfu:.1f}")
     console.print(table)
-    return {name: dataclasses.asdict(one) for name, one in found.items()}
+    return found
 
 
 def _memory_cells(case: Case, found: Planned) -> list[str]:
