@@ -23,8 +23,45 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
+def plain_name(name: Any, where: str) -> str:
+    """`name`, which a manifest or an index file gives to a file of its own folder.
+
+    Raises UserError, beginning with `where`, for anything but the name of one file or folder: a path would lead outside.
+
+    >>> plain_name("model.safetensors", "index.json")
+    'model.safetensors'
+    >>> plain_name("../x", "index.json")
+    Traceback (most recent call last):
+        ...
+    common.errors.UserError: index.json names '../x', which is no plain file name inside its folder
+    """
+    if not isinstance(name, str) or name in ("", ".", "..") or not name.isprintable() or set(name) & set("/\\"):
+        raise UserError(f"{where} names {name!r}, which is no plain file name inside its folder")
+    return name
+
+
+def inside(folder: Path, path: Any, where: str) -> Path:
+    """The file of `folder` that a manifest names by a relative path of plain names; raises as `plain_name` does.
+
+    >>> inside(Path("model"), "source/spiece.model", "model.json").as_posix()
+    'model/source/spiece.model'
+    """
+    if not isinstance(path, str):
+        raise UserError(f"{where} names {path!r}, which is no plain file name inside its folder")
+    for part in path.split("/"):
+        try:
+            plain_name(part, where)
+        except UserError:
+            raise UserError(f"{where} names {path!r}, which does not lie inside its folder") from None
+    return folder / path
+
+
+def json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_atomically(path, json_bytes(value))
 
 
 def read_json(path: Path) -> Any:

@@ -17,6 +17,7 @@ from common.data.cache import default_cache_dir
 from common.data.config import BytePairConfig, DataConfig, SentencePieceConfig, TokenizerConfig
 from common.data.objectives.config import Objective, PrefixLM, Supervised
 from common.data.streams import open_training_text
+from common.data.tokenizers.kept import read_kept
 from common.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
 from common.errors import UserError
 from common.files import read_json
@@ -140,14 +141,7 @@ def _of_run(arm_dir: Path, step: int | None) -> Found:
 
 
 def _text_of_run(arm_dir: Path, data: DataConfig) -> Text:
-    cache_dir = default_cache_dir()
-    tokenizer = open_tokenizer(data.tokenizer, open_training_text(data, cache_dir), cache_dir)
-    then = read_json(arm_dir / rd.ENVIRONMENT).get("tokenizer_hash")
-    if then != tokenizer.content_hash:
-        raise UserError(
-            f"{arm_dir} was trained with tokenizer {then}, but its data config now gives {tokenizer.content_hash}: "
-            f"the source, the tokenizer's file or the library that trains it has changed"
-        )
+    tokenizer = tokenizer_of_run(arm_dir, data)
     return Text(
         tokenizer=tokenizer,
         alignment="start_token",
@@ -157,6 +151,26 @@ def _text_of_run(arm_dir: Path, data: DataConfig) -> Text:
         add_bos=False,
         eos_after_inputs=_ends_inputs(data.objective),
     )
+
+
+def tokenizer_of_run(arm_dir: Path, data: DataConfig) -> Tokenizer:
+    """What the run keeps; of a run that kept none yet, what its data config gives.
+
+    Raises UserError where that is not what it was trained with.
+    """
+    then = read_json(arm_dir / rd.ENVIRONMENT).get("tokenizer_hash")
+    if (arm_dir / rd.TOKENIZER).is_dir():
+        tokenizer = read_kept(arm_dir / rd.TOKENIZER)
+        source = f"{rd.TOKENIZER}/ holds"
+        cause = "without that folder, its data config gives the tokenizer again where its data are still there"
+    else:
+        cache_dir = default_cache_dir()
+        tokenizer = open_tokenizer(data.tokenizer, open_training_text(data, cache_dir), cache_dir)
+        source = "its data config now gives"
+        cause = "the source, the tokenizer's file or the library that trains it has changed"
+    if then != tokenizer.content_hash:
+        raise UserError(f"{arm_dir} was trained with tokenizer {then}, but {source} {tokenizer.content_hash}: {cause}")
+    return tokenizer
 
 
 def _ends_inputs(objective: Objective) -> bool:

@@ -86,7 +86,7 @@ def fit(task: Task, run_dir: Path, watcher: Watcher) -> Fitted:
 def _claim(task: Task, run_dir: Path, hold: contextlib.ExitStack) -> list[str]:
     """Holds the directory until `hold` is closed, and returns warnings."""
     hold.enter_context(rd.owned(run_dir))
-    return rd.claim(run_dir, task.config, task.data)
+    return rd.claim(run_dir, task.config, task.data, task.tokenizer_files)
 
 
 def _check_same(task: Task, run_dir: Path) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ import jax
 
 from common.config import difference, to_json
 from common.errors import UserError
-from common.files import read_json, read_rows, write_json, write_rows
+from common.files import read_json, read_rows, write_atomically, write_json, write_rows
 from common.train.config import Anomalies, only_how
 
 SCHEMA_VERSION = 1
 CHECKPOINTS = "checkpoints"
 CONFIG, ENVIRONMENT, METRICS, TIMINGS = "config.json", "environment.json", "metrics.jsonl", "timings.jsonl"
+TOKENIZER = "tokenizer"
+"""Folder of the files that `common.data.tokenizers.kept` reads."""
 INITIAL = "init.json"
 """What a run's parameters began as, where it was not a fresh model."""
 LAUNCHES = "launches.jsonl"
@@ -52,15 +54,19 @@ def owned(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def claim(run_dir: Path, config: dict[str, Any], data: dict[str, str]) -> list[str]:
+def claim(
+    run_dir: Path, config: dict[str, Any], data: dict[str, str], tokenizer_files: Mapping[str, bytes]
+) -> list[str]:
     """Writes the resolved config and the environment, or checks that the directory holds the same run.
 
-    `data` says what is read (content id, tokenizer). Returns warnings: how this machine differs from the one the run
+    `data` says what is read (content id, tokenizer's hash); `tokenizer_files` are written too where they are absent or
+    damaged, so that the run can be used without its data. Returns warnings: how this machine differs from the one the run
     was begun on, and what of the config says how to compute it and is not as it was (`launched` notes that). Raises
     UserError with the difference where the directory belongs to another config or other data.
     """
     here = {**environment(), **data}
     if not (run_dir / CONFIG).exists():
+        _keep(run_dir / TOKENIZER, tokenizer_files)
         write_json(run_dir / ENVIRONMENT, here)
         write_json(run_dir / CONFIG, _described(config))
         return []
@@ -72,12 +78,20 @@ def claim(run_dir: Path, config: dict[str, Any], data: dict[str, str]) -> list[s
     if moved := _other_data(run_dir, data):
         other = "; ".join(moved)
         raise UserError(f"{run_dir} was begun on other data ({other}): choose another --run-dir, or remove it")
+    _keep(run_dir / TOKENIZER, tokenizer_files)
     before = read_json(run_dir / ENVIRONMENT)
     return [
         f"{key} was {before.get(key)} when this run began and is {here[key]} now: results may differ in the last bits"
         for key in MACHINE_KEYS
         if before.get(key) != here[key]
     ] + [f"{line}: results may differ in the last bits" for line in changes(stored, _described(config))]
+
+
+def _keep(folder: Path, files: Mapping[str, bytes]) -> None:
+    for name, content in files.items():
+        path = folder / name
+        if not path.is_file() or path.read_bytes() != content:
+            write_atomically(path, content)
 
 
 def _described(config: dict[str, Any]) -> dict[str, Any]:

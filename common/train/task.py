@@ -1,7 +1,7 @@
 """What `fit` is given: a setup with its data, and somebody who looks on."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 from common.data.batch import HostBatch
@@ -39,6 +39,8 @@ class Task:
     """Resolved config of the run, as JSON: what a run directory is recognised by."""
     data: dict[str, str]
     """What is read: content id of the source, hash of the tokenizer."""
+    tokenizer_files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    """Name and content of what the run directory keeps of its tokenizer, from before the first step."""
     initial: Initial | None = None
     """None: a fresh model."""
     peak_flops_per_second: float | None = None

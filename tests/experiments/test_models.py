@@ -16,6 +16,7 @@ from rich.console import Console
 from common.config import apply_overrides, to_json
 from common.data.config import BytePairConfig, SentencePieceConfig
 from common.data.tokenizers import byte_pair
+from common.data.tokenizers.kept import read_kept
 from common.data.tokenizers.sentence_piece import train_model
 from common.errors import UserError
 from common.files import read_json
@@ -33,7 +34,7 @@ from experiments.models import find_model, open_model
 from experiments.pipeline import check_initial, open_data, train_arm
 from experiments.run_folder import folder_from_run
 from tests.experiments.tiny_experiment import WORDS, tiny_experiment, write_data
-from tests.tiny import EXECUTION, QUICK, Observer, cached_in, jax_settings
+from tests.tiny import EXECUTION, QUICK, Observer, Stopped, cached_in, jax_settings
 
 MESH = MeshShape()
 
@@ -170,12 +171,53 @@ def test_a_model_without_a_tokenizer(model_folder: Path, tmp_path: Path) -> None
     assert find_model(str(path)).open_text().tokenizer is None
 
 
-def test_another_tokenizer_is_noticed(run_dir: tuple[Path, Fitted], tmp_path: Path) -> None:
+def test_a_run_is_used_without_its_training_data(
+    experiment: Experiment, run_dir: tuple[Path, Fitted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is gone, and so is the cache: the tokenizer lies in the run directory."""
+    then = open_data(experiment).tokenizer
+    monkeypatch.setenv("TWINSTACK_CACHE", str(tmp_path / "cache"))
+    config = read_json(run_dir[0] / "gpt" / rd.CONFIG)
+    config["data"]["source"]["name"] = f"jsonl:{tmp_path}/moved/{{split}}.jsonl"
+    moved = tmp_path / "moved" / "gpt"
+    shutil.copytree(run_dir[0] / "gpt", moved)
+    (moved / rd.CONFIG).write_text(json.dumps(config))
+    tokenizer = find_model(str(moved)).open_text().tokenizer
+    assert tokenizer is not None and tokenizer.content_hash == then.content_hash
+    assert cli.main(["convert", str(moved), str(tmp_path / "folder")]) == 0
+    assert find_model(str(tmp_path / "folder")).open_text().tokenizer.content_hash == then.content_hash  # type: ignore
+    shutil.rmtree(moved / rd.TOKENIZER)  # as runs were before they kept it
+    with pytest.raises(UserError, match="moved"):
+        find_model(str(moved)).open_text()
+
+
+def test_a_run_has_its_tokenizer_before_its_first_step(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing_yet(*_: Any) -> None:
+        raise Stopped
+
+    data = open_data(experiment)
+    monkeypatch.setattr("common.train.loop._start", nothing_yet)
+    folder = tmp_path / "gpt" / rd.TOKENIZER
+    with pytest.raises(Stopped):
+        train_arm(experiment, "gpt", data, tmp_path, Observer())
+    assert read_kept(folder).content_hash == data.tokenizer.content_hash
+    (folder / "spiece.model").write_bytes(b"damaged")
+    with pytest.raises(Stopped):  # launched again
+        train_arm(experiment, "gpt", data, tmp_path, Observer())
+    assert read_kept(folder).content_hash == data.tokenizer.content_hash
+
+
+@pytest.mark.parametrize(("kept", "said"), [(True, "tokenizer/ holds"), (False, "its data config now gives")])
+def test_another_tokenizer_is_noticed(run_dir: tuple[Path, Fitted], tmp_path: Path, kept: bool, said: str) -> None:
     arm = tmp_path / "gpt"
     shutil.copytree(run_dir[0] / "gpt", arm)
     environment = read_json(arm / rd.ENVIRONMENT)
     (arm / rd.ENVIRONMENT).write_text(json.dumps({**environment, "tokenizer_hash": "other"}))
-    with pytest.raises(UserError, match="was trained with tokenizer other, but its data config now gives"):
+    if not kept:
+        shutil.rmtree(arm / rd.TOKENIZER)
+    with pytest.raises(UserError, match=f"was trained with tokenizer other, but {said}"):
         opened(arm)
 
 

@@ -21,6 +21,8 @@ from common.errors import UserError, nearest
 from common.files import read_json
 
 VERSION: str = tokenizers.__version__
+WHOLE, PARTS = "tokenizer.json", ("vocab.json", "merges.txt")
+"""Names of the files that a tokenizer is read from: one that says everything, or two."""
 TRAINED_SPECIALS = ("⟨pad⟩", "⟨eos⟩", "⟨unk⟩")
 """Ids 0, 1, 2. Their brackets are no letters of the byte alphabet, so no merge can ever spell one."""
 WELL_KNOWN = {
@@ -44,9 +46,11 @@ class Specials:
 class BytePairTokenizer:
     """A `Tokenizer` (see common/data/tokenizers/tokenizer.py) over one of the `tokenizers` library."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, special: Specials, *, sentinels: int, content: bytes) -> None:
-        """`content` are the bytes that the tokenizer was read from. Raises UserError for sentinels beside its own."""
-        self._tokenizer, self._special = tokenizer, special
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, special: Specials, *, sentinels: int, files: Mapping[str, bytes]
+    ) -> None:
+        """`files`: what the tokenizer was read from, by name. Raises UserError for sentinels beside its own."""
+        self._tokenizer, self.special, self.read_from = tokenizer, special, dict(files)
         tokenizer.encode_special_tokens = True  # a text that spells a special token is a text
         tokenizer.no_padding()
         tokenizer.no_truncation()
@@ -67,22 +71,23 @@ class BytePairTokenizer:
         self._silent = _silent_ids(tokenizer, special)
         self._known = frozenset(vocabulary.values())
         layout = json.dumps([dataclasses.astuple(special), sentinels])
+        content = b"\n\n".join(files.values())
         self.content_hash = hashlib.blake2b(content + layout.encode(), digest_size=16).hexdigest()
 
     @classmethod
     def trained(cls, model: bytes, *, sentinels: int) -> "BytePairTokenizer":
         """From what `train_model` returned."""
         special = Specials(pad=0, eos=1, unk=2, start=0, bos=None)
-        return cls(tokenizers.Tokenizer.from_buffer(model), special, sentinels=sentinels, content=model)
+        return cls(tokenizers.Tokenizer.from_buffer(model), special, sentinels=sentinels, files={WHOLE: model})
 
     def files(self) -> dict[str, bytes]:
         """Name and content of what `load` makes the same tokenizer of, given `appended_sentinels`."""
-        special = self._special
+        special = self.special
         roles = {"pad": special.pad, "eos": special.eos, "unk": special.unk, "bos": special.bos}
         names = {f"{role}_token": self._tokenizer.id_to_token(i) for role, i in roles.items() if i is not None}
         described = names | {"add_bos_token": special.bos is not None}
         return {
-            "tokenizer.json": self._tokenizer.to_str().encode(),
+            WHOLE: self.read_from.get(WHOLE) or self._tokenizer.to_str().encode(),
             "tokenizer_config.json": json.dumps(described, indent=2).encode(),
         }
 
@@ -144,33 +149,33 @@ def load(path: Path, *, sentinels: int, eos: str | None) -> BytePairTokenizer:
     both. Without a bos token targets start with pad, and without that with eos. Raises UserError where files are
     absent or broken, or no token ends a text.
     """
-    tokenizer, content = _read(path)
+    tokenizer, files = read(path)
     described = (path if path.is_dir() else path.parent) / "tokenizer_config.json"
     names = read_json(described) if described.is_file() else {}
     try:
         special = _specials(tokenizer, names, eos)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return BytePairTokenizer(tokenizer, special, sentinels=sentinels, content=content)
+    return BytePairTokenizer(tokenizer, special, sentinels=sentinels, files=files)
 
 
-def _read(path: Path) -> tuple[tokenizers.Tokenizer, bytes]:
-    whole = path / "tokenizer.json" if path.is_dir() else path
-    parts = [path / "vocab.json", path / "merges.txt"]
+def read(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, bytes]]:
+    """What lies at `path` (see `load`), and the files that it was read from, by name."""
+    whole = path / WHOLE if path.is_dir() else path
+    parts = [path / name for name in PARTS]
     by_parts = path.is_dir() and not whole.is_file()
     if by_parts and not all(part.is_file() for part in parts):
         raise UserError(f"tokenizer.path {path} holds neither tokenizer.json nor vocab.json and merges.txt")
     try:
         if by_parts:
-            content = b"\n\n".join(part.read_bytes() for part in parts)
-            return _byte_level(models.BPE.from_file(*map(str, parts))), content
+            return _byte_level(models.BPE.from_file(*map(str, parts))), {part.name: part.read_bytes() for part in parts}
         content = whole.read_bytes()
     except OSError as error:
         raise UserError(f"tokenizer.path {path} cannot be read: {error.strerror}") from None
     except Exception as error:  # the library raises nothing narrower
         raise UserError(f"tokenizer.path {path} holds no byte-pair tokenizer: {error}") from None
     try:
-        return tokenizers.Tokenizer.from_buffer(content), content
+        return tokenizers.Tokenizer.from_buffer(content), {WHOLE: content}
     except Exception as error:
         raise UserError(f"tokenizer.path {whole} is no tokenizer.json: {error}") from None
 

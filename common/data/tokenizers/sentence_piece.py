@@ -36,6 +36,7 @@ class SentencePieceTokenizer:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise UserError(f"not a SentencePiece model: {error}") from None
+        self._bytes = model
         self.pieces: int = self._model.get_piece_size()
         self.sentinels = sentinels
         self.vocab_size = self.pieces + sentinels
@@ -56,8 +57,8 @@ class SentencePieceTokenizer:
         self._mark_ids = self._spell_mark()
 
     def serialized(self) -> bytes:
-        """The SentencePiece model, without sentinels."""
-        return self._model.serialized_model_proto()
+        """The SentencePiece model, without sentinels, as it was read."""
+        return self._bytes
 
     def encode(self, text: str) -> np.ndarray:
         """int32 [length]: the ids of `text`, without eos. Raises UserError for text that is not valid Unicode."""

@@ -1,0 +1,87 @@
+"""A tokenizer in a folder of its own: the files that it was read from, and a description with its hash.
+
+Runs and prepared data keep theirs, so that neither a model nor tokens need the text that the tokenizer was trained on.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from common.config import from_json, to_json
+from common.data.tokenizers import byte_pair
+from common.data.tokenizers.byte_pair import BytePairTokenizer, Specials
+from common.data.tokenizers.sentence_piece import SentencePieceTokenizer
+from common.data.tokenizers.tokenizer import Tokenizer
+from common.errors import UserError
+from common.files import json_bytes, read_json
+
+DESCRIPTION = "description.json"
+MODEL = "spiece.model"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _SentencePiece:
+    kind: Literal["sentencepiece"] = "sentencepiece"
+    sentinels: int
+    content_hash: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _BytePair:
+    kind: Literal["byte_pair"] = "byte_pair"
+    special: Specials
+    sentinels: int
+    content_hash: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Description:
+    tokenizer: _SentencePiece | _BytePair
+
+
+def kept_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """Name and content of the files of a folder from which `read_kept` makes the same tokenizer."""
+    described: _SentencePiece | _BytePair
+    match tokenizer:
+        case SentencePieceTokenizer():
+            files = {MODEL: tokenizer.serialized()}
+            described = _SentencePiece(sentinels=tokenizer.sentinels, content_hash=tokenizer.content_hash)
+        case BytePairTokenizer():
+            files = tokenizer.read_from
+            described = _BytePair(
+                special=tokenizer.special,
+                sentinels=tokenizer.appended_sentinels,
+                content_hash=tokenizer.content_hash,
+            )
+        case _:
+            raise AssertionError(f"no way is known to keep a {type(tokenizer).__name__}")
+    return {**files, DESCRIPTION: json_bytes(to_json(_Description(tokenizer=described)))}
+
+
+def read_kept(folder: Path) -> Tokenizer:
+    """The tokenizer whose `kept_files` lie in `folder`. Raises UserError where a file is absent or damaged."""
+    where = folder / DESCRIPTION
+    try:
+        described = from_json(_Description, read_json(where)).tokenizer
+        tokenizer = _read(folder, described)
+    except UserError as error:
+        raise UserError(f"the tokenizer in {folder} is damaged: {error}") from None
+    if tokenizer.content_hash != described.content_hash:
+        raise UserError(
+            f"the tokenizer in {folder} is damaged: it has hash {tokenizer.content_hash}, {where.name} says "
+            f"{described.content_hash}"
+        )
+    return tokenizer
+
+
+def _read(folder: Path, described: _SentencePiece | _BytePair) -> Tokenizer:
+    match described:
+        case _SentencePiece():
+            try:
+                model = (folder / MODEL).read_bytes()
+            except OSError as error:
+                raise UserError(f"{MODEL} cannot be read ({error.strerror})") from None
+            return SentencePieceTokenizer(model, sentinels=described.sentinels)
+        case _BytePair():
+            tokenizer, files = byte_pair.read(folder)
+            return BytePairTokenizer(tokenizer, described.special, sentinels=described.sentinels, files=files)
