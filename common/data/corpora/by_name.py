@@ -3,31 +3,27 @@
 All of them fit into memory: a split is read and parsed once. Archives are never unpacked to disk.
 """
 
-import bz2
 import dataclasses
 import functools
-import gzip
 import hashlib
 import io
 import json
-import lzma
 import os
 import tarfile
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.data.cache import build_once, default_cache_dir
 from common.data.corpora.table import CORPORA, Corpus
 from common.data.progress import spinner
 from common.data.sources.files import parse_split, slice_bounds
+from common.data.sources.packed_files import UNPACKERS, UNPACKING_ERRORS
 from common.data.sources.records import Problem, Record
 from common.errors import UserError, nearest
 
 FOLDER_VARIABLE = "TWINSTACK_SHARED_DATA"
 PARSER_VERSION = 1
 """Part of every content id: raise it with any change of what parsers or splits give."""
-UNPACK: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -128,7 +124,7 @@ def _parsed(name: str, files: tuple[str, ...], stamps: tuple) -> tuple[list[Reco
         digest.update(len(packed).to_bytes(8, "little") + packed)
         try:
             contents.append(_unpacked(packed, path.suffix, file.partition("!")[2]))
-        except (OSError, EOFError, ValueError, lzma.LZMAError, tarfile.TarError, zlib.error, KeyError) as error:
+        except (*UNPACKING_ERRORS, ValueError, tarfile.TarError, KeyError) as error:
             raise UserError(f"corpus:{name}: {path} cannot be unpacked ({error})") from error
     try:
         return CORPORA[name].parse(contents, CORPORA[name].fields), digest.hexdigest()
@@ -139,7 +135,7 @@ def _parsed(name: str, files: tuple[str, ...], stamps: tuple) -> tuple[list[Reco
 
 def _unpacked(packed: bytes, suffix: str, member: str) -> bytes:
     """The bytes of a compressed file, or of a member of a compressed archive."""
-    content = UNPACK[suffix](packed)
+    content = b"".join(UNPACKERS[suffix](io.BytesIO(packed)))
     if not member:
         return content
     with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:

@@ -10,7 +10,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from common.data.cache import build_once
 from common.data.sources.files import Found, file_system, reading
@@ -20,6 +20,10 @@ CHUNK_BYTES = 1 << 20
 ZSTD_CHUNK_BYTES = 1 << 16
 FORMAT = 1
 """Part of the cache's keys: raise it with any change of what is stored."""
+UNPACKED_FORMAT = 2
+"""The same for what unpacking writes."""
+MEMORY_BYTES = 1 << 28
+"""What unpacking a file may take; `xz -9` needs a quarter of it. zstd has a limit of its own, a window of 128 MiB."""
 
 
 class PlainFile(NamedTuple):
@@ -38,9 +42,12 @@ def plain_file(found: Found, cache_dir: Path) -> PlainFile:
     suffix = os.path.splitext(found.name)[1]
     if suffix not in UNPACKERS:
         return PlainFile(shown=found.shown, path=path, torn="")
-    folder = build_once(
-        cache_dir / "unpacked" / file_key(path), lambda part: _unpack(found.shown, UNPACKERS[suffix](path), part)
-    )
+
+    def build(part: Path) -> None:
+        with open(path, "rb") as packed:
+            _unpack(found.shown, UNPACKERS[suffix](packed), part)
+
+    folder = build_once(cache_dir / "unpacked" / _key(UNPACKED_FORMAT, file_key(path)), build)
     return PlainFile(shown=found.shown, path=folder / "data", torn=(folder / "torn").read_text())
 
 
@@ -72,9 +79,14 @@ def _unpack(shown: str, chunks: Iterator[bytes], folder: Path) -> None:
         try:
             for chunk in chunks:
                 out.write(chunk)
-        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        except UNPACKING_ERRORS as error:
             if isinstance(error, OSError) and error.errno:  # a disk or a network, not the file
                 raise UserError(f"{shown} cannot be unpacked into {folder.parent}: {error}") from error
+            if any(words in str(error) for words in TOO_LARGE):
+                raise UserError(
+                    f"{shown} was packed with so long a window that unpacking it takes more than "
+                    f"{MEMORY_BYTES >> 20} MiB of memory ({error}); pack it again, by zstd without --long or by xz -9"
+                ) from error
             early = isinstance(error, EOFError) or "Truncated" in str(error)
             if not early and not out.tell():
                 raise UserError(f"{shown} is not packed as its name says, or damaged: {error}") from error
@@ -82,38 +94,63 @@ def _unpack(shown: str, chunks: Iterator[bytes], folder: Path) -> None:
     (folder / "torn").write_text(torn)
 
 
-def _unpacked(opened: Callable[[Path], Any], path: Path) -> Iterator[bytes]:
-    if path.stat().st_size:
-        with opened(path) as file:
-            while chunk := file.read1(CHUNK_BYTES):  # read() would lose what stands before a tear
-                yield chunk
+def _gzip(packed: BinaryIO) -> Iterator[bytes]:
+    with gzip.open(packed) as file:
+        while chunk := file.read1(CHUNK_BYTES):  # read() would lose what stands before a tear
+            yield chunk
 
 
-def _unzstd(path: Path) -> Iterator[bytes]:
+def _streams(new: Callable[[], Any], packed: BinaryIO) -> Iterator[bytes]:
+    """All of a file of one stream after another, with or without zero bytes between them.
+
+    `bz2.open` and `lzma.open` take a later stream that begins damaged, and padding, for the end of the file.
+
+    Args:
+      new: makes what unpacks one stream, a `BZ2Decompressor` or its like.
+    """
+    rest = packed.read(CHUNK_BYTES)
+    while rest:
+        stream = new()
+        yield stream.decompress(rest, CHUNK_BYTES)
+        while not stream.eof:
+            rest = packed.read(CHUNK_BYTES) if stream.needs_input else b""
+            if stream.needs_input and not rest:
+                raise EOFError("the file ends before the stream does")
+            yield stream.decompress(rest, CHUNK_BYTES)
+        rest = stream.unused_data.lstrip(b"\0")
+        while not rest and (more := packed.read(CHUNK_BYTES)):
+            rest = more.lstrip(b"\0")
+
+
+def _zstd(packed: BinaryIO) -> Iterator[bytes]:
     done = 0
-    with contextlib.suppress(OSError), _zstd_stream(path) as stream:
+    with contextlib.suppress(OSError), _zstd_stream(packed) as stream:
         while chunk := stream.read(ZSTD_CHUNK_BYTES):
             yield chunk
             done += len(chunk)
         return
     # The call that failed at a tear lost what it had unpacked, so the second time the last part goes byte by byte.
-    with _zstd_stream(path) as stream:
+    with _zstd_stream(packed) as stream:
         while done:
             done -= len(stream.read(min(done, ZSTD_CHUNK_BYTES)))
         while byte := stream.read(1):
             yield byte
 
 
-def _zstd_stream(path: Path) -> Any:
+def _zstd_stream(packed: BinaryIO) -> Any:
     import pyarrow
 
-    return pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
+    return pyarrow.CompressedInputStream(pyarrow.OSFile(packed.name), "zstd")
 
 
-UNPACKERS: dict[str, Callable[[Path], Iterator[bytes]]] = {
-    ".gz": functools.partial(_unpacked, gzip.open),
-    ".bz2": functools.partial(_unpacked, bz2.open),
-    ".xz": functools.partial(_unpacked, lzma.open),
-    ".zst": _unzstd,
+UNPACKING_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
+"""What unpackers raise for a file that is damaged, and for a disk or a network that fails."""
+TOO_LARGE = ("Memory usage limit", "too much memory")
+"""What liblzma and zstd say of a window that is longer than memory may be."""
+UNPACKERS: dict[str, Callable[[BinaryIO], Iterator[bytes]]] = {
+    ".gz": _gzip,
+    ".bz2": functools.partial(_streams, bz2.BZ2Decompressor),
+    ".xz": functools.partial(_streams, functools.partial(lzma.LZMADecompressor, memlimit=MEMORY_BYTES)),
+    ".zst": _zstd,
 }
-"""A name's ending -> the file's content, in pieces."""
+"""A name's ending -> the content of a file, in pieces; its reading is done when the last piece is taken."""

@@ -1,0 +1,108 @@
+"""Packed files: all of every valid one, and of a damaged one never a part that passes for the whole."""
+
+import bz2
+import gzip
+import itertools
+import lzma
+import random
+import struct
+import zlib
+from pathlib import Path
+
+import pyarrow
+import pytest
+
+from common.data.corpora.by_name import open_corpus
+from common.data.sources import packed_files
+from common.data.sources.files import find_files
+from common.data.sources.packed_files import UNPACKERS, PlainFile, plain_file
+from common.errors import UserError
+
+PARTS = [random.Random(seed).randbytes(150).hex().encode() + b"\n" for seed in range(3)]
+WHOLE = b"".join(PARTS)
+
+
+def zstd(data: bytes) -> bytes:
+    return pyarrow.Codec("zstd").compress(data, asbytes=True)
+
+
+PACKERS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd}
+PADDED = ["gz", "xz"]
+
+
+def unpacked(path: Path, packed: bytes, cache: Path) -> tuple[bytes, str]:
+    """What can be read of a file, and why that is not all."""
+    path.write_bytes(packed)
+    (found,) = find_files("text", str(path), "train")
+    plain: PlainFile = plain_file(found, cache)
+    return plain.path.read_bytes(), plain.torn
+
+
+@pytest.mark.parametrize("ending", PACKERS)
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
+def test_all_streams_of_a_file_are_read(tmp_path, monkeypatch, ending, chunk):
+    monkeypatch.setattr(packed_files, "CHUNK_BYTES", chunk)
+    streams = [PACKERS[ending](part) for part in PARTS]
+    assert unpacked(tmp_path / f"a.{ending}", b"".join(streams), tmp_path / "a") == (WHOLE, "")
+    if ending in PADDED:
+        for number, zeros in enumerate((bytes(4), bytes(8), bytes(4096))):
+            padded = zeros.join([*streams, b""])
+            assert unpacked(tmp_path / f"{number}.{ending}", padded, tmp_path / "padded") == (WHOLE, "")
+
+
+# pyarrow writes no checksum into zstd, so that other bytes there are other data.
+@pytest.mark.parametrize(
+    ("kind", "ending"), [("cut", "zst"), *itertools.product(["cut", "flipped", "zeroed"], ["gz", "bz2", "xz"])]
+)
+def test_no_damage_passes_for_a_whole_file(tmp_path, kind, ending):
+    streams = [PACKERS[ending](part) for part in PARTS]
+    packed, borders = b"".join(streams), {len(streams[0]), len(streams[0] + streams[1])}
+    draw, named = random.Random(0), 0
+    later = range(len(streams[0]) - 30, len(packed), 11)  # what becomes of a later stream
+    places = sorted({*range(1, 30), *borders, *(border + 1 for border in borders), *later})
+    for place in places:
+        damaged = bytearray(packed[:place] if kind == "cut" else packed)
+        if kind == "flipped":
+            damaged[place] ^= 1 << draw.randrange(8)
+        elif kind == "zeroed":
+            damaged[place : place + 6] = bytes(len(damaged[place : place + 6]))
+        try:
+            data, torn = unpacked(tmp_path / f"{place}.{ending}", bytes(damaged), tmp_path / "cache")
+        except UserError as error:
+            named += f"{place}.{ending} is not packed as its name says, or damaged" in str(error)
+            continue
+        assert torn or data == WHOLE or (kind == "cut" and place in borders)
+        assert torn or data.startswith(PARTS[0])
+        named += bool(torn)
+    assert named > 0.8 * len(places)
+
+
+def test_a_window_longer_than_memory_may_be_is_named(tmp_path):
+    long = struct.pack("<IBB", 0xFD2FB528, 0, 18 << 3) + (len(WHOLE) << 3 | 1).to_bytes(3, "little") + WHOLE
+    with pytest.raises(UserError, match="a.zst was packed with so long a window .* 256 MiB .* zstd without --long"):
+        unpacked(tmp_path / "a.zst", long, tmp_path / "cache")
+    with pytest.raises(UserError, match="b.zst was packed with so long a window"):  # wherever in the file
+        unpacked(tmp_path / "b.zst", zstd(WHOLE) + long, tmp_path / "cache")
+    header = bytearray(lzma.compress(WHOLE, preset=0))
+    place = header.index(b"\x21\x01", 12) + 2  # LZMA2's properties: the size of the dictionary
+    header[place] = 38  # 2 GiB
+    end = 12 + (header[12] + 1) * 4 - 4
+    header[end : end + 4] = struct.pack("<I", zlib.crc32(header[12:end]))
+    with pytest.raises(UserError, match="c.xz was packed with so long a window"):
+        unpacked(tmp_path / "c.xz", bytes(header), tmp_path / "cache")
+
+
+def test_a_corpus_is_read_to_its_end_or_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("TWINSTACK_SHARED_DATA", str(tmp_path))
+    (tmp_path / "tasks").mkdir()
+    path = tmp_path / "tasks" / "sst2.test.tsv.xz"
+    streams = [lzma.compress(b"good\t1\n"), lzma.compress(b"bad\t0\n")]
+    path.write_bytes(bytes(4).join(streams))
+    assert len(open_corpus("sst2", "test", {"text": "sentence"})) == 2
+    path.write_bytes(streams[0] + b"x" + streams[1][1:])
+    with pytest.raises(UserError, match="sst2.test.tsv.xz cannot be unpacked"):
+        open_corpus("sst2", "test", {"text": "sentence"})
+
+
+def test_every_ending_is_tried_here():
+    assert {f".{ending}" for ending in PACKERS} == set(UNPACKERS)
