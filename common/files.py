@@ -78,7 +78,10 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All whole rows of a JSON-lines file (a killed writer may leave half a line); an absent file has none."""
+    """All whole rows of a JSON-lines file of our own (a killed writer may leave half a line); an absent file has none.
+
+    Users' files are read by `user_rows`.
+    """
     if not path.exists():
         return []
     try:
@@ -87,3 +90,43 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in whole]
     except ValueError as error:
         raise UserError(f"{path} is no file of JSON lines ({error})") from None
+
+
+def split_lines(text: str) -> list[str]:
+    """The lines of a user's text: the last may lack its newline, and a byte order mark at its head is no text.
+
+    >>> split_lines("\\ufeffone\\r\\n\\ntwo\\u2028still two")
+    ['one', '', 'two\\u2028still two']
+    """
+    text = text.removeprefix("\ufeff").removesuffix("\n")
+    # Not splitlines, which also splits at U+2028 and its like.
+    return [line.removesuffix("\r") for line in text.split("\n")] if text else []
+
+
+def user_lines(path: Path) -> list[str]:
+    """The lines of a user's text file, by `split_lines`. Raises UserError naming a file that cannot be read."""
+    try:
+        data = path.read_bytes()
+        return split_lines(data.decode("utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line} cannot be read: it is not UTF-8 ({error.reason})") from None
+
+
+def user_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a user's JSON-lines file. Raises UserError naming the line that holds none."""
+    return [_row(f"{path}, line {number}", line) for number, line in enumerate(user_lines(path), 1)]
+
+
+def _row(where: str, line: str) -> dict[str, Any]:
+    if not line.strip():
+        raise UserError(f"{where} is blank, where a JSON object is due")
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where} must be a JSON object, not {type(row).__name__}")
+    return row

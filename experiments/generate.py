@@ -14,7 +14,7 @@ from rich.console import Console
 
 from common.config import to_json
 from common.errors import UserError, nearest
-from common.files import read_rows, write_rows
+from common.files import read_rows, split_lines, user_lines, user_rows, write_rows
 from common.infer.config import Beam, Greedy, Limits, Method, Sample
 from common.infer.generate import Completion, Generator, Request
 from common.infer.texts import EncodedPrompt, encode_prompt
@@ -212,24 +212,17 @@ def read_prompts(path: Path | None, stdin: TextIO) -> list[str]:
     Raises UserError for a file that cannot be read, or has no prompt where one is due.
     """
     if path is None:
-        return _lines(stdin.read())
-    if path.suffix != ".jsonl":
         try:
-            return _lines(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} cannot be read ({error})") from None
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
-    rows = read_rows(path)
+            return split_lines(stdin.read())
+        except UnicodeDecodeError as error:
+            raise UserError(f"the prompts on standard input cannot be read ({error})") from None
+    if path.suffix != ".jsonl":
+        return user_lines(path)
+    rows = user_rows(path)
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        if not isinstance(row.get("prompt"), str):
             raise UserError(f"{path}, line {number}: no text named prompt")
     return [row["prompt"] for row in rows]
-
-
-def _lines(text: str) -> list[str]:
-    """Not splitlines, which also splits at U+2028 and its like."""
-    return text.removesuffix("\n").split("\n") if text else []
 
 
 def _settings(origin: str, prompts: Sequence[str], job: Job) -> str:

@@ -9,7 +9,6 @@ Each line is a JSON object of one of three forms; texts may also be lists of tok
 For a model whose inputs and targets are one text ("native" alignment) the first form means what the second does.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 from rich.console import Console
 
 from common.errors import UserError
-from common.files import write_rows
+from common.files import user_rows, write_rows
 from common.infer.score import Pair, Score, continuation, pair, refuse_long, score
 from common.nn.recipe import Execution
 from common.sharding.mesh import make_mesh
@@ -68,20 +67,11 @@ def score_file(
 
 def read_records(file: Path) -> list[dict[str, Any]]:
     """The lines of a JSON-lines file, each of one of `FORMS`. Raises UserError naming the line that is not."""
-    try:
-        lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read ({error})") from None
-    records = []
-    for number, line in enumerate([] if lines == [""] else lines, 1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{file}, line {number} is not JSON ({error})") from None
-        if not isinstance(record, dict) or sum(all(name in record for name in form) for form in FORMS) != 1:
+    records = user_rows(file)
+    for number, record in enumerate(records, 1):
+        if sum(all(name in record for name in form) for form in FORMS) != 1:
             forms = " or ".join(" and ".join(form) for form in FORMS)
             raise UserError(f"{file}, line {number} must be an object with {forms}")
-        records.append(record)
     return records
 
 

@@ -227,11 +227,28 @@ def test_prompt_files(tmp_path: Path) -> None:
     lines = tmp_path / "lines.txt"
     lines.write_text("one\u2028still one\n\nthree\n")
     assert read_prompts(lines, io.StringIO()) == ["one\u2028still one", "", "three"]
-    assert read_prompts(None, io.StringIO("a\nb")) == ["a", "b"]
+    assert read_prompts(None, io.StringIO("\ufeffa\nb")) == ["a", "b"]
+    lines.write_bytes(b"\xef\xbb\xbfone\r\ntwo")  # as some editors write it
+    assert read_prompts(lines, io.StringIO()) == ["one", "two"]
+    rows = tmp_path / "rows.jsonl"
+    for end in ("", "\n", "\r\n"):
+        rows.write_bytes(("\ufeff" + '{"prompt": "a"}\n{"prompt": "b\u2028"}' + end).encode())
+        assert read_prompts(rows, io.StringIO()) == ["a", "b\u2028"]
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a"}\n{"text": "b"}\n')
-    with pytest.raises(UserError, match="line 2"):
+    with pytest.raises(UserError, match="bad.jsonl, line 2: no text named prompt"):
         read_prompts(bad, io.StringIO())
+    mistakes = {
+        "": "is blank",
+        "[" * 10_000: "is not JSON",
+        "9" * 5_000: "is not JSON",
+        "7": "not int",
+        "\xff": "UTF-8",
+    }
+    for line, message in mistakes.items():
+        bad.write_bytes(b'{"prompt": "a"}\n' + line.encode("latin-1") + b"\n")
+        with pytest.raises(UserError, match=f"bad.jsonl, line 2 .*{message}"):
+            read_prompts(bad, io.StringIO())
     for absent in ("absent.txt", "absent.jsonl"):
         with pytest.raises(UserError, match="absent"):
             read_prompts(tmp_path / absent, io.StringIO())
