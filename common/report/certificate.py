@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from common.report.results import ArmResult
@@ -23,6 +23,16 @@ OWN_FIELDS = frozenset(
 IDENTITY_FIELDS = frozenset({"arm", "about", "model.kind"})
 DATA_IDENTITIES = {"content_id": "same dataset version", "tokenizer_hash": "same tokenizer"}
 """Entries of environment.json that must agree, with the name of the check."""
+
+
+class _Absent:
+    """What an arm has in a field that its config lacks; equal to no value that a config can hold."""
+
+    def __repr__(self) -> str:
+        return "absent"
+
+
+ABSENT = _Absent()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,33 +193,69 @@ def _ledger_is_xla(results: Sequence[ArmResult]) -> Check:
 
 
 def one_recipe(configs: Mapping[str, Mapping[str, Any]], varies: Sequence[str]) -> Check:
-    """Whether arms' resolved configs differ in nothing but sizes, rates, how they are computed, and what the comparison
-    `varies`."""
+    """Whether arms' resolved configs differ in nothing but sizes, rates, how they are computed, what a family has to
+    itself, and what the comparison `varies` (a field, or all fields below it).
+
+    A field that an arm lacks is absent, a value like any other.
+    """
     flat = {arm: flatten(config) for arm, config in configs.items()}
-    shared = [path for path in next(iter(flat.values())) if all(path in other for other in flat.values())]
-    apart = [path for path in shared if len({repr(config[path]) for config in flat.values()}) > 1]
+    values = {path: {arm: config.get(path, ABSENT) for arm, config in flat.items()} for path in _paths(flat)}
+    apart = [path for path, by_arm in values.items() if _differ(by_arm.values())]
     free = IDENTITY_FIELDS.union(varies)
-    own = [path for path in apart if path.rsplit(".", 1)[-1] in OWN_FIELDS or path in free or only_how(path)]
-    wrong = [path for path in apart if path not in own]
-    if wrong:
-        detail = "; ".join(f"{path}: {_by_arm({arm: config[path] for arm, config in flat.items()})}" for path in wrong)
+    own = [path for path in apart if path.rsplit(".", 1)[-1] in OWN_FIELDS or _within(path, free) or only_how(path)]
+    structure = [path for path in apart if path not in own and _of_one_family(path, values)]
+    if wrong := [path for path in apart if path not in own and path not in structure]:
+        detail = "; ".join(f"{path}: {_by_arm(values[path])}" for path in wrong)
         return Check(name="one recipe", agrees=False, detail=detail)
-    sizes = {path: " / ".join(str(config[path]) for config in flat.values()) for path in own}
-    shown = [f"{path} ({values})" for path, values in sizes.items() if path not in IDENTITY_FIELDS]
-    detail = f"{len(shared) - len(own)} shared fields are equal"
+    told = [path for path in own if path not in IDENTITY_FIELDS] + structure
+    shown = [f"{path} ({' / '.join(map(str, values[path].values()))})" for path in told]
+    detail = f"{len(values) - len(apart)} shared fields are equal"
     detail += f"; each arm has its own {', '.join(shown)}" if shown else ""
     return Check(name="one recipe", agrees=True, detail=detail)
 
 
+def _paths(flat: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Of any arm. Where some arms have an object and others null or an empty one, the object's fields stand for it."""
+    paths = dict.fromkeys(path for config in flat.values() for path in config)
+    inner = {path[:dot] for path in paths for dot in range(len(path)) if path[dot] == "."}
+    return [
+        path
+        for path in paths
+        if path not in inner or any(config.get(path) not in (None, {}) for config in flat.values())
+    ]
+
+
+def _of_one_family(path: str, values: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether `path` is a model's field that other kinds of model do not have, equal in all arms of the kind that has.
+
+    Such fields are what tells the families apart.
+    """
+    kinds = values.get("model.kind", {})
+    by_kind: dict[str, list[Any]] = {}
+    for arm, value in values[path].items():
+        by_kind.setdefault(kinds.get(arm, ABSENT), []).append(value)
+    missing = [found for found in by_kind.values() if ABSENT in found]
+    direct = path.startswith("model.") and path.count(".") == 1  # what lies deeper, a recipe, is every family's
+    return direct and bool(missing) and not any(map(_differ, by_kind.values()))
+
+
+def _within(path: str, fields: Collection[str]) -> bool:
+    return any(path == field or path.startswith(f"{field}.") for field in fields)
+
+
+def _differ(values: Iterable[Any]) -> bool:
+    return len({repr(value) for value in values}) > 1
+
+
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, by dotted path; lists stay whole.
+    """Nested mappings as one, by dotted path; lists and empty mappings stay whole.
 
     >>> flatten({"model": {"d_ff": 8, "axes": [1, 2]}, "seed": 0})
     {'model.d_ff': 8, 'model.axes': [1, 2], 'seed': 0}
     """
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value

@@ -51,6 +51,39 @@ def test_how_arms_are_computed_is_no_part_of_the_recipe() -> None:
     assert not one_recipe(configs, varies=()).agrees
 
 
+MODEL = {"kind": "dec", "d_ff": 8, "num_layers": 2, "recipe": {"norm": "rms"}}
+OTHER_FAMILY = {"kind": "enc-dec", "d_ff": 9, "encoder_layers": 2, "memory": "final", "recipe": {"norm": "rms"}}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "varies", "detail"),
+    [
+        ({"init": None}, {"init": {"path": "runs/x", "rules": []}}, (), "init.path: a absent, b runs/x"),
+        ({"init": {"path": "runs/x", "rules": []}}, {}, (), "init.path: a runs/x, b absent"),
+        ({"data": {"words": {}}}, {"data": {}}, (), "data.words: a {}, b absent"),
+        ({"seed": "absent"}, {}, (), "seed: a absent, b absent"),  # a text is not what it stands for
+        ({"model": MODEL}, {"model": MODEL | {"memory": "final"}}, (), "model.memory: a absent, b final"),
+        ({"model": MODEL}, {"model": OTHER_FAMILY | {"recipe": {}}}, (), "model.recipe.norm: a rms, b absent"),
+        ({"init": None}, {"init": {"path": "runs/x"}}, ("init",), None),
+        ({"init": None}, {"init": None}, (), None),
+        ({"model": MODEL}, {"model": OTHER_FAMILY}, (), None),
+    ],
+)
+def test_what_one_arm_has_and_another_lacks_is_a_difference(
+    first: dict[str, Any], second: dict[str, Any], varies: tuple[str, ...], detail: str | None
+) -> None:
+    """But for what belongs to one family: that is told."""
+    for configs in ({"a": first, "b": second}, {"b": second, "a": first}):
+        found = one_recipe(configs, varies)
+        assert found.agrees is (detail is None), found.detail
+        for part in (detail or "").split(": ")[-1].split(", "):
+            assert part in found.detail
+    if "memory" in second.get("model", {}) and detail is None:
+        assert "model.memory (final / absent)" in found.detail
+        three = one_recipe(configs | {"c": {"model": OTHER_FAMILY | {"memory": "layerwise"}}}, varies)
+        assert not three.agrees and "model.memory: b final, a absent, c layerwise" in three.detail
+
+
 def part_at(step: int) -> Callable[[Files], None]:
     """Another order from `step` on: chained fingerprints stay apart once they have parted."""
 
