@@ -26,34 +26,34 @@ def write_atomically(path: Path, data: bytes) -> None:
 def plain_name(name: Any, where: str) -> str:
     """`name`, which a manifest or an index file gives to a file of its own folder.
 
-    Raises UserError, beginning with `where`, for anything but the name of one file or folder: a path would lead outside.
+    Raises UserError, beginning with `where`, for anything but the name of one file: a path would lead outside.
 
     >>> plain_name("model.safetensors", "index.json")
     'model.safetensors'
     >>> plain_name("../x", "index.json")
     Traceback (most recent call last):
         ...
-    common.errors.UserError: index.json names '../x', which is no plain file name inside its folder
+    common.errors.UserError: index.json names '../x', which is outside its folder or no plain name
     """
-    if not isinstance(name, str) or name in ("", ".", "..") or not name.isprintable() or set(name) & set("/\\"):
-        raise UserError(f"{where} names {name!r}, which is no plain file name inside its folder")
+    if not _is_plain(name):
+        raise UserError(f"{where} names {name!r}, which is outside its folder or no plain name")
     return name
 
 
 def inside(folder: Path, path: Any, where: str) -> Path:
-    """The file of `folder` that a manifest names by a relative path of plain names; raises as `plain_name` does.
+    """The file of `folder` that a manifest names by a path of plain names; raises UserError as `plain_name` does.
 
     >>> inside(Path("model"), "source/spiece.model", "model.json").as_posix()
     'model/source/spiece.model'
     """
-    if not isinstance(path, str):
-        raise UserError(f"{where} names {path!r}, which is no plain file name inside its folder")
-    for part in path.split("/"):
-        try:
-            plain_name(part, where)
-        except UserError:
-            raise UserError(f"{where} names {path!r}, which does not lie inside its folder") from None
+    if not isinstance(path, str) or not all(map(_is_plain, path.split("/"))):
+        raise UserError(f"{where} names {path!r}, which is outside its folder or no plain name")
     return folder / path
+
+
+def _is_plain(name: Any) -> bool:
+    plain = isinstance(name, str) and name not in ("", ".", "..") and name.isprintable()
+    return plain and not set(name) & set("/\\")
 
 
 def json_bytes(value: Any) -> bytes:

@@ -7,6 +7,7 @@ from common.compute.moments import Moments
 from common.data.config import DataConfig
 from common.data.objectives.config import Supervised
 from common.errors import UserError
+from common.files import plain_name
 from common.train.config import InitFrom, TrainConfig
 from gpt.config import GptConfig
 from t5like.config import T5LikeConfig
@@ -86,6 +87,8 @@ class Experiment:
     def __post_init__(self) -> None:
         if not self.arms:
             raise UserError(f"experiment {self.name!r} has no arms")
+        for name in self.arms:
+            plain_name(name, "arms")
         if self.evaluation.splits and not isinstance(self.data.objective, Supervised):
             raise UserError(
                 f"evaluation.splits is {list(self.evaluation.splits)}, but objective {self.data.objective.kind!r} "

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from common.config import from_json, to_json
+from common.config import to_json
 from common.errors import UserError, nearest
 from common.files import read_json, write_json
 from common.train import run_dir as rd
@@ -18,16 +18,16 @@ from common.weights.folder import (
     leaf_shapes,
     new_folder,
     read_leaf,
-    read_manifest,
     write_folder,
 )
 from common.weights.mapping import Checkpoint, Table, flatten, match
 from common.weights.safetensors_files import INDEX, SINGLE, SafetensorsFolder
-from common.weights.stream import EXTRAS, export_weights, import_weights, same_bytes
+from common.weights.stream import EXTRAS, check_leaves, export_weights, import_weights, same_bytes
 from common.weights.t5x import T5xCheckpoint, is_checkpoint
 from common.weights.text import CARRIED, native_text, sentence_piece, start_token_text
 from experiments.config import ModelConfig
 from experiments.console import Progress
+from experiments.models import describe_folder
 from experiments.run_folder import folder_from_run
 from experiments.weight_maps import RELAXED, gpt_config, t5like_config, t5like_leaves
 from gpt import convert as gpt
@@ -63,6 +63,7 @@ def convert(
     Raises:
         UserError: where the source is none of these, or does not convert; nothing is left at `destination` then.
     """
+    _check_destination(source, destination)
     if to is not None and to not in TARGETS:
         raise UserError(f"--to {to}: {nearest(to, TARGETS)}")
     if rung is not None and to != "t5like":
@@ -79,10 +80,22 @@ def convert(
     for option, value in (("--config", config_name), ("--tokenizer", tokenizer)):
         if value is not None:
             raise UserError(f"{option} is for T5X checkpoints, and {source} is none")
-    if (Path(re.sub(r"@\d+$", "", str(source))) / rd.ENVIRONMENT).is_file():
+    if (_without_step(source) / rd.ENVIRONMENT).is_file():
         return folder_from_run(str(source), destination, progress)
     _refuse_unreadable(source)
     return _from_hugging_face(source, destination, progress)
+
+
+def _check_destination(source: Path, destination: Path) -> None:
+    if str(destination) == "-":
+        raise UserError("the destination is '-', but a folder cannot go to standard output: name one")
+    if destination.resolve().is_relative_to(_without_step(source).resolve()):
+        raise UserError(f"{destination} lies inside {source}: name a folder outside of what is converted")
+
+
+def _without_step(source: Path) -> Path:
+    """The directory of a run that is named as `DIRECTORY@STEP`."""
+    return source if source.exists() else Path(re.sub(r"@\d+$", "", str(source)))
 
 
 def _refuse_unreadable(source: Path) -> None:
@@ -219,8 +232,8 @@ def _summary(config: ModelConfig, destination: Path) -> str:
 
 
 def _convert_folder(source: Path, destination: Path, progress: Progress, to: str | None, rung: int | None) -> list[str]:
-    manifest = read_manifest(source)
-    config: ModelConfig = from_json(ModelConfig, manifest["model"])  # type: ignore[arg-type]
+    described = describe_folder(source)
+    config, manifest = described.model, described.manifest
     if to is None:
         raise UserError(f"{source} is a model folder: say --to {', --to '.join(TARGETS)}")
     if to == "hf":
@@ -243,6 +256,7 @@ def _to_hugging_face(
     model_type = str((written or origin)["model_type"])
     names = [key for file in origin.get("files", ()) for key, _ in file["tensors"]]
     table = hugging_face_table(config, model_type, names)
+    check_leaves(source, table)
     total = len(names) or len(table.tensors())
     with new_folder(destination) as temporary, progress.bar("writing tensors", total) as advance:
         index = export_weights(table, source, temporary, origin, advance)

@@ -20,7 +20,7 @@ from common.data.streams import open_training_text
 from common.data.tokenizers.kept import read_kept
 from common.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
 from common.errors import UserError
-from common.files import read_json
+from common.files import inside, read_json
 from common.nn.recipe import Execution
 from common.train import run_dir as rd
 from common.train.init_from import load_parameters
@@ -120,7 +120,7 @@ def _split_step(path: str) -> tuple[Path, int | None]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Described:
+class _RunDescription:
     """What of a run's config.json says what it has made."""
 
     model: ModelConfig
@@ -130,7 +130,7 @@ class _Described:
 def _of_run(arm_dir: Path, step: int | None) -> Found:
     described = read_json(arm_dir / rd.CONFIG)
     try:
-        run = from_json(_Described, {key: described[key] for key in ("model", "data")})
+        run = from_json(_RunDescription, {key: described[key] for key in ("model", "data")})
     except (KeyError, TypeError, UserError) as error:
         raise UserError(f"{arm_dir / rd.CONFIG} is not of this version: {error}") from None
     return Found(
@@ -188,7 +188,7 @@ def _ends_inputs(objective: Objective) -> bool:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Conventions:
+class Conventions:
     """`text` of model.json, without its tokenizer."""
 
     alignment: Alignment
@@ -198,43 +198,67 @@ class _Conventions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Manifest:
+class _Described:
     model: ModelConfig
-    text: _Conventions
+    text: Conventions
 
 
-def _in_folder(path: Path) -> Found:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FolderDescription:
+    """What the model.json of a model folder says."""
+
+    model: ModelConfig
+    text: Conventions
+    tokenizer: TokenizerConfig | None
+    add_bos: bool
+    manifest: dict[str, Any]
+    """As it stands, for what is made of the folder."""
+
+
+def describe_folder(path: Path) -> FolderDescription:
+    """Raises UserError where `path` is no model folder, or its model.json is not of the expected form."""
     manifest = folder.read_manifest(path)
     text = dict(manifest["text"])
     tokenizer = text.pop("tokenizer", None)
     try:
-        known = from_json(_Manifest, {"model": manifest["model"], "text": text})
+        known = from_json(_Described, {"model": manifest["model"], "text": text})
         config = None if tokenizer is None else _tokenizer_config(tokenizer, path)
     except UserError as error:
         raise UserError(f"{path / folder.MANIFEST}: {error}") from None
+    return FolderDescription(
+        model=known.model,
+        text=known.text,
+        tokenizer=config,
+        add_bos=bool((tokenizer or {}).get("add_bos")),
+        manifest=manifest,
+    )
+
+
+def _in_folder(path: Path) -> Found:
+    described = describe_folder(path)
     return Found(
-        config=known.model,
+        config=described.model,
         parameters=FolderParameters(path),
         open_text=lambda: Text(
-            tokenizer=None if config is None else load_tokenizer(config),
-            alignment=known.text.alignment,
-            start_id=known.text.start_id,
-            eos_ids=known.text.eos_ids,
-            bos_id=known.text.bos_id,
-            add_bos=bool((tokenizer or {}).get("add_bos")),
+            tokenizer=None if described.tokenizer is None else load_tokenizer(described.tokenizer),
+            alignment=described.text.alignment,
+            start_id=described.text.start_id,
+            eos_ids=described.text.eos_ids,
+            bos_id=described.text.bos_id,
+            add_bos=described.add_bos,
         ),
     )
 
 
-def _tokenizer_config(described: dict[str, Any], path: Path) -> TokenizerConfig:
+def _tokenizer_config(described: Any, path: Path) -> TokenizerConfig:
     """Of `text.tokenizer`, whose files are relative to the folder (`common.weights.text` writes it)."""
     match described:
         case {"kind": "sentencepiece", "file": str(file), "sentinels": int(sentinels)}:
-            return SentencePieceConfig(path=str(path / file), sentinels=sentinels)
+            return SentencePieceConfig(path=str(inside(path, file, "text.tokenizer")), sentinels=sentinels)
         case {"kind": "byte_pair", "file": str(file), "sentinels": int(sentinels)}:
-            return BytePairConfig(path=str(path / file), sentinels=sentinels)
+            return BytePairConfig(path=str(inside(path, file, "text.tokenizer")), sentinels=sentinels)
         case {"kind": "byte_pair", "vocab": str(vocab), "merges": str(_)}:
-            return BytePairConfig(path=str((path / vocab).parent))
+            return BytePairConfig(path=str(inside(path, vocab, "text.tokenizer").parent))
     raise UserError(
         f"text.tokenizer is {json.dumps(described)}, which is neither a sentencepiece with file and sentinels "
         "nor a byte_pair with file and sentinels, or with vocab and merges"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from common.errors import UserError
+from common.files import plain_name
 from common.report.results import ArmResult
 
 if TYPE_CHECKING:
@@ -86,8 +87,7 @@ def read_run(run_dir: Path) -> Run:
     if not isinstance(arms, dict) or not arms:
         raise UserError(f'{path}: has no "arms"; run the comparison again in a fresh run directory')
     for name in arms:
-        if name in ("", ".", "..") or Path(name).name != name:
-            raise UserError(f"{path}: arm {name!r} is not the name of a folder; run the comparison again")
+        plain_name(name, f"{path}: arms")
     return Run(experiment=experiment, arms=tuple(_read_arm(run_dir / name) for name in arms))
 
 

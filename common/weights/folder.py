@@ -9,11 +9,12 @@ memory than a chunk: `read_leaf` gives a handle that reads slices, as `jax.make_
 """
 
 import contextlib
+import dataclasses
+import fcntl
 import itertools
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,17 +23,23 @@ import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
 import numpy as np
 import tensorstore
 
-from common.errors import UserError
-from common.files import read_json, write_json
+from common.config import from_json
+from common.errors import UserError, nearest
+from common.files import plain_name, read_json, write_json
 from common.weights.mapping import flatten, nest
+from common.weights.safetensors_files import DTYPES as CODES
 
 SCHEMA_VERSION = 1
 MANIFEST = "model.json"
 PARAMETERS = "parameters"
 SOURCE = "source"
+PART, LOCK = ".twinstack-part", ".lock"
+"""How the name of a folder ends that is being made, and the file in it that its maker holds a lock on."""
 CHUNK_BYTES = 64 * 2**20
 """A layer larger than this is stored in several chunks."""
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+STORED_DTYPES = tuple(CODES.values())
+"""Of tensors in files that weights come from; those that are no parameters may have any of them."""
 
 
 class LeafInfo(NamedTuple):
@@ -84,23 +91,46 @@ class FolderWriter:
 def new_folder(destination: Path) -> Iterator[Path]:
     """A temporary folder that becomes `destination` at the end, or is removed.
 
+    One that a killed process left in the same place is removed first: whoever is alive holds a lock on its own.
+
     Raises:
-        UserError: where something is there already, or its parent cannot be written.
+        UserError: where something is there already, another process is making it, or its parent cannot be written.
     """
     if destination.exists() or destination.is_symlink():
         raise UserError(f"{destination} exists: name a folder that does not")
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f"{destination.name}.tmp-"))
-    except OSError as error:
-        raise UserError(f"{destination} cannot be written ({error.strerror})") from None
-    try:
-        temporary.chmod(0o755)
-        yield temporary
-        os.rename(temporary, destination)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    temporary = destination.with_name(f".{destination.name}{PART}")
+    with contextlib.ExitStack() as hold:
+        try:
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            for left in destination.parent.glob(f".*{PART}"):
+                _remove_left(left)
+            if temporary.exists():
+                raise UserError(f"{destination} is being made by another process")
+            temporary.mkdir()
+            hold.enter_context(_locked(temporary))
+        except OSError as error:
+            raise UserError(f"{destination} cannot be written ({error.strerror})") from None
+        try:
+            yield temporary
+            os.rename(temporary, destination)
+            (destination / LOCK).unlink()
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Raises OSError where another process holds it. A hold ends with its process."""
+    with (folder / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def _remove_left(folder: Path) -> None:
+    """Removes a temporary folder, unless the process that fills it is alive."""
+    with contextlib.suppress(OSError), _locked(folder):
+        shutil.rmtree(folder)
 
 
 @contextlib.contextmanager
@@ -140,7 +170,47 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     missing = [name for name in ("model", "text", "source") if not isinstance(manifest.get(name), dict)]
     if missing:
         raise UserError(f"{folder / MANIFEST} lacks {', '.join(missing)}: convert again")
+    try:
+        _check_source(manifest["source"])
+    except UserError as error:
+        raise UserError(f"{folder / MANIFEST}: source: {error}") from None
     return manifest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _SourceFile:
+    """What `source.files` says of a file that weights came from."""
+
+    name: str
+    metadata: dict[str, str] | None
+    tensors: tuple[tuple[str, str], ...]
+    """Names and dtypes."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _SourceFiles:
+    files: tuple[_SourceFile, ...]
+
+
+def _check_source(source: Mapping[str, Any]) -> None:
+    """Files of that name are written when the weights become what they were."""
+    if ("files" in source) != ("model_type" in source):
+        raise UserError("files and model_type go together")
+    if "files" not in source:
+        return
+    if not isinstance(source["model_type"], str):
+        raise UserError(f"model_type is {source['model_type']!r}, which is no text")
+    files = from_json(_SourceFiles, {"files": source["files"]}).files
+    names = [plain_name(file.name, "files") for file in files]
+    tensors = [tensor for file in files for tensor, _ in file.tensors]
+    for what in (names, tensors):
+        if len(set(what)) < len(what):
+            raise UserError(f"{next(name for name in what if what.count(name) > 1)!r} stands in files twice")
+    if wrong := [name for name in names if not name.endswith(".safetensors")]:
+        raise UserError(f"{wrong[0]!r} is not the name of a safetensors file")
+    for tensor, dtype in (pair for file in files for pair in file.tensors):
+        if dtype not in STORED_DTYPES:
+            raise UserError(f"{tensor} has dtype {dtype!r}: {nearest(dtype, STORED_DTYPES)}")
 
 
 def leaf_shapes(folder: Path) -> dict[str, Any]:

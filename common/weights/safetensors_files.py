@@ -3,6 +3,7 @@
 Format: eight bytes with the header's length, a JSON header of names, dtypes, shapes and offsets, then the tensors.
 """
 
+import collections
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 import safetensors
 
 from common.errors import UserError
-from common.files import read_json
+from common.files import plain_name, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -104,9 +105,18 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
             pass
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            return json.loads(file.read(size)), 8 + size
+            header = json.loads(file.read(size), object_pairs_hook=lambda pairs: _once(pairs, path))
+            return header, 8 + size
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error})") from None
+
+
+def _once(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
+    """An object of the header; readers differ in which of two tensors of one name they take."""
+    counts = collections.Counter(name for name, _ in pairs)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise UserError(f"{path} holds {twice[0]!r} twice")
+    return dict(pairs)
 
 
 def _weight_map(folder: Path) -> dict[str, str] | None:
@@ -118,8 +128,7 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{folder / INDEX} has no weight_map")
     for file in weight_map.values():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise UserError(f"{folder / INDEX} names a file outside its folder: {file!r}")
+        plain_name(file, str(folder / INDEX))
     return weight_map
 
 

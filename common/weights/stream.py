@@ -60,8 +60,7 @@ def export_weights(
     Raises:
         UserError: listing leaves that are missing, superfluous or of a wrong shape.
     """
-    leaves: dict[str, LeafInfo] = flatten(leaf_shapes(folder))  # type: ignore[assignment]
-    _check_leaves(folder, table, leaves)
+    leaves = check_leaves(folder, table)
     tensors = {name: tensor for tensor in table.tensors().values() for name in tensor.names}
     extras = _Extras(folder)
     files, metadata, index = _plan(table, leaves, tensors, extras, source)
@@ -202,7 +201,9 @@ class _Extras:
 # What to write.
 
 
-def _check_leaves(folder: Path, table: Table, leaves: Mapping[str, LeafInfo]) -> None:
+def check_leaves(folder: Path, table: Table) -> dict[str, LeafInfo]:
+    """The leaves of a model folder. Raises UserError listing those that are not as the table has them."""
+    leaves: dict[str, LeafInfo] = flatten(leaf_shapes(folder))  # type: ignore[assignment]
     expected = table.leaves()
     misshapen = [
         f"{leaf} is {list(leaves[leaf].shape)}, expected {list(shape)}"
@@ -211,6 +212,7 @@ def _check_leaves(folder: Path, table: Table, leaves: Mapping[str, LeafInfo]) ->
     ]
     missing = [leaf for leaf in expected if leaf not in leaves]
     refuse_keys(str(folder), missing, [leaf for leaf in leaves if leaf not in expected], misshapen)
+    return leaves
 
 
 def _plan(

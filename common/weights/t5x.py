@@ -6,7 +6,6 @@ models stack layers along axis 1 of `encoder/encoder/...` and `decoder/decoder/.
 as `encoder/layers_0/...`.
 """
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ import tensorstore
 from flax import serialization
 
 from common.errors import UserError
+from common.files import plain_name
 from common.weights.mapping import flatten
 
 INDEX = "checkpoint"
@@ -121,7 +121,8 @@ def _with_specs(value: Any, folder: Path) -> Any:
         return value
     if {"driver", "kvstore"} <= set(value):
         # Old tensorstores had the path beside the kvstore; the bucket that was written to does not matter here.
-        path = value["kvstore"].get("path", value.get("path"))
+        store = value["kvstore"]
+        path = store.get("path", value.get("path")) if isinstance(store, Mapping) else None
         if not isinstance(path, str) or value["driver"] != "zarr":
             raise UserError(f"{folder / INDEX}: {value} is no zarr array of this folder")
         return _Spec(value["driver"], path.rstrip("/"))
@@ -129,9 +130,7 @@ def _with_specs(value: Any, folder: Path) -> Any:
 
 
 def _open(folder: Path, spec: _Spec) -> tensorstore.TensorStore:
-    path = (folder / spec.path).resolve()
-    if os.path.isabs(spec.path) or not path.is_relative_to(folder.resolve()):
-        raise UserError(f"{folder / INDEX} names an array outside its folder: {spec.path!r}")
+    path = folder.resolve() / plain_name(spec.path, str(folder / INDEX))
     try:
         store = {"driver": spec.driver, "kvstore": {"driver": "file", "path": f"{path}/"}}
         handle = tensorstore.open(store, open=True, read=True).result()

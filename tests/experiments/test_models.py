@@ -259,6 +259,9 @@ def test_anything_else_is_named(
     [
         ({"tokenizer": {"kind": "sentencepeice", "file": "x"}}, "neither a sentencepiece with file and sentinels nor"),
         ({"tokenizer": {"kind": "byte_pair"}}, "neither a sentencepiece"),
+        ({"tokenizer": {"kind": "byte_pair", "file": "../tokenizer.json", "sentinels": 0}}, "outside its folder"),
+        ({"tokenizer": {"kind": "sentencepiece", "file": "/spiece.model", "sentinels": 0}}, "outside its folder"),
+        ({"tokenizer": {"kind": "byte_pair", "vocab": "/etc/vocab.json", "merges": "x"}}, "outside its folder"),
         ({"alignment": "nativ"}, "text.alignment: unknown value 'nativ': did you mean 'native'"),
         ({"eos": 1}, "unknown field 'eos' in text"),
     ],

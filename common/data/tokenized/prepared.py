@@ -12,7 +12,7 @@ import numpy as np
 from common.data.tokenized.remote_folder import RemoteFolder
 from common.data.tokenized.token_store import KEPT, TokenStream
 from common.errors import UserError
-from common.files import read_json
+from common.files import plain_name, read_json
 
 MANIFEST, PROBLEMS = "manifest.json", "problems.jsonl"
 IDENTITY = ("format", "source", "tokenizer", "fields", "eos_behind_every_record")
@@ -35,7 +35,7 @@ class Prepared:
     def open(cls, folder: Path) -> "Prepared":
         """Reads where it lies. Raises UserError for a file that is missing."""
         manifest = read_json(folder / MANIFEST)
-        missing = [name for name in _hashes(manifest) if not (folder / name).exists()]
+        missing = [name for name in _hashes(manifest, str(folder / MANIFEST)) if not (folder / name).exists()]
         if missing:
             raise UserError(
                 f"{folder / missing[0]} is missing, which {MANIFEST} tells of; delete the folder and prepare it anew"
@@ -45,7 +45,7 @@ class Prepared:
     @classmethod
     def remote(cls, remote: RemoteFolder, manifest: dict, fetched: Path) -> "Prepared":
         """Files come one by one into the folder `fetched`, when they are first read."""
-        hashes = _hashes(manifest)
+        hashes = _hashes(manifest, remote.at(MANIFEST))
 
         def place(name: str) -> Path:
             return remote.fetched(name, hashes[name], fetched)
@@ -96,7 +96,7 @@ def find_elsewhere(key: str, identity: Sequence[object], cache_dir: Path) -> Pre
 def _check(shown: str, manifest: Any, identity: Sequence[object]) -> None:
     try:
         found = [manifest[name] for name in IDENTITY]
-        digests = list(_hashes(manifest).values())
+        digests = list(_hashes(manifest, shown).values())
         _streams(manifest, Path)
     except (AttributeError, KeyError, TypeError):
         raise UserError(f"{shown} is damaged; delete its folder and prepare it anew") from None
@@ -108,9 +108,10 @@ def _check(shown: str, manifest: Any, identity: Sequence[object]) -> None:
         raise UserError(f"{shown} is damaged; delete its folder and prepare it anew")
 
 
-def _hashes(manifest: dict) -> dict[str, str]:
-    """File name -> BLAKE2b of its bytes."""
-    return {name: digest for shard in manifest["shards"] for name, digest in shard["hashes"].items()}
+def _hashes(manifest: dict, shown: str) -> dict[str, str]:
+    """File name -> BLAKE2b of its bytes. Raises UserError, beginning with `shown`, for a name that is a path."""
+    pairs = [pair for shard in manifest["shards"] for pair in shard["hashes"].items()]
+    return {plain_name(name, shown): digest for name, digest in pairs}
 
 
 def _streams(manifest: dict, place: Callable[[str], Path]) -> dict[str, TokenStream]:

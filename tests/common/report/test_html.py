@@ -178,7 +178,7 @@ def breaking(name: str, text: str | None) -> Callable[[Path], None]:
     [
         ("experiment.json", None, "experiment.json is missing"),
         ("experiment.json", '{"name": "x"}', 'has no "arms"'),
-        ("experiment.json", '{"arms": {"../enc-dec": {}}}', "not the name of a folder"),
+        ("experiment.json", '{"arms": {"../enc-dec": {}}}', "outside its folder"),
         ("experiment.json", "[1]", "JSON object"),
         ("enc-dec/result.json", None, "repeat its command"),
         ("enc-dec/result.json", '{"arm": "enc-dec"}', "parameters: Field required"),

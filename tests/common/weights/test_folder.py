@@ -1,4 +1,7 @@
 import json
+import signal
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -51,6 +54,30 @@ def test_a_broken_block_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError, match="stop"):
         broken()
     assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from common.weights.folder import write_folder
+
+with write_folder(pathlib.Path(sys.argv[1])) as writer:
+    writer.manifest(model={}, text={}, source={})
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
+    """Whatever the next one is called; one that is still at work is left alone, and named."""
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "killed")], check=False)
+    (left,) = tmp_path.iterdir()
+    assert killed.returncode == -signal.SIGKILL and (left / "model.json").is_file()
+    with new_folder(tmp_path / "slow") as slow:
+        write(tmp_path / "model")
+        assert not left.exists() and slow.is_dir()
+        with pytest.raises(UserError, match="slow is being made by another process"), new_folder(tmp_path / "slow"):
+            pytest.fail("was entered")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "slow"}
+    assert list((tmp_path / "slow").iterdir()) == []
 
 
 def test_an_existing_folder_is_not_touched(tmp_path):

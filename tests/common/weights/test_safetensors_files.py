@@ -70,6 +70,9 @@ def test_a_wide_dtype_comes_first():
     ("weight_map", "message"),
     [
         ({"a": "../other.safetensors"}, "outside its folder"),
+        ({"a": "/etc/other.safetensors"}, "outside its folder"),
+        ({"a": ".."}, "outside its folder"),
+        ({"a": None}, "outside its folder"),
         ({}, "no weight_map"),
         ({"a": "part.safetensors"}, "1 differ: b"),
         ({"a": "part.safetensors", "b": "part.safetensors", "z": "part.safetensors"}, "1 differ: z"),
@@ -90,6 +93,16 @@ def test_broken_files_and_quantised_weights_are_refused(tmp_path):
     header = json.dumps({"w": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}).encode()
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     with pytest.raises(UserError, match="w is F8_E4M3"):
+        SafetensorsFolder(tmp_path)
+
+
+def test_a_name_that_a_file_has_twice_is_refused(tmp_path):
+    """Readers differ in which of the two they take."""
+    about = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    first, second = json.dumps(about), json.dumps(about | {"data_offsets": [4, 8]})
+    header = f'{{"a": {first}, "a": {second}, "b": {first}}}'.encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(UserError, match=r"model.safetensors .*(twice|cannot be read)"):
         SafetensorsFolder(tmp_path)
 
 

@@ -291,6 +291,10 @@ def rewritten(job: Job, **change: object) -> bytes:
             lambda job: rewritten(job, shards=[{"hashes": {"x.npy": "../" * 9}, "kept": 1, "tokens": {"text": 1}}]),
             "manifest.json is damaged",
         ),
+        (
+            lambda job: rewritten(job, shards=[{"hashes": {"/../x": "0" * 32}, "kept": 1, "tokens": {"text": 1}}]),
+            "manifest.json names '/../x', which is outside its folder",
+        ),
     ],
 )
 def test_a_manifest_of_something_else(
