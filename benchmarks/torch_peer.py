@@ -125,7 +125,8 @@ class Trainer:
         self.optimizer.zero_grad()
         loss = self.model(tokens_BL, targets_BL)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         self.optimizer.step()
         return loss.item()
 

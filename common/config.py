@@ -115,7 +115,7 @@ def _join(path: str, key: str) -> str:
 
 @functools.cache
 def _field_types(cls: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls, include_extras=True)
+    hints = typing.get_type_hints(cls)  # without the ranges, which each config checks for itself
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 

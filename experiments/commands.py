@@ -99,7 +99,7 @@ def _begin(experiment: Experiment, run_dir: Path) -> Console:
 
     first_says(check_directory)
     console = Console(quiet=not is_first())
-    for line in check_initial(experiment, run_dir):
+    for line in [*(f"warning: {remark}" for remark in experiment.remarks()), *check_initial(experiment, run_dir)]:
         console.print(escape(line))
     first_says(lambda: write_json(path, described))
     return console

@@ -1,14 +1,16 @@
 """What an experiment is: one data stream, one way to train, several arms."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 from common.compute.moments import Moments
 from common.data.config import DataConfig
 from common.data.objectives.config import Supervised
 from common.errors import UserError
 from common.files import plain_name
-from common.train.config import InitFrom, TrainConfig
+from common.infer.config import NewTokens
+from common.ranges import MOST_STEPS, Count, Range, Rows, check_ranges
+from common.train.config import InitFrom, InverseSqrt, TrainConfig
 from gpt.config import GptConfig
 from t5like.config import T5LikeConfig
 
@@ -20,7 +22,7 @@ class Arm:
     """One side of a comparison; everything else is shared."""
 
     model: ModelConfig
-    learning_rate: float
+    learning_rate: Annotated[float, Range(0, 1000, "(]")]
     """Peak (the base of `InverseSqrt`), from the sweep in the experiment's file."""
     init: InitFrom | None = None
     """What its parameters begin as; None: a fresh model."""
@@ -28,24 +30,21 @@ class Arm:
     """What this arm stands for, shown beside its results."""
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise UserError(f"learning_rate is {self.learning_rate}: it must be more than 0")
+        check_ranges(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MultiTurn:
     """A conversation whose cost is measured: what each turn must read before it can answer (random tokens)."""
 
-    turns: int
-    message_tokens: int
-    reply_tokens: int
-    repeats: int
+    turns: Annotated[int, Range(1, 1024, unit="turns")]
+    message_tokens: NewTokens
+    reply_tokens: NewTokens
+    repeats: Count
     """Timings a turn, of which the median counts."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
-                raise UserError(f"{field.name} is {getattr(self, field.name)}: it must be 1 or more")
+        check_ranges(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,21 +52,19 @@ class Evaluation:
     """Decoded text against its references, after training."""
 
     splits: tuple[str, ...]
-    examples: int
+    examples: Count
     """At most so many of each split, evenly spaced over it."""
-    rows: int
+    rows: Rows
     """Examples decoded at a time."""
-    max_new_tokens: int
-    validation_batches: int
+    max_new_tokens: NewTokens
+    validation_batches: Annotated[int, Range(1, 10**6, unit="batches")]
     """Batches of the validation split that a validation loss is taken over."""
     headline: Literal["exact_match", "bleu"] = "exact_match"
     """The score that stands first in the report."""
     multi_turn: MultiTurn | None = None
 
     def __post_init__(self) -> None:
-        for name in ("examples", "rows", "max_new_tokens", "validation_batches"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be 1 or more")
+        check_ranges(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +91,9 @@ class Experiment:
                 f"evaluation.splits is {list(self.evaluation.splits)}, but objective {self.data.objective.kind!r} "
                 "leaves no inputs and targets of records to decode and to compare; nearest: evaluation.splits=[]"
             )
+        if (steps := self.steps()) > MOST_STEPS:
+            budget = f"{self.train.budget.amount:g} {self.train.budget.unit}"
+            raise UserError(f"train.budget is {budget}, which are {steps:,} steps: at most {MOST_STEPS:,} are made")
         tokenizer = self.data.tokenizer
         for name, arm in self.arms.items():
             longest = self.data.input_length + self.data.target_length
@@ -115,6 +115,17 @@ class Experiment:
     def flops_per_step(self, arm: Arm) -> int:
         """Training FLOPs of a padded batch (full attention)."""
         return arm.model.flops(Moments.of_rows(*self.row_slots())).train_full_attention
+
+    def remarks(self) -> list[str]:
+        """One line for each thing that is allowed and seldom meant; said before anything is trained."""
+        steps, schedule = self.steps(), self.train.schedule
+        if isinstance(schedule, InverseSqrt) or schedule.warmup_steps < steps:  # whose warm-up does not rise
+            return []
+        reached = steps / (schedule.warmup_steps + 1)
+        return [
+            f"train.schedule.warmup_steps is {schedule.warmup_steps} and the run has {steps} steps: the learning rate "
+            f"ends at {reached:.1%} of its peak"
+        ]
 
     def steps(self) -> int:
         """The same for every arm; a budget in FLOPs is that of the arm that costs most."""

@@ -7,7 +7,7 @@ import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
 
 import jax
 from rich.console import Console
@@ -19,6 +19,7 @@ from common.infer.config import Beam, Greedy, Limits, Method, Sample
 from common.infer.generate import Completion, Generator, Request
 from common.infer.texts import EncodedPrompt, encode_prompt
 from common.nn.recipe import Execution
+from common.ranges import Range, Rows, Seed, check_ranges
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
 from experiments.commands import prepare_jax
@@ -32,21 +33,18 @@ class Job:
 
     method: Method
     limits: Limits
-    seed: int = 0
-    samples: int = 1
+    seed: Seed = 0
+    samples: Annotated[int, Range(1, 10**6, unit="texts")] = 1
     """Texts for each prompt."""
-    rows: int = 8
+    rows: Rows = 8
     """Prompts decoded together on each device."""
 
     def __post_init__(self) -> None:
-        if self.samples < 1 or self.rows < 1:
-            raise UserError(f"samples is {self.samples} and rows {self.rows}: both must be 1 or more")
+        check_ranges(self)
         if self.samples > 1 and not isinstance(self.method, Sample | Beam):
             raise UserError(f"samples is {self.samples}, but greedy decoding makes one text: give a temperature")
         if isinstance(self.method, Beam) and self.samples > self.method.size:
             raise UserError(f"samples is {self.samples}, but there are {self.method.size} beams; nearest: that many")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed is {self.seed}: it must be between 0 and {2**32 - 1}")
 
 
 def generate(

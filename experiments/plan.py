@@ -43,6 +43,8 @@ def plan(experiment: Experiment, console: Console, target: Target | None = None)
         _plan_here(experiment, console)
     else:
         _plan_there(experiment, console, target)
+    for line in experiment.remarks():
+        console.print(escape(f"warning: {line}"))
 
 
 def _plan_there(experiment: Experiment, console: Console, target: Target) -> None:

@@ -7,6 +7,7 @@ from common.compute import ledger
 from common.compute.ledger import ForwardFlops
 from common.compute.moments import Moments
 from common.nn.recipe import GPT2, LLAMA, T5_V1_1, Recipe, check_widths
+from common.ranges import Layers, Tokens, Width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -14,25 +15,22 @@ class GptConfig:
     """A decoder of `num_layers` layers; the default recipe is Llama-like (RMSNorm, RoPE, SwiGLU, no biases)."""
 
     kind: Literal["gpt"] = "gpt"
-    vocab_size: int
+    vocab_size: Width
     """Rows of the token table, padding included."""
-    num_layers: int
-    d_model: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    d_ff: int
-    max_positions: int | None = None
+    num_layers: Layers
+    d_model: Width
+    num_heads: Width
+    num_kv_heads: Width
+    head_dim: Width
+    d_ff: Width
+    max_positions: Tokens | None = None
     """Rows of the table of learned positions, where the recipe has one."""
     input_attention: Literal["causal", "bidirectional"] = "causal"
     """Bidirectional inputs make it a prefix LM."""
     recipe: Recipe = LLAMA
 
     def __post_init__(self) -> None:
-        sizes = {
-            field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.type in (int, "int")
-        }
-        check_widths(sizes, self.max_positions, self.recipe)
+        check_widths(self)
 
     @property
     def reads_incrementally(self) -> bool:

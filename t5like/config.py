@@ -8,6 +8,7 @@ from common.compute.ledger import ForwardFlops
 from common.compute.moments import Moments
 from common.errors import UserError
 from common.nn.recipe import T5_V1_0, T5_V1_1, Recipe, check_widths
+from common.ranges import Layers, Tokens, Width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,16 +20,16 @@ class T5LikeConfig:
     """
 
     kind: Literal["t5like"] = "t5like"
-    vocab_size: int
+    vocab_size: Width
     """Rows of the token table, padding included; one table serves encoder and decoder."""
-    encoder_layers: int
-    decoder_layers: int
-    d_model: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    d_ff: int
-    max_positions: int | None = None
+    encoder_layers: Layers
+    decoder_layers: Layers
+    d_model: Width
+    num_heads: Width
+    num_kv_heads: Width
+    head_dim: Width
+    d_ff: Width
+    max_positions: Tokens | None = None
     """Rows of the table of learned positions, where the recipe has one; encoder and decoder share it."""
     cross_attention: Literal["separate", "merged"] = "separate"
     """Merged: self-attention reads [memory ; decoder states] in one softmax."""
@@ -40,10 +41,7 @@ class T5LikeConfig:
     recipe: Recipe = T5_V1_1
 
     def __post_init__(self) -> None:
-        sizes = {
-            field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.type in (int, "int")
-        }
-        check_widths(sizes, self.max_positions, self.recipe)
+        check_widths(self)
         if (self.parameters, self.memory) != ("separate", "final") and self.encoder_layers != self.decoder_layers:
             raise UserError(
                 f"encoder_layers is {self.encoder_layers} and decoder_layers {self.decoder_layers}: shared parameters "

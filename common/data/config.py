@@ -5,7 +5,7 @@ here and nowhere else.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 from common.data.objectives.config import (
     CausalLM,
@@ -21,8 +21,12 @@ from common.data.objectives.config import (
 from common.data.objectives.spans import SHORTEST_INPUTS, SHORTEST_PIECE
 from common.data.sources.config import SourceMixture, Sources, parts_of
 from common.errors import UserError, nearest
+from common.ranges import Count, Range, Rows, Tokens, Width, check_ranges
 
 MODEL_TYPES = ("unigram", "bpe")
+Sentinels = Annotated[int, Range(0, 2**16)]
+MOST_SLOTS = 2**28
+"""A few times as many tokens a step as the largest published runs have."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,9 +41,9 @@ class SentencePieceConfig:
     kind: Literal["sentencepiece"] = "sentencepiece"
     path: str | None = None
     """A SentencePiece `.model` file; None trains one."""
-    sentinels: int = 0
+    sentinels: Sentinels = 0
     """Extra ids on top, that stand for spans cut out of a text (T5: 100)."""
-    vocab_size: int = 1024
+    vocab_size: Width = 1024
     """Pieces and sentinels together."""
     model_type: Literal["unigram", "bpe"] = "unigram"
     split_digits: bool = True
@@ -47,25 +51,20 @@ class SentencePieceConfig:
     byte_fallback: bool = True
     """Spend 256 ids on single bytes, so that every text can be written and read back; without them a character that the
     training text lacks becomes `unk`."""
-    character_coverage: float = 0.9995
+    character_coverage: Annotated[float, Range(0.9, 1)] = 0.9995
     """Share of the training text's characters that get a piece of their own. The rest is written in bytes, so without
     `byte_fallback` it must be 1."""
-    training_records: int = 50_000
+    training_records: Count = 50_000
     """At most that many records, evenly spaced over the training split, are trained on."""
 
     def __post_init__(self) -> None:
         if self.model_type not in MODEL_TYPES:
             raise UserError(f"model_type {self.model_type!r} is unknown, {nearest(self.model_type, MODEL_TYPES)}")
-        if self.sentinels < 0:
-            raise UserError(f"sentinels is {self.sentinels}; the least is 0")
+        check_ranges(self)
         if self.path is None and self.vocab_size <= self.sentinels:
             raise UserError(f"vocab_size {self.vocab_size} leaves no room for {self.sentinels} sentinels")
-        if self.training_records < 1:
-            raise UserError(f"training_records is {self.training_records}; the least is 1")
-        if not 0.9 <= self.character_coverage <= 1 or (self.character_coverage < 1 and not self.byte_fallback):
-            raise UserError(
-                f"character_coverage {self.character_coverage} must lie in 0.9..1, and be 1 without byte_fallback"
-            )
+        if self.character_coverage < 1 and not self.byte_fallback:
+            raise UserError(f"character_coverage is {self.character_coverage}: it must be 1 without byte_fallback")
 
 
 BYTE_PAIR_LEAST = 3 + 256
@@ -87,23 +86,20 @@ class BytePairConfig:
     eos: str | None = None
     """Name of the token that ends a text, in a loaded tokenizer; None takes what `tokenizer_config.json` beside it
     says, or else a well-known name."""
-    sentinels: int = 0
+    sentinels: Sentinels = 0
     """Extra ids on top, that stand for spans cut out of a text; a loaded tokenizer may have its own."""
-    vocab_size: int = 1024
+    vocab_size: Width = 1024
     """Special tokens, bytes, merges and sentinels together."""
-    training_records: int = 50_000
+    training_records: Count = 50_000
     """At most that many records, evenly spaced over the training split, are trained on."""
 
     def __post_init__(self) -> None:
-        if self.sentinels < 0:
-            raise UserError(f"sentinels is {self.sentinels}; the least is 0")
+        check_ranges(self)
         least = BYTE_PAIR_LEAST + self.sentinels
         if self.path is None and self.vocab_size < least:
             raise UserError(f"vocab_size is {self.vocab_size}; the least, with {self.sentinels} sentinels, is {least}")
         if self.path is None and self.eos is not None:
             raise UserError("eos names a token of a loaded tokenizer, but path is not given")
-        if self.training_records < 1:
-            raise UserError(f"training_records is {self.training_records}; the least is 1")
 
 
 TokenizerConfig = SentencePieceConfig | BytePairConfig
@@ -119,24 +115,22 @@ class DataConfig:
     source: Sources
     tokenizer: TokenizerConfig = SentencePieceConfig()
     objective: Objective = Supervised()
-    rows: int
+    rows: Rows
     """Rows a step, over all hosts."""
-    input_length: int
+    input_length: Annotated[int, Range(0, 2**24, unit="tokens")]
     """Input slots a row, in tokens."""
-    target_length: int
+    target_length: Tokens
     """Target slots a row, in tokens."""
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**48 - 1)] = 0
+    """Of the order of the examples, of packing and of objectives."""
 
     def __post_init__(self) -> None:
-        least = {
-            "rows": 1,
-            "input_length": {Supervised: 1, CausalLM: 0, FullLM: 0}.get(type(self.objective), SHORTEST_INPUTS),
-            "target_length": 1,
-            "seed": 0,
-        }
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise UserError(f"{name} is {getattr(self, name)}; the least is {bound}")
+        check_ranges(self)
+        least = {Supervised: 1, CausalLM: 0, FullLM: 0}.get(type(self.objective), SHORTEST_INPUTS)
+        if self.input_length < least:
+            raise UserError(f"input_length is {self.input_length}: it must be {least} or more")
+        if (slots := self.rows * (self.input_length + self.target_length)) > MOST_SLOTS:
+            raise UserError(f"rows is {self.rows}: that makes {slots:,} slots a step; at most {MOST_SLOTS:,} are made")
         for source in parts_of(self.source):
             if isinstance(self.objective, Supervised) == (source.text is not None):
                 wanted = "inputs and targets" if isinstance(self.objective, Supervised) else "text"
@@ -175,7 +169,7 @@ def fitted_needs(objective: RawText, input_length: int, target_length: int) -> N
     """As `needs_of`. Raises UserError where no whole piece of text fits such rows."""
     needs = needs_of(objective, input_length, target_length)
     if needs.piece < SHORTEST_PIECE:
-        raise UserError(f"target_length is {target_length}; the least is {SHORTEST_INPUTS}")
+        raise UserError(f"target_length is {target_length}: it must be {SHORTEST_INPUTS} or more")
     if needs.targets > target_length:
         raise UserError(
             f"target_length is {target_length}; {objective.kind} at input_length {input_length} makes targets of "

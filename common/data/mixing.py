@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from common.errors import UserError
+from common.ranges import NotNegative, check_ranges
 
 CIRCLE = 1 << 32
 STRIDE = 2_654_435_769
@@ -28,13 +29,11 @@ class Mixing:
     Raises UserError for rates of which none is positive, or one is negative or no number.
     """
 
-    rates: tuple[float, ...]
+    rates: tuple[NotNegative, ...]
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for number, rate in enumerate(self.rates):
-            if not 0 <= rate < float("inf"):
-                raise UserError(f"rates[{number}] is {rate}; the least is 0")
+        check_ranges(self)
         if sum(self.rates) == 0:
             raise UserError(f"rates are {list(self.rates)}: a mixture of nothing; at least one must be positive")
 
@@ -89,10 +88,6 @@ def rates_by_size(sizes: Sequence[int], *, temperature: float = 1.0, cap: int | 
     >>> [round(rate, 3) for rate in rates_by_size([400, 100], temperature=2.0)]
     [0.667, 0.333]
     """
-    if temperature <= 0:
-        raise UserError(f"temperature is {temperature}; it must be positive")
-    if cap is not None and cap < 1:
-        raise UserError(f"cap is {cap}; the least is 1")
     if min(sizes, default=0) < 0 or sum(sizes) == 0:
         raise UserError(f"sizes are {list(sizes)}: a mixture of nothing")
     capped = np.array([size if cap is None else min(size, cap) for size in sizes], np.float64)

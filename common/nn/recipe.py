@@ -1,10 +1,10 @@
 """What a model computes (Recipe) and how it is computed (Execution): plain configs, no JAX needed to read them."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal, Protocol
 
 from common.errors import UserError
+from common.ranges import Range, Tiny, Tokens, check_ranges
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,22 +29,19 @@ class Recipe:
     """Divide attention logits by sqrt(head_dim); T5 does not (its query initialiser carries the factor)."""
     qk_norm: bool = False
     """RMSNorm over each head's queries and keys, before RoPE (arXiv 2302.05442)."""
-    dropout: float = 0.0
-    z_loss: float = 0.0
+    dropout: Annotated[float, Range(0, 1, "[)")] = 0.0
+    z_loss: Annotated[float, Range(0, 1000)] = 0.0
     """Weight of log(Z)^2 in the loss."""
-    norm_epsilon: float = 1e-6
-    rope_theta: float = 10_000.0
-    relative_buckets: int = 32
-    relative_max_distance: int = 128
+    norm_epsilon: Tiny = 1e-6
+    rope_theta: Annotated[float, Range(1, 1e12)] = 10_000.0
+    relative_buckets: Annotated[int, Range(4, 2**16)] = 32
+    relative_max_distance: Tokens = 128
     relative_sides: Literal["as_seen", "one", "two"] = "as_seen"
     """Whether a stack's buckets tell keys ahead from keys behind; `as_seen`: where it sees keys ahead."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"dropout is {self.dropout}: it must be at least 0 and less than 1")
-        if self.z_loss < 0:
-            raise UserError(f"z_loss is {self.z_loss}: it must be 0 or more")
-        if self.relative_buckets < 4 or self.relative_buckets % 4:
+        check_ranges(self)
+        if self.relative_buckets % 4:
             raise UserError(f"relative_buckets is {self.relative_buckets}: it must be a multiple of 4")
         if self.relative_max_distance <= self.relative_buckets // 2:
             raise UserError(
@@ -85,43 +82,52 @@ class Execution:
     """`plain`: all logits at once (what FLOPs are counted on). `blocked`: a block of queries at a time, computed again
     in the backward pass. `splash`, and `flash` for T5's bias: TPU kernels. `cudnn`: NVIDIA's. Where the one named does
     not serve, and with `auto`: the platform's kernel that does; `blocked` where there is none, as on a CPU."""
-    attention_block: int = 64
+    attention_block: Tokens = 64
     """Queries in a block of `blocked`."""
-    attention_kernel_block: int = 512
+    attention_kernel_block: Annotated[int, Range(128, 2**16, unit="tokens")] = 512
     """Queries and keys, at most, in a block of the TPU kernels; a multiple of 128."""
-    mlp_chunk: int | None = None
+    mlp_chunk: Tokens | None = None
     """Positions of a row that go through an MLP at one time, forward and backward; None: all of them."""
-    loss_chunk: int = 1024
+    loss_chunk: Annotated[int, Range(1, 2**31 - 1, unit="positions")] = 1024
     """Target positions, of all rows of a device, whose logits exist at one time; at least one of each row."""
 
     def __post_init__(self) -> None:
-        for name in ("attention_block", "mlp_chunk", "loss_chunk"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"{name} is {value}: it must be 1 or more")
+        check_ranges(self)
         size = self.attention_kernel_block
-        if size < 128 or size % 128:
+        if size % 128:
             raise UserError(
-                f"attention_kernel_block is {size}: it must be a multiple of 128; "
-                f"nearest: {max(1, round(size / 128)) * 128}"
+                f"attention_kernel_block is {size}: it must be a multiple of 128; nearest: {round(size / 128) * 128}"
             )
 
 
-def check_widths(sizes: Mapping[str, int], max_positions: int | None, recipe: Recipe) -> None:
-    """Raises UserError for sizes that cannot make a transformer; `num_heads`, `num_kv_heads`, `head_dim` among them."""
-    if (max_positions is not None) != (recipe.positions == "learned"):
+class Widths(Protocol):
+    """What the config of every family has."""
+
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def max_positions(self) -> int | None: ...
+    @property
+    def recipe(self) -> Recipe: ...
+
+
+def check_widths(model: Widths) -> None:
+    """Raises UserError for sizes that cannot make a transformer."""
+    check_ranges(model)
+    positions, max_positions = model.recipe.positions, model.max_positions
+    if (max_positions is not None) != (positions == "learned"):
         raise UserError(
-            f"max_positions is {max_positions} with recipe.positions={recipe.positions!r}: "
+            f"max_positions is {max_positions} with recipe.positions={positions!r}: "
             "learned positions need a number, others take none"
         )
-    if max_positions is not None and max_positions < 1:
-        raise UserError(f"max_positions is {max_positions}: it must be 1 or more")
-    for name, value in sizes.items():
-        if value < 1:
-            raise UserError(f"{name} is {value}: it must be 1 or more")
-    num_heads, num_kv_heads, head_dim = (sizes[name] for name in ("num_heads", "num_kv_heads", "head_dim"))
+    num_heads, num_kv_heads, head_dim = model.num_heads, model.num_kv_heads, model.head_dim
     if num_heads % num_kv_heads:
         divisors = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
         close = min(divisors, key=lambda n: abs(n - num_kv_heads))
         raise UserError(f"num_kv_heads is {num_kv_heads}: it must divide num_heads ({num_heads}); nearest: {close}")
-    if recipe.positions == "rope" and head_dim % 2:
+    if positions == "rope" and head_dim % 2:
         raise UserError(f"head_dim is {head_dim}: RoPE needs an even one; nearest: {head_dim + 1}")

@@ -2,8 +2,11 @@
 
 import dataclasses
 import math
+from typing import Annotated
 
-from common.errors import UserError
+from common.ranges import Range, check_ranges
+
+Devices = Annotated[int, Range(1, 2**20, unit="devices")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -13,17 +16,15 @@ class MeshShape:
     Rows are split over replica, data and fsdp; parameters over fsdp and tensor; a row's positions over context.
     """
 
-    replica: int = 1
+    replica: Devices = 1
     """Slices, which only the data centre's network joins."""
-    data: int = 1
-    fsdp: int = 1
-    context: int = 1
-    tensor: int = 1
+    data: Devices = 1
+    fsdp: Devices = 1
+    context: Devices = 1
+    tensor: Devices = 1
 
     def __post_init__(self) -> None:
-        for axis, size in self.sizes().items():
-            if size < 1:
-                raise UserError(f"{axis} is {size}: it must be 1 or more")
+        check_ranges(self)
 
     def __str__(self) -> str:
         """

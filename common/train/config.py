@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from common.errors import UserError
 from common.nn.recipe import Execution
+from common.ranges import MOST_STEPS, Count, Every, Positive, Range, Seconds, Seed, Share, Steps, Tiny, check_ranges
 from common.sharding.shape import MeshShape
 
 
@@ -14,8 +15,11 @@ class Linear:
     """Warm-up, then a straight line down to `final_fraction` of the peak at the last step."""
 
     kind: Literal["linear"] = "linear"
-    warmup_steps: int = 0
-    final_fraction: float = 0.0
+    warmup_steps: Steps = 0
+    final_fraction: Share = 0.0
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,8 +27,11 @@ class Cosine:
     """Warm-up, then half a cosine down to `final_fraction` of the peak (arXiv 1608.03983)."""
 
     kind: Literal["cosine"] = "cosine"
-    warmup_steps: int = 0
-    final_fraction: float = 0.1
+    warmup_steps: Steps = 0
+    final_fraction: Share = 0.1
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,9 +39,12 @@ class WSD:
     """Warm-up, stable, then linear decay over the last `decay_fraction` of the steps (arXiv 2404.06395)."""
 
     kind: Literal["wsd"] = "wsd"
-    warmup_steps: int = 0
-    decay_fraction: float = 0.2
-    final_fraction: float = 0.0
+    warmup_steps: Steps = 0
+    decay_fraction: Annotated[float, Range(0, 1, "(]")] = 0.2
+    final_fraction: Share = 0.0
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,11 +56,10 @@ class InverseSqrt:
     """
 
     kind: Literal["inverse_sqrt"] = "inverse_sqrt"
-    warmup_steps: int = 10_000
+    warmup_steps: Annotated[int, Range(1, MOST_STEPS, unit="steps")] = 10_000
 
     def __post_init__(self) -> None:
-        if self.warmup_steps < 1:
-            raise UserError(f"warmup_steps is {self.warmup_steps}: it must be 1 or more")
+        check_ranges(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,10 +67,17 @@ class Constant:
     """Warm-up, then the peak to the end: how T5 is fine-tuned (at 0.001, without warm-up)."""
 
     kind: Literal["constant"] = "constant"
-    warmup_steps: int = 0
+    warmup_steps: Steps = 0
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 Schedule = Linear | Cosine | WSD | InverseSqrt | Constant
+
+
+Average = Annotated[float, Range(0, 1, "[)")]
+"""What a running average keeps of itself at each step."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,11 +85,15 @@ class AdamW:
     """AdamW (arXiv 1711.05101) with global-norm clipping; decay acts on matrices, not on norms and biases."""
 
     kind: Literal["adamw"] = "adamw"
-    b1: float = 0.9
-    b2: float = 0.95
-    epsilon: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
+    b1: Average = 0.9
+    b2: Average = 0.95
+    epsilon: Tiny = 1e-8
+    weight_decay: Annotated[float, Range(0, 1000)] = 0.1
+    clip_norm: Positive | None = 1.0
+    """Of the gradient over all parameters; None: it is not clipped."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,17 +104,20 @@ class Adafactor:
     """
 
     kind: Literal["adafactor"] = "adafactor"
-    decay_exponent: float = 0.8
+    decay_exponent: Annotated[float, Range(0, 1, "(]")] = 0.8
     """Second moments decay by 1 - (t + 1)^-decay_exponent at step t = 0, 1, ..."""
-    clip_update_rms: float = 1.0
-    epsilon: float = 1e-30
+    clip_update_rms: Positive = 1.0
+    epsilon: Tiny = 1e-30
     """Added to squared gradients."""
-    min_scale: float = 1e-3
+    min_scale: Tiny = 1e-3
     """Least RMS that a parameter counts as having."""
-    min_factored: int = 128
+    min_factored: Annotated[int, Range(0, 10**9)] = 128
     """Matrices with fewer rows or columns keep their second moments whole."""
-    clip_norm: float | None = None
+    clip_norm: Positive | None = None
     """Of the gradient over all parameters; T5 has none."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 Optimizer = AdamW | Adafactor
@@ -107,11 +130,10 @@ class Budget:
     unit: Literal["steps", "tokens", "flops"]
     """`tokens` are slots of input and target, as batch size x length is usually counted; `flops` are training FLOPs of
     the arm that costs most (full attention, padding included)."""
-    amount: float
+    amount: Annotated[float, Range(0, 1e30, "(]")]
 
     def __post_init__(self) -> None:
-        if not (self.amount > 0 and math.isfinite(self.amount)):
-            raise UserError(f"amount is {self.amount:g} {self.unit}: a budget must be more than zero")
+        check_ranges(self)
 
     def steps(self, tokens_per_step: int, flops_per_step: int) -> int:
         """Whole steps that the budget pays for, at least one."""
@@ -184,22 +206,18 @@ class Anomalies:
 
     on_nonfinite: Literal["stop", "skip", "roll_back"] = "stop"
     on_spike: Literal["ignore", "stop", "skip", "roll_back"] = "ignore"
-    spike_deviations: float = 10.0
+    spike_deviations: Positive = 10.0
     """A loss is a spike above the median of those before it by this many standard deviations (1.4826 times the median
     absolute deviation, which is the standard deviation of normal numbers and takes no notice of spikes)."""
-    spike_window: int = 100
+    spike_window: Annotated[int, Range(1, 10**6, unit="steps")] = 100
     """How many losses before it are looked at; as long as there are fewer nothing is a spike."""
-    rolled_back: int = 1
+    rolled_back: Count = 1
     """Batches that `roll_back` leaves out, the one that was noticed the last; PaLM's authors took 200 to 500."""
-    max_in_a_row: int = 10
+    max_in_a_row: Count = 10
     """The run stops before it leaves out more batches than this without one in between that was learnt from."""
 
     def __post_init__(self) -> None:
-        for name in ("spike_window", "rolled_back"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be 1 or more")
-        if self.spike_deviations <= 0:
-            raise UserError(f"spike_deviations is {self.spike_deviations}: it must be more than 0")
+        check_ranges(self)
         if self.max_in_a_row < self.rolled_back:
             raise UserError(
                 f"max_in_a_row is {self.max_in_a_row}: it must be at least rolled_back ({self.rolled_back})"
@@ -219,17 +237,15 @@ class Anomalies:
 class Patience:
     """How long a run waits for the world outside, in seconds; no result depends on it."""
 
-    storage_seconds: float = 600.0
+    storage_seconds: Seconds = 600.0
     """A full disk or a bucket that refuses is tried again, ever less often, for so long."""
-    stall_seconds: float = 1800.0
+    stall_seconds: Seconds = 1800.0
     """Longer than compiling, restoring, a step, a validation or a save may take; a run that hangs so long is ended."""
-    preemption_seconds: float = 25.0
+    preemption_seconds: Seconds = 25.0
     """From SIGTERM to the end, whether the step at hand could be saved or not; clouds give 30."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) <= 0:
-                raise UserError(f"{field.name} is {getattr(self, field.name)}: it must be more than 0")
+        check_ranges(self)
         if self.stall_seconds <= self.storage_seconds:  # which would be taken for a stall
             raise UserError(f"stall_seconds is {self.stall_seconds}: it must be more than storage_seconds")
 
@@ -252,14 +268,14 @@ class TrainConfig:
     budget: Budget
     optimizer: Optimizer = AdamW()
     schedule: Schedule
-    accumulation: int = 1
+    accumulation: Count = 1
     """Micro-batches a step; the gradient is that of the whole batch, weighed by loss weights."""
-    seed: int = 0
+    seed: Seed = 0
     """Of initialisation and dropout; the data has its own."""
-    validate_every: int
+    validate_every: Every
     """Steps between validation losses; one is always taken at the end."""
-    checkpoint_every: int
-    keep_last: int = 2
+    checkpoint_every: Every
+    keep_last: Count = 2
     """Checkpoints kept beside the best one."""
     mesh: MeshShape = MeshShape()
     sharding: Literal["fsdp", "sequence"] = "fsdp"
@@ -270,9 +286,7 @@ class TrainConfig:
     patience: Patience = Patience()
 
     def __post_init__(self) -> None:
-        for name in ("accumulation", "validate_every", "checkpoint_every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be 1 or more")
+        check_ranges(self)
         many = self.anomalies.rolled_back
         if self.anomalies.rolls_back and (many > self.checkpoint_every or self.keep_last < 2):
             raise UserError(

@@ -55,7 +55,7 @@ def _make_adamw(config: AdamW, schedule: optax.Schedule, logical_axes: Any) -> o
 
     mask = jax.tree.map(decays, logical_axes, is_leaf=lambda x: isinstance(x, tuple))
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
             schedule, b1=config.b1, b2=config.b2, eps=config.epsilon, weight_decay=config.weight_decay, mask=mask
         ),

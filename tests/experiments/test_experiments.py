@@ -142,7 +142,7 @@ def test_first_light_is_fair() -> None:
         ("plan first_light train.mesh.data=0", "train.mesh: data is 0: it must be 1 or more"),
         (
             "plan first_light train.budget.amount=0",
-            "train.budget: amount is 0 steps: a budget must be more",
+            "train.budget: amount is 0.0: it must be more than 0",
         ),
         ("plan first_light train.budget.unit=step", "train.budget.unit: unknown value 'step': did you mean 'steps'?"),
         (

@@ -197,7 +197,7 @@ def test_methods(options: dict[str, Any], expected: Any) -> None:
         (["--beams", "2", "--temperature", "0"], "draws nothing"),
         (["--length-penalty", "1"], "give --beams"),
         (["--temperature", "0", "--top-p", "0.5"], "greedy"),
-        (["--temperature", "-1"], "more than 0"),
+        (["--temperature", "-1"], "temperature is -1.0"),
         (["--samples", "2"], "one text"),
         (["--beams", "2", "--samples", "3"], "2 beams"),
         (["--rows", "0"], "1 or more"),
@@ -205,7 +205,7 @@ def test_methods(options: dict[str, Any], expected: Any) -> None:
         (["--stop", ""], "empty"),
         (["--dtype", "float16"], "bfloat16"),
         (["--max-new-tokens", str(MAX_POSITIONS)], "positions"),
-        (["--seed", "-1"], "between 0"),
+        (["--seed", "-1"], "seed is -1: it must be 0 or more"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )

@@ -5,11 +5,14 @@ Everything is checked when it is made; what the objectives do is in `common.data
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from common.data.mixing import Mixing
 from common.data.objectives.spans import fit_inputs
 from common.errors import UserError
+from common.ranges import NotNegative, Range, Share, check_ranges
+
+Density = Annotated[float, Range(0, 1, "()")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,15 +54,13 @@ class SpanCorruption:
     """
 
     kind: Literal["span_corruption"] = "span_corruption"
-    density: float = 0.15
+    density: Density = 0.15
     """Share of tokens that are noise."""
-    mean_span: float = 3.0
+    mean_span: Annotated[float, Range(1, 2**20, unit="tokens")] = 3.0
     """Tokens a span, on average."""
 
     def __post_init__(self) -> None:
-        _check_share("density", self.density)
-        if self.mean_span < 1:
-            raise UserError(f"mean_span is {self.mean_span}; the least is 1")
+        check_ranges(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,10 +68,10 @@ class IidDenoising:
     """As span corruption, with every token noise or not by its own draw (section 3.3.2); pieces as long as inputs."""
 
     kind: Literal["iid_denoising"] = "iid_denoising"
-    density: float = 0.15
+    density: Density = 0.15
 
     def __post_init__(self) -> None:
-        _check_share("density", self.density)
+        check_ranges(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,14 +79,12 @@ class BertStyle:
     """A text with masked tokens, to the whole text (section 3.3.1); without random tokens, its MASS style."""
 
     kind: Literal["bert_style"] = "bert_style"
-    density: float = 0.15
-    random_share: float = 0.1
+    density: Density = 0.15
+    random_share: Share = 0.1
     """Share of the masked tokens that become random ones; the rest become sentinel 0."""
 
     def __post_init__(self) -> None:
-        _check_share("density", self.density)
-        if not 0 <= self.random_share <= 1:
-            raise UserError(f"random_share is {self.random_share}; it is a share, from 0 to 1")
+        check_ranges(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,10 +113,13 @@ class Part:
     """One objective of a mixture."""
 
     objective: RawText
-    rate: float = 1.0
+    rate: NotNegative = 1.0
     """How often, beside the other parts' rates."""
     mode: str = ""
     """Text in front of the inputs that says which objective this is, such as UL2's `[S2S]`."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -214,11 +216,6 @@ def raw_parts(objective: Objective) -> tuple[Part, ...]:
             return _UL2R
         case _:
             return (Part(objective=objective),)
-
-
-def _check_share(name: str, value: float) -> None:
-    if not 0 < value < 1:
-        raise UserError(f"{name} is {value}; it is a share, between 0 and 1")
 
 
 def _denoisers(mode: str, rate: float, *shapes: tuple[float, float]) -> tuple[Part, ...]:

@@ -3,10 +3,11 @@
 import dataclasses
 import itertools
 import string
-from typing import Literal
+from typing import Annotated, Literal
 
 from common.data.mixing import Mixing, rates_by_size
 from common.errors import UserError, nearest
+from common.ranges import NotNegative, Range, Steps, check_ranges
 
 SOURCE_SCHEMES = ("tfds", "jsonl", "tsv", "text", "lines", "parquet", "arrayrecord", "tfrecord", "corpus")
 
@@ -101,7 +102,10 @@ class ByRate:
     """Each part as often as its rate says, beside the others'."""
 
     kind: Literal["rate"] = "rate"
-    rates: tuple[float, ...]
+    rates: tuple[NotNegative, ...]
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,21 +113,24 @@ class BySize:
     """Rates in proportion to `min(examples, cap)` to the power 1 / temperature (arXiv 1910.10683, section 3.5.2)."""
 
     kind: Literal["size"] = "size"
-    temperature: float = 1.0
+    temperature: Annotated[float, Range(0.01, 1e6)] = 1.0
     """1: proportional to size; the higher, the more equal."""
-    cap: int | None = None
+    cap: Annotated[int, Range(1, 10**15, unit="examples")] | None = None
     """T5's artificial limit on a data set's size, in examples."""
 
     def __post_init__(self) -> None:
-        rates_by_size([1], temperature=self.temperature, cap=self.cap)
+        check_ranges(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
     """From one step of a curriculum on, other rates hold."""
 
-    from_step: int
-    rates: tuple[float, ...]
+    from_step: Steps
+    rates: tuple[NotNegative, ...]
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -73,11 +73,11 @@ def test_rates_by_size(sizes: list[int], how: dict[str, float], rates: tuple[flo
 
 @pytest.mark.parametrize("rates", [(), (0.0, 0.0), (1.0, -1.0), (float("nan"),), (float("inf"),)])
 def test_mixtures_of_nothing_are_refused(rates: tuple[float, ...]) -> None:
-    with pytest.raises(UserError, match="mixture of nothing|the least is 0"):
+    with pytest.raises(UserError, match="mixture of nothing|it must be"):
         Mixing(rates=rates)
 
 
-@pytest.mark.parametrize(("sizes", "how"), [([], {}), ([0], {}), ([1], {"temperature": 0.0}), ([1], {"cap": 0})])
-def test_sizes_of_nothing_are_refused(sizes: list[int], how: dict[str, float]) -> None:
+@pytest.mark.parametrize("sizes", [[], [0]])
+def test_sizes_of_nothing_are_refused(sizes: list[int]) -> None:
     with pytest.raises(UserError):
-        rates_by_size(sizes, **how)  # type: ignore[arg-type]
+        rates_by_size(sizes)

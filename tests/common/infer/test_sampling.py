@@ -104,11 +104,11 @@ def test_impossible_tokens_are_never_drawn() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Sample(temperature=0.0), "more than 0"),
+        (lambda: Sample(temperature=0.0), "1e-30 or more"),
         (lambda: Sample(top_k=0), "1 or more"),
-        (lambda: Sample(top_p=0.0), "at most 1"),
+        (lambda: Sample(top_p=0.0), "more than 0"),
         (lambda: Sample(top_p=1.5), "at most 1"),
-        (lambda: Limits(max_new_tokens=4, min_new_tokens=5), "between 0 and max_new_tokens"),
+        (lambda: Limits(max_new_tokens=4, min_new_tokens=5), "at most max_new_tokens"),
         (lambda: Limits(stop=("",)), "empty"),
     ],
 )

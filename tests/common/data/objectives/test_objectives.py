@@ -196,8 +196,8 @@ def test_whole_pieces_fit(objective: RawText, target_length: int, piece: int) ->
         ({"objective": IidDenoising(), "target_length": 192, "tokenizer": SentencePieceConfig()}, "needs 67 sentinels"),
         ({"objective": FullLM()}, "input_length is 512, but full_lm has no inputs; nearest: 0"),
         ({"objective": BertStyle(), "tokenizer": SentencePieceConfig()}, "needs 1 sentinels"),
-        ({"objective": Deshuffling(), "target_length": 2}, "target_length is 2; the least is 4"),
-        ({"input_length": 3}, "input_length is 3; the least is 4"),
+        ({"objective": Deshuffling(), "target_length": 2}, "target_length is 2: it must be 4 or more"),
+        ({"input_length": 3}, "input_length is 3: it must be 4 or more"),
         ({"objective": PrefixLM(complementary=True)}, "as many input as target slots.*nearest: target_length=512"),
         ({"source": PAIRS}, "reads text"),
     ],
@@ -230,8 +230,8 @@ def test_ul2r_is_smaller() -> None:
 
 
 def test_a_mixture_of_nothing_is_refused() -> None:
-    for parts in ((), (Part(objective=PrefixLM(), rate=0.0),), (Part(objective=PrefixLM(), rate=-1.0),)):
-        with pytest.raises(UserError, match="mixture of nothing|the least is 0"):
+    for parts in ((), (Part(objective=PrefixLM(), rate=0.0),)):
+        with pytest.raises(UserError, match="mixture of nothing"):
             Mixture(parts=parts)
 
 
@@ -239,8 +239,8 @@ def test_a_mixture_of_nothing_is_refused() -> None:
     ("kind", "values", "message"),
     [
         (SpanCorruption, {"density": 0.0}, "density is 0.0"),
-        (SpanCorruption, {"mean_span": 0.5}, "mean_span is 0.5; the least is 1"),
-        (IidDenoising, {"density": 1.0}, "between 0 and 1"),
+        (SpanCorruption, {"mean_span": 0.5}, "mean_span is 0.5: it must be 1 or more"),
+        (IidDenoising, {"density": 1.0}, "density is 1.0: it must be less than 1"),
         (BertStyle, {"random_share": 1.5}, "random_share is 1.5"),
     ],
 )

@@ -1,0 +1,142 @@
+"""Every number of every config has a range, and nothing outside it gets in."""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from common.config import apply_overrides
+from common.data.config import BytePairConfig, SentencePieceConfig
+from common.data.objectives.config import BertStyle, IidDenoising, Mixture, Part, SpanCorruption
+from common.data.sources.config import ByRate, BySize, SourceConfig, SourceMixture, Stage
+from common.errors import UserError
+from common.infer.config import Beam, Greedy, Limits, Sample
+from common.ranges import ranges_of
+from common.train.config import WSD, Adafactor, AdamW, Anomalies, Budget, Constant, Cosine, InverseSqrt, Linear
+from experiments.config import Experiment, MultiTurn
+from experiments.generate import Job
+from experiments.registry import load
+from tests.tiny import tiny
+
+FIRST_LIGHT = load("first_light")
+SOURCE = SourceConfig(name="text:a", inputs=None, targets=None, text="text")
+PART = Part(objective=SpanCorruption())
+EXAMPLES = [
+    FIRST_LIGHT,
+    *(SentencePieceConfig(), BytePairConfig()),
+    *(SpanCorruption(), IidDenoising(), BertStyle(), PART, Mixture(parts=(PART,))),
+    *(SOURCE, ByRate(rates=(1.0,)), BySize(), Stage(from_step=1, rates=(1.0,)), SourceMixture(parts=(SOURCE,))),
+    *(Linear(), Cosine(), WSD(), InverseSqrt(), Constant(), AdamW(), Adafactor()),
+    *(Anomalies(), Budget(unit="flops", amount=1e20)),
+    MultiTurn(turns=1, message_tokens=1, reply_tokens=1, repeats=1),
+    *(tiny("gpt"), tiny("t5like")),
+    *(Greedy(), Sample(), Beam(), Limits(), Job(method=Sample(), limits=Limits())),
+]
+"""At least one of each config that has numbers; what they hold counts too."""
+
+PROBES = (-1, 0, math.nan, math.inf, -math.inf, 2**110, 1e300)
+"""What is written by mistake: one of them is a meaningful value only where that is said below."""
+
+ZEROS = """
+    Adafactor.min_factored AdamW.b1 AdamW.b2 AdamW.weight_decay BertStyle.random_share Beam.length_penalty
+    ByRate.rates Stage.rates Part.rate Stage.from_step Limits.min_new_tokens SentencePieceConfig.sentinels
+    BytePairConfig.sentinels Linear.warmup_steps Cosine.warmup_steps WSD.warmup_steps Constant.warmup_steps
+    Linear.final_fraction Cosine.final_fraction WSD.final_fraction Recipe.dropout Recipe.z_loss
+    DataConfig.seed TrainConfig.seed Job.seed
+""".split()
+
+
+def types_within(annotation: Any) -> Iterator[type]:
+    """All dataclasses that an annotation can hold, and those that they hold."""
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+        yield annotation
+        for hint in typing.get_type_hints(annotation).values():
+            yield from types_within(hint)
+    for argument in typing.get_args(annotation):
+        yield from types_within(argument)
+
+
+def objects_within(value: Any) -> Iterator[Any]:
+    if dataclasses.is_dataclass(value):
+        yield value
+        for field in dataclasses.fields(value):
+            yield from objects_within(getattr(value, field.name))
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ():
+        yield from objects_within(item)
+
+
+def is_number(annotation: Any) -> bool:
+    return annotation in (int, float) or any(map(is_number, typing.get_args(annotation)))
+
+
+def numbers(cls: type) -> list[str]:
+    """Its fields that hold a number, or several."""
+    hints = typing.get_type_hints(cls)
+    own = {name: hint for name, hint in hints.items() if not list(types_within(hint))}
+    return [name for name, hint in own.items() if is_number(hint)]
+
+
+CONFIGS = sorted({*types_within(Experiment), *map(type, EXAMPLES)}, key=lambda cls: cls.__qualname__)
+EXAMPLE_OF = {type(one): one for example in EXAMPLES for one in objects_within(example)}
+FIELDS = [(cls, name) for cls in CONFIGS for name in numbers(cls)]
+
+
+def test_every_number_has_a_range_with_two_ends():
+    assert len(FIELDS) > 80
+    for cls, name in FIELDS:
+        stated = ranges_of(cls).get(name)
+        assert stated is not None, f"{cls.__qualname__}.{name} states no range"
+        assert stated.low < stated.high and math.isfinite(stated.low) and math.isfinite(stated.high)
+
+
+@pytest.mark.parametrize(("cls", "name"), FIELDS, ids=lambda x: x if isinstance(x, str) else x.__qualname__)
+def test_what_is_written_by_mistake_is_refused(cls, name):
+    example = EXAMPLE_OF[cls]
+    many = isinstance(getattr(example, name), tuple)
+    dataclasses.replace(example)
+    for probe in PROBES:
+        field = f"{cls.__qualname__}.{name}"
+        if (probe == 0 and field in ZEROS) or (probe == -1 and field == "Beam.length_penalty"):
+            dataclasses.replace(example, **{name: (probe, *getattr(example, name)) if many else probe})
+            continue
+        with pytest.raises(UserError, match=f"^{name}(\\.0)? is .*: it must be"):
+            dataclasses.replace(example, **{name: (probe,) if many else probe})
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.schedule.warmup_steps=-5", "train.schedule: warmup_steps is -5: it must be 0 or more"),
+        ("train.schedule.final_fraction=-3", "train.schedule: final_fraction is -3.0: it must be 0 or more"),
+        ("train.optimizer.b1=1.5", "train.optimizer: b1 is 1.5: it must be less than 1"),
+        ("train.optimizer.weight_decay=-1", "train.optimizer: weight_decay is -1.0: it must be 0 or more"),
+        ("train.optimizer.clip_norm=0", "train.optimizer: clip_norm is 0.0: it must be more than 0"),
+        ("train.seed=-1", "train: seed is -1: it must be 0 or more"),
+        ("data.rows=1099511627776", "data: rows is 1,099,511,627,776: it must be at most 1,048,576 rows"),
+        ("data.rows=1048576 data.input_length=1024", "data: rows is 1048576: that makes 1,140,850,688 slots a step"),
+        (
+            "train.budget.amount=1e9",
+            "train.budget is 1e+09 steps, which are 1,000,000,000 steps: at most 16,777,216",
+        ),
+        ("arms.gpt.learning_rate=0", "arms.gpt: learning_rate is 0.0: it must be more than 0"),
+        ("arms.gpt.model.num_layers=1000000000", "arms.gpt.model: num_layers is 1,000,000,000: it must be at most"),
+    ],
+)
+def test_overrides_are_refused_with_their_path(override, message):
+    with pytest.raises(UserError) as caught:
+        apply_overrides(FIRST_LIGHT, override.split())
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_a_warm_up_longer_than_the_run_is_said():
+    def remarks(*overrides: str) -> list[str]:
+        return apply_overrides(FIRST_LIGHT, ["train.schedule.kind=linear", *overrides]).remarks()
+
+    (line,) = remarks("train.schedule.warmup_steps=99", "train.budget.amount=10")
+    assert line.startswith("train.schedule.warmup_steps is 99 and the run has 10 steps") and "10.0% of its peak" in line
+    assert remarks("train.schedule.warmup_steps=10", "train.budget.amount=10")
+    assert not remarks("train.schedule.warmup_steps=9", "train.budget.amount=10")
+    assert not remarks("train.schedule.kind=inverse_sqrt", "train.schedule.warmup_steps=99", "train.budget.amount=10")
