@@ -1,6 +1,7 @@
 """Norms, MLP, embedding, head and dropout.
 
-Legend: B batch rows, L sequence, T target slots, D model, F mlp, V vocab.
+Legend: B batch rows, L sequence, T target slots, D model, F mlp, V vocab, P parts of a row on devices, S positions of a
+part, N pieces, U positions of a piece.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from flax import nnx
 from common.nn.linear import linear
 from common.nn.parameters import Initialisers, ones, param, use, use_bias, zeros
 from common.nn.recipe import Execution, Recipe
-from common.sharding.rules import constrain, enter, leave
+from common.sharding.rules import constrain, enter, leave, parts
 
 
 class RMSNorm(nnx.Module):
@@ -95,18 +96,33 @@ class MLP(nnx.Module):
 
 
 def in_pieces(function: Callable[[jax.Array], jax.Array], x_BLD: jax.Array, chunk: int | None) -> jax.Array:
-    """`function`, which takes every position by itself, of at most about `chunk` positions of a row at a time.
+    """`function`, which takes every position by itself, of at most `chunk` positions of a row at a time.
 
     Backward too: pieces are computed again, one after the other, and only their inputs are kept. A piece has every n-th
-    position, so that the pieces of a row whose positions are split over devices are split in the same way.
+    position of each device's part of a row, so that pieces are split over devices as the row is. Zeros behind each part
+    make all pieces equally long.
     """
     B, L, D = x_BLD.shape
-    pieces = 1 if chunk is None else next(n for n in range(-(-L // chunk), L + 1) if L % n == 0)
+    split = parts("length") if L % parts("length") == 0 else 1
+    pieces = 1 if chunk is None else _pieces(L // split, max(1, chunk // split))
     if pieces == 1:
         return function(x_BLD)
-    x_NBUD = jnp.moveaxis(x_BLD.reshape(B, L // pieces, pieces, D), 2, 0)
-    y_NBUD = jax.lax.map(jax.checkpoint(function, prevent_cse=False), x_NBUD)
-    return jnp.moveaxis(y_NBUD, 0, 2).reshape(B, L, -1)
+    behind = -(L // split) % pieces
+    x_BPSD = jnp.pad(x_BLD.reshape(B, split, L // split, D), ((0, 0), (0, 0), (0, behind), (0, 0)))
+    x_NBPUD = jnp.moveaxis(x_BPSD.reshape(B, split, -1, pieces, D), 3, 0)
+    y_NBUD = jax.lax.map(jax.checkpoint(function, prevent_cse=False), x_NBPUD.reshape(pieces, B, -1, D))
+    y_BPUND = jnp.moveaxis(y_NBUD.reshape(*x_NBPUD.shape[:-1], -1), 0, 3)
+    return y_BPUND.reshape(B, split, L // split + behind, -1)[:, :, : L // split].reshape(B, L, -1)
+
+
+def _pieces(length: int, chunk: int) -> int:
+    """How many pieces of at most `chunk` positions: as few as possible, or up to twice as many where that pads less.
+
+    >>> [_pieces(length, 256) for length in (0, 256, 512, 626, 521)]
+    [1, 1, 2, 3, 3]
+    """
+    least = max(1, -(-length // chunk))
+    return min(range(least, 2 * least), key=lambda n: -length % n)
 
 
 @partial(jax.checkpoint, static_argnums=0, prevent_cse=False)

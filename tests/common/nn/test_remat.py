@@ -14,7 +14,7 @@ from common.nn.linear import linear
 from common.nn.recipe import Execution
 from common.nn.remat import entering, rematerialised
 from common.sharding.mesh import make_mesh
-from common.sharding.rules import in_use
+from common.sharding.rules import constrain, in_use
 from common.sharding.shape import MeshShape
 
 REMATS = get_args(get_type_hints(Execution)["remat"])
@@ -71,8 +71,11 @@ def test_what_is_kept(remat: str, hidden: set[int]) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 4, 6, 99])
-def test_pieces_are_the_whole(chunk: int) -> None:
-    x, (w, _) = operands()
+@pytest.mark.parametrize("length", [6, 13])
+def test_pieces_are_the_whole(chunk: int, length: int) -> None:
+    """At a length with divisors, and at a prime one."""
+    w = operands()[1][0]
+    x = jax.random.normal(jax.random.key(1), (B, length, D))
 
     def network(x: jax.Array, w: jax.Array, chunk: int | None) -> jax.Array:
         return jnp.square(in_pieces(lambda x: jnp.tanh(x @ w), x, chunk)).sum()
@@ -84,9 +87,36 @@ def test_pieces_are_the_whole(chunk: int) -> None:
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_a_piece_is_all_that_exists() -> None:
-    long = 512
+@pytest.mark.parametrize("chunk", [1, 4, 8, 12])
+def test_pieces_over_devices_are_the_whole(chunk: int) -> None:
+    """14 positions are 7 on each of two devices, which no number of pieces but 7 divides."""
+    x, w = jax.random.normal(jax.random.key(1), (B, 14, D)), operands()[1][0]
 
+    def network(x: jax.Array, w: jax.Array, chunk: int | None) -> jax.Array:
+        return in_pieces(lambda x: jnp.tanh(constrain(x, "batch", "length", None) @ w), x, chunk)
+
+    with jax.set_mesh(make_mesh(MeshShape(context=2))):
+        found = jax.jit(network, static_argnums=2)(x, w, chunk)
+    np.testing.assert_allclose(found, network(x, w, None), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("length", "chunk"), [(626, 256), (521, 256), (512, 256), (127, 20), (97, 1), (7, 8)])
+def test_pieces_are_few_and_hardly_padded(length: int, chunk: int) -> None:
+    seen: list[int] = []
+
+    def function(x: jax.Array) -> jax.Array:
+        seen.append(x.shape[1])
+        return x
+
+    jax.eval_shape(lambda x: in_pieces(function, x, chunk), jax.ShapeDtypeStruct((1, length, 1), jnp.float32))
+    piece = seen[0]
+    pieces, least = -(-length // piece), -(-length // chunk)
+    assert piece <= chunk and least <= pieces < 2 * least or pieces == 1
+    assert pieces * piece - length < pieces, "less than a position a piece"
+
+
+@pytest.mark.parametrize("long", [512, 521])
+def test_a_piece_is_all_that_exists(long: int) -> None:
     def memory(chunk: int | None) -> Any:
         shapes = (jax.ShapeDtypeStruct((1, long, D), jnp.float32), jax.ShapeDtypeStruct((D, 4096), jnp.float32))
 
