@@ -30,18 +30,8 @@ from common.files import read_json, write_json
 from experiments.config import Experiment
 
 ROOT = Path(__file__).parents[1]
-SOURCES = (
-    "common/compute",
-    "common/data/batch.py",
-    "common/kernels",
-    "common/model.py",
-    "common/nn",
-    "common/sharding",
-    "common/train",
-    "gpt",
-    "t5like",
-)
-"""What a compiled step depends on."""
+PACKAGES = ("common", "experiments", "gpt", "t5like")
+"""A compiled step may depend on any of their modules."""
 PROCESSES = 2
 """At a time: each takes one core and some GB of memory."""
 
@@ -147,9 +137,8 @@ def _sources() -> str:
 
 
 def _source_files() -> Iterator[Path]:
-    for source in SOURCES:
-        path = ROOT / source
-        yield from sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    for package in PACKAGES:
+        yield from sorted((ROOT / package).rglob("*.py"))
 
 
 def _work(request: dict[str, Any]) -> Compiled:

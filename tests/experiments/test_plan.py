@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from common.compute.topology import parse_topology
 from common.config import from_json, to_json
 from common.errors import UserError
 from common.sharding.shape import MeshShape
-from experiments import plan, plan_jobs, plan_search, plan_table
+from experiments import pipeline, plan, plan_jobs, plan_search, plan_table
 from experiments.config import Experiment
 from experiments.plan import Target, on_mesh
 from experiments.plan_jobs import Job
@@ -282,6 +283,15 @@ def test_an_answer_is_kept_for_what_it_depends_on(monkeypatch, experiment) -> No
     keys = {job.key(), *(other.key() for other in others)}
     monkeypatch.setattr(plan_jobs.importlib.metadata, "version", lambda name: "2")
     assert len(keys | {job.key()}) == 6
+
+
+def test_an_answer_depends_on_every_module_that_makes_it() -> None:
+    """Whatever of this project the tests have loaded, and with it all that such a process loads."""
+    loaded = {Path(found) for module in list(sys.modules.values()) if (found := getattr(module, "__file__", None))}
+    packages = [plan_jobs.ROOT / name for name in ("common", "experiments", "gpt", "t5like")]
+    ours = {file for file in loaded if any(file.is_relative_to(package) for package in packages)}
+    assert Path(pipeline.__file__) in ours
+    assert ours <= set(plan_jobs._source_files())
 
 
 def test_answers_survive_json() -> None:
