@@ -12,7 +12,7 @@ from common.sharding.shape import MeshShape
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Linear:
-    """Warm-up, then a straight line down to `final_fraction` of the peak at the last step."""
+    """Warm-up, then a straight line down to `final_fraction` of the peak right after the last step."""
 
     kind: Literal["linear"] = "linear"
     warmup_steps: Steps = 0

@@ -63,6 +63,7 @@ def test_schedules_end_where_they_say(schedule: Callable[..., Schedule], warmup:
     end = make_schedule(schedule(warmup_steps=warmup, final_fraction=0.25), PEAK, STEPS)
     with jax.numpy_dtype_promotion("standard"):
         assert float(end(STEPS)) == pytest.approx(PEAK / 4)
+        assert PEAK / 4 < float(end(STEPS - 1)) < float(end(STEPS - 2)), "the last step is still on its way"
 
 
 def test_t5s_schedule() -> None:
