@@ -32,7 +32,7 @@ STRETCH = 1024
 """Examples among which long ones go first."""
 PAYS = 0.01
 """Share of the rows that long ones first must save."""
-ALGORITHM = f"first-fit {OPEN_ROWS} open rows, or decreasing in {STRETCH}s, v2"
+ALGORITHM = f"first-fit {OPEN_ROWS} open rows, or decreasing in {STRETCH}s, v3"
 """Part of a cached plan's name: change it with anything that changes a plan."""
 
 _log = logging.getLogger(__name__)
@@ -205,7 +205,8 @@ def _shuffle(bits: np.random.Philox, n: int) -> np.ndarray:
 
 
 def _pack(inputs_P: np.ndarray, targets_P: np.ndarray, input_limit: int, target_limit: int) -> np.ndarray:
-    """Row numbers int64 [P]. Pieces of text are all of one length but perhaps the last: no search is needed."""
+    """Row numbers int64 [P]. Pieces of text are all of one length but perhaps the last: no search is needed, and the
+    last one goes to the first row that has room for it."""
     usual = inputs_P[0], targets_P[0]
     if len(inputs_P) > 2 and usual != (inputs_P[1], targets_P[1]):
         usual = inputs_P[2], targets_P[2]  # one of the first two is the odd one, if there is only one
@@ -214,9 +215,14 @@ def _pack(inputs_P: np.ndarray, targets_P: np.ndarray, input_limit: int, target_
         in_turn = _first_fit(inputs_P.tolist(), targets_P.tolist(), input_limit, target_limit)
         longest_first = _decreasing(inputs_P, targets_P, input_limit, target_limit)
         return longest_first if longest_first.max() + 1 <= (1 - PAYS) * (in_turn.max() + 1) else in_turn
-    fitting = [limit // n for n, limit in zip(usual, (input_limit, target_limit), strict=True) if n]
+    limits = input_limit, target_limit
+    fitting = [limit // n for n, limit in zip(usual, limits, strict=True) if n]
     row_P = (np.cumsum(~odd_P) - 1) // min(fitting, default=len(inputs_P))
-    row_P[odd_P] = row_P[~odd_P].max(initial=-1) + 1
+    for odd in np.flatnonzero(odd_P).tolist():
+        sizes_R = np.bincount(row_P[~odd_P])
+        needs = inputs_P[odd], targets_P[odd]
+        room_R = [n * sizes_R + need <= limit for n, need, limit in zip(usual, needs, limits, strict=True)]
+        row_P[odd] = [*np.flatnonzero(room_R[0] & room_R[1]), len(sizes_R)][0]
     return row_P
 
 

@@ -162,9 +162,30 @@ def test_pieces_of_one_length_are_packed_as_first_fit_packs_them(odd: int | None
         inputs[odd], targets[odd] = 2, 1
     row_P = _pack(inputs, targets, 9, 11)
     sums = np.stack([np.bincount(row_P, side) for side in (inputs, targets)])
-    assert (sums <= [[9], [11]]).all() and np.bincount(row_P).max() == 2
+    in_turn = _first_fit(inputs.tolist(), targets.tolist(), 9, 11)
+    assert (sums <= [[9], [11]]).all() and row_P.max() <= in_turn.max()
     if odd is None:
-        assert row_P.tolist() == _first_fit(inputs.tolist(), targets.tolist(), 9, 11).tolist()
+        assert row_P.tolist() == in_turn.tolist()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "limit", "rows"),
+    [
+        ([3, 2], 9, 1),
+        ([3, 2], 5, 1),
+        ([3, 2], 4, 2),
+        ([3, 3, 2], 9, 1),
+        ([3, 3, 3, 1], 10, 1),
+        ([4, 4, 4, 4, 2], 10, 2),
+    ],
+)
+def test_an_odd_example_shares_a_row_where_it_fits(lengths: list[int], limit: int, rows: int) -> None:
+    for seed in range(6):  # it may come first, last or between
+        both = np.array(lengths), np.array(lengths)
+        plan = plan_epoch(*both, input_limit=limit, target_limit=limit, seed=seed, epoch=0)
+        assert len(plan) == rows
+        assert sorted(i for row in rows_of(plan) for i in row) == list(range(len(lengths)))
+        assert all(sum(lengths[i] for i in row) <= limit for row in rows_of(plan))
 
 
 def test_examples_that_belong_together_share_a_row() -> None:
