@@ -101,7 +101,7 @@ def _loader(folder: Path, objective: RawText, rows: int, input_length: int, targ
         pad_id=0,
         start_id=0,
         content_hash="",
-        vocab_size=VOCAB,
+        ordinary_ids=np.arange(3, VOCAB - 100),
         sentinels=100,
         sentinel_id=lambda k: VOCAB - 1 - k,
     )

@@ -74,6 +74,8 @@ def open_training(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path, hos
     if isinstance(mixture, SourceConfig):
         return _loader(config, parts[0], cache_dir, host)
     rates = [mixture.rates([part.size for part in parts]), *(stage.rates for stage in mixture.curriculum)]
+    for each in rates:
+        _check_rates(mixture, [part.train_split for part in mixture.parts], parts, each)
 
     def open_stage(stage: int, begun: Sequence[int] | None) -> tuple[MixedExamples, Loader]:
         examples = MixedExamples(parts, rates[stage], config.seed, begun)
@@ -87,9 +89,9 @@ def open_validation(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path, h
     parts = _parts(config, [part.validation_split for part in parts_of(config.source)], tokenizer, cache_dir)
     mixture = config.source
     if isinstance(mixture, SourceMixture):
-        return _loader(
-            config, MixedExamples(parts, mixture.rates([p.size for p in parts]), config.seed), cache_dir, host
-        )
+        rates = mixture.rates([part.size for part in parts])
+        _check_rates(mixture, [part.validation_split for part in mixture.parts], parts, rates)
+        return _loader(config, MixedExamples(parts, rates, config.seed), cache_dir, host)
     return _loader(config, parts[0], cache_dir, host)
 
 
@@ -152,6 +154,18 @@ class StagedLoader:
                 steps = self._first_steps[last] - self._first_steps[last - 1]
                 self._stages.append(self._open(last, examples.behind(loader.planned(steps))))
             return self._stages[stage][1]
+
+
+def _check_rates(
+    mixture: SourceMixture, splits: Sequence[str], parts: Sequence[Examples], rates: Sequence[float]
+) -> None:
+    """Raises UserError for a part that has no examples, but a rate."""
+    for number, (source, split, examples, rate) in enumerate(zip(mixture.parts, splits, parts, rates, strict=True)):
+        if rate and not examples.size:
+            raise UserError(
+                f"source.parts[{number}] ({source.name}) has no examples in split {split!r}, but rate {rate:g}: "
+                "give it a larger split, or rate 0"
+            )
 
 
 def _parts(config: DataConfig, splits: Sequence[str], tokenizer: Tokenizer, cache_dir: Path) -> list[Examples]:

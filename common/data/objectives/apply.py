@@ -50,8 +50,10 @@ class SpecialIds(Protocol):
     pad_id: int
     start_id: int
     content_hash: str
-    vocab_size: int
     sentinels: int
+
+    @property
+    def ordinary_ids(self) -> np.ndarray: ...
 
     def sentinel_id(self, k: int) -> int: ...
 
@@ -173,7 +175,7 @@ def _denoise(
                 density=density,
                 random_share=random_share,
                 mask_id=ids.sentinel_id(0),
-                vocab_size=ids.vocab_size - ids.sentinels,
+                ordinary_X=ids.ordinary_ids,
             )
         case Deshuffling():
             return denoising.deshuffling(tokens_EL, seed, index_E)

@@ -3,7 +3,7 @@
 Pure functions of (seed, index, tokens), which know no model, and of a tokenizer only ids. What they return has neither
 padding nor eos; loss is on every target. The variants are those of Raffel et al. 2020 (arXiv 1910.10683), section 3.3.
 
-Legend: E examples, L tokens of a raw text, S sentinels.
+Legend: E examples, L tokens of a raw text, S sentinels, X ordinary ids.
 """
 
 import numpy as np
@@ -67,21 +67,22 @@ def bert_style(
     density: float,
     random_share: float,
     mask_id: int,
-    vocab_size: int,
+    ordinary_X: np.ndarray,
 ) -> Pairs:
     """The text with `density` of its tokens masked, `random_share` of these by random tokens; to the whole text.
 
-    Devlin et al. 2019 (arXiv 1810.04805) as T5 adapts it; with no random tokens it is the MASS style there. Below, 99
-    is the mask and 2 came by chance.
+    Random tokens are drawn from `ordinary_X`, the ids that texts consist of. Devlin et al. 2019 (arXiv 1810.04805) as
+    T5 adapts it; with no random tokens it is the MASS style there. Below, 99 is the mask and 4 came by chance.
 
     >>> text, share = np.arange(10, 20, dtype=np.int32)[None], {"density": 0.4, "random_share": 0.25}
-    >>> inputs, targets = bert_style(text, 0, np.array([7]), **share, mask_id=99, vocab_size=10)
+    >>> inputs, targets = bert_style(text, 0, np.array([7]), **share, mask_id=99, ordinary_X=np.arange(3, 10))
     >>> inputs[0].tolist(), targets[0].tolist() == text[0].tolist()
-    ([10, 11, 99, 13, 14, 99, 99, 17, 2, 99], True)
+    ([10, 11, 99, 13, 14, 99, 99, 17, 4, 99], True)
     """
     L = tokens_EL.shape[1]
     draws_EX = draw_uniform(seed, index_E, 2 * L)
-    noise_EL, any_EL = draws_EX[:, :L], (draws_EX[:, L:] * vocab_size).astype(np.int32)
+    noise_EL = draws_EX[:, :L]
+    any_EL = ordinary_X[(draws_EX[:, L:] * len(ordinary_X)).astype(np.int64)].astype(np.int32)
     masks_EL = np.where(noise_EL < density * random_share, any_EL, np.int32(mask_id))
     return _equal(np.where(noise_EL < density, masks_EL, tokens_EL)), _equal(tokens_EL)
 

@@ -49,6 +49,7 @@ def shuffled(index_E: np.ndarray, size: int, seed: int, epoch_E: np.ndarray) -> 
     >>> sorted(shuffled(np.arange(10), 10, seed=3, epoch_E=np.zeros(10, np.int64)).tolist()) == list(range(10))
     True
     """
+    assert size > 0, "nothing has no permutation that an index could be sought in"
     half = np.uint64(max(1, (int(size - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
     keys_ER = draw_bits(seed ^ SHUFFLE, epoch_E, ROUNDS)

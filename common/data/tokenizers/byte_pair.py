@@ -5,6 +5,7 @@ Source: Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Sub
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -90,6 +91,13 @@ class BytePairTokenizer:
             WHOLE: self.read_from.get(WHOLE) or self._tokenizer.to_str().encode(),
             "tokenizer_config.json": json.dumps(described, indent=2).encode(),
         }
+
+    @functools.cached_property
+    def ordinary_ids(self) -> np.ndarray:
+        """int32: the ids that texts are spelled with, which are neither special nor sentinels."""
+        special = {token for token, added in self._tokenizer.get_added_tokens_decoder().items() if added.special}
+        special |= {self.pad_id, self.eos_id, self.unk_id, self.start_id}
+        return np.array(sorted(self._known - special - set(self._sentinel_ids)), np.int32)
 
     def encode(self, text: str) -> np.ndarray:
         """int32 [length]: the ids of `text` alone. Raises UserError for text that is not valid Unicode."""

@@ -5,6 +5,7 @@ neural text processing" (https://arxiv.org/abs/1808.06226); sentinels as in Raff
 (https://arxiv.org/abs/1910.10683): ids on top of the pieces, counted down from the highest.
 """
 
+import functools
 import hashlib
 import io
 import re
@@ -55,6 +56,14 @@ class SentencePieceTokenizer:
         self.content_hash = hashlib.blake2b(model + f"|{sentinels}".encode(), digest_size=16).hexdigest()
         """Of the model's bytes and the number of sentinels: two tokenizers with equal hashes write equal ids."""
         self._mark_ids = self._spell_mark()
+
+    @functools.cached_property
+    def ordinary_ids(self) -> np.ndarray:
+        """int32: the ids that texts are spelled with, which are neither special nor sentinels."""
+        model = self._model
+        special = (model.is_control, model.is_unknown, model.is_unused)
+        ids = [piece for piece in range(self.pieces) if not any(is_special(piece) for is_special in special)]
+        return np.array(ids, np.int32)
 
     def serialized(self) -> bytes:
         """The SentencePiece model, without sentinels, as it was read."""

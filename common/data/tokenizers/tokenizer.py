@@ -47,6 +47,11 @@ class Tokenizer(Protocol):
     content_hash: str
     """Two tokenizers with equal hashes write equal ids."""
 
+    @property
+    def ordinary_ids(self) -> np.ndarray:
+        """int32: the ids that texts are spelled with, which are neither special nor sentinels."""
+        ...
+
     def encode(self, text: str) -> np.ndarray:
         """int32 [length]: the ids of `text` alone. Raises UserError for text that is not valid Unicode."""
         ...

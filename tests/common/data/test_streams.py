@@ -282,6 +282,47 @@ def test_temperature_raises_the_share_of_the_small(
     assert shares[0] < 0.15 and 0.4 < shares[1] < 0.6, "20 of 320 examples, and nearly half"
 
 
+@pytest.mark.parametrize("objective", [CausalLM(), UL2()])
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_part_without_examples_is_named(
+    folder: Path, tmp_path: Path, tokenizer: SentencePieceTokenizer, objective: Objective, split: str
+) -> None:
+    """Wherever its rate is positive, also in a later stage of a curriculum."""
+    for each in ("train", "validation"):
+        lines = "" if each == split else "some words\n" * 30
+        (tmp_path / f"small.{each}.txt").write_text(lines)
+    source = mixture(folder, by=ByRate(rates=(1.0, 1.0)))
+    source = dataclasses.replace(source, parts=(*source.parts[:1], text(tmp_path, "small")))
+    target_length = 128 if objective == CausalLM() else SLOTS
+
+    def opened(source: SourceMixture) -> Loader | StagedLoader:
+        config = config_of(source, objective, target_length=target_length)
+        opens = open_training if split == "train" else open_validation
+        return opens(config, tokenizer, tmp_path / "cache", Host())
+
+    named = rf"parts\[1\] \(text:{tmp_path}/small.* has no examples in split '{split}', but rate 1"
+    with pytest.raises(UserError, match=named):
+        opened(source)
+    nothing = dataclasses.replace(source, by=ByRate(rates=(1.0, 0.0)))
+    later = dataclasses.replace(nothing, curriculum=(Stage(from_step=2, rates=(1.0, 1.0)),))
+    if split == "train":
+        with pytest.raises(UserError, match=named):
+            opened(later)
+    assert opened(nothing).batch(0).examples > 0
+
+
+def test_random_tokens_of_bert_style_are_ordinary_ones(
+    folder: Path, tmp_path: Path, tokenizer: SentencePieceTokenizer
+) -> None:
+    """Neither special nor sentinels, and all others alike."""
+    loader = open_training(config_of(text(folder), BertStyle(random_share=1.0)), tokenizer, tmp_path, Host())
+    assert isinstance(loader, Loader)
+    texts = [made.inputs_I[:-1] for made in loader._examples.make(np.arange(4000))]
+    seen = np.concatenate([inputs[inputs != tokenizer.sentinel_id(0)] for inputs in texts])
+    assert seen.min() == 3 and seen.max() == tokenizer.pieces - 1
+    assert tokenizer.ordinary_ids.tolist() == list(range(3, tokenizer.pieces))
+
+
 def test_tokens_are_shared_by_objectives(
     folder: Path, tmp_path: Path, tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

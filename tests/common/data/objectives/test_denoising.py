@@ -23,7 +23,7 @@ OBJECTIVES: dict[str, Callable[..., Pairs]] = {
     "spans": partial(span_corruption, density=0.15, mean_span=3.0, sentinels_S=SENTINELS),
     "long-spans": partial(span_corruption, density=0.5, mean_span=8.0, sentinels_S=SENTINELS),
     "iid": partial(iid_denoising, density=0.15, sentinels_S=SENTINELS),
-    "bert": partial(bert_style, density=0.15, random_share=0.1, mask_id=999, vocab_size=VOCAB),
+    "bert": partial(bert_style, density=0.15, random_share=0.1, mask_id=999, ordinary_X=np.arange(VOCAB)),
     "deshuffling": deshuffling,
     "prefix": partial(prefix_lm, complementary=False),
     "pairs": partial(prefix_lm, complementary=True),
@@ -193,7 +193,7 @@ def test_complementary_pairs_fill_both_sides() -> None:
 
 def test_shares_of_masked_and_random_tokens() -> None:
     texts = np.full((200, 500), 5, np.int32)
-    made = partial(bert_style, texts, 0, np.arange(200), density=0.15, mask_id=999, vocab_size=VOCAB)
+    made = partial(bert_style, texts, 0, np.arange(200), density=0.15, mask_id=999, ordinary_X=np.arange(VOCAB))
     inputs, targets = made(random_share=0.1)
     assert (targets.tokens_P == 5).all()
     masked, random = (inputs.tokens_P == 999).sum(), (~np.isin(inputs.tokens_P, (5, 999))).sum()

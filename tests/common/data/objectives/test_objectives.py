@@ -28,7 +28,9 @@ from common.data.sources.config import SourceConfig
 from common.errors import UserError
 
 SENTINELS = 20
-IDS = types.SimpleNamespace(eos_id=1, vocab_size=120, sentinels=SENTINELS, sentinel_id=lambda k: 119 - k)
+IDS = types.SimpleNamespace(
+    eos_id=1, ordinary_ids=np.arange(3, 100), sentinels=SENTINELS, sentinel_id=lambda k: 119 - k
+)
 OBJECTIVES: list[Single] = [
     Supervised(),
     Supervised(eos_after_inputs=False),
@@ -176,7 +178,9 @@ def test_whole_pieces_fit(objective: RawText, target_length: int, piece: int) ->
     change = {"objective": objective, "target_length": target_length, "tokenizer": PIECES}
     config = DataConfig(**RAW | change | ({"input_length": 0} if objective == FullLM() else {}))
     assert needs_of(objective, config.input_length, config.target_length).piece == piece
-    ids = types.SimpleNamespace(eos_id=1, vocab_size=2000, sentinels=100, sentinel_id=lambda k: 1999 - k)
+    ids = types.SimpleNamespace(
+        eos_id=1, ordinary_ids=np.arange(3, 1900), sentinels=100, sentinel_id=lambda k: 1999 - k
+    )
     inputs_E, targets_E = piece_lengths(objective, piece, seed=0, index_E=np.arange(300), ids=ids)
     assert inputs_E.max() <= 512
     assert targets_E.max() <= target_length
