@@ -24,7 +24,7 @@ from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
 from experiments.commands import prepare_jax
 from experiments.console import Progress
-from experiments.models import Loaded, find_model, open_model
+from experiments.models import find_model, open_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,6 @@ def generate(
     with progress.console.status("opening the model"):
         loaded = open_model(model, execution, make_mesh(MeshShape(data=devices)))
         encoded = [encode_prompt(prompt, loaded.text) for prompt in prompts]
-    _check_positions(loaded, encoded, job.limits)
     generator = Generator(
         loaded.model,
         loaded.params,
@@ -256,13 +255,3 @@ class _Partial:
     def finish(self, rows: list[dict[str, Any]]) -> None:
         write_rows(self._out, rows)
         self._path.unlink(missing_ok=True)
-
-
-def _check_positions(loaded: Loaded, encoded: Sequence[EncodedPrompt], limits: Limits) -> None:
-    most = loaded.config.max_positions
-    longest = max((len(prompt.inputs_I) for prompt in encoded), default=0)
-    if most is not None and longest + limits.max_new_tokens > most:
-        raise UserError(
-            f"the longest prompt has {longest} tokens and {limits.max_new_tokens} may follow, but the model knows "
-            f"{most} positions; nearest: max_new_tokens={max(0, most - longest)}"
-        )

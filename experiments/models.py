@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from common.config import from_json
 from common.data.cache import default_cache_dir
 from common.data.config import BytePairConfig, DataConfig, SentencePieceConfig, TokenizerConfig
-from common.data.objectives.config import Objective, PrefixLM, Supervised
+from common.data.objectives.config import Objective, PrefixLM, Supervised, has_inputs
 from common.data.streams import open_training_text
 from common.data.tokenizers.kept import read_kept
 from common.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
@@ -32,6 +32,7 @@ from experiments.config import ModelConfig
 from experiments.families import builder
 
 Alignment = Literal["start_token", "native"]
+Prompts = Literal["inputs", "targets"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,8 @@ class Text:
     """Whether a text on its own begins with `bos_id`."""
     eos_after_inputs: bool = True
     """Whether inputs, where they are apart from targets, end with an end token."""
+    prompts: Prompts = "inputs"
+    """Where a prompt stands, where inputs are apart from targets: a language model's inputs are always empty."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,6 +153,7 @@ def _text_of_run(arm_dir: Path, data: DataConfig) -> Text:
         bos_id=None,
         add_bos=False,
         eos_after_inputs=_ends_inputs(data.objective),
+        prompts="inputs" if has_inputs(data.objective) else "targets",
     )
 
 
@@ -195,6 +199,7 @@ class Conventions:
     start_id: int
     eos_ids: tuple[int, ...]
     bos_id: int | None
+    prompts: Prompts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -218,7 +223,7 @@ class FolderDescription:
 def describe_folder(path: Path) -> FolderDescription:
     """Raises UserError where `path` is no model folder, or its model.json is not of the expected form."""
     manifest = folder.read_manifest(path)
-    text = dict(manifest["text"])
+    text = {"prompts": "inputs"} | manifest["text"]
     tokenizer = text.pop("tokenizer", None)
     try:
         known = from_json(_Described, {"model": manifest["model"], "text": text})
@@ -246,6 +251,7 @@ def _in_folder(path: Path) -> Found:
             eos_ids=described.text.eos_ids,
             bos_id=described.text.bos_id,
             add_bos=described.add_bos,
+            prompts=described.text.prompts,
         ),
     )
 

@@ -37,6 +37,7 @@ def folder_from_run(source: str, destination: Path, progress: Progress) -> list[
             "start_id": text.start_id,
             "eos_ids": list(text.eos_ids),
             "bos_id": text.bos_id,
+            "prompts": text.prompts,
         }
         writer.manifest(model=to_json(found.config), text=described, source={"format": "run"})
     count = found.config.param_count()

@@ -6,7 +6,8 @@ Each line is a JSON object of one of three forms; texts may also be lists of tok
     {"context": ..., "continuation": ...}    as a language model: both are targets, the continuation is scored
     {"text": ...}                            the same without a context
 
-For a model whose inputs and targets are one text ("native" alignment) the first form means what the second does.
+For a language model, whose inputs are always empty or one text with its targets ("native" alignment), the first form
+means what the second does.
 """
 
 from collections.abc import Sequence
@@ -47,7 +48,7 @@ def score_file(
     for number, record in enumerate(records, 1):
         try:
             pairs.append(to_pair(record, loaded.text, loaded.config.vocab_size, eos=eos))
-            refuse_long("it", pairs[-1], max(lengths), loaded.config.max_positions)
+            refuse_long("it", pairs[-1], max(lengths), loaded.model)
         except UserError as error:
             raise UserError(f"{file}, line {number}: {error}") from None
     with Progress(Console(stderr=True)).bar(f"scoring with {loaded.origin}", len(pairs)) as advance:
@@ -78,7 +79,7 @@ def read_records(file: Path) -> list[dict[str, Any]]:
 def to_pair(record: dict[str, Any], text: Text, vocab_size: int, *, eos: bool) -> Pair:
     """What is scored for one record. Raises UserError for values that are no text, or ids beyond the vocabulary."""
     before, after = next((form[0] if len(form) == 2 else None, form[-1]) for form in FORMS if form[-1] in record)
-    supervised = before == "inputs" and text.alignment == "start_token"
+    supervised = before == "inputs" and text.alignment == "start_token" and text.prompts == "inputs"
     if supervised:
         inputs, targets = (_ids(record, name, text, vocab_size) for name in FORMS[0])
         inputs = [*inputs, *(text.eos_ids[:1] if text.eos_after_inputs else ())]

@@ -25,6 +25,7 @@ class _OwnRules:
     bos_id: None = None
     add_bos: bool = False
     eos_after_inputs: bool = False
+    prompts: Literal["inputs"] = "inputs"
 
 
 def decode_greedily(

@@ -26,8 +26,10 @@ from common.infer.decode import (
     in_rooms,
     is_one_of,
     next_logits,
+    read,
 )
 from common.infer.prompt import Prompt
+from common.sharding.hosts import whole
 
 
 def penalty(length: jax.Array, alpha: float) -> jax.Array:
@@ -142,11 +144,11 @@ class BeamDecoder:
     def read(self, state: BeamState) -> Decoded:
         """Finished texts first, best first among them, then live ones."""
         texts, K = state.finished.and_also(state.live), self._method.size
-        scores_BK, ended_BK = np.array(texts.scores_BK), np.arange(2 * K) < K
+        scores_BK, ended_BK = whole(texts.scores_BK), np.arange(2 * K) < K
         order_BK = np.lexsort((-scores_BK, np.broadcast_to(~ended_BK, scores_BK.shape), np.isneginf(scores_BK)))[:, :K]
 
         def ordered(x: jax.Array) -> np.ndarray:
-            return np.take_along_axis(np.array(x), order_BK.reshape(*order_BK.shape, *(1,) * (x.ndim - 2)), axis=1)
+            return np.take_along_axis(whole(x), order_BK.reshape(*order_BK.shape, *(1,) * (x.ndim - 2)), axis=1)
 
         return Decoded(
             tokens_BRT=ordered(texts.tokens_BKT),
@@ -154,7 +156,7 @@ class BeamDecoder:
             lengths_BR=ordered(texts.lengths_BK),
             ended_BR=order_BK < K,
             scores_BR=ordered(texts.scores_BK),
-            running_B=~np.array(state.stopped_B),
+            running_B=~whole(state.stopped_B),
         )
 
     def _begin(self, weights: Weights, prompt: Prompt, present_B: jax.Array, slots: int) -> BeamState:
@@ -165,7 +167,7 @@ class BeamDecoder:
         return BeamState(
             step=jnp.int32(0),
             token_BK=jnp.repeat(prompt.starts_B[:, None], K, axis=1),
-            cache=self._model.merge(weights.params).prefill(prompt, room).repeat_rows(K),
+            cache=read(self._model.merge(weights.params), prompt, room).repeat_rows(K),
             live=dataclasses.replace(none, log_probs_BK=first_BK, scores_BK=first_BK),
             finished=none,
             stopped_B=~present_B,

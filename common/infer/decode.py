@@ -1,6 +1,7 @@
 """Decoding with a cache, one token a row at a time: greedy or sampled.
 
-Legend: B batch rows, D model, V vocab, U tiles of W words, T token slots (room for new tokens), R texts a row.
+Legend: B batch rows, W slots of decoder inputs, P pieces of Q of them, D model, V vocab, U tiles of X words, T token
+slots (room for new tokens), R texts a row.
 """
 
 import dataclasses
@@ -21,12 +22,19 @@ from common.sharding.hosts import whole
 from common.sharding.rules import constrain
 
 TILE = 128
+READ_AT_ONCE = 128
+"""Decoder inputs of a prompt that are read together: attention holds the logits of all of them at once."""
 FIRST_ROOM = 64
 """Tokens for which there is room at first; each time it is used up, there is twice as much."""
 
 
 class Weightless(Protocol):
     """A model without its numbers, such as `common.train.state.Skeleton`."""
+
+    @property
+    def max_positions(self) -> int | None:
+        """Positions that a text may have; None: any number."""
+        ...
 
     def merge(self, params: Any) -> Model: ...
 
@@ -47,6 +55,22 @@ class Weights:
 def prepare(model: Weightless, params: Any) -> Weights:
     """Done once a model, so that no step and no batch has to."""
     return Weights(params=model.for_decoding(params), head_DV=model.merge(params).head())
+
+
+def read(model: Model, prompt: Prompt, room: int) -> Any:
+    """A cache that holds all of the prompt but its `starts_B`, and has room for `room` decoder inputs behind it."""
+    if prompt.written_BW is None:
+        return model.prefill(prompt, room)
+    tokens_BW = prompt.written_BW
+    B, W = tokens_BW.shape
+    at_once = math.gcd(W, READ_AT_ONCE) if W > READ_AT_ONCE else W
+
+    def go_on(cache: Any, tokens_BQ: jax.Array) -> tuple[Any, None]:
+        return model.decode(tokens_BQ, cache)[1], None
+
+    pieces_PBQ = tokens_BW.reshape(B, W // at_once, at_once).swapaxes(0, 1)
+    cache, _ = jax.lax.scan(go_on, model.prefill(prompt, W + room), pieces_PBQ)
+    return cache.keep(W, prompt.written_lengths_B)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,7 +217,7 @@ class Decoder:
         return State(
             step=jnp.int32(0),
             token_B=prompt.starts_B,
-            cache=self._model.merge(weights.params).prefill(prompt, room),
+            cache=read(self._model.merge(weights.params), prompt, room),
             keys_B=keys_B,
             tokens_BT=jnp.zeros((B, room), jnp.int32),
             log_probs_BT=jnp.zeros((B, room), jnp.float32),
@@ -286,10 +310,10 @@ def first_argmax(logits_BV: jax.Array) -> jax.Array:
 
     XLA's argmax is slow on a CPU, where this reads all logits once, in a plain maximum.
     """
-    tiles_BUW = logits_BV.reshape(len(logits_BV), -1, math.gcd(logits_BV.shape[1], TILE))
-    tile_B = jnp.argmax(tiles_BUW.max(axis=2), axis=1).astype(jnp.int32)
-    tile_BW = jnp.take_along_axis(tiles_BUW, tile_B[:, None, None], axis=1)[:, 0]
-    return tile_B * tiles_BUW.shape[2] + jnp.argmax(tile_BW, axis=1).astype(jnp.int32)
+    tiles_BUX = logits_BV.reshape(len(logits_BV), -1, math.gcd(logits_BV.shape[1], TILE))
+    tile_B = jnp.argmax(tiles_BUX.max(axis=2), axis=1).astype(jnp.int32)
+    tile_BX = jnp.take_along_axis(tiles_BUX, tile_B[:, None, None], axis=1)[:, 0]
+    return tile_B * tiles_BUX.shape[2] + jnp.argmax(tile_BX, axis=1).astype(jnp.int32)
 
 
 def next_logits(h_BD: jax.Array, head_DV: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from common.errors import UserError
 from common.infer.beam import BeamDecoder
 from common.infer.config import Beam, Limits, Method
 from common.infer.decode import Decoded, Decoder, Seeds, Weightless, prepare
@@ -63,7 +64,7 @@ class Generator:
         self._mesh, self._rules, self._limits, self._seed = mesh, rules, limits, seed
         make = BeamDecoder if isinstance(method, Beam) else Decoder
         self._decoder: Any = make(model, method, rules.eos_ids)  # type: ignore[arg-type]
-        self._rows = _fitting_rows(rows, mesh)
+        self._rows, self._max_positions = _fitting_rows(rows, mesh), model.max_positions
         with jax.set_mesh(mesh):
             self._weights = prepare(model, params)
 
@@ -74,8 +75,17 @@ class Generator:
 
         A text depends on its request alone, beyond rounding. `on_text` hears pieces of the requests' texts as they are
         made (of single texts: beam search has none before its end).
+
+        Raises UserError, before anything is made, where a prompt and its text may need more positions than the model
+        has.
         """
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt.inputs_I))
+        refuse_positions([request.prompt for request in requests], self._limits, self._max_positions)
+        return self._complete(requests, on_text)
+
+    def _complete(
+        self, requests: Sequence[Request], on_text: Callable[[int, str], None] | None
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        order = sorted(range(len(requests)), key=lambda i: requests[i].prompt.length)
         rows = min(self._rows, _fitting_rows(1 << (len(order) - 1).bit_length(), self._mesh)) if order else 0
         for first in range(0, len(order), rows or 1):
             chosen = order[first : first + rows]
@@ -116,7 +126,12 @@ class Generator:
             prompts_B=np.array([r.prompt.hash() for r in requests] + missing, np.uint32),
             samples_B=np.array([r.sample for r in requests] + missing, np.uint32),
         )
-        prompt = pad_prompts([r.prompt.inputs_I for r in requests], [r.prompt.start for r in requests], rows=rows)
+        prompt = pad_prompts(
+            [r.prompt.inputs_I for r in requests],
+            [r.prompt.start for r in requests],
+            rows=rows,
+            written=[r.prompt.written for r in requests],
+        )
         slots = bucket(self._limits.max_new_tokens)
         return self._decoder.start(self._weights, prompt, seeds, np.arange(rows) < len(requests), slots=slots)
 
@@ -157,6 +172,16 @@ class _Watched:
         piece = text[self._shown : end]
         self._shown = max(self._shown, end)
         return piece
+
+
+def refuse_positions(prompts: Sequence[EncodedPrompt], limits: Limits, max_positions: int | None) -> None:
+    """Raises UserError where a prompt and what may follow have more positions than the model (None: any number)."""
+    longest = max((prompt.length for prompt in prompts), default=0)
+    if max_positions is not None and longest + limits.max_new_tokens > max_positions:
+        raise UserError(
+            f"the longest prompt has {longest} tokens and {limits.max_new_tokens} may follow, but the model knows "
+            f"{max_positions} positions; nearest: max_new_tokens={max(0, max_positions - longest)}"
+        )
 
 
 def _tokens(found: Decoded, row: int, place: int, rules: TextRules) -> list[int]:

@@ -1,10 +1,11 @@
 """What decoding starts from.
 
-Legend: B batch rows, I input slots.
+Legend: B batch rows, I input slots, W slots of decoder inputs.
 """
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,11 @@ class Prompt:
     inputs_BI: jax.Array
     lengths_B: jax.Array
     starts_B: jax.Array
-    """Each row's first decoder input: the start token, or, for a language model whose inputs and targets are one text,
+    """Each row's next decoder input: the start token, or, for a language model whose inputs and targets are one text,
     the prompt's last token (its inputs are then the prompt without it)."""
+    written_BW: jax.Array | None = None
+    """Decoder inputs before that one, at the left; None where no row has any."""
+    written_lengths_B: jax.Array | None = None
 
     def positions_BI(self) -> jax.Array:
         B, I = self.inputs_BI.shape  # noqa: E741 (a shape letter)
@@ -32,15 +36,29 @@ class Prompt:
         return (self.positions_BI() < self.lengths_B[:, None]).astype(jnp.int32)
 
 
-def pad_prompts(inputs: Sequence[np.ndarray], starts: Sequence[int], *, rows: int) -> Prompt:
-    """NumPy arrays of `rows` rows, wide enough for the longest input's bucket; missing rows are empty."""
+def pad_prompts(
+    inputs: Sequence[np.ndarray], starts: Sequence[int], *, rows: int, written: Sequence[Sequence[int]] | None = None
+) -> Prompt:
+    """NumPy arrays of `rows` rows, wide enough for the longest input's bucket; missing rows are empty.
+
+    `written` are each row's decoder inputs before its start; None: there are none.
+    """
     assert 0 < len(inputs) == len(starts) <= rows
-    inputs_BI = np.zeros((rows, bucket(max(map(len, inputs)))), np.int32)
-    lengths_B, starts_B = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-    for row, (x, start) in enumerate(zip(inputs, starts, strict=True)):
-        inputs_BI[row, : len(x)] = x
-        lengths_B[row], starts_B[row] = len(x), start
-    return Prompt(inputs_BI=inputs_BI, lengths_B=lengths_B, starts_B=starts_B)  # type: ignore[arg-type]
+    inputs_BI, lengths_B = _padded(inputs, rows)
+    starts_B = np.zeros(rows, np.int32)
+    starts_B[: len(starts)] = starts
+    before: dict[str, Any] = {}
+    if written is not None and any(map(len, written)):
+        before["written_BW"], before["written_lengths_B"] = _padded(written, rows)
+    return Prompt(inputs_BI=inputs_BI, lengths_B=lengths_B, starts_B=starts_B, **before)  # type: ignore[arg-type]
+
+
+def _padded(sequences: Sequence[Sequence[int] | np.ndarray], rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """(int32 [rows, bucket of the longest], lengths)."""
+    padded, lengths = np.zeros((rows, bucket(max(map(len, sequences)))), np.int32), np.zeros(rows, np.int32)
+    for row, tokens in enumerate(sequences):
+        padded[row, : len(tokens)], lengths[row] = tokens, len(tokens)
+    return padded, lengths
 
 
 def bucket(length: int) -> int:

@@ -8,6 +8,7 @@ chunk, D model, V vocab.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from common.data.packing import plan_epoch
 from common.errors import UserError
 from common.nn.loss import slots_at_once
 from common.nn.recipe import Execution
+from common.sharding.hosts import whole
 from common.sharding.rules import constrain, parts
 from common.sharding.shape import ROW_AXES
 from common.train.state import Skeleton
@@ -103,8 +105,9 @@ def continuation(
     )
 
 
-def refuse_long(name: str, pair: Pair, longest: int, max_positions: int | None) -> None:
-    """Raises UserError for a pair that no row can hold, or with more positions than the model has (None: any)."""
+def refuse_long(name: str, pair: Pair, longest: int, model: Skeleton) -> None:
+    """Raises UserError for a pair that no row can hold, or with more positions than the model has."""
+    max_positions = model.max_positions
     inputs, targets = len(pair.example.inputs_I), len(pair.example.targets_T)
     has = f"{name} has {inputs} input and {targets} target tokens"
     if max(inputs, targets) > longest:
@@ -122,16 +125,16 @@ def score(
     execution: Execution,
     rows: int,
     lengths: Sequence[int] = LENGTHS,
-    max_positions: int | None = None,
     advance: Callable[[int], None] = lambda done: None,
 ) -> list[Score]:
     """The score of each pair, in the order given.
 
     `rows` rows of packed examples go through the model at a time, and logits exist for `execution.loss_chunk` positions
-    of a device's rows. `advance` hears how many examples have just been done.
+    of a device's rows. `advance` hears how many examples have just been done. What is compiled serves later calls with
+    the same model.
 
     Raises UserError, naming the example, for one that is longer than the greatest of `lengths`, or whose inputs and
-    targets together have more positions than the model (`max_positions`), and where `rows` do not divide over the mesh.
+    targets together have more positions than the model, and where `rows` do not divide over the mesh.
     """
     row_parts = math.prod(mesh.shape[axis] for axis in ROW_AXES)
     if rows % row_parts:
@@ -140,13 +143,13 @@ def score(
             f"nearest: {-(-rows // row_parts) * row_parts}"
         )
     for i, p in enumerate(pairs):
-        refuse_long(f"pairs[{i}]", p, max(lengths), max_positions)
-    program = jax.jit(_program(model, execution))
+        refuse_long(f"pairs[{i}]", p, max(lengths), model)
+    program = _program(model, execution)
     scores = [_score(p.example, np.zeros(0, np.float32), np.zeros(0, bool)) for p in pairs]
     advance(sum(not len(p.example.targets_T) for p in pairs))
     with jax.set_mesh(mesh):
         for chosen, batch in _batches(pairs, rows, sorted(lengths)):
-            log_probs_BT, greedy_BT = map(np.asarray, program(params, batch))
+            log_probs_BT, greedy_BT = map(whole, program(params, batch))
             for b, row in enumerate(chosen):
                 begin = 0
                 for i in row:
@@ -174,18 +177,23 @@ def target_log_probs(
         best_BU = jnp.argmax(logits_BUV, axis=-1).astype(jnp.int32)
         return of_target_BU - jax.nn.logsumexp(logits_BUV, axis=-1), best_BU == targets_BU
 
-    whole = 0 if unroll else T // U
+    scanned = 0 if unroll else T // U
     pieces = []
-    if whole:
-        split = [jnp.moveaxis(x[:, : whole * U].reshape(B, whole, U, *x.shape[2:]), 1, 0) for x in (h_BTD, targets_BT)]
-        pieces.append([jnp.moveaxis(x, 0, 1).reshape(B, whole * U) for x in jax.lax.map(lambda x: one(*x), split)])
-    for start in range(whole * U, T, U):
+    if scanned:
+        split = [
+            jnp.moveaxis(x[:, : scanned * U].reshape(B, scanned, U, *x.shape[2:]), 1, 0) for x in (h_BTD, targets_BT)
+        ]
+        pieces.append([jnp.moveaxis(x, 0, 1).reshape(B, scanned * U) for x in jax.lax.map(lambda x: one(*x), split)])
+    for start in range(scanned * U, T, U):
         pieces.append([*one(h_BTD[:, start : start + U], targets_BT[:, start : start + U])])
     log_probs, greedy = (jnp.concatenate(x, axis=1) for x in zip(*pieces, strict=True))
     return log_probs, greedy
 
 
+@functools.lru_cache(maxsize=4)
 def _program(model: Skeleton, execution: Execution) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
+    """Compiled once for each shape of a batch."""
+
     def program(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         precision = None if execution.matmul_precision == "default" else execution.matmul_precision
         with jax.default_matmul_precision(precision):
@@ -194,7 +202,7 @@ def _program(model: Skeleton, execution: Execution) -> Callable[[Any, Batch], tu
             h_BTD, w_DV = merged.hidden(batch), merged.head()
             return target_log_probs(h_BTD, w_DV, batch.targets_BT, execution.loss_chunk, not execution.scan_layers)
 
-    return program
+    return jax.jit(program)
 
 
 def _batches(pairs: Sequence[Pair], rows: int, lengths: Sequence[int]) -> Iterator[tuple[list[list[int]], Batch]]:

@@ -44,6 +44,11 @@ class TextRules(Protocol):
         """Whether inputs, where they are apart from targets, end with an end token."""
         ...
 
+    @property
+    def prompts(self) -> Literal["inputs", "targets"]:
+        """Where a prompt stands, where inputs are apart from targets: a language model's inputs are always empty."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncodedPrompt:
@@ -51,19 +56,30 @@ class EncodedPrompt:
 
     inputs_I: np.ndarray
     start: int
-    """The first decoder input."""
+    """The next decoder input."""
+    written: tuple[int, ...] = ()
+    """Decoder inputs before that one."""
     before: tuple[int, ...] = ()
     """Tokens of the same text as what is written, so that the two are turned into text together."""
 
+    @property
+    def length(self) -> int:
+        """Positions that it takes before its `start`."""
+        return len(self.inputs_I) + len(self.written)
+
     def hash(self) -> int:
         """32 bits of what is read."""
-        read = np.append(np.asarray(self.inputs_I, "<i4"), np.int32(self.start)).astype("<i4").tobytes()
-        return int.from_bytes(hashlib.blake2b(read, digest_size=4).digest(), "little")
+        read = np.concatenate([self.inputs_I, self.written, [self.start]]).astype("<i4").tobytes()
+        person = b"written" if self.written else b""
+        return int.from_bytes(hashlib.blake2b(read, digest_size=4, person=person).digest(), "little")
 
 
 def encode_prompt(text: str, rules: TextRules) -> EncodedPrompt:
     """Raises UserError for text that is not valid Unicode, and for a model without a tokenizer."""
     ids = [int(i) for i in tokenizer_of(rules).encode(text)]
+    if rules.alignment == "start_token" and rules.prompts == "targets":
+        *written, start = rules.start_id, *ids
+        return EncodedPrompt(inputs_I=np.zeros(0, np.int32), start=start, written=tuple(written), before=tuple(ids))
     if rules.alignment == "start_token":
         inputs = ids + ([rules.eos_ids[0]] if rules.eos_after_inputs and rules.eos_ids else [])
         return EncodedPrompt(inputs_I=np.array(inputs, np.int32), start=rules.start_id)

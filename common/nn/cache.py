@@ -98,6 +98,17 @@ class Cache:
             next_position_B=change(self.next_position_B, 0),
         )
 
+    def keep(self, queries: int, lengths_B: jax.Array) -> "Cache":
+        """Of the last `queries` tokens only each row's first `lengths_B`; nobody sees the others (padding)."""
+        begin = self.length - queries
+        slots_1S = jnp.arange(self.segments_BS.shape[1], dtype=jnp.int32)[None]
+        padding_BS = (slots_1S >= begin + lengths_B[:, None]) & (slots_1S < self.length)
+        return dataclasses.replace(
+            self,
+            segments_BS=jnp.where(padding_BS, 0, self.segments_BS),
+            next_position_B=self.next_position_B - queries + lengths_B,
+        )
+
     def advance(self, queries: int, bias: BiasTable | None) -> tuple["Cache", Visibility]:
         """A cache with room taken for `queries` further tokens a row, and what these may see of its slots."""
         positions_BQ = self.next_position_B[:, None] + jnp.arange(queries, dtype=jnp.int32)[None]

@@ -1,6 +1,7 @@
 """Training state: made directly sharded, and described abstractly for checkpoints and ahead-of-time compilation."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from common.nn.linear import in_columns
 from common.nn.stack import per_layer
 from common.sharding.rules import parameter_shardings
 from common.train.adafactor import Factored, moment_axes
+from common.train.paths import flatten
 
 
 @jax.tree_util.register_dataclass
@@ -30,9 +32,9 @@ class TrainState:
     opt_state: Any
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Skeleton:
-    """A model without numbers."""
+    """A model without numbers; equal to itself alone, so that programs can be kept by it."""
 
     graphdef: Any
     logical_axes: Any
@@ -40,6 +42,13 @@ class Skeleton:
     shapes: Any
     """Tree like `params`, of `jax.ShapeDtypeStruct`."""
     build: Callable[[nnx.Rngs], Model]
+
+    @functools.cached_property
+    def max_positions(self) -> int | None:
+        """Positions that a text may have: rows of a learned table; None where there is none."""
+        shapes, all_axes = flatten(self.shapes), flatten(self.logical_axes).items()
+        sizes = [shapes[name].shape[axes.index("positions")] for name, axes in all_axes if "positions" in axes]
+        return min(sizes, default=None)
 
     def merge(self, params: Any) -> Model:
         return nnx.merge(self.graphdef, params)

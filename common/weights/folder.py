@@ -58,7 +58,8 @@ class FolderWriter:
 
         `model` is a config as `common.config.to_json` gives it. `text` has `tokenizer` (an object with `kind` and
         files relative to the folder, or None), `alignment` ("start_token" | "native"), `start_id`, `eos_ids`,
-        `bos_id`. `source` says what the weights were made from.
+        `bos_id`, and maybe `prompts`: "targets" where inputs were always empty in training, so that a prompt stands
+        behind the start token; absent, it is "inputs". `source` says what the weights were made from.
         """
         value = {"schema_version": SCHEMA_VERSION, "model": model, "text": text, "source": source}
         write_json(self.path / MANIFEST, value)

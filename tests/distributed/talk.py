@@ -9,8 +9,18 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from common.errors import UserError
+from common.infer.config import Beam, Limits
+from common.infer.generate import Generator
+from common.infer.score import continuation, score
 from common.sharding.hosts import counts_here, first_says, place_rows, rows_here, start_sum, where, whole
+from common.sharding.mesh import make_mesh
+from common.sharding.rules import parameter_shardings
+from common.sharding.shape import MeshShape
 from common.train.distributed import joined
+from common.train.state import skeleton
+from experiments.families import builder
+from tests.helpers import random_params
+from tests.tiny import EXECUTION, tiny
 
 ROWS = 16
 AXES = ("data", "fsdp", "tensor")
@@ -37,6 +47,25 @@ def fed(made: Mesh) -> dict[str, Any]:
         "counts": counts,
         "whole": bool((whole(array) == expected).all()),
         "added": start_sum([len(rows) if counts else 0])()[0],
+    }
+
+
+def answers(made: Mesh) -> dict[str, Any]:
+    """Texts by beam search, and a model's scores, of which the mesh's devices hold a part each."""
+    from tests.common.infer.test_generate import LETTERS, MODEL, Rules, requests  # computes, so processes join first
+
+    rules, limits, rows = Rules(), Limits(max_new_tokens=6), made.size
+    everywhere = NamedSharding(made, PartitionSpec())
+    letters = jax.device_put(MODEL.params, everywhere)
+    generator = Generator(MODEL, letters, made, rules, method=Beam(size=2), limits=limits, rows=rows)
+    texts = {prompt: [one.tokens for one in found] for prompt, found in generator.complete(requests())}
+    model = skeleton(builder(tiny("gpt"), EXECUTION))
+    params = jax.device_put(random_params(tiny("gpt")), parameter_shardings(made, model.logical_axes))
+    pairs = [continuation([5, 6], [7, number], start_id=0) for number in range(len(LETTERS))]
+    found = score(model, params, made, pairs, execution=EXECUTION, rows=rows, lengths=(4,))
+    return {
+        "texts": [[list(tokens) for tokens in texts[prompt]] for prompt in sorted(texts)],
+        "scores": [round(one.log_likelihood, 4) for one in found],
     }
 
 
@@ -70,6 +99,8 @@ def main() -> None:
     except UserError as error:
         found["refused"] = str(error)
     found["where"] = where(index > 0)
+    processes = jax.process_count()
+    found["answers"] = answers(make_mesh(MeshShape(data=processes), jax.devices()[:: n // processes]))
     print(json.dumps(found))
 
 

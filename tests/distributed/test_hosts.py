@@ -11,8 +11,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from common.errors import UserError
 from common.sharding.hosts import counts_here, first_says, place_rows, rows_here, start_sum, where
+from common.sharding.mesh import make_mesh
+from common.sharding.shape import MeshShape
 from tests.distributed.launch import flags, launched
-from tests.distributed.talk import ROWS, fail
+from tests.distributed.talk import ROWS, answers, fail
 
 
 def talked(count: int, devices: int, tmp_path: Path) -> list[dict[str, Any]]:
@@ -25,7 +27,7 @@ def talked(count: int, devices: int, tmp_path: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(("count", "devices"), [(2, 4), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_processes_feed_the_rows_that_their_devices_hold(count: int, devices: int, tmp_path: Path) -> None:
     """Also where the mesh deals devices out, so that rows are not contiguous, and where several hold the same rows."""
-    found = talked(count, devices, tmp_path)
+    found, expected = talked(count, devices, tmp_path), answers(make_mesh(MeshShape()))
     n = count * devices
     part = ROWS // n * devices // 2
     torn = found[0]["torn"]
@@ -47,6 +49,8 @@ def test_processes_feed_the_rows_that_their_devices_hold(count: int, devices: in
         assert each["sum"] == [2**128 - 1, sum(range(count)), count * 2**100 + sum(range(count))]
         assert each["said"] == [1, 2, 3] and each["refused"] == "a mistake, to be told to all: ü"
         assert each["where"] == list(range(1, count))
+        assert each["answers"]["texts"] == expected["texts"]
+        assert each["answers"]["scores"] == pytest.approx(expected["scores"], abs=2e-4)
 
 
 # --- One process

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from common.config import to_json
 from common.data.config import SentencePieceConfig
 from common.data.tokenizers.sentence_piece import train_model
 from common.errors import UserError
+from common.files import read_json, write_json
 from common.infer.config import Beam, Greedy, Sample
 from common.weights.folder import write_folder
 from experiments import cli
@@ -86,6 +88,27 @@ def test_prompts_of_a_file_in_their_order(name: str, folders: dict[str, Path], t
     again = tmp_path / "again.jsonl"
     assert run(folders[name], "--file", str(out), "--out", str(again)) == 0
     assert [row["tokens"] for row in rows(again)] == [row["tokens"] for row in made]
+
+
+@both
+def test_a_language_models_text_goes_on_as_it_is_scored(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """A prompt is the context of what follows, for models whose inputs were empty in training and for native ones."""
+    model, out, file = tmp_path / "model", tmp_path / "texts.jsonl", tmp_path / "pairs.jsonl"
+    shutil.copytree(folders[name], model)
+    manifest = read_json(model / "model.json")
+    manifest["text"] |= {"prompts": "targets", "bos_id": 0}
+    write_json(model / "model.json", manifest)
+    prompts = [part for p in PROMPTS for part in ("--prompt", p)]
+    assert run(model, *prompts, "--out", str(out)) == 0
+    written = [row["tokens"] + [1] * (row["finish"] == "eos") for row in rows(out)]
+    pairs = [{"context": p, "continuation": tokens} for p, tokens in zip(PROMPTS, written, strict=True)]
+    for before, after in (("context", "continuation"), ("inputs", "targets")):
+        file.write_text("".join(json.dumps({before: p["context"], after: p["continuation"]}) + "\n" for p in pairs))
+        options = f"--file {file} --out {tmp_path}/scores.jsonl --rows 1 --lengths 32"
+        assert cli.main(["score", str(model), *options.split()]) == 0
+        for made, scored in zip(rows(out), rows(tmp_path / "scores.jsonl"), strict=True):
+            assert scored["log_likelihood"] == pytest.approx(made["log_probability"], abs=1e-4)
+            assert scored["is_greedy"]
 
 
 def test_many_prompts_without_a_file(folders: dict[str, Path], capsys: Any, monkeypatch: Any) -> None:

@@ -15,9 +15,11 @@ from rich.console import Console
 
 from common.config import apply_overrides, to_json
 from common.data.config import BytePairConfig, SentencePieceConfig
+from common.data.objectives.config import CausalLM, FullLM, PrefixLM
 from common.data.tokenizers import byte_pair
 from common.data.tokenizers.kept import read_kept
 from common.data.tokenizers.sentence_piece import train_model
+from common.data.tokenizers.tokenizer import load_tokenizer
 from common.errors import UserError
 from common.files import read_json
 from common.sharding.mesh import make_mesh
@@ -37,6 +39,7 @@ from tests.experiments.tiny_experiment import WORDS, tiny_experiment, write_data
 from tests.tiny import EXECUTION, QUICK, Observer, Stopped, cached_in, jax_settings
 
 MESH = MeshShape()
+OBJECTIVES = {"causal_lm": CausalLM(), "full_lm": FullLM(), "prefix_lm": PrefixLM()}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -144,6 +147,28 @@ def test_a_run_becomes_a_model_folder(run_dir: tuple[Path, Fitted], tmp_path: Pa
     assert (opened.text.tokenizer.encode(text) == in_place.tokenizer.encode(text)).all()
     assert (opened.text.eos_ids, opened.text.start_id) == (in_place.eos_ids, in_place.start_id)
     assert cli.main(["convert", str(tmp_path / "folder"), str(tmp_path / "out"), "--to", "t5like", "--rung", "4"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompts"), [("causal_lm", "targets"), ("full_lm", "targets"), ("prefix_lm", "inputs")]
+)
+def test_where_a_prompt_stands_goes_along(
+    run_dir: tuple[Path, Fitted], model_folder: Path, tmp_path: Path, kind: str, prompts: str
+) -> None:
+    """Behind the start token where inputs were empty in training."""
+    arm = tmp_path / "run" / "gpt"
+    shutil.copytree(run_dir[0] / "gpt", arm)
+    config, environment = read_json(arm / rd.CONFIG), read_json(arm / rd.ENVIRONMENT)
+    wanted = SentencePieceConfig(path=str(model_folder / "source" / "spiece.model"))
+    config["data"]["source"] |= {"inputs": None, "targets": None, "text": "en"}
+    config["data"] |= {"objective": to_json(OBJECTIVES[kind]), "input_length": 24 * (kind == "prefix_lm")}
+    config["data"]["tokenizer"] = to_json(wanted)
+    (arm / rd.CONFIG).write_text(json.dumps(config))
+    tokenizer_hash = load_tokenizer(wanted).content_hash
+    (arm / rd.ENVIRONMENT).write_text(json.dumps(environment | {"tokenizer_hash": tokenizer_hash}))
+    assert find_model(str(arm)).open_text().prompts == prompts
+    folder_from_run(str(arm), tmp_path / "folder", Progress(Console(quiet=True)))
+    assert find_model(str(tmp_path / "folder")).open_text().prompts == prompts
 
 
 def test_a_trained_byte_pair_tokenizer_goes_along(

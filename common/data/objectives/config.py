@@ -218,6 +218,16 @@ def raw_parts(objective: Objective) -> tuple[Part, ...]:
             return (Part(objective=objective),)
 
 
+def has_inputs(objective: Objective) -> bool:
+    """Whether examples have inputs; a language model's are targets alone.
+
+    >>> has_inputs(Supervised()), has_inputs(CausalLM()), has_inputs(FullLM()), has_inputs(UL2())
+    (True, False, False, True)
+    """
+    parts = raw_parts(objective)
+    return any(not isinstance(part.objective, FullLM) for part in parts) if parts else isinstance(objective, Supervised)
+
+
 def _denoisers(mode: str, rate: float, *shapes: tuple[float, float]) -> tuple[Part, ...]:
     """A part for each (density, mean span), of equal rates that sum to `rate`."""
     return tuple(

@@ -47,6 +47,7 @@ class Rules:
     bos_id: int | None = None
     add_bos: bool = False
     eos_after_inputs: bool = False
+    prompts: Literal["inputs", "targets"] = "inputs"
 
 
 PROMPTS = ["abc", "", "hhhh", "d", "cafe" * 6]
@@ -148,13 +149,35 @@ def test_native_alignment_goes_on_with_the_text() -> None:
 )
 def test_what_is_read(rules: Rules, text: str, expected: tuple[list[int], int]) -> None:
     prompt = encode_prompt(text, rules)
-    assert (prompt.inputs_I.tolist(), prompt.start) == expected
+    assert (prompt.inputs_I.tolist(), prompt.start, prompt.written) == (*expected, ())
+
+
+@pytest.mark.parametrize(("text", "written", "start"), [("", (), 0), ("a", (0,), 2), ("abc", (0, 2, 3), 4)])
+def test_a_language_models_prompt_stands_behind_the_start_token(
+    text: str, written: tuple[int, ...], start: int
+) -> None:
+    rules = Rules(prompts="targets", eos_after_inputs=True)
+    prompt = encode_prompt(text, rules)
+    assert (prompt.inputs_I.tolist(), prompt.written, prompt.start) == ([], written, start)
+    assert written_text(prompt, [5, 6], rules) == (" d e" if text else "d e"), "the same text goes on"
+
+
+def test_more_positions_than_the_model_has_are_refused() -> None:
+    """Before anything is made; a prompt among the targets counts as one among the inputs."""
+    model, mesh = toy(len(LETTERS)), make_mesh(MeshShape())
+    model = dataclasses.replace(model, max_positions=15)
+    for rules in (Rules(), Rules(prompts="targets")):
+        made = Generator(model, model.params, mesh, rules, method=Greedy(), limits=Limits(max_new_tokens=12), rows=4)
+        with pytest.raises(UserError, match=r"longest prompt has 4 .* knows 15 positions; nearest: max_new_tokens=11"):
+            made.complete(requests(["a", "hhhh"], rules))
+        assert len(made.complete(requests(["a", "hhh"], Rules())).__next__()) == 2
 
 
 def test_hashes_tell_prompts_apart() -> None:
     hashes = {encode_prompt(p, Rules()).hash() for p in ["", "a", "b", "aa", "ab", "ba", "~", "a~", "~a"]}
     hashes |= {encode_prompt("ab", Rules(alignment="native")).hash()}
-    assert len(hashes) == 10
+    hashes |= {encode_prompt(p, Rules(prompts="targets")).hash() for p in ("ab", "abc")}
+    assert len(hashes) == 12
 
 
 def test_text_of_the_tokens_alone_where_nothing_fits() -> None:

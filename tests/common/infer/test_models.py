@@ -58,12 +58,13 @@ def decode(
     starts: list[int] | None = None,
     execution: Execution = F32,
     params: Any = None,
+    written: list[list[int]] | None = None,
 ) -> tuple[Decoded, Any]:
     """What is made, and the last cache."""
     model, decoder = decoder_of(config, method, eos_ids, execution)
     rows = len(prompts)
     weights = prepare(model, split(config)[1] if params is None else params)
-    prompt = pad_prompts([np.array(p, np.int32) for p in prompts], starts or [0] * rows, rows=rows)
+    prompt = pad_prompts([np.array(p, np.int32) for p in prompts], starts or [0] * rows, rows=rows, written=written)
     seeds = Seeds(seed=0, prompts_B=np.arange(rows, dtype=np.uint32), samples_B=np.zeros(rows, np.uint32))
     state = decoder.start(weights, prompt, seeds, np.ones(rows, bool), slots=SLOTS)
     state = decoder.advance(weights, state, limits)
@@ -195,6 +196,39 @@ def test_a_text_goes_on_without_a_start_token(name: str) -> None:
         assert (
             np.argmax(np.asarray(forward(config)(rows))[0], axis=-1)[len(prompt) - 1 : len(whole) - 1].tolist() == text
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "at_once"),
+    [
+        ("gpt-prefix", Greedy(), 4),
+        ("t5like-bias", Greedy(), 128),
+        ("t5like-relaxed", Beam(size=2), 128),
+    ],
+    ids=["gpt-prefix-in-pieces", "t5like-bias", "t5like-relaxed-beams"],
+)
+def test_targets_go_on_where_a_prompt_among_them_ends(
+    name: str, method: Method, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A language model's prompt stands behind the start token; beside it rows without one, or with inputs too."""
+    config = FAMILIES[name]
+    monkeypatch.setattr("common.infer.decode.READ_AT_ONCE", at_once)
+    monkeypatch.setattr("tests.common.infer.test_models.decoder_of", decoder_of.__wrapped__)
+    inputs: list[list[int]] = [[], [], [], [5, 6]]
+    begun = [[5, 6, 0, 7, 1], [], [11], [12, 90, 3]]
+    before = [[0, *text] for text in begun]
+    limits = Limits(max_new_tokens=3)
+    starts, written = [row[-1] for row in before], [row[:-1] for row in before]
+    found, _ = decode(config, method, limits, prompts=inputs, starts=starts, written=written)
+    texts = made(found)
+    whole = [[*a, *b] for a, b in zip(begun, texts, strict=True)]
+    log_probs = teacher_forced(config, inputs, whole)
+    for row, text in enumerate(texts):
+        own = log_probs[row, len(begun[row]) : len(whole[row])]
+        if isinstance(method, Greedy):
+            assert own.argmax(axis=-1).tolist() == text
+        np.testing.assert_allclose(found.log_probs_BRT[row, 0, :3], own[np.arange(3), text], atol=2e-5)
+    assert len({tuple(text) for text in texts}) > 1
 
 
 @pytest.mark.parametrize("method", [Greedy(), Beam(size=2)], ids=["greedy", "beam"])

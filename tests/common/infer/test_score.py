@@ -18,7 +18,7 @@ from common.infer.score import Pair, Score, continuation, pair, score, target_lo
 from common.sharding.mesh import make_mesh
 from common.sharding.rules import parameter_shardings
 from common.sharding.shape import MeshShape
-from common.train.state import skeleton
+from common.train.state import Skeleton, skeleton
 from experiments.config import ModelConfig
 from experiments.families import builder
 from tests.helpers import EIGHT_DEVICES, F32, FAMILIES, MAX_POSITIONS, ONE_DEVICE, VOCAB, close, split
@@ -192,7 +192,6 @@ def test_a_mesh_changes_nothing(name: str) -> None:
     [
         ([([1], [1]), ([1] * 17, [1])], {}, r"pairs\[1\] has 17 input and 1 target tokens; the longest row has 16"),
         ([([], [1] * 17)], {}, r"pairs\[0\] has 0 input and 17 target tokens"),
-        ([([1] * 9, [1] * 9)], {"max_positions": 17}, r"pairs\[0\] has 9 input and 9 target .* has 17 positions"),
         (
             [([1], [1])],
             {"rows": 3, "mesh_shape": MeshShape(data=2, fsdp=2)},
@@ -205,11 +204,29 @@ def test_what_does_not_fit_is_named(pairs: list, options: dict[str, Any], messag
         scores("gpt-rope", [pair(*p, start_id=START) for p in pairs], **options)
 
 
-def test_as_many_positions_as_the_model_has_are_scored() -> None:
+def test_as_many_positions_as_the_model_has_are_scored_and_no_more() -> None:
     full = pair([5] * 16, [6] * (MAX_POSITIONS - 16), start_id=START)
-    (found,) = scores("gpt-learned", [full], lengths=(64,), max_positions=MAX_POSITIONS)
+    (found,) = scores("gpt-learned", [full], lengths=(64,))
     log_probs_TV, _ = alone(FAMILIES["gpt-learned"], full)
     np.testing.assert_allclose(found.log_probs_T, log_probs_TV[:, 6], rtol=1e-5, atol=1e-5)
+    more = pair([5] * 16, [6] * (MAX_POSITIONS - 15), start_id=START)
+    for name in ("gpt-learned", "t5like-learned"):
+        with pytest.raises(UserError, match=rf"pairs\[0\] has 16 input and 33 .* has {MAX_POSITIONS} positions"):
+            scores(name, [more], lengths=(64,))
+
+
+def test_programs_are_kept_between_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that is traced merges the model with its parameters."""
+    traced: list[Any] = []
+    merge = Skeleton.merge
+    monkeypatch.setattr(Skeleton, "merge", lambda self, params: traced.append(self) or merge(self, params))
+    model, mesh = skeleton(builder(FAMILIES["gpt-rope"], F32)), make_mesh(ONE_DEVICE)
+    params, pairs = split(FAMILIES["gpt-rope"])[1], [pair([4], [5, 6], start_id=START)]
+    first, second = (
+        score(model, params, mesh, pairs, execution=F32, rows=2, lengths=LENGTHS)[0].log_probs_T for _ in range(2)
+    )
+    assert traced == [model]
+    np.testing.assert_array_equal(first, second)
 
 
 @pytest.mark.parametrize("unroll", [False, True])

@@ -35,6 +35,7 @@ class Toy:
     """state' = tanh(state A + embedding[token] + memory); logits = state' head."""
 
     params: Any
+    max_positions: int | None = None
 
     def merge(self, params: Any) -> "Toy":
         return Toy(params)
