@@ -8,13 +8,13 @@ import json
 import re
 from collections.abc import Sequence
 
-from common.data.sources.records import Record
+from common.data.sources.records import Record, Unusable, number_text
 
 SPEECHES_A_DOCUMENT = 100
 
 
 def json_lines(files: Sequence[bytes], fields: Sequence[str]) -> list[Record]:
-    """One JSON object a line; texts as they are, numbers and truth values as Python writes them.
+    """One JSON object a line; texts as they are, numbers and truth values by `number_text`.
 
     A field that no record has is left out.
 
@@ -142,6 +142,11 @@ def _numbered(files: Sequence[bytes]) -> list[tuple[int, str]]:
 
 
 def _text(value: object, field: str, number: int) -> str:
-    if isinstance(value, str | bool | int | float):
-        return str(value)
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float):
+        try:
+            return number_text(value)
+        except Unusable as error:
+            raise ValueError(f"line {number}: field {field!r}: {error}") from None
     raise ValueError(f"line {number}: field {field!r} must be text, not {type(value).__name__}")

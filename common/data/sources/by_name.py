@@ -91,18 +91,44 @@ class TfdsSource(ByNumber):
 
 
 def _open_tfds(name: str, split: str, fields: dict[str, str], cache_dir: Path) -> TfdsSource:
-    data_set, _, pair = name.partition("/")
+    unpinned, _, version = name.partition(":")
+    data_set, _, pair = unpinned.partition("/")
     if data_set == "cldr_translate":
         from common.data.built_in.cldr import cldr_builder, maker_version
 
         builder, made_by = cldr_builder(pair, cache_dir), f"+{maker_version()}"
-    elif name == "pydocs":
+    elif unpinned == "pydocs":
         from common.data.built_in import pydocs
 
         builder, made_by = pydocs.pydocs_builder(cache_dir), f"+{pydocs.maker_version()}"
     else:
         builder, made_by = _prepared(name, Path(os.environ.get("TFDS_DATA_DIR") or cache_dir / "tfds")), ""
+    if version and not builder.version.match(version):
+        raise UserError(f"tfds:{name} is made here, in version {builder.version} alone; leave out {':' + version!r}")
     return tfds_source(builder, split, fields, made_by)
+
+
+def _has(features: Any, path: str) -> bool:
+    """Whether a path may lead to something; how long lists are, records alone can tell."""
+    if path in features:
+        return True
+    for part in path.split("."):
+        inside = getattr(features, "feature", features)  # what a sequence is of
+        if not part.isdecimal():
+            if not (hasattr(inside, "keys") and part in inside):
+                return False
+            inside = inside[part]
+        features = inside
+    return True
+
+
+def _names(features: Any) -> list[str]:
+    """The paths of all fields, without places in lists."""
+    names = []
+    for name, feature in features.items():
+        inside = getattr(feature, "feature", feature)
+        names += [f"{name}.{below}" for below in _names(inside)] if hasattr(inside, "keys") else [name]
+    return names
 
 
 def tfds_source(builder: Any, split: str, fields: dict[str, str], made_by: str = "") -> TfdsSource:
@@ -116,10 +142,9 @@ def tfds_source(builder: Any, split: str, fields: dict[str, str], made_by: str =
     """
     info = builder.info
     for ours, theirs in fields.items():
-        if theirs not in info.features:
-            raise UserError(
-                f"source.{ours}: {info.full_name} has no field {theirs!r}; {nearest(theirs, info.features)}"
-            )
+        if not _has(info.features, theirs):
+            hint = nearest(theirs, _names(info.features))
+            raise UserError(f"source.{ours}: {info.full_name} has no field {theirs!r}; {hint}")
     base = re.split(r"[\[+]", split)[0]
     if base not in info.splits:
         raise UserError(f"{info.full_name} has no split {base!r}; {nearest(base, info.splits)}")
@@ -155,7 +180,7 @@ def _prepared(name: str, data_dir: Path) -> Any:
         )
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise UserError(f"tfds:{name} is neither in {data_dir} nor can it be made here{hint}; or {how}") from error
-    except (ValueError, RuntimeError, ImportError) as error:
+    except (ValueError, RuntimeError, ImportError, AssertionError) as error:  # the last for an unknown version
         raise UserError(f"tfds:{name}: {first_line(error)}; {how}") from error
     if builder.is_prepared():
         return builder

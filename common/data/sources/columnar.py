@@ -61,17 +61,29 @@ class ParquetFile:
 
     def _row(self, table: Any, row: int, first: int) -> dict[str, Any] | Problem:
         try:
-            return {name: table[name][row - first].as_py() for name in self.wanted}
+            return {name: _plain(table[name][row - first].as_py()) for name in self.wanted}
         except UnicodeDecodeError as error:
             return Problem(where=self.where(row), what=f"byte {error.start + 1} of a field is not UTF-8")
+        except ValueError as error:  # two fields of a struct may have one name
+            return Problem(where=self.where(row), what=first_line(error))
 
 
 def open_parquet(file: PlainFile, fields: Mapping[str, str], cache_dir: Path) -> ParquetFile:
     """Raises UserError where `file` is not a whole Parquet file."""
     index = open_index("parquet", file, cache_dir, _index)
     asked = {name for theirs in fields.values() for name in (theirs, theirs.split(".")[0])}
-    wanted = tuple(name for name in index.columns if name in asked)
+    wanted = tuple(name for name in dict.fromkeys(index.columns) if name in asked)
     return ParquetFile(shown=file.shown, path=file.path, index=index, wanted=wanted)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it; pyarrow gives maps as lists of pairs."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        pairs = bool(value) and isinstance(value[0], tuple)
+        return {name: _plain(inner) for name, inner in value} if pairs else [_plain(inner) for inner in value]
+    return value
 
 
 def _index(file: PlainFile, starts: Path) -> Built:

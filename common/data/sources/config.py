@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 import string
 from typing import Annotated, Literal
 
@@ -10,6 +11,7 @@ from common.errors import UserError, nearest
 from common.ranges import NotNegative, Range, Steps, check_ranges
 
 SOURCE_SCHEMES = ("tfds", "jsonl", "tsv", "text", "lines", "parquet", "arrayrecord", "tfrecord", "corpus")
+TFDS_VERSION = r"\d+\.(\d+|\*)\.(\d+|\*)"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,10 +56,10 @@ class SourceConfig:
 
     kind: Literal["single"] = "single"
     name: str
-    """`tfds:NAME` (for example `tfds:cldr_translate/en_de`), `corpus:NAME`, or files: `jsonl:PATH`, `tsv:PATH`,
-    `text:PATH`, `lines:PATH` (parallel texts; PATH holds `{field}`), `parquet:PATH`, `tfrecord:PATH` or
-    `arrayrecord:PATH`. PATH may hold `{split}`, be a glob, an url (`gs://...`), and for the last three a folder; text
-    may be compressed."""
+    """`tfds:NAME` (`tfds:cldr_translate/en_de`, or with a version `tfds:c4/en:3.1.0`), `corpus:NAME`, or files:
+    `jsonl:PATH`, `tsv:PATH`, `text:PATH`, `lines:PATH` (parallel texts; PATH holds `{field}`), `parquet:PATH`,
+    `tfrecord:PATH` or `arrayrecord:PATH`. PATH may hold `{split}`, be a glob, an url (`gs://...`), and for the last
+    three a folder; text may be compressed."""
     inputs: str | None
     """Field that holds the inputs; None where records are plain text."""
     targets: str | None
@@ -79,8 +81,8 @@ class SourceConfig:
                 f"name {self.name!r} must be SCHEME:NAME; scheme {scheme!r} is unknown or nothing follows it, "
                 + nearest(scheme, SOURCE_SCHEMES)
             )
-        if scheme == "tfds" and ":" in rest:
-            data_set, _, split = rest.partition(":")
+        data_set, _, split = rest.partition(":")
+        if scheme == "tfds" and split and not re.fullmatch(TFDS_VERSION, split):
             raise UserError(
                 f"name {self.name!r} holds a split, which has fields of its own; nearest: name=tfds:{data_set} "
                 f"train_split={split}"

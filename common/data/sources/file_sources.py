@@ -15,7 +15,18 @@ from common.data.sources.files import fillings, find_files, parse_split, slice_b
 from common.data.sources.indexes import Index, in_threads
 from common.data.sources.line_files import open_line_file
 from common.data.sources.packed_files import PlainFile, plain_file
-from common.data.sources.records import ByNumber, Problem, Record, Unusable, check_range, paths, pick
+from common.data.sources.records import (
+    NUMBERS_VERSION,
+    TEXTS,
+    ByNumber,
+    Problem,
+    Record,
+    Unusable,
+    check_range,
+    is_list,
+    paths,
+    pick,
+)
 from common.data.sources.tf_records import open_array_record, open_tf_record
 from common.errors import UserError, nearest
 
@@ -187,7 +198,9 @@ def open_parallel(pattern: str, split: str, fields: Mapping[str, str], cache_dir
 
 def reading(fields: Mapping[str, str]) -> str:
     """The part of a content id that says what is read; a group is no part of what models read."""
-    return ",".join(f"{ours}={theirs}" for ours, theirs in fields.items() if ours != "group")
+    read = {ours: theirs for ours, theirs in fields.items() if ours != "group"}
+    numbers = f":numbers-{NUMBERS_VERSION}" if read.keys() - set(TEXTS) else ""
+    return ",".join(f"{ours}={theirs}" for ours, theirs in read.items()) + numbers
 
 
 def _digest(digests: Sequence[str]) -> str:
@@ -197,12 +210,17 @@ def _digest(digests: Sequence[str]) -> str:
 
 
 def _check_fields(source: FileSource) -> None:
-    """Raises UserError for a field that is in no file's columns, or in none of the first records."""
+    """Raises UserError for a field that is not one of a file's columns, or in none of the first records."""
     for file in source.files:
         for ours, theirs in source.fields.items():
-            if file.columns is not None and not {theirs, theirs.split(".")[0]} & set(file.columns):
+            if file.columns is None:
+                continue
+            column = theirs if theirs in file.columns else theirs.split(".")[0]
+            if column not in file.columns:
                 hint = nearest(theirs, file.columns)
                 raise UserError(f"source.{ours}: {file.shown} has no field {theirs!r}; {hint}")
+            if (count := file.columns.count(column)) > 1:
+                raise UserError(f"source.{ours}: {file.shown} has {count} columns named {column!r}; rename all but one")
     raws = [raw for raw in source.raw(range(min(LOOKED_AT, len(source)))) if not isinstance(raw, Problem)]
     for ours, theirs in source.fields.items():
         if raws and not any(_may_have(raw, theirs) for raw in raws):
@@ -220,7 +238,7 @@ def _may_have(raw: Mapping[str, Any], path: str) -> bool:
             if part not in value:
                 return False
             value = value[part]
-        elif isinstance(value, list) and part.isdecimal():
+        elif is_list(value) and part.isdecimal():
             if int(part) >= len(value):
                 return True
             value = value[int(part)]

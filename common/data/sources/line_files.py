@@ -133,8 +133,6 @@ def _header(file: PlainFile, index: Index) -> tuple[str, ...]:
             columns = tuple(_decoded(opened.read(high - low)).split("\t"))
         except Unusable as error:
             raise UserError(f"{file.shown} line 1: {error}") from error
-    if len(set(columns)) != len(columns):
-        raise UserError(f"{file.shown} line 1: two columns have one name")
     return columns
 
 
@@ -148,9 +146,22 @@ def _decoded(line: bytes) -> str:
 
 def _json(text: str) -> dict[str, Any]:
     try:
-        record = json.loads(text)
+        record = _DECODER.decode(text)
+    except Unusable:
+        raise
     except (ValueError, RecursionError) as error:
         raise Unusable(f"not JSON ({error})") from error
     if not isinstance(record, dict):
         raise Unusable(f"a JSON object is wanted, not a {type(record).__name__}")
     return record
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise Unusable(f"two fields are named {next(name for name in names if names.count(name) > 1)!r}")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_named_once)

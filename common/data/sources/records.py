@@ -1,8 +1,11 @@
 """What a source is: records by number, some of which may turn out to be unusable."""
 
 import abc
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 from common.errors import UserError, nearest
 
@@ -10,7 +13,11 @@ Record = dict[str, str]
 """Our name of a field -> its text."""
 
 TEXTS = ("inputs", "targets", "text")
-"""Our fields that must be text; all others may be numbers too, and are written out."""
+"""Our fields that must be text; all others may be numbers too, and are written by `number_text`."""
+WHOLE_BELOW = 1e16
+"""Larger floats are written as powers of ten."""
+NUMBERS_VERSION = 2
+"""Part of content ids: raise it with any change of how numbers are written."""
 
 
 class Problem(NamedTuple):
@@ -46,6 +53,10 @@ class Source(Protocol):
         """Several records at once, which is many times faster than one by one, and for indices in ascending order
         fastest."""
         ...
+
+
+class Values(list[Any]):
+    """What a tf.Example holds under a name, which does not tell one value from a list of one."""
 
 
 class Unusable(ValueError):
@@ -100,11 +111,36 @@ def look_up(raw: Mapping[str, Any], ours: str, theirs: str) -> Any:
     for part in theirs.split("."):
         if isinstance(value, Mapping) and part in value:
             value = value[part]
-        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+        elif is_list(value) and part.isdecimal() and int(part) < len(value):
             value = value[int(part)]
         else:
             raise Unusable(f"no field {theirs!r} (source.{ours}); {nearest(theirs, paths(raw))}")
     return value
+
+
+def is_list(value: Any) -> bool:
+    """Whether a path may go on with a number."""
+    return isinstance(value, list) or (isinstance(value, np.ndarray) and value.ndim > 0)
+
+
+def number_text(value: Any) -> str:
+    """A number as text: a whole one without a point, whatever its column's type, any other in the fewest digits.
+
+    >>> number_text(1.0), number_text(np.float32(0.1)), number_text(float(np.float32(0.1))), number_text(True)
+    ('1', '0.1', '0.1', 'True')
+
+    Raises Unusable for NaN, which stands for no value, and for infinity.
+    """
+    if not isinstance(value, float | np.floating):
+        return str(value)
+    number = float(value)
+    if not math.isfinite(number):
+        raise Unusable(f"{value} is no value")
+    if number.is_integer() and abs(number) < WHOLE_BELOW:
+        return str(int(number))
+    with np.errstate(over="ignore", under="ignore"):
+        single = np.float32(number)  # many files hold such numbers, which readers widen
+    return str(single) if float(single) == number else str(number)
 
 
 def paths(raw: Mapping[str, Any]) -> list[str]:
@@ -119,12 +155,16 @@ def paths(raw: Mapping[str, Any]) -> list[str]:
 def _below(path: str, value: Any) -> list[str]:
     if isinstance(value, Mapping):
         return [below for name, inner in value.items() for below in _below(f"{path}.{name}", inner)]
-    if isinstance(value, list):
+    if isinstance(value, Values) and len(value) == 1:
+        return [path]
+    if is_list(value):
         return [below for number, inner in enumerate(value[:2]) for below in _below(f"{path}.{number}", inner)]
     return [path]
 
 
 def _text(value: Any, ours: str, theirs: str) -> str:
+    if isinstance(value, Values) and len(value) == 1:
+        (value,) = value
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")
@@ -139,6 +179,9 @@ def _text(value: Any, ours: str, theirs: str) -> str:
                 raise Unusable(f"field {theirs!r} (source.{ours}): {what}, which is no text") from error
         return value
     if ours not in TEXTS and (isinstance(value, int | float) or getattr(value, "shape", None) == ()):
-        return str(value)
-    kind = "null" if value is None else type(value).__name__
+        try:
+            return number_text(value)
+        except Unusable as error:
+            raise Unusable(f"field {theirs!r} (source.{ours}): {error}") from None
+    kind = "null" if value is None else "list" if is_list(value) else type(value).__name__
     raise Unusable(f"field {theirs!r} (source.{ours}) must be text, not {kind}")

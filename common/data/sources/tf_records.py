@@ -21,7 +21,7 @@ from common.data.sources.crc32c import masked_crc32c, masked_crc32c_of_rows
 from common.data.sources.indexes import Built, Index, file_digest, open_index, write_starts
 from common.data.sources.line_files import runs
 from common.data.sources.packed_files import PlainFile
-from common.data.sources.records import Problem, first_line
+from common.data.sources.records import Problem, Values, first_line
 from common.errors import UserError
 
 HEAD_BYTES, TAIL_BYTES = 12, 4
@@ -164,17 +164,24 @@ def _proto() -> Any:
 
 
 def _example(data: bytes, where: str) -> dict[str, Any] | Problem:
-    """A tf.Example's features: a value where there is one, else a list."""
+    """A tf.Example's features by name; TFDS's names of nested ones ("answers/text") are paths too."""
     from google.protobuf.message import DecodeError
 
     try:
         example = _proto().FromString(data)
     except DecodeError as error:
         return Problem(where=where, what=f"not a tf.Example ({error})")
-    return {name: _values(feature) for name, feature in example.features.feature.items()}
+    found = {name: _values(feature) for name, feature in example.features.feature.items()}
+    for name in [name for name in found if "/" in name]:
+        *outer, last = name.split("/")
+        inside: Any = found
+        for part in outer:
+            inside = inside.setdefault(part, {}) if isinstance(inside, dict) else None
+        if isinstance(inside, dict):
+            inside.setdefault(last, found[name])
+    return found
 
 
-def _values(feature: Any) -> Any:
+def _values(feature: Any) -> Values:
     kind = feature.WhichOneof("kind")
-    values = list(getattr(feature, kind).value) if kind else []
-    return values[0] if len(values) == 1 else values
+    return Values(getattr(feature, kind).value if kind else [])

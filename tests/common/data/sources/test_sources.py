@@ -165,7 +165,7 @@ def test_the_content_id_follows_bytes_split_and_fields(tmp_path):
         ("tsv", b"en\tde\na\tb\na\tb\tc\n", 1, ("line 3", "3 cells", "2 columns")),
         ("tsv", b"en\tde\na\tb\na\n", 1, ("line 3", "1 cells")),
         ("tsv", b"en\tdee\na\tb\n", 0, ("no field 'de'", "did you mean 'dee'")),
-        ("tsv", b"en\ten\na\tb\n", 0, ("line 1", "one name")),
+        ("tsv", b"en\ten\na\tb\n", 0, ("2 columns named 'en'",)),
         ("tsv", b"", 0, ("empty",)),
         ("text", b"fine\nb\xe4d\n", 1, ("line 2", "byte 2 is not UTF-8")),
     ],
