@@ -65,11 +65,26 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Raises UserError naming a file that is absent or not JSON."""
+    """Raises UserError naming a file that is absent or not JSON, or in which an object has a key twice."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=each_once)
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error})") from None
+
+
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are all different: readers differ in which of two values they take.
+
+    >>> json.loads('{"a": 1, "a": 2}', object_pairs_hook=each_once)
+    Traceback (most recent call last):
+        ...
+    ValueError: 'a' stands there twice
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return found
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -1,9 +1,10 @@
 """`twinstack convert`: foreign checkpoints to model folders and back, and from one family to the other."""
 
+import contextlib
 import dataclasses
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -151,16 +152,28 @@ def _read_hugging_face(
     model_type = values["model_type"]
     if model_type in t5like.HUGGING_FACE:
         table = next((name for name in (t5like.EMBEDDING, *t5like.COPIES) if name in checkpoint.tensors), None)
-        config = t5like.read_config(values, where, tied=_is_tied(checkpoint, table, t5like.HEAD))
+        with _blaming(where):
+            config = t5like.read_config(values, where, tied=_is_tied(checkpoint, table, t5like.HEAD))
         text = start_token_text(source, values, sentinels=t5like.SENTINELS[model_type])
         return config, text, []
     names = (gpt.EMBEDDING[model_type], gpt.EMBEDDING[model_type].removeprefix(gpt.PREFIX[model_type]))
     table = next((name for name in names if name in checkpoint.tensors), None)
-    tied = gpt.wants_tied(values) and _is_tied(checkpoint, table, gpt.HEAD)
-    decoder, remarks = gpt.read_config(values, where, tied=tied)
-    if gpt.wants_tied(values) and not tied:
+    with _blaming(where):
+        wants_tied = gpt.wants_tied(values, where)
+        tied = wants_tied and _is_tied(checkpoint, table, gpt.HEAD)
+        decoder, remarks = gpt.read_config(values, where, tied=tied)
+    if wants_tied and not tied:
         remarks.append(f"{gpt.HEAD} differs from {table}, so embeddings are not tied, whatever config.json says")
     return decoder, native_text(source, values, **gpt.TEXT[model_type]), remarks
+
+
+@contextlib.contextmanager
+def _blaming(where: str) -> Iterator[None]:
+    """Errors inside say where the value stands that they complain of."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
 
 
 def _is_tied(checkpoint: Checkpoint, table: str | None, head: str) -> bool:
@@ -276,6 +289,8 @@ def _is_what_it_was(source: Path, config: ModelConfig, origin: dict[str, Any]) -
     if origin.get("format") != HUGGING_FACE or not path.is_file():
         return False
     model_type, tied, values = origin["model_type"], config.recipe.tied_embeddings, read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is no JSON object")
     if (model_type in gpt.HUGGING_FACE) != isinstance(config, GptConfig):
         return False
     before: ModelConfig

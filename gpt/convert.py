@@ -5,6 +5,7 @@ Axes: V vocab, S positions, D model, H heads, G key-value heads, C head dim, F m
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from common.errors import UserError
 from common.nn.recipe import GPT2, LLAMA, T5_V1_1, Recipe
 from common.weights.mapping import Extra, Rule, Table, TensorInfo
 from common.weights.settings import Settings
+from common.weights.t5x_shapes import count_layers, matrix_shape
 from gpt.config import GptConfig
 
 Format = Literal["gpt2", "llama", "t5x"]
@@ -176,9 +178,9 @@ def read_config(values: Mapping[str, Any], where: str, *, tied: bool) -> tuple[G
     return (_read_gpt2 if model_type == "gpt2" else _read_llama)(settings, tied)
 
 
-def wants_tied(values: Mapping[str, Any]) -> bool:
+def wants_tied(values: Mapping[str, Any], where: str) -> bool:
     """Whether config.json says that the head is the token table; each model type has its own default."""
-    return bool(values.get("tie_word_embeddings", values.get("model_type") == "gpt2"))
+    return Settings(values, where).flag("tie_word_embeddings", values.get("model_type") == "gpt2")
 
 
 def _read_gpt2(settings: Settings, tied: bool) -> tuple[GptConfig, list[str]]:
@@ -342,14 +344,7 @@ def _require(config: GptConfig, *, like: Recipe, name: str, free: tuple[str, ...
 def read_t5x(tensors: Mapping[str, TensorInfo], where: str) -> tuple[GptConfig, list[str]]:
     """The config that the shapes of a decoder_only checkpoint tell, and what had to be assumed."""
 
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in tensors:
-            raise UserError(f"{where}: {name} is missing, and sizes cannot be told without it")
-        return tuple(tensors[name].shape)
-
-    layers = sum(name.startswith("decoder/layers_") and name.endswith("/mlp/wo/kernel") for name in tensors)
-    if not layers:
-        raise UserError(f"{where}: decoder/layers_0/mlp/wo/kernel is missing, and sizes cannot be told without it")
+    shape = functools.partial(matrix_shape, tensors, where)
     vocab_size, d_model = shape("decoder/token_embedder/embedding")
     num_heads, buckets = shape("decoder/relpos_bias/rel_embedding")
     gated = "decoder/layers_0/mlp/wi_0/kernel" in tensors
@@ -364,7 +359,7 @@ def read_t5x(tensors: Mapping[str, TensorInfo], where: str) -> tuple[GptConfig, 
     )
     config = GptConfig(
         vocab_size=vocab_size,
-        num_layers=layers,
+        num_layers=count_layers(tensors, "decoder", where),
         d_model=d_model,
         num_heads=num_heads,
         num_kv_heads=num_heads,

@@ -11,13 +11,15 @@ scaled: v1.0 is tied and scaled; v1.1, FLAN and mT5 are neither.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from common.errors import UserError
 from common.nn.recipe import T5_V1_0, T5_V1_1, Recipe
 from common.weights.mapping import Extra, Rule, Table, TensorInfo
-from common.weights.settings import Settings
+from common.weights.settings import Settings, shown
+from common.weights.t5x_shapes import count_layers, matrix_shape
 from t5like.config import T5LikeConfig
 
 Format = Literal["t5", "mt5", "t5x"]
@@ -198,8 +200,11 @@ def _read_mlp(settings: Settings, default: str) -> Literal["relu", "gelu", "gegl
     activation = settings.text("dense_act_fn", default="gelu_new" if proj == "gated-gelu" else name)
     gated = settings.flag("is_gated_act", gate == "gated")
     if (gated, activation) not in MLPS:
-        field = "dense_act_fn" if settings.values.get("dense_act_fn") is not None else "feed_forward_proj"
-        raise settings.refusal(field, settings.values[field], ", ".join(_FEED_FORWARD.values()))
+        fields = {name: settings.values.get(name) for name in ("feed_forward_proj", "is_gated_act", "dense_act_fn")}
+        stated = ", ".join(f"{name} is {shown(value)}" for name, value in fields.items() if value is not None)
+        raise UserError(
+            f"{settings.where}: {stated}, which is not supported; supported: {', '.join(_FEED_FORWARD.values())}"
+        )
     return MLPS[gated, activation]
 
 
@@ -256,14 +261,7 @@ def write_config(config: T5LikeConfig) -> dict[str, Any]:
 def read_t5x(tensors: Mapping[str, TensorInfo], where: str) -> tuple[T5LikeConfig, list[str]]:
     """The config that the shapes of a T5 checkpoint tell, and what had to be assumed."""
 
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in tensors:
-            raise UserError(f"{where}: {name} is missing, and sizes cannot be told without it")
-        return tuple(tensors[name].shape)
-
-    def layers(stack: str) -> int:
-        count = sum(name.startswith(f"{stack}/layers_") and name.endswith("/mlp/wo/kernel") for name in tensors)
-        return count or len(shape(f"{stack}/layers_0/mlp/wo/kernel"))
+    shape = functools.partial(matrix_shape, tensors, where)
 
     if "encoder/layers_0/relpos_bias/rel_embedding" in tensors:
         raise UserError(f"{where}: encoder/encoder/relpos_bias is one bias for each layer (umT5): T5 has one in all")
@@ -280,8 +278,8 @@ def read_t5x(tensors: Mapping[str, TensorInfo], where: str) -> tuple[T5LikeConfi
     )
     config = T5LikeConfig(
         vocab_size=vocab_size,
-        encoder_layers=layers("encoder"),
-        decoder_layers=layers("decoder"),
+        encoder_layers=count_layers(tensors, "encoder", where),
+        decoder_layers=count_layers(tensors, "decoder", where),
         d_model=d_model,
         num_heads=num_heads,
         num_kv_heads=num_heads,

@@ -60,9 +60,9 @@ def claim(
     """Writes the resolved config and the environment, or checks that the directory holds the same run.
 
     `data` says what is read (content id, tokenizer's hash); `tokenizer_files` are written too where they are absent or
-    damaged, so that the run can be used without its data. Returns warnings: how this machine differs from the one the run
-    was begun on, and what of the config says how to compute it and is not as it was (`launched` notes that). Raises
-    UserError with the difference where the directory belongs to another config or other data.
+    damaged, so that the run can be used without its data. Returns warnings: how this machine differs from the one the
+    run was begun on, and what of the config says how to compute it and is not as it was (`launched` notes that).
+    Raises UserError with the difference where the directory belongs to another config or other data.
     """
     here = {**environment(), **data}
     if not (run_dir / CONFIG).exists():

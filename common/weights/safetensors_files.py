@@ -3,7 +3,6 @@
 Format: eight bytes with the header's length, a JSON header of names, dtypes, shapes and offsets, then the tensors.
 """
 
-import collections
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ import numpy as np
 import safetensors
 
 from common.errors import UserError
-from common.files import plain_name, read_json
+from common.files import each_once, plain_name, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -105,18 +104,10 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
             pass
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size), object_pairs_hook=lambda pairs: _once(pairs, path))
+            header = json.loads(file.read(size), object_pairs_hook=each_once)
             return header, 8 + size
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error})") from None
-
-
-def _once(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
-    """An object of the header; readers differ in which of two tensors of one name they take."""
-    counts = collections.Counter(name for name, _ in pairs)
-    if twice := [name for name, count in counts.items() if count > 1]:
-        raise UserError(f"{path} holds {twice[0]!r} twice")
-    return dict(pairs)
 
 
 def _weight_map(folder: Path) -> dict[str, str] | None:

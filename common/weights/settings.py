@@ -6,6 +6,9 @@ from typing import Any
 from common.errors import UserError
 
 _REQUIRED: Any = object()
+LARGEST = 2**31 - 1
+SHOWN = 80
+"""Characters of a value that a message repeats."""
 
 
 class Settings:
@@ -23,16 +26,16 @@ class Settings:
         self.values, self.where = values, where
 
     def integer(self, *names: str, default: Any = _REQUIRED) -> Any:
-        """The first of `names` that is there and not null."""
+        """The first of `names` that is there and not null: a size."""
         name, value = self._first(names, default)
-        if value is not default and (not isinstance(value, int) or isinstance(value, bool)):
-            raise self.refusal(name, value, "a whole number")
+        if value is not default and not (type(value) is int and 0 < value <= LARGEST):
+            raise self.refusal(name, value, f"a whole number from 1 to {LARGEST}")
         return value
 
     def number(self, *names: str, default: Any = _REQUIRED) -> Any:
         name, value = self._first(names, default)
-        if value is not default and (not isinstance(value, int | float) or isinstance(value, bool)):
-            raise self.refusal(name, value, "a number")
+        if value is not default and not (type(value) in (int, float) and 0 <= value <= LARGEST):
+            raise self.refusal(name, value, f"a number from 0 to {LARGEST}")
         return value if value is None else float(value)
 
     def flag(self, name: str, default: bool) -> bool:
@@ -57,7 +60,7 @@ class Settings:
         return value
 
     def refusal(self, name: str, value: Any, supported: str) -> UserError:
-        return UserError(f"{self.where}: {name} is {value!r}, which is not supported; supported: {supported}")
+        return UserError(f"{self.where}: {name} is {shown(value)}, which is not supported; supported: {supported}")
 
     def _first(self, names: tuple[str, ...], default: Any) -> tuple[str, Any]:
         for name in names:
@@ -68,6 +71,16 @@ class Settings:
         return names[0], default
 
 
+def shown(value: Any) -> str:
+    """For messages.
+
+    >>> shown("a" * 100)[-5:]
+    'aa...'
+    """
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
 def token_ids(value: Any, where: str) -> list[int]:
     """One id, several or none, as a list.
 
@@ -75,6 +88,6 @@ def token_ids(value: Any, where: str) -> list[int]:
     ([1], [2, 3], [])
     """
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
-        raise UserError(f"{where} is {value!r}: token ids are whole numbers")
+    if not all(type(one) is int and 0 <= one <= LARGEST for one in ids):
+        raise UserError(f"{where} is {shown(value)}: token ids are whole numbers from 0 to {LARGEST}")
     return ids

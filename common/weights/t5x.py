@@ -86,7 +86,10 @@ class T5xCheckpoint:
 
     def _shape(self, name: str, value: Any) -> tuple[tuple[int, ...], np.dtype]:
         if not isinstance(value, _Spec):
-            array = np.asarray(value)
+            try:
+                array = np.asarray(value)
+            except ValueError:  # lists of unequal lengths
+                raise UserError(f"{self.where}: {name} is no array") from None
             return array.shape, array.dtype
         handle = self._handles[name] = _open(self.folder, value)
         return tuple(handle.shape), np.dtype(handle.dtype.numpy_dtype)
@@ -111,8 +114,10 @@ def _target(folder: Path) -> dict[str, Any]:
         target = contents["optimizer"]["target"]
     except (KeyError, TypeError):
         raise UserError(f"{folder / INDEX} is no T5X index: it has no optimizer/target") from None
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever msgpack and its array extension make of damaged bytes
         raise UserError(f"{folder / INDEX} is no T5X index ({error})") from None
+    if not isinstance(target, Mapping):
+        raise UserError(f"{folder / INDEX} is no T5X index: its optimizer/target holds no arrays")
     return _with_specs(target, folder)
 
 

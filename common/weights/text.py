@@ -8,9 +8,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
 from common.files import read_json
 from common.weights.folder import SOURCE
-from common.weights.settings import token_ids
+from common.weights.settings import shown, token_ids
 
 CARRIED = (
     "config.json",
@@ -27,16 +28,18 @@ CARRIED = (
     "chat_template.json",
 )
 """Files of a foreign folder that are kept unchanged."""
+MOST_SENTINELS = 2**16
 
 
 def start_token_text(folder: Path, config: dict[str, Any], *, sentinels: int) -> dict[str, Any]:
     """Of an encoder-decoder; `sentinels` is how many extra ids its tokenizer has where the folder does not say."""
     ids = config | _json(folder / "generation_config.json")
-    start = ids.get("decoder_start_token_id")
+    starts = [*token_ids(ids.get("decoder_start_token_id"), "decoder_start_token_id")]
+    starts += token_ids(ids.get("pad_token_id"), "pad_token_id")
     return {
         "tokenizer": _sentence_piece(folder, "spiece.model", _sentinels(folder, sentinels)) or _byte_pair(folder),
         "alignment": "start_token",
-        "start_id": (ids.get("pad_token_id") or 0) if start is None else token_ids(start, "decoder_start_token_id")[0],
+        "start_id": [*starts, 0][0],
         "eos_ids": token_ids(ids.get("eos_token_id", 1), "eos_token_id"),
         "bos_id": None,
     }
@@ -60,8 +63,11 @@ def native_text(folder: Path, config: dict[str, Any], *, bos: int, eos: int, add
 
 
 def _json(path: Path) -> dict[str, Any]:
+    """Empty where there is no such file. Raises UserError for one that is no JSON object."""
     value = read_json(path) if path.is_file() else {}
-    return value if isinstance(value, dict) else {}
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is no JSON object")
+    return value
 
 
 def _sentence_piece(folder: Path, name: str, sentinels: int) -> dict[str, Any] | None:
@@ -90,13 +96,16 @@ def _byte_pair(folder: Path) -> dict[str, Any] | None:
 
 def _sentinels(folder: Path, default: int) -> int:
     """Extra ids that lie on top of the SentencePiece model's own pieces."""
-    described = _json(folder / "tokenizer_config.json")
-    if isinstance(described.get("extra_ids"), int):
-        return described["extra_ids"]
+    path = folder / "tokenizer_config.json"
+    described = _json(path)
+    if (stated := described.get("extra_ids")) is not None:
+        if type(stated) is not int or not 0 <= stated <= MOST_SENTINELS:
+            raise UserError(f"{path}: extra_ids is {shown(stated)}: it is a number from 0 to {MOST_SENTINELS}")
+        return stated
     named = described.get("additional_special_tokens") or described.get("extra_special_tokens")
     if not isinstance(named, list):
         return default
-    texts = (one.get("content", "") if isinstance(one, dict) else str(one) for one in named)
+    texts = (str(one.get("content", "") if isinstance(one, dict) else one) for one in named)
     return sum(bool(re.fullmatch(r"<extra_id_\d+>", text)) for text in texts)
 
 
@@ -107,6 +116,14 @@ def _adds_bos(folder: Path, default: bool) -> bool:
         return stated
     if not (folder / "tokenizer.json").is_file():
         return default
-    post = _json(folder / "tokenizer.json").get("post_processor") or {}
-    templates = [step for step in post.get("processors", [post]) if step.get("type") == "TemplateProcessing"]
-    return any("SpecialToken" in step["single"][0] for step in templates if step.get("single"))
+    post = _json(folder / "tokenizer.json").get("post_processor")
+    steps = post.get("processors", [post]) if isinstance(post, dict) else []
+    return any(_begins_with_special(step) for step in steps) if isinstance(steps, list) else False
+
+
+def _begins_with_special(step: Any) -> bool:
+    """Whether a step of a post-processor is a template with a special token in front."""
+    match step:
+        case {"type": "TemplateProcessing", "single": [{"SpecialToken": _}, *_]}:
+            return True
+    return False

@@ -1,8 +1,6 @@
-import copy
 import hashlib
 import io
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +22,6 @@ from experiments.config import ModelConfig
 from experiments.console import Progress
 from experiments.convert import convert
 from experiments.families import builder
-from experiments.models import find_model
 from tests.common.weights import foreign
 from tests.common.weights.foreign import BF16, GPT2, LLAMA, T5, T5_V1_1
 
@@ -467,66 +464,6 @@ def test_leaves_that_do_not_fit_the_config_are_listed(tmp_path):
     with pytest.raises(UserError, match=r"layers/mlp/out_FD is \[3, 20, 12\], expected \[4, 20, 12\]"):
         run(tmp_path / "ours", tmp_path / "out", to="hf")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_model_folder_writes_nowhere_else(tmp_path):
-    """Whatever file names its model.json has."""
-    run(foreign.write_hugging_face(tmp_path / "in", LLAMA, foreign.llama()), tmp_path / "ours")
-    manifest = json.loads((tmp_path / "ours" / "model.json").read_text())
-    for name in (str(tmp_path / "x.safetensors"), "../x.safetensors", "a/x.safetensors", "..", "", "config.json", None):
-        manifest["source"]["files"][0]["name"] = name
-        (tmp_path / "ours" / "model.json").write_text(json.dumps(manifest))
-        with pytest.raises(UserError, match="model.json: source: "):
-            run(tmp_path / "ours", tmp_path / "out", to="hf")
-    assert {path.name for path in tmp_path.iterdir()} == {"in", "ours"}
-
-
-def places(value, path=()):
-    """The path of everything in a JSON value; of lists, the first entries."""
-    yield path
-    inner = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
-    for key, one in inner:
-        yield from places(one, (*path, key))
-
-
-ABSENT = object()
-WRONG = (ABSENT, None, True, -1, 0, 1e400, 0.5, "", "text", "\x1b[2J", [], [None], ["x", 1], {}, {"a": [1]})
-
-
-def mutations(value):
-    """(place, value there, the whole with that value): each key absent, and of every kind of wrong value."""
-    for path in places(value):
-        for wrong in WRONG if path else WRONG[1:]:
-            changed = {"": copy.deepcopy(value)}
-            node, keys = changed, ("", *path)
-            for key in keys[:-1]:
-                node = node[key]
-            if wrong is ABSENT:
-                del node[keys[-1]]
-            else:
-                node[keys[-1]] = wrong
-            yield path, wrong, changed[""]
-
-
-def test_a_manifest_of_any_shape_is_understood_or_refused(tmp_path):
-    source = foreign.write_hugging_face(tmp_path / "in", GPT2 | {"vocab_size": 41}, foreign.gpt2())
-    run(source, tmp_path / "ours")
-    good = json.loads((tmp_path / "ours" / "model.json").read_text())
-    good["text"]["tokenizer"] = {"kind": "byte_pair", "file": "source/tokenizer.json", "sentinels": 0, "add_bos": True}
-    refused = 0
-    for _, _, manifest in mutations(good):
-        (tmp_path / "ours" / "model.json").write_text(json.dumps(manifest))
-        for use in (
-            lambda: run(tmp_path / "ours", tmp_path / "out", to="hf"),
-            lambda: find_model(str(tmp_path / "ours")),
-        ):
-            try:
-                use()
-            except UserError:
-                refused += 1
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-    assert refused > 500
-    assert {path.name for path in tmp_path.iterdir()} == {"in", "ours"}
 
 
 # Between families.

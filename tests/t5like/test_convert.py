@@ -67,6 +67,8 @@ def test_the_config_scales_and_the_file_ties(change, scaled, tied):
         ({"feed_forward_proj": "gelu"}, "feed_forward_proj is 'gelu'"),
         ({"feed_forward_proj": "mixed-gelu"}, "feed_forward_proj is 'mixed-gelu'"),
         ({"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu"}, "dense_act_fn is 'gelu'"),
+        ({"is_gated_act": True}, "feed_forward_proj is 'relu', is_gated_act is True"),
+        ({"is_gated_act": True, "feed_forward_proj": None}, "json: is_gated_act is True"),
         ({"is_encoder_decoder": False}, "is_encoder_decoder is False"),
         ({"model_type": "umt5"}, "model_type is 'umt5'"),
         ({"d_model": None}, "d_model is missing"),

@@ -160,6 +160,8 @@ def load(path: Path, *, sentinels: int, eos: str | None) -> BytePairTokenizer:
     tokenizer, files = read(path)
     described = (path if path.is_dir() else path.parent) / "tokenizer_config.json"
     names = read_json(described) if described.is_file() else {}
+    if not isinstance(names, dict):
+        raise UserError(f"{described} is no JSON object")
     try:
         special = _specials(tokenizer, names, eos)
     except UserError as error:
@@ -205,6 +207,8 @@ def _specials(tokenizer: tokenizers.Tokenizer, names: Mapping[str, Any], eos: st
     def named(role: str) -> int | None:
         name = names.get(f"{role}_token")
         name = name.get("content") if isinstance(name, dict) else name
+        if name is not None and not isinstance(name, str):
+            raise UserError(f"tokenizer_config.json: {role}_token is {name!r}, which names no token")
         candidates = WELL_KNOWN[role] if name is None else (name,)
         return next((vocabulary[name] for name in candidates if name in vocabulary), None)
 
