@@ -18,9 +18,12 @@ from common.data.config import SentencePieceConfig
 from common.data.tokenizers.vocabulary import decode_around_sentinels, refuse_surrogates, table_rows, top_sentinel
 from common.errors import UserError
 
-VERSION: str = sentencepiece.__version__
+VERSION = f"{sentencepiece.__version__}-2"
+"""The library's, and that of `train_model`: raise it with any change of what that makes of a text."""
 SPACE_MARK = "\u2581"
 """How SentencePiece writes a space; the same character in a text needs care to be read back."""
+UNKNOWN_MARK = "\u2585"
+"""How SentencePiece writes what it does not know: it skips every training line that holds this character."""
 
 
 class SentencePieceTokenizer:
@@ -124,9 +127,13 @@ def train_model(lines: Iterable[str], config: SentencePieceConfig) -> bytes:
     size, when the text cannot fill `config.vocab_size` or does not fit into it.
     """
     model = io.BytesIO()
+    parts = [part for line in lines for part in line.split(UNKNOWN_MARK)]
+    if not any(parts):
+        why = f"all {len(parts)} lines are empty" if parts else "the training split is empty"
+        raise UserError(f"the tokenizer has no text to be trained on: {why}")
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
+            sentence_iterator=iter(parts),
             model_writer=model,
             vocab_size=config.vocab_size - config.sentinels,
             model_type=config.model_type,
@@ -157,6 +164,4 @@ def _explain(message: str, config: SentencePieceConfig) -> str:
         return f"{bound} large for this text: at most {int(largest[1]) + config.sentinels} is possible"
     if least:
         return f"{bound} small for this text's characters: at least {int(least[1]) + config.sentinels} is needed"
-    if "sentences_.empty()" in message:
-        return "the tokenizer has no text to be trained on: the training split is empty"
     return f"SentencePiece cannot be trained: {message}"

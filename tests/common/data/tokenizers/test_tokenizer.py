@@ -38,6 +38,7 @@ ODD_TEXTS = [
     "\u2581",  # SentencePiece's own mark for a space
     "a\u2581b \u2581 c\u2581",
     "\u2581\u2581 lead",
+    "\u2585 a\u2585b",  # SentencePiece's own mark for what it does not know
     "no-break\u00a0and\u202fnarrow\u3000wide",
     "🙂👩‍👩‍👧 日本語 עברית",
     "\ufeffbom \ufffd \U0010ffff",
@@ -160,8 +161,14 @@ def test_an_impossible_size_names_the_possible_one(lines: list[str], size: int, 
 
 
 def test_no_text_is_an_error() -> None:
-    with pytest.raises(UserError, match="empty"):
-        train_model([], SentencePieceConfig())
+    for lines, message in (([], "the training split is empty"), (["", "\u2585"], "all 3 lines are empty")):
+        with pytest.raises(UserError, match=message):
+            train_model(lines, SentencePieceConfig())
+
+
+def test_lines_that_sentence_piece_would_skip_are_trained_on() -> None:
+    config = SentencePieceConfig(vocab_size=300)
+    assert train_model([f"\u2585{line}\u2585" for line in LINES], config) == train_model(LINES, config)
 
 
 @pytest.mark.parametrize(
