@@ -1,25 +1,29 @@
 """Checkpoints by Orbax: asynchronous, atomic, the last few and the best."""
 
 import dataclasses
+import json
 import logging
 import math
 import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from common.errors import UserError
 from common.sharding.hosts import where
+from common.train.checksums import digest, leaf_checksums, plain_digest, plain_sums
 from common.train.paths import flatten
 from common.train.state import TrainState
 from common.train.storage import patiently
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""What is written. The first schema, whose checksums do not see the order of elements, is read too."""
+PROGRESS = "progress"
 
 log = logging.getLogger(__name__)
 
@@ -53,23 +57,21 @@ class Checkpoints:
     """The checkpoints of one run directory."""
 
     def __init__(self, folder: Path, *, keep_last: int):
-        self.folder, self.keep_last = folder, keep_last
+        """Raises UserError where something else than a directory has the name."""
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is no directory: move it away, or train into another --run-dir")
+        self.folder, self._keep = folder, _LastAndBest(folder, keep_last)
         self._failed = False
         self._manager = self._opened()
 
     def _opened(self) -> ocp.CheckpointManager:
-        keep = checkpoint_managers.AnyPreservationPolicy(
-            [
-                checkpoint_managers.LatestN(self.keep_last),
-                checkpoint_managers.BestN(get_metric_fn=_validation_loss, reverse=True, n=1),
-            ]
-        )
         return ocp.CheckpointManager(
             self.folder.resolve(),
             handler_registry=_handlers(),
-            # Without best_fn metrics are not stored, and after a restart the best checkpoint would be forgotten.
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=keep, best_fn=_validation_loss, best_mode="min", cleanup_tmp_directories=True
+                preservation_policy=self._keep,
+                cleanup_tmp_directories=True,
+                lightweight_initialize=True,  # else Orbax fails where a file of any checkpoint is damaged
             ),
         )
 
@@ -93,20 +95,19 @@ class Checkpoints:
         about = {
             "schema_version": SCHEMA_VERSION,
             "seed": seed,
-            "checksum": _checksum(sums),
+            "validation_loss": validation_loss,
             "parameter_checksums": {name: int(x) for name, x in flatten(sums["params"]).items()},
+            **dataclasses.asdict(progress),
         }
-        args = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(tree), progress=ocp.args.JsonSave(about | dataclasses.asdict(progress))
-        )
-        loss = math.inf if validation_loss is None else validation_loss
+        about["digest"] = digest(sums, about)
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave(tree), **{PROGRESS: ocp.args.JsonSave(about)})
+        self._keep.losses[progress.consumed_batches] = validation_loss
         try:
             # Of several processes Orbax would ask for itself whether SIGTERM has come, and they would lose count of the
             # steps; forced, it does not ask.
             began = self._manager.save(
                 progress.consumed_batches,
                 args=args,
-                metrics={"validation_loss": loss},
                 force=jax.process_count() > 1,
             )
         except Exception:
@@ -179,13 +180,13 @@ class Checkpoints:
         self, step: int, abstract: TrainState, seed: int, left_out: frozenset[int]
     ) -> tuple[TrainState, Progress]:
         about, tree = self._load(step, abstract, left_out)
-        saved_seed = about.pop("seed")
-        assert saved_seed == seed, "the run directory's config was checked before"
-        about.pop("parameter_checksums", None)
-        if _checksum(leaf_checksums(tree)) != about.pop("checksum"):
-            raise ValueError("its arrays are not those that were saved")
-        losses = tuple((at, loss) for at, loss in about.pop("losses", ()))
-        return TrainState(**tree), Progress(**about, losses=losses)
+        if not _is_what_was_saved(tree, about):
+            raise ValueError("it is not what was saved")
+        assert about["seed"] == seed, "the run directory's config was checked before"
+        known = {field.name: about[field.name] for field in dataclasses.fields(Progress) if field.name in about}
+        known["skipped"] = tuple(known.get("skipped", ()))
+        known["losses"] = tuple((at, loss) for at, loss in known.get("losses", ()))
+        return TrainState(**tree), Progress(**known)
 
     def _load(self, step: int, abstract: TrainState, left_out: frozenset[int]) -> tuple[dict[str, Any], Any]:
         """(What is said of it, its arrays), unchecked. All processes can read them, or it raises in all."""
@@ -193,10 +194,8 @@ class Checkpoints:
         folder = epath.Path(self.folder.resolve() / str(step))
         failure: Exception | None = None
         try:
-            about = dict(ocp.JsonCheckpointHandler().restore(folder / "progress", args=ocp.args.JsonRestore()))
-            check_schema(about.pop("schema_version"), f"{self.folder}/{step}", "train into another --run-dir")
-            about["skipped"] = tuple(about.get("skipped", ()))
-            if not {batch for batch in left_out if batch <= step} <= set(about["skipped"]):
+            about = read_about(self.folder, step, "train into another --run-dir")
+            if not {batch for batch in left_out if batch <= step} <= set(about.get("skipped", ())):
                 raise _LearntFromLeftOut
             arrays = ocp.args.StandardRestore(_tree(abstract))
             tree = ocp.StandardCheckpointHandler().restore(folder / "state", args=arrays)
@@ -236,39 +235,77 @@ def _handlers() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
     handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
     handlers.add("state", ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(use_compression=False))
     handlers.add("state", ocp.args.StandardRestore, ocp.StandardCheckpointHandler())
-    handlers.add("progress", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
-    handlers.add("progress", ocp.args.JsonRestore, ocp.JsonCheckpointHandler())
+    handlers.add(PROGRESS, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+    handlers.add(PROGRESS, ocp.args.JsonRestore, ocp.JsonCheckpointHandler())
     return handlers
 
 
-def check_schema(schema: int, where: str, advice: str) -> None:
-    """Raises UserError for a checkpoint of another version."""
-    if schema != SCHEMA_VERSION:
-        raise UserError(f"{where} has checkpoint schema {schema}, this version reads {SCHEMA_VERSION}: {advice}")
+def read_about(folder: Path, step: int, advice: str) -> dict[str, Any]:
+    """The JSON that is saved beside the arrays of a checkpoint.
+
+    Raises UserError with `advice` for a schema that this version does not read, and ValueError for one that is damaged
+    or of another step than its name says.
+    """
+    about = json.loads((folder / str(step) / PROGRESS / "metadata").read_text(encoding="utf-8"))
+    if not isinstance(about, dict):
+        raise ValueError("what is said of it is no JSON object")
+    if (schema := about["schema_version"]) not in range(1, SCHEMA_VERSION + 1):
+        raise UserError(
+            f"{folder}/{step} has checkpoint schema {schema}, this version reads 1 to {SCHEMA_VERSION}: {advice}"
+        )
+    if about["consumed_batches"] != step:
+        raise ValueError(f"it is of step {about['consumed_batches']}")
+    return about
+
+
+def changed_parameter(params: Mapping[str, Any], about: Mapping[str, Any]) -> str | None:
+    """The name of one, of those by dotted name, that is not what was saved; None where all are."""
+    sums = jax.device_get((plain_sums if about["schema_version"] == 1 else leaf_checksums)(dict(params)))
+    saved = about.get("parameter_checksums", {})  # the first checkpoints had none
+    return next((name for name, found in sums.items() if saved.get(name, found) != found), None)
+
+
+def _is_what_was_saved(tree: Any, about: dict[str, Any]) -> bool:
+    if about["schema_version"] == 1:
+        return plain_digest(plain_sums(tree)) == about["checksum"]
+    rest = {key: value for key, value in about.items() if key != "digest"}
+    return digest(leaf_checksums(tree), rest) == about["digest"]
 
 
 def _tree(state: TrainState) -> dict[str, Any]:
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
 
 
-def _validation_loss(metrics: dict[str, float]) -> float:
-    """Infinite where a checkpoint was saved between validations."""
-    return metrics["validation_loss"]
+class _LastAndBest(checkpoint_managers.PreservationPolicy):
+    """Keeps the last checkpoints and the one with the lowest validation loss, the last of several that have it."""
+
+    def __init__(self, folder: Path, keep_last: int):
+        self.folder, self.keep_last = folder, keep_last
+        self.losses: dict[int, float | None] = {}
+        """By step; None where it was saved between validations, or where its loss cannot be read."""
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        losses = [self._loss(checkpoint.step) for checkpoint in checkpoints]
+        best = min((loss for loss in losses if loss is not None), default=None)
+        last = range(len(losses))[-self.keep_last :]
+        kept = {*last, *[i for i, loss in enumerate(losses) if best is not None and loss == best][-1:]}
+        return [i in kept for i in range(len(losses))]
+
+    def _loss(self, step: int) -> float | None:
+        if step not in self.losses:
+            self.losses[step] = _saved_loss(self.folder / str(step))
+        return self.losses[step]
 
 
-@jax.jit
-def leaf_checksums(tree: Any) -> Any:
-    """uint32 over the bits of each array, however it is sharded: files carry no checksum of their contents."""
-
-    def one(leaf: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
-        return jnp.sum(bits, dtype=jnp.uint32)
-
-    return jax.tree.map(one, tree)
-
-
-def _checksum(leaf_checksums: Any) -> int:
-    total = 0
-    for leaf in jax.tree.leaves(leaf_checksums):
-        total = (total * 31 + int(leaf)) % 2**32
-    return total
+def _saved_loss(checkpoint: Path) -> float | None:
+    for path in (
+        checkpoint / PROGRESS / "metadata",
+        checkpoint / "metrics" / "metrics",
+    ):  # the latter in the first schema
+        try:
+            loss = json.loads(path.read_text(encoding="utf-8")).get("validation_loss")
+        except (OSError, ValueError, AttributeError):
+            continue
+        if isinstance(loss, float) and math.isfinite(loss):
+            return loss
+    return None

@@ -1,11 +1,10 @@
 """Parameters at rest: of a run's checkpoint or of a model folder, read by name onto any mesh."""
 
-import json
 import logging
 import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from etils import epath
 
 from common.data.progress import bar, spinner
 from common.errors import UserError
-from common.train.checkpoints import check_schema, leaf_checksums, saved_steps
+from common.train.checkpoints import changed_parameter, read_about, saved_steps
 from common.train.paths import flatten, nest
 from common.weights import folder
 
@@ -120,18 +119,13 @@ class RunParameters:
         listed = ", ".join(map(str, self._steps))
         raise UserError(f"no checkpoint in {self.folder} can be read (tried: {listed})")
 
-    def _read_about(self, step: int) -> dict[str, Any]:
-        about = json.loads((self.folder / str(step) / "progress" / "metadata").read_text())
-        check_schema(about["schema_version"], f"{self.folder}/{step}", "choose another checkpoint")
-        return about
-
     def _read_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
-        self._read_about(step)  # which checks its version
+        read_about(self.folder, step, "choose another checkpoint")  # which checks its version
         metadata = self._handler.metadata(epath.Path(self._state(step)))
         return {name: tuple(leaf.shape) for name, leaf in flatten(metadata.tree["params"]).items()}
 
     def _read(self, step: int, wanted: Wanted) -> dict[str, jax.Array]:
-        checksums = self._read_about(step).get("parameter_checksums", {})
+        about = read_about(self.folder, step, "choose another checkpoint")
         # In the dtype in which it was saved, so that its bits can be checked.
         whole = {name: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding) for name, x in wanted.items()}
         tree = {"params": nest(whole)}
@@ -139,9 +133,8 @@ class RunParameters:
             item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
         )
         found = flatten(self._handler.restore(epath.Path(self._state(step)), args=args)["params"])
-        for name, checksum in jax.device_get(leaf_checksums(found)).items():
-            if checksums.get(name, checksum) != checksum:
-                raise ValueError(f"{name} is not what was saved")
+        if changed := changed_parameter(found, about):
+            raise ValueError(f"{changed} is not what was saved")
         return {name: x.astype(wanted[name].dtype) for name, x in found.items()}
 
     def _state(self, step: int) -> Path:

@@ -1,6 +1,5 @@
 """The loop and its run directory: what is recorded, resumed, refused and kept."""
 
-import contextlib
 import dataclasses
 import gc
 import itertools
@@ -29,10 +28,8 @@ from common.report.certificate import certify
 from common.report.results import ArmResult, Flops
 from common.sharding.shape import MeshShape
 from common.train import run_dir as rd
-from common.train.checkpoints import Checkpoints, Progress
 from common.train.config import Budget
 from common.train.loop import Fitted, fit
-from common.train.state import TrainState
 from common.train.task import Stream, Task
 from tests.tiny import (
     DATA,
@@ -351,35 +348,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert (tmp_path / rd.METRICS).read_bytes() == run.metrics()
 
 
-# --- Checkpoints
-
-
-LEARNT = TrainState(step=np.int32(0), params={"w": np.arange(3, dtype=np.float32)}, opt_state=())
-
-
-@pytest.mark.parametrize("reopened", [False, True])
-def test_the_last_and_the_best_are_kept(reopened: bool, tmp_path: Path) -> None:
-    """The best stays the best for a process that did not write it; one saved between validations is never the best."""
-    checkpoints = Checkpoints(tmp_path / rd.CHECKPOINTS, keep_last=2)
-    for step, loss in enumerate([3.0, None, 1.0, 2.0, None, 1.5, 1.25], start=1):
-        checkpoints.save(LEARNT, Progress(consumed_batches=step, fingerprint=""), seed=0, validation_loss=loss)
-        if reopened:
-            checkpoints.close()
-            checkpoints = Checkpoints(tmp_path / rd.CHECKPOINTS, keep_last=2)
-    checkpoints.close()
-    assert checkpoints.steps()[-1] == 7
-    assert saved_steps(tmp_path) == {3, 6, 7}
-
-
-def test_another_schema_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with contextlib.closing(Checkpoints(tmp_path / rd.CHECKPOINTS, keep_last=2)) as checkpoints:
-        checkpoints.save(LEARNT, Progress(consumed_batches=1, fingerprint=""), seed=0, validation_loss=1.0)
-    monkeypatch.setattr("common.train.checkpoints.SCHEMA_VERSION", 99)
-    with (
-        contextlib.closing(Checkpoints(tmp_path / rd.CHECKPOINTS, keep_last=2)) as checkpoints,
-        pytest.raises(UserError, match="checkpoints/1 has checkpoint schema 1, this version reads 99"),
-    ):
-        checkpoints.restore(LEARNT, seed=0)
+# --- Checkpoints that are damaged
 
 
 def largest(folder: Path) -> Path:
