@@ -38,6 +38,8 @@ class TextScore:
     """Share in 0..1."""
     bleu: Interval | None
     """0..100 (sacrebleu); None where the group is not scored with it."""
+    bleu_signature: str | None = None
+    """sacrebleu's description of how BLEU was computed."""
     copied_bleu: float | None = None
     """BLEU of the inputs themselves against the same references: what a model must beat that translates."""
 

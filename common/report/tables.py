@@ -142,7 +142,9 @@ def _bleu(score: TextScore | None) -> str:
 
 def _beside_copying(scores: Sequence[TextScore | None]) -> str:
     copied = {f"{score.copied_bleu:.2f}" for score in scores if score and score.copied_bleu is not None}
-    return "; ".join([_counted(scores), *(f"the inputs themselves score {bleu}" for bleu in sorted(copied))])
+    copying = [f"the inputs themselves score {bleu}" for bleu in sorted(copied)]
+    words = {s.bleu_signature.split("tok:")[-1].split("|")[0] for s in scores if s and s.bleu_signature} - {"13a"}
+    return "; ".join([_counted(scores), *copying, *(f"sacrebleu's tokenizer {name}" for name in sorted(words))])
 
 
 def _counted(scores: Iterable[TextScore | None]) -> str:

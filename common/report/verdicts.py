@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from common.analysis.statistics import compare_paired, verdict_line
+from common.analysis.statistics import CONFIDENCE, compare_paired, holm
+from common.report.results import Interval
 from common.report.run_files import ArmRun, Run, Sample
 from common.report.tables import find_score, splits
 from common.report.units import scientific, si
@@ -58,17 +59,71 @@ def _keyed(samples: tuple[Sample, ...]) -> Iterator[tuple[tuple[str, str, str, i
         seen[key] += 1
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Comparison:
+    """One test of two arms."""
+
+    first: str
+    second: str
+    numbers: str
+    """The difference with its interval, n and p-value."""
+    difference: Interval
+    p_value: float
+    detail: str = ""
+
+
 def verdicts(run: Run) -> tuple[Verdict, ...]:
     """Sentences for each split and pair of arms (the first against each other one), and one on the validation loss."""
     examples = pair_examples(run.arms)
-    lines = [
-        line
+    found = [
+        made
         for split in splits(run.results)
         for other in range(1, len(run.arms))
-        for line in _compare(run, examples, split, other)
+        for made in _compare(run, examples, split, other)
+    ]
+    tests = [made for made in found if isinstance(made, _Comparison)]
+    corrected = iter(holm([test.p_value for test in tests]))
+    lines = [
+        _judge(made, next(corrected), len(tests), run) if isinstance(made, _Comparison) else made for made in found
     ]
     losses = ", ".join(f"{r.arm} {r.validation_loss:.4f}" for r in run.results)
-    return (*lines, Verdict(text=f"Validation loss: {losses} nats per token."))
+    counted = [Verdict(text=_count(len(tests)))] if tests else []
+    return (*lines, *counted, Verdict(text=f"Validation loss: {losses} nats per token."))
+
+
+def _count(tests: int) -> str:
+    if tests == 1:
+        return "This report makes 1 comparison."
+    return (
+        f"This report makes {tests} comparisons: by chance alone one in 20 would look like a difference, so verdicts "
+        f"go by p-values corrected for {tests} (Holm)."
+    )
+
+
+def _judge(made: _Comparison, corrected: float, tests: int, run: Run) -> Verdict:
+    """A difference is resolved where its interval excludes 0 and the corrected test agrees.
+
+    Both are asked for because the bootstrap's interval is too sure of itself with few sentences, and a lone p-value
+    hides how small a difference is.
+    """
+    numbers = made.numbers + (f" ({_shown_p(corrected)} corrected for {tests} comparisons)" if tests > 1 else "")
+    outside = made.difference.low > 0 or made.difference.high < 0
+    if not outside or corrected >= 1 - CONFIDENCE:
+        return Verdict(text=f"{numbers}: no difference resolved.", detail=made.detail)
+    better, worse = (made.first, made.second)[:: 1 if made.difference.value > 0 else -1]
+    verdict = (
+        f"the {better} model trained here{_seeds(run)} is better on these examples than the {worse} model; one seed "
+        f"says nothing of {better} and {worse} in general"
+    )
+    return Verdict(text=f"{numbers}: {verdict}.", detail=made.detail)
+
+
+def _seeds(run: Run) -> str:
+    """Of the first arm, which a comparison's arms share."""
+    config = run.arms[0].config
+    seeds = {name: config.get(name, {}).get("seed") for name in ("train", "data")}
+    known = ", ".join(f"{name}.seed {seed}" for name, seed in seeds.items() if seed is not None)
+    return f" ({known})" if known else ""
 
 
 def caveat(run: Run) -> str:
@@ -81,7 +136,7 @@ def caveat(run: Run) -> str:
     )
 
 
-def _compare(run: Run, examples: tuple[Example, ...], split: str, other: int) -> list[Verdict]:
+def _compare(run: Run, examples: tuple[Example, ...], split: str, other: int) -> list[_Comparison | Verdict]:
     """By exact match and, where it is scored, by BLEU; the experiment's headline first."""
     first, second = run.arms[0], run.arms[other]
     pairs = [
@@ -97,9 +152,10 @@ def _compare(run: Run, examples: tuple[Example, ...], split: str, other: int) ->
         counts = " and ".join(f"{n:,}" for n in sorted(scored))
         return [Verdict(text=f"{text}: samples.jsonl pairs {len(pairs):,} of {counts} examples.")]
     exact = _compare_exactly(split, first.name, second.name, pairs)
-    if not all(score and score.bleu for score in scores):
+    bleus = [score.bleu_signature for score in scores if score and score.bleu]
+    if len(bleus) < 2:
         return [exact]
-    bleu = _compare_bleu(split, first.name, second.name, pairs)
+    bleu = _compare_bleu(split, first.name, second.name, pairs, bleus)
     return [bleu, exact] if headline(run) == "bleu" else [exact, bleu]
 
 
@@ -108,23 +164,55 @@ def headline(run: Run) -> str:
     return run.experiment.get("evaluation", {}).get("headline", "exact_match")
 
 
-def _compare_bleu(split: str, first: str, second: str, pairs: list[tuple[Sample, Sample]]) -> Verdict:
-    from common.evals.text_metrics import bleu_difference
+def _compare_bleu(
+    split: str, first: str, second: str, pairs: list[tuple[Sample, Sample]], signatures: list[str | None]
+) -> _Comparison | Verdict:
+    from common.evals.bleu import compare_bleu, tokenizer_in
 
+    if len(set(signatures)) > 1:
+        text = f"BLEU, {split}: {first} and {second} are not compared, since they were scored in different ways"
+        return Verdict(text=f"{text} ({signatures[0]} and {signatures[1]}).")
     ours, theirs = ([pair[side].prediction for pair in pairs] for side in (0, 1))
-    found = bleu_difference(ours, theirs, [a.target for a, _ in pairs])
-    low, value, high = (f"{x:+.1f}".replace("-", "−") for x in (found.low, found.value, found.high))
-    better = first if found.value > 0 else second
-    resolved = found.low > 0 or found.high < 0
-    verdict = f"{better} is better on these examples" if resolved else "no difference resolved"
-    return Verdict(text=f"BLEU, {split}: {first} − {second} = {value} [{low}, {high}], n = {len(pairs):,}: {verdict}.")
+    found = compare_bleu(ours, theirs, [a.target for a, _ in pairs], tokenizer_in(signatures[0]))
+    low, value, high = (_signed(x) for x in (found.difference.low, found.difference.value, found.difference.high))
+    numbers = f"BLEU, {split}: {first} − {second} = {value} [{low}, {high}], n = {len(pairs):,}"
+    return _Comparison(
+        first=first,
+        second=second,
+        numbers=f"{numbers}, {_shown_p(found.p_value)}",
+        difference=found.difference,
+        p_value=found.p_value,
+        detail=signatures[0] or "",
+    )
 
 
-def _compare_exactly(split: str, first: str, second: str, pairs: list[tuple[Sample, Sample]]) -> Verdict:
+def _compare_exactly(split: str, first: str, second: str, pairs: list[tuple[Sample, Sample]]) -> _Comparison:
     correct_E2 = np.array([(a.correct, b.correct) for a, b in pairs], bool)
     compared = compare_paired(correct_E2[:, 0], correct_E2[:, 1])
-    detail = (
-        f"both right {compared.both:,}, only {first} {compared.only_first:,}, "
-        f"only {second} {compared.only_second:,}, both wrong {compared.neither:,}"
+    interval = compared.difference
+    low, value, high = (_signed(100 * x) for x in (interval.low, interval.value, interval.high))
+    numbers = f"Exact match, {split}: {first} − {second} = {value} points [{low}, {high}], n = {compared.examples:,}"
+    return _Comparison(
+        first=first,
+        second=second,
+        numbers=f"{numbers}, {_shown_p(compared.p_value)}",
+        difference=interval,
+        p_value=compared.p_value,
+        detail=(
+            f"both right {compared.both:,}, only {first} {compared.only_first:,}, "
+            f"only {second} {compared.only_second:,}, both wrong {compared.neither:,}"
+        ),
     )
-    return Verdict(text=f"Exact match, {split}: {verdict_line(first, second, compared)}.", detail=detail)
+
+
+def _signed(x: float) -> str:
+    """
+    >>> _signed(-1.26), _signed(0.03)
+    ('−1.3', '+0.03')
+    """
+    digits = 1 if abs(x) >= 0.05 or x == 0 else 2
+    return f"{x:+.{digits}f}".replace("-", "−")
+
+
+def _shown_p(p_value: float) -> str:
+    return "p < 0.0001" if p_value < 1e-4 else f"p = {p_value:.2g}"

@@ -1,15 +1,18 @@
 """Verdicts rest on paired examples, or say that they do not."""
 
+import dataclasses
 import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
-from common.analysis.statistics import compare_paired, verdict_line
+from common.analysis.statistics import compare_paired
 from common.report.run_files import read_run
 from common.report.verdicts import caveat, pair_examples, verdicts
+from tests.common.report.conftest import scores_of
 
 Files = dict[str, Any]
 
@@ -22,8 +25,10 @@ def test_verdict_is_the_paired_comparison_of_all_examples(write_run: Callable[..
         for arm in ("enc-dec", "dec-only")
     ]
     lines = verdicts(run)
-    want = verdict_line("enc-dec", "dec-only", compare_paired(*correct))
-    assert lines[0].text == f"Exact match, validation: {want}." and "n = 1,200" in want
+    compared = compare_paired(*correct)
+    assert lines[0].text.startswith("Exact match, validation: enc-dec − dec-only = ") and "n = 1,200" in lines[0].text
+    assert f"{100 * compared.difference.value:+.1f} points [" in lines[0].text.replace("−", "-")
+    assert f"p = {compared.p_value:.2g} (" in lines[0].text
     assert lines[0].detail.startswith(f"both right {(correct[0] & correct[1]).sum():,}, only enc-dec")
     assert "unseen names" in lines[2].text and "0.0512" in lines[-1].text
     assert "trained once" in caveat(run) and "2.31 M" in caveat(run)
@@ -37,7 +42,67 @@ def test_the_headline_stands_first(write_run: Callable[..., Path]) -> None:
 
     exact, bleu = (verdicts(read_run(write_run(change)))[0].text for change in (lambda files: None, by_bleu))
     assert exact.startswith("Exact match, validation") and bleu.startswith("BLEU, validation: enc-dec − dec-only = +")
-    assert bleu.endswith("enc-dec is better on these examples.")
+    assert "the enc-dec model trained here (data.seed 0) is better on these examples than the dec-only model" in bleu
+
+
+def judged(write_run: Callable[..., Path], *counts: int, splits: int = 1, seeds: dict[str, Any] | None = None) -> Any:
+    """Verdicts on splits where so many examples are right in both, only the first, only the second, and neither."""
+
+    def edit(files: Files) -> None:
+        rights = [(True, True)] * counts[0] + [(True, False)] * counts[1]
+        rights += [(False, True)] * counts[2] + [(False, False)] * counts[3]
+        for side, arm in enumerate(("enc-dec", "dec-only")):
+            files[f"{arm}/config.json"] |= seeds or {}
+            files[f"{arm}/samples.jsonl"] = rows = [
+                {"split": f"s{split}", "group": "g", "inputs": f"{i}", "target": "t"}
+                | {"prediction": "t" if right[side] else "f", "correct": right[side]}
+                for split in range(splits)
+                for i, right in enumerate(rights)
+            ]
+            scores = [dataclasses.asdict(score) for score in scores_of(rows)]
+            files[f"{arm}/result.json"]["scores"] = scores
+
+    return verdicts(read_run(write_run(edit)))
+
+
+@pytest.mark.parametrize(
+    ("counts", "better"),
+    [
+        ((900, 60, 20, 20), "enc-dec"),
+        ((900, 20, 60, 20), "dec-only"),
+        ((900, 40, 40, 20), None),
+        ((1000, 0, 0, 0), None),
+        ((90, 4, 0, 6), None),
+    ],
+)
+def test_verdicts_claim_no_more_than_examples_and_seed_show(
+    write_run: Callable[..., Path], counts: tuple[int, ...], better: str | None
+) -> None:
+    seeds = {"train": {"seed": 3}, "data": {"seed": 4}}
+    exact, counted, _ = judged(write_run, *counts, seeds=seeds)
+    assert f"n = {sum(counts):,}" in exact.text and counted.text == "This report makes 1 comparison."
+    if better is None:
+        assert exact.text.endswith("no difference resolved.") and "[+0.0, +0.0]" not in exact.text
+    else:
+        assert f"the {better} model trained here (train.seed 3, data.seed 4) is better on these examples" in exact.text
+        worse = {"enc-dec": "dec-only", "dec-only": "enc-dec"}[better]
+        assert exact.text.endswith(f"one seed says nothing of {better} and {worse} in general.")
+
+
+def test_many_comparisons_are_counted_and_corrected_for(write_run: Callable[..., Path]) -> None:
+    """p = 0.021: a difference if it is the only comparison, and none of six."""
+    (alone, *_), (among, *_, counted, _) = (judged(write_run, 80, 13, 3, 4, splits=n) for n in (1, 6))
+    assert "the enc-dec model trained here (data.seed 0) is better" in alone.text
+    assert "(p = 0.13 corrected for 6 comparisons): no difference resolved" in among.text
+    assert counted.text.startswith("This report makes 6 comparisons")
+
+
+def test_bleus_of_different_kinds_are_not_compared(write_run: Callable[..., Path]) -> None:
+    def edit(files: Files) -> None:
+        files["dec-only/result.json"]["scores"][0]["bleu_signature"] = "nrefs:1|tok:zh"
+
+    lines = verdicts(read_run(write_run(edit)))
+    assert "are not compared, since they were scored in different ways" in lines[1].text and "tok:zh" in lines[1].text
 
 
 def test_the_order_of_samples_does_not_matter(write_run: Callable[..., Path]) -> None:
