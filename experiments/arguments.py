@@ -130,7 +130,7 @@ def _add_convert(convert: argparse.ArgumentParser) -> None:
         "source", type=Path, metavar="SOURCE", help="Hugging Face folder, T5X checkpoint, model folder, run"
     )
     convert.add_argument("destination", type=Path, metavar="DESTINATION", help="a folder that does not exist yet")
-    convert.add_argument("--to", metavar="FORM", help="what a model folder becomes: hf, gpt or t5like")
+    convert.add_argument("--to", metavar="FORM", help="what it becomes beyond a model folder: hf, gpt or t5like")
     convert.add_argument("--rung", type=int, metavar="N", help="with --to t5like: 0 (default) to 4 of the ladder")
     convert.add_argument("--config", metavar="SIZE", help="the size of a T5X checkpoint, where shapes are not enough")
     convert.add_argument("--tokenizer", type=Path, metavar="FILE", help="the SentencePiece model of a T5X checkpoint")

@@ -1,47 +1,36 @@
 """`twinstack convert`: foreign checkpoints to model folders and back, and from one family to the other."""
 
 import contextlib
-import dataclasses
 import re
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from common.config import to_json
 from common.errors import UserError, nearest
-from common.files import read_json, write_json
+from common.files import read_json
 from common.train import run_dir as rd
 from common.weights import folder as model_folder
-from common.weights.folder import (
-    FolderWriter,
-    copy_leaf,
-    leaf_shapes,
-    new_folder,
-    read_leaf,
-    write_folder,
-)
-from common.weights.mapping import Checkpoint, Table, flatten, match
+from common.weights.folder import FolderWriter, scratch_folder, write_folder
+from common.weights.mapping import Checkpoint, Table, match
 from common.weights.safetensors_files import INDEX, SINGLE, SafetensorsFolder
-from common.weights.stream import EXTRAS, check_leaves, export_weights, import_weights, same_bytes
+from common.weights.stream import import_weights, same_bytes
 from common.weights.t5x import T5xCheckpoint, is_checkpoint
 from common.weights.text import CARRIED, native_text, sentence_piece, start_token_text
 from experiments.config import ModelConfig
 from experiments.console import Progress
-from experiments.models import describe_folder
+from experiments.convert_out import HUGGING_FACE, convert_folder, hugging_face_table, summary
 from experiments.run_folder import folder_from_run
-from experiments.weight_maps import RELAXED, gpt_config, t5like_config, t5like_leaves
 from gpt import convert as gpt
 from gpt.config import SIZES as GPT_SIZES
 from gpt.config import GptConfig
 from t5like import convert as t5like
 from t5like.config import SIZES as T5LIKE_SIZES
-from t5like.config import T5LikeConfig
 
 TARGETS = ("hf", "gpt", "t5like")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-HUGGING_FACE, T5X = "hugging_face", "t5x"
-"""Values of `format` in a model folder's source."""
+T5X = "t5x"
+"""Value of `format` in a model folder's source."""
 
 
 def convert(
@@ -56,8 +45,8 @@ def convert(
 ) -> list[str]:
     """Converts what `source` is, and returns remarks for the user.
 
-    A Hugging Face folder, a T5X checkpoint or an arm's run directory becomes a model folder. A model folder becomes a
-    Hugging Face folder (`to="hf"`), or one of the other family (`to="t5like"`, at a rung of the ladder; `to="gpt"`).
+    A Hugging Face folder, a T5X checkpoint or an arm's run directory becomes a model folder. With `to` that becomes
+    a Hugging Face folder (`to="hf"`), or one of the other family (`to="t5like"`, at a rung of the ladder; `to="gpt"`).
     `config_name` is one of the sizes, for a T5X checkpoint, whose shapes do not tell everything, and `tokenizer` the
     SentencePiece model that it lacks.
 
@@ -69,18 +58,28 @@ def convert(
         raise UserError(f"--to {to}: {nearest(to, TARGETS)}")
     if rung is not None and to != "t5like":
         raise UserError("--rung is for --to t5like")
+    for option, value in (("--config", config_name), ("--tokenizer", tokenizer)):
+        if value is not None and not is_checkpoint(source):
+            raise UserError(f"{option} is for T5X checkpoints, and {source} is none")
     if model_folder.is_folder(source):
-        for option, value in (("--config", config_name), ("--tokenizer", tokenizer)):
-            if value is not None:
-                raise UserError(f"{option} is for T5X checkpoints; {source} has a config of its own")
-        return _convert_folder(source, destination, progress, to, rung)
-    if to is not None:
-        raise UserError(f"--to {to} needs a model folder, and {source} is none: convert it into one first")
+        if to is None:
+            raise UserError(f"{source} is a model folder: say --to {', --to '.join(TARGETS)}")
+        return convert_folder(source, destination, progress, to, rung)
+    if to is None:
+        return _into_folder(source, destination, progress, config_name, tokenizer)
+    if destination.exists():  # known before the first half of the work
+        raise UserError(f"{destination} exists: name a folder that does not")
+    with scratch_folder(destination.with_name(f"{destination.name}-model")) as scratch:
+        *remarks, _ = _into_folder(source, scratch / "model", progress, config_name, tokenizer)
+        return [*remarks, *convert_folder(scratch / "model", destination, progress, to, rung)]
+
+
+def _into_folder(
+    source: Path, destination: Path, progress: Progress, config_name: str | None, tokenizer: Path | None
+) -> list[str]:
+    """Makes a model folder; the last remark says what it is."""
     if is_checkpoint(source):
         return _from_t5x(source, destination, progress, config_name, tokenizer)
-    for option, value in (("--config", config_name), ("--tokenizer", tokenizer)):
-        if value is not None:
-            raise UserError(f"{option} is for T5X checkpoints, and {source} is none")
     if (_without_step(source) / rd.ENVIRONMENT).is_file():
         return folder_from_run(str(source), destination, progress)
     _refuse_unreadable(source)
@@ -142,7 +141,7 @@ def _from_hugging_face(source: Path, destination: Path, progress: Progress) -> l
             if (source / name).is_file():
                 writer.copy(source / name)
         writer.manifest(model=to_json(config), text=text, source=origin)
-    return [*remarks, _summary(config, destination)]
+    return [*remarks, summary(config, destination)]
 
 
 def _read_hugging_face(
@@ -181,15 +180,6 @@ def _is_tied(checkpoint: Checkpoint, table: str | None, head: str) -> bool:
     return table is None or head not in checkpoint.tensors or same_bytes(checkpoint, head, table)
 
 
-def hugging_face_table(config: ModelConfig, model_type: str, names: Iterable[str] = ()) -> Table:
-    match config, model_type:
-        case T5LikeConfig(), "t5" | "mt5":
-            return t5like.table(config, model_type)
-        case GptConfig(), "gpt2" | "llama":
-            return gpt.table(config, model_type, names)
-    raise UserError(f"a {config.kind} cannot be a {model_type}")
-
-
 def _from_t5x(
     source: Path, destination: Path, progress: Progress, config_name: str | None, tokenizer: Path | None
 ) -> list[str]:
@@ -220,7 +210,7 @@ def _from_t5x(
         if tokenizer is not None:
             writer.copy(tokenizer)
         writer.manifest(model=to_json(config), text=text, source={"format": T5X, "scanned": checkpoint.scanned})
-    return [*remarks, _summary(config, destination)]
+    return [*remarks, summary(config, destination)]
 
 
 def _named(name: str, kind: str) -> ModelConfig:
@@ -235,114 +225,3 @@ def _import(table: Table, checkpoint: Checkpoint, writer: FolderWriter, progress
     found = match(table, checkpoint)
     with progress.bar("reading tensors", len(found.tensors)) as advance:
         import_weights(table, found, checkpoint, writer, advance)
-
-
-def _summary(config: ModelConfig, destination: Path) -> str:
-    return f"{destination}: {config.kind} with {config.param_count():,} parameters"
-
-
-# Out, and across.
-
-
-def _convert_folder(source: Path, destination: Path, progress: Progress, to: str | None, rung: int | None) -> list[str]:
-    described = describe_folder(source)
-    config, manifest = described.model, described.manifest
-    if to is None:
-        raise UserError(f"{source} is a model folder: say --to {', --to '.join(TARGETS)}")
-    if to == "hf":
-        return _to_hugging_face(source, destination, progress, config, manifest)
-    if to == config.kind:
-        raise UserError(f"{source} is a {to} already")
-    if isinstance(config, GptConfig):
-        changed: ModelConfig = t5like_config(config, rung or 0)
-    else:
-        changed = gpt_config(config)
-    _rename(source, destination, progress, config, changed, manifest)
-    return [_summary(changed, destination)]
-
-
-def _to_hugging_face(
-    source: Path, destination: Path, progress: Progress, config: ModelConfig, manifest: dict[str, Any]
-) -> list[str]:
-    origin = manifest["source"] if _is_what_it_was(source, config, manifest["source"]) else {}
-    written = None if origin else _config_json(config, manifest["text"])
-    model_type = str((written or origin)["model_type"])
-    names = [key for file in origin.get("files", ()) for key, _ in file["tensors"]]
-    table = hugging_face_table(config, model_type, names)
-    check_leaves(source, table)
-    total = len(names) or len(table.tensors())
-    with new_folder(destination) as temporary, progress.bar("writing tensors", total) as advance:
-        index = export_weights(table, source, temporary, origin, advance)
-        for path in sorted((source / model_folder.SOURCE).glob("*")):
-            if path.name != EXTRAS and path.is_file():
-                shutil.copyfile(path, temporary / path.name)
-        if written is not None:
-            write_json(temporary / "config.json", written)
-        if index is not None:
-            write_json(temporary / INDEX, index)
-    return [f"{destination}: {model_type} in Hugging Face's layout"]
-
-
-def _is_what_it_was(source: Path, config: ModelConfig, origin: dict[str, Any]) -> bool:
-    """Whether a model folder's config is still that of the Hugging Face folder that it was made from."""
-    path = source / model_folder.SOURCE / "config.json"
-    if origin.get("format") != HUGGING_FACE or not path.is_file():
-        return False
-    model_type, tied, values = origin["model_type"], config.recipe.tied_embeddings, read_json(path)
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is no JSON object")
-    if (model_type in gpt.HUGGING_FACE) != isinstance(config, GptConfig):
-        return False
-    before: ModelConfig
-    if model_type in gpt.HUGGING_FACE:
-        before, _ = gpt.read_config(values, str(path), tied=tied)
-    else:
-        before = t5like.read_config(values, str(path), tied=tied)
-    trained_with = {name: getattr(config.recipe, name) for name in ("dropout", "z_loss", "init")}
-    recipe = dataclasses.replace(before.recipe, **trained_with)
-    return dataclasses.replace(before, recipe=recipe) == config
-
-
-def _config_json(config: ModelConfig, text: Mapping[str, Any]) -> dict[str, Any]:
-    written = gpt.write_config(config) if isinstance(config, GptConfig) else t5like.write_config(config)
-    eos_ids = text.get("eos_ids") or [None]
-    ids = {"eos_token_id": eos_ids[0] if len(eos_ids) == 1 else eos_ids, "bos_token_id": text.get("bos_id")}
-    if isinstance(config, T5LikeConfig):
-        start = text.get("start_id", 0)
-        ids |= {"decoder_start_token_id": start, "pad_token_id": start}
-    return written | ids
-
-
-def _rename(
-    source: Path,
-    destination: Path,
-    progress: Progress,
-    old: ModelConfig,
-    new: ModelConfig,
-    manifest: dict[str, Any],
-) -> None:
-    """Writes the same arrays under the other family's names."""
-    leaves: dict[str, Any] = flatten(leaf_shapes(source))
-    if isinstance(new, T5LikeConfig):
-        origins = t5like_leaves(leaves, new)
-    else:
-        origins = {_gpt_leaf(leaf): leaf for leaf in leaves}
-    stacked = ("layers", "encoder", "decoder")
-    with write_folder(destination) as writer, progress.bar("copying arrays", len(origins)) as advance:
-        for leaf, origin in origins.items():
-            info = leaves[origin]
-            is_stacked = leaf.partition("/")[0] in stacked
-            target = writer.create(leaf, info.shape, info.dtype, stacked=is_stacked)
-            copy_leaf(read_leaf(source, origin), target)
-            advance(1)
-        for path in sorted((source / model_folder.SOURCE).glob("**/*")):
-            if path.is_file():
-                inner = path.relative_to(source / model_folder.SOURCE)
-                (writer.path / model_folder.SOURCE / inner).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, writer.path / model_folder.SOURCE / inner)
-        writer.manifest(model=to_json(new), text=manifest["text"], source=manifest["source"])
-
-
-def _gpt_leaf(leaf: str) -> str:
-    name, slash, rest = leaf.partition("/")
-    return RELAXED[name] + slash + rest

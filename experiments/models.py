@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from common.config import from_json
+from common.config import from_json, to_json
 from common.data.cache import default_cache_dir
 from common.data.config import BytePairConfig, DataConfig, SentencePieceConfig, TokenizerConfig
 from common.data.objectives.config import Objective, PrefixLM, Supervised, has_inputs
@@ -36,23 +36,38 @@ Prompts = Literal["inputs", "targets"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Text:
-    """How a model writes text."""
+class Conventions:
+    """How a model was taught text, beside its tokenizer: `text` of a model folder's model.json.
 
-    tokenizer: Tokenizer | None
-    """None where the model came without one: it speaks ids only."""
+    What has a default may be absent there, in folders of earlier versions.
+    """
+
     alignment: Alignment
     """Whether targets begin behind a start token, or inputs and targets are one text in which each token predicts the
     next."""
     start_id: int
     eos_ids: tuple[int, ...]
     bos_id: int | None
-    add_bos: bool
-    """Whether a text on its own begins with `bos_id`."""
     eos_after_inputs: bool = True
     """Whether inputs, where they are apart from targets, end with an end token."""
     prompts: Prompts = "inputs"
     """Where a prompt stands, where inputs are apart from targets: a language model's inputs are always empty."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Text(Conventions):
+    """How a model writes text."""
+
+    tokenizer: Tokenizer | None
+    """None where the model came without one: it speaks ids only."""
+    add_bos: bool
+    """Whether a text on its own begins with `bos_id`."""
+
+
+def conventions_of(text: Text) -> dict[str, Any]:
+    """As JSON."""
+    values = {field.name: getattr(text, field.name) for field in dataclasses.fields(Conventions)}
+    return to_json(Conventions(**values))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +77,8 @@ class Found:
     config: ModelConfig
     parameters: Stored
     open_text: Callable[[], Text]
+    row_length: int | None = None
+    """Slots of the rows that a run was trained on, inputs and targets together; None where it is not known."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,6 +157,7 @@ def _of_run(arm_dir: Path, step: int | None) -> Found:
         config=run.model,
         parameters=RunParameters(arm_dir / rd.CHECKPOINTS, step),
         open_text=functools.partial(_text_of_run, arm_dir, run.data),
+        row_length=run.data.input_length + run.data.target_length,
     )
 
 
@@ -192,17 +210,6 @@ def _ends_inputs(objective: Objective) -> bool:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Conventions:
-    """`text` of model.json, without its tokenizer."""
-
-    alignment: Alignment
-    start_id: int
-    eos_ids: tuple[int, ...]
-    bos_id: int | None
-    prompts: Prompts
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Described:
     model: ModelConfig
     text: Conventions
@@ -223,7 +230,8 @@ class FolderDescription:
 def describe_folder(path: Path) -> FolderDescription:
     """Raises UserError where `path` is no model folder, or its model.json is not of the expected form."""
     manifest = folder.read_manifest(path)
-    text = {"prompts": "inputs"} | manifest["text"]
+    defaults = {field.name: field.default for field in dataclasses.fields(Conventions)}
+    text = {name: value for name, value in defaults.items() if value is not dataclasses.MISSING} | manifest["text"]
     tokenizer = text.pop("tokenizer", None)
     try:
         known = from_json(_Described, {"model": manifest["model"], "text": text})
@@ -245,13 +253,9 @@ def _in_folder(path: Path) -> Found:
         config=described.model,
         parameters=FolderParameters(path),
         open_text=lambda: Text(
+            **vars(described.text),
             tokenizer=None if described.tokenizer is None else load_tokenizer(described.tokenizer),
-            alignment=described.text.alignment,
-            start_id=described.text.start_id,
-            eos_ids=described.text.eos_ids,
-            bos_id=described.text.bos_id,
             add_bos=described.add_bos,
-            prompts=described.text.prompts,
         ),
     )
 

@@ -11,11 +11,11 @@ from jax.sharding import SingleDeviceSharding
 from common.config import to_json
 from common.data.tokenizers.byte_pair import BytePairTokenizer
 from common.data.tokenizers.sentence_piece import SentencePieceTokenizer
-from common.files import write_atomically
+from common.files import json_bytes, write_atomically
 from common.weights.folder import SOURCE, FolderWriter, write_folder
 from common.weights.text import byte_pair, sentence_piece
 from experiments.console import Progress
-from experiments.models import Found, Text, find_model
+from experiments.models import Found, Text, conventions_of, find_model
 
 TOKENIZER = "spiece.model"
 STACKS = ("layers", "encoder", "decoder")
@@ -31,17 +31,11 @@ def folder_from_run(source: str, destination: Path, progress: Progress) -> list[
     text = found.open_text()
     with write_folder(destination) as writer:
         _copy_parameters(found, writer, progress)
-        described = {
-            "tokenizer": _write_tokenizer(text, writer),
-            "alignment": text.alignment,
-            "start_id": text.start_id,
-            "eos_ids": list(text.eos_ids),
-            "bos_id": text.bos_id,
-            "prompts": text.prompts,
-        }
-        writer.manifest(model=to_json(found.config), text=described, source={"format": "run"})
+        described = {"tokenizer": _write_tokenizer(text, writer), **conventions_of(text)}
+        source_of = {"format": "run", "row_length": found.row_length}
+        writer.manifest(model=to_json(found.config), text=described, source=source_of)
     count = found.config.param_count()
-    return [f"{destination}: {found.config.kind} with {count:,} parameters, from {found.parameters.origin}"]
+    return [f"from {found.parameters.origin}", f"{destination}: {found.config.kind} with {count:,} parameters"]
 
 
 def _copy_parameters(found: Found, writer: FolderWriter, progress: Progress) -> None:
@@ -61,7 +55,11 @@ def _write_tokenizer(text: Text, writer: FolderWriter) -> dict[str, Any]:
     """Its files, and its entry in the manifest."""
     match text.tokenizer:
         case SentencePieceTokenizer() as pieces:
-            files = {TOKENIZER: pieces.serialized()}
+            # What Transformers would otherwise take to be T5's hundred.
+            files = {
+                TOKENIZER: pieces.serialized(),
+                "tokenizer_config.json": json_bytes({"extra_ids": pieces.sentinels}),
+            }
             entry = sentence_piece(TOKENIZER, pieces.sentinels)
         case BytePairTokenizer() as pairs:
             files = pairs.files()

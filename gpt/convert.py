@@ -260,13 +260,15 @@ def _rope_theta(settings: Settings) -> float:
     return theta
 
 
-def write_config(config: GptConfig) -> dict[str, Any]:
+def write_config(config: GptConfig, *, positions: int | None = None) -> dict[str, Any]:
     """A config.json from which Hugging Face Transformers builds the same network.
+
+    `positions`: how long the texts were that it was trained on, where no table of positions tells; None: not known.
 
     Raises:
         UserError: naming a field that no such network has.
     """
-    return _write_gpt2(config) if config.recipe.positions == "learned" else _write_llama(config)
+    return _write_gpt2(config) if config.recipe.positions == "learned" else _write_llama(config, positions)
 
 
 def _write_gpt2(config: GptConfig) -> dict[str, Any]:
@@ -297,7 +299,7 @@ def _write_gpt2(config: GptConfig) -> dict[str, Any]:
     }
 
 
-def _write_llama(config: GptConfig) -> dict[str, Any]:
+def _write_llama(config: GptConfig, positions: int | None) -> dict[str, Any]:
     recipe = config.recipe
     _require(config, like=LLAMA, name="Llama", free=("tied_embeddings",))
     if config.d_model % config.num_heads:
@@ -313,7 +315,7 @@ def _write_llama(config: GptConfig) -> dict[str, Any]:
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": LLAMA_POSITIONS,
+        "max_position_embeddings": positions or LLAMA_POSITIONS,
         "rms_norm_eps": recipe.norm_epsilon,
         # Under both names, for readers of either generation.
         "rope_theta": recipe.rope_theta,

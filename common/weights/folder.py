@@ -59,7 +59,9 @@ class FolderWriter:
         `model` is a config as `common.config.to_json` gives it. `text` has `tokenizer` (an object with `kind` and
         files relative to the folder, or None), `alignment` ("start_token" | "native"), `start_id`, `eos_ids`,
         `bos_id`, and maybe `prompts`: "targets" where inputs were always empty in training, so that a prompt stands
-        behind the start token; absent, it is "inputs". `source` says what the weights were made from.
+        behind the start token; absent, it is "inputs"; and `eos_after_inputs`: whether inputs end with an end token;
+        absent, they do. `source` says what the weights were made from: `format`, of a run `row_length`, and the
+        files that can be written again.
         """
         value = {"schema_version": SCHEMA_VERSION, "model": model, "text": text, "source": source}
         write_json(self.path / MANIFEST, value)
@@ -92,13 +94,24 @@ class FolderWriter:
 def new_folder(destination: Path) -> Iterator[Path]:
     """A temporary folder that becomes `destination` at the end, or is removed.
 
-    One that a killed process left in the same place is removed first: whoever is alive holds a lock on its own.
-
     Raises:
         UserError: where something is there already, another process is making it, or its parent cannot be written.
     """
     if destination.exists() or destination.is_symlink():
         raise UserError(f"{destination} exists: name a folder that does not")
+    with scratch_folder(destination) as temporary:
+        yield temporary
+        os.rename(temporary, destination)
+        (destination / LOCK).unlink()
+
+
+@contextlib.contextmanager
+def scratch_folder(destination: Path) -> Iterator[Path]:
+    """A temporary folder beside `destination` that is removed at the end, unless it is somewhere else by then.
+
+    Those that killed processes left in the same place are removed first: whoever is alive holds a lock on its own.
+    Raises UserError as `new_folder` does.
+    """
     temporary = destination.with_name(f".{destination.name}{PART}")
     with contextlib.ExitStack() as hold:
         try:
@@ -113,11 +126,8 @@ def new_folder(destination: Path) -> Iterator[Path]:
             raise UserError(f"{destination} cannot be written ({error.strerror})") from None
         try:
             yield temporary
-            os.rename(temporary, destination)
-            (destination / LOCK).unlink()
-        except BaseException:
+        finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise
 
 
 @contextlib.contextmanager
@@ -195,6 +205,9 @@ class _SourceFiles:
 
 def _check_source(source: Mapping[str, Any]) -> None:
     """Files of that name are written when the weights become what they were."""
+    length = source.get("row_length")
+    if length is not None and (type(length) is not int or length < 1):
+        raise UserError(f"row_length is {length!r}, which is no number of slots")
     if ("files" in source) != ("model_type" in source):
         raise UserError("files and model_type go together")
     if "files" not in source:

@@ -248,7 +248,7 @@ def test_the_command_line(tmp_path, capsys):
     for arguments, message in [
         (["--to", "hf"], "exists"),
         (["--to", "huggingface"], "--to huggingface: valid: gpt, hf, t5like"),
-        (["--to", "gpt"], "is a gpt already"),
+        (["--to", "gpt"], "the model is a gpt already"),
         ([], "say --to"),
         (["--to", "hf", "--rung", "1"], "--rung is for --to t5like"),
         (["--to", "t5like", "--rung", "7"], "rung 7 does not exist"),
@@ -276,8 +276,7 @@ def test_pickles_and_other_sources_are_refused(tmp_path):
     source = foreign.write_hugging_face(tmp_path / "b", GPT2 | {"model_type": "gtp2"}, foreign.gpt2())
     with pytest.raises(UserError, match="did you mean 'gpt2'"):
         run(source, tmp_path / "ours")
-    with pytest.raises(UserError, match="--to t5like needs a model folder"):
-        run(source, tmp_path / "ours", to="t5like")
+    assert list(tmp_path.glob(".*")) == []
 
 
 # Text conventions.
@@ -425,6 +424,20 @@ def test_a_folder_of_checkpoints_names_them(tmp_path):
     foreign.write_t5x(tmp_path / "run" / "checkpoint_100", foreign.t5x(tied=True, gated=False))
     with pytest.raises(UserError, match="it holds checkpoints: checkpoint_100"):
         run(tmp_path / "run", tmp_path / "ours")
+
+
+def test_one_command_converts_a_foreign_checkpoint_further(tmp_path):
+    """As two do; nothing is left of the folder between them."""
+    source = foreign.write_t5x(tmp_path / "t5x", foreign.t5x(tied=True, gated=False))
+    run(source, tmp_path / "ours")
+    run(tmp_path / "ours", tmp_path / "two", to="hf")
+    assert any("read from shapes" in remark for remark in run(source, tmp_path / "one", to="hf"))
+    assert foreign.read_hugging_face(tmp_path / "one") == foreign.read_hugging_face(tmp_path / "two")
+    with pytest.raises(UserError, match="model.cross_attention is 'separate'"):
+        run(source, tmp_path / "other", to="gpt")
+    with pytest.raises(UserError, match="exists"):
+        run(source, tmp_path / "one", to="hf")
+    assert {path.name for path in tmp_path.iterdir()} == {"t5x", "ours", "one", "two"}
 
 
 # Models trained here.

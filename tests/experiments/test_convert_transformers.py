@@ -9,13 +9,17 @@ import pytest
 from rich.console import Console
 
 from common.config import from_json, to_json
+from common.infer.score import pair, score
 from common.nn.recipe import GPT2, LLAMA, T5_V1_0, T5_V1_1
+from common.sharding.mesh import make_mesh
+from common.sharding.shape import MeshShape
 from common.weights.folder import leaf_shapes, read_leaf, read_manifest, write_folder
 from common.weights.mapping import flatten
 from experiments.config import ModelConfig
 from experiments.console import Progress
 from experiments.convert import convert, hugging_face_table
-from tests.helpers import gpt, t5like
+from experiments.models import open_model
+from tests.helpers import F32, gpt, t5like
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch = pytest.importorskip("torch")
@@ -113,18 +117,42 @@ OURS = {
 }
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_a_model_of_our_own_is_loaded_as_the_same_architecture(tmp_path, name):
-    config, model_class = OURS[name]
-    model_type = {"T5": "t5", "GPT2": "gpt2", "Llama": "llama"}[model_class.partition("For")[0].partition("LM")[0]]
-    text = {"tokenizer": None, "alignment": "native", "start_id": 0, "eos_ids": [1, 5], "bos_id": 2}
+def write_random(folder, config, model_type, text):
     rng = np.random.default_rng(0)
-    with write_folder(tmp_path / "ours") as writer:
+    with write_folder(folder) as writer:
         writer.manifest(model=to_json(config), text=text, source={"format": "run"})
         for leaf, shape in hugging_face_table(config, model_type).leaves().items():
             value = rng.standard_normal(shape).astype(np.float32)
             stacked = leaf.partition("/")[0] in ("layers", "encoder", "decoder")
             writer.create(leaf, value.shape, value.dtype, stacked=stacked).write(value).result()
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_the_ids_that_an_export_names_score_as_here(tmp_path, ends):
+    """The remark, taken at its word: inputs, end token where training had one, start token, targets."""
+    text = {"tokenizer": None, "alignment": "start_token", "start_id": 0, "eos_ids": [1], "bos_id": None}
+    write_random(tmp_path / "ours", OURS["llama"][0], "llama", text | {"eos_after_inputs": ends})
+    remarks = convert(tmp_path / "ours", tmp_path / "hf", PROGRESS, to="hf")
+    between = "1 (end token), 0 (start token)" if ends else "0 (start token)"
+    assert f"one sequence of ids: the inputs, {between}, the targets" in remarks[0]
+    loaded = open_model(str(tmp_path / "ours"), F32, make_mesh(MeshShape()))
+    targets, inputs = [5, 6, 4], [7, 8, 9, *([1] if ends else [])]
+    pairs = [pair(inputs, targets, start_id=0)]
+    (ours,) = score(loaded.model, loaded.params, loaded.mesh, pairs, execution=F32, rows=1, lengths=(8,))
+    ids = [*inputs, 0, *targets]
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf")
+    with torch.no_grad():
+        log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    theirs = [log_probs[i - 1, ids[i]].item() for i in range(len(inputs) + 1, len(ids))]
+    np.testing.assert_allclose(ours.log_probs_T, theirs, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_model_of_our_own_is_loaded_as_the_same_architecture(tmp_path, name):
+    config, model_class = OURS[name]
+    model_type = {"T5": "t5", "GPT2": "gpt2", "Llama": "llama"}[model_class.partition("For")[0].partition("LM")[0]]
+    text = {"tokenizer": None, "alignment": "native", "start_id": 0, "eos_ids": [1, 5], "bos_id": 2}
+    write_random(tmp_path / "ours", config, model_type, text)
     convert(tmp_path / "ours", tmp_path / "hf", PROGRESS, to="hf")
     model, loading = getattr(transformers, model_class).from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not any(loading.values()), loading

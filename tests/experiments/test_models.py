@@ -15,25 +15,31 @@ from rich.console import Console
 
 from common.config import apply_overrides, to_json
 from common.data.config import BytePairConfig, SentencePieceConfig
-from common.data.objectives.config import CausalLM, FullLM, PrefixLM
+from common.data.objectives.config import CausalLM, FullLM, PrefixLM, Supervised
+from common.data.sources.config import SourceConfig
 from common.data.tokenizers import byte_pair
 from common.data.tokenizers.kept import read_kept
 from common.data.tokenizers.sentence_piece import train_model
 from common.errors import UserError
 from common.files import read_json
+from common.infer.texts import encode_prompt
+from common.nn.recipe import LLAMA
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
 from common.train import run_dir as rd
 from common.train.config import Budget
 from common.train.loop import Fitted
 from common.train.paths import flatten
+from common.train.state import skeleton
 from common.weights.folder import write_folder
 from experiments import cli
 from experiments.config import Experiment
 from experiments.console import Progress
-from experiments.models import find_model, open_model
+from experiments.families import builder
+from experiments.models import conventions_of, find_model, open_model
 from experiments.pipeline import check_initial, open_data, train_arm
 from experiments.run_folder import folder_from_run
+from experiments.score import to_pair
 from tests.experiments.tiny_experiment import WORDS, tiny_experiment, write_data
 from tests.tiny import EXECUTION, QUICK, Observer, Stopped, cached_in, jax_settings
 
@@ -137,6 +143,7 @@ def test_a_run_becomes_a_model_folder(run_dir: tuple[Path, Fitted], tmp_path: Pa
     """Bit for bit, with its tokenizer; from there it goes on into other forms."""
     path, fitted = run_dir
     assert cli.main(["convert", str(path / "gpt"), str(tmp_path / "folder")]) == 0
+    assert read_json(tmp_path / "folder" / "model.json")["source"] == {"format": "run", "row_length": 48}
     opened = open_model(str(tmp_path / "folder"), EXECUTION, make_mesh(MESH))
     for name, leaf in flatten(fitted.params).items():
         assert (np.asarray(flatten(opened.params)[name]) == np.asarray(leaf)).all(), name
@@ -145,7 +152,12 @@ def test_a_run_becomes_a_model_folder(run_dir: tuple[Path, Fitted], tmp_path: Pa
     assert opened.text.tokenizer is not None and in_place.tokenizer is not None
     assert (opened.text.tokenizer.encode(text) == in_place.tokenizer.encode(text)).all()
     assert (opened.text.eos_ids, opened.text.start_id) == (in_place.eos_ids, in_place.start_id)
-    assert cli.main(["convert", str(tmp_path / "folder"), str(tmp_path / "out"), "--to", "t5like", "--rung", "4"]) == 0
+    further = ["--to", "t5like", "--rung", "4"]
+    assert cli.main(["convert", str(tmp_path / "folder"), str(tmp_path / "two"), *further]) == 0
+    assert cli.main(["convert", f"{path / 'gpt'}@4", str(tmp_path / "one"), *further]) == 0
+    one, two = (find_model(str(tmp_path / name)) for name in ("one", "two"))
+    assert one.config == two.config and one.parameters.shapes == two.parameters.shapes
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "one", "two"}
 
 
 @pytest.mark.parametrize(
@@ -164,6 +176,54 @@ def test_where_a_prompt_stands_goes_along(
     assert find_model(str(arm)).open_text().prompts == prompts
     folder_from_run(str(arm), tmp_path / "folder", Progress(Console(quiet=True)))
     assert find_model(str(tmp_path / "folder")).open_text().prompts == prompts
+
+
+@pytest.mark.parametrize(
+    "objective", [Supervised(eos_after_inputs=False), Supervised(), PrefixLM(complementary=True), CausalLM()]
+)
+def test_what_a_text_was_goes_along(
+    experiment: Experiment, run_dir: tuple[Path, Fitted], tmp_path: Path, objective: Any
+) -> None:
+    """A run, its folder, and that folder as the other family read the same ids for the same text."""
+    arm = tmp_path / "gpt"
+    shutil.copytree(run_dir[0] / "gpt", arm)
+    config = read_json(arm / rd.CONFIG)
+    config["data"]["objective"] = to_json(objective)
+    if not isinstance(objective, Supervised):
+        config["data"]["source"] = to_json(SourceConfig(name="jsonl:x", inputs=None, targets=None, text="text"))
+    (arm / rd.CONFIG).write_text(json.dumps(config))
+    assert cli.main(["convert", str(arm), str(tmp_path / "folder")]) == 0
+    assert cli.main(["convert", str(tmp_path / "folder"), str(tmp_path / "other"), "--to", "t5like"]) == 0
+    record, read = {"inputs": "one plus", "targets": "two"}, []
+    for place in (arm, tmp_path / "folder", tmp_path / "other"):
+        text = find_model(str(place)).open_text()
+        pair, prompt = to_pair(record, text, 128, eos=True), encode_prompt("one plus", text)
+        arrays = (pair.example.inputs_I, pair.example.targets_T, pair.example.weights_T, prompt.inputs_I)
+        read.append([[x.tolist() for x in arrays], pair.start_id, prompt.start])
+    assert read[0] == read[1] == read[2]
+
+
+def test_an_export_says_what_the_model_reads(
+    run_dir: tuple[Path, Fitted], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One command; positions are those of the rows, and what another program would not know is said."""
+    arm = tmp_path / "gpt"
+    shutil.copytree(run_dir[0] / "gpt", arm)
+    config = read_json(arm / rd.CONFIG)
+    config["model"]["recipe"] = to_json(LLAMA)
+    (arm / rd.CONFIG).write_text(json.dumps(config))
+    with write_folder(tmp_path / "llama") as writer:
+        folder_text = {**conventions_of(find_model(str(arm)).open_text()), "tokenizer": None}
+        source = {"format": "run", "row_length": 48}
+        writer.manifest(model=config["model"], text=folder_text, source=source)
+        shapes = skeleton(builder(find_model(str(arm)).config, EXECUTION)).shapes
+        writer.write_tree(jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes), stacked=("layers",))
+    capsys.readouterr()
+    assert cli.main(["convert", str(tmp_path / "llama"), str(tmp_path / "hf"), "--to", "hf"]) == 0
+    said = capsys.readouterr().out
+    assert "one sequence of ids: the inputs, 1 (end token), 0 (start token), the targets" in said
+    written = read_json(tmp_path / "hf" / "config.json")
+    assert (written["max_position_embeddings"], written["eos_token_id"]) == (48, 1)
 
 
 def test_a_trained_byte_pair_tokenizer_goes_along(
