@@ -58,9 +58,9 @@ def _write_tokenizer(text: Text, writer: FolderWriter) -> dict[str, Any]:
             # What Transformers would otherwise take to be T5's hundred.
             files = {
                 TOKENIZER: pieces.serialized(),
-                "tokenizer_config.json": json_bytes({"extra_ids": pieces.sentinels}),
+                "tokenizer_config.json": json_bytes({"extra_ids": pieces.appended_sentinels}),
             }
-            entry = sentence_piece(TOKENIZER, pieces.sentinels)
+            entry = sentence_piece(TOKENIZER, pieces.appended_sentinels)
         case BytePairTokenizer() as pairs:
             files = pairs.files()
             entry = byte_pair(pairs.appended_sentinels)

@@ -1,6 +1,7 @@
 """`twinstack score`: log-likelihoods of the texts in a file under a trained model.
 
-Each line is a JSON object of one of three forms; texts may also be lists of token ids.
+Each line is a JSON object of one of three forms; texts may also be lists of token ids, and sentinels in them, such as
+`<extra_id_0>`, are read as such.
 
     {"inputs": ..., "targets": ...}          as trained: inputs end as the model's do, targets follow a start token
     {"context": ..., "continuation": ...}    as a language model: both are targets, the continuation is scored
@@ -115,7 +116,7 @@ def _ids(record: dict[str, Any], name: str, text: Text, vocab_size: int) -> list
     if isinstance(value, str):
         if text.tokenizer is None:
             raise UserError(f"{name} is text, but the model came without a tokenizer: give a list of token ids")
-        return text.tokenizer.encode(value).tolist()
+        return text.tokenizer.encode_with_sentinels(value).tolist()
     if not isinstance(value, list) or not all(type(token) is int for token in value):
         raise UserError(f"{name} must be a text, or a list of token ids")
     if wrong := [token for token in value if not 0 <= token < vocab_size]:

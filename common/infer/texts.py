@@ -75,8 +75,11 @@ class EncodedPrompt:
 
 
 def encode_prompt(text: str, rules: TextRules) -> EncodedPrompt:
-    """Raises UserError for text that is not valid Unicode, and for a model without a tokenizer."""
-    ids = [int(i) for i in tokenizer_of(rules).encode(text)]
+    """Sentinels in the text are read as such.
+
+    Raises UserError for text that is not valid Unicode, and for a model without a tokenizer.
+    """
+    ids = [int(i) for i in tokenizer_of(rules).encode_with_sentinels(text)]
     if rules.alignment == "start_token" and rules.prompts == "targets":
         *written, start = rules.start_id, *ids
         return EncodedPrompt(inputs_I=np.zeros(0, np.int32), start=start, written=tuple(written), before=tuple(ids))

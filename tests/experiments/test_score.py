@@ -125,7 +125,7 @@ def test_a_continuation_that_would_swallow_its_context_is_written_apart(tokenize
 
 def test_a_continuation_goes_on_in_mid_text() -> None:
     """A tokenizer that writes a mark before every text: none comes between a context and what follows."""
-    fake = types.SimpleNamespace(encode=lambda text: np.array([9, *map(ord, text)], np.int32))
+    fake = types.SimpleNamespace(encode_with_sentinels=lambda text: np.array([9, *map(ord, text)], np.int32))
     p = to_pair({"context": "a", "continuation": "b"}, settings(fake, alignment="native"), MODEL_VOCAB, eos=False)
     assert [p.start_id, *p.example.targets_T.tolist()] == [9, ord("a"), ord("b")]
 

@@ -17,7 +17,16 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from common.data.config import BYTE_PAIR_LEAST, BytePairConfig
-from common.data.tokenizers.vocabulary import decode_around_sentinels, refuse_surrogates, table_rows, top_sentinel
+from common.data.tokenizers.plain_text import reading_plain_text
+from common.data.tokenizers.vocabulary import (
+    decode_around_sentinels,
+    encode_around_sentinels,
+    own_sentinels,
+    refuse_surrogates,
+    sentinel_at,
+    sentinels_on_top,
+    table_rows,
+)
 from common.errors import UserError, nearest
 from common.files import read_json
 
@@ -52,28 +61,28 @@ class BytePairTokenizer:
     ) -> None:
         """`files`: what the tokenizer was read from, by name. Raises UserError for sentinels beside its own."""
         self._tokenizer, self.special, self.read_from = tokenizer, special, dict(files)
-        tokenizer.encode_special_tokens = True  # a text that spells a special token is a text
         tokenizer.no_padding()
         tokenizer.no_truncation()
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-        own = next(k for k in range(len(vocabulary) + 1) if f"<extra_id_{k}>" not in vocabulary)
-        if own and sentinels:
-            raise UserError(f"tokenizer.sentinels is {sentinels}, but the tokenizer has {own} of its own; nearest: 0")
-        self.sentinels, self.appended_sentinels = own or sentinels, sentinels
-        self.vocab_size = max(vocabulary.values()) + 1 + sentinels
+        own, pieces = own_sentinels(vocabulary, sentinels), max(vocabulary.values()) + 1
+        self._sentinel_ids = own or sentinels_on_top(pieces, sentinels)
+        self.sentinels, self.appended_sentinels = len(self._sentinel_ids), 0 if own else sentinels
+        self.vocab_size = pieces + self.appended_sentinels
         self.table_size = table_rows(self.vocab_size)
         self.pad_id, self.eos_id, self.unk_id = special.pad, special.eos, special.unk
         self.start_id, self.bos_id = special.start, special.bos
-        self._sentinel_ids = [
-            vocabulary[f"<extra_id_{k}>"] if own else top_sentinel(k, sentinels, self.vocab_size)
-            for k in range(self.sentinels)
-        ]
         self._sentinel_numbers = {token: k for k, token in enumerate(self._sentinel_ids)}
-        self._silent = _silent_ids(tokenizer, special)
+        self._silent = _silent_ids(tokenizer, special) - set(self._sentinel_ids)
         self._known = frozenset(vocabulary.values())
-        layout = json.dumps([dataclasses.astuple(special), sentinels])
-        content = b"\n\n".join(files.values())
-        self.content_hash = hashlib.blake2b(content + layout.encode(), digest_size=16).hexdigest()
+        self._reserved = self._special_ids() | set(self._sentinel_ids)
+        self._reader = reading_plain_text(tokenizer, self._reserved & self._known)
+        first = self.encode("x")[:1].tolist()
+        self._adds_space = any((tokenizer.id_to_token(token) or "").startswith(("\u2581", "Ġ")) for token in first)
+        layout: list[Any] = [dataclasses.astuple(special), self.appended_sentinels]
+        if self._reader is not tokenizer:
+            layout.append("no text spells a special token")
+        content = b"\n\n".join(files.values()) + json.dumps(layout).encode()
+        self.content_hash = hashlib.blake2b(content, digest_size=16).hexdigest()
 
     @classmethod
     def trained(cls, model: bytes, *, sentinels: int) -> "BytePairTokenizer":
@@ -95,9 +104,7 @@ class BytePairTokenizer:
     @functools.cached_property
     def ordinary_ids(self) -> np.ndarray:
         """int32: the ids that texts are spelled with, which are neither special nor sentinels."""
-        special = {token for token, added in self._tokenizer.get_added_tokens_decoder().items() if added.special}
-        special |= {self.pad_id, self.eos_id, self.unk_id, self.start_id}
-        return np.array(sorted(self._known - special - set(self._sentinel_ids)), np.int32)
+        return np.array(sorted(self._known - self._reserved), np.int32)
 
     def encode(self, text: str) -> np.ndarray:
         """int32 [length]: the ids of `text` alone. Raises UserError for text that is not valid Unicode."""
@@ -106,11 +113,16 @@ class BytePairTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """As `encode`, for many texts, which share the machine's cores."""
         try:
-            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+            encodings = self._reader.encode_batch_fast(list(texts), add_special_tokens=False)
         except TypeError:
             refuse_surrogates(texts)
             raise
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def encode_with_sentinels(self, text: str) -> np.ndarray:
+        """As `encode`, but that the names of sentinels in `text` become their ids."""
+        ids = encode_around_sentinels(text, self._sentinel_ids, self.encode, adds_space=self._adds_space)
+        return np.array(ids, np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, whatever a model emits; special tokens are left out, except unk, which shows its name."""
@@ -120,9 +132,16 @@ class BytePairTokenizer:
 
     def sentinel_id(self, k: int) -> int:
         """The id of sentinel `k`. Raises UserError beyond the last."""
-        if not 0 <= k < self.sentinels:
-            raise UserError(f"sentinel {k} does not exist: the tokenizer has {self.sentinels}")
-        return self._sentinel_ids[k]
+        return sentinel_at(self._sentinel_ids, k)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._tokenizer.encode_special_tokens = self._reader.encode_special_tokens = True  # which pickling forgets
+
+    def _special_ids(self) -> set[int]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        named = {token for token, one in added.items() if one.special}
+        return named | {self.pad_id, self.eos_id, self.unk_id, self.start_id}
 
     def _decode_run(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
@@ -246,6 +265,6 @@ def _wrapping(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
 def _silent_ids(tokenizer: tokenizers.Tokenizer, special: Specials) -> frozenset[int]:
     """What decoding leaves out: special tokens, but not unk, unless it also is one of the others."""
     added = tokenizer.get_added_tokens_decoder()
-    named = {token for token, a in added.items() if a.special and not a.content.startswith("<extra_id_")}
+    named = {token for token, one in added.items() if one.special}
     structural = {special.pad, special.eos, special.start, special.eos if special.bos is None else special.bos}
     return frozenset(named - {special.unk} | structural)

@@ -45,7 +45,7 @@ def kept_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     match tokenizer:
         case SentencePieceTokenizer():
             files = {MODEL: tokenizer.serialized()}
-            described = _SentencePiece(sentinels=tokenizer.sentinels, content_hash=tokenizer.content_hash)
+            described = _SentencePiece(sentinels=tokenizer.appended_sentinels, content_hash=tokenizer.content_hash)
         case BytePairTokenizer():
             files = tokenizer.read_from
             described = _BytePair(

@@ -13,15 +13,23 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from common.data.config import SentencePieceConfig
-from common.data.tokenizers.vocabulary import decode_around_sentinels, refuse_surrogates, table_rows, top_sentinel
+from common.data.tokenizers.vocabulary import (
+    SPACE_MARK,
+    decode_around_sentinels,
+    encode_around_sentinels,
+    own_sentinels,
+    refuse_surrogates,
+    sentinel_at,
+    sentinels_on_top,
+    table_rows,
+)
 from common.errors import UserError
 
 VERSION = f"{sentencepiece.__version__}-2"
 """The library's, and that of `train_model`: raise it with any change of what that makes of a text."""
-SPACE_MARK = "\u2581"
-"""How SentencePiece writes a space; the same character in a text needs care to be read back."""
 UNKNOWN_MARK = "\u2585"
 """How SentencePiece writes what it does not know: it skips every training line that holds this character."""
 
@@ -31,19 +39,22 @@ class SentencePieceTokenizer:
 
     A tokenizer that this module trained reads back exactly what it wrote, for every text: `decode(encode(x)) == x`.
     A loaded one does what its model does (T5's folds compatible characters and runs of spaces). Sentinels come only
-    from objectives: the text `<extra_id_0>` is spelt like any other.
+    from objectives, and from `encode_with_sentinels`: to `encode` the text `<extra_id_0>` is spelt like any other.
     """
 
     def __init__(self, model: bytes, *, sentinels: int = 0) -> None:
-        """`model` holds the bytes of a SentencePiece model. Raises UserError where they do not, or lack an id."""
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise UserError(f"not a SentencePiece model: {error}") from None
-        self._bytes = model
+        """`model` holds the bytes of a SentencePiece model.
+
+        Raises UserError where they do not, or lack an id, and for sentinels beside the model's own.
+        """
+        self._bytes, self._model = model, _processor(model)
+        own = own_sentinels(_symbols(self._model, model), sentinels)
+        if own:
+            self._model = _processor(_as_control(model, own))
         self.pieces: int = self._model.get_piece_size()
-        self.sentinels = sentinels
-        self.vocab_size = self.pieces + sentinels
+        self._sentinel_ids = own or sentinels_on_top(self.pieces, sentinels)
+        self.sentinels, self.appended_sentinels = len(self._sentinel_ids), 0 if own else sentinels
+        self.vocab_size = self.pieces + self.appended_sentinels
         """Pieces and sentinels."""
         self.table_size = table_rows(self.vocab_size)
         """Rows of an embedding table: `vocab_size`, padded up."""
@@ -56,8 +67,12 @@ class SentencePieceTokenizer:
         self.bos_id: int | None = start if start >= 0 else None
         if self.eos_id < 0 or self.start_id < 0:
             raise UserError("the SentencePiece model needs an eos id, and a pad or bos id to start targets with")
-        self.content_hash = hashlib.blake2b(model + f"|{sentinels}".encode(), digest_size=16).hexdigest()
+        layout = f"|{self.appended_sentinels}" + ("|no text spells a sentinel" if own else "")
+        self.content_hash = hashlib.blake2b(model + layout.encode(), digest_size=16).hexdigest()
         """Of the model's bytes and the number of sentinels: two tokenizers with equal hashes write equal ids."""
+        self._sentinel_numbers = {token: k for k, token in enumerate(self._sentinel_ids)}
+        first = self._model.encode("x")[:1]
+        self._adds_space = any(self._model.id_to_piece(token).startswith(SPACE_MARK) for token in first)
         self._mark_ids = self._spell_mark()
 
     @functools.cached_property
@@ -87,6 +102,11 @@ class SentencePieceTokenizer:
             ids = [self._encode_marks(t) if SPACE_MARK in t else i for t, i in zip(texts, ids, strict=True)]
         return ids
 
+    def encode_with_sentinels(self, text: str) -> np.ndarray:
+        """As `encode`, but that the names of sentinels in `text` become their ids."""
+        ids = encode_around_sentinels(text, self._sentinel_ids, self.encode, adds_space=self._adds_space)
+        return np.array(ids, np.int32)
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, whatever a model emits.
 
@@ -94,12 +114,11 @@ class SentencePieceTokenizer:
         vocabulary (a table's padding rows) reads as unk does.
         """
         known = [token if token < self.vocab_size else self.unk_id for token in map(int, ids)]
-        numbers = {self.vocab_size - 1 - k: k for k in range(self.sentinels)}
-        return decode_around_sentinels(known, numbers, self._model.decode)
+        return decode_around_sentinels(known, self._sentinel_numbers, self._model.decode)
 
     def sentinel_id(self, k: int) -> int:
-        """The id of sentinel `k`; 0 is the highest id of the vocabulary. Raises UserError beyond the last."""
-        return top_sentinel(k, self.sentinels, self.vocab_size)
+        """The id of sentinel `k`; of those on top, 0 is the highest id. Raises UserError beyond the last."""
+        return sentinel_at(self._sentinel_ids, k)
 
     def _spell_mark(self) -> list[int]:
         """Byte ids that spell the space mark; empty where the model has no bytes or reads newline as anything else."""
@@ -118,6 +137,30 @@ class SentencePieceTokenizer:
         for part in rest:
             ids += self._mark_ids + self._model.encode("\n" + part)[skip:]
         return np.array(ids, np.int32)
+
+
+def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError as error:
+        raise UserError(f"not a SentencePiece model: {error}") from None
+
+
+def _symbols(processor: sentencepiece.SentencePieceProcessor, model: bytes) -> dict[str, int]:
+    """Pieces that were not found in text but named, where sentinels may be among them: mT5's are."""
+    if not own_sentinels({processor.id_to_piece(token): token for token in range(processor.get_piece_size())}, 0):
+        return {}
+    pieces = sentencepiece_model_pb2.ModelProto.FromString(model).pieces
+    named = (pieces[0].USER_DEFINED, pieces[0].CONTROL)
+    return {piece.piece: token for token, piece in enumerate(pieces) if piece.type in named}
+
+
+def _as_control(model: bytes, ids: Iterable[int]) -> bytes:
+    """The model with these pieces as control symbols, which no text can spell."""
+    changed = sentencepiece_model_pb2.ModelProto.FromString(model)
+    for token in ids:
+        changed.pieces[token].type = changed.pieces[token].CONTROL
+    return changed.SerializeToString()
 
 
 def train_model(lines: Iterable[str], config: SentencePieceConfig) -> bytes:

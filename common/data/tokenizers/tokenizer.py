@@ -60,6 +60,13 @@ class Tokenizer(Protocol):
         """As `encode`, for many texts."""
         ...
 
+    def encode_with_sentinels(self, text: str) -> np.ndarray:
+        """As `encode`, but that the names of sentinels in `text`, as `decode` writes them, become their ids.
+
+        For texts that somebody writes to a model, never for text that is read in bulk.
+        """
+        ...
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, whatever a model emits.
 

@@ -1,11 +1,18 @@
-"""What tokenizers of every kind share: the table's width, valid text, and reading sentinels back."""
+"""What tokenizers of every kind share: the table's width, valid text, and sentinels in texts."""
 
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from common.errors import UserError
 
 TABLE_MULTIPLE = 128
 """Embedding tables are padded to a multiple of this, the width of a TPU register."""
+
+
+SPACE_MARK = "\u2581"
+"""How SentencePiece writes a space; the same character in a text needs care to be read back."""
+SENTINEL = re.compile(r"<extra_id_(0|[1-9]\d{0,4})>")
+"""A sentinel as a text."""
 
 
 def table_rows(vocab_size: int) -> int:
@@ -17,11 +24,32 @@ def table_rows(vocab_size: int) -> int:
     return -(-vocab_size // TABLE_MULTIPLE) * TABLE_MULTIPLE
 
 
-def top_sentinel(k: int, sentinels: int, vocab_size: int) -> int:
-    """The id of sentinel `k` where they are counted down from the highest id. Raises UserError beyond the last."""
-    if not 0 <= k < sentinels:
-        raise UserError(f"sentinel {k} does not exist: the tokenizer has {sentinels}")
-    return vocab_size - 1 - k
+def own_sentinels(vocabulary: Mapping[str, int], wanted: int) -> list[int]:
+    """Ids of the sentinels that are tokens of a vocabulary, in order; with SentencePiece's mark in front, as mT5's are.
+
+    Raises UserError where others are `wanted` beside them.
+
+    >>> own_sentinels({"</s>": 0, "\u2581<extra_id_1>": 7, "<extra_id_0>": 8, "<extra_id_3>": 9}, 0)
+    [8, 7]
+    """
+    ids: list[int] = []
+    while here := [name for mark in ("", SPACE_MARK) if (name := f"{mark}<extra_id_{len(ids)}>") in vocabulary]:
+        ids.append(vocabulary[here[0]])
+    if ids and wanted not in (0, len(ids)):
+        raise UserError(f"tokenizer.sentinels is {wanted}, but the tokenizer has {len(ids)} of its own; nearest: 0")
+    return ids
+
+
+def sentinels_on_top(pieces: int, sentinels: int) -> list[int]:
+    """Their ids, above those of a tokenizer's own pieces and counted down from the highest."""
+    return [*range(pieces + sentinels - 1, pieces - 1, -1)]
+
+
+def sentinel_at(sentinel_ids: Sequence[int], k: int) -> int:
+    """The id of sentinel `k`. Raises UserError beyond the last."""
+    if not 0 <= k < len(sentinel_ids):
+        raise UserError(f"sentinel {k} does not exist: the tokenizer has {len(sentinel_ids)}")
+    return sentinel_ids[k]
 
 
 def decode_around_sentinels(
@@ -31,6 +59,8 @@ def decode_around_sentinels(
 
     >>> decode_around_sentinels([9, 1, 1, 8], {9: 0, 8: 1}, lambda run: "a" * len(run))
     '<extra_id_0> aa <extra_id_1>'
+    >>> decode_around_sentinels([9, 1, 8], {9: 0, 8: 1}, lambda run: " a" * len(run))
+    '<extra_id_0> a <extra_id_1>'
     """
     runs: list[list[int]] = [[]]
     marks: list[str] = []
@@ -42,7 +72,39 @@ def decode_around_sentinels(
             runs[-1].append(token)
     texts = [decode(run) for run in runs]
     parts = [texts[0], *(part for pair in zip(marks, texts[1:], strict=True) for part in pair)]
-    return " ".join(part for part in parts if part)
+    text = ""
+    for part in parts:
+        apart = not text or not part or text[-1].isspace() or part[0].isspace()
+        text += part if apart else f" {part}"
+    return text
+
+
+def encode_around_sentinels(
+    text: str, sentinel_ids: Sequence[int], encode: Callable[[str], Sequence[int]], *, adds_space: bool
+) -> list[int]:
+    """The ids of `text`: sentinels, as `decode_around_sentinels` writes them, by their ids, the rest by `encode`.
+
+    A space before a sentinel sets it apart from the text. One behind it belongs to the word that follows, unless
+    `encode` puts one in front of every text (`adds_space`).
+
+    >>> letters = lambda run: [ord(c) for c in run]
+    >>> encode_around_sentinels("a <extra_id_1> b<extra_id_2>", [8, 9], letters, adds_space=True)[:3]
+    [97, 9, 98]
+    >>> encode_around_sentinels("a <extra_id_1> b", [8, 9], letters, adds_space=False)
+    [97, 9, 32, 98]
+    """
+    marks = [mark for mark in SENTINEL.finditer(text) if int(mark[1]) < len(sentinel_ids)]
+    begins, ends = [0, *(mark.end() for mark in marks)], [*(mark.start() for mark in marks), len(text)]
+    ids: list[int] = []
+    for number, (begin, end) in enumerate(zip(begins, ends, strict=True)):
+        run = text[begin:end]
+        if number < len(marks):
+            run = run.removesuffix(" ")
+        if number and adds_space:
+            run = run.removeprefix(" ")
+        ids += [int(token) for token in encode(run)] if run else []
+        ids += [sentinel_ids[int(mark[1])] for mark in marks[number : number + 1]]
+    return ids
 
 
 def refuse_surrogates(texts: Sequence[str]) -> None:

@@ -34,6 +34,8 @@ class Letters:
     def encode(self, text: str) -> np.ndarray:
         return np.array([LETTERS.index(c) for c in text if c != " "], np.int32)
 
+    encode_with_sentinels = encode
+
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(f" {LETTERS[i]}" for i in ids)[1:]
 
