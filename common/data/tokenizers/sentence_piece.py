@@ -10,6 +10,7 @@ import hashlib
 import io
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -29,6 +30,7 @@ from common.data.tokenizers.vocabulary import (
 from common.errors import UserError
 
 VERSION = f"{sentencepiece.__version__}-2"
+_ModelProto: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]
 """The library's, and that of `train_model`: raise it with any change of what that makes of a text."""
 UNKNOWN_MARK = "\u2585"
 """How SentencePiece writes what it does not know: it skips every training line that holds this character."""
@@ -150,14 +152,14 @@ def _symbols(processor: sentencepiece.SentencePieceProcessor, model: bytes) -> d
     """Pieces that were not found in text but named, where sentinels may be among them: mT5's are."""
     if not own_sentinels({processor.id_to_piece(token): token for token in range(processor.get_piece_size())}, 0):
         return {}
-    pieces = sentencepiece_model_pb2.ModelProto.FromString(model).pieces
+    pieces = _ModelProto.FromString(model).pieces
     named = (pieces[0].USER_DEFINED, pieces[0].CONTROL)
     return {piece.piece: token for token, piece in enumerate(pieces) if piece.type in named}
 
 
 def _as_control(model: bytes, ids: Iterable[int]) -> bytes:
     """The model with these pieces as control symbols, which no text can spell."""
-    changed = sentencepiece_model_pb2.ModelProto.FromString(model)
+    changed = _ModelProto.FromString(model)
     for token in ids:
         changed.pieces[token].type = changed.pieces[token].CONTROL
     return changed.SerializeToString()

@@ -80,7 +80,7 @@ def decode_around_sentinels(
 
 
 def encode_around_sentinels(
-    text: str, sentinel_ids: Sequence[int], encode: Callable[[str], Sequence[int]], *, adds_space: bool
+    text: str, sentinel_ids: Sequence[int], encode: Callable[[str], Iterable[int]], *, adds_space: bool
 ) -> list[int]:
     """The ids of `text`: sentinels, as `decode_around_sentinels` writes them, by their ids, the rest by `encode`.
 
