@@ -52,10 +52,10 @@ def tokenizer_for(references: Iterable[str]) -> str:
         return CHARACTERS
     if found[JAPANESE] < KANA * (found["zh"] + found[JAPANESE]):
         return "zh"
-    return JAPANESE if _has_mecab() else CHARACTERS
+    return JAPANESE if has_mecab() else CHARACTERS
 
 
-def _has_mecab() -> bool:
+def has_mecab() -> bool:
     """Whether sacrebleu can split Japanese into words (`pip install "sacrebleu[ja]"`)."""
     try:
         import ipadic  # type: ignore[import-not-found]  # noqa: F401
@@ -79,13 +79,14 @@ def signature(tokenizer: str) -> str:
 
 
 def tokenizer_in(signature: str | None) -> str:
-    """Its tokenizer; scores without a signature were all computed with one.
+    """The name of its tokenizer; scores without a signature were all computed with one.
 
-    >>> tokenizer_in("nrefs:1|case:mixed|eff:no|tok:zh|smooth:exp|version:2.6.0"), tokenizer_in(None)
-    ('zh', '13a')
+    >>> tokenizer_in("nrefs:1|tok:zh|smooth:exp"), tokenizer_in("nrefs:1|tok:ja-mecab-0.996-IPA"), tokenizer_in(None)
+    ('zh', 'ja-mecab', '13a')
     """
     named = re.search(r"(?:^|\|)tok:([^|]+)", signature or "")
-    return named[1] if named else WESTERN
+    name = named[1] if named else WESTERN
+    return JAPANESE if name.startswith(JAPANESE) else name  # MeCab's version and dictionary follow
 
 
 def sentence_statistics(predictions: Sequence[str], references: Sequence[str], tokenizer: str) -> np.ndarray:

@@ -167,11 +167,15 @@ def headline(run: Run) -> str:
 def _compare_bleu(
     split: str, first: str, second: str, pairs: list[tuple[Sample, Sample]], signatures: list[str | None]
 ) -> _Comparison | Verdict:
-    from common.evals.bleu import compare_bleu, tokenizer_in
+    from common.evals.bleu import JAPANESE, compare_bleu, has_mecab, tokenizer_in
 
+    why = ""
     if len(set(signatures)) > 1:
-        text = f"BLEU, {split}: {first} and {second} are not compared, since they were scored in different ways"
-        return Verdict(text=f"{text} ({signatures[0]} and {signatures[1]}).")
+        why = f"they were scored in different ways ({signatures[0]} and {signatures[1]})"
+    elif tokenizer_in(signatures[0]) == JAPANESE and not has_mecab():
+        why = 'they were scored with MeCab, which is not installed here (pip install "sacrebleu[ja]")'
+    if why:
+        return Verdict(text=f"BLEU, {split}: {first} and {second} are not compared, since {why}.")
     ours, theirs = ([pair[side].prediction for pair in pairs] for side in (0, 1))
     found = compare_bleu(ours, theirs, [a.target for a, _ in pairs], tokenizer_in(signatures[0]))
     low, value, high = (_signed(x) for x in (found.difference.low, found.difference.value, found.difference.high))

@@ -123,10 +123,10 @@ def test_a_clear_difference_of_bleu_is_found_by_the_test() -> None:
 def test_languages_without_spaces_have_words_of_their_own(
     text: str, tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("common.evals.bleu._has_mecab", lambda: False)
+    monkeypatch.setattr("common.evals.bleu.has_mecab", lambda: False)
     assert tokenizer_for([text, ""]) == tokenizer
     assert f"|tok:{tokenizer}|" in signature(tokenizer)
-    monkeypatch.setattr("common.evals.bleu._has_mecab", lambda: True)
+    monkeypatch.setattr("common.evals.bleu.has_mecab", lambda: True)
     assert tokenizer_for([text, ""]) == ("ja-mecab" if "カ" in text or "が" in text else tokenizer)
 
 

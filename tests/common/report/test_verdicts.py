@@ -97,12 +97,23 @@ def test_many_comparisons_are_counted_and_corrected_for(write_run: Callable[...,
     assert counted.text.startswith("This report makes 6 comparisons")
 
 
-def test_bleus_of_different_kinds_are_not_compared(write_run: Callable[..., Path]) -> None:
+@pytest.mark.parametrize(
+    ("arms", "tokenizer", "why"),
+    [
+        (["dec-only"], "zh", "they were scored in different ways (nrefs:1|"),
+        (["enc-dec", "dec-only"], "ja-mecab-0.996-IPA", "they were scored with MeCab, which is not installed here"),
+    ],
+)
+def test_bleus_that_cannot_be_compared_are_not(
+    write_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, arms: list[str], tokenizer: str, why: str
+) -> None:
     def edit(files: Files) -> None:
-        files["dec-only/result.json"]["scores"][0]["bleu_signature"] = "nrefs:1|tok:zh"
+        for arm in arms:
+            files[f"{arm}/result.json"]["scores"][0]["bleu_signature"] = f"nrefs:1|tok:{tokenizer}"
 
-    lines = verdicts(read_run(write_run(edit)))
-    assert "are not compared, since they were scored in different ways" in lines[1].text and "tok:zh" in lines[1].text
+    monkeypatch.setattr("common.evals.bleu.has_mecab", lambda: False)
+    line = verdicts(read_run(write_run(edit)))[1]
+    assert f"BLEU, validation: enc-dec and dec-only are not compared, since {why}" in line.text
 
 
 def test_the_order_of_samples_does_not_matter(write_run: Callable[..., Path]) -> None:
