@@ -23,12 +23,13 @@ from experiments.console import Progress
 from experiments.pipeline import (
     Data,
     check_initial,
+    finished,
     make_setup,
     open_data,
-    open_tests,
     score_arm,
     train_arm,
 )
+from experiments.scored_splits import ScoredSplit, open_tests
 
 EXPERIMENT = "experiment.json"
 
@@ -39,8 +40,8 @@ def train(experiment: Experiment, arm: str, run_dir: Path, *, profile_steps: int
     `profile_steps` of this launch's steps are traced into the arm's directory.
     """
     console = _begin(experiment, run_dir)
-    data = _data(experiment, console)
-    result = _train_and_score(experiment, arm, data, run_dir, console, profile_steps)
+    data, tests = _data(experiment, console)
+    result = _train_and_score(experiment, arm, data, tests, run_dir, console, profile_steps)
     console.print(f"{arm}: validation loss {result.validation_loss:.4f}; results in {run_dir / arm}")
 
 
@@ -52,9 +53,9 @@ def compare(experiment: Experiment, run_dir: Path, *, profile_steps: int = 0) ->
 
     console = _begin(experiment, run_dir)
     console.print(Panel(f"{experiment.question}\n\n[dim]{experiment.expected}[/dim]", title=experiment.name))
-    data = _data(experiment, console)
+    data, tests = _data(experiment, console)
     for name in experiment.arms:
-        _train_and_score(experiment, name, data, run_dir, console, profile_steps)
+        _train_and_score(experiment, name, data, tests, run_dir, console, profile_steps)
 
     def conclude() -> None:
         run = read_run(run_dir)
@@ -115,16 +116,28 @@ def prepare_jax() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def _data(experiment: Experiment, console: Console) -> Data:
+def _data(experiment: Experiment, console: Console) -> tuple[Data, dict[str, ScoredSplit]]:
+    """What is trained on and what is scored: a wrong split is reported before training, not after it."""
     data = open_data(experiment)
-    open_tests(experiment, data.tokenizer)  # a wrong split is told before training, not after it
-    return data
+    tests = open_tests(experiment, data.tokenizer)
+    for name, test in tests.items():
+        console.print(escape(test.in_training.sentence(name)), soft_wrap=True)
+    return data, tests
 
 
 def _train_and_score(
-    experiment: Experiment, name: str, data: Data, run_dir: Path, console: Console, profile_steps: int
+    experiment: Experiment,
+    name: str,
+    data: Data,
+    tests: dict[str, ScoredSplit],
+    run_dir: Path,
+    console: Console,
+    profile_steps: int,
 ) -> ArmResult:
+    if (result := finished(experiment, name, data, run_dir)) is not None:
+        console.print(f"{escape(name)}: trained and scored already, step {result.steps}", soft_wrap=True)
+        return result
     progress = Progress(console)
     with progress.training(name) as bar:
         fitted = train_arm(experiment, name, data, run_dir, bar, profile_steps)
-    return score_arm(experiment, name, data, fitted, run_dir, progress)
+    return score_arm(experiment, name, data, tests, fitted, run_dir, progress)

@@ -1,11 +1,13 @@
 """From an experiment to a trained and scored arm: data, task, run, scores."""
 
 import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from common.compute.chips import chip_of
 from common.compute.moments import Moments
@@ -13,12 +15,9 @@ from common.compute.xla import dot_flops
 from common.config import difference, from_json, to_json
 from common.data.cache import default_cache_dir
 from common.data.loader import Loader
-from common.data.sources.config import parts_of
 from common.data.streams import (
     Host,
-    Records,
     StagedLoader,
-    open_records,
     open_training,
     open_training_text,
     open_validation,
@@ -27,12 +26,14 @@ from common.data.tokenizers.kept import kept_files
 from common.data.tokenizers.tokenizer import Tokenizer, open_tokenizer
 from common.errors import UserError
 from common.evals.decoding import decode_greedily
-from common.evals.text_metrics import score_texts
-from common.files import read_rows, write_json, write_rows
+from common.evals.text_metrics import ALL, score_texts
+from common.files import read_json, read_rows, write_json, write_rows
+from common.report.certificate import flatten
 from common.report.results import ArmResult, Flops, TextScore, TurnCost
 from common.sharding.hosts import first_says
 from common.sharding.shape import MeshShape
 from common.train import run_dir as rd
+from common.train.config import only_how
 from common.train.init_from import check_rules
 from common.train.loop import Fitted, fit
 from common.train.programs import Setup, check_rows, lower_step, prepare
@@ -44,6 +45,7 @@ from experiments.console import Progress
 from experiments.families import builder
 from experiments.models import find_model
 from experiments.multi_turn import measure
+from experiments.scored_splits import ScoredSplit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,18 +84,6 @@ def _rows_here(experiment: Experiment) -> list[int]:
     setup = make_setup(experiment, arm)
     check_rows(setup)
     return prepare(setup).held
-
-
-def open_tests(experiment: Experiment, tokenizer: Tokenizer) -> dict[str, Records]:
-    """The texts that the experiment is scored on, by split; of a mixture, by split and source."""
-    parts, evaluation = parts_of(experiment.data.source), experiment.evaluation
-    return {
-        split if len(parts) == 1 else f"{split} of {part.name}": open_records(
-            experiment.data, part, split, tokenizer, default_cache_dir()
-        )
-        for part in parts
-        for split in evaluation.splits
-    }
 
 
 def make_setup(experiment: Experiment, arm: Arm) -> Setup:
@@ -156,43 +146,85 @@ def train_arm(
 
 
 def score_arm(
-    experiment: Experiment, name: str, data: Data, fitted: Fitted, run_dir: Path, progress: Progress
+    experiment: Experiment,
+    name: str,
+    data: Data,
+    tests: Mapping[str, ScoredSplit],
+    fitted: Fitted,
+    run_dir: Path,
+    progress: Progress,
 ) -> ArmResult:
     """Decodes the test splits and writes `samples.jsonl` and `result.json`; all processes decode, the first writes."""
     samples: list[dict[str, Any]] = []
     scores: list[TextScore] = []
-    for split, records in open_tests(experiment, data.tokenizer).items():
-        rows = _decode_split(experiment, split, records, data.tokenizer, fitted, progress)
+    for split, test in tests.items():
+        rows = _decode_split(experiment, name, split, test, data.tokenizer, fitted, progress)
         predictions, targets = [row["prediction"] for row in rows], [row["target"] for row in rows]
         groups = [row["group"] for row in rows] if all(row["group"] is not None for row in rows) else None
-        scores += score_texts(predictions, targets, groups, split, inputs=[row["inputs"] for row in rows])
+        inputs = [row["inputs"] for row in rows]
+        scores += score_texts(predictions, targets, groups, split, inputs=inputs, in_training=test.in_training)
         samples += rows
     turns = _multi_turn(experiment, name, fitted, progress)
 
     def write() -> dict[str, Any]:
         result = _result(experiment, name, fitted, run_dir / name, tuple(scores))
-        described = to_json(dataclasses.replace(result, multi_turn=turns))
-        write_rows(run_dir / name / "samples.jsonl", samples)
-        write_json(run_dir / name / "result.json", described)
+        made_from = _made_from(experiment, make_task(experiment, name, data))
+        described = to_json(dataclasses.replace(result, multi_turn=turns, made_from=made_from))
+        write_rows(run_dir / name / rd.SAMPLES, samples)
+        write_json(run_dir / name / rd.RESULT, described)
         return described
 
     return from_json(ArmResult, first_says(write))
 
 
+def finished(experiment: Experiment, name: str, data: Data, run_dir: Path) -> ArmResult | None:
+    """The result of an arm that was trained to its last step and scored, by this very config on these data; else None.
+
+    How a run is computed may have changed since: its result would be the same.
+    """
+    made_from = _made_from(experiment, make_task(experiment, name, data))
+
+    def read() -> dict[str, Any] | None:
+        arm_dir = run_dir / name
+        try:
+            described = read_json(arm_dir / rd.RESULT)
+            result, metrics = from_json(ArmResult, described), read_rows(arm_dir / rd.METRICS)
+            samples = len(read_rows(arm_dir / rd.SAMPLES))
+        except UserError:  # absent, damaged or of another version: it is made anew
+            return None
+        decoded = sum(score.examples for score in result.scores if score.group == ALL)
+        current = (result.made_from, result.steps, samples) == (made_from, experiment.steps(), decoded)
+        last = metrics[-1] if metrics else {}
+        recorded = (last.get("step"), last.get("fingerprint")) == (result.steps, result.fingerprint)
+        return described if current and recorded else None
+
+    described = first_says(read)
+    return None if described is None else from_json(ArmResult, described)
+
+
+def _made_from(experiment: Experiment, task: Task) -> str:
+    config = {path: value for path, value in flatten(task.config).items() if not only_how(path)}
+    decides = {"config": config, "data": task.data, "evaluation": to_json(experiment.evaluation)}
+    return hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
 def _decode_split(
-    experiment: Experiment, split: str, records: Records, tokenizer: Tokenizer, fitted: Fitted, progress: Progress
+    experiment: Experiment,
+    name: str,
+    split: str,
+    test: ScoredSplit,
+    tokenizer: Tokenizer,
+    fitted: Fitted,
+    progress: Progress,
 ) -> list[dict[str, Any]]:
-    evaluation, examples = experiment.evaluation, records.examples
-    count = min(evaluation.examples, examples.size)
-    chosen = np.linspace(0, examples.size - 1, count).astype(np.int64)
-    texts = [records.text(place) for place in examples.order.place(chosen).tolist()]
-    with progress.bar(f"decoding {split}", count) as advance:
+    evaluation, texts = experiment.evaluation, test.texts()
+    with progress.bar(f"{name}: decoding {split}", len(texts)) as advance:
         predictions = decode_greedily(
             fitted.model,
             fitted.params,
             fitted.mesh,
             tokenizer,
-            [example.inputs_I for example in examples.make(chosen)],
+            [example.inputs_I for example in test.records.examples.make(test.chosen_E)],
             rows=evaluation.rows,
             max_new_tokens=evaluation.max_new_tokens,
             advance=advance,

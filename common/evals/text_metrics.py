@@ -3,14 +3,14 @@
 Legend: E examples.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from common.analysis.statistics import wilson
 from common.errors import UserError
 from common.evals.bleu import bleu_of, corpus_bleu, sentence_statistics, signature, tokenizer_for
-from common.report.results import TextScore
+from common.report.results import InTraining, TextScore
 
 ALL = "all"
 """The group that holds every example of a split."""
@@ -23,6 +23,7 @@ def score_texts(
     split: str,
     *,
     inputs: Sequence[str] | None = None,
+    in_training: InTraining | None = None,
     seed: int = 0,
 ) -> tuple[TextScore, ...]:
     """Scores for the whole split ("all", first) and, where `groups` names each example's kind, for each kind by name.
@@ -37,8 +38,7 @@ def score_texts(
     """
     assert len(predictions) == len(references) > 0, (len(predictions), len(references))
     assert groups is None or len(groups) == len(references)
-    if groups is not None and ALL in groups:
-        raise UserError(f"split {split!r}: a group may not be called {ALL!r}, which stands for the whole split")
+    check_groups(groups or [], split)
     correct_E = np.array(
         [prediction == reference for prediction, reference in zip(predictions, references, strict=True)]
     )
@@ -51,6 +51,7 @@ def score_texts(
             examples=len(correct_E),
             exact_match=wilson(int(correct_E.sum()), len(correct_E)),
             bleu=bleu,
+            in_training=in_training,
             bleu_signature=None if bleu is None else signature(tokenizer),
             copied_bleu=None if inputs is None else _copied(inputs, references, tokenizer),
         )
@@ -65,3 +66,12 @@ def score_texts(
 
 def _copied(inputs: Sequence[str], references: Sequence[str], tokenizer: str) -> float:
     return float(bleu_of(sentence_statistics(inputs, references, tokenizer).sum(axis=0, keepdims=True))[0])
+
+
+def check_groups(groups: Iterable[str | None], split: str) -> None:
+    """Raises UserError where a group is itself called "all"."""
+    if ALL in groups:
+        raise UserError(
+            f"split {split!r}: a group may not be called {ALL!r}, which stands for the whole split; nearest: call it "
+            "otherwise in the data, or name no field as the source's group"
+        )

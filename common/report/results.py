@@ -27,6 +27,33 @@ class Interval:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class InTraining:
+    """Examples of a test set whose texts stand in the training data as well."""
+
+    examples: int
+    """That were searched for."""
+    inputs: int
+    targets: int
+    both: int
+    """Together, in one record."""
+    complete: bool
+    """Whether all of the training data were searched, and not the first part of very large ones."""
+
+    def sentence(self, split: str) -> str:
+        """
+        >>> InTraining(examples=1000, inputs=328, targets=12, both=10, complete=True).sentence("test")
+        'test: of 1,000 examples, the training data hold the inputs of 328, the targets of 12, and both together of 10'
+        """
+        where = "the training data hold" if self.complete else "the first part of the training data holds"
+        if not self.inputs + self.targets:
+            return f"{split}: of {self.examples:,} examples, {where} neither inputs nor targets"
+        return (
+            f"{split}: of {self.examples:,} examples, {where} the inputs of {self.inputs:,}, the targets of "
+            f"{self.targets:,}, and both together of {self.both:,}"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TextScore:
     """Decoded text against its references, for one group of examples."""
 
@@ -40,6 +67,8 @@ class TextScore:
     """0..100 (sacrebleu); None where the group is not scored with it."""
     bleu_signature: str | None = None
     """sacrebleu's description of how BLEU was computed."""
+    in_training: InTraining | None = None
+    """None where it was not counted, and for groups of a split."""
     copied_bleu: float | None = None
     """BLEU of the inputs themselves against the same references: what a model must beat that translates."""
 
@@ -93,4 +122,6 @@ class ArmResult:
     ledger_flops_per_step: float
     """The ledger's count of the same (full attention)."""
     scores: tuple[TextScore, ...]
+    made_from: str = ""
+    """Hash of all that decides it: config, data and what is scored."""
     multi_turn: tuple[TurnCost, ...] = ()

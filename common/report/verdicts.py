@@ -86,9 +86,16 @@ def verdicts(run: Run) -> tuple[Verdict, ...]:
     lines = [
         _judge(made, next(corrected), len(tests), run) if isinstance(made, _Comparison) else made for made in found
     ]
+    known = [Verdict(text=f"{line}.") for line in in_training(run)]
     losses = ", ".join(f"{r.arm} {r.validation_loss:.4f}" for r in run.results)
     counted = [Verdict(text=_count(len(tests)))] if tests else []
-    return (*lines, *counted, Verdict(text=f"Validation loss: {losses} nats per token."))
+    return (*lines, *counted, *known, Verdict(text=f"Validation loss: {losses} nats per token."))
+
+
+def in_training(run: Run) -> list[str]:
+    """Which texts of each split stand in the training data; arms of one stream say the same."""
+    counts = [(s.split, s.in_training) for r in run.results for s in r.scores if s.in_training is not None]
+    return list(dict.fromkeys(known.sentence(split) for split, known in counts))
 
 
 def _count(tests: int) -> str:

@@ -170,7 +170,9 @@ def test_what_cannot_work_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_compare_from_the_files_to_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_from_the_files_to_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The whole path on one's own files."""
     write_data(tmp_path)
     experiment, run_dir = tiny_experiment(tmp_path), tmp_path / "run"
@@ -191,3 +193,36 @@ def test_compare_from_the_files_to_the_report(tmp_path: Path, capsys: pytest.Cap
     changed = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, seed=1))
     with pytest.raises(UserError, match="another config of tiny .train.seed: 0 -> 1."):
         compare(changed, run_dir)
+    finished_work_is_not_done_again(experiment, run_dir, capsys, monkeypatch)
+
+
+def finished_work_is_not_done_again(
+    experiment: Experiment, run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless a result is not of this config, or not whole."""
+    files = {path: path.read_bytes() for path in run_dir.rglob("*.json*")}
+    page = (run_dir / "report.html").read_bytes()
+
+    def refuse(*given: Any, **named: Any) -> None:
+        raise AssertionError("work")
+
+    for name in ("fit", "decode_greedily", "xla_flops_per_step"):
+        monkeypatch.setattr(f"experiments.pipeline.{name}", refuse)
+    (run_dir / "report.html").unlink()
+    compare(experiment, run_dir)
+    assert (run_dir / "report.html").read_bytes() == page
+    assert "gpt: trained and scored already" in capsys.readouterr().out
+    rows = (run_dir / "gpt" / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    result = json.loads((run_dir / "gpt" / "result.json").read_text())
+    for name, content in (
+        ("samples.jsonl", b"".join(rows[:-1])),
+        ("metrics.jsonl", b""),
+        ("result.json", json.dumps(result | {"made_from": "0"}).encode()),
+        ("result.json", json.dumps(result | {"steps": 39}).encode()),
+        ("result.json", b"{"),
+    ):
+        path = run_dir / "gpt" / name
+        path.write_bytes(content)
+        with pytest.raises(AssertionError, match="work"):
+            compare(experiment, run_dir)
+        path.write_bytes(files[path])

@@ -18,8 +18,9 @@ from common.data.tokenized import prepare as module
 from common.data.tokenized.prepared import VARIABLE
 from experiments import cli, registry
 from experiments.config import Experiment
-from experiments.pipeline import open_data, open_tests
+from experiments.pipeline import open_data
 from experiments.prepare_data import prepare_data
+from experiments.scored_splits import open_tests
 from tests.experiments.tiny_experiment import tiny_experiment, write_data
 
 COLUMNS = ["split", "records", "kept", "empty", "tokens", "left out", "MB", "seconds", "folder"]
@@ -117,6 +118,7 @@ from pathlib import Path
 from rich.console import Console
 from common.data.tokenized import prepare
 from experiments.prepare_data import prepare_data
+from experiments.scored_splits import open_tests
 from tests.experiments.tiny_experiment import tiny_experiment
 
 def slowly(number, job, folder, tick, write=prepare.write_shard):

@@ -1,0 +1,92 @@
+"""Which texts of a test set stand in the training data too.
+
+Texts are compared as a model reads them, by their token ids, through 64-bit hashes: two different ones are taken for
+the same with a chance of about 1 in 10^19.
+
+Legend: E records, P tokens of all of them in a row, S texts that are searched for.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from common.data.ragged import Ragged
+from common.data.tokenized.token_store import StoredShard, TokenStream
+from common.report.results import InTraining
+
+SEARCHED_TOKENS = 1 << 28
+"""At most so many of the training data are read, which takes seconds."""
+RECORDS_TOGETHER = 1 << 14
+INPUTS, TARGETS = "inputs", "targets"
+_NEVER = np.uint64(0)
+"""The hash of what is no evidence: an empty text, and one with unknown signs, which others may share."""
+
+
+def count_in_training(
+    train: Sequence[Mapping[str, TokenStream]], test: Mapping[str, TokenStream], places_S: np.ndarray, unk_id: int
+) -> InTraining:
+    """How many of the records `places_S` of `test` have inputs, targets or both that a record of `train` has.
+
+    >>> records = {"inputs": TokenStream.of([[3], [4], [5]]), "targets": TokenStream.of([[7], [8], [9]])}
+    >>> test = {"inputs": TokenStream.of([[3], [4], [6]]), "targets": TokenStream.of([[7], [9], [6]])}
+    >>> found = count_in_training([records], test, np.arange(3), unk_id=2)
+    >>> found.inputs, found.targets, found.both, found.complete
+    (2, 2, 1, True)
+    """
+    wanted = {
+        name: _hashes(Ragged.of(test[name][place].tolist() for place in places_S.tolist()), 0, len(places_S), unk_id)
+        for name in (INPUTS, TARGETS)
+    }
+    wanted["both"] = _paired(wanted[INPUTS], wanted[TARGETS])
+    known = {name: np.zeros(len(places_S), bool) for name in wanted}
+    searched, complete = 0, True
+    for inputs, targets in (pair for part in train for pair in _shards(part)):
+        for first in range(0, len(inputs), RECORDS_TOGETHER):
+            if searched >= SEARCHED_TOKENS:
+                complete = False
+                break
+            last = min(first + RECORDS_TOGETHER, len(inputs))
+            found = {INPUTS: _hashes(inputs, first, last, unk_id), TARGETS: _hashes(targets, first, last, unk_id)}
+            found["both"] = _paired(found[INPUTS], found[TARGETS])
+            for name, hash_S in wanted.items():
+                known[name] |= np.isin(hash_S, found[name])
+            searched += sum(int(shard.offsets[last] - shard.offsets[first]) for shard in (inputs, targets))
+    inputs_known, targets_known, both_known = (
+        int((known[name] & (wanted[name] != _NEVER)).sum()) for name in (INPUTS, TARGETS, "both")
+    )
+    return InTraining(
+        examples=len(places_S), inputs=inputs_known, targets=targets_known, both=both_known, complete=complete
+    )
+
+
+def _shards(part: Mapping[str, TokenStream]) -> Iterator[tuple[Ragged | StoredShard, Ragged | StoredShard]]:
+    yield from zip(part[INPUTS].shards, part[TARGETS].shards, strict=True)
+
+
+def _hashes(shard: Ragged | StoredShard, first: int, last: int, unk_id: int) -> np.ndarray:
+    """Of records `first` to `last - 1`, uint64 [E]: a sum over tokens and places, and so a difference of two sums."""
+    offsets = np.asarray(shard.offsets[first : last + 1])
+    tokens_P = np.asarray(shard.tokens_P[offsets[0] : offsets[-1]])
+    offsets = offsets - offsets[0]
+    length_E = np.diff(offsets)
+    within_P = np.arange(len(tokens_P)) - np.repeat(offsets[:-1], length_E)
+    weight_P = _mixed(within_P.astype(np.uint64) + np.uint64(1 << 40)) | np.uint64(1)
+    sums = np.zeros(len(tokens_P) + 1, np.uint64)
+    np.cumsum(_mixed(tokens_P.astype(np.uint64)) * weight_P, out=sums[1:])
+    unknown = np.concatenate([[0], np.cumsum(tokens_P == unk_id)])
+    usable_E = (length_E > 0) & (unknown[offsets[1:]] == unknown[offsets[:-1]])
+    hash_E = _mixed((sums[offsets[1:]] - sums[offsets[:-1]]) + length_E.astype(np.uint64))
+    return np.where(usable_E, hash_E, _NEVER)
+
+
+def _paired(inputs_E: np.ndarray, targets_E: np.ndarray) -> np.ndarray:
+    both_E = _mixed(inputs_E * np.uint64(3) + _mixed(targets_E))
+    return np.where((inputs_E != _NEVER) & (targets_E != _NEVER), both_E, _NEVER)
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser (Steele et al. 2014), which spreads neighbouring numbers."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,98 @@
+"""The texts that a trained model is scored on."""
+
+import collections
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from common.config import from_json, to_json
+from common.data.cache import default_cache_dir
+from common.data.sources.config import SourceConfig, parts_of
+from common.data.sources.records import Record
+from common.data.streams import Records, open_records
+from common.data.tokenizers.tokenizer import Tokenizer
+from common.errors import UserError
+from common.evals.in_training import count_in_training
+from common.evals.text_metrics import check_groups
+from common.report.results import InTraining
+from common.sharding.hosts import first_says
+from experiments.config import Experiment
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoredSplit:
+    """Those records of one split that are decoded."""
+
+    part: SourceConfig
+    records: Records
+    chosen_E: np.ndarray
+    """Example numbers, evenly spaced."""
+    in_training: InTraining
+    """How many of them stand in the training data."""
+
+    def texts(self) -> list[Record]:
+        return [self.records.text(place) for place in self.records.examples.order.place(self.chosen_E).tolist()]
+
+
+def open_tests(experiment: Experiment, tokenizer: Tokenizer) -> dict[str, ScoredSplit]:
+    """All that the experiment is scored on, by split; of a mixture, by split and part.
+
+    Raises UserError for a split that is not there, and for a group that a score could not be told apart from the whole
+    split's by.
+    """
+    named = [
+        (f"{split}{suffix}", part, split)
+        for part, suffix in _parts(experiment)
+        for split in dict.fromkeys(experiment.evaluation.splits)
+    ]
+    opened = {name: _open(experiment, part, split, tokenizer) for name, part, split in named}
+    chosen = {name: _chosen(experiment, records, name) for name, records in opened.items()}
+    known = first_says(lambda: _find_in_training(experiment, opened, chosen, tokenizer))
+    tests = {
+        name: ScoredSplit(
+            part=part, records=opened[name], chosen_E=chosen[name], in_training=from_json(InTraining, known[name])
+        )
+        for name, part, _ in named
+    }
+    for name, test in tests.items():
+        if test.part.group is not None:
+            check_groups([text.get("group") for text in test.texts()], name)
+    return tests
+
+
+def _parts(experiment: Experiment) -> list[tuple[SourceConfig, str]]:
+    """Each part with what tells its splits from the others'. Parts of one source are numbered within the mixture."""
+    parts = parts_of(experiment.data.source)
+    if len(parts) == 1:
+        return [(parts[0], "")]
+    named = collections.Counter(part.name for part in parts)
+    numbered = {number: f" (part {number})" if named[part.name] > 1 else "" for number, part in enumerate(parts, 1)}
+    return [(part, f" of {part.name}{numbered[number]}") for number, part in enumerate(parts, 1)]
+
+
+def _open(experiment: Experiment, part: SourceConfig, split: str, tokenizer: Tokenizer) -> Records:
+    return open_records(experiment.data, part, split, tokenizer, default_cache_dir())
+
+
+def _chosen(experiment: Experiment, records: Records, name: str) -> np.ndarray:
+    size = records.examples.size
+    if not size:
+        raise UserError(f"split {name} has no examples to score")
+    return np.linspace(0, size - 1, min(experiment.evaluation.examples, size)).astype(np.int64)
+
+
+def _find_in_training(
+    experiment: Experiment, opened: dict[str, Records], chosen: dict[str, np.ndarray], tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """An `InTraining` for each split, as JSON; the training data of all parts are searched."""
+    parts = parts_of(experiment.data.source) if opened else ()
+    train = [_open(experiment, part, part.train_split, tokenizer).prepared.fields for part in parts]
+    return {
+        name: to_json(
+            count_in_training(
+                train, records.prepared.fields, records.examples.order.place(chosen[name]), tokenizer.unk_id
+            )
+        )
+        for name, records in opened.items()
+    }
