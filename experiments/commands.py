@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -42,6 +43,7 @@ def train(experiment: Experiment, arm: str, run_dir: Path, *, profile_steps: int
     console = _begin(experiment, run_dir)
     data, tests = _data(experiment, console)
     result = _train_and_score(experiment, arm, data, tests, run_dir, console, profile_steps)
+    _show([result], console)
     console.print(f"{arm}: validation loss {result.validation_loss:.4f}; results in {run_dir / arm}")
 
 
@@ -49,7 +51,7 @@ def compare(experiment: Experiment, run_dir: Path, *, profile_steps: int = 0) ->
     """Trains all arms, as `train` does, prints them side by side and writes the report."""
     from common.report.certificate import certify_run
     from common.report.run_files import read_run
-    from common.report.tables import certificate_panel, comparison_table, groups_table
+    from common.report.tables import certificate_panel
 
     console = _begin(experiment, run_dir)
     console.print(Panel(f"{experiment.question}\n\n[dim]{experiment.expected}[/dim]", title=experiment.name))
@@ -59,19 +61,32 @@ def compare(experiment: Experiment, run_dir: Path, *, profile_steps: int = 0) ->
 
     def conclude() -> None:
         run = read_run(run_dir)
-        console.print(comparison_table(run.results))
-        if experiment.evaluation.splits:
-            console.print(groups_table(run.results))
+        _show(run.results, console)
         console.print(certificate_panel(certify_run(run)))
         console.print(f"report: {report(run_dir)}")
 
     first_says(conclude)
 
 
-def report(run_dir: Path, figure: Path | None = None) -> Path:
-    """Writes `report.html` from what the run directory holds, and the drawing of its arms where one is asked for."""
-    from common.report.html import write_figure, write_report
+def _show(results: Sequence[ArmResult], console: Console) -> None:
+    from common.report.tables import comparison_table, groups_table
 
+    console.print(comparison_table(results))
+    if any(result.scores for result in results):
+        console.print(groups_table(results))
+
+
+def report(run_dir: Path, figure: Path | None = None) -> Path:
+    """Writes `report.html` from what the run directory holds, and the drawing of its arms where one is asked for.
+
+    Says, on standard error, which arms have no result.
+    """
+    from common.report.html import write_figure, write_report
+    from common.report.run_files import read_run
+
+    if lacking := read_run(run_dir).unfinished:
+        how = "the run's command with --arm NAME (`twinstack train`), or `twinstack compare` for all"
+        Console(stderr=True).print(f"without {', '.join(map(escape, lacking))}, not trained and scored yet: {how}")
     if figure is not None:
         write_figure(run_dir, figure)
     return write_report(run_dir)
@@ -138,6 +153,7 @@ def _train_and_score(
         console.print(f"{escape(name)}: trained and scored already, step {result.steps}", soft_wrap=True)
         return result
     progress = Progress(console)
+    progress.say(f"{name}: compiling")
     with progress.training(name) as bar:
         fitted = train_arm(experiment, name, data, run_dir, bar, profile_steps)
     return score_arm(experiment, name, data, tests, fitted, run_dir, progress)

@@ -25,12 +25,27 @@ class Progress:
     def __init__(self, console: Console):
         self.console = console
 
+    def say(self, line: str) -> None:
+        """Prints what is done next where no bar shows it, which is without a terminal."""
+        if not self.console.is_terminal:
+            self.console.print(escape(line), soft_wrap=True)
+
     @contextlib.contextmanager
     def bar(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Yields a function that takes how much has just been done."""
+        """Yields a function that takes how much has just been done; without a terminal, it says so now and then."""
+        done, last_line = 0, time.monotonic()
         with self._rich() as progress:
             task = progress.add_task(escape(title), total=total, detail="")
-            yield lambda done: progress.advance(task, done)
+
+            def advance(more: int) -> None:
+                nonlocal done, last_line
+                done += more
+                progress.advance(task, more)
+                if time.monotonic() - last_line > LINE_SECONDS:
+                    self.say(f"{title}: {done:,} of {total:,}")
+                    last_line = time.monotonic()
+
+            yield advance
 
     @contextlib.contextmanager
     def training(self, arm: str) -> Iterator["TrainingBar"]:

@@ -165,6 +165,7 @@ def score_arm(
         scores += score_texts(predictions, targets, groups, split, inputs=inputs, in_training=test.in_training)
         samples += rows
     turns = _multi_turn(experiment, name, fitted, progress)
+    progress.say(f"{name}: counting the FLOPs of a step")
 
     def write() -> dict[str, Any]:
         result = _result(experiment, name, fitted, run_dir / name, tuple(scores))
@@ -218,6 +219,7 @@ def _decode_split(
     progress: Progress,
 ) -> list[dict[str, Any]]:
     evaluation, texts = experiment.evaluation, test.texts()
+    progress.say(f"{name}: decoding {len(texts):,} examples of {split}")
     with progress.bar(f"{name}: decoding {split}", len(texts)) as advance:
         predictions = decode_greedily(
             fitted.model,
@@ -246,6 +248,7 @@ def _multi_turn(experiment: Experiment, name: str, fitted: Fitted, progress: Pro
     plan = experiment.evaluation.multi_turn
     if plan is None:
         return ()
+    progress.say(f"{name}: timing a conversation of {plan.turns} turns")
     with progress.bar("timing a conversation", plan.turns) as advance:
         model = experiment.arms[name].model
         return tuple(measure(model, fitted.model, fitted.params, fitted.mesh, plan, advance))

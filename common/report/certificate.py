@@ -67,7 +67,7 @@ class Certificate:
     @property
     def headline(self) -> str:
         if self.agrees:
-            return "every check agrees"
+            return "every check agrees" if len(self.arms) > 1 else "one arm alone: there is nothing to compare it with"
         failed = sum(not check.agrees for check in self.checks)
         return f"{failed} of {len(self.checks)} checks DIFFER"
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 T = TypeVar("T")
-EXPERIMENT = "experiment.json"
+EXPERIMENT, RESULT = "experiment.json", "result.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,9 @@ class Run:
 
     experiment: Mapping[str, Any]
     arms: tuple[ArmRun, ...]
+    """Those that have a result."""
+    unfinished: tuple[str, ...] = ()
+    """Names of the others."""
 
     @property
     def results(self) -> tuple[ArmResult, ...]:
@@ -76,7 +79,7 @@ class Run:
 
 
 def read_run(run_dir: Path) -> Run:
-    """Reads RUN/experiment.json and the folder of each arm that it names (keys of its "arms").
+    """Reads RUN/experiment.json and the folder of each arm that it names (keys of its "arms") and that has a result.
 
     Raises `UserError` naming the file, and the line where it has lines, for whatever is missing, unreadable or not of
     the expected form.
@@ -88,13 +91,20 @@ def read_run(run_dir: Path) -> Run:
         raise UserError(f'{path}: has no "arms"; run the comparison again in a fresh run directory')
     for name in arms:
         plain_name(name, f"{path}: arms")
-    return Run(experiment=experiment, arms=tuple(_read_arm(run_dir / name) for name in arms))
+    done = [name for name in arms if (run_dir / name / RESULT).exists()]
+    if not done:
+        raise UserError(f"{run_dir} has no finished arm: repeat the run's command, which resumes it")
+    return Run(
+        experiment=experiment,
+        arms=tuple(_read_arm(run_dir / name) for name in done),
+        unfinished=tuple(name for name in arms if name not in done),
+    )
 
 
 def _read_arm(arm_dir: Path) -> ArmRun:
     from pydantic import TypeAdapter
 
-    result = arm_dir / "result.json"
+    result = arm_dir / RESULT
     return ArmRun(
         name=arm_dir.name,
         result=_parse(TypeAdapter(ArmResult), _read(result), result),

@@ -87,9 +87,16 @@ def verdicts(run: Run) -> tuple[Verdict, ...]:
         _judge(made, next(corrected), len(tests), run) if isinstance(made, _Comparison) else made for made in found
     ]
     known = [Verdict(text=f"{line}.") for line in in_training(run)]
+    absent = [Verdict(text=f"Not in this report, for want of a result: {', '.join(run.unfinished)}.")]
     losses = ", ".join(f"{r.arm} {r.validation_loss:.4f}" for r in run.results)
     counted = [Verdict(text=_count(len(tests)))] if tests else []
-    return (*lines, *counted, *known, Verdict(text=f"Validation loss: {losses} nats per token."))
+    return (
+        *lines,
+        *counted,
+        *known,
+        *(absent if run.unfinished else []),
+        Verdict(text=f"Validation loss: {losses} nats per token."),
+    )
 
 
 def in_training(run: Run) -> list[str]:

@@ -66,6 +66,18 @@ def test_the_last_line_says_what_the_time_went_into(monkeypatch: pytest.MonkeyPa
     ]
 
 
+def test_without_a_terminal_other_work_says_where_it_is_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    for terminal, lines in ((False, ["[not markup]", "decoding: 11 of 40", "decoding: 22 of 40"]), (True, [])):
+        shown = Shown(monkeypatch, terminal)
+        progress = Progress(shown.console)
+        progress.say("[not markup]")
+        with progress.bar("decoding", 40) as advance:
+            for _ in range(30):
+                shown.now += 3.0
+                advance(1)
+        assert [line for line in shown.lines if "of 40" in line or "markup" in line] == lines
+
+
 def test_in_a_terminal_the_line_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only validation losses and remarks are left behind."""
     shown = Shown(monkeypatch, terminal=True)

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import io
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from common.errors import UserError
 from common.report.certificate import certify_run, one_recipe
 from common.report.run_files import read_run
 from experiments.cli import main
-from experiments.commands import compare
+from experiments.commands import compare, report, train
 from experiments.config import Experiment
 from experiments.plan import plan
 from experiments.registry import EXPERIMENTS, load
@@ -189,11 +190,29 @@ def test_compare_from_the_files_to_the_report(
     checks = {check.name: check.agrees for check in certify_run(run).checks}
     assert [checks[name] for name in ("same data in the same order", "same steps, examples and tokens")] == [True, True]
     assert checks["ledger = XLA within 2 %"] and not checks["training FLOPs within 1 %"]  # these two are not matched
-    assert "gpt" in capsys.readouterr().out and "<svg" in (run_dir / "report.html").read_text()
+    out = capsys.readouterr().out
+    for name in ("gpt", "t5like"):  # without a terminal
+        steps = [f"{name}: {step}" for step in ("compiling", "decoding 8 examples of validation", "counting")]
+        assert all(step in out for step in steps)
+    assert (
+        "validation: of 8 examples, the training data hold" in out and "<svg" in (run_dir / "report.html").read_text()
+    )
     changed = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, seed=1))
     with pytest.raises(UserError, match="another config of tiny .train.seed: 0 -> 1."):
         compare(changed, run_dir)
     finished_work_is_not_done_again(experiment, run_dir, capsys, monkeypatch)
+    a_lone_arm_is_scored_and_reported(experiment, run_dir, capsys)
+
+
+def a_lone_arm_is_scored_and_reported(
+    experiment: Experiment, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(run_dir / "t5like")
+    train(experiment, "gpt", run_dir)
+    shown = capsys.readouterr().out
+    assert "exact match, validation" in shown and "validation: all" in shown
+    report(run_dir)
+    assert "without t5like, not trained and scored yet: the run's command with --arm" in capsys.readouterr().err
 
 
 def finished_work_is_not_done_again(

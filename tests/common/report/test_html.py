@@ -3,6 +3,7 @@
 import html.parser
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -180,7 +181,7 @@ def breaking(name: str, text: str | None) -> Callable[[Path], None]:
         ("experiment.json", '{"name": "x"}', 'has no "arms"'),
         ("experiment.json", '{"arms": {"../enc-dec": {}}}', "outside its folder"),
         ("experiment.json", "[1]", "JSON object"),
-        ("enc-dec/result.json", None, "repeat its command"),
+        ("enc-dec/metrics.jsonl", None, "repeat its command"),
         ("enc-dec/result.json", '{"arm": "enc-dec"}', "parameters: Field required"),
         ("experiment.json", "{", "delete it and repeat"),
         ("enc-dec/config.json", "{", "enc-dec and repeat the run's command"),
@@ -199,6 +200,18 @@ def test_a_missing_or_broken_file_is_named(
         write_report(run)
     assert message in str(error.value) and name in str(error.value) and "\n" not in str(error.value)
     assert not (run / "report.html").exists()
+
+
+def test_a_run_with_one_arm_has_a_report(write_run: Callable[..., Path]) -> None:
+    """Of that arm, which says who is not in it."""
+    run = write_run()
+    shutil.rmtree(run / "enc-dec")
+    _, page = read(write_report(run))
+    assert "Not in this report, for want of a result: enc-dec." in page.text and "BLEU" in page.text
+    assert "one arm alone" in page.text and "points [" not in page.text
+    (run / "dec-only" / "result.json").unlink()
+    with pytest.raises(UserError, match="has no finished arm"):
+        write_report(run)
 
 
 def test_a_failed_report_leaves_the_old_one(write_run: Callable[..., Path]) -> None:
