@@ -104,6 +104,7 @@ def make_task(experiment: Experiment, name: str, data: Data) -> Task:
     return Task(
         setup=make_setup(experiment, arm),
         stream=data.train,
+        seeker=data.train,
         validation=tuple(validation),
         config={"experiment": experiment.name, "arm": name, **config["arms"][name]}
         | {key: config[key] for key in ("data", "train")},

@@ -9,7 +9,7 @@ Legend: E examples, L tokens of a piece, M a mode's tokens.
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -176,6 +176,17 @@ class PieceExamples:
         return [(length, np.flatnonzero(length_E == length)) for length in np.unique(length_E).tolist()]
 
 
+class Unread(NamedTuple):
+    """Examples of a part that nothing was made of yet: those of `numbers` come first, then all from `then` on."""
+
+    numbers: np.ndarray
+    """int64."""
+    then: int
+
+
+ALL = Unread(np.zeros(0, np.int64), 0)
+
+
 class MixedExamples:
     """Several kinds of examples by rate; each goes on through its own epochs."""
 
@@ -183,12 +194,12 @@ class MixedExamples:
     window = MIXED_WINDOW
 
     def __init__(
-        self, parts: Sequence[Examples], rates: Sequence[float], seed: int, begun: Sequence[int] | None = None
+        self, parts: Sequence[Examples], rates: Sequence[float], seed: int, unread: Sequence[Unread] | None = None
     ) -> None:
-        """`begun`: how many examples of each part lie behind already; None: none."""
+        """`unread`: what there is of each part; None: all."""
         assert all(part.together == 1 for part in parts)
         self._mixing, self._parts = Mixing(rates=tuple(rates), seed=seed), parts
-        self._begun = np.array([0] * len(parts) if begun is None else begun, np.int64)
+        self._unread = [ALL] * len(parts) if unread is None else list(unread)
         self.tokenizer = parts[0].tokenizer
         self.size = sum(part.size for part in parts)
         self.content = json.dumps({"parts": [part.content for part in parts], "rates": list(rates)})
@@ -206,18 +217,37 @@ class MixedExamples:
                 out[member] = example
         return [example for example in out if example is not None]
 
-    def behind(self, number: int) -> list[int]:
-        """How many examples of each part lie before example `number`."""
-        return (self._begun + self._mixing.counts(number)).tolist()
+    def rest(self, number: int, skipped_E: np.ndarray) -> list[Unread]:
+        """What is unread of each part after the examples before `number`, but for `skipped_E` of them (ascending)."""
+        skipped = {part: place_E for part, _, place_E in self._by_part(skipped_E)}
+        rest = []
+        for part, (unread, read) in enumerate(zip(self._unread, self._mixing.counts(number), strict=True)):
+            before_E = _numbers(unread, skipped.get(part, np.zeros(0, np.int64)))
+            numbers_E = np.concatenate([before_E, unread.numbers[read:]])
+            rest.append(Unread(numbers_E, unread.then + max(0, read - len(unread.numbers))))
+        return rest
 
     def _split(self, number_E: np.ndarray) -> list[tuple[Examples, np.ndarray, np.ndarray]]:
         """(part, which of the examples are its, their numbers within it)."""
-        part_E, within_E = self._mixing.find(number_E)
+        split = self._by_part(number_E)
+        return [(self._parts[part], members, _numbers(self._unread[part], place_E)) for part, members, place_E in split]
+
+    def _by_part(self, number_E: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """(part, which of the examples are its, their places among what is unread of it)."""
+        part_E, place_E = self._mixing.find(number_E)
         found = []
         for part in np.unique(part_E).tolist():
             (members,) = np.nonzero(part_E == part)
-            found.append((self._parts[part], members, within_E[members] + self._begun[part]))
+            found.append((part, members, place_E[members]))
         return found
+
+
+def _numbers(unread: Unread, place_E: np.ndarray) -> np.ndarray:
+    """Numbers within a part, int64 [E], of the examples at these places among its unread ones."""
+    number_E = unread.then + place_E - len(unread.numbers)
+    (early,) = np.nonzero(place_E < len(unread.numbers))
+    number_E[early] = unread.numbers[place_E[early]]
+    return number_E
 
 
 def _content(source: str, tokenizer: SpecialIds, objective: object, mode: Sequence[int] = ()) -> str:

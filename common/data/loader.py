@@ -59,9 +59,22 @@ class Loader:
         """
         return prefetched(self.batch, start, stop, threads=threads, buffered=buffered)
 
-    def planned(self, steps: int) -> int:
-        """How many examples lie in the windows that the first `steps` steps read from."""
-        return (self._plans.locate(steps * self._rows - 1)[0] + 1) * self._examples.window
+    def landmarks(self, step: int) -> tuple[int, ...]:
+        """What `recall` takes to read on from `step`, which is 1 or more, without planning what lies before it."""
+        return self._plans.landmark(step * self._rows - 1)
+
+    def recall(self, landmarks: Sequence[int]) -> None:
+        """Takes what `landmarks` of a loader of the same stream returned."""
+        if landmarks:
+            self._plans.recall(*landmarks)
+
+    def read(self, steps: int) -> tuple[int, np.ndarray]:
+        """(how many examples lie in the windows that the first `steps` steps read from, the numbers of those among them
+        that stand in later rows, ascending)."""
+        window, last = self._plans.locate(steps * self._rows - 1)
+        later = range(last + 1, len(self._plans.plan(window)))
+        numbers = [NO_EXAMPLES, *(self._plans.numbers(window, row) for row in later)]
+        return (window + 1) * self._examples.window, np.sort(np.concatenate(numbers))
 
     def validation_batches(self, limit: int | None = None) -> Iterator[HostBatch]:
         """Each row of the first window once, in the same order every time; at most `limit` batches.

@@ -13,9 +13,11 @@ least imbalance) and more open rows moved the fill by a few thousandths, up or d
 Legend: E examples, R rows, P packed examples (in row order), X examples too long for a row.
 """
 
+import bisect
 import dataclasses
 import hashlib
 import logging
+import operator
 import threading
 from pathlib import Path
 from typing import Protocol
@@ -118,7 +120,9 @@ class RowPlans:
         self._seed = seed
         self._folder = None if cache_dir is None else cache_dir / "plans"
         self._lock = threading.RLock()
-        self._first_rows = [0]  # of each window planned so far, and of the one after
+        self._starts: tuple[tuple[int, int], ...] = ((0, 0),)
+        """(window, its first row) where that is known, ascending; replaced as a whole, so that none needs the lock to
+        read it."""
         self._recent: dict[int, PackingPlan] = {}
 
     def plan(self, window: int) -> PackingPlan:
@@ -132,16 +136,30 @@ class RowPlans:
                 for old in sorted(self._recent)[:-1]:  # a batch spans two windows at most, unless they are tiny
                     del self._recent[old]
                 self._recent[window] = plan
+            self._learn_next(window, len(self._recent[window]))
             return self._recent[window]
 
     def locate(self, row: int) -> tuple[int, int]:
         """(window, row within that window) of global row number `row`."""
         assert row >= 0
+        while True:
+            starts = self._starts
+            place = bisect.bisect_right(starts, row, key=operator.itemgetter(1)) - 1
+            window, first = starts[place]
+            if place + 1 < len(starts) and starts[place + 1][0] == window + 1:
+                return window, row - first
+            self.plan(window)  # from which follows where the next window starts
+
+    def landmark(self, row: int) -> tuple[int, int]:
+        """(window of global row number `row`, that window's first row): what `recall` takes."""
+        window, within = self.locate(row)
+        return window, row - within
+
+    def recall(self, window: int, first_row: int) -> None:
+        """Takes a landmark, so that no window before it has to be planned for rows from there on."""
         with self._lock:
-            while row >= self._first_rows[-1]:
-                self._first_rows.append(self._first_rows[-1] + len(self.plan(len(self._first_rows) - 1)))
-            window = int(np.searchsorted(self._first_rows, row, side="right")) - 1
-            return window, row - self._first_rows[window]
+            if (window, first_row) not in self._starts:
+                self._starts = tuple(sorted((*self._starts, (window, first_row))))
 
     def row(self, row: int) -> np.ndarray:
         """Numbers int64 of the examples in global row `row`."""
@@ -153,6 +171,14 @@ class RowPlans:
         together = self._examples.together
         found = self.plan(window).row(row)
         return window * self._examples.window + (found[:, None] * together + np.arange(together)).ravel()
+
+    def _learn_next(self, window: int, rows: int) -> None:
+        """Where the window after this one starts, if it is known where this one does."""
+        starts = self._starts
+        after = bisect.bisect_right(starts, window, key=operator.itemgetter(0))
+        known, first = starts[after - 1]
+        if known == window and (after == len(starts) or starts[after][0] != window + 1):
+            self._starts = (*starts[:after], (window + 1, first + rows), *starts[after:])
 
     def _load_or_make(self, window: int) -> PackingPlan:
         size, together = self._examples.window, self._examples.together

@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import itertools
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from common.compute.moments import Moments
 from common.data.batch import HostBatch
 from common.data.config import DataConfig, fitted_needs
-from common.data.examples import Examples, MixedExamples, PieceExamples, RecordExamples
+from common.data.examples import Examples, MixedExamples, PieceExamples, RecordExamples, Unread
 from common.data.loader import Loader, prefetched
 from common.data.objectives.apply import fields
 from common.data.objectives.config import CausalLM, FullLM, Single, Supervised, raw_parts
@@ -77,8 +78,8 @@ def open_training(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path, hos
     for each in rates:
         _check_rates(mixture, [part.train_split for part in mixture.parts], parts, each)
 
-    def open_stage(stage: int, begun: Sequence[int] | None) -> tuple[MixedExamples, Loader]:
-        examples = MixedExamples(parts, rates[stage], config.seed, begun)
+    def open_stage(stage: int, unread: Sequence[Unread] | None) -> tuple[MixedExamples, Loader]:
+        examples = MixedExamples(parts, rates[stage], config.seed, unread)
         return examples, _loader(config, examples, cache_dir, host)
 
     return StagedLoader([0, *(stage.from_step for stage in mixture.curriculum)], open_stage)
@@ -115,16 +116,21 @@ def open_records(config: DataConfig, part: SourceConfig, split: str, tokenizer: 
 
 
 class StagedLoader:
-    """Batches of a mixture whose rates change at given steps; every part goes on where the stage before left it."""
+    """Batches of a mixture whose rates change at given steps.
+
+    Every part goes on where the stage before left it: first come the examples that were planned into rows of that
+    stage's last window, but that its last step did not come to.
+    """
 
     def __init__(
         self,
         first_steps: Sequence[int],
-        open_stage: Callable[[int, Sequence[int] | None], tuple[MixedExamples, Loader]],
+        open_stage: Callable[[int, Sequence[Unread] | None], tuple[MixedExamples, Loader]],
     ) -> None:
-        """`open_stage(stage, begun)`: its examples and loader; so many of each part lie behind, none where None."""
+        """`open_stage(stage, unread)`: its examples and loader, from what is unread of each part (None: all)."""
         self._first_steps, self._open = first_steps, open_stage
         self._lock = threading.RLock()
+        self._landmarks: list[tuple[int, int]] = []
         self._stages = [open_stage(0, None)]
 
     @property
@@ -135,7 +141,7 @@ class StagedLoader:
 
     def batch(self, step: int) -> HostBatch:
         """This process's rows of step `step`."""
-        stage = bisect.bisect_right(self._first_steps, step) - 1
+        stage = self._stage(step)
         return self._loader(stage).batch(step - self._first_steps[stage])
 
     def iterate(self, start: int, stop: int, *, threads: int = 1, buffered: int = 4) -> Iterator[HostBatch]:
@@ -146,13 +152,32 @@ class StagedLoader:
         """As a `Loader` does, at the beginning."""
         return self._stages[0][1].filled()
 
+    def landmarks(self, step: int) -> tuple[int, ...]:
+        """As a `Loader` does: those of each stage up to the one that the step before is in."""
+        last = self._stage(step - 1)
+        ends = [*self._first_steps[1 : last + 1], step]
+        steps = [end - first for first, end in zip(self._first_steps, ends, strict=False)]
+        return tuple(itertools.chain(*(self._loader(stage).landmarks(n) for stage, n in enumerate(steps))))
+
+    def recall(self, landmarks: Sequence[int]) -> None:
+        """As a `Loader` does."""
+        with self._lock:
+            self._landmarks = list(zip(landmarks[::2], landmarks[1::2], strict=True))
+            for (_, loader), of_stage in zip(self._stages, self._landmarks, strict=False):
+                loader.recall(of_stage)
+
+    def _stage(self, step: int) -> int:
+        return bisect.bisect_right(self._first_steps, step) - 1
+
     def _loader(self, stage: int) -> Loader:
         with self._lock:
             while stage >= len(self._stages):
                 examples, loader = self._stages[-1]
                 last = len(self._stages)
-                steps = self._first_steps[last] - self._first_steps[last - 1]
-                self._stages.append(self._open(last, examples.behind(loader.planned(steps))))
+                read = loader.read(self._first_steps[last] - self._first_steps[last - 1])
+                self._stages.append(self._open(last, examples.rest(*read)))
+                if last < len(self._landmarks):
+                    self._stages[last][1].recall(self._landmarks[last])
             return self._stages[stage][1]
 
 

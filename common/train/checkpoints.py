@@ -51,6 +51,8 @@ class Progress:
     """Numbers of the batches, from 1, that were not learnt from."""
     losses: tuple[tuple[int, float], ...] = ()
     """Step and loss of the last steps, as far as it depends on them what is a spike."""
+    landmarks: tuple[int, ...] = ()
+    """By which the stream finds its next batch; nothing but time depends on them."""
 
 
 class Checkpoints:
@@ -185,6 +187,7 @@ class Checkpoints:
         assert about["seed"] == seed, "the run directory's config was checked before"
         known = {field.name: about[field.name] for field in dataclasses.fields(Progress) if field.name in about}
         known["skipped"] = tuple(known.get("skipped", ()))
+        known["landmarks"] = tuple(known.get("landmarks", ()))
         known["losses"] = tuple((at, loss) for at, loss in known.get("losses", ()))
         return TrainState(**tree), Progress(**known)
 

@@ -117,6 +117,8 @@ def _start(
         patience_seconds=_storage_seconds(task.setup),
     )
     if restored is not None:
+        if task.seeker is not None:
+            task.seeker.recall(restored[1].landmarks)
         watcher.note(f"resuming after step {restored[1].consumed_batches} of {task.setup.steps}")
         return restored
     return _begin(task, programs, run_dir, watcher), Progress(consumed_batches=0, fingerprint=task.stream.content)
@@ -329,7 +331,10 @@ class _Run:
         return ce / weight
 
     def _save(self, state: TrainState, progress: Progress, validation_loss: float | None, *, wait: bool) -> Progress:
-        timed = self.clock.stamp(dataclasses.replace(progress, losses=self.judge.recent()))
+        seeker = self.task.seeker
+        landmarks = () if seeker is None else seeker.landmarks(progress.consumed_batches)
+        known = dataclasses.replace(progress, losses=self.judge.recent(), landmarks=landmarks)
+        timed = self.clock.stamp(known)
         with self.clock.aside("checkpoint"):
             self.saving.save(state, timed, validation_loss)
             if wait:

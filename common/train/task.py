@@ -1,7 +1,7 @@
 """What `fit` is given: a setup with its data, and somebody who looks on."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from common.data.batch import HostBatch
@@ -19,6 +19,18 @@ class Stream(Protocol):
     def iterate(self, start: int, stop: int) -> Iterator[HostBatch]: ...
 
 
+class Seeker(Protocol):
+    """Finds a place in a stream again that was read before, without reading what lies before it."""
+
+    def landmarks(self, step: int) -> tuple[int, ...]:
+        """What `recall` takes, after the first `step` batches were read; a checkpoint keeps it."""
+        ...
+
+    def recall(self, landmarks: Sequence[int]) -> None:
+        """Before batches from that number on are read; nothing where a checkpoint has none."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Initial:
     """Where a new run's parameters come from."""
@@ -34,6 +46,8 @@ class Task:
 
     setup: Setup
     stream: Stream
+    seeker: Seeker | None = None
+    """Of the stream; None: its batches are found at once, wherever they are."""
     validation: tuple[HostBatch, ...]
     config: dict[str, Any]
     """Resolved config of the run, as JSON: what a run directory is recognised by."""

@@ -161,9 +161,18 @@ def test_mixed_parts_go_on_through_their_own_epochs() -> None:
 def test_a_mixture_goes_on_where_another_stopped() -> None:
     parts = [records(50, 10, "a"), records(60, 100, "b")]
     first = MixedExamples(parts, (1.0, 1.0), seed=0)
-    behind = first.behind(20)
-    assert sum(behind) == 20
-    second = MixedExamples(parts, (1.0, 4.0), seed=0, begun=behind)
-    seen = tokens_of(first, np.arange(20)) + tokens_of(second, np.arange(30))
-    assert len({inputs[0] for inputs, _ in seen}) == 50, "no record twice"
-    assert second.behind(30) == [a + b for a, b in zip(behind, second._mixing.counts(30), strict=True)]
+    skipped = np.array([3, 4, 11, 19])
+    read = np.setdiff1d(np.arange(20), skipped)
+    second = MixedExamples(parts, (1.0, 4.0), seed=0, unread=first.rest(20, skipped))
+    third = MixedExamples(parts, (0.0, 1.0), seed=0, unread=second.rest(30, np.array([0, 29])))
+    then = np.arange(1, 29)
+    fourth = MixedExamples(parts, (1.0, 1.0), seed=0, unread=third.rest(1, np.zeros(0, np.int64)))
+    seen = tokens_of(first, read) + tokens_of(second, then) + tokens_of(third, np.arange(1))
+    before = [inputs[0] for inputs, _ in seen]
+    assert len(set(before)) == len(before) == 16 + 28 + 1, "no record twice"
+    left = 110 - len(before)
+    later = [inputs[0] for inputs, _ in tokens_of(fourth, np.arange(200))]
+    small = [n for n in later if n < 100][: 50 - sum(n < 100 for n in before)]
+    large = [n for n in later if n >= 100][: 60 - sum(n >= 100 for n in before)]
+    assert sorted([*before, *small, *large]) == [*range(10, 60), *range(100, 160)], "and each once an epoch"
+    assert len(small) + len(large) == left

@@ -154,6 +154,28 @@ def test_rows_run_through_epochs_in_any_order_of_asking(order: str) -> None:
         assert plans.row(int(n)).tolist() == [epoch * len(inputs) + i for i in row]
 
 
+def test_a_landmark_spares_the_windows_before_it() -> None:
+    inputs, targets = random_lengths(5)
+    limits = {"input_limit": 40, "target_limit": 40, "seed": 2, "cache_dir": None}
+    whole, asked = RowPlans(Fixed(inputs, targets), **limits), []
+
+    class Counted(Fixed):
+        def lengths(self, number_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            asked.append(int(number_E[0]) // self.window)
+            return super().lengths(number_E)
+
+    end = sum(len(whole.plan(window)) for window in range(9))
+    for row in (0, end - 1, end, end + 1, end // 2):
+        window, within = whole.locate(row)
+        plans = RowPlans(Counted(inputs, targets), **limits)
+        plans.recall(*whole.landmark(max(0, row - 1)))
+        asked.clear()
+        assert plans.row(row).tolist() == whole.row(row).tolist() and plans.locate(row) == (window, within)
+        assert min(asked) >= window - 1, "the window that the row before is in"
+        assert plans.row(1).tolist() == whole.row(1).tolist(), "earlier rows are found all the same"
+        assert plans.locate(end + 99) == whole.locate(end + 99)
+
+
 @pytest.mark.parametrize("odd", [None, 0, 1, 2, 7])
 def test_pieces_of_one_length_are_packed_as_first_fit_packs_them(odd: int | None) -> None:
     """Whatever place a shorter last piece has after the shuffle; without one the rows are the very same."""

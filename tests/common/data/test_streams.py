@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from common.data import examples as examples_module
+from common.data import packing
 from common.data.batch import HostBatch
 from common.data.config import DataConfig, SentencePieceConfig
 from common.data.loader import Loader
@@ -141,6 +142,80 @@ def test_the_stream_is_the_same_for_any_hosts_workers_and_resume(
         assert [each.fingerprint for each in resumed] == [each.fingerprint for each in whole[start:]]
 
 
+def windows_of(stream: Loader | StagedLoader, step: int) -> int:
+    """How many windows lie between the row before a step and its last row."""
+    if isinstance(stream, StagedLoader):
+        stage = stream._stage(step)
+        stream, step = stream._loader(stage), step - stream._first_steps[stage]
+    first, last = (stream._plans.locate(row)[0] for row in (max(0, step * ROWS - 1), step * ROWS + ROWS - 1))
+    return last - first + 1
+
+
+@pytest.fixture
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examples_module, "PLANNED_TOGETHER", 10)
+    monkeypatch.setattr(examples_module, "WINDOW", 16)
+    monkeypatch.setattr(examples_module.MixedExamples, "window", 24)
+
+
+@streams
+@pytest.mark.usefixtures("small_windows")
+def test_a_stream_is_read_on_without_planning_what_lies_before(
+    folder: Path, tokenizer: SentencePieceTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    config, planned = STREAMS[name](folder), []
+    plan_epoch = packing.plan_epoch
+
+    def counted(*lengths: np.ndarray, epoch: int, **limits: int) -> packing.PackingPlan:
+        planned.append(epoch)
+        return plan_epoch(*lengths, epoch=epoch, **limits)
+
+    monkeypatch.setattr(packing, "plan_epoch", counted)
+
+    def stream(place: str) -> Loader | StagedLoader:
+        (tmp_path / place).mkdir()
+        if place != "before":  # tokens are there, plans are not
+            (tmp_path / place / "tokenized").symlink_to(tmp_path / "before" / "tokenized")
+        return open_training(config, tokenizer, tmp_path / place, Host())
+
+    before = stream("before")
+    stages = len(getattr(before, "_first_steps", [0]))
+    whole = {step: before.batch(step).fingerprint for step in (0, 5, 39)}
+    for step in (5, 39):
+        landmarks = before.landmarks(step)
+        assert landmarks == tuple(json.loads(json.dumps(landmarks)))
+        after = stream(f"after {step}")
+        after.recall(landmarks)
+        planned.clear()
+        assert after.batch(step).fingerprint == whole[step]
+        assert len(planned) <= stages + windows_of(before, step), planned
+        assert after.batch(0).fingerprint == whole[0]
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_a_curriculum_reads_every_example_once_an_epoch(
+    folder: Path, tmp_path: Path, tokenizer: SentencePieceTokenizer
+) -> None:
+    """However many of a window's rows a stage has come to."""
+    rates = ((2, 0.1), (3, 0.0), (5, 0.3), (9, 0.0), (14, 0.2))
+    stages = tuple(Stage(from_step=step, rates=(1.0, rate)) for step, rate in rates)
+    source = mixture(folder, by=ByRate(rates=(1.0, 0.2)), curriculum=stages)
+    config = config_of(source, CausalLM(), input_length=0, target_length=256, rows=2)
+    loader = open_training(config, tokenizer, tmp_path, Host())
+    seen: list[str] = []
+    step = 0
+    while len(seen) < len(LINES) + 30:  # a window of 24 may be open
+        batch = loader.batch(step).batch
+        for row, segments in zip(batch.targets_BT, batch.target_segments_BT, strict=True):
+            texts = [tokenizer.decode(row[segments == segment].tolist()) for segment in range(1, segments.max() + 1)]
+            seen += [text for text in texts if "end" in text]
+        step += 1
+    assert step > 20, "all stages were gone through"
+    first = seen[: len(LINES) - 30]
+    assert len(set(first)) == len(first), "none came twice"
+    assert set(seen) == {line if line.startswith("0") else f" {line.strip()}" for line in LINES}, "none was dropped"
+
+
 @streams
 def test_rows_hold_what_their_objective_promises(
     folder: Path, tmp_path: Path, tokenizer: SentencePieceTokenizer, name: str
@@ -167,7 +242,7 @@ def test_documents_end_with_eos_in_a_language_model_alone(
     loader = open_training(config, tokenizer, tmp_path, Host())
     assert isinstance(loader, Loader)
     step = 0
-    while loader.planned(step + 1) == loader.planned(1):
+    while loader.read(step + 1)[0] == loader.read(1)[0]:
         number = int(loader._plans.row(step)[0])
         found[number] = loader.batch(step).batch.targets_BT[0].tolist()
         step += 1

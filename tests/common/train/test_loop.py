@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,20 +162,32 @@ def test_resumed_is_unbroken(
     unbroken: dict[str, Unbroken], family: str, stops: tuple[int, ...], tmp_path: Path
 ) -> None:
     """Stopped before the first checkpoint, while one is due, in between, twice, and before the last: the same bits."""
-    run = unbroken[family]
+    run, recalled = unbroken[family], []
+
+    class Seeker:
+        def landmarks(self, step: int) -> tuple[int, ...]:
+            return step, 2 * step
+
+        def recall(self, landmarks: Sequence[int]) -> None:
+            recalled.append(landmarks)
+
     for stop in stops:
         with pytest.raises(Stopped):
-            fit(run.task, tmp_path, Observer(stop_at=stop))
+            fit(dataclasses.replace(run.task, seeker=Seeker()), tmp_path, Observer(stop_at=stop))
     last = Observer()
-    fitted = fit(run.task, tmp_path, last)
+    recalled.clear()
+    fitted = fit(dataclasses.replace(run.task, seeker=Seeker()), tmp_path, last)
     resumed = {2: 0, 3: 0, 7: 6, 8: 6}[stops[-1]]
     assert last.notes == ([f"resuming after step {resumed} of {STEPS}"] if resumed else [])
+    assert recalled == ([(resumed, 2 * resumed)] if resumed else [])
     assert last.steps == list(range(resumed + 1, STEPS + 1))
     same_bits(fitted.params, run.fitted.params)
     assert (tmp_path / rd.METRICS).read_bytes() == run.metrics()
     assert [row["step"] for row in read_rows(tmp_path / rd.TIMINGS)] == list(range(1, STEPS + 1))
-    timing = {f"{name}_seconds": 0.0 for name in ("train", "data", "checkpoint", "eval")}
-    assert dataclasses.replace(fitted.progress, **timing) == dataclasses.replace(run.fitted.progress, **timing)
+    timing: dict[str, Any] = {f"{name}_seconds": 0.0 for name in ("train", "data", "checkpoint", "eval")}
+    assert fitted.progress.landmarks == (STEPS, 2 * STEPS) and run.fitted.progress.landmarks == ()
+    of_both = (dataclasses.replace(each.progress, **timing, landmarks=()) for each in (fitted, run.fitted))
+    assert len(set(of_both)) == 1
 
 
 def test_resumed_is_unbroken_on_a_mesh(tmp_path: Path) -> None:
