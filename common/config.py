@@ -29,6 +29,7 @@ common.errors.UserError: unknown field 'stpes': did you mean 'steps'? Valid: sch
 import dataclasses
 import functools
 import json
+import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -37,9 +38,12 @@ from typing import Any, Literal, TypeVar
 import pydantic
 
 from common.errors import UserError, nearest
+from common.json_text import parse_json
 
 Config = TypeVar("Config")
 
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+"""In JSON; no path and no template may hold it."""
 _STRICT = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
 
 
@@ -220,9 +224,12 @@ def _adapter(annotation: Any) -> pydantic.TypeAdapter[Any]:
 
 
 def _restore_value(annotation: Any, data: Any, path: str) -> Any:
+    text = json.dumps(data)
+    if _NUL.search(text):
+        raise UserError(f"{path}: a text holds a NUL character")
     try:
         # By way of text: only there does pydantic's strictness take a list for a tuple.
-        value = _adapter(annotation).validate_json(json.dumps(data))
+        value = _adapter(annotation).validate_json(text)
     except pydantic.ValidationError as error:
         choices = [choice for member in _members(annotation) for choice in typing.get_args(member)]
         if isinstance(data, str) and any(isinstance(choice, str) for choice in choices):
@@ -257,9 +264,11 @@ def _parse_override(override: str) -> tuple[list[str], Any]:
     if not equals or not all(path.split(".")):
         raise UserError(f"{override!r} is no override; valid: path.to.field=value")
     try:
-        return path.split("."), json.loads(text)
-    except ValueError:
+        return path.split("."), parse_json(text, finite=False)
+    except json.JSONDecodeError:
         return path.split("."), text
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _defaults(cls: Any) -> dict[str, Any]:

@@ -2,17 +2,29 @@
 
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.json_text import parse_json
+from common.paths import descriptor, is_special
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes to a temporary name in the same folder, then renames; readers see the old file or the new one."""
+    """Writes to a temporary name in the same folder, then renames; readers see the old file or the new one.
+
+    A link stays, and what it leads to is replaced. Something that is no regular file, such as a device or a pipe, is
+    written to.
+    """
+    if is_special(path):
+        _write_to(path, data)
+        return
+    path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # Not under its own name, which may be as long as names may be.
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:50]}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -21,6 +33,13 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def _write_to(path: Path, data: bytes) -> None:
+    number = descriptor(path)
+    sys.stdout.flush()
+    with open(path if number is None else os.dup(number), "wb") as file:
+        file.write(data)
 
 
 def plain_name(name: Any, where: str) -> str:
@@ -67,24 +86,11 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Raises UserError naming a file that is absent or not JSON, or in which an object has a key twice."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=each_once)
-    except (OSError, ValueError, RecursionError) as error:
+        return parse_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
+    except ValueError as error:
         raise UserError(f"{path} cannot be read ({error})") from None
-
-
-def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys are all different: readers differ in which of two values they take.
-
-    >>> json.loads('{"a": 1, "a": 2}', object_pairs_hook=each_once)
-    Traceback (most recent call last):
-        ...
-    ValueError: 'a' stands there twice
-    """
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
-    return found
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -102,7 +108,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     try:
         # Not splitlines, which also splits at U+2028 and its like inside a text.
         *whole, _ = path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in whole]
+        return [parse_json(line, finite=False) for line in whole]
     except ValueError as error:
         raise UserError(f"{path} is no file of JSON lines ({error})") from None
 
@@ -139,8 +145,8 @@ def _row(where: str, line: str) -> dict[str, Any]:
     if not line.strip():
         raise UserError(f"{where} is blank, where a JSON object is due")
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        row = parse_json(line)
+    except ValueError as error:
         raise UserError(f"{where} is not JSON ({error})") from None
     if not isinstance(row, dict):
         raise UserError(f"{where} must be a JSON object, not {type(row).__name__}")

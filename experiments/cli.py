@@ -7,14 +7,17 @@ import argparse
 import importlib.util
 import os
 import re
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import UserError, nearest
+from common.paths import check_folder, user_path
+from common.terminal import harmless
 from experiments.arguments import RUNS, parsers, take_late_overrides
+from experiments.endings import ending
+from experiments.options import check_text
 
 if TYPE_CHECKING:
     from experiments.config import Experiment
@@ -29,26 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     A run that SIGTERM ends is saved first, and raises SystemExit.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        return _run(arguments)
-    except UserError as error:
-        print(f"twinstack: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        resumable = arguments[:1] in (["train"], ["compare"])
-        print(f"\ntwinstack: interrupted{_hint(arguments) if resumable else ''}", file=sys.stderr)
-        return 130
-    except SystemExit as stopped:
-        if (step := getattr(stopped, "step", None)) is not None:
-            print(f"\ntwinstack: asked to end, step {step} is saved{_hint(arguments)}", file=sys.stderr)
-        raise
-
-
-def _hint(arguments: Sequence[str]) -> str:
-    return f"; the same command resumes: twinstack {shlex.join(arguments)}"
+    return ending(lambda: _run(arguments), arguments)
 
 
 def _run(arguments: list[str]) -> int:
+    check_text(arguments)
     parser, commands = parsers()
     first = next((argument for argument in arguments if not argument.startswith("-")), None)
     if first is not None and first not in commands:
@@ -102,7 +90,7 @@ def _experiment(options: argparse.Namespace) -> "Experiment | None":
         return experiment
     import json
 
-    print(json.dumps(to_json(experiment), indent=2, ensure_ascii=False))
+    print(harmless(json.dumps(to_json(experiment), indent=2, ensure_ascii=False)))
     return None
 
 
@@ -120,7 +108,7 @@ def _arm_of(model: str, arm: str) -> str:
     """The arm's own directory where `model` is that of a whole comparison, `DIR` or `DIR@STEP`; else `model` itself."""
     run_dir = re.sub(r"@\d+$", "", model)
     own = f"{Path(run_dir) / arm}{model.removeprefix(run_dir)}"
-    return own if (Path(run_dir).expanduser() / arm / "config.json").is_file() else model
+    return own if (user_path(run_dir) / arm / "config.json").is_file() else model
 
 
 def _list(options: argparse.Namespace) -> None:
@@ -155,13 +143,9 @@ def _plan(options: argparse.Namespace) -> None:
 def _data(options: argparse.Namespace) -> None:
     if options.action not in DATA_ACTIONS:
         raise UserError(f"unknown action {options.action!r}: {nearest(options.action, DATA_ACTIONS)}")
-    if options.rows < 1:
-        raise UserError(f"--rows is {options.rows}; the least is 1")
     given = [name for name in ("workers", "to", "beam") if getattr(options, name) is not None]
     if options.action != "prepare" and given:
         raise UserError(f"--{given[0]} is for `twinstack data prepare`, not for {options.action}")
-    if options.workers is not None and options.workers < 1:
-        raise UserError(f"--workers is {options.workers}; the least is 1")
     if options.beam is not None and options.to is None:
         raise UserError("--beam needs a folder or url that its workers share: put --to before it")
     if experiment := _experiment(options):
@@ -180,11 +164,18 @@ def _data(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     if experiment := _experiment(options):
         _check_arm(options.arm, experiment)
+        run_dir = _run_dir(options)
         from common.train.distributed import joined
         from experiments.commands import train
 
         with joined(options.coordinator, options.processes, options.process):
-            train(experiment, options.arm, options.run_dir or RUNS / options.name, profile_steps=options.profile)
+            train(experiment, options.arm, run_dir, profile_steps=options.profile)
+
+
+def _run_dir(options: argparse.Namespace) -> Path:
+    run_dir = RUNS / options.name if options.run_dir is None else options.run_dir
+    check_folder(run_dir, "--run-dir")
+    return run_dir
 
 
 def _check_arm(arm: str, experiment: "Experiment") -> None:
@@ -194,11 +185,12 @@ def _check_arm(arm: str, experiment: "Experiment") -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     if experiment := _experiment(options):
+        run_dir = _run_dir(options)
         from common.train.distributed import joined
         from experiments.commands import compare
 
         with joined(options.coordinator, options.processes, options.process):
-            compare(experiment, options.run_dir or RUNS / options.name, profile_steps=options.profile)
+            compare(experiment, run_dir, profile_steps=options.profile)
 
 
 def _launch(options: argparse.Namespace) -> None:
@@ -217,7 +209,7 @@ def _launch(options: argparse.Namespace) -> None:
     if options.engine not in ENGINES:
         raise UserError(f"--engine {options.engine!r}: {nearest(options.engine, ENGINES)}")
     job = Job(
-        run=options.run_name or run_name(options.name),
+        run=run_name(options.name) if options.run_name is None else options.run_name,
         experiment=options.name,
         overrides=tuple(options.overrides),
         arm=options.arm,
@@ -227,20 +219,22 @@ def _launch(options: argparse.Namespace) -> None:
         spot=options.spot,
         commit=committed(),
     )
-    folder = options.out or RUNS / "launch" / job.run
+    folder = RUNS / "launch" / job.run if options.out is None else options.out
+    check_folder(folder, "--out")
     launch(job, experiment.train.mesh, options.engine, folder, Console(), go=options.go)
 
 
 def _report(options: argparse.Namespace) -> None:
-    run_dir = next((path for path in (Path(options.source), RUNS / options.source) if _is_run(path)), None)
+    run_dir = next((path for path in (options.source, RUNS / options.source) if _is_run(path)), None)
     if run_dir is None:
         runs = [path.name for path in RUNS.glob("*") if _is_run(path)]
         raise UserError(
-            f"{options.source!r} is no run directory, nor is {RUNS / options.source}: {nearest(options.source, runs)}"
+            f"{str(options.source)!r} is no run directory, nor is {RUNS / options.source}: "
+            f"{nearest(str(options.source), runs)}"
         )
     from experiments.commands import report
 
-    print(report(run_dir, options.figure))
+    print(harmless(str(report(run_dir, options.figure))))
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -259,21 +253,16 @@ def _convert(options: argparse.Namespace) -> None:
         config_name=options.config,
         tokenizer=options.tokenizer,
     )
-    print(*remarks, sep="\n")
+    print(*map(harmless, remarks), sep="\n")
 
 
 def _score(options: argparse.Namespace) -> None:
     if options.dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {options.dtype}: {nearest(options.dtype, ('float32', 'bfloat16'))}")
-    if options.rows < 1:
-        raise UserError(f"--rows is {options.rows}: it must be 1 or more")
-    if options.lengths is not None and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", options.lengths):
-        raise UserError(f"--lengths {options.lengths!r} must be whole numbers with commas, such as 32,128,512")
     from common.infer.score import LENGTHS
     from common.nn.recipe import Execution
     from experiments.score import score_file
 
-    lengths = LENGTHS if options.lengths is None else tuple(map(int, options.lengths.split(",")))
     execution = Execution(dtype=options.dtype)
     score_file(
         options.model,
@@ -281,7 +270,7 @@ def _score(options: argparse.Namespace) -> None:
         options.out,
         execution=execution,
         rows=options.rows,
-        lengths=lengths,
+        lengths=LENGTHS if options.lengths is None else options.lengths,
         eos=options.eos,
     )
 

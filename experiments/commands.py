@@ -8,15 +8,16 @@ from pathlib import Path
 import jax
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.markup import escape
 from rich.panel import Panel
 
 from common.config import to_json
 from common.data.cache import default_cache_dir
 from common.errors import UserError
 from common.files import read_json, write_json
+from common.paths import check_file
 from common.report.results import ArmResult
 from common.sharding.hosts import first_says, is_first
+from common.terminal import marked_up
 from common.train import run_dir as rd
 from common.train.programs import check_rows, prepare
 from experiments.config import Experiment
@@ -44,7 +45,7 @@ def train(experiment: Experiment, arm: str, run_dir: Path, *, profile_steps: int
     data, tests = _data(experiment, console)
     result = _train_and_score(experiment, arm, data, tests, run_dir, console, profile_steps)
     _show([result], console)
-    console.print(f"{arm}: validation loss {result.validation_loss:.4f}; results in {run_dir / arm}")
+    console.print(marked_up(f"{arm}: validation loss {result.validation_loss:.4f}; results in {run_dir / arm}"))
 
 
 def compare(experiment: Experiment, run_dir: Path, *, profile_steps: int = 0) -> None:
@@ -54,7 +55,8 @@ def compare(experiment: Experiment, run_dir: Path, *, profile_steps: int = 0) ->
     from common.report.tables import certificate_panel
 
     console = _begin(experiment, run_dir)
-    console.print(Panel(f"{experiment.question}\n\n[dim]{experiment.expected}[/dim]", title=experiment.name))
+    card = f"{marked_up(experiment.question)}\n\n[dim]{marked_up(experiment.expected)}[/dim]"
+    console.print(Panel(card, title=marked_up(experiment.name)))
     data, tests = _data(experiment, console)
     for name in experiment.arms:
         _train_and_score(experiment, name, data, tests, run_dir, console, profile_steps)
@@ -63,7 +65,7 @@ def compare(experiment: Experiment, run_dir: Path, *, profile_steps: int = 0) ->
         run = read_run(run_dir)
         _show(run.results, console)
         console.print(certificate_panel(certify_run(run)))
-        console.print(f"report: {report(run_dir)}")
+        console.print(marked_up(f"report: {report(run_dir)}"))
 
     first_says(conclude)
 
@@ -84,9 +86,12 @@ def report(run_dir: Path, figure: Path | None = None) -> Path:
     from common.report.html import write_figure, write_report
     from common.report.run_files import read_run
 
+    check_file(run_dir / "report.html", "the report")
+    if figure is not None:
+        check_file(figure, "--figure")
     if lacking := read_run(run_dir).unfinished:
         how = "the run's command with --arm NAME (`twinstack train`), or `twinstack compare` for all"
-        Console(stderr=True).print(f"without {', '.join(map(escape, lacking))}, not trained and scored yet: {how}")
+        Console(stderr=True).print(f"without {', '.join(map(marked_up, lacking))}, not trained and scored yet: {how}")
     if figure is not None:
         write_figure(run_dir, figure)
     return write_report(run_dir)
@@ -116,7 +121,7 @@ def _begin(experiment: Experiment, run_dir: Path) -> Console:
     first_says(check_directory)
     console = Console(quiet=not is_first())
     for line in [*(f"warning: {remark}" for remark in experiment.remarks()), *check_initial(experiment, run_dir)]:
-        console.print(escape(line))
+        console.print(marked_up(line))
     first_says(lambda: write_json(path, described))
     return console
 
@@ -136,7 +141,7 @@ def _data(experiment: Experiment, console: Console) -> tuple[Data, dict[str, Sco
     data = open_data(experiment)
     tests = open_tests(experiment, data.tokenizer)
     for name, test in tests.items():
-        console.print(escape(test.in_training.sentence(name)), soft_wrap=True)
+        console.print(marked_up(test.in_training.sentence(name)), soft_wrap=True)
     return data, tests
 
 
@@ -150,7 +155,7 @@ def _train_and_score(
     profile_steps: int,
 ) -> ArmResult:
     if (result := finished(experiment, name, data, run_dir)) is not None:
-        console.print(f"{escape(name)}: trained and scored already, step {result.steps}", soft_wrap=True)
+        console.print(f"{marked_up(name)}: trained and scored already, step {result.steps}", soft_wrap=True)
         return result
     progress = Progress(console)
     progress.say(f"{name}: compiling")

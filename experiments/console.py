@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 from common.report.units import duration
+from common.terminal import marked_up
 from common.train.record import shares
 
 LINE_SECONDS = 30.0
@@ -28,14 +28,14 @@ class Progress:
     def say(self, line: str) -> None:
         """Prints what is done next where no bar shows it, which is without a terminal."""
         if not self.console.is_terminal:
-            self.console.print(escape(line), soft_wrap=True)
+            self.console.print(marked_up(line), soft_wrap=True)
 
     @contextlib.contextmanager
     def bar(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
         """Yields a function that takes how much has just been done; without a terminal, it says so now and then."""
         done, last_line = 0, time.monotonic()
         with self._rich() as progress:
-            task = progress.add_task(escape(title), total=total, detail="")
+            task = progress.add_task(marked_up(title), total=total, detail="")
 
             def advance(more: int) -> None:
                 nonlocal done, last_line
@@ -72,25 +72,25 @@ class TrainingBar:
 
     def __init__(self, console: Console, progress: RichProgress, arm: str):
         self.console, self.progress, self.arm = console, progress, arm
-        self.task = progress.add_task(f"training {escape(arm)}: compiling", total=None, detail="")
+        self.task = progress.add_task(f"training {marked_up(arm)}: compiling", total=None, detail="")
 
     def note(self, message: str) -> None:
-        self.console.print(f"{escape(self.arm)}: {escape(message)}", soft_wrap=True)
+        self.console.print(f"{marked_up(self.arm)}: {marked_up(message)}", soft_wrap=True)
 
     def begin(self, step: int, steps: int) -> None:
         self.steps, self.first, self.began = steps, step, time.monotonic()
         self.recent: deque[tuple[float, float]] = deque(maxlen=SPEED_STEPS)
         self.last_line = time.monotonic()
         self.progress.reset(
-            self.task, total=steps, completed=step, description=f"training {escape(self.arm)}", detail=""
+            self.task, total=steps, completed=step, description=f"training {marked_up(self.arm)}", detail=""
         )
 
     def step(self, row: dict[str, Any], timing: dict[str, Any]) -> None:
         if "tokens_per_second" in timing:
             self.recent.append((timing["step_seconds"], timing["tokens_per_second"] * timing["step_seconds"]))
         detail = self._detail(row, timing)
-        self.progress.update(self.task, completed=row["step"], detail=escape(detail))
-        line = f"{escape(self.arm)}: step {row['step']}/{self.steps}  {escape(detail + self._left(row['step']))}"
+        self.progress.update(self.task, completed=row["step"], detail=marked_up(detail))
+        line = f"{marked_up(self.arm)}: step {row['step']}/{self.steps}  {marked_up(detail + self._left(row['step']))}"
         silent = time.monotonic() - self.last_line > LINE_SECONDS and not self.console.is_terminal
         if "validation_loss" in row:
             line += f"  validation {row['validation_loss']:.4f}  {timing['seconds']:,.0f} s"

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import sys
-import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TextIO
@@ -19,9 +18,11 @@ from common.infer.config import Beam, Greedy, Limits, Method, Sample
 from common.infer.generate import Completion, Generator, Request
 from common.infer.texts import EncodedPrompt, encode_prompt
 from common.nn.recipe import Execution
+from common.paths import check_file, is_special
 from common.ranges import Range, Rows, Seed, check_ranges
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
+from common.terminal import harmless, marked_up
 from experiments.commands import prepare_jax
 from experiments.console import Progress
 from experiments.models import find_model, open_model
@@ -61,17 +62,19 @@ def generate(
     `out` has the prompts' order. Until it is whole, what is done lies beside it, and the same call goes on from there.
     Raises UserError where `out` holds something else.
     """
+    if out is not None:
+        check_file(out, "--out")
     prepare_jax()
     stdout = stdout or sys.stdout
     progress = Progress(Console(stderr=True))
     many = out is not None or len(prompts) != 1 or job.samples > 1
     partial = None
-    if out is not None:
+    if out is not None and not is_special(out):
         partial = _Partial(
             out, _settings(find_model(model).parameters.origin, prompts, job), len(prompts) * job.samples
         )
     if partial is not None and partial.whole:
-        progress.console.print(f"{out} is whole already", markup=False)
+        progress.console.print(marked_up(f"{out} is whole already"))
         return
     devices = len(jax.devices())
     with progress.console.status("opening the model"):
@@ -98,8 +101,10 @@ def generate(
     rows = [{key: value for key, value in done[i].items() if key != "index"} for i in sorted(done)]
     if partial is not None:
         partial.finish(rows)
+    elif out is not None:
+        write_rows(out, rows)
     else:
-        stdout.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        stdout.writelines(harmless(json.dumps(row, ensure_ascii=False)) + "\n" for row in rows)
 
 
 def _make(
@@ -154,17 +159,6 @@ def _show(generator: Generator, prompt: EncodedPrompt, stdout: TextIO) -> None:
     if not shown:  # beam search has nothing to show before its end
         hear(0, completions[0].text)
     stdout.write("\n")
-
-
-def harmless(text: str) -> str:
-    """Control characters, which could move the cursor or retitle the window, spelt out; newlines and tabs stay.
-
-    >>> harmless("a\\tb\\x1b[2J")
-    'a\\tb\\\\x1b[2J'
-    """
-    return "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co") else ascii(c)[1:-1] for c in text
-    )
 
 
 def method_of(

@@ -22,6 +22,7 @@ from common.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, open_tok
 from common.errors import UserError
 from common.files import inside, read_json
 from common.nn.recipe import Execution
+from common.paths import user_path
 from common.train import run_dir as rd
 from common.train.init_from import load_parameters
 from common.train.state import Skeleton, check_divides, skeleton
@@ -131,9 +132,9 @@ def find_model(path: str) -> Found:
 
 def _split_step(path: str) -> tuple[Path, int | None]:
     match = re.fullmatch(r"(.+)@(\d+)", path)
-    if match is None or Path(path).expanduser().exists():
-        return Path(path).expanduser(), None
-    return Path(match[1]).expanduser(), int(match[2])
+    if match is None or user_path(path).exists():
+        return user_path(path), None
+    return user_path(match[1]), int(match[2])
 
 
 # Runs.

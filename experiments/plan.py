@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 from rich.console import Console
-from rich.markup import escape
+from rich.highlighter import JSONHighlighter
 from rich.table import Table
 
 from common.compute.aot import Compiled
@@ -16,6 +16,7 @@ from common.compute.topology import Topology, parse_topology
 from common.config import to_json
 from common.errors import UserError, nearest
 from common.sharding.shape import MESH_AXES, MeshShape
+from common.terminal import harmless, marked_up
 from common.train.programs import check_rows
 from experiments.commands import check_devices, prepare_jax
 from experiments.config import Experiment
@@ -44,7 +45,7 @@ def plan(experiment: Experiment, console: Console, target: Target | None = None)
     else:
         _plan_there(experiment, console, target)
     for line in experiment.remarks():
-        console.print(escape(f"warning: {line}"))
+        console.print(marked_up(f"warning: {line}"))
 
 
 def _plan_there(experiment: Experiment, console: Console, target: Target) -> None:
@@ -59,7 +60,7 @@ def _plan_there(experiment: Experiment, console: Console, target: Target) -> Non
     compiled = _compile(experiment, topology, console)
     console.print(plan_table(experiment, topology, compiled, target.price))
     for line in [*advice(experiment, topology, compiled), *_what_fits(experiment, topology, compiled, console)]:
-        console.print(escape(line))
+        console.print(marked_up(line))
 
 
 def on_mesh(experiment: Experiment, topology: Topology, mesh: MeshShape | None) -> Experiment:
@@ -116,7 +117,7 @@ def _what_fits(
         return []
     only = dataclasses.replace(experiment, arms={arm: experiment.arms[arm] for arm in tight})
     for changed, words in _smaller(only):
-        console.print(escape(f"trying {words}"))
+        console.print(marked_up(f"trying {words}"))
         if not any(answer.no_room for answer in _compile(changed, topology, console).values()):
             return [f"With {words} {' and '.join(tight)} would fit."]
     return ["None of what was tried fits: try --search for other meshes, or take more chips or fewer data.rows."]
@@ -147,14 +148,15 @@ def _plan_here(experiment: Experiment, console: Console) -> None:
     prepare_jax()
     check_devices(experiment)
     for line in check_initial(experiment, None):
-        console.print(escape(line))
+        console.print(marked_up(line))
     steps, slots = experiment.steps(), experiment.row_slots()
     padded = Moments.of_rows(*slots)
-    table = Table(title=f"{experiment.name}: {steps:,} steps of {slots[0]} rows x ({slots[1]} + {slots[2]}) slots")
+    shape = f"{slots[0]} rows x ({slots[1]} + {slots[2]}) slots"
+    table = Table(title=marked_up(f"{experiment.name}: {steps:,} steps of {shape}"))
     columns = {}
     for name, arm in experiment.arms.items():
         flops = arm.model.flops(padded)
-        with console.status(f"compiling {name} for {jax.devices()[0].device_kind}"):
+        with console.status(marked_up(f"compiling {name} for {jax.devices()[0].device_kind}")):
             memory: Any = compiled_step(experiment, arm).memory_analysis()
         columns[name] = {
             "parameters": f"{arm.model.param_count():,}",
@@ -168,11 +170,12 @@ def _plan_here(experiment: Experiment, console: Console) -> None:
         }
     table.add_column("")
     for name in columns:
-        table.add_column(name, justify="right")
+        table.add_column(marked_up(name), justify="right")
     for label in next(iter(columns.values())):
         table.add_row(label, *(column[label] for column in columns.values()))
     console.print(table)
     console.print(
         "FLOPs: full attention, padding included, unless named otherwise. Memory is per device, as XLA plans it."
     )
-    console.print_json(json.dumps(to_json(experiment)))
+    config = json.dumps(to_json(experiment), indent=2, ensure_ascii=False)
+    console.print(JSONHighlighter()(harmless(config)), soft_wrap=True)

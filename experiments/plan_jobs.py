@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from common.compute.aot import Compiled, compile_step, devices_of, environment
 from common.compute.topology import Topology
@@ -27,6 +26,7 @@ from common.config import from_json, to_json
 from common.data.cache import default_cache_dir
 from common.errors import UserError
 from common.files import read_json, write_json
+from common.terminal import marked_up
 from experiments.config import Experiment
 
 ROOT = Path(__file__).parents[1]
@@ -71,7 +71,7 @@ def compile_all(jobs: Sequence[Job], console: Console) -> list[Compiled]:
         while waiting or running:
             while waiting and len(running) < PROCESSES:
                 job, path = waiting.pop(0)
-                console.print(escape(f"compiling {job.arm} for {job.topology}, mesh {job.experiment.train.mesh}"))
+                console.print(marked_up(f"compiling {job.arm} for {job.topology}, mesh {job.experiment.train.mesh}"))
                 process = _Process(job, path, Path(folder) / f"{path.stem}")
                 stack.callback(process.end)
                 running.append(process)
@@ -79,10 +79,10 @@ def compile_all(jobs: Sequence[Job], console: Console) -> list[Compiled]:
             for process in [process for process in running if process.ended()]:
                 running.remove(process)
                 process.check()
-                console.print(f"{escape(process.job.arm)}: {process.seconds():.0f} s")
+                console.print(f"{marked_up(process.job.arm)}: {process.seconds():.0f} s")
             if status is not None:
                 names = ", ".join(process.job.arm for process in running)
-                status.update(escape(f"compiling {names}: {time.perf_counter() - started:.0f} s"))
+                status.update(marked_up(f"compiling {names}: {time.perf_counter() - started:.0f} s"))
     return [from_json(Compiled, read_json(path)) for path in paths]
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from common.compute.aot import Compiled
@@ -26,6 +25,7 @@ from common.compute.topology import Topology
 from common.errors import UserError
 from common.nn.recipe import Execution
 from common.sharding.shape import MESH_AXES, MeshShape
+from common.terminal import marked_up
 from common.train.config import AdamW
 from experiments.config import Arm, Experiment
 from experiments.plan_jobs import Job, compile_all
@@ -135,13 +135,13 @@ def candidates_table(base: Experiment, candidates: Sequence[Candidate], topology
     first = candidates[0].experiment
     shown = [one for i, one in enumerate(candidates) if i < SHOWN or one.compiled]
     table = Table(
-        title=escape(
+        title=marked_up(
             f"{first.name} on {topology}: {len(candidates)} candidates, {first.data.rows:,} rows a step; rows of a "
             "device at a time, seconds of all arms"
         ),
         box=box.SIMPLE_HEAD,
         padding=0,  # fits 80 columns
-        caption=escape(
+        caption=marked_up(
             f"best: {overrides(base, best.experiment)}"
             if best
             else "none of those that were compiled fits: take more chips, or chips with more memory"

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 
-from rich.markup import escape
 from rich.table import Table
 
 from common.compute.aot import Compiled
@@ -13,6 +12,7 @@ from common.compute.moments import Moments
 from common.compute.roofline import Estimate, axes_name, estimate
 from common.compute.topology import Topology
 from common.report.units import percent, scientific, si
+from common.terminal import marked_up
 from experiments.config import Arm, Experiment
 
 GIB = 2**30
@@ -83,7 +83,7 @@ def plan_table(
     rows, inputs, targets = experiment.row_slots()
     train = experiment.train
     table = Table(
-        title=escape(
+        title=marked_up(
             f"{experiment.name} on {topology} ({topology.devices} devices), mesh {train.mesh}: {experiment.steps():,} "
             f"steps of {rows:,} rows x ({inputs} + {targets}) slots, remat {train.execution.remat}, accumulation "
             f"{train.accumulation}"
@@ -91,16 +91,16 @@ def plan_table(
     )
     table.add_column("")
     for arm in arms:
-        table.add_column(escape(arm), justify="right")
+        table.add_column(marked_up(arm), justify="right")
 
     def section(title: str) -> None:
         table.add_section()
         table.add_row(f"[bold]{title}[/bold]")
 
     def line(label: str, cell: Callable[[Outlook], str]) -> None:
-        shown = [escape(cell(one)) for one in arms.values()]
+        shown = [marked_up(cell(one)) for one in arms.values()]
         if any(shown):
-            table.add_row(escape(label), *shown)
+            table.add_row(marked_up(label), *shown)
 
     line("parameters", lambda one: f"{one.arm.model.param_count():,}")
     line("training FLOPs a step", lambda one: scientific(experiment.flops_per_step(one.arm), 4))

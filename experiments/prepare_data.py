@@ -19,6 +19,7 @@ from common.data.tokenized.prepared import PROBLEMS, VARIABLE
 from common.data.tokenized.remote import check_destination, destination
 from common.data.tokenized.shards import Job
 from common.data.tokenizers.tokenizer import open_tokenizer
+from common.terminal import harmless, marked_up
 from experiments.config import Experiment
 
 WIDEST = 1000
@@ -74,9 +75,9 @@ def prepare_data(
         if problems := each.manifest["problems"]:
             told = f"{each.split}: {problems['count']:,} of {each.manifest['records']:,} records are left out: "
             told += f"{'; '.join(problems['first'])}; all: {each.where}/{PROBLEMS}"
-            console.print(told, markup=False, highlight=False, soft_wrap=True)
+            console.print(harmless(told), markup=False, highlight=False, soft_wrap=True)
     if to is not None:
-        console.print(f"runs read them with {VARIABLE}={to}", markup=False, highlight=False, soft_wrap=True)
+        console.print(harmless(f"runs read them with {VARIABLE}={to}"), markup=False, highlight=False, soft_wrap=True)
 
 
 def table(made: Sequence[Made]) -> Table:
@@ -88,13 +89,13 @@ def table(made: Sequence[Made]) -> Table:
         manifest = each.manifest
         tokens = [f"{field} {count:,}" for field, count in manifest["tokens"].items()]
         table.add_row(
-            Text(each.split),
+            Text(harmless(each.split)),
             *(f"{manifest[name]:,}" for name in ("records", "kept", "empty")),
-            "\n".join(tokens),
+            marked_up("\n".join(tokens)),
             f"{manifest['problems'].get('count', 0):,}",
             f"{manifest['bytes'] / 1e6:,.2f}",
             f"{each.seconds:,.1f}",
-            Text(each.where),
+            Text(harmless(each.where)),
         )
     return table
 

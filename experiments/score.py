@@ -23,8 +23,10 @@ from common.errors import UserError
 from common.files import user_rows, write_rows
 from common.infer.score import Pair, Score, continuation, pair, refuse_long, score
 from common.nn.recipe import Execution
+from common.paths import check_file
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
+from common.terminal import harmless
 from experiments.commands import prepare_jax
 from experiments.console import Progress
 from experiments.models import Text, open_model
@@ -41,6 +43,7 @@ def score_file(
     a text is scored as well. Raises UserError naming the line that cannot be read or scored, before anything is
     written.
     """
+    check_file(out, "--out")
     prepare_jax()
     records = read_records(file)
     devices = len(jax.devices())
@@ -64,7 +67,7 @@ def score_file(
             advance=advance,
         )
     write_rows(out, [record | _as_json(s) for record, s in zip(records, scores, strict=True)])
-    print(f"{_summary(scores)}; written to {out}")
+    print(harmless(f"{_summary(scores)}; written to {out}"))
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:

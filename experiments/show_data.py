@@ -17,6 +17,7 @@ from common.data.batch import Batch
 from common.data.sources.config import parts_of
 from common.data.tokenizers.tokenizer import Tokenizer
 from common.report.units import percent
+from common.terminal import harmless, marked_up
 from experiments.config import Experiment
 from experiments.pipeline import open_data
 
@@ -28,7 +29,8 @@ def show(experiment: Experiment, rows: int, console: Console) -> None:
     """Prints the first `rows` rows of training: their examples, then the slots of both families."""
     config, data = experiment.data, open_data(experiment)
     console.print(
-        f"{' and '.join(part.name for part in parts_of(config.source))}; objective {config.objective.kind}; rows of "
+        f"{harmless(' and '.join(part.name for part in parts_of(config.source)))}; "
+        f"objective {config.objective.kind}; rows of "
         f"{config.input_length} + {config.target_length} slots; {len(experiment.arms)} arms read the same rows",
         markup=False,
     )
@@ -59,7 +61,7 @@ def padding_table(experiment: Experiment, rows: int, held: Moments) -> Table:
         for name, arm in experiment.arms.items()
     }
     for name in shares:
-        table.add_column(name, justify="right")
+        table.add_column(marked_up(name), justify="right")
     table.add_row(*(percent(1 - real / all) if all else "none there" for real, all in shares.values()))
     return table
 
@@ -188,12 +190,12 @@ def _words(
     text = Text()
     if not between:
         for special, run in itertools.groupby(tokens.tolist(), lambda token: _name(token, tokenizer)):
-            text.append(special or tokenizer.decode(run), f"bold {style}" if special else style)
+            text.append(special or harmless(tokenizer.decode(run)), f"bold {style}" if special else style)
         return text
     for i, token in enumerate(tokens.tolist()):
         name = "⟨start⟩" if starts and i == 0 else _name(token, tokenizer)
         marks = " underline" if weights is not None and weights[i] else ""
-        text.append(name or tokenizer.decode([token]) or "␣", ("bold " if name else "") + style + marks)
+        text.append(name or harmless(tokenizer.decode([token])) or "␣", ("bold " if name else "") + style + marks)
         text.append(between, "dim")
     text.right_crop(len(between))
     return text

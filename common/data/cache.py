@@ -8,14 +8,17 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from common.paths import user_path
+from common.terminal import harmless
+
 
 def default_cache_dir() -> Path:
     """`$TWINSTACK_CACHE`, or the folder `twinstack` in the platform's own place for caches."""
     if named := os.environ.get("TWINSTACK_CACHE"):
-        return Path(named).expanduser()
+        return user_path(named)
     if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "twinstack"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twinstack"
+        return user_path("~") / "Library" / "Caches" / "twinstack"
+    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "twinstack"
 
 
 @contextlib.contextmanager
@@ -26,7 +29,7 @@ def locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting for another process that makes {path}", file=sys.stderr)
+            print(harmless(f"waiting for another process that makes {path}"), file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

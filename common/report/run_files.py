@@ -1,13 +1,13 @@
 """Reads what a comparison left in its run directory; a missing or broken file is an error that names it."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from common.errors import UserError
 from common.files import plain_name
+from common.json_text import parse_json
 from common.report.results import ArmResult
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _mend(path: Path) -> str:
 def _read_object(path: Path) -> dict[str, Any]:
     text = _read(path)
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); {_mend(path)}") from None
     if not isinstance(value, dict):

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 from common.report.certificate import Certificate
 from common.report.results import ArmResult, TextScore
 from common.report.units import duration, percent, percent_interval, scientific, si
+from common.terminal import harmless
 
 if TYPE_CHECKING:
     from rich.panel import Panel
     from rich.table import Table
+    from rich.text import Text
 
 NOT_SCORED = "–"
 
@@ -105,10 +107,18 @@ def certificate_panel(certificate: Certificate) -> "Panel":
     checks = Table.grid(padding=(0, 2))
     for check in certificate.checks:
         style = "green" if check.agrees else "bold red"
-        checks.add_row(Text("agree" if check.agrees else "DIFFERS", style), Text(check.name), Text(check.detail, "dim"))
-    headline = Text(certificate.headline, "green" if certificate.agrees else "bold red")
+        checks.add_row(
+            _shown("agree" if check.agrees else "DIFFERS", style), _shown(check.name), _shown(check.detail, "dim")
+        )
+    headline = _shown(certificate.headline, "green" if certificate.agrees else "bold red")
     colour = "green" if certificate.agrees else "red"
     return Panel(Group(headline, checks), title=Text("Parity certificate"), border_style=colour, expand=False)
+
+
+def _shown(text: str, style: str = "") -> "Text":
+    from rich.text import Text
+
+    return Text(harmless(text), style)
 
 
 def _table(title: str, arms: Sequence[str], rows: Sequence[Row], caption: str) -> "Table":
@@ -119,10 +129,10 @@ def _table(title: str, arms: Sequence[str], rows: Sequence[Row], caption: str) -
     table = Table(title=Text(title, "bold"), caption=Text(caption), box=box.SIMPLE_HEAD)
     table.add_column("")
     for arm in arms:
-        table.add_column(Text(arm), justify="right")
+        table.add_column(_shown(arm), justify="right")
     table.add_column("", style="dim")
     for row in rows:
-        table.add_row(Text(row.label), *map(Text, row.values), Text(row.note))
+        table.add_row(_shown(row.label), *map(_shown, row.values), _shown(row.note))
     return table
 
 

@@ -1,7 +1,6 @@
 """Checkpoints by Orbax: asynchronous, atomic, the last few and the best."""
 
 import dataclasses
-import json
 import logging
 import math
 import textwrap
@@ -15,6 +14,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from common.errors import UserError
+from common.json_text import parse_json
 from common.sharding.hosts import where
 from common.train.checksums import digest, leaf_checksums, plain_digest, plain_sums
 from common.train.paths import flatten
@@ -249,7 +249,7 @@ def read_about(folder: Path, step: int, advice: str) -> dict[str, Any]:
     Raises UserError with `advice` for a schema that this version does not read, and ValueError for one that is damaged
     or of another step than its name says.
     """
-    about = json.loads((folder / str(step) / PROGRESS / "metadata").read_text(encoding="utf-8"))
+    about = parse_json((folder / str(step) / PROGRESS / "metadata").read_bytes(), finite=False)
     if not isinstance(about, dict):
         raise ValueError("what is said of it is no JSON object")
     if (schema := about["schema_version"]) not in range(1, SCHEMA_VERSION + 1):
@@ -306,7 +306,7 @@ def _saved_loss(checkpoint: Path) -> float | None:
         checkpoint / "metrics" / "metrics",
     ):  # the latter in the first schema
         try:
-            loss = json.loads(path.read_text(encoding="utf-8")).get("validation_loss")
+            loss = parse_json(path.read_bytes(), finite=False).get("validation_loss")
         except (OSError, ValueError, AttributeError):
             continue
         if isinstance(loss, float) and math.isfinite(loss):

@@ -13,7 +13,8 @@ import numpy as np
 import safetensors
 
 from common.errors import UserError
-from common.files import each_once, plain_name, read_json
+from common.files import plain_name, read_json
+from common.json_text import parse_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -104,7 +105,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
             pass
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size), object_pairs_hook=each_once)
+            header = parse_json(file.read(size))
             return header, 8 + size
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error})") from None

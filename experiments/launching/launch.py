@@ -14,10 +14,10 @@ from pathlib import Path
 from types import ModuleType
 
 from rich.console import Console
-from rich.markup import escape
 
 from common.errors import UserError
 from common.sharding.shape import MeshShape
+from common.terminal import marked_up
 from experiments.launching import gcloud, sky
 from experiments.launching.job import BUNDLE, Job
 from experiments.launching.slices import accelerator_type
@@ -75,4 +75,4 @@ def submit(commands: list[list[str]], programs: Sequence[str]) -> None:
 
 
 def _print(console: Console, purpose: str, text: str) -> None:
-    console.print(f"[bold]{escape(purpose)}[/bold]: {escape(text)}", soft_wrap=True, highlight=False)
+    console.print(f"[bold]{marked_up(purpose)}[/bold]: {marked_up(text)}", soft_wrap=True, highlight=False)

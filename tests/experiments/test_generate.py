@@ -17,9 +17,10 @@ from common.data.tokenizers.sentence_piece import train_model
 from common.errors import UserError
 from common.files import read_json, write_json
 from common.infer.config import Beam, Greedy, Sample
+from common.terminal import harmless
 from common.weights.folder import write_folder
 from experiments import cli
-from experiments.generate import harmless, method_of, read_prompts
+from experiments.generate import method_of, read_prompts
 from tests.experiments.tiny_experiment import WORDS
 from tests.helpers import FAMILIES, MAX_POSITIONS, split
 from tests.tiny import QUICK, cached_in, jax_settings
@@ -191,7 +192,7 @@ def test_one_text_is_shown_as_it_grows(folders: dict[str, Path], monkeypatch: An
 
 
 def test_control_characters_are_spelt_out() -> None:
-    assert harmless("a\x1b]0;owned\x07b\r\x9b2J") == r"a\x1b]0;owned\x07b\r\x9b2J"
+    assert harmless("a\x1b]0;owned\x07b\r\x9b2J") == r"a\u001b]0;owned\u0007b\r\u009b2J"
     assert harmless("tab\tnew\nline é 漢 🙂 [red]") == "tab\tnew\nline é 漢 🙂 [red]"
     assert harmless("\u202eabc\ud800") == r"\u202eabc\ud800"
 

@@ -125,7 +125,7 @@ def test_objectives_of_t5_and_ul2_by_name(
     [
         (["shw", "first_light"], "unknown action 'shw': did you mean 'show'?"),
         (["show", "first_ligt"], "did you mean 'first_light'?"),
-        (["show", "first_light", "--rows", "0"], "--rows is 0; the least is 1"),
+        (["show", "first_light", "--rows", "0"], "--rows is 0: it must be 1 or more"),
         (["show", "first_light", "data.objective.kind=span_corruption"], "reads text"),
         (["show", "first_light", *AS_TEXT, "data.objective.kind=causal_lm"], "nearest: evaluation.splits=[]"),
     ],

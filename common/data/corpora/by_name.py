@@ -20,6 +20,7 @@ from common.data.sources.files import parse_split, slice_bounds
 from common.data.sources.packed_files import UNPACKERS, UNPACKING_ERRORS
 from common.data.sources.records import Problem, Record
 from common.errors import UserError, nearest
+from common.paths import user_path
 
 FOLDER_VARIABLE = "TWINSTACK_SHARED_DATA"
 PARSER_VERSION = 1
@@ -87,7 +88,7 @@ def open_corpus(name: str, split: str, fields: dict[str, str]) -> TableSource:
 def data_folder() -> Path:
     """`$TWINSTACK_SHARED_DATA`, or `shared/data` beside the project's folder."""
     named = os.environ.get(FOLDER_VARIABLE)
-    return Path(named).expanduser() if named else Path(__file__).resolve().parents[3].parent / "shared" / "data"
+    return user_path(named) if named else Path(__file__).resolve().parents[3].parent / "shared" / "data"
 
 
 def _path(name: str, file: str) -> Path:

@@ -4,11 +4,11 @@ A parser is given a split's files, unpacked and in order, and the names of the f
 ValueError that says in which line; whoever opened the files adds their names.
 """
 
-import json
 import re
 from collections.abc import Sequence
 
 from common.data.sources.records import Record, Unusable, number_text
+from common.json_text import parse_json
 
 SPEECHES_A_DOCUMENT = 100
 
@@ -24,7 +24,7 @@ def json_lines(files: Sequence[bytes], fields: Sequence[str]) -> list[Record]:
     found = []
     for number, line in _numbered(files):
         try:
-            record = json.loads(line)
+            record = parse_json(line, finite=False)
         except ValueError as error:
             raise ValueError(f"line {number} is not JSON ({error})") from error
         if not isinstance(record, dict):
@@ -82,7 +82,7 @@ def questions(files: Sequence[bytes], fields: Sequence[str]) -> list[Record]:
     found = []
     for file in files:
         try:
-            for article in json.loads(file.decode("utf-8"))["data"]:
+            for article in parse_json(file)["data"]:
                 for paragraph in article["paragraphs"]:
                     for asked in paragraph["qas"]:
                         record = {**asked, "context": paragraph["context"], "answer": asked["answers"][0]["text"]}

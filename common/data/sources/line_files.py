@@ -18,6 +18,7 @@ from common.data.sources.indexes import Built, Index, open_index, write_starts
 from common.data.sources.packed_files import PlainFile
 from common.data.sources.records import Problem, Unusable
 from common.errors import UserError
+from common.json_text import parse_json
 
 CHUNK_BYTES = 1 << 22
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -146,22 +147,11 @@ def _decoded(line: bytes) -> str:
 
 def _json(text: str) -> dict[str, Any]:
     try:
-        record = _DECODER.decode(text)
-    except Unusable:
-        raise
-    except (ValueError, RecursionError) as error:
+        record = parse_json(text, finite=False)  # a field that is not read may hold anything
+    except json.JSONDecodeError as error:
         raise Unusable(f"not JSON ({error})") from error
+    except ValueError as error:
+        raise Unusable(str(error)) from error
     if not isinstance(record, dict):
         raise Unusable(f"a JSON object is wanted, not a {type(record).__name__}")
     return record
-
-
-def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise Unusable(f"two fields are named {next(name for name in names if names.count(name) > 1)!r}")
-    return found
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_named_once)

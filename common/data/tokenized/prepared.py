@@ -13,6 +13,7 @@ from common.data.tokenized.remote_folder import RemoteFolder
 from common.data.tokenized.token_store import KEPT, TokenStream
 from common.errors import UserError
 from common.files import plain_name, read_json
+from common.paths import user_path
 
 MANIFEST, PROBLEMS = "manifest.json", "problems.jsonl"
 IDENTITY = ("format", "source", "tokenizer", "fields", "eos_behind_every_record")
@@ -84,7 +85,7 @@ def find_elsewhere(key: str, identity: Sequence[object], cache_dir: Path) -> Pre
             return None
         _check(remote.at(MANIFEST), manifest, identity)
         return Prepared.remote(remote, manifest, cache_dir / "prepared" / key)
-    folder = Path(base).expanduser()
+    folder = user_path(base)
     if not folder.is_dir():
         raise UserError(f"${VARIABLE} is {base}: no such folder")
     if not (folder / key).is_dir():

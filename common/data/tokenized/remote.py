@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,8 +11,8 @@ from common.data.tokenized.prepare import Destination, Folder, finish
 from common.data.tokenized.prepared import MANIFEST, PROBLEMS
 from common.data.tokenized.remote_folder import RemoteFolder
 from common.data.tokenized.shards import REPORT, Job, ShardReport, write_shard
-from common.errors import UserError
 from common.files import read_json
+from common.paths import check_folder, user_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +60,7 @@ def destination(to: str, job: Job) -> Destination:
     """The job's own folder in `to`, a folder here or an url."""
     if "://" in to:
         return Remote(RemoteFolder(f"{to.rstrip('/')}/{job.key()}"))
-    return Folder(Path(to).expanduser() / job.key())
+    return Folder(user_path(to) / job.key())
 
 
 def check_destination(to: str) -> None:
@@ -69,9 +68,5 @@ def check_destination(to: str) -> None:
     if "://" in to:
         file_system(to)
         return
-    try:
-        Path(to).expanduser().mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{to} cannot be made: {error.strerror}") from error
-    if not os.access(Path(to).expanduser(), os.W_OK):
-        raise UserError(f"{to} cannot be written to")
+    check_folder(user_path(to), "--to")
+    user_path(to).mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from common.data.cache import build_once
 from common.data.sources.files import file_system, reading
 from common.data.sources.records import first_line
 from common.errors import UserError
+from common.json_text import parse_json
 
 _fetching: dict[Path, threading.Lock] = {}
 """One thread at a time asks for a file: `build_once` would tell of another process."""
@@ -32,7 +33,7 @@ class RemoteFolder(NamedTuple):
         """What a JSON file holds; None where there is no such file. Raises UserError for one that is not JSON."""
         with reading(self.at(name)):
             try:
-                return json.loads(file_system(self.url).cat_file(self.at(name)))
+                return parse_json(file_system(self.url).cat_file(self.at(name)))
             except FileNotFoundError:
                 return None
 

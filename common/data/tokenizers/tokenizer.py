@@ -17,6 +17,7 @@ from common.data.tokenizers import byte_pair, sentence_piece
 from common.data.tokenizers.byte_pair import BytePairTokenizer
 from common.data.tokenizers.sentence_piece import SentencePieceTokenizer
 from common.errors import UserError
+from common.paths import user_path
 
 TRAINING_LINE = 1000
 """Longest training line in characters: SentencePiece leaves out, silently, lines of more than 4,192 bytes."""
@@ -111,12 +112,12 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
     match config:
         case SentencePieceConfig():
             try:
-                model = Path(config.path).expanduser().read_bytes()
+                model = user_path(config.path).read_bytes()
             except OSError as error:
                 raise UserError(f"tokenizer.path {config.path!r} cannot be read: {error.strerror}") from None
             return SentencePieceTokenizer(model, sentinels=config.sentinels)
         case BytePairConfig():
-            return byte_pair.load(Path(config.path).expanduser(), sentinels=config.sentinels, eos=config.eos)
+            return byte_pair.load(user_path(config.path), sentinels=config.sentinels, eos=config.eos)
 
 
 def training_lines(source: Source, records: int) -> Iterator[str]:
