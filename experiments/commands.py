@@ -120,6 +120,9 @@ def _begin(experiment: Experiment, run_dir: Path) -> Console:
 
     first_says(check_directory)
     console = Console(quiet=not is_first())
+    seeds = f"train.seed {experiment.train.seed} decides the first weights and dropout, "
+    seeds += f"data.seed {experiment.data.seed} the order and packing of the data"
+    console.print(seeds, soft_wrap=True)
     for line in [*(f"warning: {remark}" for remark in experiment.remarks()), *check_initial(experiment, run_dir)]:
         console.print(marked_up(line))
     first_says(lambda: write_json(path, described))

@@ -271,7 +271,8 @@ class TrainConfig:
     accumulation: Count = 1
     """Micro-batches a step; the gradient is that of the whole batch, weighed by loss weights."""
     seed: Seed = 0
-    """Of initialisation and dropout; the data has its own."""
+    """Of initialisation and dropout. The order of the data is `data.seed`'s: a repetition that shares nothing by chance
+    with another run moves both."""
     validate_every: Every
     """Steps between validation losses; one is always taken at the end."""
     checkpoint_every: Every

@@ -19,6 +19,7 @@ from common.report.run_files import read_run
 from experiments.cli import main
 from experiments.commands import compare, report, train
 from experiments.config import Experiment
+from experiments.pipeline import open_data
 from experiments.plan import plan
 from experiments.registry import EXPERIMENTS, load
 from tests.experiments.tiny_experiment import STEPS, tiny_experiment, write_data
@@ -191,6 +192,7 @@ def test_compare_from_the_files_to_the_report(
     assert [checks[name] for name in ("same data in the same order", "same steps, examples and tokens")] == [True, True]
     assert checks["ledger = XLA within 2 %"] and not checks["training FLOPs within 1 %"]  # these two are not matched
     out = capsys.readouterr().out
+    assert "train.seed 0 decides the first weights and dropout, data.seed 0 the order" in out
     for name in ("gpt", "t5like"):  # without a terminal
         steps = [f"{name}: {step}" for step in ("compiling", "decoding 8 examples of validation", "counting")]
         assert all(step in out for step in steps)
@@ -202,6 +204,19 @@ def test_compare_from_the_files_to_the_report(
         compare(changed, run_dir)
     finished_work_is_not_done_again(experiment, run_dir, capsys, monkeypatch)
     a_lone_arm_is_scored_and_reported(experiment, run_dir, capsys)
+
+
+def test_each_seed_moves_what_it_says(tmp_path: Path) -> None:
+    """The data's the batches, training's nothing of them; README's recipe for another seed moves both."""
+    write_data(tmp_path)
+    experiment = tiny_experiment(tmp_path)
+    of_training = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, seed=1))
+    of_data = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, seed=1))
+    first, same, other = (open_data(e).train.batch(0).fingerprint for e in (experiment, of_training, of_data))
+    assert first == same != other
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    recipes = [line.split() for line in readme.splitlines() if line.strip().startswith("twinstack") and "seed=" in line]
+    assert recipes and all({"train.seed=1", "data.seed=1"} <= set(words) for words in recipes)
 
 
 def a_lone_arm_is_scored_and_reported(
