@@ -85,6 +85,8 @@ def _experiment(options: argparse.Namespace) -> "Experiment | None":
     from common.config import apply_overrides, to_json
 
     experiment = load(options.name)
+    if (arm := getattr(options, "arm", None)) is not None and arm not in experiment.arms:
+        raise UserError(f"unknown arm {arm!r}: {nearest(arm, experiment.arms)}")
     experiment = apply_overrides(experiment, [*_init_overrides(options, experiment), *options.overrides])
     if not options.print_config:
         return experiment
@@ -163,7 +165,6 @@ def _data(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     if experiment := _experiment(options):
-        _check_arm(options.arm, experiment)
         run_dir = _run_dir(options)
         from common.train.distributed import joined
         from experiments.commands import train
@@ -176,11 +177,6 @@ def _run_dir(options: argparse.Namespace) -> Path:
     run_dir = RUNS / options.name if options.run_dir is None else options.run_dir
     check_folder(run_dir, "--run-dir")
     return run_dir
-
-
-def _check_arm(arm: str, experiment: "Experiment") -> None:
-    if arm not in experiment.arms:
-        raise UserError(f"unknown arm {arm!r}: {nearest(arm, experiment.arms)}")
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -204,8 +200,6 @@ def _launch(options: argparse.Namespace) -> None:
     from experiments.launching.slices import rentable
     from experiments.launching.source import committed
 
-    if options.arm is not None:
-        _check_arm(options.arm, experiment)
     if options.engine not in ENGINES:
         raise UserError(f"--engine {options.engine!r}: {nearest(options.engine, ENGINES)}")
     job = Job(
@@ -219,6 +213,7 @@ def _launch(options: argparse.Namespace) -> None:
         spot=options.spot,
         commit=committed(),
     )
+    experiment.check_arms(experiment.arms if options.arm is None else [options.arm])
     folder = RUNS / "launch" / job.run if options.out is None else options.out
     check_folder(folder, "--out")
     launch(job, experiment.train.mesh, options.engine, folder, Console(), go=options.go)

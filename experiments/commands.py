@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -22,9 +22,9 @@ from common.train import run_dir as rd
 from common.train.programs import check_rows, prepare
 from experiments.config import Experiment
 from experiments.console import Progress
+from experiments.initial import check_initial, check_tokenizers
 from experiments.pipeline import (
     Data,
-    check_initial,
     finished,
     make_setup,
     open_data,
@@ -41,8 +41,8 @@ def train(experiment: Experiment, arm: str, run_dir: Path, *, profile_steps: int
 
     `profile_steps` of this launch's steps are traced into the arm's directory.
     """
-    console = _begin(experiment, run_dir)
-    data, tests = _data(experiment, console)
+    console = _begin(experiment, run_dir, [arm])
+    data, tests = _data(experiment, run_dir, [arm], console)
     result = _train_and_score(experiment, arm, data, tests, run_dir, console, profile_steps)
     _show([result], console)
     console.print(marked_up(f"{arm}: validation loss {result.validation_loss:.4f}; results in {run_dir / arm}"))
@@ -54,11 +54,12 @@ def compare(experiment: Experiment, run_dir: Path, *, profile_steps: int = 0) ->
     from common.report.run_files import read_run
     from common.report.tables import certificate_panel
 
-    console = _begin(experiment, run_dir)
+    arms = list(experiment.arms)
+    console = _begin(experiment, run_dir, arms)
     card = f"{marked_up(experiment.question)}\n\n[dim]{marked_up(experiment.expected)}[/dim]"
     console.print(Panel(card, title=marked_up(experiment.name)))
-    data, tests = _data(experiment, console)
-    for name in experiment.arms:
+    data, tests = _data(experiment, run_dir, arms, console)
+    for name in arms:
         _train_and_score(experiment, name, data, tests, run_dir, console, profile_steps)
 
     def conclude() -> None:
@@ -97,17 +98,18 @@ def report(run_dir: Path, figure: Path | None = None) -> Path:
     return write_report(run_dir)
 
 
-def check_devices(experiment: Experiment) -> None:
+def check_devices(experiment: Experiment, arms: Iterable[str]) -> None:
     """Raises UserError where the mesh asks for more devices than there are, or does not divide rows or parameters."""
-    for arm in experiment.arms.values():
-        setup = make_setup(experiment, arm)
+    for name in arms:
+        setup = make_setup(experiment, experiment.arms[name])
         prepare(setup)
         check_rows(setup)
 
 
-def _begin(experiment: Experiment, run_dir: Path) -> Console:
+def _begin(experiment: Experiment, run_dir: Path, arms: Sequence[str]) -> Console:
     prepare_jax()
-    check_devices(experiment)
+    experiment.check_arms(arms)
+    check_devices(experiment, arms)
     described = {"schema_version": rd.SCHEMA_VERSION, **to_json(experiment)}
     path = run_dir / EXPERIMENT
 
@@ -123,7 +125,8 @@ def _begin(experiment: Experiment, run_dir: Path) -> Console:
     seeds = f"train.seed {experiment.train.seed} decides the first weights and dropout, "
     seeds += f"data.seed {experiment.data.seed} the order and packing of the data"
     console.print(seeds, soft_wrap=True)
-    for line in [*(f"warning: {remark}" for remark in experiment.remarks()), *check_initial(experiment, run_dir)]:
+    remarks = [f"warning: {remark}" for remark in experiment.remarks()]
+    for line in [*remarks, *check_initial(experiment, run_dir, arms)]:
         console.print(marked_up(line))
     first_says(lambda: write_json(path, described))
     return console
@@ -139,9 +142,13 @@ def prepare_jax() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def _data(experiment: Experiment, console: Console) -> tuple[Data, dict[str, ScoredSplit]]:
+def _data(
+    experiment: Experiment, run_dir: Path, arms: Sequence[str], console: Console
+) -> tuple[Data, dict[str, ScoredSplit]]:
     """What is trained on and what is scored: a wrong split is reported before training, not after it."""
-    data = open_data(experiment)
+    data = open_data(experiment, arms)
+    for line in check_tokenizers(experiment, data.tokenizer, run_dir, arms):
+        console.print(marked_up(line))
     tests = open_tests(experiment, data.tokenizer)
     for name, test in tests.items():
         console.print(marked_up(test.in_training.sentence(name)), soft_wrap=True)

@@ -1,6 +1,7 @@
 """What an experiment is: one data stream, one way to train, several arms."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from common.compute.moments import Moments
@@ -94,17 +95,21 @@ class Experiment:
         if (steps := self.steps()) > MOST_STEPS:
             budget = f"{self.train.budget.amount:g} {self.train.budget.unit}"
             raise UserError(f"train.budget is {budget}, which are {steps:,} steps: at most {MOST_STEPS:,} are made")
+
+    def check_arms(self, arms: Iterable[str]) -> None:
+        """Raises UserError where one of these arms' models cannot hold the tokenizer's ids or the rows' positions."""
         tokenizer = self.data.tokenizer
-        for name, arm in self.arms.items():
+        for name in arms:
+            model = self.arms[name].model
             longest = self.data.input_length + self.data.target_length
-            if arm.model.max_positions is not None and arm.model.max_positions < longest:
+            if model.max_positions is not None and model.max_positions < longest:
                 raise UserError(
-                    f"arms.{name}.model.max_positions is {arm.model.max_positions}: rows are {longest} long; "
+                    f"arms.{name}.model.max_positions is {model.max_positions}: rows are {longest} long; "
                     f"nearest: {longest}"
                 )
-            if tokenizer.path is None and arm.model.vocab_size < tokenizer.vocab_size:
+            if tokenizer.path is None and model.vocab_size < tokenizer.vocab_size:
                 raise UserError(
-                    f"arms.{name}.model.vocab_size is {arm.model.vocab_size}, less than the tokenizer's "
+                    f"arms.{name}.model.vocab_size is {model.vocab_size}, less than the tokenizer's "
                     f"{tokenizer.vocab_size}; nearest: {-(-tokenizer.vocab_size // 128) * 128}"
                 )
 

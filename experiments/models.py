@@ -17,7 +17,7 @@ from common.data.cache import default_cache_dir
 from common.data.config import BytePairConfig, DataConfig, SentencePieceConfig, TokenizerConfig
 from common.data.objectives.config import Objective, PrefixLM, Supervised, has_inputs
 from common.data.streams import open_training_text
-from common.data.tokenizers.kept import read_kept
+from common.data.tokenizers.kept import MODEL, read_kept
 from common.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
 from common.errors import UserError
 from common.files import inside, read_json
@@ -80,6 +80,8 @@ class Found:
     open_text: Callable[[], Text]
     row_length: int | None = None
     """Slots of the rows that a run was trained on, inputs and targets together; None where it is not known."""
+    tokenizer_path: str | None = None
+    """Where another run can load the same tokenizer from; None where there is none, or its file does not tell all."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,6 +161,8 @@ def _of_run(arm_dir: Path, step: int | None) -> Found:
         parameters=RunParameters(arm_dir / rd.CHECKPOINTS, step),
         open_text=functools.partial(_text_of_run, arm_dir, run.data),
         row_length=run.data.input_length + run.data.target_length,
+        # Byte pairs' special tokens are not in the file.
+        tokenizer_path=str(kept) if (kept := arm_dir / rd.TOKENIZER / MODEL).is_file() else None,
     )
 
 
@@ -253,6 +257,7 @@ def _in_folder(path: Path) -> Found:
     return Found(
         config=described.model,
         parameters=FolderParameters(path),
+        tokenizer_path=None if described.tokenizer is None else described.tokenizer.path,
         open_text=lambda: Text(
             **vars(described.text),
             tokenizer=None if described.tokenizer is None else load_tokenizer(described.tokenizer),

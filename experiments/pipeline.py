@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import jax
 from common.compute.chips import chip_of
 from common.compute.moments import Moments
 from common.compute.xla import dot_flops
-from common.config import difference, from_json, to_json
+from common.config import from_json, to_json
 from common.data.cache import default_cache_dir
 from common.data.loader import Loader
 from common.data.streams import (
@@ -34,16 +34,13 @@ from common.sharding.hosts import first_says
 from common.sharding.shape import MeshShape
 from common.train import run_dir as rd
 from common.train.config import only_how
-from common.train.init_from import check_rules
 from common.train.loop import Fitted, fit
 from common.train.programs import Setup, check_rows, lower_step, prepare
-from common.train.state import skeleton
-from common.train.stored import has_checkpoint
-from common.train.task import Initial, Task, Watcher
+from common.train.task import Task, Watcher
 from experiments.config import Arm, Experiment
 from experiments.console import Progress
 from experiments.families import builder
-from experiments.models import find_model
+from experiments.initial import make_initial
 from experiments.multi_turn import measure
 from experiments.scored_splits import ScoredSplit
 
@@ -59,16 +56,18 @@ class Data:
     validation: Loader
 
 
-def open_data(experiment: Experiment) -> Data:
-    """Builds, or finds in the cache, what the experiment trains on."""
+def open_data(experiment: Experiment, arms: Iterable[str] | None = None) -> Data:
+    """Builds, or finds in the cache, what the experiment trains on.
+
+    Raises UserError where one of `arms` (None: any) has fewer rows in its table than the tokenizer needs.
+    """
     cache_dir, config = default_cache_dir(), experiment.data
     source = open_training_text(config, cache_dir)
     tokenizer = open_tokenizer(config.tokenizer, source, cache_dir)
-    for name, arm in experiment.arms.items():
-        if arm.model.vocab_size < tokenizer.table_size:
-            raise UserError(
-                f"arms.{name}.model.vocab_size is {arm.model.vocab_size}; the tokenizer needs {tokenizer.table_size}"
-            )
+    for name in experiment.arms if arms is None else arms:
+        rows = experiment.arms[name].model.vocab_size
+        if rows < tokenizer.table_size:
+            raise UserError(f"arms.{name}.model.vocab_size is {rows}; the tokenizer needs {tokenizer.table_size}")
     host = Host() if jax.process_count() == 1 else Host(_rows_here(experiment))
     return Data(
         content_id=source.content_id,
@@ -113,30 +112,6 @@ def make_task(experiment: Experiment, name: str, data: Data) -> Task:
         initial=make_initial(arm),
         peak_flops_per_second=None if chip is None else chip.flops_per_second,
     )
-
-
-def make_initial(arm: Arm) -> Initial | None:
-    init = arm.init
-    return None if init is None else Initial(open=lambda: find_model(init.path).parameters, rules=init.rules)
-
-
-def check_initial(experiment: Experiment, run_dir: Path | None) -> list[str]:
-    """How the models that arms begin as differ from the arms' own, one line for each difference.
-
-    Raises UserError where one cannot be found or does not account for every parameter. An arm of `run_dir` that has
-    checkpoints of its own is passed over: it never reads another's again.
-    """
-    lines = []
-    for name, arm in experiment.arms.items():
-        if arm.init is None or (run_dir is not None and has_checkpoint(run_dir / name / rd.CHECKPOINTS)):
-            continue
-        found = find_model(arm.init.path)
-        check_rules(found.parameters, skeleton(make_setup(experiment, arm).build), arm.init.rules)
-        lines += [
-            f"{name}: not as in {found.parameters.origin}: {line}"
-            for line in difference(to_json(found.config), to_json(arm.model))
-        ]
-    return lines
 
 
 def train_arm(

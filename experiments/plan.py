@@ -20,7 +20,8 @@ from common.terminal import harmless, marked_up
 from common.train.programs import check_rows
 from experiments.commands import check_devices, prepare_jax
 from experiments.config import Experiment
-from experiments.pipeline import check_initial, compiled_step, make_setup
+from experiments.initial import check_initial
+from experiments.pipeline import compiled_step, make_setup
 from experiments.plan_jobs import Job, compile_all
 from experiments.plan_search import candidates_table, search
 from experiments.plan_table import advice, plan_table
@@ -40,6 +41,7 @@ class Target:
 
 def plan(experiment: Experiment, console: Console, target: Target | None = None) -> None:
     """Prints every arm's size, cost and memory; compiles the step for this machine or the target, trains nothing."""
+    experiment.check_arms(experiment.arms)
     if target is None:
         _plan_here(experiment, console)
     else:
@@ -146,7 +148,7 @@ def _smaller(experiment: Experiment) -> Sequence[tuple[Experiment, str]]:
 
 def _plan_here(experiment: Experiment, console: Console) -> None:
     prepare_jax()
-    check_devices(experiment)
+    check_devices(experiment, experiment.arms)
     for line in check_initial(experiment, None):
         console.print(marked_up(line))
     steps, slots = experiment.steps(), experiment.row_slots()

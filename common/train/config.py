@@ -193,6 +193,8 @@ class InitFrom:
     path: str
     """A model folder, or a run: an arm's directory, `DIRECTORY@STEP`, or a checkpoint's directory."""
     rules: tuple[Rule, ...] = ()
+    tokenizer: Literal["same", "any"] = "same"
+    """`same` refuses a model whose tokenizer is another one, unless all its tables begin fresh; `any` takes them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,8 @@ from common.train.state import Skeleton
 from common.train.stored import Stored
 
 Shape = tuple[int, ...]
+LISTED = 4
+"""So many parameters that do not fit are named in a message."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,15 +53,17 @@ def make_plan(
     stored: Mapping[str, Shape],
     rules: Sequence[Rule],
     origin: str,
+    where: str = "init",
 ) -> Plan:
     """Shapes and logical axes of the new model's parameters, and shapes of the stored ones, by dotted name.
 
-    Raises UserError that lists every parameter for which there is nothing, or nothing of its shape, each with a rule
-    that would say what to do; and for a rule that no parameter matches.
+    Raises UserError that lists the parameters for which there is nothing, or nothing of their shape, and where they
+    are few the rules that would say what to do; and for a rule that no parameter matches. `where` is the path of the
+    rules' config.
     """
     for rule in rules:
         if not fnmatch.filter(shapes, rule.leaves):
-            raise UserError(f"init.rules: no parameter matches {rule.leaves!r}: {nearest(rule.leaves, shapes)}")
+            raise UserError(f"{where}.rules: no parameter matches {rule.leaves!r}: {nearest(rule.leaves, shapes)}")
     sources: dict[str, str] = {}
     resized: dict[str, int] = {}
     fresh: list[str] = []
@@ -80,19 +84,26 @@ def make_plan(
                 resized[name] = dim
     unused = tuple(sorted(set(stored) - set(sources.values())))
     if faults:
-        listed = "; ".join(f"{name}: {fault}" for name, fault in faults)
+        listed = "; ".join(f"{name}: {fault}" for name, fault in faults[:LISTED])
+        more = f"; and {len(faults) - LISTED} more" if len(faults) > LISTED else ""
+        said = f"{origin} does not account for {len(faults)} of {len(shapes)} parameters: {listed}{more}"
+        if more:  # another model: rules for all of them would be a fresh beginning
+            raise UserError(said)
         rule_texts = [json.dumps(to_json(_advice(name, shapes, axes, stored, unused))) for name, _ in faults]
-        raise UserError(
-            f"{origin} does not account for {len(faults)} of {len(shapes)} parameters: {listed}. "
-            f"Rules would, for example init.rules=[{', '.join(rule_texts)}]"
-        )
+        raise UserError(f"{said}. Rules would, for example {where}.rules=[{', '.join(rule_texts)}]")
     return Plan(sources=sources, resized=resized, fresh=tuple(fresh), unused=unused)
 
 
-def check_rules(stored: Stored, model: Skeleton, rules: Sequence[Rule] = ()) -> Plan:
+def check_rules(stored: Stored, model: Skeleton, rules: Sequence[Rule] = (), where: str = "init") -> Plan:
     """`make_plan` for what is stored; reads no parameter."""
     shapes = {name: tuple(leaf.shape) for name, leaf in flatten(model.shapes).items()}
-    return make_plan(shapes, flatten(model.logical_axes), stored.shapes, rules, stored.origin)
+    return make_plan(shapes, flatten(model.logical_axes), stored.shapes, rules, stored.origin, where)
+
+
+def loads_tables(stored: Stored, model: Skeleton, rules: Sequence[Rule] = ()) -> bool:
+    """Whether any parameter with a row for each token is loaded."""
+    axes = flatten(model.logical_axes)
+    return any("vocab" in axes[name] for name in check_rules(stored, model, rules).sources)
 
 
 def load_parameters(

@@ -32,6 +32,9 @@ LAUNCHES = "launches.jsonl"
 ROLLBACKS = "rollbacks.jsonl"
 """Which batches are left out because the run was rolled back, and why."""
 
+SAID_SINCE = 'init.tokenizer: (absent) -> "same"'
+"""A field that the configs of earlier runs lack, with its default."""
+
 # What decides the bits of a CPU program beside the program itself.
 MACHINE_KEYS = ("platform", "device_kind", "devices", "cpu", "threads", "jax", "jaxlib")
 
@@ -112,7 +115,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     if "train" in before:
         before = {**before, "train": {"anomalies": to_json(Anomalies()), **before["train"]}}
     lines = difference(before, now)
-    return [line for line in lines if not line.startswith("train.patience.")]
+    return [line for line in lines if not (line.startswith("train.patience.") or line.endswith(SAID_SINCE))]
 
 
 def refused(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

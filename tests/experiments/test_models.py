@@ -36,8 +36,9 @@ from experiments import cli
 from experiments.config import Experiment
 from experiments.console import Progress
 from experiments.families import builder
+from experiments.initial import check_initial
 from experiments.models import conventions_of, find_model, open_model
-from experiments.pipeline import check_initial, open_data, train_arm
+from experiments.pipeline import open_data, train_arm
 from experiments.run_folder import folder_from_run
 from experiments.score import to_pair
 from tests.experiments.tiny_experiment import WORDS, tiny_experiment, write_data

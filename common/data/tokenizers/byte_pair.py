@@ -143,6 +143,12 @@ class BytePairTokenizer:
         named = {token for token, one in added.items() if one.special}
         return named | {self.pad_id, self.eos_id, self.unk_id, self.start_id}
 
+    def piece(self, token: int) -> str | None:
+        """How the vocabulary names an id."""
+        if (number := self._sentinel_numbers.get(token)) is not None:
+            return f"<extra_id_{number}>"
+        return self._tokenizer.id_to_token(token)
+
     def _decode_run(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 

@@ -122,6 +122,12 @@ class SentencePieceTokenizer:
         """The id of sentinel `k`; of those on top, 0 is the highest id. Raises UserError beyond the last."""
         return sentinel_at(self._sentinel_ids, k)
 
+    def piece(self, token: int) -> str | None:
+        """How the vocabulary names an id."""
+        if token >= self.pieces:
+            return f"<extra_id_{self.vocab_size - 1 - token}>"
+        return self._model.id_to_piece(token)
+
     def _spell_mark(self) -> list[int]:
         """Byte ids that spell the space mark; empty where the model has no bytes or reads newline as anything else."""
         spelt = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]

@@ -80,6 +80,10 @@ class Tokenizer(Protocol):
         """The id of sentinel `k`. Raises UserError beyond the last."""
         ...
 
+    def piece(self, token: int) -> str | None:
+        """How the vocabulary names an id below `vocab_size`; None for one that stands for nothing."""
+        ...
+
 
 def open_tokenizer(config: TokenizerConfig, source: Source, cache_dir: Path) -> Tokenizer:
     """The tokenizer of a run: loaded from `config.path`, or trained on `source` (the training split) and cached.

@@ -233,7 +233,11 @@ def without(*names: str) -> dict[str, tuple[int, ...]]:
             (Resize(leaves=TABLE, axis="vocabulary"),),
             [f"{TABLE} has no axis 'vocabulary': did you mean 'vocab'"],
         ),
-        (SHAPES, (Rename(leaves="layers.*", source="blocks.*"),), ["there is no blocks.mlp.in_DF"]),
+        (
+            SHAPES,
+            (Rename(leaves="layers.*", source="blocks.*"),),
+            ["there is no blocks.attention.key_DGC", "and 4 more"],
+        ),
     ],
     ids=["missing", "shapes", "renamed", "both-axes", "rank", "unmatched-rule", "no-axis", "wrong-rename"],
 )
