@@ -16,7 +16,7 @@ from common.errors import UserError, nearest
 from common.files import read_rows, split_lines, user_lines, user_rows, write_rows
 from common.infer.config import Beam, Greedy, Limits, Method, Sample
 from common.infer.generate import Completion, Generator, Request
-from common.infer.texts import EncodedPrompt, encode_prompt
+from common.infer.texts import EncodedPrompt, encode_prompt, tokenizer_of
 from common.nn.recipe import Execution
 from common.paths import check_file, is_special
 from common.ranges import Range, Rows, Seed, check_ranges
@@ -25,7 +25,7 @@ from common.sharding.shape import MeshShape
 from common.terminal import harmless, marked_up
 from experiments.commands import prepare_jax
 from experiments.console import Progress
-from experiments.models import find_model, open_model
+from experiments.models import Found, Text, conventions_of, find_model, open_found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,18 +68,18 @@ def generate(
     stdout = stdout or sys.stdout
     progress = Progress(Console(stderr=True))
     many = out is not None or len(prompts) != 1 or job.samples > 1
+    found = find_model(model)
+    text = found.open_text()
+    encoded = [encode_prompt(prompt, text) for prompt in prompts]
     partial = None
     if out is not None and not is_special(out):
-        partial = _Partial(
-            out, _settings(find_model(model).parameters.origin, prompts, job), len(prompts) * job.samples
-        )
+        partial = _Partial(out, _settings(found, text, prompts, job, execution), len(prompts) * job.samples)
     if partial is not None and partial.whole:
         progress.console.print(marked_up(f"{out} is whole already"))
         return
     devices = len(jax.devices())
     with progress.console.status("opening the model"):
-        loaded = open_model(model, execution, make_mesh(MeshShape(data=devices)))
-        encoded = [encode_prompt(prompt, loaded.text) for prompt in prompts]
+        loaded = open_found(found, text, execution, make_mesh(MeshShape(data=devices)))
     generator = Generator(
         loaded.model,
         loaded.params,
@@ -216,9 +216,16 @@ def read_prompts(path: Path | None, stdin: TextIO) -> list[str]:
     return [row["prompt"] for row in rows]
 
 
-def _settings(origin: str, prompts: Sequence[str], job: Job) -> str:
-    """Changes with whatever changes the texts."""
-    described = {"origin": origin, "prompts": list(prompts), "job": to_json(dataclasses.replace(job, rows=1))}
+def _settings(found: Found, text: Text, prompts: Sequence[str], job: Job, execution: Execution) -> str:
+    """Changes with whatever changes the texts, beyond rounding."""
+    described = {
+        "model": to_json(found.config),
+        "parameters": found.parameters.content(),
+        "text": [conventions_of(text), text.add_bos, tokenizer_of(text).content_hash],
+        "prompts": list(prompts),
+        "job": to_json(dataclasses.replace(job, rows=1)),
+        "precision": [execution.dtype, execution.matmul_precision],
+    }
     return hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 

@@ -104,6 +104,11 @@ def open_model(path: str, execution: Execution, mesh: Mesh, dtype: Any = jnp.flo
     Raises UserError where there is none, it cannot be read, or the mesh does not divide it.
     """
     found = find_model(path)
+    return open_found(found, found.open_text(), execution, mesh, dtype)
+
+
+def open_found(found: Found, text: Text, execution: Execution, mesh: Mesh, dtype: Any = jnp.float32) -> Loaded:
+    """As `open_model`, of what has been found, and of its text."""
     model = skeleton(builder(found.config, execution))
     params, _ = load_parameters(found.parameters, model, check_divides(model, mesh), dtype=dtype)
     return Loaded(
@@ -111,7 +116,7 @@ def open_model(path: str, execution: Execution, mesh: Mesh, dtype: Any = jnp.flo
         model=model,
         params=params,
         mesh=mesh,
-        text=found.open_text(),
+        text=text,
         origin=found.parameters.origin,
     )
 
@@ -123,6 +128,11 @@ def find_model(path: str) -> Found:
     Raises UserError for anything else, saying what it is.
     """
     where, step = _split_step(path)
+    found = _find(where, step)
+    return dataclasses.replace(found, open_text=functools.partial(_fitting_text, found))
+
+
+def _find(where: Path, step: int | None) -> Found:
     if step is None and folder.is_folder(where):
         return _in_folder(where)
     if step is None and where.name.isdecimal() and where.parent.name == rd.CHECKPOINTS:
@@ -130,6 +140,21 @@ def find_model(path: str) -> Found:
     if (where / rd.CONFIG).is_file() and (where / rd.ENVIRONMENT).is_file():
         return _of_run(where, step)
     raise UserError(_no_model(where, step))
+
+
+def _fitting_text(found: Found) -> Text:
+    """The model's text. Raises UserError where that has ids for which the model has no rows."""
+    text, rows = found.open_text(), found.config.vocab_size
+    tokens = () if text.tokenizer is None else (text.tokenizer.vocab_size - 1,)
+    named = {"the tokenizer": tokens, "start_id": (text.start_id,), "eos_ids": text.eos_ids}
+    named["bos_id"] = () if text.bos_id is None else (text.bos_id,)
+    for name, ids in named.items():
+        if wrong := [token for token in ids if not 0 <= token < rows]:
+            raise UserError(
+                f"{found.parameters.origin}: {name} has id {wrong[0]}, but the model's table has {rows} rows "
+                f"(ids 0 to {rows - 1}): one of them is another model's"
+            )
+    return text
 
 
 def _split_step(path: str) -> tuple[Path, int | None]:

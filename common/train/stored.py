@@ -1,5 +1,7 @@
 """Parameters at rest: of a run's checkpoint or of a model folder, read by name onto any mesh."""
 
+import hashlib
+import json
 import logging
 import textwrap
 from collections.abc import Callable, Mapping
@@ -21,6 +23,7 @@ from common.weights import folder
 Read = TypeVar("Read")
 Wanted = Mapping[str, jax.ShapeDtypeStruct]
 """By dotted name; with shardings."""
+ADVICE = "choose another checkpoint"
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +43,10 @@ class Stored(Protocol):
         """Whole parameters, in the dtypes and on the shardings of `wanted`."""
         ...
 
+    def content(self) -> str:
+        """A hash that tells parameters apart wherever they lie; no array is made for it."""
+        ...
+
 
 class FolderParameters:
     """The parameters of a model folder (`common.weights.folder`); each device's part is read by itself."""
@@ -54,6 +61,14 @@ class FolderParameters:
 
     def read(self, wanted: Wanted) -> dict[str, jax.Array]:
         return {name: self._read(name, wanted[name]) for name in bar(list(wanted), f"reading {self.path}")}
+
+    def content(self) -> str:
+        top, hashed = self.path / folder.PARAMETERS, hashlib.blake2b(digest_size=16)
+        for path in bar(sorted(path for path in top.glob("**/*") if path.is_file()), f"hashing {self.path}"):
+            with path.open("rb") as file:
+                of_file = hashlib.file_digest(file, "blake2b").hexdigest()
+            hashed.update(f"{path.relative_to(top).as_posix()} {of_file}\n".encode())
+        return hashed.hexdigest()
 
     def _read(self, name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         handle = folder.read_leaf(self.path, name.replace(".", "/"))
@@ -104,6 +119,12 @@ class RunParameters:
         with spinner(f"reading {self.origin}"):
             return self._first_good(lambda step: self._read(step, wanted))
 
+    def content(self) -> str:
+        """Of the checksums that were saved with them."""
+        about = self._first_good(lambda step: read_about(self.folder, step, ADVICE))
+        sums = about.get("parameter_checksums") or about["checksum"]  # the first checkpoints had none of single ones
+        return hashlib.blake2b(json.dumps(sums, sort_keys=True).encode(), digest_size=16).hexdigest()
+
     def _first_good(self, read: Callable[[int], Read]) -> Read:
         for step in self._steps:
             try:
@@ -120,12 +141,12 @@ class RunParameters:
         raise UserError(f"no checkpoint in {self.folder} can be read (tried: {listed})")
 
     def _read_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
-        read_about(self.folder, step, "choose another checkpoint")  # which checks its version
+        read_about(self.folder, step, ADVICE)  # which checks its version
         metadata = self._handler.metadata(epath.Path(self._state(step)))
         return {name: tuple(leaf.shape) for name, leaf in flatten(metadata.tree["params"]).items()}
 
     def _read(self, step: int, wanted: Wanted) -> dict[str, jax.Array]:
-        about = read_about(self.folder, step, "choose another checkpoint")
+        about = read_about(self.folder, step, ADVICE)
         # In the dtype in which it was saved, so that its bits can be checked.
         whole = {name: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding) for name, x in wanted.items()}
         tree = {"params": nest(whole)}

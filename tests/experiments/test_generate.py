@@ -154,12 +154,30 @@ def test_interrupted_work_is_gone_on_with(
     assert not partial.exists()
     # Done already: nothing is opened.
     with monkeypatch.context() as patch:
-        patch.setattr("experiments.generate.open_model", None)
+        patch.setattr("experiments.generate.open_found", None)
         assert run(model, *options, "--out", str(out)) == 0
     # Other options are other texts.
     capsys.readouterr()
     assert run(model, *options[:-1], "4", "--out", str(out)) == 2
     assert "not of this model, these prompts and these options" in capsys.readouterr().err
+
+
+def test_another_model_is_not_gone_on_with(folders: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
+    """At the same path: other weights, another dtype, another tokenizer; the same model elsewhere is the same."""
+    model, moved, out = tmp_path / "model", tmp_path / "moved", tmp_path / "texts.jsonl"
+    shutil.copytree(folders["gpt-learned"], model)
+    options = ["--prompt", PROMPTS[0], "--out", str(out)]
+    assert run(model, *options) == 0
+    shutil.copytree(model, moved)
+    assert run(moved, *options) == 0 and "whole already" in capsys.readouterr().err
+    assert run(model, *options, "--dtype", "bfloat16") == 2
+    table = sorted((model / "parameters").glob("*table_VD*/**/c/**/*"))[-1]
+    table.write_bytes(bytes([*table.read_bytes()[:-1], table.read_bytes()[-1] ^ 1]))
+    assert run(model, *options) == 2
+    manifest = read_json(moved / "model.json")
+    write_json(moved / "model.json", manifest | {"text": manifest["text"] | {"eos_ids": [1, 5]}})
+    assert run(moved, *options) == 2
+    assert capsys.readouterr().err.count("not of this model, these prompts and these options") == 3
 
 
 def test_samples_and_beams(folders: dict[str, Path], tmp_path: Path) -> None:

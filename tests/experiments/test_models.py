@@ -290,6 +290,44 @@ def test_a_run_has_its_tokenizer_before_its_first_step(
     assert read_kept(folder).content_hash == data.tokenizer.content_hash
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"tokenizer": {"kind": "sentencepiece", "file": "source/spiece.model", "sentinels": 200}},
+            "the tokenizer has id 227",
+        ),
+        ({"eos_ids": [1, 128]}, "eos_ids has id 128"),
+        ({"start_id": -1}, "start_id has id -1"),
+        ({"bos_id": 10**6}, "bos_id has id 1000000"),
+    ],
+)
+def test_ids_beyond_the_table_are_refused(
+    model_folder: Path, experiment: Experiment, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    path, rows = tmp_path / "other", experiment.arms["gpt"].model.vocab_size
+    shutil.copytree(model_folder, path)
+    manifest = read_json(path / "model.json")
+    (path / "model.json").write_text(json.dumps(manifest | {"text": manifest["text"] | change}))
+    with pytest.raises(
+        UserError, match=rf"other: {said}, but the model's table has {rows} rows \(ids 0 to {rows - 1}\)"
+    ):
+        find_model(str(path)).open_text()
+
+
+def test_the_content_of_parameters(
+    run_dir: tuple[Path, Fitted], model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same wherever they lie; another at another step or in another folder."""
+    arm = run_dir[0] / "gpt"
+    shutil.copytree(arm, tmp_path / "arm")
+    shutil.copytree(model_folder, tmp_path / "folder")
+    contents = [find_model(str(path)).parameters.content() for path in (arm, f"{arm}@2", model_folder)]
+    assert len(set(contents)) == 3
+    again = [find_model(str(tmp_path / name)).parameters.content() for name in ("arm", "arm@2", "folder")]
+    assert again == contents
+
+
 @pytest.mark.parametrize(("kept", "said"), [(True, "tokenizer/ holds"), (False, "its data config now gives")])
 def test_another_tokenizer_is_noticed(run_dir: tuple[Path, Fitted], tmp_path: Path, kept: bool, said: str) -> None:
     arm = tmp_path / "gpt"

@@ -30,10 +30,10 @@ from common.data.tokenizers.vocabulary import (
 from common.errors import UserError
 
 VERSION = f"{sentencepiece.__version__}-2"
-_ModelProto: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]
 """The library's, and that of `train_model`: raise it with any change of what that makes of a text."""
 UNKNOWN_MARK = "\u2585"
 """How SentencePiece writes what it does not know: it skips every training line that holds this character."""
+_ModelProto: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]
 
 
 class SentencePieceTokenizer:
