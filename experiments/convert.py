@@ -153,8 +153,7 @@ def _read_hugging_face(
         table = next((name for name in (t5like.EMBEDDING, *t5like.COPIES) if name in checkpoint.tensors), None)
         with _blaming(where):
             config = t5like.read_config(values, where, tied=_is_tied(checkpoint, table, t5like.HEAD))
-        text = start_token_text(source, values, sentinels=t5like.SENTINELS[model_type])
-        return config, text, []
+        return config, *start_token_text(source, values, sentinels=t5like.SENTINELS[model_type])
     names = (gpt.EMBEDDING[model_type], gpt.EMBEDDING[model_type].removeprefix(gpt.PREFIX[model_type]))
     table = next((name for name in names if name in checkpoint.tensors), None)
     with _blaming(where):
@@ -163,7 +162,8 @@ def _read_hugging_face(
         decoder, remarks = gpt.read_config(values, where, tied=tied)
     if wants_tied and not tied:
         remarks.append(f"{gpt.HEAD} differs from {table}, so embeddings are not tied, whatever config.json says")
-    return decoder, native_text(source, values, **gpt.TEXT[model_type]), remarks
+    text, of_text = native_text(source, values, **gpt.TEXT[model_type])
+    return decoder, text, [*remarks, *of_text]
 
 
 @contextlib.contextmanager

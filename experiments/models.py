@@ -143,10 +143,14 @@ def _find(where: Path, step: int | None) -> Found:
 
 
 def _fitting_text(found: Found) -> Text:
-    """The model's text. Raises UserError where that has ids for which the model has no rows."""
+    """The model's text. Raises UserError where that has ids for which the model has no rows.
+
+    Without a tokenizer it depends on who uses the model which ids there are.
+    """
     text, rows = found.open_text(), found.config.vocab_size
-    tokens = () if text.tokenizer is None else (text.tokenizer.vocab_size - 1,)
-    named = {"the tokenizer": tokens, "start_id": (text.start_id,), "eos_ids": text.eos_ids}
+    if text.tokenizer is None:
+        return text
+    named = {"the tokenizer": (text.tokenizer.vocab_size - 1,), "start_id": (text.start_id,), "eos_ids": text.eos_ids}
     named["bos_id"] = () if text.bos_id is None else (text.bos_id,)
     for name, ids in named.items():
         if wrong := [token for token in ids if not 0 <= token < rows]:

@@ -22,6 +22,7 @@ from rich.console import Console
 from common.errors import UserError
 from common.files import user_rows, write_rows
 from common.infer.score import Pair, Score, continuation, pair, refuse_long, score
+from common.infer.texts import framed
 from common.nn.recipe import Execution
 from common.paths import check_file
 from common.sharding.mesh import make_mesh
@@ -86,16 +87,20 @@ def to_pair(record: dict[str, Any], text: Text, vocab_size: int, *, eos: bool) -
     supervised = before == "inputs" and text.alignment == "start_token" and text.prompts == "inputs"
     if supervised:
         inputs, targets = (_ids(record, name, text, vocab_size) for name in FORMS[0])
-        inputs = [*inputs, *(text.eos_ids[:1] if text.eos_after_inputs else ())]
+        inputs = framed(inputs, text)
     else:
         inputs, targets = _one_text(record, before, after, text, vocab_size)
     targets = [*targets, *(text.eos_ids[:1] if eos else ())]
     if supervised:
-        return pair(inputs, targets, start_id=text.start_id)
-    if text.alignment == "start_token":
-        return continuation(inputs, targets, start_id=text.start_id)
-    opening = [text.bos_id] if text.add_bos and text.bos_id is not None else []
-    return continuation([*opening, *inputs] or [text.start_id], targets, start_id=None)
+        made = pair(inputs, targets, start_id=text.start_id)
+    elif text.alignment == "start_token":
+        made = continuation(inputs, targets, start_id=text.start_id)
+    else:
+        opening = [text.bos_id] if text.add_bos and text.bos_id is not None else []
+        made = continuation([*opening, *inputs] or [text.start_id], targets, start_id=None)
+    whole = [made.start_id, *made.example.inputs_I.tolist(), *made.example.targets_T.tolist()]
+    _check_ids("with the model's own tokens it", whole, vocab_size)
+    return made
 
 
 def _one_text(
@@ -122,9 +127,13 @@ def _ids(record: dict[str, Any], name: str, text: Text, vocab_size: int) -> list
         return text.tokenizer.encode_with_sentinels(value).tolist()
     if not isinstance(value, list) or not all(type(token) is int for token in value):
         raise UserError(f"{name} must be a text, or a list of token ids")
-    if wrong := [token for token in value if not 0 <= token < vocab_size]:
-        raise UserError(f"{name} holds token {wrong[0]}; ids go from 0 to {vocab_size - 1}")
+    _check_ids(name, value, vocab_size)
     return value
+
+
+def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
+    if wrong := [token for token in ids if not 0 <= token < vocab_size]:
+        raise UserError(f"{name} holds token {wrong[0]}; ids go from 0 to {vocab_size - 1}")
 
 
 def _as_json(found: Score) -> dict[str, Any]:

@@ -84,13 +84,18 @@ def encode_prompt(text: str, rules: TextRules) -> EncodedPrompt:
         *written, start = rules.start_id, *ids
         return EncodedPrompt(inputs_I=np.zeros(0, np.int32), start=start, written=tuple(written), before=tuple(ids))
     if rules.alignment == "start_token":
-        inputs = ids + ([rules.eos_ids[0]] if rules.eos_after_inputs and rules.eos_ids else [])
-        return EncodedPrompt(inputs_I=np.array(inputs, np.int32), start=rules.start_id)
+        return EncodedPrompt(inputs_I=np.array(framed(ids, rules), np.int32), start=rules.start_id)
     if rules.bos_id is not None and (rules.add_bos or not ids):
         ids = [rules.bos_id, *ids]
     if not ids:
         ids = [rules.eos_ids[0] if rules.eos_ids else rules.start_id]
     return EncodedPrompt(inputs_I=np.array(ids[:-1], np.int32), start=ids[-1], before=tuple(ids))
+
+
+def framed(inputs: Sequence[int], rules: TextRules) -> list[int]:
+    """Inputs, where they are apart from targets, with what stands before and behind them."""
+    before = [rules.bos_id] if rules.add_bos and rules.bos_id is not None else []
+    return [*before, *inputs, *(rules.eos_ids[:1] if rules.eos_after_inputs else ())]
 
 
 def written_text(prompt: EncodedPrompt, tokens: Sequence[int], rules: TextRules) -> str:

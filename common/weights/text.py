@@ -4,6 +4,7 @@ The result is the section `text` of model.json (see `common.weights.folder`). `a
 decoder's first input is `start_id`, "native" where it is the last token of the text before.
 """
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -28,38 +29,122 @@ CARRIED = (
     "chat_template.json",
 )
 """Files of a foreign folder that are kept unchanged."""
+TOKENIZER = "tokenizer.json"
 MOST_SENTINELS = 2**16
 
 
-def start_token_text(folder: Path, config: dict[str, Any], *, sentinels: int) -> dict[str, Any]:
-    """Of an encoder-decoder; `sentinels` is how many extra ids its tokenizer has where the folder does not say."""
+def start_token_text(folder: Path, config: dict[str, Any], *, sentinels: int) -> tuple[dict[str, Any], list[str]]:
+    """Of an encoder-decoder, and remarks; `sentinels` is how many extra ids its tokenizer has where the folder does not
+    say."""
     ids = config | _json(folder / "generation_config.json")
     starts = [*token_ids(ids.get("decoder_start_token_id"), "decoder_start_token_id")]
     starts += token_ids(ids.get("pad_token_id"), "pad_token_id")
-    return {
+    text: dict[str, Any] = {
         "tokenizer": _sentence_piece(folder, "spiece.model", _sentinels(folder, sentinels)) or _byte_pair(folder),
         "alignment": "start_token",
         "start_id": [*starts, 0][0],
         "eos_ids": token_ids(ids.get("eos_token_id", 1), "eos_token_id"),
         "bos_id": None,
     }
+    frame = read_frame(folder)
+    if frame is None or text["tokenizer"] is None:
+        return text, []
+    remarks = []
+    if frame.bos_id is not None:
+        text["bos_id"], text["tokenizer"]["add_bos"] = frame.bos_id, True
+        remarks.append(f"inputs begin with {frame.before[0]} (id {frame.bos_id}), as {TOKENIZER} says")
+    elif frame.before:
+        remarks.append(frame.not_followed("before", frame.before))
+    if not frame.after:
+        text["eos_after_inputs"] = False
+        remarks.append(f"inputs end without an end token, as {TOKENIZER} says")
+    elif [frame.ids.get(name) for name in frame.after] != text["eos_ids"][:1]:
+        remarks.append(frame.not_followed("behind", frame.after))
+    return text, remarks
 
 
-def native_text(folder: Path, config: dict[str, Any], *, bos: int, eos: int, adds_bos: bool) -> dict[str, Any]:
-    """Of a decoder-only model; ids and `adds_bos` are its architecture's, for where the folder does not say."""
+def native_text(
+    folder: Path, config: dict[str, Any], *, bos: int, eos: int, adds_bos: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """Of a decoder-only model, and remarks; ids and `adds_bos` are its architecture's, for where the folder does not
+    say."""
     ids = config | _json(folder / "generation_config.json")
     bos_ids = token_ids(ids.get("bos_token_id", bos), "bos_token_id")
     eos_ids = token_ids(ids.get("eos_token_id", eos), "eos_token_id")
     tokenizer = _byte_pair(folder) or _sentence_piece(folder, "tokenizer.model", 0)
+    remarks = []
     if tokenizer is not None:
-        tokenizer["add_bos"] = _adds_bos(folder, adds_bos)
-    return {
+        frame = read_frame(folder) or Frame([], [], {})
+        stated = _json(folder / "tokenizer_config.json").get("add_bos_token")
+        from_template = not isinstance(stated, bool) and (folder / TOKENIZER).is_file()
+        tokenizer["add_bos"] = bool(frame.before) if from_template else stated if isinstance(stated, bool) else adds_bos
+        if from_template and frame.bos_id is not None and bos_ids[:1] != [frame.bos_id]:
+            bos_ids = [frame.bos_id]
+            remarks.append(f"texts begin with {frame.before[0]} (id {frame.bos_id}), as {TOKENIZER} says")
+        if from_template and len(frame.before) > 1:
+            remarks.append(frame.not_followed("before", frame.before))
+        if frame.after:
+            remarks.append(f"{frame.not_followed('behind', frame.after)}, since a text goes on where its prompt ends")
+    text = {
         "tokenizer": tokenizer,
         "alignment": "native",
         "start_id": [*bos_ids, *eos_ids, 0][0],
         "eos_ids": eos_ids,
         "bos_id": bos_ids[0] if bos_ids else None,
     }
+    return text, remarks
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """What a tokenizer's own rules put around every text, by name."""
+
+    before: list[str]
+    after: list[str]
+    ids: dict[str, int]
+    """Those that the rules tell."""
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id of the one token before a text."""
+        return self.ids.get(self.before[0]) if len(self.before) == 1 else None
+
+    def not_followed(self, side: str, names: list[str]) -> str:
+        return f"{TOKENIZER} puts {' '.join(names)} {side} every text, which is not followed"
+
+
+def read_frame(folder: Path) -> Frame | None:
+    """Of the post-processor of a folder's `tokenizer.json`; None where it has none that adds tokens."""
+    post = _json(folder / TOKENIZER).get("post_processor")
+    steps = post.get("processors", [post]) if isinstance(post, dict) else []
+    for step in steps if isinstance(steps, list) else []:
+        match step:
+            case {"type": "TemplateProcessing", "single": [*parts]}:
+                return _of_template(parts, step.get("special_tokens"))
+            case {
+                "type": "RobertaProcessing" | "BertProcessing",
+                "cls": [str(first), int(first_id)],
+                "sep": [str(last), int(last_id)],
+            }:
+                return Frame([first], [last], {first: first_id, last: last_id})
+    return None
+
+
+def _of_template(parts: list[Any], described: Any) -> Frame:
+    names: list[str | None] = []
+    for part in parts:
+        match part:
+            case {"SpecialToken": {"id": str(name)}}:
+                names.append(name)
+            case {"Sequence": _}:
+                names.append(None)
+    place = names.index(None) if None in names else len(names)
+    ids = {}
+    for name, token in described.items() if isinstance(described, dict) else ():
+        match token:
+            case {"ids": [int(only)]} if only >= 0:
+                ids[name] = only
+    return Frame([name for name in names[:place] if name], [name for name in names[place:] if name], ids)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -107,23 +192,3 @@ def _sentinels(folder: Path, default: int) -> int:
         return default
     texts = (str(one.get("content", "") if isinstance(one, dict) else one) for one in named)
     return sum(bool(re.fullmatch(r"<extra_id_\d+>", text)) for text in texts)
-
-
-def _adds_bos(folder: Path, default: bool) -> bool:
-    """Whether the tokenizer puts bos before a text."""
-    stated = _json(folder / "tokenizer_config.json").get("add_bos_token")
-    if isinstance(stated, bool):
-        return stated
-    if not (folder / "tokenizer.json").is_file():
-        return default
-    post = _json(folder / "tokenizer.json").get("post_processor")
-    steps = post.get("processors", [post]) if isinstance(post, dict) else []
-    return any(_begins_with_special(step) for step in steps) if isinstance(steps, list) else False
-
-
-def _begins_with_special(step: Any) -> bool:
-    """Whether a step of a post-processor is a template with a special token in front."""
-    match step:
-        case {"type": "TemplateProcessing", "single": [{"SpecialToken": _}, *_]}:
-            return True
-    return False

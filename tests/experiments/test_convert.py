@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from flax import nnx
 from rich.console import Console
 
 from common.config import from_json
 from common.errors import UserError
+from common.infer.texts import encode_prompt
 from common.nn.recipe import Execution
 from common.weights import folder as model_folder
 from common.weights import stream
@@ -22,6 +24,7 @@ from experiments.config import ModelConfig
 from experiments.console import Progress
 from experiments.convert import convert
 from experiments.families import builder
+from experiments.models import find_model
 from tests.common.weights import foreign
 from tests.common.weights.foreign import BF16, GPT2, LLAMA, T5, T5_V1_1
 
@@ -356,6 +359,68 @@ def test_tokenizers(tmp_path, config, files, tokenizer):
 def test_special_ids(tmp_path, config, generation, expected):
     text = text_of(tmp_path, config, {"generation_config.json": json.dumps(generation)})
     assert (text["alignment"], text["start_id"], text["eos_ids"], text["bos_id"]) == expected
+
+
+WORDS = {"<unk>": 2, "</s>": 1, "<pad>": 0, "<s>": 3, "<sep>": 4, "take": 5, "two": 6}
+
+
+def word_tokenizer(post_processor):
+    """A tokenizer.json of whole words."""
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(WORDS, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens([name for name in WORDS if name.startswith("<")])
+    made.post_processor = post_processor
+    return made
+
+
+def template(single):
+    names = [(name, WORDS[name]) for name in single.split() if name in WORDS]
+    return tokenizers.processors.TemplateProcessing(single=single, special_tokens=names)
+
+
+ROBERTA = tokenizers.processors.RobertaProcessing(("</s>", 1), ("<s>", 3))
+NESTED = tokenizers.processors.Sequence([tokenizers.processors.ByteLevel(), template("<s> $A </s>")])
+
+
+@pytest.mark.parametrize(
+    ("post", "remark"),
+    [
+        (None, None),
+        (template("$A </s>"), None),
+        (template("<s> $A </s>"), "inputs begin with <s> (id 3), as tokenizer.json says"),
+        (NESTED, "inputs begin with <s> (id 3), as tokenizer.json says"),
+        (ROBERTA, "inputs begin with <s> (id 3), as tokenizer.json says"),
+        (template("$A"), "inputs end without an end token, as tokenizer.json says"),
+        (template("<s> <sep> $A </s>"), "tokenizer.json puts <s> <sep> before every text, which is not followed"),
+        (template("$A <sep> </s>"), "tokenizer.json puts <sep> </s> behind every text, which is not followed"),
+    ],
+    ids=["none", "t5", "start", "nested", "roberta", "no-end", "two-before", "two-behind"],
+)
+def test_a_tokenizers_own_rules_for_inputs_are_followed_or_remarked_upon(tmp_path, post, remark):
+    theirs = word_tokenizer(post)
+    source = foreign.write_hugging_face(tmp_path / "in", T5, foreign.t5(T5), files={"tokenizer.json": theirs.to_str()})
+    *remarks, _ = run(source, tmp_path / "ours")
+    assert remarks == ([] if remark is None else [remark])
+    if post is not None and "not followed" not in str(remark):
+        text = find_model(str(tmp_path / "ours")).open_text()
+        assert encode_prompt("take two", text).inputs_I.tolist() == theirs.encode("take two").ids
+
+
+@pytest.mark.parametrize(
+    ("single", "expected", "remark"),
+    [
+        ("<s> $A", [3, 5, 6], "texts begin with <s> (id 3), as tokenizer.json says"),
+        ("$A </s>", [5, 6], "tokenizer.json puts </s> behind every text, which is not followed, since a text goes on"),
+        ("$A", [5, 6], None),
+    ],
+)
+def test_a_tokenizers_own_rules_for_texts_that_go_on(tmp_path, single, expected, remark):
+    files = {"tokenizer.json": word_tokenizer(template(single)).to_str()}
+    source = foreign.write_hugging_face(tmp_path / "in", LLAMA, foreign.llama(LLAMA), files=files)
+    *remarks, _ = run(source, tmp_path / "ours")
+    assert [remark is not None and line.startswith(remark) for line in remarks] == [True] * (remark is not None)
+    prompt = encode_prompt("take two", find_model(str(tmp_path / "ours")).open_text())
+    assert [*prompt.inputs_I, prompt.start] == expected
 
 
 # T5X.

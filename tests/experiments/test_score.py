@@ -13,6 +13,7 @@ import pytest
 from common.config import to_json
 from common.data.config import BytePairConfig
 from common.data.tokenizers.byte_pair import BytePairTokenizer, train_model
+from common.errors import UserError
 from common.weights.folder import write_folder
 from experiments import cli
 from experiments.models import Text
@@ -92,9 +93,19 @@ def test_supervised_pairs_end_inputs_with_eos(tokenizer: BytePairTokenizer) -> N
     assert p.example.targets_T.tolist() == ids(tokenizer, "three")
     ended = to_pair({"inputs": "", "targets": ""}, settings(tokenizer), MODEL_VOCAB, eos=True)
     assert (ended.example.inputs_I.tolist(), ended.example.targets_T.tolist()) == ([EOS], [EOS])
+    begun = to_pair({"inputs": "one", "targets": ""}, settings(tokenizer, add_bos=True), MODEL_VOCAB, eos=False)
+    assert begun.example.inputs_I.tolist() == [BOS, *ids(tokenizer, "one"), EOS]
     unended = settings(tokenizer, eos_after_inputs=False)
     p = to_pair({"inputs": "one two", "targets": "three"}, unended, MODEL_VOCAB, eos=False)
     assert p.example.inputs_I.tolist() == ids(tokenizer, "one two")
+
+
+@pytest.mark.parametrize("change", [{"start_id": VOCAB}, {"eos_ids": (VOCAB,)}, {"add_bos": True, "bos_id": VOCAB}])
+def test_ids_of_the_models_own_beyond_its_table(change: dict[str, Any]) -> None:
+    """Where a model came without a tokenizer, nobody has compared its ids with its table."""
+    text = settings(None, alignment="native", **change)
+    with pytest.raises(UserError, match=f"it holds token {VOCAB}; ids go from 0 to {VOCAB - 1}"):
+        to_pair({"text": []}, text, VOCAB, eos=True)
 
 
 @pytest.mark.parametrize("add_bos", [False, True])

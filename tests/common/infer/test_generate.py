@@ -142,6 +142,8 @@ def test_native_alignment_goes_on_with_the_text() -> None:
         (Rules(), "ab", ([2, 3], 0)),
         (Rules(eos_after_inputs=True), "ab", ([2, 3, 1], 0)),
         (Rules(eos_after_inputs=True), "", ([1], 0)),
+        (Rules(eos_after_inputs=True, bos_id=9, add_bos=True), "ab", ([9, 2, 3, 1], 0)),
+        (Rules(bos_id=9), "ab", ([2, 3], 0)),
         (Rules(alignment="native"), "", ([], 1)),
         (Rules(alignment="native", bos_id=9), "", ([], 9)),
         (Rules(alignment="native", bos_id=9), "ab", ([2], 3)),
