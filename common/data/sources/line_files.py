@@ -16,7 +16,7 @@ import numpy as np
 
 from common.data.sources.indexes import Built, Index, open_index, write_starts
 from common.data.sources.packed_files import PlainFile
-from common.data.sources.records import Problem, Unusable
+from common.data.sources.records import Problem, Unusable, too_long
 from common.errors import UserError
 from common.json_text import parse_json
 
@@ -46,14 +46,18 @@ class LineFile:
 
     def read(self, places: Sequence[int]) -> list[dict[str, Any] | Problem]:
         """Records by their number in this file, as the file names their fields."""
-        starts, found = self.index.starts, []
+        starts = self.index.starts
+        found: list[dict[str, Any] | Problem] = []
         with open(self.path, "rb") as file:
             for low, high in runs(places):
-                lines = starts[low + self._header_lines : high + 1 + self._header_lines]
-                file.seek(int(lines[0]))
-                block = file.read(int(lines[-1] - lines[0]))
-                bounds = (lines - lines[0]).tolist()
-                found += [self._record(block[a:b], low + n) for n, (a, b) in enumerate(itertools.pairwise(bounds))]
+                bounds = starts[low + self._header_lines : high + 1 + self._header_lines].tolist()
+                file.seek(bounds[0])
+                for place, (begin, end) in enumerate(itertools.pairwise(bounds), low):
+                    if what := too_long(end - begin):
+                        found.append(Problem(where=self.where(place), what=what))
+                        file.seek(end)
+                    else:
+                        found.append(self._record(file.read(end - begin), place))
         return found
 
     def where(self, place: int) -> str:

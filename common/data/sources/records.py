@@ -2,7 +2,7 @@
 
 import abc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -14,6 +14,11 @@ Record = dict[str, str]
 
 TEXTS = ("inputs", "targets", "text")
 """Our fields that must be text; all others may be numbers too, and are written by `number_text`."""
+RECORD_BYTES = 1 << 25
+"""The longest record of a file that is read: memory holds some of them several times over, as text and as tokens."""
+TEXT_AT_ONCE = 1 << 22
+"""Characters after which a batch of records is full."""
+RECORDS_A_READ = 32
 WHOLE_BELOW = 1e16
 """Larger floats are written as powers of ten."""
 NUMBERS_VERSION = 2
@@ -74,6 +79,31 @@ class ByNumber(abc.ABC):
         if isinstance(record, Problem):
             raise UserError(str(record))
         return record
+
+
+def too_long(size: int) -> str:
+    """Why a record of so many bytes is not read; empty where it is."""
+    if size <= RECORD_BYTES:
+        return ""
+    return f"it has {size:,} bytes, of which a record may have {RECORD_BYTES >> 20} MiB; divide it into several"
+
+
+def in_batches(source: Source, indices: Sequence[int], most: int) -> Iterator[list[Record | Problem]]:
+    """The records in order, at most `most` at once and fewer where they are long, so that memory stays flat."""
+    batch: list[Record | Problem] = []
+    characters, start, step = 0, 0, RECORDS_A_READ
+    while start < len(indices):
+        found = source.read(indices[start : start + step])
+        start += len(found)
+        batch += found
+        lengths = [sum(map(len, record.values())) if isinstance(record, dict) else 0 for record in found]
+        characters += sum(lengths)
+        step = max(1, min(RECORDS_A_READ, TEXT_AT_ONCE // max(*lengths, 1)))
+        if characters >= TEXT_AT_ONCE or len(batch) + step > most:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def first_line(error: BaseException) -> str:

@@ -21,7 +21,7 @@ from common.data.sources.crc32c import masked_crc32c, masked_crc32c_of_rows
 from common.data.sources.indexes import Built, Index, file_digest, open_index, write_starts
 from common.data.sources.line_files import runs
 from common.data.sources.packed_files import PlainFile
-from common.data.sources.records import Problem, Values, first_line
+from common.data.sources.records import Problem, Values, first_line, too_long
 from common.errors import UserError
 
 HEAD_BYTES, TAIL_BYTES = 12, 4
@@ -48,14 +48,18 @@ class TfRecordFile:
         return f"{self.shown} record {place}"
 
     def read(self, places: Sequence[int]) -> list[dict[str, Any] | Problem]:
-        starts, found = self.index.starts, []
+        starts = self.index.starts
+        found: list[dict[str, Any] | Problem] = []
         with open(self.path, "rb") as file:
             for low, high in runs(places):
-                whole = starts[low : high + 1]  # one less where the tear is asked for
-                file.seek(int(whole[0]))
-                block = file.read(int(whole[-1] - whole[0]))
-                bounds = (whole - whole[0]).tolist()
-                found += [self._record(block[a:b], low + n) for n, (a, b) in enumerate(itertools.pairwise(bounds))]
+                bounds = starts[low : high + 1].tolist()  # one less where the tear is asked for
+                file.seek(bounds[0])
+                for place, (begin, end) in enumerate(itertools.pairwise(bounds), low):
+                    if what := too_long(end - begin):
+                        found.append(Problem(where=self.where(place), what=what))
+                        file.seek(end)
+                    else:
+                        found.append(self._record(file.read(end - begin), place))
                 if high == len(starts):
                     found.append(Problem(where=self.where(high - 1), what=self.index.torn))
         return found

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.data.sources.records import Problem, Record, Source
+from common.data.sources.records import Problem, Record, Source, in_batches
 from common.data.tokenized.remote_folder import file_hash
 from common.data.tokenized.token_store import KEPT, ShardWriter
 from common.data.tokenizers.tokenizer import Tokenizer
@@ -95,14 +95,13 @@ def write_shard(number: int, job: Job, folder: Path, tick: Callable[[int], None]
     problems: list[str] = []
     empty = 0
     indices = job.records(number)
-    batches = [indices[begin : begin + RECORDS_AT_ONCE] for begin in range(0, len(indices), RECORDS_AT_ONCE)]
     with concurrent.futures.ThreadPoolExecutor(THREADS) as ahead:
-        for batch, made in zip(batches, _in_turn(ahead, job, batches), strict=True):
+        for made in _in_turn(ahead, job, indices):
             problems += made.problems
             kept.append(made.kept)
             lengths = [writer.append(made.ids[field]) for field, writer in writers.items()]
             empty += int(np.count_nonzero(sum(lengths) == 0))
-            tick(len(batch))
+            tick(len(made.kept) + len(made.problems))
     tokens = {field: writer.close() for field, writer in writers.items()}
     if problems:
         np.save(folder / KEPT.format(number=number), np.concatenate(kept).astype(np.int64) - indices.start)
@@ -130,20 +129,21 @@ class _Encoded(NamedTuple):
     """By field."""
 
 
-def _in_turn(ahead: concurrent.futures.Executor, job: Job, batches: Sequence[range]) -> Iterator[_Encoded]:
+def _in_turn(ahead: concurrent.futures.Executor, job: Job, indices: range) -> Iterator[_Encoded]:
     """What `_encode` makes of each batch, the next ones being made meanwhile."""
     waiting: collections.deque[concurrent.futures.Future[_Encoded]] = collections.deque()
-    for batch in batches:
-        waiting.append(ahead.submit(_encode, job, batch))
+    begin = indices.start
+    for found in in_batches(job.source, indices, RECORDS_AT_ONCE):
+        waiting.append(ahead.submit(_encode, job, range(begin, begin + len(found)), found))
+        begin += len(found)
         if len(waiting) > THREADS:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
 
 
-def _encode(job: Job, indices: range) -> _Encoded:
+def _encode(job: Job, indices: range, found: list[Record | Problem]) -> _Encoded:
     """A strict job ends at the first record that cannot be used."""
-    found = job.source.read(indices)
     try:
         ids = _ids(job, found)
     except (TypeError, UserError):  # a Problem has no fields; or a text is not valid Unicode

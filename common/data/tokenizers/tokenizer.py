@@ -11,8 +11,8 @@ import numpy as np
 
 from common.data.cache import build_once
 from common.data.config import BytePairConfig, SentencePieceConfig, TokenizerConfig
-from common.data.progress import bar, spinner
-from common.data.sources.records import Problem, Source
+from common.data.progress import counter, spinner
+from common.data.sources.records import Problem, Source, in_batches
 from common.data.tokenizers import byte_pair, sentence_piece
 from common.data.tokenizers.byte_pair import BytePairTokenizer
 from common.data.tokenizers.sentence_piece import SentencePieceTokenizer
@@ -131,14 +131,16 @@ def training_lines(source: Source, records: int) -> Iterator[str]:
     """
     count, problems = min(records, len(source)), []
     indices = [number * len(source) // count for number in range(count)]
-    for start in bar(range(0, len(indices), RECORDS_AT_ONCE), "reading text for the tokenizer"):
-        for record in source.read(indices[start : start + RECORDS_AT_ONCE]):
-            if isinstance(record, Problem):  # named where the text is read for training
-                problems.append(record)
-                continue
-            for field in ("inputs", "targets", "text"):
-                for line in record.get(field, "").split("\n"):
-                    yield from (line[at : at + TRAINING_LINE] for at in range(0, len(line), TRAINING_LINE))
+    with counter("reading text for the tokenizer", count) as tick:
+        for batch in in_batches(source, indices, RECORDS_AT_ONCE):
+            for record in batch:
+                if isinstance(record, Problem):  # named where the text is read for training
+                    problems.append(record)
+                    continue
+                for field in ("inputs", "targets", "text"):
+                    for line in record.get(field, "").split("\n"):
+                        yield from (line[at : at + TRAINING_LINE] for at in range(0, len(line), TRAINING_LINE))
+            tick(len(batch))
     if count and len(problems) == count:
         raise UserError(f"none of the training text's records can be used; the first: {problems[0]}")
 

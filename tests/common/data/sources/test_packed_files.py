@@ -3,9 +3,11 @@
 import bz2
 import gzip
 import itertools
+import json
 import lzma
 import random
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -13,10 +15,14 @@ import pyarrow
 import pytest
 
 from common.data.corpora.by_name import open_corpus
-from common.data.sources import packed_files
+from common.data.sources import packed_files, records
+from common.data.sources.by_name import open_fields
 from common.data.sources.files import find_files
 from common.data.sources.packed_files import UNPACKERS, PlainFile, plain_file
+from common.data.sources.records import in_batches
 from common.errors import UserError
+from tests.common.data.memory_source import MemorySource
+from tests.common.data.sources.test_example_files import example, write_tf_record
 
 PARTS = [random.Random(seed).randbytes(150).hex().encode() + b"\n" for seed in range(3)]
 WHOLE = b"".join(PARTS)
@@ -90,6 +96,38 @@ def test_a_window_longer_than_memory_may_be_is_named(tmp_path):
     header[end : end + 4] = struct.pack("<I", zlib.crc32(header[12:end]))
     with pytest.raises(UserError, match="c.xz was packed with so long a window"):
         unpacked(tmp_path / "c.xz", bytes(header), tmp_path / "cache")
+
+
+def test_memory_stays_flat_however_much_a_file_unpacks_to(tmp_path):
+    line = json.dumps({"text": "a" * (1 << 18)}).encode() + b"\n"
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line * 400, 1))
+    tracemalloc.start()
+    try:
+        source = open_fields(f"jsonl:{tmp_path}/a.jsonl.gz", {"text": "text"}, "train", tmp_path / "cache")
+        count = sum(len(batch) for batch in in_batches(source, range(len(source)), 512))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert count == 400 and peak < 0.5 * 400 * len(line)
+
+
+def test_a_record_too_long_for_memory_is_a_problem_and_the_others_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "RECORD_BYTES", 1 << 20)
+    texts = ["a", "b" * (1 << 20), "c"]
+    (tmp_path / "a.txt").write_text("\n".join(texts))
+    write_tf_record(tmp_path / "a.tfrecord", [example(text=text) for text in texts])
+    for name, where in (("text:{}/a.txt", "line 2"), ("tfrecord:{}/a.tfrecord", "record 1")):
+        source = open_fields(name.format(tmp_path), {"text": "text"}, "train", tmp_path / "cache")
+        first, long, last = source.read(range(3))
+        assert (first, last) == ({"text": "a"}, {"text": "c"}) and long.where.endswith(where)
+        assert "of which a record may have 1 MiB" in long.what
+
+
+def test_batches_hold_every_record_once_in_order():
+    texts = ["x" * (1 << 21 if 100 < i < 120 else i) for i in range(300)]
+    batches = list(in_batches(MemorySource([{"text": text} for text in texts]), range(300), 128))
+    assert [record["text"] for batch in batches for record in batch] == texts
+    assert max(map(len, batches)) <= 128 and max(sum(len(r["text"]) for r in batch) for batch in batches[2:]) < 1 << 24
 
 
 def test_a_corpus_is_read_to_its_end_or_refused(tmp_path, monkeypatch):
