@@ -114,7 +114,8 @@ def _begin(experiment: Experiment, run_dir: Path, arms: Sequence[str]) -> Consol
     path = run_dir / EXPERIMENT
 
     def check_directory() -> None:
-        if path.exists() and (lines := rd.refused(read_json(path), described)):
+        lines = rd.refused(read_json(path), described) if path.exists() else []
+        if lines := [line for line in lines if not _only_scores(line)]:
             raise UserError(
                 f"{run_dir} holds another config of {experiment.name} ({'; '.join(lines)}): "
                 "choose another --run-dir, or remove it"
@@ -130,6 +131,11 @@ def _begin(experiment: Experiment, run_dir: Path, arms: Sequence[str]) -> Consol
         console.print(marked_up(line))
     first_says(lambda: write_json(path, described))
     return console
+
+
+def _only_scores(change: str) -> bool:
+    """Whether a change of a config touches what finished models are scored on, and nothing that trains them."""
+    return change.startswith("evaluation.") and not change.startswith("evaluation.validation_batches")
 
 
 def prepare_jax() -> None:

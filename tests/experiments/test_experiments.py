@@ -260,3 +260,7 @@ def finished_work_is_not_done_again(
         with pytest.raises(AssertionError, match="work"):
             compare(experiment, run_dir)
         path.write_bytes(files[path])
+    other = dataclasses.replace(experiment, evaluation=dataclasses.replace(experiment.evaluation, examples=4))
+    with pytest.raises(AssertionError, match="work"):  # scored anew, and not refused as another run
+        compare(other, run_dir)
+    compare(experiment, run_dir)
