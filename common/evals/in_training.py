@@ -17,7 +17,8 @@ from common.report.results import InTraining
 SEARCHED_TOKENS = 1 << 28
 """At most so many of the training data are read, which takes seconds."""
 RECORDS_TOGETHER = 1 << 14
-INPUTS, TARGETS = "inputs", "targets"
+INPUTS, TARGETS, BOTH = "inputs", "targets", "both"
+Shard = Ragged | StoredShard
 _NEVER = np.uint64(0)
 """The hash of what is no evidence: an empty text, and one with unknown signs, which others may share."""
 
@@ -33,49 +34,66 @@ def count_in_training(
     >>> found.inputs, found.targets, found.both, found.complete
     (2, 2, 1, True)
     """
-    wanted = {
-        name: _hashes(Ragged.of(test[name][place].tolist() for place in places_S.tolist()), 0, len(places_S), unk_id)
-        for name in (INPUTS, TARGETS)
-    }
-    wanted["both"] = _paired(wanted[INPUTS], wanted[TARGETS])
+    texts = {name: Ragged.of(test[name][place].tolist() for place in places_S.tolist()) for name in (INPUTS, TARGETS)}
+    wanted = {name: _hashes(text, np.arange(len(text)), unk_id) for name, text in texts.items()}
+    wanted[BOTH] = _paired(wanted[INPUTS], wanted[TARGETS])
+    sketches = {name: _sketches(text, 0, len(text)) for name, text in texts.items()}
     known = {name: np.zeros(len(places_S), bool) for name in wanted}
     searched, complete = 0, True
-    for inputs, targets in (pair for part in train for pair in _shards(part)):
-        for first in range(0, len(inputs), RECORDS_TOGETHER):
-            if searched >= SEARCHED_TOKENS:
-                complete = False
-                break
-            last = min(first + RECORDS_TOGETHER, len(inputs))
-            found = {INPUTS: _hashes(inputs, first, last, unk_id), TARGETS: _hashes(targets, first, last, unk_id)}
-            found["both"] = _paired(found[INPUTS], found[TARGETS])
-            for name, hash_S in wanted.items():
-                known[name] |= np.isin(hash_S, found[name])
-            searched += sum(int(shard.offsets[last] - shard.offsets[first]) for shard in (inputs, targets))
-    inputs_known, targets_known, both_known = (
-        int((known[name] & (wanted[name] != _NEVER)).sum()) for name in (INPUTS, TARGETS, "both")
-    )
+    for shards, first, last in _ranges(train):
+        if searched >= SEARCHED_TOKENS:
+            complete = False
+            break
+        found = {}
+        for name, shard in shards.items():
+            searched += int(shard.offsets[last] - shard.offsets[first])
+            (alike,) = np.nonzero(np.isin(_sketches(shard, first, last), sketches[name]))
+            found[name] = np.full(last - first, _NEVER)
+            found[name][alike] = _hashes(shard, first + alike, unk_id)
+        found[BOTH] = _paired(found[INPUTS], found[TARGETS])
+        for name, hash_S in wanted.items():
+            known[name] |= np.isin(hash_S, found[name])
+    counts = {name: int((known[name] & (wanted[name] != _NEVER)).sum()) for name in known}
     return InTraining(
-        examples=len(places_S), inputs=inputs_known, targets=targets_known, both=both_known, complete=complete
+        examples=len(places_S),
+        inputs=counts[INPUTS],
+        targets=counts[TARGETS],
+        both=counts[BOTH],
+        complete=complete,
     )
 
 
-def _shards(part: Mapping[str, TokenStream]) -> Iterator[tuple[Ragged | StoredShard, Ragged | StoredShard]]:
-    yield from zip(part[INPUTS].shards, part[TARGETS].shards, strict=True)
+def _ranges(train: Sequence[Mapping[str, TokenStream]]) -> Iterator[tuple[dict[str, Shard], int, int]]:
+    """A shard's fields, and the first of its records and the one after the last to be looked at together."""
+    for part in train:
+        for inputs, targets in zip(part[INPUTS].shards, part[TARGETS].shards, strict=True):
+            for first in range(0, len(inputs), RECORDS_TOGETHER):
+                yield {INPUTS: inputs, TARGETS: targets}, first, min(first + RECORDS_TOGETHER, len(inputs))
 
 
-def _hashes(shard: Ragged | StoredShard, first: int, last: int, unk_id: int) -> np.ndarray:
-    """Of records `first` to `last - 1`, uint64 [E]: a sum over tokens and places, and so a difference of two sums."""
+def _sketches(shard: Shard, first: int, last: int) -> np.ndarray:
+    """Of records `first` to `last - 1`, uint64 [E]: their lengths and three tokens, in which most texts differ."""
     offsets = np.asarray(shard.offsets[first : last + 1])
-    tokens_P = np.asarray(shard.tokens_P[offsets[0] : offsets[-1]])
-    offsets = offsets - offsets[0]
     length_E = np.diff(offsets)
-    within_P = np.arange(len(tokens_P)) - np.repeat(offsets[:-1], length_E)
+    sketch_E = length_E.astype(np.uint64)
+    (long,) = np.nonzero(length_E)
+    for place_E in (offsets[:-1][long], (offsets[:-1] + offsets[1:])[long] // 2, offsets[1:][long] - 1):
+        sketch_E[long] = _mixed(sketch_E[long] + shard.tokens_P[place_E].astype(np.uint64))
+    return sketch_E
+
+
+def _hashes(shard: Shard, record_E: np.ndarray, unk_id: int) -> np.ndarray:
+    """Of some records, uint64 [E]: a sum over tokens and places, and so a difference of two sums."""
+    begin_E, end_E = (np.asarray(shard.offsets)[record_E + more] for more in (0, 1))
+    offsets = np.concatenate([[0], np.cumsum(end_E - begin_E)])
+    within_P = np.arange(offsets[-1]) - np.repeat(offsets[:-1], end_E - begin_E)
+    tokens_P = shard.tokens_P[within_P + np.repeat(begin_E, end_E - begin_E)]
     weight_P = _mixed(within_P.astype(np.uint64) + np.uint64(1 << 40)) | np.uint64(1)
     sums = np.zeros(len(tokens_P) + 1, np.uint64)
     np.cumsum(_mixed(tokens_P.astype(np.uint64)) * weight_P, out=sums[1:])
     unknown = np.concatenate([[0], np.cumsum(tokens_P == unk_id)])
-    usable_E = (length_E > 0) & (unknown[offsets[1:]] == unknown[offsets[:-1]])
-    hash_E = _mixed((sums[offsets[1:]] - sums[offsets[:-1]]) + length_E.astype(np.uint64))
+    usable_E = (end_E > begin_E) & (unknown[offsets[1:]] == unknown[offsets[:-1]])
+    hash_E = _mixed((sums[offsets[1:]] - sums[offsets[:-1]]) + (end_E - begin_E).astype(np.uint64))
     return np.where(usable_E, hash_E, _NEVER)
 
 
