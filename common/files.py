@@ -11,6 +11,9 @@ from common.errors import UserError
 from common.json_text import parse_json
 from common.paths import descriptor, is_special
 
+MOST_PIPED = 2**28
+"""Bytes that are read of what has no size, such as a pipe; a device may have no end."""
+
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes to a temporary name in the same folder, then renames; readers see the old file or the new one.
@@ -86,11 +89,22 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Raises UserError naming a file that is absent or not JSON, or in which an object has a key twice."""
     try:
-        return parse_json(path.read_bytes())
+        return parse_json(_bytes(path))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
     except ValueError as error:
         raise UserError(f"{path} cannot be read ({error})") from None
+
+
+def _bytes(path: Path) -> bytes:
+    """All of a file. Raises UserError for a device or a pipe that does not end."""
+    if not is_special(path):
+        return path.read_bytes()
+    with path.open("rb") as file:
+        data = file.read(MOST_PIPED + 1)
+    if len(data) > MOST_PIPED:
+        raise UserError(f"{path} is no regular file, and more than {MOST_PIPED // 2**20} MiB come out of it")
+    return data
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -127,7 +141,7 @@ def split_lines(text: str) -> list[str]:
 def user_lines(path: Path) -> list[str]:
     """The lines of a user's text file, by `split_lines`. Raises UserError naming a file that cannot be read."""
     try:
-        data = path.read_bytes()
+        data = _bytes(path)
         return split_lines(data.decode("utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None

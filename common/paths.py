@@ -34,9 +34,15 @@ def user_path(text: str) -> Path:
     except UnicodeError:
         raise UserError(f"{text!r} is no path: it is not UTF-8") from None
     try:
-        return Path(text).expanduser()
+        path = Path(text).expanduser()
     except RuntimeError:
         raise UserError(f"{text!r} is no path: there is no user {text[1:].partition('/')[0]!r}") from None
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(f"{text!r} is no path: its links lead in a circle") from None
+    return path
 
 
 def check_file(path: Path, what: str) -> None:

@@ -1,6 +1,7 @@
 """How a command ends: its exit status, and one line for what the user can mend."""
 
 import os
+import select
 import shlex
 import signal
 import sys
@@ -11,6 +12,7 @@ from common.paths import told
 from common.terminal import harmless
 
 RESUMABLE = ("train", "compare")
+STDOUT = 1
 
 
 def ending(command: Callable[[], int], arguments: Sequence[str]) -> int:
@@ -50,12 +52,12 @@ def _refuse(mistake: UserError) -> int:
 
 def _reader_has_gone() -> bool:
     """Whether nobody takes what is printed any more; from then on it goes nowhere."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    asked = select.poll()
+    asked.register(STDOUT, 0)  # errors are told unasked
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in asked.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
+    return True
 
 
 def _hint(arguments: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,7 +90,7 @@ def _given_mesh(text: str | None, topology: Topology) -> MeshShape | None:
         axis, _, size = part.partition("=")
         if axis not in MESH_AXES:
             raise UserError(f"--mesh {text}: unknown axis {axis!r}, {nearest(axis, MESH_AXES)}")
-        if not size.isdecimal():
+        if not re.fullmatch(r"[0-9]{1,9}", size):
             raise UserError(f"--mesh {text}: {part!r} must be AXIS=NUMBER, such as fsdp=8")
         sizes[axis] = int(size)
     mesh = MeshShape(**sizes)

@@ -59,7 +59,7 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
         ...
     common.errors.UserError: topology 'v5p:4x4x7': no slice has this form; nearest: v5p:4x4x8
     """
-    form = re.fullmatch(r"(?:(\d+)\*)?(\w+)(?::(\d+(?:x\d+)+)|-(\d+))", text.strip().lower())
+    form = re.fullmatch(r"(?:(\d{1,9})\*)?(\w+)(?::(\d{1,9}(?:x\d{1,9})+)|-(\d{1,9}))", text.strip().lower())
     if not form:
         raise UserError(f"topology {text!r} must be CHIP:GRID, such as v5p:4x4x8, v5e-256 or 2*v5e:16x16")
     times, name, grid, number = form.groups()

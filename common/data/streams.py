@@ -23,7 +23,7 @@ from common.data.sources.templates import JoinedSource
 from common.data.tokenized.prepare import open_tokenized, warn_of_problems
 from common.data.tokenized.prepared import Prepared
 from common.data.tokenized.shards import Job
-from common.data.tokenizers.tokenizer import Tokenizer
+from common.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from common.errors import UserError
 
 
@@ -36,7 +36,12 @@ class Host:
 
 
 def open_training_text(config: DataConfig, cache_dir: Path) -> Source:
-    """The training splits of all parts, one after the other: what a tokenizer is trained on."""
+    """The training splits of all parts, one after the other: what a tokenizer is trained on.
+
+    Where the tokenizer is a file, that is read first: making a source may take long, and the file's name may be wrong.
+    """
+    if config.tokenizer.path is not None:
+        load_tokenizer(config.tokenizer)
     sources = tuple(open_source(part, part.train_split, cache_dir) for part in parts_of(config.source))
     return sources[0] if len(sources) == 1 else JoinedSource(sources)
 

@@ -171,6 +171,25 @@ def test_report_names_the_nearest_run(calls, capsys):
     assert "did you mean 'first'?" in capsys.readouterr().err
 
 
+def test_an_error_about_a_path_is_one_line_of_visible_characters(calls, monkeypatch, capsys, tmp_path):
+    path = tmp_path / "a\x1b[2J\u202e[red]"
+    monkeypatch.setattr(sys.modules["experiments.commands"], "compare", lambda *_, **__: path.read_text())
+    assert main(["compare", "first"]) == 2
+    error = capsys.readouterr().err
+    assert error == f"twinstack: error: {tmp_path}/a\\u001b[2J\\u202e[red]: no such file or directory\n"
+
+
+def test_nobody_reads_the_output_any_more():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "experiments.cli", "list"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(60) == 141
+
+
 def test_other_errors_keep_their_traceback(calls, monkeypatch):
     def fail(*_, **__):
         raise ValueError("a bug")

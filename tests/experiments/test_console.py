@@ -103,3 +103,19 @@ _GOODPUT = "goodput since the first launch 0%"
 
 def _timing() -> dict[str, float]:
     return dict.fromkeys(("seconds", "data_seconds", "checkpoint_seconds", "eval_seconds", "goodput"), 0.0)
+
+
+def test_controls_and_markup_in_names_are_shown_as_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Notes, titles of bars and names of arms come from data, paths and files."""
+    evil, seen = "[/red]a\x1b[2J\u202e", r"[/red]a\u001b[2J\u202e"
+    shown = Shown(monkeypatch, terminal=False)
+    progress = Progress(shown.console)
+    with progress.training(evil) as bar:
+        bar.note(evil)
+        bar.begin(0, STEPS)
+        shown.step(bar, 1, 1.0, validation_loss=1.0)
+    assert shown.lines[-2] == f"{seen}: {seen}" and shown.lines[-1].startswith(f"{seen}: step 1/{STEPS}")
+    terminal = Shown(monkeypatch, terminal=True)
+    with Progress(terminal.console).bar(evil, 2) as advance:
+        advance(1)
+    assert r"a\u001b[2J\u202e" in terminal.file.getvalue() and "\u202e" not in terminal.file.getvalue()

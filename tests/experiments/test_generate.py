@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,17 @@ def test_a_language_models_text_goes_on_as_it_is_scored(name: str, folders: dict
         for made, scored in zip(rows(out), rows(tmp_path / "scores.jsonl"), strict=True):
             assert scored["log_likelihood"] == pytest.approx(made["log_probability"], abs=1e-4)
             assert scored["is_greedy"]
+
+
+def test_a_pipe_gets_the_rows_and_nothing_lies_beside_it(folders: dict[str, Path], tmp_path: Path) -> None:
+    pipe, heard = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: heard.append(pipe.read_text()), daemon=True)
+    reader.start()
+    assert run(folders["gpt-learned"], "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--out", str(pipe)) == 0
+    reader.join(10)
+    assert [json.loads(line)["prompt"] for line in heard[0].splitlines()] == PROMPTS[:2]
+    assert os.listdir(tmp_path) == ["pipe"] and pipe.is_fifo()
 
 
 def test_many_prompts_without_a_file(folders: dict[str, Path], capsys: Any, monkeypatch: Any) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from common.data.config import SentencePieceConfig
+from common.data.config import BytePairConfig, SentencePieceConfig
 from common.data.objectives.config import SpanCorruption
 from common.data.sources.config import SourceConfig
 from experiments import cli
@@ -134,3 +134,22 @@ def test_what_is_refused(arguments: list[str], message: str, capsys: pytest.Capt
     assert cli.main(["data", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_controls_and_markup_of_the_data_are_shown_as_characters(tmp_path: Path) -> None:
+    evil = "\x1b]0;owned\x07 [red]one[/blue] \x9b2J \u202etwo"
+    for split in ("train", "validation"):
+        lines = [json.dumps({"en": f"{evil} {i}", "reversed": evil}) + "\n" for i in range(40)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines))
+    experiment = tiny_experiment(tmp_path)
+    tokenizer = BytePairConfig(vocab_size=275)
+    data = dataclasses.replace(experiment.data, tokenizer=tokenizer, input_length=96, target_length=96)
+    arms = {
+        f"[bold]{name}": dataclasses.replace(arm, model=dataclasses.replace(arm.model, vocab_size=384))
+        for name, arm in experiment.arms.items()
+    }
+    text = shown(dataclasses.replace(experiment, data=data, arms=arms))
+    assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(text)
+    examples = text.partition("\nexamples")[2].partition("encoder of an")[0]
+    assert r"\u001b]0;owned\u0007 [red]one[/blue] \u009b2J \u202etwo" in examples
+    assert "FLOPs of [bold]gpt" in text

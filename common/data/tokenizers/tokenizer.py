@@ -113,15 +113,19 @@ def open_tokenizer(config: TokenizerConfig, source: Source, cache_dir: Path) -> 
 def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """The tokenizer that lies at `config.path`, which must be given. Raises UserError where it cannot be read."""
     assert config.path is not None
+    try:
+        path = user_path(config.path)
+    except UserError as error:
+        raise UserError(f"tokenizer.path {error}") from None
     match config:
         case SentencePieceConfig():
             try:
-                model = user_path(config.path).read_bytes()
+                model = path.read_bytes()
             except OSError as error:
                 raise UserError(f"tokenizer.path {config.path!r} cannot be read: {error.strerror}") from None
             return SentencePieceTokenizer(model, sentinels=config.sentinels)
         case BytePairConfig():
-            return byte_pair.load(user_path(config.path), sentinels=config.sentinels, eos=config.eos)
+            return byte_pair.load(path, sentinels=config.sentinels, eos=config.eos)
 
 
 def training_lines(source: Source, records: int) -> Iterator[str]:

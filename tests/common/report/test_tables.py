@@ -66,3 +66,13 @@ def test_names_from_data_are_never_markup(write_run: Callable[..., Path]) -> Non
     odd = dataclasses.replace(result, arm="[red]x[/red]", scores=scores)
     assert "[red]x[/red]" in shown(comparison_table([odd]))
     assert "[bold]dates[/]" in shown(groups_table([odd]))
+
+
+def test_controls_in_names_from_data_do_not_reach_the_terminal(write_run: Callable[..., Path]) -> None:
+    result = read_run(write_run()).results[0]
+    evil, seen = "\x1b[2J\x9b\u202e", r"\u001b[2J\u009b\u202e"
+    scores = tuple(dataclasses.replace(s, group=s.group.replace("dates", f"dates{evil}")) for s in result.scores)
+    odd = dataclasses.replace(result, arm=f"x{evil}", scores=scores)
+    for table, names in ((comparison_table([odd]), [f"x{seen}"]), (groups_table([odd]), [f"x{seen}", f"dates{seen}"])):
+        text = shown(table)
+        assert all(name in text for name in names) and not set(evil) - set("[2J") & set(text)
