@@ -256,7 +256,7 @@ def test_a_question_is_no_markup(monkeypatch, capsys):
     def no_data(*_):
         raise UserError("enough")
 
-    monkeypatch.setattr(commands, "_begin", lambda experiment, run_dir: Console())
+    monkeypatch.setattr(commands, "_begin", lambda *_: Console())
     monkeypatch.setattr(commands, "_data", no_data)
     question = "[/red] [link=x]who\x1b]0;owned\x07 \u202e?"
     assert cli.main(["compare", "first_light", f"question={question}", f"expected={question}", "name=[/]"]) == 2
