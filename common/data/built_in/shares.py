@@ -2,16 +2,17 @@
 
 import hashlib
 import itertools
+from collections.abc import Mapping
 
 SPLIT_PER_MILLE = {"train": 950, "validation": 25, "test": 25}
 
 
-def split_by_hash(text: str) -> str:
-    """The split of a text, by shares of `SPLIT_PER_MILLE`.
+def split_by_hash(text: str, shares: Mapping[str, int] = SPLIT_PER_MILLE) -> str:
+    """The split of a text, by shares of their sum.
 
     >>> split_by_hash("apple"), split_by_hash("lime"), split_by_hash("apple")
     ('train', 'test', 'train')
     """
-    place = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") % 1000
-    bounds = zip(SPLIT_PER_MILLE, itertools.accumulate(SPLIT_PER_MILLE.values()), strict=True)
+    place = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") % sum(shares.values())
+    bounds = zip(shares, itertools.accumulate(shares.values()), strict=True)
     return next(name for name, bound in bounds if place < bound)

@@ -24,7 +24,9 @@ from typing import Any
 from common.data.cache import locked
 from common.data.corpora.by_name import open_corpus
 from common.data.sources.config import SourceConfig
+from common.data.sources.divided import open_divided
 from common.data.sources.file_sources import open_files, open_parallel, reading
+from common.data.sources.files import ONLY_SPLIT
 from common.data.sources.records import ByNumber, Problem, Record, Source, Unusable, check_range, first_line, pick
 from common.data.sources.templates import TemplatedSource
 from common.errors import UserError, nearest
@@ -38,11 +40,15 @@ def open_source(config: SourceConfig, split: str, cache_dir: Path) -> Source:
     Raises UserError, naming the nearest valid choice, for an unknown data set, split or field, and for a file that is
     missing or of another format. A record that cannot be used is no such mistake: reading it gives a Problem.
     """
-    source = open_fields(config.name, config.fields(), split, cache_dir)
+    if config.held_out is None:
+        source = open_fields(config.name, config.fields(), split, cache_dir, config.header)
+    else:
+        whole = open_fields(config.name, config.fields(), ONLY_SPLIT, cache_dir, config.header)
+        source = open_divided(whole, split, config.held_out, config.divided_by(), cache_dir)
     return TemplatedSource(source, config.templates) if config.templates else source
 
 
-def open_fields(name: str, fields: Mapping[str, str], split: str, cache_dir: Path) -> Source:
+def open_fields(name: str, fields: Mapping[str, str], split: str, cache_dir: Path, header: bool = True) -> Source:
     """As `open_source`, for fields of any names.
 
     Args:
@@ -52,6 +58,7 @@ def open_fields(name: str, fields: Mapping[str, str], split: str, cache_dir: Pat
         out.
       split: a split or a slice of one.
       cache_dir: the folder for everything that can be rebuilt.
+      header: `tsv:`, whether the first line names the columns.
     """
     scheme, _, rest = name.partition(":")
     match scheme:
@@ -62,7 +69,7 @@ def open_fields(name: str, fields: Mapping[str, str], split: str, cache_dir: Pat
         case "lines":
             return open_parallel(rest, split, dict(fields), cache_dir)
         case _:
-            return open_files(scheme, rest, split, dict(fields), cache_dir)
+            return open_files(scheme, rest, split, dict(fields), cache_dir, header)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -34,17 +34,22 @@ class Template:
 
     def fields(self) -> list[str]:
         """The names that both sides use, sorted."""
-        names = set()
-        for text in (self.inputs, self.targets):
-            try:
-                pieces = list(string.Formatter().parse(text))
-            except ValueError as error:
-                raise UserError(f"template {text!r}: {error}") from None
-            for _, name, form, conversion in pieces:
-                if name is not None and (not name.isidentifier() or form or conversion):
-                    raise UserError(f"template {text!r}: {name!r} must be the plain name of a field; a brace is {{{{")
-                names |= {name} if name is not None else set()
-        return sorted(names)
+        return sorted(_fields(self.inputs) | _fields(self.targets))
+
+    def input_fields(self) -> set[str]:
+        """The names that the inputs use; where they use none, those of the targets."""
+        return _fields(self.inputs) or _fields(self.targets)
+
+
+def _fields(template: str) -> set[str]:
+    try:
+        pieces = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise UserError(f"template {template!r}: {error}") from None
+    for _, name, form, conversion in pieces:
+        if name is not None and (not name.isidentifier() or form or conversion):
+            raise UserError(f"template {template!r}: {name!r} must be the plain name of a field; a brace is {{{{")
+    return {name for _, name, _, _ in pieces if name is not None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,10 +76,16 @@ class SourceConfig:
     """Field by which scores are grouped (kind of phrase, task); not read by models."""
     train_split: str = "train"
     validation_split: str = "validation"
+    held_out: Annotated[float, Range(1e-6, 0.49)] | None = None
+    """Of files without `{split}` in their path, this share of the records is the split `validation` and as large a
+    share the split `test`, by a hash of their inputs or text; None: all records are `train`."""
+    header: bool = True
+    """`tsv`: the first line names the columns; with false it is a record, and columns are named by number from 1."""
     strict: bool = False
     """Stop at a record that cannot be used; otherwise such records are left out, counted and named."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         scheme, _, rest = self.name.partition(":")
         if scheme not in SOURCE_SCHEMES or not rest:
             raise UserError(
@@ -91,6 +102,16 @@ class SourceConfig:
         ways = pair + (self.text is not None) + bool(self.templates)
         if (self.inputs is None) != (self.targets is None) or ways != 1:
             raise UserError("name either both inputs and targets, or text alone, or templates alone")
+        if not self.header and scheme != "tsv":
+            raise UserError(f"header=false is for tsv alone, not for {scheme}")
+        if self.held_out is not None and (scheme in ("tfds", "corpus") or "{split}" in rest):
+            raise UserError(f"held_out divides files whose path holds no {{split}}, but {self.name!r} has splits")
+
+    def divided_by(self) -> tuple[str, ...]:
+        """Our names of the fields whose hash decides on a record's split: records that share them stay together."""
+        if self.templates:
+            return tuple(sorted({name for template in self.templates for name in template.input_fields()}))
+        return ("inputs",) if self.text is None else ("text",)
 
     def fields(self) -> dict[str, str]:
         """What is read of a record: our name of a field -> the source's."""

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from common.data.sources.columnar import open_parquet
-from common.data.sources.files import fillings, find_files, parse_split, slice_bounds
+from common.data.sources.files import Found, fillings, find_files, parse_split, slice_bounds
 from common.data.sources.indexes import Index, in_threads
 from common.data.sources.line_files import open_line_file
 from common.data.sources.packed_files import PlainFile, plain_file
@@ -32,6 +32,7 @@ from common.errors import UserError, nearest
 
 LOOKED_AT = 16
 """So many records are read on opening, to see that fields are named as in the files."""
+HEADER_HINT = "; the first line names the columns, unless source.header=false gives them numbers from 1"
 IN_FOLDER = {"parquet": (".parquet",), "tfrecord": ("tfrecord",), "arrayrecord": ("array_record", "arrayrecord")}
 """What the names of a folder's data files hold, where a folder may be named."""
 
@@ -135,28 +136,34 @@ def _joined(parts: Sequence[Record | Problem]) -> Record | Problem:
     return record
 
 
-def open_files(scheme: str, pattern: str, split: str, fields: Mapping[str, str], cache_dir: Path) -> FileSource:
+def open_files(
+    scheme: str, pattern: str, split: str, fields: Mapping[str, str], cache_dir: Path, header: bool = True
+) -> FileSource:
     """Opens `scheme:pattern`, indexing what was not yet. Raises UserError as `open_source` says."""
     base, start, stop = parse_split(split)
     found = find_files(scheme, pattern, base, IN_FOLDER.get(scheme, ()))
 
-    files = in_threads(lambda one: _open(scheme, plain_file(one, cache_dir), fields, cache_dir), found, "indexing")
+    def open_one(one: Found) -> DataFile:
+        return _open(scheme, plain_file(one, cache_dir), fields, cache_dir, header)
+
+    files = in_threads(open_one, found, "indexing")
     ends = tuple(itertools.accumulate(len(file) for file in files))
     low, high = slice_bounds(start, stop, ends[-1])
     name = found[0].name if len(found) == 1 else f"{os.path.basename(pattern.rstrip('/'))}:{len(found)} files"
+    kind = scheme if header else f"{scheme} without header"
     source = FileSource(
-        content_id=f"{scheme}:{name}:{split}:{reading(fields)}:blake2b-{_digest([f.index.digest for f in files])}",
+        content_id=f"{kind}:{name}:{split}:{reading(fields)}:blake2b-{_digest([f.index.digest for f in files])}",
         files=tuple(files),
         ends=ends,
         low=low,
         high=high,
         fields=fields,
     )
-    _check_fields(source)
+    _check_fields(source, HEADER_HINT if scheme == "tsv" and header else "")
     return source
 
 
-def _open(scheme: str, file: PlainFile, fields: Mapping[str, str], cache_dir: Path) -> DataFile:
+def _open(scheme: str, file: PlainFile, fields: Mapping[str, str], cache_dir: Path, header: bool) -> DataFile:
     match scheme:
         case "parquet":
             return open_parquet(file, fields, cache_dir)
@@ -165,7 +172,7 @@ def _open(scheme: str, file: PlainFile, fields: Mapping[str, str], cache_dir: Pa
         case "arrayrecord":
             return open_array_record(file, cache_dir)
         case _:
-            return open_line_file(scheme, file, cache_dir)
+            return open_line_file(scheme, file, cache_dir, header)
 
 
 def open_parallel(pattern: str, split: str, fields: Mapping[str, str], cache_dir: Path) -> ParallelSource:
@@ -209,7 +216,7 @@ def _digest(digests: Sequence[str]) -> str:
     return hashlib.blake2b(" ".join(digests).encode(), digest_size=16).hexdigest()
 
 
-def _check_fields(source: FileSource) -> None:
+def _check_fields(source: FileSource, column_hint: str) -> None:
     """Raises UserError for a field that is not one of a file's columns, or in none of the first records."""
     for file in source.files:
         for ours, theirs in source.fields.items():
@@ -218,7 +225,7 @@ def _check_fields(source: FileSource) -> None:
             column = theirs if theirs in file.columns else theirs.split(".")[0]
             if column not in file.columns:
                 hint = nearest(theirs, file.columns)
-                raise UserError(f"source.{ours}: {file.shown} has no field {theirs!r}; {hint}")
+                raise UserError(f"source.{ours}: {file.shown} has no field {theirs!r}; {hint}{column_hint}")
             if (count := file.columns.count(column)) > 1:
                 raise UserError(f"source.{ours}: {file.shown} has {count} columns named {column!r}; rename all but one")
     raws = [raw for raw in source.raw(range(min(LOOKED_AT, len(source)))) if not isinstance(raw, Problem)]

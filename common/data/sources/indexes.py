@@ -40,7 +40,7 @@ class Index(NamedTuple):
     @property
     def starts(self) -> np.ndarray:
         """Where records start, int64, memory mapped; in which unit is the format's own."""
-        return _mapped(self.folder / STARTS)
+        return mapped(self.folder / STARTS)
 
 
 class Built(NamedTuple):
@@ -98,7 +98,8 @@ def in_threads(function: Callable[[T], R], items: Sequence[T], title: str) -> li
 
 
 @functools.lru_cache(MAPPED_AT_MOST)
-def _mapped(path: Path) -> np.ndarray:
+def mapped(path: Path) -> np.ndarray:
+    """What `write_starts` wrote, memory mapped."""
     # A plain view slices faster than np.memmap does.
     return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
 

@@ -1,7 +1,7 @@
 """JSONL, TSV and text files, a record a line: an index of line starts, and reading by seek.
 
-TSV is tab-separated without quoting, its first line names the columns. Text has one record a line, in the field "text".
-Lines count from 1, as editors do.
+TSV is tab-separated without quoting; its first line names the columns, or else they are named by number, from 1. Text
+has one record a line, in the field "text". Lines count from 1, as editors do.
 """
 
 import dataclasses
@@ -36,13 +36,15 @@ class LineFile:
     index: Index
     columns: tuple[str, ...] | None
     """The names of all fields; None where every record has its own."""
+    header: bool = False
+    """Whether the first line is none of the records, but names the columns."""
 
     def __len__(self) -> int:
         return max(self.index.records - self._header_lines, 0)
 
     @property
     def _header_lines(self) -> int:
-        return 1 if self.kind == "tsv" else 0
+        return 1 if self.header else 0
 
     def read(self, places: Sequence[int]) -> list[dict[str, Any] | Problem]:
         """Records by their number in this file, as the file names their fields."""
@@ -80,15 +82,19 @@ class LineFile:
         cells = text.split("\t")
         assert self.columns is not None
         if len(cells) != len(self.columns):
-            raise Unusable(f"{len(cells)} cells, but the header names {len(self.columns)} columns")
+            says = "the header names" if self.header else "the first line has"
+            raise Unusable(f"{len(cells)} cells, but {says} {len(self.columns)} columns")
         return dict(zip(self.columns, cells, strict=True))
 
 
-def open_line_file(kind: str, file: PlainFile, cache_dir: Path) -> LineFile:
-    """Raises UserError where the header of a TSV file cannot be used."""
+def open_line_file(kind: str, file: PlainFile, cache_dir: Path, header: bool) -> LineFile:
+    """`header` counts for TSV. Raises UserError where the header of a TSV file cannot be used."""
     index = open_index("lines", file, cache_dir, _index)
-    columns = {"tsv": lambda: _header(file, index), "text": lambda: TEXT_COLUMNS, "jsonl": lambda: None}[kind]()
-    return LineFile(kind=kind, shown=file.shown, path=file.path, index=index, columns=columns)
+    columns: tuple[str, ...] | None = TEXT_COLUMNS if kind == "text" else None
+    if kind == "tsv":
+        columns = _header(file, index) if header else _numbers(file, index)
+    header = header and kind == "tsv"
+    return LineFile(kind=kind, shown=file.shown, path=file.path, index=index, columns=columns, header=header)
 
 
 def runs(places: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -131,14 +137,26 @@ def _header(file: PlainFile, index: Index) -> tuple[str, ...]:
         raise UserError(f"{file.shown} is empty; the first line of a TSV file names its columns")
     if index.torn and index.records == 1:
         raise UserError(f"{file.shown} line 1: {index.torn}; the first line of a TSV file names its columns")
+    try:
+        return tuple(_decoded(_first_line(file, index)).split("\t"))
+    except Unusable as error:
+        raise UserError(f"{file.shown} line 1: {error}") from error
+
+
+def _numbers(file: PlainFile, index: Index) -> tuple[str, ...] | None:
+    """As many as the first line has cells; None where there is no line."""
+    if index.records - bool(index.torn) < 1:
+        return None
+    return tuple(str(number + 1) for number in range(_first_line(file, index).count(b"\t") + 1))
+
+
+def _first_line(file: PlainFile, index: Index) -> bytes:
+    low, high = index.starts[:2].tolist()
+    if what := too_long(high - low):
+        raise UserError(f"{file.shown} line 1: {what}")
     with open(file.path, "rb") as opened:
-        low, high = index.starts[:2].tolist()
         opened.seek(low)
-        try:
-            columns = tuple(_decoded(opened.read(high - low)).split("\t"))
-        except Unusable as error:
-            raise UserError(f"{file.shown} line 1: {error}") from error
-    return columns
+        return opened.read(high - low)
 
 
 def _decoded(line: bytes) -> str:

@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from common.data import cache
 from common.data.built_in import cldr, pydocs
 from common.data.sources import by_name as sources
-from common.data.sources.by_name import open_source
+from common.data.sources.by_name import open_fields, open_source
 from common.data.sources.config import SourceConfig
 from common.data.sources.files import parse_split, slice_bounds
 from common.errors import UserError
@@ -64,6 +64,29 @@ def test_local_files_give_every_record_in_any_order(tmp_path, scheme, ending, la
     for index in (-1, len(source)):
         with pytest.raises(IndexError):
             source[index]
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n", ""])
+def test_a_table_without_a_header_has_columns_by_number(tmp_path, ending):
+    path = tmp_path / "a.tsv"
+    path.write_bytes((("\ufeff" + "\n".join(f"{en}\t{de}" for en, de in ROWS)) + ending).encode())
+    source = open_source(config(f"tsv:{path}", inputs="1", targets="2", header=False), "train", tmp_path / "cache")
+    assert source.read(range(len(source))) == expected("tsv")
+    assert source.content_id != open_fields(f"tsv:{path}", {"inputs": "one"}, "train", tmp_path).content_id
+    with pytest.raises(UserError, match="no field 'en'.*the first line names the columns, unless source.header=false"):
+        open_source(config(f"tsv:{path}"), "train", tmp_path / "cache")
+    with pytest.raises(UserError, match="no field '3'.*valid: 1, 2"):
+        open_source(config(f"tsv:{path}", inputs="3", header=False), "train", tmp_path / "cache")
+    path.write_bytes(b"\xff\tb\nc\td\te\nf\tg\n")
+    bad = open_source(config(f"tsv:{path}", inputs="1", targets="2", header=False), "train", tmp_path / "cache")
+    problems = bad.read(range(3))
+    assert "line 1: byte 1 is not UTF-8" in str(problems[0])
+    assert "line 2: 3 cells, but the first line has 2 columns" in str(problems[1])
+    assert problems[2] == {"inputs": "f", "targets": "g"}
+    path.write_bytes(b"")
+    assert len(open_source(config(f"tsv:{path}", inputs="1", targets="2", header=False), "train", tmp_path)) == 0
+    with pytest.raises(UserError, match="header=false is for tsv alone, not for jsonl"):
+        config("jsonl:a", header=False)
 
 
 @pytest.mark.parametrize("scheme", ["jsonl", "tsv", "text"])
@@ -250,7 +273,7 @@ def test_a_prepared_tfds_data_set_is_read_without_its_code_and_without_tensorflo
     code = f"""
 import pathlib, sys
 from common.data.sources.config import SourceConfig
-from common.data.sources.by_name import open_source
+from common.data.sources.by_name import open_fields, open_source
 assert "tensorflow_datasets" not in sys.modules
 config = SourceConfig(name="tfds:tiny_translate", inputs="en", targets="de", group="label")
 source = open_source(config, "train[:10%]", pathlib.Path({str(tmp_path)!r}))
