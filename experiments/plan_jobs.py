@@ -23,7 +23,7 @@ from rich.console import Console
 from common.compute.aot import Compiled, compile_step, devices_of, environment
 from common.compute.topology import Topology
 from common.config import from_json, to_json
-from common.data.cache import default_cache_dir
+from common.data.cache import default_cache_dir, put, say_damage, whole
 from common.errors import UserError
 from common.files import read_json, write_json
 from common.terminal import marked_up
@@ -63,7 +63,9 @@ def compile_all(jobs: Sequence[Job], console: Console) -> list[Compiled]:
             "libtpu, the compiler for TPUs, is not installed; it needs no TPU: pip install 'twinstack[plan]'"
         )
     paths = [default_cache_dir() / "plans" / f"{job.key()}.json" for job in jobs]
-    waiting = [(job, path) for job, path in zip(jobs, paths, strict=True) if not path.exists()]
+    waiting = [(job, path) for job, path in zip(jobs, paths, strict=True) if not whole(path)]
+    for _, path in waiting:
+        say_damage(path)
     with tempfile.TemporaryDirectory(prefix="twinstack-plan-") as folder, contextlib.ExitStack() as stack:
         running: list[_Process] = []
         status = stack.enter_context(console.status("")) if waiting and console.is_terminal else None
@@ -155,5 +157,8 @@ def _work(request: dict[str, Any]) -> Compiled:
 
 
 if __name__ == "__main__":
-    write_json(Path(sys.argv[2]), to_json(_work(read_json(Path(sys.argv[1])))))
+    path = Path(sys.argv[2])
+    part = path.with_name(f".{path.name}.part")
+    write_json(part, to_json(_work(read_json(Path(sys.argv[1])))))
+    put(part, path)
     os._exit(0)  # the compiler still works in its thread

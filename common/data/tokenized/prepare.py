@@ -12,13 +12,22 @@ import json
 import logging
 import multiprocessing
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from common.data.cache import locked
+from common.data.cache import adopt, listed, locked, put, say_damage, whole
 from common.data.progress import counter
-from common.data.tokenized.prepared import IDENTITY, MANIFEST, PROBLEMS, VARIABLE, Prepared, find_elsewhere
+from common.data.tokenized.prepared import (
+    IDENTITY,
+    MANIFEST,
+    PROBLEMS,
+    VARIABLE,
+    Prepared,
+    as_written,
+    find_elsewhere,
+)
 from common.data.tokenized.shards import REPORT, Job, ShardReport, write_shard
 from common.errors import UserError
 from common.files import read_json, write_json
@@ -62,13 +71,19 @@ class Folder:
         return str(self.path)
 
     def manifest(self) -> dict | None:
-        return read_json(self.path / MANIFEST) if self.path.exists() else None
+        return read_json(self.path / MANIFEST) if whole(self.path) else None
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         with locked(self.path):
-            if (self._part / MANIFEST).exists():  # only the move was missing
-                os.replace(self._part, self.path)
+            if (self._part / MANIFEST).exists():
+                if as_written(self._part):  # only the move was missing
+                    put(self._part, self.path)
+                else:
+                    shutil.rmtree(self._part)
+            if self.path.exists() and not listed(self.path) and as_written(self.path):
+                adopt(self.path)
+            say_damage(self.path)
             yield
 
     def write(self, number: int, job: Job, tick: Callable[[int], None]) -> ShardReport:
@@ -77,7 +92,7 @@ class Folder:
 
     def finish(self, job: Job, reports: Sequence[ShardReport]) -> None:
         finish(job, self._part, reports)
-        os.replace(self._part, self.path)
+        put(self._part, self.path)
 
     @property
     def _part(self) -> Path:

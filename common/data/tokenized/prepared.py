@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from common.data.sums import file_hash, is_right
 from common.data.tokenized.remote_folder import RemoteFolder
 from common.data.tokenized.token_store import KEPT, TokenStream
 from common.errors import UserError
@@ -33,15 +34,21 @@ class Prepared:
     manifest: dict
 
     @classmethod
-    def open(cls, folder: Path) -> "Prepared":
-        """Reads where it lies. Raises UserError for a file that is missing."""
+    def open(cls, folder: Path, stamps: Path | None = None) -> "Prepared":
+        """Reads where it lies. Raises UserError for a file that is missing.
+
+        Args:
+          stamps: a folder that keeps which files were found right; each is compared with its hash before it is first
+            read. None: whoever opens it has done so.
+        """
         manifest = read_json(folder / MANIFEST)
         missing = [name for name in _hashes(manifest, str(folder / MANIFEST)) if not (folder / name).exists()]
         if missing:
             raise UserError(
                 f"{folder / missing[0]} is missing, which {MANIFEST} tells of; delete the folder and prepare it anew"
             )
-        return cls(where=folder, place=folder.joinpath, fields=_streams(manifest, folder.joinpath), manifest=manifest)
+        place = folder.joinpath if stamps is None else _checking(folder, manifest, stamps)
+        return cls(where=folder, place=place, fields=_streams(manifest, place), manifest=manifest)
 
     @classmethod
     def remote(cls, remote: RemoteFolder, manifest: dict, fetched: Path) -> "Prepared":
@@ -91,7 +98,27 @@ def find_elsewhere(key: str, identity: Sequence[object], cache_dir: Path) -> Pre
     if not (folder / key).is_dir():
         return None
     _check(str(folder / key / MANIFEST), read_json(folder / key / MANIFEST), identity)
-    return Prepared.open(folder / key)
+    return Prepared.open(folder / key, stamps=cache_dir / "prepared" / key)
+
+
+def as_written(folder: Path) -> bool:
+    """Whether a folder's files are those that its manifest tells of."""
+    try:
+        hashes = _hashes(read_json(folder / MANIFEST), str(folder / MANIFEST))
+        return all(file_hash(folder / name) == digest for name, digest in hashes.items())
+    except (OSError, UserError, AttributeError, KeyError, TypeError):
+        return False
+
+
+def _checking(folder: Path, manifest: dict, stamps: Path) -> Callable[[str], Path]:
+    hashes = _hashes(manifest, str(folder / MANIFEST))
+
+    def place(name: str) -> Path:
+        if name not in hashes or not is_right(folder / name, hashes[name], stamps / name):
+            raise UserError(f"{folder / name} is damaged: {MANIFEST} tells of other bytes; delete and prepare it anew")
+        return folder / name
+
+    return place
 
 
 def _check(shown: str, manifest: Any, identity: Sequence[object]) -> None:

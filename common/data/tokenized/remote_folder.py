@@ -1,7 +1,6 @@
 """A folder at an url: files are fetched from it when they are needed, and sent to it."""
 
 import contextlib
-import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 from common.data.cache import build_once
 from common.data.sources.files import file_system, reading
 from common.data.sources.records import first_line
+from common.data.sums import file_hash
 from common.errors import UserError
 from common.json_text import parse_json
 
@@ -43,10 +43,8 @@ class RemoteFolder(NamedTuple):
         Raises UserError where it cannot be fetched, or its BLAKE2b is not `digest`.
         """
         path = folder / f"{digest}.{name}"
-        if not path.exists():
-            with _fetching.setdefault(path, threading.Lock()):
-                build_once(path, lambda part: self._fetch(name, digest, part))
-        return path
+        with _fetching.setdefault(path, threading.Lock()):
+            return build_once(path, lambda part: self._fetch(name, digest, part))
 
     def send(self, path: Path) -> None:
         """Copies a file there, under its own name. A killed one may leave half of it."""
@@ -77,12 +75,6 @@ class RemoteFolder(NamedTuple):
             raise UserError(
                 f"{self.at(name)} is damaged: its bytes are not those of its manifest; delete all and prepare it anew"
             )
-
-
-def file_hash(path: Path) -> str:
-    """BLAKE2b, 128 bits, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.data.sources.records import Problem, Record, Source, in_batches
-from common.data.tokenized.remote_folder import file_hash
+from common.data.sums import file_hash, sync
 from common.data.tokenized.token_store import KEPT, ShardWriter
 from common.data.tokenizers.tokenizer import Tokenizer
 from common.errors import UserError
@@ -81,15 +81,14 @@ class ShardReport:
 
 
 def write_shard(number: int, job: Job, folder: Path, tick: Callable[[int], None] = lambda done: None) -> ShardReport:
-    """Tokenises shard `number` into `folder`, unless its report lies there already.
+    """Tokenises shard `number` into `folder`, unless its report lies there already, and the files that it tells of.
 
     The report is written last, so a shard without one is begun anew. `tick` hears of every batch of records.
     """
     path = folder / REPORT.format(number=number)
-    if path.exists():
-        report = ShardReport(**read_json(path))
-        tick(report.records)
-        return report
+    if (there := _finished(path)) is not None:
+        tick(there.records)
+        return there
     writers = {field: ShardWriter(folder, number, field, job.tokenizer.vocab_size) for field in job.fields}
     kept: list[Sequence[int]] = []
     problems: list[str] = []
@@ -106,6 +105,8 @@ def write_shard(number: int, job: Job, folder: Path, tick: Callable[[int], None]
     if problems:
         np.save(folder / KEPT.format(number=number), np.concatenate(kept).astype(np.int64) - indices.start)
     files = sorted(folder.glob(f"{number:05d}.*.npy"))
+    for file in files:
+        sync(file)
     report = ShardReport(
         records=len(indices),
         kept=sum(map(len, kept)),
@@ -117,6 +118,18 @@ def write_shard(number: int, job: Job, folder: Path, tick: Callable[[int], None]
     )
     write_json(path, dataclasses.asdict(report))
     return report
+
+
+def _finished(path: Path) -> ShardReport | None:
+    """The report of a shard that an earlier process wrote; None where not all of it is there."""
+    if not path.exists():
+        return None
+    try:
+        report = ShardReport(**read_json(path))
+        right = all(file_hash(path.parent / name) == digest for name, digest in report.hashes.items())
+    except (OSError, UserError, TypeError, AttributeError):
+        return None
+    return report if right else None
 
 
 class _Encoded(NamedTuple):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from common.data.ragged import Ragged
+from common.errors import UserError
 
 TOKENS = "{number:05d}.{field}.tokens.npy"
 OFFSETS = "{number:05d}.{field}.offsets.npy"
@@ -37,17 +38,23 @@ class StoredShard:
     @functools.cached_property
     def tokens_P(self) -> np.ndarray:
         """uint16 or int32."""
-        return self._mapped(TOKENS)
+        return self._mapped(TOKENS, self.tokens)
 
     @functools.cached_property
     def offsets(self) -> np.ndarray:
         """As a `Ragged`'s."""
-        return self._mapped(OFFSETS)
+        return self._mapped(OFFSETS, self.records + 1)
 
-    def _mapped(self, name: str) -> np.ndarray:
+    def _mapped(self, name: str, count: int) -> np.ndarray:
         path = self.place(name.format(number=self.number, field=self.field))
-        # A plain view slices faster than np.memmap does.
-        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+        try:
+            # A plain view slices faster than np.memmap does.
+            found = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+        except (ValueError, EOFError):
+            found = np.zeros(0)
+        if found.shape != (count,):
+            raise UserError(f"{path} does not hold the {count} numbers that its manifest tells of: it is damaged")
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
