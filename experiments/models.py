@@ -16,9 +16,9 @@ from common.config import from_json, to_json
 from common.data.cache import default_cache_dir
 from common.data.config import BytePairConfig, DataConfig, SentencePieceConfig, TokenizerConfig
 from common.data.objectives.config import Objective, PrefixLM, Supervised, has_inputs
-from common.data.streams import open_training_text
+from common.data.streams import open_tokenizer_of, open_training_text
 from common.data.tokenizers.kept import MODEL, read_kept
-from common.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
+from common.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from common.errors import UserError
 from common.files import inside, read_json
 from common.nn.recipe import Execution
@@ -221,7 +221,7 @@ def tokenizer_of_run(arm_dir: Path, data: DataConfig) -> Tokenizer:
         cause = "without that folder, its data config gives the tokenizer again where its data are still there"
     else:
         cache_dir = default_cache_dir()
-        tokenizer = open_tokenizer(data.tokenizer, open_training_text(data, cache_dir), cache_dir)
+        tokenizer = open_tokenizer_of(data, open_training_text(data, cache_dir), cache_dir)
         source = "its data config now gives"
         cause = "the source, the tokenizer's file or the library that trains it has changed"
     if then != tokenizer.content_hash:

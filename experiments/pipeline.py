@@ -18,12 +18,13 @@ from common.data.loader import Loader
 from common.data.streams import (
     Host,
     StagedLoader,
+    open_tokenizer_of,
     open_training,
     open_training_text,
     open_validation,
 )
 from common.data.tokenizers.kept import kept_files
-from common.data.tokenizers.tokenizer import Tokenizer, open_tokenizer
+from common.data.tokenizers.tokenizer import Tokenizer
 from common.errors import UserError
 from common.evals.decoding import decode_greedily
 from common.evals.text_metrics import ALL, score_texts
@@ -63,7 +64,7 @@ def open_data(experiment: Experiment, arms: Iterable[str] | None = None) -> Data
     """
     cache_dir, config = default_cache_dir(), experiment.data
     source = open_training_text(config, cache_dir)
-    tokenizer = open_tokenizer(config.tokenizer, source, cache_dir)
+    tokenizer = open_tokenizer_of(config, source, cache_dir)
     for name in experiment.arms if arms is None else arms:
         rows = experiment.arms[name].model.vocab_size
         if rows < tokenizer.table_size:

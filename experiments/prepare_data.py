@@ -12,13 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from common.data.cache import default_cache_dir
-from common.data.streams import jobs, open_training_text
+from common.data.streams import jobs, open_tokenizer_of, open_training_text
 from common.data.tokenized.beam import parse_options, prepare_with_beam
 from common.data.tokenized.prepare import make, open_tokenized, write_all
 from common.data.tokenized.prepared import PROBLEMS, VARIABLE
 from common.data.tokenized.remote import check_destination, destination
 from common.data.tokenized.shards import Job
-from common.data.tokenizers.tokenizer import open_tokenizer
 from common.terminal import harmless, marked_up
 from experiments.config import Experiment
 
@@ -60,7 +59,7 @@ def prepare_data(
     if beam is not None:
         parse_options(beam)
     source = open_training_text(config, cache_dir)
-    tokenizer = open_tokenizer(config.tokenizer, source, cache_dir)
+    tokenizer = open_tokenizer_of(config, source, cache_dir)
     console.print(f"tokenizer: {tokenizer.vocab_size:,} ids, hash {tokenizer.content_hash}", highlight=False)
     made = []
     for split, job in jobs(config, tokenizer, cache_dir, experiment.evaluation.splits):

@@ -205,7 +205,10 @@ def _name(token: int, tokenizer: Tokenizer) -> str | None:
     """Of a token that stands for no text."""
     if token == tokenizer.eos_id:
         return "⟨eos⟩"
-    return next((f"⟨{k}⟩" for k in range(tokenizer.sentinels) if token == tokenizer.sentinel_id(k)), None)
+    names = {mode: name for name, mode in tokenizer.modes.items()}
+    return names.get(token) or next(
+        (f"⟨{k}⟩" for k in range(tokenizer.sentinels) if token == tokenizer.sentinel_id(k)), None
+    )
 
 
 def _style(segment: int) -> str:

@@ -14,7 +14,7 @@ from common.data.config import DataConfig, fitted_needs
 from common.data.examples import Examples, MixedExamples, PieceExamples, RecordExamples, Unread
 from common.data.loader import Loader, prefetched
 from common.data.objectives.apply import fields
-from common.data.objectives.config import CausalLM, FullLM, Single, Supervised, raw_parts
+from common.data.objectives.config import CausalLM, FullLM, Single, Supervised, mode_names, raw_parts
 from common.data.packing import RowPlans
 from common.data.sources.by_name import open_source
 from common.data.sources.config import SourceConfig, SourceMixture, parts_of
@@ -23,7 +23,7 @@ from common.data.sources.templates import JoinedSource
 from common.data.tokenized.prepare import open_tokenized, warn_of_problems
 from common.data.tokenized.prepared import Prepared
 from common.data.tokenized.shards import Job
-from common.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from common.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, mode_ids, open_tokenizer
 from common.errors import UserError
 
 
@@ -44,6 +44,11 @@ def open_training_text(config: DataConfig, cache_dir: Path) -> Source:
         load_tokenizer(config.tokenizer)
     sources = tuple(open_source(part, part.train_split, cache_dir) for part in parts_of(config.source))
     return sources[0] if len(sources) == 1 else JoinedSource(sources)
+
+
+def open_tokenizer_of(config: DataConfig, source: Source, cache_dir: Path) -> Tokenizer:
+    """The tokenizer of a data config: loaded, or trained on `source`, which `open_training_text` returned."""
+    return open_tokenizer(config.tokenizer, source, cache_dir, mode_names(config.objective))
 
 
 def jobs(
@@ -226,7 +231,7 @@ def _examples(
     apart = len(denoisers) > 1
     made: list[Examples] = []
     for number, (denoiser, job) in enumerate(zip(denoisers, jobs, strict=True)):
-        mode = tokenizer.encode(denoiser.mode).tolist()
+        mode = mode_ids(tokenizer, denoiser.mode)
         # A mode takes input slots from the piece, so that what fitted may fit no more.
         needs = fitted_needs(denoiser.objective, config.input_length - len(mode), config.target_length)
         examples = PieceExamples(

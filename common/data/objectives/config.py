@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from common.data.mixing import Mixing
 from common.data.objectives.spans import fit_inputs
+from common.data.tokenizers.vocabulary import MODE
 from common.errors import UserError
 from common.ranges import NotNegative, Range, Share, check_ranges
 
@@ -116,7 +117,8 @@ class Part:
     rate: NotNegative = 1.0
     """How often, beside the other parts' rates."""
     mode: str = ""
-    """Text in front of the inputs that says which objective this is, such as UL2's `[S2S]`."""
+    """Text in front of the inputs that says which objective this is. Capital letters in square brackets, as UL2's
+    `[S2S]`, are one token of a tokenizer that is trained for the run; everything else is spelled as any text is."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -226,6 +228,16 @@ def has_inputs(objective: Objective) -> bool:
     """
     parts = raw_parts(objective)
     return any(not isinstance(part.objective, FullLM) for part in parts) if parts else isinstance(objective, Supervised)
+
+
+def mode_names(objective: Objective) -> tuple[str, ...]:
+    """The modes that a tokenizer trained for the objective has a token for.
+
+    >>> mode_names(UL2()), mode_names(SpanCorruption())
+    (('[NLU]', '[S2S]', '[NLG]'), ())
+    """
+    modes = (part.mode for part in raw_parts(objective) if MODE.fullmatch(part.mode))
+    return tuple(dict.fromkeys(modes))
 
 
 def _denoisers(mode: str, rate: float, *shapes: tuple[float, float]) -> tuple[Part, ...]:

@@ -19,8 +19,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from common.data.config import BYTE_PAIR_LEAST, BytePairConfig
 from common.data.tokenizers.plain_text import reading_plain_text
 from common.data.tokenizers.vocabulary import (
+    MODE,
     decode_around_sentinels,
     encode_around_sentinels,
+    encode_behind_mode,
     own_sentinels,
     refuse_surrogates,
     sentinel_at,
@@ -75,6 +77,8 @@ class BytePairTokenizer:
         self._silent = _silent_ids(tokenizer, special) - set(self._sentinel_ids)
         self._known = frozenset(vocabulary.values())
         self._reserved = self._special_ids() | set(self._sentinel_ids)
+        named = self._special_ids() - {special.pad, special.eos, special.unk, special.start, special.bos}
+        self.modes = {name: token for name, token in vocabulary.items() if token in named and MODE.fullmatch(name)}
         self._reader = reading_plain_text(tokenizer, self._reserved & self._known)
         first = self.encode("x")[:1].tolist()
         self._adds_space = any((tokenizer.id_to_token(token) or "").startswith(("\u2581", "Ġ")) for token in first)
@@ -120,9 +124,12 @@ class BytePairTokenizer:
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def encode_with_sentinels(self, text: str) -> np.ndarray:
-        """As `encode`, but that the names of sentinels in `text` become their ids."""
-        ids = encode_around_sentinels(text, self._sentinel_ids, self.encode, adds_space=self._adds_space)
-        return np.array(ids, np.int32)
+        """As `encode`, but that the names of sentinels in `text`, and of a mode in front, become their ids."""
+
+        def encode(text: str) -> list[int]:
+            return encode_around_sentinels(text, self._sentinel_ids, self.encode, adds_space=self._adds_space)
+
+        return np.array(encode_behind_mode(text, self.modes, encode), np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, whatever a model emits; special tokens are left out, except unk, which shows its name."""
@@ -153,22 +160,26 @@ class BytePairTokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
 
-def train_model(lines: Iterable[str], config: BytePairConfig) -> bytes:
-    """A `tokenizer.json`; equal lines give equal bytes.
+def train_model(lines: Iterable[str], config: BytePairConfig, modes: Sequence[str] = ()) -> bytes:
+    """A `tokenizer.json`; equal lines give equal bytes. Each of `modes` becomes a token that no text spells.
 
-    Raises UserError, with the largest possible size, when the text cannot fill `config.vocab_size`.
+    Raises UserError, with the nearest possible size, when the text cannot fill `config.vocab_size`, or modes overfill
+    it.
     """
+    least = BYTE_PAIR_LEAST + len(modes) + config.sentinels
+    if config.vocab_size < least:
+        raise UserError(f"tokenizer.vocab_size is {config.vocab_size}; the least, with {len(modes)} modes, is {least}")
     tokenizer = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size - config.sentinels,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=list(TRAINED_SPECIALS),
+        special_tokens=[*TRAINED_SPECIALS, *modes],
         show_progress=False,
     )
     tokenizer.train_from_iterator(lines, trainer)
     size = tokenizer.get_vocab_size() + config.sentinels
     if size < config.vocab_size:
-        text = "has no text to be trained on" if size == BYTE_PAIR_LEAST + config.sentinels else "has too little text"
+        text = "has no text to be trained on" if size == least else "has too little text"
         raise UserError(
             f"the tokenizer {text}: tokenizer.vocab_size {config.vocab_size} is too large, at most {size} is possible"
         )

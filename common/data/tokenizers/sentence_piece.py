@@ -18,9 +18,11 @@ from sentencepiece import sentencepiece_model_pb2
 
 from common.data.config import SentencePieceConfig
 from common.data.tokenizers.vocabulary import (
+    MODE,
     SPACE_MARK,
     decode_around_sentinels,
     encode_around_sentinels,
+    encode_behind_mode,
     own_sentinels,
     refuse_surrogates,
     sentinel_at,
@@ -76,6 +78,9 @@ class SentencePieceTokenizer:
         first = self._model.encode("x")[:1]
         self._adds_space = any(self._model.id_to_piece(token).startswith(SPACE_MARK) for token in first)
         self._mark_ids = self._spell_mark()
+        control = set(filter(self._model.is_control, range(self.pieces))) - {self.pad_id, self.eos_id, self.start_id}
+        names = {token: self._model.id_to_piece(token) for token in sorted(control)}
+        self.modes = {name: token for token, name in names.items() if MODE.fullmatch(name)}
 
     @functools.cached_property
     def ordinary_ids(self) -> np.ndarray:
@@ -105,9 +110,12 @@ class SentencePieceTokenizer:
         return ids
 
     def encode_with_sentinels(self, text: str) -> np.ndarray:
-        """As `encode`, but that the names of sentinels in `text` become their ids."""
-        ids = encode_around_sentinels(text, self._sentinel_ids, self.encode, adds_space=self._adds_space)
-        return np.array(ids, np.int32)
+        """As `encode`, but that the names of sentinels in `text`, and of a mode in front, become their ids."""
+
+        def encode(text: str) -> list[int]:
+            return encode_around_sentinels(text, self._sentinel_ids, self.encode, adds_space=self._adds_space)
+
+        return np.array(encode_behind_mode(text, self.modes, encode), np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, whatever a model emits.
@@ -171,11 +179,12 @@ def _as_control(model: bytes, ids: Iterable[int]) -> bytes:
     return changed.SerializeToString()
 
 
-def train_model(lines: Iterable[str], config: SentencePieceConfig) -> bytes:
+def train_model(lines: Iterable[str], config: SentencePieceConfig, modes: Sequence[str] = ()) -> bytes:
     """The bytes of a SentencePiece model; equal lines in equal order give equal bytes.
 
-    Text is taken as it is: no Unicode normalisation, no folding of spaces. Raises UserError, with the nearest possible
-    size, when the text cannot fill `config.vocab_size` or does not fit into it.
+    Each of `modes` becomes a token that no text spells. Text is taken as it is: no Unicode normalisation, no folding of
+    spaces. Raises UserError, with the nearest possible size, when the text cannot fill `config.vocab_size` or does not
+    fit into it.
     """
     model = io.BytesIO()
     parts = [part for line in lines for part in line.split(UNKNOWN_MARK)]
@@ -197,6 +206,7 @@ def train_model(lines: Iterable[str], config: SentencePieceConfig) -> bytes:
             eos_id=1,
             unk_id=2,
             bos_id=-1,
+            control_symbols=list(modes),
             num_threads=1,  # more threads sum in another order: other scores, other bytes
             shuffle_input_sentence=False,
             minloglevel=2,

@@ -48,6 +48,9 @@ class Tokenizer(Protocol):
     content_hash: str
     """Two tokenizers with equal hashes write equal ids."""
 
+    modes: dict[str, int]
+    """Names and ids of mode tokens, which stand in front of inputs; see `vocabulary.MODE`."""
+
     @property
     def ordinary_ids(self) -> np.ndarray:
         """int32: the ids that texts are spelled with, which are neither special nor sentinels."""
@@ -85,16 +88,17 @@ class Tokenizer(Protocol):
         ...
 
 
-def open_tokenizer(config: TokenizerConfig, source: Source, cache_dir: Path) -> Tokenizer:
+def open_tokenizer(config: TokenizerConfig, source: Source, cache_dir: Path, modes: Sequence[str] = ()) -> Tokenizer:
     """The tokenizer of a run: loaded from `config.path`, or trained on `source` (the training split) and cached.
 
-    The cache's key is the source's content id, the config and the version of the library that trains. Raises UserError
-    where the file cannot be read, or the text is too little for the vocabulary.
+    A trained one has a token for each of `modes`; a loaded one has the tokens that it has. The cache's key is the
+    source's content id, the config, the modes and the version of the library that trains. Raises UserError where the
+    file cannot be read, or the text is too little for the vocabulary.
     """
     if config.path is not None:
         return load_tokenizer(config)
-    library, train = _training(config)
-    identity = [source.content_id, dataclasses.asdict(config), library]
+    library, train = _training(config, modes)
+    identity = [source.content_id, dataclasses.asdict(config), library, *modes]
     key = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def build(path: Path) -> None:
@@ -108,6 +112,11 @@ def open_tokenizer(config: TokenizerConfig, source: Source, cache_dir: Path) -> 
             return SentencePieceTokenizer(model, sentinels=config.sentinels)
         case BytePairConfig():
             return BytePairTokenizer.trained(model, sentinels=config.sentinels)
+
+
+def mode_ids(tokenizer: Tokenizer, mode: str) -> list[int]:
+    """What stands for a mode in front of inputs: its token, or its name in ordinary pieces where there is none."""
+    return [tokenizer.modes[mode]] if mode in tokenizer.modes else tokenizer.encode(mode).tolist()
 
 
 def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
@@ -149,10 +158,10 @@ def training_lines(source: Source, records: int) -> Iterator[str]:
         raise UserError(f"none of the training text's records can be used; the first: {problems[0]}")
 
 
-def _training(config: TokenizerConfig) -> tuple[str, Callable[[Iterable[str]], bytes]]:
+def _training(config: TokenizerConfig, modes: Sequence[str]) -> tuple[str, Callable[[Iterable[str]], bytes]]:
     """(the version of what trains, a function from lines to a model's bytes)."""
     match config:
         case SentencePieceConfig():
-            return sentence_piece.VERSION, lambda lines: sentence_piece.train_model(lines, config)
+            return sentence_piece.VERSION, lambda lines: sentence_piece.train_model(lines, config, modes)
         case BytePairConfig():
-            return byte_pair.VERSION, lambda lines: byte_pair.train_model(lines, config)
+            return byte_pair.VERSION, lambda lines: byte_pair.train_model(lines, config, modes)

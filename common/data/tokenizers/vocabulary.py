@@ -13,6 +13,8 @@ SPACE_MARK = "\u2581"
 """How SentencePiece writes a space; the same character in a text needs care to be read back."""
 SENTINEL = re.compile(r"<extra_id_(0|[1-9]\d{0,4})>")
 """A sentinel as a text."""
+MODE = re.compile(r"\[[A-Z][A-Z0-9]*\]")
+"""The name of a mode token: UL2's stand in front of inputs and say which objective an example is of."""
 
 
 def table_rows(vocab_size: int) -> int:
@@ -105,6 +107,18 @@ def encode_around_sentinels(
         ids += [int(token) for token in encode(run)] if run else []
         ids += [sentinel_ids[int(mark[1])] for mark in marks[number : number + 1]]
     return ids
+
+
+def encode_behind_mode(text: str, modes: Mapping[str, int], encode: Callable[[str], Iterable[int]]) -> list[int]:
+    """The ids of `text`: a mode's name that it begins with by its id, the rest by `encode`, without the space between.
+
+    >>> encode_behind_mode("[S2S] a", {"[S2S]": 3}, lambda run: [ord(c) for c in run])
+    [3, 97]
+    """
+    found = MODE.match(text)
+    if found is None or found[0] not in modes:
+        return list(encode(text))
+    return [modes[found[0]], *encode(text[found.end() :].removeprefix(" "))]
 
 
 def refuse_surrogates(texts: Sequence[str]) -> None:

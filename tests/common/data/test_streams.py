@@ -13,7 +13,7 @@ import pytest
 from common.data import examples as examples_module
 from common.data import packing
 from common.data.batch import HostBatch
-from common.data.config import DataConfig, SentencePieceConfig
+from common.data.config import BytePairConfig, DataConfig, SentencePieceConfig
 from common.data.loader import Loader
 from common.data.objectives.config import (
     UL2,
@@ -30,7 +30,15 @@ from common.data.objectives.config import (
     raw_parts,
 )
 from common.data.sources.config import ByRate, BySize, SourceConfig, SourceMixture, Stage, Template
-from common.data.streams import Host, StagedLoader, open_records, open_training, open_training_text, open_validation
+from common.data.streams import (
+    Host,
+    StagedLoader,
+    open_records,
+    open_tokenizer_of,
+    open_training,
+    open_training_text,
+    open_validation,
+)
 from common.data.tokenizers.sentence_piece import SentencePieceTokenizer, train_model
 from common.errors import UserError
 
@@ -262,6 +270,32 @@ def test_ul2s_modes_come_at_their_rates(folder: Path, tmp_path: Path, tokenizer:
         seen[next(mode for mode, ids in names.items() if inputs[: len(ids)] == ids)] += 1
     for mode, rate in (("[NLU]", 0.33), ("[S2S]", 0.34), ("[NLG]", 0.33)):
         assert abs(seen[mode] - 1000 * rate) < 6
+
+
+@pytest.mark.parametrize("objective", [UL2(), UL2R()], ids=["ul2", "ul2r"])
+@pytest.mark.parametrize(
+    "how",
+    [SentencePieceConfig(vocab_size=300, sentinels=20, model_type="bpe"), BytePairConfig(vocab_size=300, sentinels=20)],
+)
+def test_a_mode_is_one_token_of_a_trained_tokenizer(
+    folder: Path, tmp_path: Path, objective: Objective, how: SentencePieceConfig | BytePairConfig
+) -> None:
+    config = dataclasses.replace(config_of(text(folder), objective), tokenizer=how)
+    source = open_training_text(config, tmp_path)
+    trained = open_tokenizer_of(config, source, tmp_path)
+    assert sorted(trained.modes.values()) == [3, 4, 5] and trained.vocab_size == 300
+    loader = open_training(config, trained, tmp_path, Host())
+    assert isinstance(loader, Loader)
+    plain = open_tokenizer_of(dataclasses.replace(config, objective=SpanCorruption()), source, tmp_path)
+    assert plain.modes == {} and plain.content_hash != trained.content_hash
+    for made in loader._examples.make(np.arange(50)):
+        assert 3 <= made.inputs_I[0] <= 5 and not np.isin([*made.inputs_I[1:], *made.targets_T], [3, 4, 5]).any()
+    for mode, token in trained.modes.items():
+        assert not np.isin(trained.encode(f"{mode} 1 is"), [3, 4, 5]).any(), "a text is a text"
+        assert trained.decode(trained.encode(f"{mode} 1 is")) == f"{mode} 1 is"
+        prompt = trained.encode_with_sentinels(f"{mode} 1 is <extra_id_0> less").tolist()
+        assert prompt == [token, *trained.encode_with_sentinels("1 is <extra_id_0> less")]
+    assert not np.isin(trained.ordinary_ids, [0, 1, 2, 3, 4, 5]).any()
 
 
 def test_templates_put_records_in_words(folder: Path, tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
