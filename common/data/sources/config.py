@@ -11,6 +11,7 @@ from common.errors import UserError, nearest
 from common.ranges import NotNegative, Range, Steps, check_ranges
 
 SOURCE_SCHEMES = ("tfds", "jsonl", "tsv", "text", "lines", "parquet", "arrayrecord", "tfrecord", "corpus")
+FieldName = str | Annotated[int, Range(1, 10**6, unit="columns")]
 TFDS_VERSION = r"\d+\.(\d+|\*)\.(\d+|\*)"
 
 
@@ -65,22 +66,21 @@ class SourceConfig:
     `jsonl:PATH`, `tsv:PATH`, `text:PATH`, `lines:PATH` (parallel texts; PATH holds `{field}`), `parquet:PATH`,
     `tfrecord:PATH` or `arrayrecord:PATH`. PATH may hold `{split}`, be a glob, an url (`gs://...`), and for the last
     three a folder; text may be compressed."""
-    inputs: str | None
-    """Field that holds the inputs; None where records are plain text."""
-    targets: str | None
-    text: str | None = None
+    inputs: FieldName | None
+    """Field that holds the inputs; None where records are plain text. A field is a name or a path of names, or of a
+    `tsv:` file without a header the number of a column, from 1: then the first line is a record too."""
+    targets: FieldName | None
+    text: FieldName | None = None
     """Field that holds plain text, in place of `inputs` and `targets`."""
     templates: tuple[Template, ...] = ()
     """Make inputs and targets of a record's fields; of several, one is drawn for each record."""
-    group: str | None = None
+    group: FieldName | None = None
     """Field by which scores are grouped (kind of phrase, task); not read by models."""
     train_split: str = "train"
     validation_split: str = "validation"
     held_out: Annotated[float, Range(1e-6, 0.49)] | None = None
     """Of files without `{split}` in their path, this share of the records is the split `validation` and as large a
     share the split `test`, by a hash of their inputs or text; None: all records are `train`."""
-    header: bool = True
-    """`tsv`: the first line names the columns; with false it is a record, and columns are named by number from 1."""
     strict: bool = False
     """Stop at a record that cannot be used; otherwise such records are left out, counted and named."""
 
@@ -102,8 +102,8 @@ class SourceConfig:
         ways = pair + (self.text is not None) + bool(self.templates)
         if (self.inputs is None) != (self.targets is None) or ways != 1:
             raise UserError("name either both inputs and targets, or text alone, or templates alone")
-        if not self.header and scheme != "tsv":
-            raise UserError(f"header=false is for tsv alone, not for {scheme}")
+        if not self.header and (scheme != "tsv" or any(isinstance(name, str) for name in self._named().values())):
+            raise UserError("fields by number are for tsv files without a header, and then all must be numbers")
         if self.held_out is not None and (scheme in ("tfds", "corpus") or "{split}" in rest):
             raise UserError(f"held_out divides files whose path holds no {{split}}, but {self.name!r} has splits")
 
@@ -115,6 +115,14 @@ class SourceConfig:
 
     def fields(self) -> dict[str, str]:
         """What is read of a record: our name of a field -> the source's."""
+        return {ours: str(theirs) for ours, theirs in self._named().items()}
+
+    @property
+    def header(self) -> bool:
+        """Whether the first line of a TSV file names its columns."""
+        return not any(isinstance(theirs, int) for theirs in self._named().values())
+
+    def _named(self) -> dict[str, str | int]:
         named = {name: getattr(self, name) for name in ("inputs", "targets", "text", "group")}
         used = {name: name for template in self.templates for name in template.fields()}
         return {ours: theirs for ours, theirs in named.items() if theirs is not None} | used

@@ -32,7 +32,7 @@ from common.errors import UserError, nearest
 
 LOOKED_AT = 16
 """So many records are read on opening, to see that fields are named as in the files."""
-HEADER_HINT = "; the first line names the columns, unless source.header=false gives them numbers from 1"
+HEADER_HINT = "; the first line names the columns: without such a line, give their numbers (inputs=1 targets=2)"
 IN_FOLDER = {"parquet": (".parquet",), "tfrecord": ("tfrecord",), "arrayrecord": ("array_record", "arrayrecord")}
 """What the names of a folder's data files hold, where a folder may be named."""
 

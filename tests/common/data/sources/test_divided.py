@@ -22,8 +22,8 @@ def write(folder, rows, name="a.tsv") -> str:
 
 
 def config(name, **fields) -> SourceConfig:
-    base = SourceConfig(name=name, inputs="1", targets="2", header=False)
-    edits = [f"{field}={value}" for field, value in {"held_out": 0.1, **fields}.items()]
+    base = SourceConfig(name=name, inputs="en", targets="de")
+    edits = [f"{field}={value}" for field, value in {"inputs": 1, "targets": 2, "held_out": 0.1, **fields}.items()]
     return apply_overrides(base, edits)  # as the command line makes it
 
 

@@ -70,23 +70,28 @@ def test_local_files_give_every_record_in_any_order(tmp_path, scheme, ending, la
 def test_a_table_without_a_header_has_columns_by_number(tmp_path, ending):
     path = tmp_path / "a.tsv"
     path.write_bytes((("\ufeff" + "\n".join(f"{en}\t{de}" for en, de in ROWS)) + ending).encode())
-    source = open_source(config(f"tsv:{path}", inputs="1", targets="2", header=False), "train", tmp_path / "cache")
+    source = open_source(config(f"tsv:{path}", inputs=1, targets=2), "train", tmp_path / "cache")
     assert source.read(range(len(source))) == expected("tsv")
     assert source.content_id != open_fields(f"tsv:{path}", {"inputs": "one"}, "train", tmp_path).content_id
-    with pytest.raises(UserError, match="no field 'en'.*the first line names the columns, unless source.header=false"):
+    with pytest.raises(
+        UserError, match="no field 'en'.*the first line names the columns: without such a line, give their numbers"
+    ):
         open_source(config(f"tsv:{path}"), "train", tmp_path / "cache")
     with pytest.raises(UserError, match="no field '3'.*valid: 1, 2"):
-        open_source(config(f"tsv:{path}", inputs="3", header=False), "train", tmp_path / "cache")
+        open_source(config(f"tsv:{path}", inputs=3, targets=2), "train", tmp_path / "cache")
     path.write_bytes(b"\xff\tb\nc\td\te\nf\tg\n")
-    bad = open_source(config(f"tsv:{path}", inputs="1", targets="2", header=False), "train", tmp_path / "cache")
+    bad = open_source(config(f"tsv:{path}", inputs=1, targets=2), "train", tmp_path / "cache")
     problems = bad.read(range(3))
     assert "line 1: byte 1 is not UTF-8" in str(problems[0])
     assert "line 2: 3 cells, but the first line has 2 columns" in str(problems[1])
     assert problems[2] == {"inputs": "f", "targets": "g"}
     path.write_bytes(b"")
-    assert len(open_source(config(f"tsv:{path}", inputs="1", targets="2", header=False), "train", tmp_path)) == 0
-    with pytest.raises(UserError, match="header=false is for tsv alone, not for jsonl"):
-        config("jsonl:a", header=False)
+    assert len(open_source(config(f"tsv:{path}", inputs=1, targets=2), "train", tmp_path)) == 0
+    for name, fields in (("jsonl:a", {"inputs": 1, "targets": 2}), ("tsv:a", {"inputs": 1}), ("tsv:a", {"group": 3})):
+        with pytest.raises(UserError, match="fields by number are for tsv files without a header"):
+            config(name, **fields)
+    with pytest.raises(UserError, match="inputs is 0: it must be 1 or more"):
+        config("tsv:a", inputs=0, targets=1)
 
 
 @pytest.mark.parametrize("scheme", ["jsonl", "tsv", "text"])
