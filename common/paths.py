@@ -15,8 +15,8 @@ _PACKAGES = ("common", "experiments", "gpt", "t5like")
 _NO_FAULT_OF_PATHS = (errno.EAGAIN, errno.EINTR, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
-def user_path(text: str) -> Path:
-    """The path that `text` names, `~` replaced. Raises UserError for what can name none.
+def user_path(text: str, what: str = "") -> Path:
+    """The path that `text` names, `~` replaced. Raises UserError, beginning with `what`, for what can name none.
 
     >>> user_path("runs/first").as_posix()
     'runs/first'
@@ -25,23 +25,24 @@ def user_path(text: str) -> Path:
         ...
     common.errors.UserError: '' is no path: it is empty
     """
+    shown = f"{what} {text!r}".lstrip()
     if not text.strip():
-        raise UserError(f"{text!r} is no path: it is empty")
+        raise UserError(f"{shown} is no path: it is empty")
     if "\0" in text:
-        raise UserError(f"{text!r} is no path: it holds a NUL character")
+        raise UserError(f"{shown} is no path: it holds a NUL character")
     try:
         os.fsencode(text).decode("utf-8")
     except UnicodeError:
-        raise UserError(f"{text!r} is no path: it is not UTF-8") from None
+        raise UserError(f"{shown} is no path: it is not UTF-8") from None
     try:
         path = Path(text).expanduser()
     except RuntimeError:
-        raise UserError(f"{text!r} is no path: there is no user {text[1:].partition('/')[0]!r}") from None
+        raise UserError(f"{shown} is no path: there is no user {text[1:].partition('/')[0]!r}") from None
     try:
         path.stat()
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise UserError(f"{text!r} is no path: its links lead in a circle") from None
+            raise UserError(f"{shown} is no path: its links lead in a circle") from None
     return path
 
 

@@ -21,7 +21,7 @@ from common.terminal import marked_up
 from common.train import run_dir as rd
 from common.train.programs import check_rows, prepare
 from experiments.config import Experiment
-from experiments.console import Progress
+from experiments.console import Harmless, Progress
 from experiments.initial import check_initial, check_tokenizers
 from experiments.pipeline import (
     Data,
@@ -143,7 +143,9 @@ def prepare_jax() -> None:
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(default_cache_dir() / "xla")
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    handler = RichHandler(show_path=False)
+    handler.setFormatter(Harmless("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     for name in ("absl", "asyncio"):  # Orbax prints the stacks of failures that it raises as well
         logging.getLogger(name).setLevel(logging.CRITICAL)
 

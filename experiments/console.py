@@ -1,6 +1,7 @@
 """What a run shows while it works: progress bars in a terminal, plain lines elsewhere."""
 
 import contextlib
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -11,12 +12,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 
 from common.report.units import duration
-from common.terminal import marked_up
+from common.terminal import harmless, marked_up
 from common.train.record import shares
 
 LINE_SECONDS = 30.0
 SPEED_STEPS = 20
 """Steps that the speed is averaged over."""
+
+
+class Harmless(logging.Formatter):
+    """Of messages that may name files and texts."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return harmless(super().format(record))
 
 
 class Progress:

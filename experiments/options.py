@@ -5,7 +5,6 @@ import math
 import re
 import typing
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
@@ -28,15 +27,7 @@ class AsPath(argparse.Action):
         values: str | Sequence[Any] | None,
         option: str | None = None,
     ) -> None:
-        setattr(namespace, self.dest, path_of(option or str(self.metavar), str(values)))
-
-
-def path_of(name: str, text: str) -> Path:
-    """Raises UserError, beginning with `name`, for a text that is no path."""
-    try:
-        return user_path(text)
-    except UserError as error:
-        raise UserError(f"{name} {error}") from None
+        setattr(namespace, self.dest, user_path(str(values), option or str(self.metavar)))
 
 
 def whole(stated: Any = ANY) -> type[argparse.Action]:

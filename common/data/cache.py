@@ -17,7 +17,7 @@ from common.terminal import harmless
 def default_cache_dir() -> Path:
     """`$TWINSTACK_CACHE`, or the folder `twinstack` in the platform's own place for caches."""
     if named := os.environ.get("TWINSTACK_CACHE"):
-        return user_path(named)
+        return user_path(named, "$TWINSTACK_CACHE")
     if sys.platform == "darwin":
         return user_path("~") / "Library" / "Caches" / "twinstack"
     return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "twinstack"

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import multihost
 
 from common.errors import UserError
+from common.paths import told
 
 LIMB_BITS, LIMBS = 16, 8
 """A number below 2**128 as int32s, of which thousands can be added."""
@@ -112,7 +113,7 @@ def start_sum(numbers: Sequence[int]) -> Callable[[], list[int]]:
 def first_says(say: Callable[[], Said]) -> Said:
     """What `say()` gives in the first process (something that JSON holds), in all; only the first one calls it.
 
-    A UserError that it raises is raised in all of them.
+    A UserError that it raises is raised in all of them, and an error of the system about a path as one.
     """
     if jax.process_count() == 1:
         return say()
@@ -120,8 +121,11 @@ def first_says(say: Callable[[], Said]) -> Said:
     if is_first():
         try:
             message = json.dumps({"value": say()}).encode()
-        except UserError as error:
-            message = json.dumps({"error": str(error)}).encode()
+        except (UserError, OSError) as error:
+            mistake = told(error) if isinstance(error, OSError) else error
+            if mistake is None:
+                raise
+            message = json.dumps({"error": str(mistake)}).encode()
     meet()
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(message))))
     padded = np.frombuffer(message.ljust(length), np.uint8)[:length]

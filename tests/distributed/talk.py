@@ -1,5 +1,6 @@
 """What processes know of each other, as JSON lines: `FLAGS OF launch.flags`."""
 
+import errno
 import json
 import sys
 from typing import Any
@@ -79,6 +80,10 @@ def fail() -> None:
     raise UserError("a mistake, to be told to all: ü")
 
 
+def find_nothing() -> None:
+    raise FileNotFoundError(errno.ENOENT, "No such file or directory", "runs/ü")
+
+
 def main() -> None:
     n, index = jax.device_count(), jax.process_index()
     in_order, dealt = list(range(n)), [*range(0, n, 2), *range(1, n, 2)]
@@ -94,10 +99,11 @@ def main() -> None:
     big = 2**128 - 1
     found["sum"] = start_sum([big if index == 0 else 0, index, 2**100 + index])()
     found["said"] = first_says(say)
-    try:
-        first_says(fail)
-    except UserError as error:
-        found["refused"] = str(error)
+    for name, mistaken in (("refused", fail), ("not found", find_nothing)):
+        try:
+            first_says(mistaken)
+        except UserError as error:
+            found[name] = str(error)
     found["where"] = where(index > 0)
     processes = jax.process_count()
     found["answers"] = answers(make_mesh(MeshShape(data=processes), jax.devices()[:: n // processes]))

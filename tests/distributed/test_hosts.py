@@ -48,6 +48,7 @@ def test_processes_feed_the_rows_that_their_devices_hold(count: int, devices: in
         assert "takes no device of process" in each["half"]["error"]
         assert each["sum"] == [2**128 - 1, sum(range(count)), count * 2**100 + sum(range(count))]
         assert each["said"] == [1, 2, 3] and each["refused"] == "a mistake, to be told to all: ü"
+        assert each["not found"] == "runs/ü: no such file or directory"
         assert each["where"] == list(range(1, count))
         assert each["answers"]["texts"] == expected["texts"]
         assert each["answers"]["scores"] == pytest.approx(expected["scores"], abs=2e-4)

@@ -2,13 +2,14 @@
 
 import datetime
 import io
+import logging
 import re
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from experiments.console import LINE_SECONDS, Progress
+from experiments.console import LINE_SECONDS, Harmless, Progress
 
 STEPS = 1000
 
@@ -119,3 +120,8 @@ def test_controls_and_markup_in_names_are_shown_as_characters(monkeypatch: pytes
     with Progress(terminal.console).bar(evil, 2) as advance:
         advance(1)
     assert r"a\u001b[2J\u202e" in terminal.file.getvalue() and "\u202e" not in terminal.file.getvalue()
+
+
+def test_controls_in_log_lines_are_shown_as_characters() -> None:
+    record = logging.LogRecord("x", logging.WARNING, "x.py", 1, "%s cannot be read", ("a\x1b[2J",), None)
+    assert Harmless("%(message)s").format(record) == r"a\u001b[2J cannot be read"

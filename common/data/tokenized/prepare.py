@@ -31,6 +31,7 @@ from common.data.tokenized.prepared import (
 from common.data.tokenized.shards import REPORT, Job, ShardReport, write_shard
 from common.errors import UserError
 from common.files import read_json, write_json
+from common.terminal import harmless
 
 NAMED = 3
 """Problems that a warning names; all are in the file."""
@@ -110,7 +111,8 @@ def open_tokenized(job: Job, cache_dir: Path, workers: int | None = None) -> Pre
             _check(job, prepared.manifest)
             return prepared
         if elsewhere := os.environ.get(VARIABLE):
-            _log.warning("%s is not in %s and is tokenised here; its key is %s", job.shown, elsewhere, job.key())
+            absent = harmless(f"{job.shown} is not in {elsewhere}")
+            _log.warning("%s and is tokenised here; its key is %s", absent, job.key())
     make(job, Folder(folder), functools.partial(write_all, workers=workers))
     return Prepared.open(folder)
 
@@ -172,8 +174,8 @@ def warn_of_problems(job: Job, prepared: Prepared) -> None:
     if problems := prepared.manifest["problems"]:
         _log.warning(
             "%d of %d records of %s cannot be used and are left out (source.strict=true stops instead): %s; all: %s",
-            *(problems["count"], prepared.manifest["records"], job.shown),
-            *("; ".join(problems["first"]), f"{prepared.where}/{PROBLEMS}"),
+            *(problems["count"], prepared.manifest["records"], harmless(job.shown)),
+            *(harmless("; ".join(problems["first"])), harmless(f"{prepared.where}/{PROBLEMS}")),
         )
 
 

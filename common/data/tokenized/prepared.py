@@ -92,7 +92,7 @@ def find_elsewhere(key: str, identity: Sequence[object], cache_dir: Path) -> Pre
             return None
         _check(remote.at(MANIFEST), manifest, identity)
         return Prepared.remote(remote, manifest, cache_dir / "prepared" / key)
-    folder = user_path(base)
+    folder = user_path(base, f"${VARIABLE}")
     if not folder.is_dir():
         raise UserError(f"${VARIABLE} is {base}: no such folder")
     if not (folder / key).is_dir():

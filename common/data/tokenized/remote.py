@@ -68,5 +68,6 @@ def check_destination(to: str) -> None:
     if "://" in to:
         file_system(to)
         return
-    check_folder(user_path(to), "--to")
-    user_path(to).mkdir(parents=True, exist_ok=True)
+    folder = user_path(to, "--to")
+    check_folder(folder, "--to")
+    folder.mkdir(parents=True, exist_ok=True)

@@ -122,10 +122,7 @@ def mode_ids(tokenizer: Tokenizer, mode: str) -> list[int]:
 def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """The tokenizer that lies at `config.path`, which must be given. Raises UserError where it cannot be read."""
     assert config.path is not None
-    try:
-        path = user_path(config.path)
-    except UserError as error:
-        raise UserError(f"tokenizer.path {error}") from None
+    path = user_path(config.path, "tokenizer.path")
     match config:
         case SentencePieceConfig():
             try:
