@@ -19,6 +19,7 @@ RECORD_BYTES = 1 << 25
 TEXT_AT_ONCE = 1 << 22
 """Characters after which a batch of records is full."""
 RECORDS_A_READ = 32
+NO_GROUP = "(none)"
 WHOLE_BELOW = 1e16
 """Larger floats are written as powers of ten."""
 NUMBERS_VERSION = 2
@@ -130,7 +131,16 @@ def pick(raw: Mapping[str, Any], fields: Mapping[str, str]) -> Record:
 
     Raises Unusable.
     """
-    return {ours: _text(look_up(raw, ours, theirs), ours, theirs) for ours, theirs in fields.items()}
+    return {ours: _picked(raw, ours, theirs) for ours, theirs in fields.items()}
+
+
+def _picked(raw: Mapping[str, Any], ours: str, theirs: str) -> str:
+    try:
+        return _text(look_up(raw, ours, theirs), ours, theirs)
+    except Unusable:
+        if ours == "group":  # no part of what models read, so that which records there are must not hang on it
+            return NO_GROUP
+        raise
 
 
 def look_up(raw: Mapping[str, Any], ours: str, theirs: str) -> Any:

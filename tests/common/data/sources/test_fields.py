@@ -137,6 +137,16 @@ def test_a_label_that_is_no_value_is_left_out_and_named(tmp_path, kind, value):
     assert ("must be text, not null" if value is None else f"{value} is no value") in problem.what
 
 
+@pytest.mark.parametrize("group", [None, float("nan"), ["a"], "absent"])
+def test_a_record_without_a_group_is_read_all_the_same(tmp_path, group):
+    """Content ids do not tell groups, so which records are used must not depend on them."""
+    rows = [{"text": "a", "kind": "x"}, {"text": "b"} | ({} if group == "absent" else {"kind": group})]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = open_fields(f"jsonl:{tmp_path}/a.jsonl", {"text": "text", "group": "kind"}, "train", tmp_path / "cache")
+    assert source.read([0, 1]) == [{"text": "a", "group": "x"}, {"text": "b", "group": "(none)"}]
+    assert source.content_id == open_fields(f"jsonl:{tmp_path}/a.jsonl", {"text": "text"}, "train", tmp_path).content_id
+
+
 def test_numbers_are_written_alike_whatever_holds_them():
     for value in (0.1, 0.5, -2.25, 1e-30, 3.0, -0.0, 0.1 + 0.2, 1e22, 1 / 3):
         text = number_text(value)
