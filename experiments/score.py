@@ -24,7 +24,7 @@ from common.files import user_rows, write_rows
 from common.infer.score import Pair, Score, continuation, pair, refuse_long, score
 from common.infer.texts import framed
 from common.nn.recipe import Execution
-from common.paths import check_file
+from common.paths import check_file, is_special
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
 from common.terminal import harmless
@@ -40,11 +40,13 @@ def score_file(
 ) -> None:
     """Writes each line of `file` to `out` with `log_likelihood` (nats), `tokens`, `is_greedy` and `log_probs` added.
 
-    `rows` rows of packed examples are scored at a time on each device, each of one of `lengths`; with `eos` the end of
-    a text is scored as well. Raises UserError naming the line that cannot be read or scored, before anything is
-    written.
+    `rows` rows of packed examples, or as many as there are examples, are scored at a time on each device, each of one
+    of `lengths`; with `eos` the end of a text is scored as well. Raises UserError naming the line that cannot be read
+    or scored, and where `out` can be no file, before anything is written.
     """
     check_file(out, "--out")
+    if out.exists() and not is_special(out) and file.exists() and out.samefile(file):
+        raise UserError(f"--out {out} is --file itself, which is not written over: give another name")
     prepare_jax()
     records = read_records(file)
     devices = len(jax.devices())
@@ -63,7 +65,7 @@ def score_file(
             loaded.mesh,
             pairs,
             execution=execution,
-            rows=rows * devices,
+            rows=min(rows, max(len(pairs), 1)) * devices,
             lengths=lengths,
             advance=advance,
         )

@@ -189,5 +189,21 @@ def test_options_are_checked(options: str, message: str, tmp_path: Path, capsys:
     assert message in capsys.readouterr().err
 
 
+def test_no_more_rows_are_computed_than_there_are_examples(tmp_path: Path) -> None:
+    path = model_folder(tmp_path / "model", "gpt-learned", "native")
+    one, many = (scored(path, [{"text": [5, 4]}], tmp_path, "--rows", rows) for rows in ("1", str(2**20)))
+    assert one == many
+
+
+def test_the_texts_are_not_written_over(tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"text": [1]}\n')
+    (tmp_path / "same").symlink_to(file)
+    for out in (file, tmp_path / "same"):
+        assert cli.main(f"score nothing --file {file} --out {out}".split()) == 2
+        assert "is --file itself" in capsys.readouterr().err
+    assert file.read_text() == '{"text": [1]}\n'
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     assert cli.main(f"score nothing --file {tmp_path}/a --out b".split()) == 2
