@@ -11,7 +11,6 @@ import jax
 
 from common.compute.chips import chip_of
 from common.compute.moments import Moments
-from common.compute.xla import dot_flops
 from common.config import from_json, to_json
 from common.data.cache import default_cache_dir
 from common.data.loader import Loader
@@ -32,12 +31,12 @@ from common.files import read_json, read_rows, write_json, write_rows
 from common.report.certificate import flatten
 from common.report.results import ArmResult, Flops, TextScore, TurnCost
 from common.sharding.hosts import first_says
-from common.sharding.shape import MeshShape
 from common.train import run_dir as rd
 from common.train.config import only_how
 from common.train.loop import Fitted, fit
 from common.train.programs import Setup, check_rows, lower_step, prepare
 from common.train.task import Task, Watcher
+from experiments.audit import count_step
 from experiments.config import Arm, Experiment
 from experiments.console import Progress
 from experiments.families import builder
@@ -131,7 +130,10 @@ def score_arm(
     run_dir: Path,
     progress: Progress,
 ) -> ArmResult:
-    """Decodes the test splits and writes `samples.jsonl` and `result.json`; all processes decode, the first writes."""
+    """Decodes the test splits and writes `samples.jsonl` and `result.json`; all processes decode, the first writes.
+
+    The result is whole on disk before its FLOPs are audited, which only adds the count.
+    """
     samples: list[dict[str, Any]] = []
     scores: list[TextScore] = []
     for split, test in tests.items():
@@ -147,10 +149,13 @@ def score_arm(
     def write() -> dict[str, Any]:
         result = _result(experiment, name, fitted, run_dir / name, tuple(scores))
         made_from = _made_from(experiment, make_task(experiment, name, data))
-        described = to_json(dataclasses.replace(result, multi_turn=turns, made_from=made_from))
+        result = dataclasses.replace(result, multi_turn=turns, made_from=made_from)
         write_rows(run_dir / name / rd.SAMPLES, samples)
-        write_json(run_dir / name / rd.RESULT, described)
-        return described
+        write_json(run_dir / name / rd.RESULT, to_json(result))
+        count = count_step(make_setup(experiment, experiment.arms[name]))
+        audited = to_json(dataclasses.replace(result, xla_flops_per_step=count.flops, why_not_counted=count.why_not))
+        write_json(run_dir / name / rd.RESULT, audited)
+        return audited
 
     return from_json(ArmResult, first_says(write))
 
@@ -254,7 +259,7 @@ def _result(
         tokens=done.tokens,
         loss_tokens=done.loss_tokens,
         slots=steps * rows * (input_length + target_length),
-        input_fill=done.input_tokens / (steps * rows * input_length),
+        input_fill=done.input_tokens / (steps * rows * input_length) if input_length else None,
         target_fill=(done.tokens - done.input_tokens) / (steps * rows * target_length),
         train_loss=sum(last) / len(last),
         validation_loss=metrics[-1]["validation_loss"],
@@ -262,18 +267,11 @@ def _result(
         tokens_per_second=done.tokens / done.train_seconds,
         data_wait_share=done.data_seconds / done.train_seconds,
         fingerprint=done.fingerprint,
-        xla_flops_per_step=float(xla_flops_per_step(experiment, arm)),
+        xla_flops_per_step=None,
+        why_not_counted="the run ended before its count",
         ledger_flops_per_step=float(step_flops.train_full_attention),
         scores=scores,
     )
-
-
-def xla_flops_per_step(experiment: Experiment, arm: Arm) -> int:
-    """XLA's dots in the arm's training step, compiled for one device, unrolled, nothing skipped or recomputed."""
-    train = experiment.train
-    execution = dataclasses.replace(train.execution, scan_layers=False, remat="none", attention="plain")
-    alone = dataclasses.replace(train, mesh=MeshShape(), accumulation=1, execution=execution)
-    return dot_flops(compiled_step(dataclasses.replace(experiment, train=alone), arm).as_text() or "")
 
 
 def compiled_step(experiment: Experiment, arm: Arm) -> jax.stages.Compiled:

@@ -73,14 +73,15 @@ class T5LikeConfig:
     def flops(self, text: Moments) -> ForwardFlops:
         """A forward pass over `text`: encoder and memory's keys and values on inputs, the rest on targets.
 
-        Layerwise memory leaves the last encoder layer's output unread, so that layer is not counted.
+        Nothing reads the last encoder layer where memory is layerwise, so that layer does not run. Separate
+        cross-attention does not run where there are no inputs at all.
         """
         query_out, key_value = ledger.query_out_matrices(self), ledger.key_value_matrices(self)
         mlp, pair = ledger.mlp_matrices(self), ledger.pair_flops(self)
         encoder_layers = self.encoder_layers - (self.memory == "layerwise")
         # Where they are reused, memory's keys and values are the encoder's, and only the last layer's are extra.
         memory_layers = 1 if self.reuses_keys_values else self.decoder_layers
-        attentions = 2 if self.cross_attention == "separate" else 1
+        attentions = 2 if self.cross_attention == "separate" and text.inputs else 1
         per_input = encoder_layers * (query_out + key_value + mlp) + memory_layers * key_value
         per_target = self.decoder_layers * (attentions * query_out + key_value + mlp) + self.d_model * self.vocab_size
         encoder = pair * encoder_layers * text.inputs_squared

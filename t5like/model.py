@@ -146,8 +146,13 @@ class T5Like(nnx.Module):
                 x_BID, memory = self._encode_beside(encoder, decoder, x_BID, within, encoder_key)
                 return (x_BID, decoder.decode(x_BTD, memory, seen, decoder_key)[0]), None
 
+            def last(layers, x, keys):  # type: ignore[no-untyped-def]
+                (_, decoder), (x_BID, x_BTD), (_, decoder_key) = layers, x, keys  # nothing reads the last encoder layer
+                memory = decoder.memory(x_BID, batch.input_positions_BI)
+                return decoder.decode(x_BTD, memory, seen, decoder_key)[0], None
+
             stacks, keys_N = (self.encoder, self.decoder), (encoder_keys_N, decoder_keys_N)
-            (_, x_BTD), _ = run_layers(stacks, both, (x_BID, x_BTD), keys_N, self.execution)
+            x_BTD, _ = run_layers(stacks, both, (x_BID, x_BTD), keys_N, self.execution, last)
         else:
 
             def layer(decoder: Layer, x_BTD: jax.Array, key: jax.Array | None) -> tuple[jax.Array, None]:
@@ -175,7 +180,10 @@ class T5Like(nnx.Module):
                 x_BID, memory = self._encode_beside(*layers, x_BID, within, None)
                 return x_BID, memory.extend(extra)
 
-            _, memory_N = run_layers((self.encoder, self.decoder), both, x_BID, None, self.execution)
+            def last(layers: tuple[Layer, Layer], x_BID: jax.Array, _: None) -> tuple[None, KeysValues]:
+                return None, layers[1].memory(x_BID, positions_BI).extend(extra)
+
+            _, memory_N = run_layers((self.encoder, self.decoder), both, x_BID, None, self.execution, last)
         else:
 
             def layer(decoder: Layer, _: None, __: None) -> tuple[None, KeysValues]:

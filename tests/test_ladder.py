@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from common.compute.hlo import parse_lowered
 from common.compute.moments import Moments
-from common.compute.xla import dot_flops
+from common.compute.traffic import product_flops
 from common.data.batch import Batch
 from common.errors import UserError
 from common.infer.prompt import Prompt
@@ -172,8 +173,9 @@ def test_what_inputs_see_is_the_switchs_choice(parameters: Any, input_attention:
 
 
 @all_combinations
-def test_ledger_is_xlas_count(switches: dict[str, str]) -> None:
-    execution = dataclasses.replace(F32, attention="plain")
+def test_ledger_counts_the_program_that_xla_is_given(switches: dict[str, str]) -> None:
+    """To the unit, layers in a scan: no layer runs that nothing reads."""
+    execution = dataclasses.replace(F32, attention="plain", scan_layers=True)
     config = t5like(ROPE, encoder_layers=3, decoder_layers=3, **switches)
     rows, lengths = 4, (48, 32)
     graphdef = graph(config, execution)
@@ -189,10 +191,26 @@ def test_ledger_is_xlas_count(switches: dict[str, str]) -> None:
 
     shapes = skeleton(builder(config, execution)).shapes
     batch = jax.eval_shape(lambda: random_rows(rows, *lengths))
-    with jax_settings({"jax_disable_most_optimizations": False}):  # dead products must go
-        counted = dot_flops(jax.jit(step).lower(shapes, batch).compile().as_text() or "")
-    ledger = config.flops(Moments.of_rows(rows, *lengths)).train_full_attention
-    assert counted == pytest.approx(ledger, rel=0.02)
+    counted = product_flops(parse_lowered(jax.jit(step).lower(shapes, batch)))
+    assert counted == config.flops(Moments.of_rows(rows, *lengths)).train_full_attention
+
+
+@pytest.mark.parametrize(("rung", "layers"), [(3, 3), (4, 1)])
+def test_scanned_layers_compute_what_unrolled_ones_do(rung: int, layers: int) -> None:
+    """Where the last encoder layer is taken out of the scan: in training, rematerialised, and in a prompt's cache."""
+    config = t5like(ROPE, encoder_layers=layers, decoder_layers=layers, **RUNGS[rung])
+    params, batch = random_params(config), random_rows(4)
+    scanned = dataclasses.replace(F32, scan_layers=True, remat="full")
+    close(results(config, params, batch, scanned), results(config, params, batch), 1e-5)
+    lengths_B = (batch.input_segments_BI == 1).sum(axis=1).astype(jnp.int32)
+    prompt = Prompt(inputs_BI=batch.inputs_BI, lengths_B=lengths_B, starts_B=jnp.zeros_like(lengths_B))
+
+    def caches(execution: Execution) -> Any:
+        model = nnx.merge(graph(config, execution), params)
+        return model.prefill(prompt, max_new_tokens=2).layers
+
+    unrolled = jax.tree.map(lambda *items: jnp.stack(items), *jax.jit(lambda: caches(F32))().items)
+    close(jax.jit(lambda: caches(scanned))(), unrolled, 1e-5)
 
 
 def test_relaxed_costs_what_the_decoder_only_model_costs() -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import re
+from typing import Any
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{\s*$")
 _START = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = ")
@@ -193,6 +194,17 @@ def parse(text: str) -> Program:
             current = computations.setdefault(header.group(2), {})
             entry = header.group(2) if header.group(1) else entry
     return Program(entry, computations)
+
+
+def parse_lowered(lowered: Any) -> Program:
+    """The program of `jax.jit(...).lower(...)`, as XLA is given it: no backend has chosen its own instructions yet.
+
+    >>> import jax, jax.numpy as jnp
+    >>> program = parse_lowered(jax.jit(jnp.dot).lower(jnp.ones((3, 5)), jnp.ones((5, 7))))
+    >>> [instruction.opcode for instruction in program.computations[program.entry].values()]
+    ['parameter', 'parameter', 'dot']
+    """
+    return parse(lowered.compiler_ir("hlo").as_hlo_module().to_string())
 
 
 def arrays_of(text: str) -> tuple[Array, ...]:

@@ -91,6 +91,9 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BQD: jax.Array, memory: KeysValues, visibility: Visibility, dropout_key: jax.Array | None = None
     ) -> jax.Array:
+        if memory.k_BGKC.shape[2] == 0:  # no query sees a key, so that nothing but the bias would come out
+            y_BQD, out_bias_D = jnp.zeros_like(x_BQD), use_bias(self.out_bias_D, x_BQD.dtype)
+            return y_BQD if out_bias_D is None else y_BQD + out_bias_D[None, None]
         x_BQD = enter(x_BQD)
         q_BQHC = project(x_BQD, use(self.query_DHC, x_BQD.dtype), use_bias(self.query_bias_HC, x_BQD.dtype))
         q_BQHC = constrain(q_BQHC, "batch", "length", "heads", None)

@@ -7,7 +7,6 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from common.kernels.visibility import ATTENTION
-from common.nn.recipe import Execution
 from common.sharding.rules import on_mesh
 
 ENTERED = "entered"
@@ -23,12 +22,12 @@ COSTS_NOTHING = {
 }
 
 
-def rematerialised(body: Callable[..., Any], execution: Execution) -> Callable[..., Any]:
-    """`body(carry, x)` of one layer that keeps for its backward pass what `execution.remat` says.
+def rematerialised(body: Callable[..., Any], remat: str, *, in_loop: bool) -> Callable[..., Any]:
+    """`body(carry, x)` of one layer that keeps for its backward pass what `remat` (of Execution) says.
 
     Even `none` keeps no parameter that was gathered for use: it is gathered again.
     """
-    match execution.remat:
+    match remat:
         case "none":
             if not on_mesh():
                 return body
@@ -47,7 +46,7 @@ def rematerialised(body: Callable[..., Any], execution: Execution) -> Callable[.
                 offload_dst="pinned_host",
             )
     # A loop's body is compiled apart from its backward pass, so that nothing need be done against merging the two.
-    return jax.checkpoint(body, policy=policy, prevent_cse=not execution.scan_layers)
+    return jax.checkpoint(body, policy=policy, prevent_cse=not in_loop)
 
 
 def entering(stream: Any) -> Any:

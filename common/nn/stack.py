@@ -46,26 +46,41 @@ def run_layers(
     carry: Any,
     xs: Any,
     execution: Execution,
+    last: Callable[[Layers, Any, Any], tuple[Any, Any]] | None = None,
 ) -> tuple[Any, Any]:
     """`body(layer, carry, x) -> (carry, y)` over a stack's layers.
 
     xs lead with the layers axis, or have PerLayer in place of arrays; so may the parameters. The returned ys are
     PerLayer where layers are unrolled, and lead with the layers axis where they are scanned.
+
+    `last` replaces the body of the last layer, which then runs after the scan: a scan does in every turn what it does
+    in one, whether anything reads it or not. Its carry may have another form.
     """
     graphdef, parameters = nnx.split(layers)
 
-    def step(carry: Any, layer_and_x: tuple[Any, Any]) -> tuple[Any, Any]:
-        layer_parameters, x = layer_and_x
-        return body(nnx.merge(graphdef, layer_parameters), entering(carry), x)
+    def stepping(body: Callable[[Layers, Any, Any], tuple[Any, Any]], in_loop: bool) -> Callable[..., tuple[Any, Any]]:
+        def step(carry: Any, layer_and_x: tuple[Any, Any]) -> tuple[Any, Any]:
+            layer_parameters, x = layer_and_x
+            return body(nnx.merge(graphdef, layer_parameters), entering(carry), x)
 
-    step = rematerialised(step, execution)
-    if execution.scan_layers:
+        return rematerialised(step, execution.remat, in_loop=in_loop)
+
+    step = stepping(body, in_loop=execution.scan_layers)
+    if execution.scan_layers and last is None:
         return jax.lax.scan(step, carry, (parameters, xs))
-    ys = []
-    for layer_and_x in unstack((parameters, xs)):
+    last_step = step if last is None else stepping(last, in_loop=False)
+    if execution.scan_layers:
+        before, at_last = _without_last((parameters, xs))
+        carry, ys = jax.lax.scan(step, carry, before)
+        carry, y = last_step(carry, at_last)
+        return carry, jax.tree.map(lambda ys, y: jnp.concatenate([ys, y[None]]), ys, y)
+    items = []
+    *layers_and_xs, at_last = unstack((parameters, xs))
+    for layer_and_x in layers_and_xs:
         carry, y = step(carry, layer_and_x)
-        ys.append(y)
-    return carry, PerLayer(tuple(ys))
+        items.append(y)
+    carry, y = last_step(carry, at_last)
+    return carry, PerLayer((*items, y))
 
 
 def per_layer(params: Any, logical_axes: Any, form: Callable[[jax.Array, tuple[str, ...]], Any]) -> Any:
@@ -104,3 +119,28 @@ def _unstack_backward(_: None, gradients: tuple[jax.Array, ...]) -> tuple[jax.Ar
 
 
 _unstack.defvjp(_unstack_forward, _unstack_backward)
+
+
+def _without_last(tree: Any) -> tuple[Any, Any]:
+    """All but the last along the leading axis of all leaves, and the last; the gradient is one `concatenate` a leaf."""
+    leaves, treedef = jax.tree.flatten(tree)
+    pairs = [_split_last(leaf) for leaf in leaves]
+    before, last = ([pair[side] for pair in pairs] for side in (0, 1))
+    return jax.tree.unflatten(treedef, before), jax.tree.unflatten(treedef, last)
+
+
+@jax.custom_vjp
+def _split_last(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return x[:-1], x[-1]
+
+
+def _split_last_forward(x: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+    return _split_last(x), None
+
+
+def _split_last_backward(_: None, gradients: tuple[jax.Array, jax.Array]) -> tuple[jax.Array]:
+    before, last = gradients
+    return (jnp.concatenate([before, last[None]]),)
+
+
+_split_last.defvjp(_split_last_forward, _split_last_backward)

@@ -7,7 +7,7 @@ from typing import Any
 
 from common.report.results import ArmResult
 from common.report.run_files import Run
-from common.report.units import percent, scientific, si
+from common.report.units import fill, percent, scientific, si
 from common.train.config import only_how
 
 FLOPS_TOLERANCE = 0.01
@@ -40,7 +40,8 @@ class Check:
     """One question, its answer, and the numbers behind it."""
 
     name: str
-    agrees: bool
+    agrees: bool | None
+    """None: it could not be checked."""
     detail: str
 
 
@@ -61,15 +62,18 @@ class Certificate:
     facts: tuple[Fact, ...]
 
     @property
-    def agrees(self) -> bool:
-        return all(check.agrees for check in self.checks)
+    def agrees(self) -> bool | None:
+        """None: no check differs, but some could not be made."""
+        return _all_known([check.agrees for check in self.checks])
 
     @property
     def headline(self) -> str:
         if self.agrees:
             return "every check agrees" if len(self.arms) > 1 else "one arm alone: there is nothing to compare it with"
-        failed = sum(not check.agrees for check in self.checks)
-        return f"{failed} of {len(self.checks)} checks DIFFER"
+        failed = sum(check.agrees is False for check in self.checks)
+        open_ = sum(check.agrees is None for check in self.checks)
+        verdict = f"{failed} of {len(self.checks)} checks DIFFER" if failed else "no check differs"
+        return f"{verdict}, {open_} could not be made" if open_ else verdict
 
 
 def certify_run(run: Run) -> Certificate:
@@ -179,17 +183,26 @@ def _same_flops(results: Sequence[ArmResult]) -> Check:
 
 
 def _ledger_is_xla(results: Sequence[ArmResult]) -> Check:
-    ratios = {
-        r.arm: r.ledger_flops_per_step / r.xla_flops_per_step - 1 if r.xla_flops_per_step > 0 else math.nan
-        for r in results
-    }
+    ratios = {r.arm: r.ledger_flops_per_step / r.xla_flops_per_step - 1 for r in results if r.xla_flops_per_step}
     signed = {arm: "+" * (ratio >= 0) + percent(ratio, 2) for arm, ratio in ratios.items()}
-    signs = {arm: "not counted" if math.isnan(ratios[arm]) else text for arm, text in signed.items()}
+    reasons = {r.arm: f"not counted{f' ({r.why_not_counted})' if r.why_not_counted else ''}" for r in results}
     return Check(
         name=f"ledger = XLA within {100 * LEDGER_TOLERANCE:g} %",
-        agrees=all(abs(ratio) <= LEDGER_TOLERANCE for ratio in ratios.values()),  # a NaN does not agree
-        detail=_by_arm(signs),
+        agrees=_all_known([_within_tolerance(ratios.get(r.arm)) for r in results]),
+        detail=_by_arm(reasons | signed),
     )
+
+
+def _within_tolerance(ratio: float | None) -> bool | None:
+    return None if ratio is None else abs(ratio) <= LEDGER_TOLERANCE  # a NaN does not agree
+
+
+def _all_known(answers: Sequence[bool | None]) -> bool | None:
+    """
+    >>> _all_known([True, True]), _all_known([True, None, False]), _all_known([True, None])
+    (True, False, None)
+    """
+    return False if False in answers else None if None in answers else True
 
 
 def one_recipe(configs: Mapping[str, Mapping[str, Any]], varies: Sequence[str]) -> Check:
@@ -267,16 +280,20 @@ def _facts(results: Sequence[ArmResult]) -> Iterator[Fact]:
         ("chained fingerprint", lambda r: r.fingerprint),
         ("tokens seen", lambda r: f"{r.tokens:,}"),
         ("tokens with loss", lambda r: f"{r.loss_tokens:,}"),
-        ("fill of input / target slots", lambda r: f"{percent(r.input_fill)} / {percent(r.target_fill)}"),
+        ("fill of input / target slots", fill),
         ("FLOPs, full attention, padded", lambda r: scientific(r.flops.full_attention, 4)),
         ("FLOPs, full attention, useful", lambda r: scientific(r.flops.useful_full_attention, 4)),
         ("FLOPs, causal half, padded", lambda r: scientific(r.flops.causal_half, 4)),
         ("FLOPs, 6ND, padded", lambda r: scientific(r.flops.six_nd, 4)),
         ("FLOPs of a step by the ledger", lambda r: scientific(r.ledger_flops_per_step, 4)),
-        ("FLOPs of a step by XLA, unrolled", lambda r: scientific(r.xla_flops_per_step, 4)),
+        ("FLOPs of a step in XLA's program", _counted),
         ("parameters", lambda r: f"{r.parameters:,} ({si(r.parameters)})"),
     ):
         yield Fact(name=name, values=tuple(show(result) for result in results))
+
+
+def _counted(result: ArmResult) -> str:
+    return scientific(result.xla_flops_per_step, 4) if result.xla_flops_per_step else "not counted"
 
 
 def _by_arm(values: Mapping[str, Any]) -> str:

@@ -102,9 +102,9 @@ class ArmResult:
     """Target tokens with non-zero loss weight."""
     slots: int
     """Token slots computed on, padding included."""
-    input_fill: float
+    input_fill: float | None
     target_fill: float
-    """Share of the input and target slots that hold real tokens."""
+    """Share of the input and target slots that hold real tokens; None where rows have no input slots."""
     train_loss: float
     """Mean over the last tenth of the steps, nats per weighted token."""
     validation_loss: float
@@ -117,8 +117,9 @@ class ArmResult:
     """Share of step time spent waiting for data, 0..1."""
     fingerprint: str
     """Chained over all applied batches, hexadecimal."""
-    xla_flops_per_step: float
-    """XLA's count of the dots in the unrolled, unsharded training step."""
+    xla_flops_per_step: float | None
+    """Matrix products of the training step, counted in the program that XLA is given; None: not counted."""
+    why_not_counted: str = ""
     ledger_flops_per_step: float
     """The ledger's count of the same (full attention)."""
     scores: tuple[TextScore, ...]

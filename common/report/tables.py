@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from common.report.certificate import Certificate
 from common.report.results import ArmResult, TextScore
-from common.report.units import duration, percent, percent_interval, scientific, si
+from common.report.units import duration, fill, percent, percent_interval, scientific, si
 from common.terminal import harmless
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def comparison_rows(results: Sequence[ArmResult]) -> tuple[Row, ...]:
         _row(results, "examples seen", lambda r: si(r.examples)),
         _row(results, "tokens seen", lambda r: si(r.tokens), "inputs and targets, without padding"),
         _row(results, "tokens with loss", lambda r: si(r.loss_tokens)),
-        _row(results, "fill", lambda r: f"{percent(r.input_fill)} / {percent(r.target_fill)}", "input / target slots"),
+        _row(results, "fill", fill, "input / target slots"),
         _row(results, "training loss", lambda r: f"{r.train_loss:.4f}", "nats per token, last tenth of the steps"),
         _row(results, "validation loss", lambda r: f"{r.validation_loss:.4f}", "nats per token"),
     ]
@@ -98,21 +98,19 @@ def groups_table(results: Sequence[ArmResult]) -> "Table":
 
 
 def certificate_panel(certificate: Certificate) -> "Panel":
-    """The certificate for the terminal: green where all agree, red where something differs."""
+    """The certificate for the terminal: green where all agree, red where something differs, else yellow."""
     from rich.console import Group
     from rich.panel import Panel
     from rich.table import Table
     from rich.text import Text
 
+    answers = {True: ("agree", "green"), False: ("DIFFERS", "bold red"), None: ("unchecked", "yellow")}
     checks = Table.grid(padding=(0, 2))
     for check in certificate.checks:
-        style = "green" if check.agrees else "bold red"
-        checks.add_row(
-            _shown("agree" if check.agrees else "DIFFERS", style), _shown(check.name), _shown(check.detail, "dim")
-        )
-    headline = _shown(certificate.headline, "green" if certificate.agrees else "bold red")
-    colour = "green" if certificate.agrees else "red"
-    return Panel(Group(headline, checks), title=Text("Parity certificate"), border_style=colour, expand=False)
+        checks.add_row(_shown(*answers[check.agrees]), _shown(check.name), _shown(check.detail, "dim"))
+    style = answers[certificate.agrees][1]
+    headline = _shown(certificate.headline, style)
+    return Panel(Group(headline, checks), title=Text("Parity certificate"), border_style=style, expand=False)
 
 
 def _shown(text: str, style: str = "") -> "Text":

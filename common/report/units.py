@@ -2,7 +2,7 @@
 
 import math
 
-from common.report.results import Interval
+from common.report.results import ArmResult, Interval
 
 
 def si(number: float) -> str:
@@ -43,6 +43,12 @@ def percent_interval(share: Interval) -> str:
     '96.5 % [96.0, 97.0]'
     """
     return f"{percent(share.value)} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
+
+
+def fill(result: ArmResult) -> str:
+    """Of input slots, where rows have any, and target slots."""
+    inputs = "no slots" if result.input_fill is None else percent(result.input_fill)
+    return f"{inputs} / {percent(result.target_fill)}"
 
 
 def duration(seconds: float) -> str:

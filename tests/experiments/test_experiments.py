@@ -14,8 +14,13 @@ from rich.console import Console
 
 from common.config import from_json, to_json
 from common.errors import UserError
+from common.files import read_json
 from common.report.certificate import certify_run, one_recipe
+from common.report.results import ArmResult
 from common.report.run_files import read_run
+from common.train.programs import Setup
+from experiments import pipeline
+from experiments.audit import StepCount, count_step
 from experiments.cli import main
 from experiments.commands import compare, report, train
 from experiments.config import Experiment
@@ -178,8 +183,21 @@ def test_compare_from_the_files_to_the_report(
     """The whole path on one's own files."""
     write_data(tmp_path)
     experiment, run_dir = tiny_experiment(tmp_path), tmp_path / "run"
+    before_the_audit = []
+
+    def noted(setup: Setup) -> StepCount:
+        """An audit that takes all memory would end the process here."""
+        before_the_audit.append(read_json(run_dir / setup.model.kind / "result.json"))
+        return count_step(setup)
+
+    monkeypatch.setattr(pipeline, "count_step", noted)
     compare(experiment, run_dir)
     run = read_run(run_dir)
+    for whole, result in zip(before_the_audit, run.results, strict=True):
+        found = from_json(ArmResult, whole)
+        assert found.xla_flops_per_step is None and "ended before" in found.why_not_counted
+        counted = {"xla_flops_per_step": result.xla_flops_per_step, "why_not_counted": ""}
+        assert dataclasses.replace(found, **counted) == result
     assert [arm.name for arm in run.arms] == ["gpt", "t5like"]
     for arm in run.arms:
         assert arm.result.steps == STEPS == len(arm.metrics)

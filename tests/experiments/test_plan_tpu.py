@@ -4,13 +4,16 @@ import dataclasses
 import importlib.util
 import io
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import pytest
 from rich.console import Console
 
-from common.compute.aot import Compiled
+from common.compute.aot import Compiled, environment
 from common.compute.moments import Moments
 from common.compute.topology import parse_topology
 from common.nn.recipe import Execution
@@ -20,6 +23,7 @@ from common.train.state import skeleton
 from experiments.config import Experiment
 from experiments.pipeline import make_setup
 from experiments.plan_jobs import Job, compile_all
+from experiments.registry import load
 from tests.experiments.tiny_experiment import tiny_experiment
 
 pytestmark = [
@@ -101,6 +105,32 @@ def test_one_device_computes_what_the_ledger_says_and_sends_nothing(tmp_path, ar
     ledger = experiment.arms[arm].model.flops(Moments.of_rows(*experiment.row_slots()))
     but_kernels = dataclasses.replace(ledger, attention_full=0, attention_causal_half=0)
     assert answer.flops == but_kernels.train_hardware(experiment.train.execution)
+
+
+COUNT = """
+import sys
+from common.compute.aot import devices_of
+from common.compute.topology import parse_topology
+from experiments.audit import count_step
+from experiments.pipeline import make_setup
+from experiments.registry import load
+experiment = load("first_light")
+for arm in experiment.arms.values():
+    print(count_step(make_setup(experiment, arm), devices_of(parse_topology("v5e:1x1"))).flops)
+"""
+
+
+def test_the_audit_counts_a_step_for_a_tpu_as_its_compiler_is_given_it(tmp_path) -> None:
+    """Of first_light: what the ledger says, what is counted for a TPU's devices, and what libtpu finds in its program,
+    which it turns into convolutions."""
+    environment_ = os.environ | environment(None)
+    said = subprocess.run([sys.executable, "-c", COUNT], env=environment_, capture_output=True, text=True, check=True)
+    base = load("first_light")
+    execution = dataclasses.replace(base.train.execution, attention="plain")
+    experiment = dataclasses.replace(base, train=dataclasses.replace(base.train, execution=execution))
+    found = [compiled(experiment, arm, "v5e:1x1")[0].flops for arm in experiment.arms]
+    ledger = [experiment.flops_per_step(arm) for arm in experiment.arms.values()]
+    assert [float(line) for line in said.stdout.split()] == found == ledger
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])

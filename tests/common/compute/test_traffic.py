@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from common.compute.hlo import parse
+from common.compute.hlo import Program, parse, parse_lowered
 from common.compute.moments import Moments
 from common.compute.traffic import memory_traffic, product_flops
-from common.compute.xla import dot_flops
 from common.nn.recipe import Execution
+from common.train.programs import lower_step, prepare
 from experiments.config import Arm, Experiment
-from experiments.pipeline import compiled_step
+from experiments.pipeline import make_setup
+from t5like.config import RUNGS
 from tests.experiments.tiny_experiment import tiny_experiment
 from tests.tiny import QUICK, jax_settings
 
@@ -42,40 +43,33 @@ def test_a_scan_computes_every_layer_three_times_and_with_rematerialisation_four
 
 
 def deep(folder: Path, name: str) -> tuple[Experiment, Arm]:
-    """One arm of three layers a stack."""
+    """One arm of three layers a stack; `layerwise` is the ladder's last rung."""
     experiment = tiny_experiment(folder)
-    arm = experiment.arms[name]
+    arm = experiment.arms["gpt" if name == "gpt" else "t5like"]
     stacks = ("num_layers",) if name == "gpt" else ("encoder_layers", "decoder_layers")
-    arm = dataclasses.replace(arm, model=dataclasses.replace(arm.model, **dict.fromkeys(stacks, 3)))
+    switches = RUNGS[4] if name == "layerwise" else {}
+    arm = dataclasses.replace(arm, model=dataclasses.replace(arm.model, **dict.fromkeys(stacks, 3), **switches))
     return dataclasses.replace(experiment, arms={name: arm}), arm
 
 
-def program(experiment: Experiment, arm: Arm, **execution: Any) -> str:
-    """The compiled step, with all logits of attention at once."""
+def lowered(experiment: Experiment, arm: Arm, **execution: Any) -> Program:
+    """The step that XLA is given, with all logits of attention at once."""
     chosen = dataclasses.replace(experiment.train.execution, attention="plain", **execution)
     train = dataclasses.replace(experiment.train, execution=chosen)
-    return compiled_step(dataclasses.replace(experiment, train=train), arm).as_text() or ""
+    setup = make_setup(dataclasses.replace(experiment, train=train), arm)
+    return parse_lowered(lower_step(setup, prepare(setup)))
 
 
-@pytest.mark.slow  # two compilations of a model
-@pytest.mark.parametrize("name", ["gpt", "t5like"])
-def test_a_model_in_a_scan_computes_what_its_layers_one_by_one_do(name: str, tmp_path: Path) -> None:
-    """XLA's own count of the unrolled program, and ours of the scanned one."""
-    model = deep(tmp_path, name)
-    assert product_flops(parse(program(*model, scan_layers=True))) == dot_flops(program(*model, scan_layers=False))
-
-
-@pytest.mark.slow  # compilations of models
 @pytest.mark.parametrize(
     ("remat", "mlp_chunk"),
     [("none", None), ("none", 8), ("dots", None), ("attention", None), ("full", None), ("full", 8)],
 )
-@pytest.mark.parametrize("name", ["gpt", "t5like"])
+@pytest.mark.parametrize("name", ["gpt", "t5like", "layerwise"])
 def test_the_ledger_knows_what_is_computed_anew(name: str, remat: Any, mlp_chunk: int | None, tmp_path: Path) -> None:
     experiment, arm = deep(tmp_path, name)
-    seen = product_flops(parse(program(experiment, arm, scan_layers=True, remat=remat, mlp_chunk=mlp_chunk)))
     flops = arm.model.flops(Moments.of_rows(*experiment.row_slots()))
-    assert seen == flops.train_hardware(Execution(attention="plain", remat=remat, mlp_chunk=mlp_chunk))
+    expected = flops.train_hardware(Execution(attention="plain", remat=remat, mlp_chunk=mlp_chunk))
+    assert product_flops(lowered(experiment, arm, scan_layers=True, remat=remat, mlp_chunk=mlp_chunk)) == expected
 
 
 WINDOWED = """

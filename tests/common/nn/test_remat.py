@@ -37,7 +37,7 @@ def operands() -> tuple[jax.Array, Weights]:
 
 def kept(remat: str, mesh: MeshShape) -> list[tuple[int, ...]]:
     """Shapes of what the backward pass finds."""
-    body = rematerialised(layer, Execution(remat=remat))
+    body = rematerialised(layer, remat, in_loop=True)
     with jax.set_mesh(make_mesh(mesh)):
         _, backward = jax.vjp(lambda *x: body(*x)[0], *operands())
     return sorted(x.shape for x in jax.tree.leaves(backward))
@@ -47,7 +47,7 @@ def kept(remat: str, mesh: MeshShape) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("scan", [False, True])
 def test_gradients_are_the_same(remat: str, scan: bool) -> None:
     def loss(x: jax.Array, w: Weights, remat: str) -> jax.Array:
-        body = rematerialised(layer, Execution(remat=remat, scan_layers=scan))
+        body = rematerialised(layer, remat, in_loop=scan)
         if scan:
             return jax.lax.scan(body, x, jax.tree.map(lambda w: jnp.stack([w, 2 * w]), w))[0].sum()
         return body(body(x, w)[0], jax.tree.map(lambda w: 2 * w, w))[0].sum()

@@ -129,8 +129,7 @@ def stop_early(files: Files) -> None:
         (setting("dec-only/result.json", "loss_tokens", value=371_999), "steps, examples", "371,999 with loss"),
         (setting("dec-only/result.json", "flops", "full_attention", value=4.2e14), "FLOPs", "2.44 % apart"),
         (setting("dec-only/result.json", "xla_flops_per_step", value=3.3e12), "XLA", "dec-only +3.55 %"),
-        (setting("dec-only/result.json", "xla_flops_per_step", value=math.nan), "XLA", "dec-only not counted"),
-        (setting("dec-only/result.json", "xla_flops_per_step", value=0.0), "XLA", "dec-only not counted"),
+        (setting("dec-only/result.json", "xla_flops_per_step", value=math.nan), "XLA", "dec-only nan %"),
         (setting("dec-only/config.json", "data", "seed", value=5), "recipe", "data.seed: enc-dec 0, dec-only 5"),
         (setting("dec-only/config.json", "model", "norm", value="layer"), "recipe", "model.norm"),
         (setting("dec-only/config.json", "optimizer", "kind", value="lion"), "recipe", "optimizer.kind"),
@@ -145,6 +144,41 @@ def test_a_difference_is_named_and_alone(
     assert not failed.agrees and detail in failed.detail
     others = [c.name for c in certificate.checks if not c.agrees and c is not failed]
     assert others == (["same steps, examples and tokens"] if edit is stop_early else [])
+
+
+def uncount(files: Files) -> None:
+    files["dec-only/result.json"] |= {"xla_flops_per_step": None, "why_not_counted": "ValueError: no bound"}
+
+
+@pytest.mark.parametrize("edit", [uncount, setting("dec-only/result.json", "xla_flops_per_step", value=0.0)])
+def test_a_check_that_could_not_be_made_neither_agrees_nor_differs(
+    write_run: Callable[..., Path], edit: Callable[[Files], None]
+) -> None:
+    """Where nothing could be counted (0: by versions that knew a CPU's programs alone) the certificate says so."""
+    certificate = certify_run(read_run(write_run(edit)))
+    found = check(certificate, "XLA")
+    why = " (ValueError: no bound)" if edit is uncount else ""
+    assert found.agrees is None and found.detail == f"enc-dec −0.38 %, dec-only not counted{why}"
+    assert certificate.agrees is None and certificate.headline == "no check differs, 1 could not be made"
+    (fact,) = [fact for fact in certificate.facts if "XLA" in fact.name]
+    assert fact.values == ("3.430e12", "not counted")
+
+
+def test_a_difference_counts_more_than_a_check_that_could_not_be_made(write_run: Callable[..., Path]) -> None:
+    def edit(files: Files) -> None:
+        uncount(files)
+        files["enc-dec/result.json"]["xla_flops_per_step"] = 1.0
+        files["dec-only/environment.json"]["tokenizer_hash"] = "beef"
+
+    certificate = certify_run(read_run(write_run(edit)))
+    assert certificate.agrees is False and check(certificate, "XLA").agrees is False
+    assert certificate.headline == "2 of 7 checks DIFFER"
+
+    def without(files: Files) -> None:
+        uncount(files)
+        files["dec-only/environment.json"]["tokenizer_hash"] = "beef"
+
+    assert certify_run(read_run(write_run(without))).headline == "1 of 7 checks DIFFER, 1 could not be made"
 
 
 def test_tolerances_are_inclusive_on_either_side(make_result: Callable[..., Any]) -> None:
@@ -175,6 +209,11 @@ def test_first_parting_is_found_by_brute_force() -> None:
 
 def test_panel_shows_text_and_never_markup(make_result: Callable[..., Any]) -> None:
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(certificate_panel(certify([make_result("[bold]a[/bold]"), make_result("b", fingerprint="1")])))
+    results = [
+        make_result("[bold]a[/bold]"),
+        make_result("b", fingerprint="1", xla_flops_per_step=None, why_not_counted="[red]why"),
+    ]
+    console.print(certificate_panel(certify(results)))
     text = console.export_text()
     assert "[bold]a[/bold]" in text and "DIFFERS" in text and "agree" in text
+    assert "unchecked" in text and "not counted ([red]why)" in text

@@ -133,6 +133,17 @@ def test_a_differing_certificate_is_red_and_stated_before_the_verdicts(write_run
     assert "certificate agree" in agreeing and "not given the same" not in agreeing
 
 
+def test_a_certificate_that_was_not_checked_in_full_is_neither_green_nor_red(write_run: Callable[..., Path]) -> None:
+    def uncount(files: Files) -> None:
+        files["dec-only/result.json"] |= {"xla_flops_per_step": None, "why_not_counted": "XlaError: <no> bound"}
+        files["dec-only/result.json"] |= {"input_fill": None}
+
+    text, page = read(write_report(write_run(uncount)))
+    assert not any(words in text for words in ("certificate agree", "certificate differ", "not given the same"))
+    assert "no check differs, 1 could not be made" in page.text
+    assert "dec-only not counted (XlaError: <no> bound)" in page.text and "no slots / 88.0 %" in page.text
+
+
 def test_differing_fields_are_bold_and_come_first(write_run: Callable[..., Path]) -> None:
     text, _ = read(write_report(write_run()))
     bold = re.findall(r'<tr class="differs"><th scope="row"><code>(.*?)</code>', text)
