@@ -64,7 +64,9 @@ def lowered(experiment: Experiment, arm: Arm, **execution: Any) -> Program:
     ("remat", "mlp_chunk"),
     [("none", None), ("none", 8), ("dots", None), ("attention", None), ("full", None), ("full", 8)],
 )
-@pytest.mark.parametrize("name", ["gpt", "t5like", "layerwise"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt", "t5like")), "layerwise"]
+)
 def test_the_ledger_knows_what_is_computed_anew(name: str, remat: Any, mlp_chunk: int | None, tmp_path: Path) -> None:
     experiment, arm = deep(tmp_path, name)
     flops = arm.model.flops(Moments.of_rows(*experiment.row_slots()))
