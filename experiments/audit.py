@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 
@@ -9,6 +10,7 @@ from common.compute.hlo import parse_lowered
 from common.compute.traffic import product_flops
 from common.sharding.shape import MeshShape
 from common.train.programs import Setup, lower_step, prepare
+from experiments.config import ModelConfig
 from experiments.families import builder
 
 LONGEST_REASON = 200
@@ -29,9 +31,9 @@ def count_step(setup: Setup, devices: Sequence[jax.Device] | None = None) -> Ste
     and no batch is too large. Layers are scanned or unrolled as in training. An audit ends no run: whatever goes wrong
     is returned as the reason why there is no count.
     """
-    rows, *slots = setup.row_slots
+    rows, inputs, targets = setup.row_slots
     try:
-        row = _plainly(dataclasses.replace(setup, row_slots=(1, *slots)))
+        row = _plainly(dataclasses.replace(setup, row_slots=(1, inputs, targets)))
         return StepCount(flops=float(rows * product_flops(parse_lowered(lower_step(row, prepare(row, devices))))))
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -42,4 +44,4 @@ def _plainly(setup: Setup) -> Setup:
     """On one device, without kernels, which hide their products, and without what is computed twice to save memory."""
     execution = dataclasses.replace(setup.train.execution, remat="none", attention="plain", mlp_chunk=None)
     train = dataclasses.replace(setup.train, mesh=MeshShape(), accumulation=1, execution=execution)
-    return dataclasses.replace(setup, build=builder(setup.model, execution), train=train)
+    return dataclasses.replace(setup, build=builder(cast(ModelConfig, setup.model), execution), train=train)
