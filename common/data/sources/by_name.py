@@ -4,7 +4,8 @@ A source is opened by name. `tfds:cldr_translate/SRC_DST` is built here from Uni
 running Python; any other `tfds:NAME` is read from `$TFDS_DATA_DIR` (or the cache) and downloaded where it can be.
 `corpus:NAME` is one of `common.data.corpora.table`. The other schemes name files:
 
-- `jsonl:PATH`, `tsv:PATH`, `text:PATH`: a record a line;
+- `jsonl:PATH`, `tsv:PATH`, `text:PATH`: a record a line; a TSV file begins with the names of its columns, unless fields
+  are given by number;
 - `lines:PATH`: parallel text files, one for each field, whose name stands in place of `{field}` in the path;
 - `parquet:PATH`, `tfrecord:PATH`, `arrayrecord:PATH`: the last two hold tf.Example protos; PATH may be a folder.
 

@@ -18,7 +18,7 @@ RECORD_BYTES = 1 << 25
 """The longest record of a file that is read: memory holds some of them several times over, as text and as tokens."""
 TEXT_AT_ONCE = 1 << 22
 """Characters after which a batch of records is full."""
-RECORDS_A_READ = 32
+RECORDS_A_READ = 64
 NO_GROUP = "(none)"
 WHOLE_BELOW = 1e16
 """Larger floats are written as powers of ten."""
