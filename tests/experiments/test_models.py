@@ -234,7 +234,8 @@ def test_a_trained_byte_pair_tokenizer_goes_along(
     tokenizer = byte_pair.BytePairTokenizer.trained(model, sentinels=3)
     found = find_model(str(run_dir[0] / "gpt"))
     text = dataclasses.replace(found.open_text(), tokenizer=tokenizer)
-    changed = dataclasses.replace(found, open_text=lambda: text)
+    wide = dataclasses.replace(found.config, vocab_size=tokenizer.table_size)
+    changed = dataclasses.replace(found, config=wide, open_text=lambda: text)
     monkeypatch.setattr("experiments.run_folder.find_model", lambda _: changed)
     folder_from_run("run", tmp_path / "folder", Progress(Console(quiet=True)))
     again = find_model(str(tmp_path / "folder")).open_text().tokenizer
