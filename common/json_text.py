@@ -13,8 +13,6 @@ DEEPEST = 100
 MOST_DIGITS = 300
 """Of a whole number; with more it would be beyond a float's range, in which some readers keep all numbers."""
 
-# Texts without any of these need no second look.
-_LONG_NUMBER = re.compile(rf"\d{{{MOST_DIGITS + 1}}}|[eE]\+?\d{{3}}")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -32,13 +30,8 @@ def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
     ValueError: two fields are named 'steps'
     """
     text = text.decode("utf-8") if isinstance(text, bytes) else text
-    hooks: dict[str, Any] = {"object_pairs_hook": _object}
-    if finite:
-        hooks["parse_constant"] = _no_constant
-    if _LONG_NUMBER.search(text):
-        hooks |= {"parse_int": _whole} | ({"parse_float": _real} if finite else {})
     try:
-        value = json.loads(text, **hooks)
+        value = (_FINITE if finite else _ANY).decode(text)
     except RecursionError:
         raise ValueError(f"it is nested more than {DEEPEST} levels deep") from None
     if text.count("[") + text.count("{") > DEEPEST:
@@ -51,8 +44,9 @@ def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"two fields are named {next(name for name in names if names.count(name) > 1)!r}")
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"two fields are named {twice!r}")
     return found
 
 
@@ -91,3 +85,8 @@ def _check_surrogates(value: Any) -> None:
     except UnicodeEncodeError as error:
         half = json.dumps(error.object[error.start])
         raise ValueError(f"a text holds {half}, half of a surrogate pair, which stands for no character") from None
+
+
+# Made once: a decoder takes longer to make than to read a line.
+_FINITE = json.JSONDecoder(object_pairs_hook=_object, parse_int=_whole, parse_float=_real, parse_constant=_no_constant)
+_ANY = json.JSONDecoder(object_pairs_hook=_object, parse_int=_whole)
