@@ -452,7 +452,8 @@ def test_a_tokenizer_with_too_few_sentinels_is_refused(
 
 def test_a_tokenizer_is_trained_on_all_parts(folder: Path, tmp_path: Path) -> None:
     config = config_of(mixture(folder), SpanCorruption())
-    source = open_training_text(config, tmp_path)
+    trained = dataclasses.replace(config, tokenizer=SentencePieceConfig(sentinels=100))
+    source = open_training_text(trained, tmp_path)
     assert len(source) == 320
     assert [source[i]["text"] for i in (0, 299, 300)] == [LINES[0], LINES[299], "other words 0 here"]
     assert [record["text"] for record in source.read([301, 5, 6])] == ["other words 1 here", *LINES[5:7]]  # type: ignore[index]
