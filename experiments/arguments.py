@@ -44,6 +44,10 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         command.add_argument("name", metavar="NAME", help="an experiment of `twinstack list`")
         command.add_argument("overrides", metavar="path.to.field=value", nargs="*", help="replaces a config's field")
         command.add_argument("--print-config", action="store_true", help="print the resolved config as JSON and stop")
+    for command in (plan, train, compare, launch):
+        command.add_argument(
+            "--match", metavar="ARM", help="give the other arms the d_ff with which they take as many FLOPs as this one"
+        )
     for command in (train, compare):
         _add_training(command)
     train.add_argument("--arm", required=True, metavar="ARM", help="which arm; `twinstack plan NAME` names them")

@@ -88,6 +88,11 @@ def _experiment(options: argparse.Namespace) -> "Experiment | None":
     if (arm := getattr(options, "arm", None)) is not None and arm not in experiment.arms:
         raise UserError(f"unknown arm {arm!r}: {nearest(arm, experiment.arms)}")
     experiment = apply_overrides(experiment, [*_init_overrides(options, experiment), *options.overrides])
+    if (reference := getattr(options, "match", None)) is not None:
+        widths = experiment.matching(reference)
+        print(harmless(f"--match {reference}: {' '.join(widths) or 'all arms do'}"), file=sys.stderr)
+        options.overrides = [*options.overrides, *widths]  # a launched job is given them too
+        experiment = apply_overrides(experiment, widths)
     if not options.print_config:
         return experiment
     import json

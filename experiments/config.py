@@ -4,10 +4,12 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
+from common.compute.ledger import FLOPS_TOLERANCE
+from common.compute.matching import matching_widths, unequal
 from common.compute.moments import Moments
 from common.data.config import DataConfig
 from common.data.objectives.config import Supervised
-from common.errors import UserError
+from common.errors import UserError, nearest
 from common.files import plain_name
 from common.infer.config import NewTokens
 from common.ranges import MOST_STEPS, Count, Range, Rows, check_ranges
@@ -119,18 +121,38 @@ class Experiment:
 
     def flops_per_step(self, arm: Arm) -> int:
         """Training FLOPs of a padded batch (full attention)."""
-        return arm.model.flops(Moments.of_rows(*self.row_slots())).train_full_attention
+        return arm.model.flops(self._text()).train_full_attention
 
     def remarks(self) -> list[str]:
         """One line for each thing that is allowed and seldom meant; said before anything is trained."""
+        found = []
+        if (apart := unequal(self._models(), self._text())) is not None:
+            found.append(f"{apart} (the certificate allows {FLOPS_TOLERANCE:.0%})")
         steps, schedule = self.steps(), self.train.schedule
-        if isinstance(schedule, InverseSqrt) or schedule.warmup_steps < steps:  # whose warm-up does not rise
-            return []
-        reached = steps / (schedule.warmup_steps + 1)
-        return [
-            f"train.schedule.warmup_steps is {schedule.warmup_steps} and the run has {steps} steps: the learning rate "
-            f"ends at {reached:.1%} of its peak"
-        ]
+        if not isinstance(schedule, InverseSqrt) and schedule.warmup_steps >= steps:  # the warm-up of which rises
+            reached = steps / (schedule.warmup_steps + 1)
+            found.append(
+                f"train.schedule.warmup_steps is {schedule.warmup_steps} and the run has {steps} steps: the learning "
+                f"rate ends at {reached:.1%} of its peak"
+            )
+        return found
+
+    def matching(self, reference: str) -> list[str]:
+        """Overrides that give the other arms as many training FLOPs as `reference`, by their `d_ff`.
+
+        Raises UserError where there is no such arm, or no such `d_ff`.
+        """
+        if reference not in self.arms:
+            raise UserError(f"--match {reference!r} is no arm: {nearest(reference, self.arms)}")
+        widths = matching_widths(self._models(), reference, self._text())
+        return [f"arms.{name}.model.d_ff={width}" for name, width in widths.items()]
+
+    def _models(self) -> dict[str, ModelConfig]:
+        return {name: arm.model for name, arm in self.arms.items()}
+
+    def _text(self) -> Moments:
+        """Of a padded batch."""
+        return Moments.of_rows(*self.row_slots())
 
     def steps(self) -> int:
         """The same for every arm; a budget in FLOPs is that of the arm that costs most."""

@@ -10,6 +10,8 @@ from typing import Protocol
 from common.nn.recipe import Execution, Recipe
 
 TRAIN_OVER_FORWARD = 3
+FLOPS_TOLERANCE = 0.01
+"""By how much the training FLOPs of a comparison's arms may differ and still be called equal, relative."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

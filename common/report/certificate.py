@@ -5,13 +5,12 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from common.compute.ledger import FLOPS_TOLERANCE
 from common.report.results import ArmResult
 from common.report.run_files import Run
 from common.report.units import fill, percent, scientific, si
 from common.train.config import only_how
 
-FLOPS_TOLERANCE = 0.01
-"""Between arms' training FLOPs, relative."""
 LEDGER_TOLERANCE = 0.02
 """Between the ledger and XLA's count, relative."""
 
