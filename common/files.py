@@ -109,6 +109,14 @@ def _bytes(path: Path) -> bytes:
     return data
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """As `read_json`; raises UserError too where the file holds anything but a JSON object."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return found
+
+
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """One JSON object a line."""
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
@@ -124,9 +132,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     try:
         # Not splitlines, which also splits at U+2028 and its like inside a text.
         *whole, _ = path.read_text(encoding="utf-8").split("\n")
-        return [parse_json(line, finite=False) for line in whole]
+        rows = [parse_json(line, finite=False) for line in whole]
     except ValueError as error:
         raise UserError(f"{path} is no file of JSON lines ({error})") from None
+    if other := [number for number, row in enumerate(rows, start=1) if not isinstance(row, dict)]:
+        raise UserError(f"{path}, line {other[0]} is no JSON object")
+    return rows
 
 
 def split_lines(text: str) -> list[str]:

@@ -13,7 +13,7 @@ from rich.panel import Panel
 from common.config import to_json
 from common.data.cache import default_cache_dir
 from common.errors import UserError
-from common.files import read_json, write_json
+from common.files import write_json
 from common.paths import check_file
 from common.report.results import ArmResult
 from common.sharding.hosts import first_says, is_first
@@ -43,6 +43,7 @@ def train(experiment: Experiment, arm: str, run_dir: Path, *, profile_steps: int
     """
     console = _begin(experiment, run_dir, [arm])
     data, tests = _data(experiment, run_dir, [arm], console)
+    _claim(experiment, run_dir)
     result = _train_and_score(experiment, arm, data, tests, run_dir, console, profile_steps)
     _show([result], console)
     console.print(marked_up(f"{arm}: validation loss {result.validation_loss:.4f}; results in {run_dir / arm}"))
@@ -59,6 +60,7 @@ def compare(experiment: Experiment, run_dir: Path, *, profile_steps: int = 0) ->
     card = f"{marked_up(experiment.question)}\n\n[dim]{marked_up(experiment.expected)}[/dim]"
     console.print(Panel(card, title=marked_up(experiment.name)))
     data, tests = _data(experiment, run_dir, arms, console)
+    _claim(experiment, run_dir)
     for name in arms:
         _train_and_score(experiment, name, data, tests, run_dir, console, profile_steps)
 
@@ -110,11 +112,13 @@ def _begin(experiment: Experiment, run_dir: Path, arms: Sequence[str]) -> Consol
     prepare_jax()
     experiment.check_arms(arms)
     check_devices(experiment, arms)
-    described = {"schema_version": rd.SCHEMA_VERSION, **to_json(experiment)}
     path = run_dir / EXPERIMENT
 
     def check_directory() -> None:
-        lines = rd.refused(read_json(path), described) if path.exists() else []
+        begun = any(rd.has_begun(config.parent) for config in run_dir.glob(f"*/{rd.CONFIG}"))
+        if not (begun and path.exists()):
+            return
+        lines = rd.refused(rd.read_described(path), rd.described(to_json(experiment)))
         if lines := [line for line in lines if not _only_scores(line)]:
             raise UserError(
                 f"{run_dir} holds another config of {experiment.name} ({'; '.join(lines)}): "
@@ -129,7 +133,6 @@ def _begin(experiment: Experiment, run_dir: Path, arms: Sequence[str]) -> Consol
     remarks = [f"warning: {remark}" for remark in experiment.remarks()]
     for line in [*remarks, *check_initial(experiment, run_dir, arms)]:
         console.print(marked_up(line))
-    first_says(lambda: write_json(path, described))
     return console
 
 
@@ -161,6 +164,11 @@ def _data(
     for name, test in tests.items():
         console.print(marked_up(test.in_training.sentence(name)), soft_wrap=True)
     return data, tests
+
+
+def _claim(experiment: Experiment, run_dir: Path) -> None:
+    """Makes the directory the experiment's: from here on what is wrong would show in training alone."""
+    first_says(lambda: write_json(run_dir / EXPERIMENT, rd.described(to_json(experiment))))
 
 
 def _train_and_score(

@@ -20,7 +20,7 @@ from common.data.streams import open_tokenizer_of, open_training_text
 from common.data.tokenizers.kept import MODEL, read_kept
 from common.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from common.errors import UserError
-from common.files import inside, read_json
+from common.files import inside, read_object
 from common.nn.recipe import Execution
 from common.paths import user_path
 from common.train import run_dir as rd
@@ -180,7 +180,7 @@ class _RunDescription:
 
 
 def _of_run(arm_dir: Path, step: int | None) -> Found:
-    described = read_json(arm_dir / rd.CONFIG)
+    described = rd.read_described(arm_dir / rd.CONFIG)
     try:
         run = from_json(_RunDescription, {key: described[key] for key in ("model", "data")})
     except (KeyError, TypeError, UserError) as error:
@@ -214,7 +214,7 @@ def tokenizer_of_run(arm_dir: Path, data: DataConfig) -> Tokenizer:
 
     Raises UserError where that is not what it was trained with.
     """
-    then = read_json(arm_dir / rd.ENVIRONMENT).get("tokenizer_hash")
+    then = read_object(arm_dir / rd.ENVIRONMENT).get("tokenizer_hash")
     if (arm_dir / rd.TOKENIZER).is_dir():
         tokenizer = read_kept(arm_dir / rd.TOKENIZER)
         source = f"{rd.TOKENIZER}/ holds"

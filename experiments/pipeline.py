@@ -35,6 +35,7 @@ from common.train import run_dir as rd
 from common.train.config import only_how
 from common.train.loop import Fitted, fit
 from common.train.programs import Setup, check_rows, lower_step, prepare
+from common.train.record import last_losses
 from common.train.task import Task, Watcher
 from experiments.audit import count_step
 from experiments.config import Arm, Experiment
@@ -243,8 +244,7 @@ def _result(
     rows, input_length, target_length = experiment.row_slots()
     steps = done.consumed_batches
     step_flops = arm.model.flops(Moments.of_rows(rows, input_length, target_length))
-    metrics = read_rows(arm_dir / rd.METRICS)
-    last = [row["loss"] for row in metrics if "loss" in row][-max(1, steps // 10) :]
+    train_loss, validation_loss = last_losses(arm_dir, steps)
     return ArmResult(
         arm=name,
         parameters=arm.model.param_count(),
@@ -261,8 +261,8 @@ def _result(
         slots=steps * rows * (input_length + target_length),
         input_fill=done.input_tokens / (steps * rows * input_length) if input_length else None,
         target_fill=(done.tokens - done.input_tokens) / (steps * rows * target_length),
-        train_loss=sum(last) / len(last),
-        validation_loss=metrics[-1]["validation_loss"],
+        train_loss=train_loss,
+        validation_loss=validation_loss,
         train_seconds=done.train_seconds,
         tokens_per_second=done.tokens / done.train_seconds,
         data_wait_share=done.data_seconds / done.train_seconds,

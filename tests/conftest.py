@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if (shared := Path(__file__).parents[2] / "shared/data").is_dir():
+    os.environ.setdefault("TWINSTACK_SHARED_DATA", str(shared))
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # where libtpu is installed, it would ask for a TPU by the network
 
 import jax

@@ -9,6 +9,7 @@ from common.errors import UserError
 from common.files import plain_name
 from common.json_text import parse_json
 from common.report.results import ArmResult
+from common.train.run_dir import check_schema
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -85,7 +86,7 @@ def read_run(run_dir: Path) -> Run:
     the expected form.
     """
     path = run_dir / EXPERIMENT
-    experiment = _read_object(path)
+    experiment = _read_described(path)
     arms = experiment.get("arms")
     if not isinstance(arms, dict) or not arms:
         raise UserError(f'{path}: has no "arms"; run the comparison again in a fresh run directory')
@@ -108,7 +109,7 @@ def _read_arm(arm_dir: Path) -> ArmRun:
     return ArmRun(
         name=arm_dir.name,
         result=_parse(TypeAdapter(ArmResult), _read(result), result),
-        config=_read_object(arm_dir / "config.json"),
+        config=_read_described(arm_dir / "config.json"),
         environment=_read_object(arm_dir / "environment.json"),
         metrics=_read_rows(MetricsRow, arm_dir / "metrics.jsonl"),
         timings=_read_rows(TimingRow, arm_dir / "timings.jsonl"),
@@ -139,6 +140,12 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object; {_mend(path)}")
     return value
+
+
+def _read_described(path: Path) -> dict[str, Any]:
+    found = _read_object(path)
+    check_schema(found, path)
+    return found
 
 
 def _read_rows(row_type: type[T], path: Path) -> tuple[T, ...]:

@@ -211,10 +211,15 @@ class Checkpoints:
         return about, tree
 
     def close(self) -> None:
-        """Waits for the last save; one that failed has been told of."""
+        """Waits for the last save. One that fails now is logged: what it was made for has ended already."""
         if not self._failed:
-            self._manager.wait_until_finished()
-            self._manager.close()
+            try:
+                self._manager.wait_until_finished()
+                self._manager.close()
+            except Exception as error:
+                log.warning(
+                    "the last checkpoint in %s was not written (%s)", self.folder, textwrap.shorten(str(error), 200)
+                )
 
 
 def saved_steps(folder: Path) -> list[int]:

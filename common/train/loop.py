@@ -53,11 +53,12 @@ def fit(task: Task, run_dir: Path, watcher: Watcher) -> Fitted:
 
     Raises UserError where the directory is in use or belongs to another config, where storage refuses for too long, and
     when a loss or gradient is not finite and nothing else was asked for (such a state never enters a checkpoint). On
-    SIGTERM the step that runs is ended and saved, then Preempted is raised; where that takes too long the process is
-    ended, and so it is where it hangs. Of several processes the first one alone writes, checkpoints apart; where any is
-    sent SIGTERM, all end after the same step.
+    SIGTERM or SIGINT the step that runs is ended and saved, then Preempted is raised; where that takes too long the
+    process is ended, and so it is where it hangs. Of several processes the first one alone writes, checkpoints apart;
+    where any is sent SIGTERM, all end after the same step.
     """
     check_rows(task.setup)
+    _check_validation(task)
     began, patience = time.time(), task.setup.train.patience
     stacks = run_dir / f"stacks-{jax.process_index()}.txt"
     with (
@@ -83,6 +84,15 @@ def fit(task: Task, run_dir: Path, watcher: Watcher) -> Fitted:
         return Fitted(model=programs.model, params=state.params, progress=progress, mesh=programs.mesh)
 
 
+def _check_validation(task: Task) -> None:
+    """Raises UserError, in all processes, where no validation loss could be taken."""
+    if not where(any(np.any(host.batch.weights_BT) for host in task.validation)):
+        raise UserError(
+            "no token of the validation batches counts in the loss, so there is no validation loss: take more of them, "
+            "or another data.source.validation_split"
+        )
+
+
 def _claim(task: Task, run_dir: Path, hold: contextlib.ExitStack) -> list[str]:
     """Holds the directory until `hold` is closed, and returns warnings."""
     hold.enter_context(rd.owned(run_dir))
@@ -102,8 +112,8 @@ def _check_same(task: Task, run_dir: Path) -> None:
         raise UserError(f"process {others[0]} was about to train something else{how}: start all with one command")
 
 
-def _left_out(run_dir: Path) -> frozenset[int]:
-    return frozenset(first_says(lambda: sorted(rd.left_out(run_dir))))
+def _left_out(run_dir: Path, steps: int) -> frozenset[int]:
+    return frozenset(first_says(lambda: sorted(rd.left_out(run_dir, steps))))
 
 
 def _start(
@@ -113,7 +123,7 @@ def _start(
     restored = checkpoints.restore(
         abstract,
         seed=task.setup.train.seed,
-        left_out=_left_out(run_dir),
+        left_out=_left_out(run_dir, task.setup.steps),
         patience_seconds=_storage_seconds(task.setup),
     )
     if restored is not None:
@@ -186,7 +196,7 @@ class _Run:
         meet()
         self.alive()
         self.watcher.begin(first, setup.steps)
-        self.left_out = _left_out(self.run_dir)
+        self.left_out = _left_out(self.run_dir, setup.steps)
         self.judge = Judge(setup.train.anomalies, progress.losses)
         self.saving = Saving(
             self.checkpoints,
@@ -336,6 +346,7 @@ class _Run:
         known = dataclasses.replace(progress, losses=self.judge.recent(), landmarks=landmarks)
         timed = self.clock.stamp(known)
         with self.clock.aside("checkpoint"):
+            self.rows.secure()
             self.saving.save(state, timed, validation_loss)
             if wait:
                 self.saving.finish(state, timed, validation_loss)

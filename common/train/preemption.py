@@ -1,4 +1,4 @@
-"""Being asked to end: SIGTERM, which schedulers send before they take a machine away."""
+"""Being asked to end: by SIGTERM, which schedulers send before they take a machine away, or by SIGINT, as Ctrl-C is."""
 
 import contextlib
 import itertools
@@ -19,7 +19,7 @@ _calls = itertools.count()
 
 
 class Preempted(SystemExit):
-    """A run that was asked to end has been saved; the process ends with the status of a process that SIGTERM ends."""
+    """A run that was asked to end has been saved; the process ends with the status of one that the signal ends."""
 
     def __init__(self, step: int) -> None:
         super().__init__(STATUS)
@@ -28,43 +28,73 @@ class Preempted(SystemExit):
 
 @contextlib.contextmanager
 def noticed(grace_seconds: float, last_words: Callable[[], str]) -> Iterator[Callable[[], bool]]:
-    """Within, SIGTERM ends nothing at once; what is given tells whether it has come.
+    """Within, SIGTERM and SIGINT end nothing at once; the yielded function returns whether one has come.
 
-    The process is ended `grace_seconds` after it, whatever it is doing then, with `last_words` on standard error. Only
-    the main thread can hear it; elsewhere nothing changes.
+    The process is ended `grace_seconds` after SIGTERM, and at once by a SIGINT that follows another signal, whatever it
+    is doing then, with `last_words` on standard error. Only the main thread can hear them; elsewhere nothing changes.
 
-    Several processes ask once a step, all of them, and hear of it at the same step, whichever was sent the signal; from
-    then on the time counts. JAX listens for it from their joining to their end, within and without.
+    Several processes ask once a step, all of them, and hear of SIGTERM at the same step, whichever was sent it; from
+    then on the time counts. JAX listens for it from their joining to their end, within and without. A SIGINT is passed
+    on as SIGTERM.
     """
-    if jax.process_count() > 1:
-        with _noticed_together(grace_seconds, last_words) as come_to_any:
-            yield come_to_any
-        return
-    come = threading.Event()
+    together = jax.process_count() > 1
     if threading.current_thread() is not threading.main_thread():
-        yield come.is_set
+        with (
+            _noticed_together(grace_seconds, last_words) if together else contextlib.nullcontext(lambda: False) as come
+        ):
+            yield come
         return
+    with _heard(grace_seconds, last_words, together) as asked:
+        try:
+            if together:
+                with _noticed_together(grace_seconds, last_words) as come_to_any:
+                    yield come_to_any
+            else:
+                yield lambda: bool(asked)
+        except Preempted as stopped:
+            stopped.code = 128 + (asked[0] if asked else signal.SIGTERM)
+            raise
+
+
+@contextlib.contextmanager
+def _heard(grace_seconds: float, last_words: Callable[[], str], together: bool) -> Iterator[list[int]]:
+    """The numbers of the signals that have come so far; of several processes only SIGINT, the rest is JAX's."""
+    asked: list[int] = []
     # Python's handlers run between two instructions of the main thread, which may be waiting for a device; the pipe is
     # written to at once.
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    over = threading.Event()
+    timer = threading.Timer(grace_seconds, _end, (STATUS, f"asked to end {grace_seconds:g} s ago", last_words))
+    timer.daemon = True
 
-    def end_in_time() -> None:
+    def listen() -> None:
+        heard: set[int] = set()
         while number := os.read(reading, 1):
-            if number[0] == signal.SIGTERM and not over.wait(grace_seconds):
-                _end(grace_seconds, last_words)
+            if number[0] == signal.SIGTERM and signal.SIGTERM not in heard:
+                timer.start()
+            elif number[0] == signal.SIGINT and heard & {signal.SIGINT, signal.SIGTERM}:
+                _end(128 + signal.SIGINT, "ended at once", last_words)
+            elif number[0] == signal.SIGINT:
+                print("\ntwinstack: the step at hand is ended and saved; Ctrl-C again ends at once", file=sys.stderr)
+                if together:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            heard.add(number[0])
 
-    thread = threading.Thread(target=end_in_time, name="preemption", daemon=True)
-    before = signal.signal(signal.SIGTERM, lambda number, frame: come.set())
+    numbers = [signal.SIGINT] if together else [signal.SIGINT, signal.SIGTERM]
+    # A shell's background job ignores SIGINT, and goes on doing so.
+    before = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
     before_pipe = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    for number in before:
+        signal.signal(number, lambda number, frame: asked.append(number))
+    thread = threading.Thread(target=listen, name="preemption", daemon=True)
     thread.start()
     try:
-        yield come.is_set
+        yield asked
     finally:
-        over.set()
+        timer.cancel()
         signal.set_wakeup_fd(before_pipe)
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         os.close(writing)
         thread.join()
         os.close(reading)
@@ -72,7 +102,7 @@ def noticed(grace_seconds: float, last_words: Callable[[], str]) -> Iterator[Cal
 
 @contextlib.contextmanager
 def _noticed_together(grace_seconds: float, last_words: Callable[[], str]) -> Iterator[Callable[[], bool]]:
-    timer = threading.Timer(grace_seconds, _end, (grace_seconds, last_words))
+    timer = threading.Timer(grace_seconds, _end, (STATUS, f"asked to end {grace_seconds:g} s ago", last_words))
     timer.daemon = True
 
     def come() -> bool:
@@ -87,6 +117,6 @@ def _noticed_together(grace_seconds: float, last_words: Callable[[], str]) -> It
         timer.cancel()
 
 
-def _end(grace_seconds: float, last_words: Callable[[], str]) -> NoReturn:
-    print(f"\ntwinstack: asked to end {grace_seconds:g} s ago; {last_words()}", file=sys.stderr, flush=True)
-    os._exit(STATUS)
+def _end(status: int, why: str, last_words: Callable[[], str]) -> NoReturn:
+    print(f"\ntwinstack: {why}; {last_words()}", file=sys.stderr, flush=True)
+    os._exit(status)

@@ -12,11 +12,14 @@ import jax
 import numpy as np
 
 from common.compute.moments import Moments
+from common.errors import UserError
+from common.files import read_rows
 from common.sharding.hosts import is_first
 from common.train import run_dir as rd
 from common.train.checkpoints import Progress
 from common.train.optimizer import make_schedule
 from common.train.programs import Setup
+from common.train.rows import JsonLines
 from common.train.storage import patiently
 
 WARM_UP = 2
@@ -126,6 +129,22 @@ def memory() -> dict[str, int]:
     }
 
 
+def last_losses(run_dir: Path, steps: int) -> tuple[float, float]:
+    """Of a run of `steps` steps: the mean training loss over their last tenth, and the last validation loss.
+
+    Raises UserError where `metrics.jsonl` does not hold them.
+    """
+    rows = read_rows(run_dir / rd.METRICS)
+    last = rows[-1] if rows else {}
+    learnt = [row["loss"] for row in rows if "loss" in row][-max(1, steps // 10) :]
+    if last.get("step") != steps or "validation_loss" not in last or not learnt:
+        raise UserError(
+            f"{run_dir / rd.METRICS} lacks the row of step {steps}, the last: something else removed or changed it; "
+            f"without {run_dir / rd.CHECKPOINTS / str(steps)} the same command trains the last steps again"
+        )
+    return sum(learnt) / len(learnt), last["validation_loss"]
+
+
 class Rows:
     """`metrics.jsonl`, which is the same to the bit for any two runs of one config, and `timings.jsonl`.
 
@@ -157,9 +176,15 @@ class Rows:
         self.flops_per_step = setup.flops_per_step()
         first = progress.consumed_batches
         self.files = [
-            self._patiently(partial(rd.JsonLines, run_dir / name, keep_through_step=first))
+            self._patiently(partial(JsonLines, run_dir / name, keep_through_step=first))
             for name in ((rd.METRICS, rd.TIMINGS) if is_first() else ())
         ]
+        for file in self.files:
+            if file.lost:
+                note(
+                    f"warning: {file.path} lacks the rows of {len(file.lost)} steps from {file.lost[0]} to "
+                    f"{file.lost[-1]}: curves and means do without them"
+                )
         self._tokens = progress.tokens
         self._written = 0
 
@@ -219,6 +244,11 @@ class Rows:
             if self.peak_flops_per_second is not None:
                 timing |= utilisation(self.setup, step_seconds, self.peak_flops_per_second)
         return timing
+
+    def secure(self) -> None:
+        """Returns once no end of the process or the machine can take the rows, to be called before a checkpoint."""
+        for file in self.files:
+            self._patiently(file.secure)
 
     def _patiently(self, action: Callable[[], Any]) -> Any:
         return patiently(

@@ -1,4 +1,4 @@
-"""One arm's run directory: who owns it, whether it is the same run, and its metrics files."""
+"""One arm's run directory: who owns it, and whether it is the same run."""
 
 import contextlib
 import datetime
@@ -16,7 +16,8 @@ import jax
 
 from common.config import difference, to_json
 from common.errors import UserError
-from common.files import read_json, read_rows, write_atomically, write_json, write_rows
+from common.files import read_object, read_rows, write_atomically, write_json, write_rows
+from common.train.checkpoints import saved_steps
 from common.train.config import Anomalies, only_how
 
 SCHEMA_VERSION = 1
@@ -63,19 +64,23 @@ def claim(
 ) -> list[str]:
     """Writes the resolved config and the environment, or checks that the directory holds the same run.
 
+    Nothing is refused where nothing has been trained yet: a mistake in the command that came before may be mended.
+
     `data` says what is read (content id, tokenizer's hash); `tokenizer_files` are written too where they are absent or
     damaged, so that the run can be used without its data. Returns warnings: how this machine differs from the one the
     run was begun on, and what of the config says how to compute it and is not as it was (`launched` notes that).
     Raises UserError with the difference where the directory belongs to another config or other data.
     """
     here = {**environment(), **data}
-    if not (run_dir / CONFIG).exists():
+    if not has_begun(run_dir) and not _is_same(run_dir, config, data):
+        for name in (LAUNCHES, ROLLBACKS, INITIAL):
+            (run_dir / name).unlink(missing_ok=True)
         _keep(run_dir / TOKENIZER, tokenizer_files)
         write_json(run_dir / ENVIRONMENT, here)
-        write_json(run_dir / CONFIG, _described(config))
+        write_json(run_dir / CONFIG, described(config))
         return []
-    stored = read_json(run_dir / CONFIG)
-    if lines := refused(stored, _described(config)):
+    stored = read_described(run_dir / CONFIG)
+    if lines := refused(stored, described(config)):
         raise UserError(
             f"{run_dir} holds a run of another config ({'; '.join(lines)}): choose another --run-dir, or remove it"
         )
@@ -83,12 +88,12 @@ def claim(
         other = "; ".join(moved)
         raise UserError(f"{run_dir} was begun on other data ({other}): choose another --run-dir, or remove it")
     _keep(run_dir / TOKENIZER, tokenizer_files)
-    before = read_json(run_dir / ENVIRONMENT)
+    before = read_object(run_dir / ENVIRONMENT)
     return [
         f"{key} was {before.get(key)} when this run began and is {here[key]} now: results may differ in the last bits"
         for key in MACHINE_KEYS
         if before.get(key) != here[key]
-    ] + [f"{line}: results may differ in the last bits" for line in changes(stored, _described(config))]
+    ] + [f"{line}: results may differ in the last bits" for line in changes(stored, described(config))]
 
 
 def _keep(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -98,12 +103,41 @@ def _keep(folder: Path, files: Mapping[str, bytes]) -> None:
             write_atomically(path, content)
 
 
-def _described(config: dict[str, Any]) -> dict[str, Any]:
+def has_begun(run_dir: Path) -> bool:
+    """Whether anything has been trained in it."""
+    return bool(saved_steps(run_dir / CHECKPOINTS) or read_rows(run_dir / METRICS))
+
+
+def _is_same(run_dir: Path, config: dict[str, Any], data: dict[str, str]) -> bool:
+    try:
+        return not refused(read_described(run_dir / CONFIG), described(config)) and not _other_data(run_dir, data)
+    except UserError:
+        return False
+
+
+def described(config: dict[str, Any]) -> dict[str, Any]:
+    """A resolved config as run directories hold it."""
     return {"schema_version": SCHEMA_VERSION, **config}
 
 
+def read_described(path: Path) -> dict[str, Any]:
+    """What `described` has made; raises UserError where it cannot be read, or was written by another version."""
+    found = read_object(path)
+    check_schema(found, path)
+    return found
+
+
+def check_schema(found: Mapping[str, Any], path: Path) -> None:
+    """Raises UserError where `path`, which holds `found`, was written by another version."""
+    if (schema := found.get("schema_version", SCHEMA_VERSION)) != SCHEMA_VERSION:
+        raise UserError(
+            f"{path} has run schema {json.dumps(schema)}, this version reads {SCHEMA_VERSION}: use the version that "
+            "wrote it, or another --run-dir"
+        )
+
+
 def _other_data(run_dir: Path, data: dict[str, str]) -> list[str]:
-    before = read_json(run_dir / ENVIRONMENT)
+    before = read_object(run_dir / ENVIRONMENT)
     return [f"{key}: {before.get(key)} -> {value}" for key, value in data.items() if before.get(key) != value]
 
 
@@ -125,18 +159,26 @@ def refused(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def launched(run_dir: Path, config: dict[str, Any], now: float) -> float:
     """Notes a launch that began at `now`, and how it is computed; returns when the first one began (Unix seconds)."""
-    changed = changes(read_json(run_dir / CONFIG), _described(config))
+    changed = changes(read_described(run_dir / CONFIG), described(config))
     launches = [*read_rows(run_dir / LAUNCHES), {"started": now} | ({"changed": changed} if changed else {})]
     write_rows(run_dir / LAUNCHES, launches)
     if changed:
-        write_json(run_dir / CONFIG, _described(config))
+        write_json(run_dir / CONFIG, described(config))
     return float(launches[0]["started"])
 
 
-def left_out(run_dir: Path) -> frozenset[int]:
-    """Numbers of the batches that roll-backs leave out, from 1."""
-    rows = read_rows(run_dir / ROLLBACKS)
-    return frozenset(batch for row in rows for batch in range(row["first"], row["step"] + 1))
+def left_out(run_dir: Path, steps: int) -> frozenset[int]:
+    """Numbers of the batches, from 1 to `steps`, that roll-backs leave out."""
+    batches: set[int] = set()
+    for row in read_rows(run_dir / ROLLBACKS):
+        first, last = row.get("first"), row.get("step")
+        if not (isinstance(first, int) and isinstance(last, int) and 1 <= first <= last <= steps):
+            raise UserError(
+                f"{run_dir / ROLLBACKS} leaves out batches {first} to {last} of a run of {steps}: restore the file, or "
+                "train into another --run-dir"
+            )
+        batches.update(range(first, last + 1))
+    return frozenset(batches)
 
 
 def leave_out(run_dir: Path, row: dict[str, Any]) -> None:
@@ -157,30 +199,9 @@ def environment() -> dict[str, Any]:
         "processes": jax.process_count(),
         "cpu": _cpu_model(),
         "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "commit": _commit(),
+        "commit": commit_of(Path(__file__)),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-
-
-class JsonLines:
-    """A file of one JSON object a line, appended to; a row is whole or absent."""
-
-    def __init__(self, path: Path, *, keep_through_step: int):
-        """Opens for appending after dropping rows with a later `step`, and a half-written last line."""
-        rows = [row for row in read_rows(path) if row["step"] <= keep_through_step]
-        write_rows(path, rows)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Raises OSError where the disk refuses; what it refused is kept, and written by the next `flush`."""
-        self._file.write(json.dumps(row) + "\n")
-        self.flush()
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def _cpu_model() -> str:
@@ -192,17 +213,17 @@ def _cpu_model() -> str:
         return platform.processor()
 
 
-def _commit() -> str:
-    """Of the source tree that runs, "-dirty" where it has changes, "unknown" where it is no git checkout."""
-    here = Path(__file__).parent
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
+def commit_of(source: Path) -> str:
+    """Of the repository that tracks a source file, "-dirty" where it has changes; "unknown" where none does."""
+    if not _git(source.parent, "ls-files", "--error-unmatch", source.name):  # an installation in somebody's project
         return "unknown"
-    return found.stdout.strip() or "unknown"
+    return _git(source.parent, "describe", "--always", "--dirty", "--abbrev=12") or "unknown"
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    """What git prints; nothing where it fails."""
+    try:
+        found = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return found.stdout.strip() if found.returncode == 0 else ""

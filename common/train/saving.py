@@ -58,6 +58,11 @@ class Saving:
 
     def _refused(self, error: Exception) -> None:
         why = refusal(error)
+        if why is None and not self.checkpoints.folder.is_dir():
+            raise UserError(
+                f"{self.checkpoints.folder} is gone, or no directory any more: something else removed it while the run "
+                "went on; stopped"
+            ) from error
         if why is None:
             raise error
         pause = self._backoff.pause()

@@ -14,12 +14,13 @@ from rich.console import Console
 
 from common.config import from_json, to_json
 from common.errors import UserError
-from common.files import read_json
+from common.files import read_json, write_rows
 from common.report.certificate import certify_run, one_recipe
 from common.report.results import ArmResult
 from common.report.run_files import read_run
+from common.train import run_dir as rd
 from common.train.programs import Setup
-from experiments import pipeline
+from experiments import commands, pipeline
 from experiments.audit import StepCount, count_step
 from experiments.cli import main
 from experiments.commands import compare, report, train
@@ -282,3 +283,23 @@ def finished_work_is_not_done_again(
     with pytest.raises(AssertionError, match="work"):  # scored anew, and not refused as another run
         compare(other, run_dir)
     compare(experiment, run_dir)
+
+
+def test_a_command_that_fails_before_training_claims_nothing(tmp_path: Path) -> None:
+    """The corrected command is taken in the same directory; after a trained step another one is not."""
+    write_data(tmp_path)
+    experiment, run_dir = tiny_experiment(tmp_path), tmp_path / "run"
+    other = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, seed=1))
+    wrong = dataclasses.replace(other, evaluation=dataclasses.replace(experiment.evaluation, splits=("tset",)))
+    with pytest.raises(UserError, match="tset"):
+        compare(wrong, run_dir)
+    assert not run_dir.exists()
+    commands._claim(wrong, run_dir)
+    rd.claim(run_dir / "gpt", {}, {}, {})
+    commands._begin(experiment, run_dir, ["gpt"])
+    write_rows(run_dir / "gpt" / rd.METRICS, [{"step": 1}])
+    with pytest.raises(UserError, match="another config of tiny .train.seed: 1 -> 0."):
+        commands._begin(experiment, run_dir, ["gpt"])
+    (run_dir / "experiment.json").write_text("null")
+    with pytest.raises(UserError, match="experiment.json does not hold a JSON object"):
+        commands._begin(experiment, run_dir, ["gpt"])

@@ -86,9 +86,11 @@ def open_corpus(name: str, split: str, fields: dict[str, str]) -> TableSource:
 
 
 def data_folder() -> Path:
-    """`$TWINSTACK_SHARED_DATA`, or `shared/data` beside the project's folder."""
+    """`$TWINSTACK_SHARED_DATA`; raises UserError where it is not set."""
     named = os.environ.get(FOLDER_VARIABLE)
-    return user_path(named) if named else Path(__file__).resolve().parents[3].parent / "shared" / "data"
+    if not named:
+        raise UserError(f"corpora are read from the folder that {FOLDER_VARIABLE} names, which is not set")
+    return user_path(named)
 
 
 def _path(name: str, file: str) -> Path:

@@ -190,6 +190,7 @@ def breaking(name: str, text: str | None) -> Callable[[Path], None]:
     [
         ("experiment.json", None, "experiment.json is missing"),
         ("experiment.json", '{"name": "x"}', 'has no "arms"'),
+        ("experiment.json", '{"schema_version": 2, "arms": {}}', "has run schema 2, this version reads 1"),
         ("experiment.json", '{"arms": {"../enc-dec": {}}}', "outside its folder"),
         ("experiment.json", "[1]", "JSON object"),
         ("enc-dec/metrics.jsonl", None, "repeat its command"),

@@ -103,6 +103,25 @@ def test_a_stream_that_hangs_is_noticed(tmp_path: Path, monkeypatch: pytest.Monk
     assert begun.steps == list(range(1, 9)) and steps[0] in (3, 4)
 
 
+@pytest.mark.parametrize("twice", [False, True])
+def test_ctrl_c_waits_and_a_second_one_ends_at_once(twice: bool) -> None:
+    with program(DEAF, "60", str(10**9 if twice else 10**6)) as process:
+        assert process.stdout is not None and process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None and process.stderr.readline() == "\n"
+        assert (
+            process.stderr.readline() == "twinstack: the step at hand is ended and saved; Ctrl-C again ends at once\n"
+        )
+        if twice:
+            process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    if twice:
+        assert (process.returncode, output) == (130, "")
+        assert errors.strip() == "twinstack: ended at once; last words"
+    else:
+        assert (process.returncode, output, errors) == (0, "True\n", "")
+
+
 @pytest.mark.parametrize("grace", ["0.5", "60"])
 def test_sigterm_ends_a_process_in_time(grace: str) -> None:
     """Where its main thread is in a long call of C's: by force when the grace is over, and with the call where not."""

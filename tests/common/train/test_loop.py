@@ -5,6 +5,7 @@ import gc
 import itertools
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,7 @@ from common.sharding.shape import MeshShape
 from common.train import run_dir as rd
 from common.train.config import Budget
 from common.train.loop import Fitted, fit
+from common.train.preemption import Preempted
 from common.train.task import Stream, Task
 from tests.tiny import (
     DATA,
@@ -227,6 +229,31 @@ def test_a_run_goes_on_on_other_devices(unbroken: dict[str, Unbroken], family: s
 
 def run_steps(folder: Path) -> list[dict[str, Any]]:
     return read_rows(folder / rd.METRICS)
+
+
+@dataclasses.dataclass
+class CtrlC(Observer):
+    """Whose user interrupts the run."""
+
+    at: int = 4
+
+    def step(self, row: dict[str, Any], timing: dict[str, Any]) -> None:
+        super().step(row, timing)
+        if row["step"] == self.at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupted_run_is_saved(unbroken: dict[str, Unbroken], tmp_path: Path) -> None:
+    """After the step at hand, which is none that would have been saved; it goes on to the same bits."""
+    run, before = unbroken["gpt"], signal.getsignal(signal.SIGINT)
+    with pytest.raises(Preempted) as stopped:
+        fit(run.task, tmp_path, CtrlC())
+    step = stopped.value.step
+    assert stopped.value.code == 130 and step in (4, 5) and step in saved_steps(tmp_path)
+    assert signal.getsignal(signal.SIGINT) is before
+    observer = Observer()
+    same_bits(fit(run.task, tmp_path, observer).params, run.fitted.params)
+    assert observer.steps == list(range(step + 1, STEPS + 1)) and (tmp_path / rd.METRICS).read_bytes() == run.metrics()
 
 
 def test_a_half_written_row_is_dropped(unbroken: dict[str, Unbroken], tmp_path: Path) -> None:

@@ -146,6 +146,12 @@ def test_mistakes_are_named(folder, name, split, field, words):
     assert "\n" not in str(error.value)
 
 
+def test_the_folder_has_no_default(folder, monkeypatch):
+    monkeypatch.delenv(corpora.FOLDER_VARIABLE)
+    with pytest.raises(UserError, match=f"{corpora.FOLDER_VARIABLE} names, which is not set"):
+        read("multi30k", "validation", text="en")
+
+
 @pytest.mark.parametrize(
     ("name", "split", "file", "content", "words"),
     [

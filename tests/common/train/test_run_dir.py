@@ -1,0 +1,206 @@
+"""A run directory: when it is claimed, what is noticed of damage to it, and when its rows are safe."""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from common.files import read_rows, write_rows
+from common.train import run_dir as rd
+from common.train.checkpoints import Checkpoints
+from common.train.loop import fit
+from common.train.record import last_losses
+from common.train.rows import JsonLines
+from tests.tiny import Observer, cached_in, jax_settings, task
+
+CONFIG, DATA = {"model": {"d_ff": 0}}, {"content_id": "a"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with jax_settings(cached_in(tmp_path_factory.mktemp("xla"))):
+        yield
+
+
+# --- Claims
+
+
+def test_nothing_is_claimed_before_something_is_trained(tmp_path: Path) -> None:
+    """A mistake may be mended in the same directory; what has been trained is not trained over."""
+    rd.claim(tmp_path, CONFIG, DATA, {})
+    rd.launched(tmp_path, CONFIG, 1.0)
+    changed = {"model": {"d_ff": 1}}
+    for config, data in ((changed, DATA), (changed, {"content_id": "b"})):
+        assert rd.claim(tmp_path, config, data, {}) == []
+        assert not (tmp_path / rd.LAUNCHES).exists()
+    rd.launched(tmp_path, changed, 2.0)
+    rd.claim(tmp_path, changed, {"content_id": "b"}, {})
+    assert rd.launched(tmp_path, changed, 3.0) == 2.0  # the same run, launched again before it had trained
+    write_rows(tmp_path / rd.METRICS, [{"step": 1}])
+    with pytest.raises(UserError, match="another config .model.d_ff: 1 -> 0."):
+        rd.claim(tmp_path, CONFIG, {"content_id": "b"}, {})
+    with pytest.raises(UserError, match="begun on other data .content_id: b -> a."):
+        rd.claim(tmp_path, changed, DATA, {})
+
+
+DAMAGES = {
+    "config.json null": (rd.CONFIG, "null", "config.json does not hold a JSON object"),
+    "config.json gone": (rd.CONFIG, None, "config.json cannot be read"),
+    "another schema": (rd.CONFIG, '{"schema_version": 2}', "config.json has run schema 2, this version reads 1"),
+    "environment.json a list": (rd.ENVIRONMENT, "[]", "environment.json does not hold a JSON object"),
+    "environment.json torn": (rd.ENVIRONMENT, '{"cont', "environment.json cannot be read"),
+    "rows of numbers": (rd.METRICS, "1\n", "metrics.jsonl, line 1 is no JSON object"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_file_is_named(name: str, content: str | None, message: str, tmp_path: Path) -> None:
+    rd.claim(tmp_path, CONFIG, DATA, {})
+    write_rows(tmp_path / rd.METRICS, [{"step": 1}])
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        rd.claim(tmp_path, CONFIG, DATA, {})
+
+
+@pytest.mark.parametrize(
+    "row", [{"step": 99_999_999, "first": 1}, {"step": 3, "first": 0}, {"step": "3", "first": 1}, {}]
+)
+def test_rolled_back_batches_are_the_runs_own(row: dict[str, Any], tmp_path: Path) -> None:
+    write_rows(tmp_path / rd.ROLLBACKS, [{"step": 5, "first": 4}])
+    assert rd.left_out(tmp_path, 8) == {4, 5}
+    write_rows(tmp_path / rd.ROLLBACKS, [row])
+    with pytest.raises(UserError, match="rollbacks.jsonl leaves out batches .* of a run of 8"):
+        rd.left_out(tmp_path, 8)
+
+
+def test_the_commit_is_that_of_the_repository_that_tracks_the_code(tmp_path: Path) -> None:
+    """And not of a project in whose folder the package happens to be installed."""
+
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        return subprocess.run(
+            ["git", *who, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout
+
+    for name in ("code.py", "venv/code.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert rd.commit_of(tmp_path / "code.py") == "unknown"
+    git("init", "-q")
+    git("add", "code.py")
+    git("commit", "-qm", "a project")
+    assert git("rev-parse", "HEAD").startswith(rd.commit_of(tmp_path / "code.py"))
+    assert rd.commit_of(tmp_path / "venv/code.py") == "unknown"
+    (tmp_path / "code.py").write_text("changed")
+    assert rd.commit_of(tmp_path / "code.py").endswith("-dirty")
+
+
+# --- Rows
+
+
+def test_rows_are_safe_and_the_file_closed_before_a_checkpoint_is_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them, up to the checkpoint's own step: a mount that uploads at close has them then."""
+    synced: list[str] = []
+    seen: list[tuple[int, list[int], list[str], list[str]]] = []
+    real_save, real_sync = Checkpoints.save, os.fsync
+
+    def sync(number: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{number}")).name)
+        real_sync(number)
+
+    def save(self: Checkpoints, state: Any, progress: Any, **more: Any) -> None:
+        steps = [row["step"] for row in read_rows(tmp_path / rd.METRICS)]
+        opened = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        seen.append((progress.consumed_batches, steps, [path for path in opened if path.endswith(".jsonl")], [*synced]))
+        synced.clear()
+        real_save(self, state, progress, **more)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(Checkpoints, "save", save)
+    fit(task("gpt"), tmp_path, Observer())
+    assert [step for step, *_ in seen] == [3, 6, 8]
+    for step, steps, opened, done in seen:
+        assert steps == list(range(1, step + 1)) and opened == []
+        assert [name for name in done if not name.startswith(".")] == [rd.METRICS, rd.TIMINGS]  # others are temporary
+
+
+def test_lost_rows_are_named(tmp_path: Path) -> None:
+    path = tmp_path / rd.METRICS
+    write_rows(path, [{"step": step} for step in (1, 2, 5, 6, 7)])
+    rows = JsonLines(path, keep_through_step=6)
+    assert rows.lost == [3, 4]
+    rows.write({"step": 7})
+    rows.close()
+    assert [row["step"] for row in read_rows(path)] == [1, 2, 5, 6, 7]
+    assert JsonLines(path, keep_through_step=0).lost == []
+    write_rows(path, [{"stop": 1}])
+    with pytest.raises(UserError, match="metrics.jsonl has a row without a step"):
+        JsonLines(path, keep_through_step=1)
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@dataclasses.dataclass
+class Vandal(Observer):
+    """Damages the run directory after a step."""
+
+    damage: Callable[[], None] = lambda: None
+
+    def step(self, row: dict[str, Any], timing: dict[str, Any]) -> None:
+        super().step(row, timing)
+        if row["step"] == 4:
+            self.damage()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: remove(folder), "metrics.jsonl is gone"),
+        (lambda folder: remove(folder / rd.METRICS), "metrics.jsonl is gone"),
+        (lambda folder: (folder / rd.TIMINGS).write_text(""), r"timings.jsonl has \d+ bytes instead of"),
+    ],
+    ids=["all", "metrics", "emptied"],
+)
+def test_a_directory_that_is_damaged_while_the_run_goes_on_is_noticed(
+    damage: Callable[[Path], None], message: str, tmp_path: Path
+) -> None:
+    """At the next checkpoint, not at the end. What is left is gone on with, and what is lost is said."""
+    run_dir = tmp_path / "arm"
+    observer = Vandal(damage=lambda: damage(run_dir))
+    with pytest.raises(UserError, match=message):
+        fit(task("gpt"), run_dir, observer)
+    assert observer.steps[-1] <= 6
+    again = Observer()
+    fit(task("gpt"), run_dir, again)
+    lost = run_dir.exists() and "resuming after step 3 of 8" in again.notes
+    assert lost == any("lacks the rows of 3 steps from 1 to 3" in note for note in again.notes)
+    assert last_losses(run_dir, 8)[1] > 0
+    remove(run_dir / rd.METRICS)
+    with pytest.raises(UserError, match="metrics.jsonl lacks the row of step 8, the last"):
+        last_losses(run_dir, 8)
+
+
+def test_validation_batches_without_weights_are_refused_before_training(tmp_path: Path) -> None:
+    of = task("gpt")
+    empty = [
+        dataclasses.replace(
+            host, batch=dataclasses.replace(host.batch, weights_BT=np.zeros_like(host.batch.weights_BT))
+        )
+        for host in of.validation
+    ]
+    with pytest.raises(UserError, match="no token of the validation batches counts in the loss"):
+        fit(dataclasses.replace(of, validation=tuple(empty)), tmp_path / "arm", Observer())
+    assert not (tmp_path / "arm").exists()
