@@ -1,7 +1,8 @@
 """Checksums of arrays, however they are sharded: the files of a checkpoint carry none of their contents.
 
 Each is the sum, modulo 2^32, of a hash of every element's bits and place, so that two elements that were swapped change
-it, and devices can add up their own parts.
+it, and devices can add up their own parts. A tree is one program: of several processes, programs that run at one time
+could meet each other's sums and hang.
 """
 
 import hashlib
@@ -16,11 +17,13 @@ _ODD = 0x9E37_79B1
 """A prime near 2^32 over the golden ratio."""
 
 
+@jax.jit
 def leaf_checksums(tree: Any) -> Any:
     """A uint32 for each array of `tree`, over bits and places."""
     return jax.tree.map(_ordered, tree)
 
 
+@jax.jit
 def plain_sums(tree: Any) -> Any:
     """A uint32 for each array over its bits alone: what checkpoints of the first schema hold."""
     return jax.tree.map(_plain, tree)
@@ -40,10 +43,6 @@ def plain_digest(sums: Any) -> int:
     return total
 
 
-# One program for each shape, of which parameters and moments share theirs: a program for the whole tree takes seconds.
-
-
-@jax.jit
 def _ordered(leaf: jax.Array) -> jax.Array:
     place = jnp.zeros(leaf.shape, jnp.uint32)
     for axis, size in enumerate(leaf.shape):
@@ -52,7 +51,6 @@ def _ordered(leaf: jax.Array) -> jax.Array:
     return jnp.sum(_mixed(_bits(leaf).astype(jnp.uint32) ^ place), dtype=jnp.uint32)
 
 
-@jax.jit
 def _plain(leaf: jax.Array) -> jax.Array:
     return jnp.sum(_bits(leaf), dtype=jnp.uint32)
 
