@@ -131,6 +131,19 @@ def _add_launch(launch: argparse.ArgumentParser) -> None:
     launch.add_argument(
         "--run", dest="run_name", metavar="NAME", help="the run's name: launched again, it goes on (default: from NAME)"
     )
+    launch.add_argument(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="a variable for the hosts, with its value here or another; it is written into files: no place for secrets",
+    )
+    launch.add_argument(
+        "--hours",
+        action=whole(Range(1, 24 * 365, unit="hours")),
+        metavar="N",
+        help="with --engine gcloud: slices that are so old save and are given back, whatever they do (168)",
+    )
     launch.add_argument("--arm", metavar="ARM", help="train this arm alone (default: compare all)")
     launch.add_argument("--out", action=AsPath, metavar="DIR", help=f"where files go (default: {RUNS}/launch/RUN)")
     launch.add_argument("--go", action="store_true", help="submit it; without, nothing leaves this machine")

@@ -200,8 +200,9 @@ def _launch(options: argparse.Namespace) -> None:
         return
     from rich.console import Console
 
-    from experiments.launching.job import Bucket, Job, run_name
+    from experiments.launching.job import Bucket, Job, run_name, variables
     from experiments.launching.launch import ENGINES, launch
+    from experiments.launching.readable import check_readable
     from experiments.launching.slices import rentable
     from experiments.launching.source import committed
 
@@ -217,11 +218,15 @@ def _launch(options: argparse.Namespace) -> None:
         zone=options.zone,
         spot=options.spot,
         commit=committed(),
+        variables=variables(options.env, os.environ),
+        hours=options.hours,
     )
-    experiment.check_arms(experiment.arms if options.arm is None else [options.arm])
+    arms = list(experiment.arms) if options.arm is None else [options.arm]
+    experiment.check_arms(arms)
+    check_readable(experiment, arms, job)
     folder = RUNS / "launch" / job.run if options.out is None else options.out
     check_folder(folder, "--out")
-    launch(job, experiment.train.mesh, options.engine, folder, Console(), go=options.go)
+    launch(job, experiment, options.engine, folder, Console(), go=options.go)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -1,7 +1,8 @@
 """What is launched: a command of ours at one commit on TPU slices, with everything that must outlive them in a bucket.
 
 In the bucket: `source/COMMIT.bundle` (the code), `prepared/` (tokens), `data/` ($TWINSTACK_SHARED_DATA), `xla/`
-(compiled programs), `runs/RUN/` (the run directory) and, of gcloud's, `ended/RUN` (the status that the run ended with).
+(compiled programs), `runs/RUN/` (the run directory) and, of gcloud's, `ended/RUN` (the status that the run ended with)
+and `logs/RUN/HOST.log`.
 
 Tokens and compiled programs are reached by url. A run directory must be a folder, so the bucket is mounted by gcsfuse,
 and hosts take the code from there too: a bundle needs no account anywhere else, and clones as the very commit.
@@ -10,10 +11,12 @@ and hosts take the code from there too: a bundle needs no account anywhere else,
 import dataclasses
 import re
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
 from common.compute.topology import Topology
 from common.errors import UserError
+from common.train import preemption, watchdog
 
 MOUNT = PurePosixPath("/mnt/twinstack")
 LOCAL = PurePosixPath("/tmp/twinstack")
@@ -21,7 +24,11 @@ LOCAL = PurePosixPath("/tmp/twinstack")
 BUNDLE = "source.bundle"
 """The code, in the folder of what is written here."""
 MAX_FAILURES = 3
-"""So often a run may fail; a preemption is no failure."""
+"""So often in a row a run may fail; a preemption is no failure, and one that saved something begins the count anew."""
+USER_ERROR = 2
+"""Status of a mistake that trying again does not mend."""
+AGAIN = (watchdog.STALLED, preemption.STATUS)
+"""Statuses that mean: launch again."""
 PYTHON = "3.12"
 """Cloud TPU's images bring one that is too old; uv fetches this one."""
 
@@ -68,6 +75,10 @@ class Job:
     zone: str | None
     """None: the engine's own choice or setting."""
     spot: bool
+    variables: tuple[tuple[str, str], ...] = ()
+    """Further environment variables of every host's process, or other values of ours."""
+    hours: int | None = None
+    """How long the slices may last, from their boot; None: the engine's own choice."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", self.run):
@@ -95,6 +106,7 @@ class Job:
             "TWINSTACK_SHARED_DATA": str(self.bucket.mounted("data")),
             "JAX_COMPILATION_CACHE_DIR": self.bucket.url("xla"),
             "PYTHONUNBUFFERED": "1",
+            **dict(self.variables),
         }
 
     def setup(self) -> list[str]:
@@ -112,13 +124,51 @@ class Job:
         ]
 
     def main(self) -> list[str]:
-        """Lines of bash that run or go on with the command on one host, and end with its status."""
+        """Lines of bash that run or go on with the command on one host, and end with its status.
+
+        A failure after new checkpoints ends as what is to be launched again, so that engines do not count it.
+        """
         command = ["compare", *self.configured] if self.arm is None else ["train", *self.configured, "--arm", self.arm]
         run_dir = self.bucket.mounted("runs", self.run)
+        told = " | ".join(map(str, (0, USER_ERROR, *AGAIN)))
+        find = f"find {run_dir} -mindepth 3 -maxdepth 3 -regex '.*/checkpoints/[0-9]+' 2>/dev/null"
         return [
             f"cd {LOCAL / 'source'}",
-            f"exec {shlex.join(['.venv/bin/twinstack', *command, '--run-dir', str(run_dir)])}",
+            f"saved() {{ {{ {find} || true; }} | sort; }}",
+            "before=$(saved)",
+            f"{shlex.join(['.venv/bin/twinstack', *command, '--run-dir', str(run_dir)])} &",
+            "run=$!",
+            "trap 'kill -TERM $run 2>/dev/null || true' TERM",
+            "status=0",
+            "wait $run || status=$?",
+            "while kill -0 $run 2>/dev/null; do status=0; wait $run || status=$?; done # a signal ends a wait",
+            f'case $status in {told}) ;; *) [ "$(saved)" = "$before" ] || status={watchdog.STALLED} ;; esac',
+            "exit $status",
         ]
+
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def variables(given: Sequence[str], here: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """Of `NAME=VALUE`, or of `NAME` with the value that it has in `here`; the last of one name holds.
+
+    >>> variables(["A=1=2", "B"], {"B": "here"})
+    (('A', '1=2'), ('B', 'here'))
+
+    Raises UserError for what is no name, for a value of several lines and for a variable that is not set here.
+    """
+    found = {}
+    for text in given:
+        name, stated, value = text.partition("=")
+        if not _NAME.fullmatch(name):
+            raise UserError(f"--env {text!r} must be NAME=VALUE or NAME, such as TFDS_DATA_DIR=gs://my-bucket/tfds")
+        if not stated and name not in here:
+            raise UserError(f"--env {name}: it is not set here; give --env {name}=VALUE")
+        found[name] = value if stated else here[name]
+        if "\n" in found[name] or "\0" in found[name]:
+            raise UserError(f"--env {name}: its value holds a line break or a NUL character")
+    return tuple(found.items())
 
 
 def run_name(text: str) -> str:

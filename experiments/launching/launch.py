@@ -1,9 +1,9 @@
 """`twinstack launch`: writes what an engine needs to run a job, and with `go` has it run.
 
-    twinstack launch first_light --topology v5p-64 --spot --bucket gs://my-bucket train.mesh.fsdp=32
-    twinstack launch first_light --topology v6e:4x4 --engine gcloud --bucket gs://my-bucket/me train.mesh.fsdp=16 --go
+    twinstack launch first_light --topology v5p-64 --spot --bucket gs://my-bucket train.mesh.fsdp=32 data.rows=32
+    twinstack launch first_light --topology v6e:2x4 --engine gcloud --bucket gs://my-bucket/me train.mesh.fsdp=8 --go
 
-Nothing secret is written: who asks, and in which project, is the setting of `gcloud`.
+Who asks, and in which project, is the setting of `gcloud`, and not written; what --env passes on is.
 """
 
 import shlex
@@ -18,24 +18,35 @@ from rich.console import Console
 from common.errors import UserError
 from common.sharding.shape import MeshShape
 from common.terminal import marked_up
+from common.train.programs import check_rows
+from experiments.config import Experiment
 from experiments.launching import gcloud, sky
+from experiments.launching.facts import facts
 from experiments.launching.job import BUNDLE, Job
 from experiments.launching.slices import accelerator_type
 from experiments.launching.source import write_bundle
+from experiments.pipeline import make_setup
 
 ENGINES: dict[str, ModuleType] = {"sky": sky, "gcloud": gcloud}
 
 
-def launch(job: Job, mesh: MeshShape, engine: str, folder: Path, console: Console, *, go: bool) -> None:
-    """Writes the specification and the code into `folder`, prints what to do with them, and with `go` does it.
+def launch(job: Job, experiment: Experiment, engine: str, folder: Path, console: Console, *, go: bool) -> None:
+    """Writes the specification and the code into `folder`, prints what to know and what to do, and with `go` does it.
 
-    Raises UserError where the mesh is not that of the slices, where the engine cannot, and with `go` where a program is
-    not installed or fails.
+    Raises UserError where the mesh is not that of the slices, where rows do not divide over it, where the engine
+    cannot, and with `go` where a program is not installed or fails.
     """
-    check_mesh(mesh, job)
+    check_mesh(experiment.train.mesh, job)
+    check_rows(make_setup(experiment, next(iter(experiment.arms.values()))))
     commands = ENGINES[engine].write(job, folder)
     write_bundle(folder / BUNDLE)
     _print(console, "written", f"{folder}: commit {job.commit[:12]} on {_words(job)}")
+    for purpose, text in facts(job, experiment, console).items():
+        _print(console, purpose, text)
+    if engine == "gcloud":
+        _print(console, "longest life", f"{gcloud.hours(job)} hours (--hours)")
+    for remark in experiment.remarks():
+        _print(console, "warning", remark)
     if not go:
         prepare = ["twinstack", "data", "prepare", *job.configured, "--to", job.bucket.url("prepared")]
         _print(console, "tokens, once", shlex.join(prepare))

@@ -1,8 +1,8 @@
 """A job as a task of SkyPilot (docs.skypilot.co, YAML specification), for `sky jobs launch`.
 
 SkyPilot finds the capacity, mounts the bucket, runs the same commands on every host of the slice and, as the job is a
-managed one, asks again after a preemption. Another SIGTERM that reaches the job is answered by exit status 143, after
-which it goes on too; other failures are tried again a few times.
+managed one, asks again after a preemption, and gives the slice back when the job has ended. The statuses that mean
+"launch again" are answered so and not counted; other failures are tried again a few times.
 """
 
 from pathlib import Path
@@ -12,8 +12,7 @@ import yaml
 
 from common.errors import UserError
 from common.files import write_atomically
-from common.train.preemption import Preempted
-from experiments.launching.job import BUNDLE, MAX_FAILURES, MOUNT, Job
+from experiments.launching.job import AGAIN, BUNDLE, MAX_FAILURES, MOUNT, Job
 from experiments.launching.slices import RENTED, accelerator_type
 
 PROGRAMS = ("gcloud", "sky")
@@ -21,11 +20,15 @@ TASK = "sky.yaml"
 
 
 def task(job: Job) -> dict[str, Any]:
-    """Raises UserError for more than one slice: SkyPilot asks for slices that do not know of each other."""
+    """Raises UserError for more than one slice, as SkyPilot asks for slices that do not know of each other, and for a
+    longest life, which it has no word for.
+    """
     if job.topology.slices > 1:
         raise UserError(
             f"--slices {job.topology.slices}: SkyPilot makes no Multislice; take --engine gcloud, or one slice"
         )
+    if job.hours is not None:
+        raise UserError(f"--hours {job.hours} is for --engine gcloud: SkyPilot's controller gives slices back itself")
     return {
         "name": job.run,
         "resources": {
@@ -36,7 +39,7 @@ def task(job: Job) -> dict[str, Any]:
             "job_recovery": {
                 "strategy": "FAILOVER",  # the same region first: the bucket is there
                 "max_restarts_on_errors": MAX_FAILURES - 1,
-                "recover_on_exit_codes": [Preempted(0).code],
+                "recover_on_exit_codes": list(AGAIN),
             },
         },
         "file_mounts": {str(MOUNT): {"source": f"gs://{job.bucket.name}", "mode": "MOUNT"}},

@@ -10,16 +10,18 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 import yaml
 
+from common.compute.aot import NoRoom
 from common.errors import UserError
 from common.sharding.shape import MeshShape
 from experiments.cli import main
 from experiments.commands import prepare_jax
-from experiments.launching import gcloud, sky, source
+from experiments.launching import facts, gcloud, sky, source
 from experiments.launching import launch as launching
 from experiments.launching.job import LOCAL, MOUNT, Bucket, Job
 from experiments.launching.slices import RENTED, accelerator_type, rentable
@@ -230,7 +232,7 @@ def test_skypilot_reads_the_task(name, tmp_path):
     checked = ask_skypilot((tmp_path / sky.TASK).read_text(), tmp_path)
     assert checked.returncode == 0, checked.stderr
     type_, runtime = accelerator_type(job.topology), RENTED[job.topology.chip].runtime
-    recovery = {"strategy": "FAILOVER", "max_restarts_on_errors": 2, "recover_on_exit_codes": [143]}
+    recovery = {"strategy": "FAILOVER", "max_restarts_on_errors": 2, "recover_on_exit_codes": [75, 143]}
     assert json.loads(checked.stdout) == [
         "first-light",
         "GCP",
@@ -319,6 +321,7 @@ def test_the_request_has_what_gcloud_documents(job):
         "accelerator-type": accelerator_type(job.topology),
         "runtime-version": RENTED[job.topology.chip].runtime,
         "metadata-from-file": "startup-script=startup.sh",
+        "scopes": "https://www.googleapis.com/auth/cloud-platform",
         **nodes,
         **({"zone": job.zone} if job.zone else {}),
         **({"spot": ""} if job.spot else {}),
@@ -341,16 +344,24 @@ def test_bash_reads_every_script(job):
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
+LOGS = "gs://my-bucket/me/logs/first-light"
 HOST = {
     "mountpoint": "exit 0",
     "gcsfuse": "exit 1",
-    "sleep": "exit 0",
+    "sleep": '[ "$1" != 300 ]',  # at once, but for the log, which is sent at the end alone
+    "hostname": "echo host-7",
     # What Cloud TPU tells a host of itself.
     "curl": """case "${@: -1}" in
 */agent-worker-number) echo "$WORKER" ;;
+*/instance/zone) echo projects/12/zones/us-east5-a ;;
 */tpu-env) [ -z "$SLICE" ] && exit 22; printf "NODE_ID: 'x'\\nMEGASCALE_SLICE_ID: '%s'\\n" "$SLICE" ;;
 esac""",
-    "gcloud": '[ "$1 $2 $3" = "storage cp -" ] && echo "$4 $(cat)" >>ended',
+    "gcloud": """case "$*" in
+"storage cp - "*) echo "$4 $(cat)" >>ended ;;
+"storage cp "*) cp "$3" sent.log && echo "$4" >sent ;;
+"storage cat "*) cat before 2>/dev/null ;;
+*" delete "*) [ ! -e kept ] && echo "$*" >>given-back ;;
+esac""",
     # Installs a twinstack that writes down how it was called and ends with the next status.
     "python3": """[ "$*" = "-m uv venv --quiet --python 3.12 .venv" ] || exit 0
 mkdir -p .venv/bin
@@ -361,6 +372,7 @@ git -C "$OLDPWD" describe --always --dirty --abbrev=12 >>commits
 env | grep -E '^(TWINSTACK|JAX)_' | sort >environment
 status=$(head -n 1 statuses)
 sed -i 1d statuses
+case $status in *+) echo >>saves; mkdir -p "${@: -1}/gpt/checkpoints/$(wc -l <saves)"; status=${status%+} ;; esac
 exit "$status" """,
 }
 
@@ -375,7 +387,7 @@ def host(tmp_path, repository):
     (tmp_path / "startup.sh").write_text(script.replace("HOME=/root", f"HOME={tmp_path}"))
     source.write_bundle(tmp_path / "mnt/me/source" / f"{job.commit}.bundle", repository)
 
-    def boot(statuses: list[int], worker: int = 0, slice_id: str = "") -> tuple[int, str, int]:
+    def boot(statuses: list[int | str], worker: int = 0, slice_id: str = "") -> tuple[int, str, int]:
         """Exit status, what the bucket is told, times that the command was run."""
         (tmp_path / "statuses").write_text("".join(f"{status}\n" for status in statuses))
         environment = {"PATH": f"{tmp_path}/host:{os.environ['PATH']}", "HOST": f"{tmp_path}/host"}
@@ -383,7 +395,8 @@ def host(tmp_path, repository):
         run = subprocess.run(["bash", "startup.sh"], cwd=tmp_path, env=environment, capture_output=True, text=True)
         ended = tmp_path / "ended"
         commits = (tmp_path / "commits").read_text().splitlines()
-        assert set(commits) == {job.commit[:12]}, run.stderr
+        assert set(commits) == {job.commit[:12]}, run.stderr + (tmp_path / "local/host-7.log").read_text()
+        assert (tmp_path / "sent.log").read_text() and (tmp_path / "sent").read_text() == f"{LOGS}/\n"
         assert not list(tmp_path.rglob("pwned"))
         return run.returncode, ended.read_text() if ended.exists() else "", len(commits)
 
@@ -397,6 +410,8 @@ def host(tmp_path, repository):
         ([2], 2, 1),  # a mistake of the user's
         ([1, 143, 1, 143, 0], 0, 5),  # asked to end is no failure
         ([1, 134, 1], 1, 3),
+        ([75, 143, 75, 143, 75, 0], 0, 6),  # hung, or asked to end
+        (["1+", "1+", 1, "134+", 1, 1, 134], 134, 7),  # what saved something is no failure in a row
     ],
 )
 def test_a_host_tries_again_and_says_how_it_ended(host, statuses, ended, runs):
@@ -433,11 +448,60 @@ def test_skypilot_runs_the_same_commands():
         assert line in script and line in task["setup"] + task["run"]
 
 
+WAITING = """
+trap 'touch asked-to-end; exit 143' TERM
+while true; do /bin/sleep 0.1; done
+"""
+GIVEN_BACK = "compute tpus queued-resources delete first-light --force --quiet --zone=us-east5-a\n"
+
+
+def test_the_last_host_gives_the_slices_back(host, tmp_path):
+    host([0])
+    assert (tmp_path / "given-back").read_text() == GIVEN_BACK
+    assert "the run has ended with status 0" in (tmp_path / "sent.log").read_text()
+
+
+def test_other_hosts_give_nothing_back(host, tmp_path):
+    host([0], worker=3)
+    assert not (tmp_path / "given-back").exists()
+
+
+def test_a_host_that_may_not_give_back_says_so_and_ends(host, tmp_path):
+    (tmp_path / "kept").touch()
+    assert host([2])[0] == 2
+    assert "the service account needs roles/tpu.admin" in (tmp_path / "sent.log").read_text()
+
+
+def test_a_host_that_boots_after_the_end_gives_itself_back(host, tmp_path):
+    host([0])
+    (tmp_path / "before").write_text("0\n")
+    assert host([1])[2] == 1, "run once more"
+    assert (tmp_path / "given-back").read_text() == 2 * GIVEN_BACK
+
+
+def test_slices_end_when_they_are_as_old_as_they_may_be(host, tmp_path):
+    """A second before its time is over, the command is asked to end."""
+    script = (tmp_path / "startup.sh").read_text()
+    assert "left=$((604800 - SECONDS))\n  if [ $left -lt 60 ]" in script
+    (tmp_path / "startup.sh").write_text(script.replace("604800", "2").replace("-lt 60", "-lt 1"))
+    program(tmp_path / "host", "twinstack", HOST["twinstack"].replace('exit "$status"', WAITING))
+    assert host([0])[:2] == (124, "gs://my-bucket/me/ended/first-light 124\n")
+    assert (tmp_path / "asked-to-end").exists() and (tmp_path / "given-back").read_text() == GIVEN_BACK
+
+
+def test_a_longest_life_may_be_asked_for():
+    assert f"left=$(({5 * 3600} - SECONDS))" in gcloud.startup_script(dataclasses.replace(JOB, hours=5))
+    with pytest.raises(UserError, match="--hours 5 is for --engine gcloud"):
+        sky.task(dataclasses.replace(JOB, hours=5))
+
+
 CLOUD = """case "$*" in
-*" describe "*) head -n 1 states; sed -i 1d states ;;
+*" describe "*) [ -s states ] || echo "NOT_FOUND: no such resource" >&2; head -n 1 states; sed -i 1d states ;;
 "storage cat "*) [ -s states ] && exit 1; cat ended ;;
 *) echo "$*" | grep -oE "\\b(create|delete|cp|rm)\\b" | head -n 1 >>done; [ "$(tail -n 1 done)" != rm ] ;;
 esac"""
+GONE = """ && { [[ "$*" != *" delete "* ]] || [ -s states ]; }"""
+"""Once the run has ended there is nothing to delete any more."""
 
 
 @pytest.mark.parametrize(
@@ -446,13 +510,15 @@ esac"""
         (["", "ACTIVE", "ACTIVE"], 0, "cp rm create delete"),
         (["", "WAITING_FOR_RESOURCES", "ACTIVE"], 2, "cp rm create delete"),
         (["", "ACTIVE", "SUSPENDING", "SUSPENDED", "", "ACTIVE"], 0, "cp rm create delete create delete"),
-        (["", "FAILED", "", "SUSPENDED", ""], 1, "cp rm create delete create delete create delete"),
+        (["", "FAILED", "", "SUSPENDED", "", "ACTIVE"], 1, "cp rm create delete create delete create delete"),
         (["ACTIVE", "ACTIVE"], 0, "delete"),  # started anew: it watches, and forgets nothing
+        (["", "ACTIVE", ""], 0, "cp rm create delete"),  # a host has just ended the run, and gave the slices back
     ],
 )
-def test_slices_are_asked_for_again_and_given_back(tmp_path, states, ended, done):
+@pytest.mark.parametrize("they_may", [True, False], ids=["hosts-give-back", "hosts-may-not"])
+def test_slices_are_asked_for_again_and_given_back(tmp_path, states, ended, done, they_may):
     gcloud.write(JOB, tmp_path)
-    program(tmp_path / "programs", "gcloud", CLOUD)
+    program(tmp_path / "programs", "gcloud", CLOUD + (GONE if they_may else ""))
     program(tmp_path / "programs", "sleep", "exit 0")
     (tmp_path / "states").write_text("".join(f"{state}\n" for state in states))
     (tmp_path / "ended").write_text(f"{ended}\n")
@@ -460,11 +526,30 @@ def test_slices_are_asked_for_again_and_given_back(tmp_path, states, ended, done
     run = subprocess.run(["bash", str(tmp_path / gcloud.LAUNCH)], env=environment, capture_output=True, text=True)
     assert run.returncode == ended and f"has ended with status {ended}" in run.stdout, run.stderr
     assert (tmp_path / "done").read_text().split() == done.split()
+    assert not (tmp_path / gcloud.ASKED).exists(), "launched once more, it asks for slices anew"
+
+
+def test_a_watch_that_goes_on_after_the_end_asks_for_nothing(tmp_path):
+    gcloud.write(JOB, tmp_path)
+    program(tmp_path / "programs", "gcloud", CLOUD + GONE)
+    (tmp_path / "states").touch()
+    (tmp_path / "ended").write_text("0\n")
+    (tmp_path / gcloud.ASKED).touch()
+    environment = {"PATH": f"{tmp_path}/programs:{os.environ['PATH']}"}
+    subprocess.run(["bash", str(tmp_path / gcloud.LAUNCH)], env=environment, capture_output=True, check=True)
+    assert (tmp_path / "done").read_text() == "delete\n"
 
 
 # The command
 
 ARGUMENTS = ["launch", "first_light", "--topology", "v6e-4", "--bucket", "gs://my-bucket", "train.mesh.fsdp=4"]
+
+
+COMPILED = {
+    "t5like": SimpleNamespace(no_room=None, memory=SimpleNamespace(total=3 * 2**29)),
+    "gpt": SimpleNamespace(no_room=NoRoom(needed=40 * 2**30, available=31 * 2**30), memory=None),
+}
+"""What the compiler says, in place of a minute of its work."""
 
 
 @pytest.fixture
@@ -473,6 +558,7 @@ def here(monkeypatch, tmp_path, repository) -> Path:
     commit = source.committed(repository)
     monkeypatch.setattr(source, "committed", lambda: commit)
     monkeypatch.setattr(launching, "write_bundle", lambda path: source.write_bundle(path, repository))
+    monkeypatch.setattr(facts, "compile_all", lambda steps, console: [COMPILED[step.arm] for step in steps])
     program(tmp_path / "programs", "git", f'exec {shutil.which("git")} "$@"')
     program(tmp_path / "programs", "bash", f'exec {shutil.which("bash")} "$@"')
     monkeypatch.setenv("PATH", str(tmp_path / "programs"))
@@ -488,7 +574,7 @@ def test_launch_writes_and_says_what_to_do(here, capsys):
     folder = here / "runs/launch/mine"
     task = yaml.safe_load((folder / "sky.yaml").read_text())
     assert task["resources"]["accelerators"] == "tpu-v6e-4" and task["resources"]["use_spot"] is True
-    assert "compare first_light train.mesh.fsdp=4 --run-dir /mnt/twinstack/runs/mine\n" in task["run"]
+    assert "compare first_light train.mesh.fsdp=4 --run-dir /mnt/twinstack/runs/mine &\n" in task["run"]
     assert {path.name for path in folder.iterdir()} == {"sky.yaml", "source.bundle"}
 
 
@@ -515,6 +601,33 @@ def test_launch_writes_scripts_for_gcloud(here, capsys):
         (["--zone", "nowhere"], "--zone 'nowhere' must be a zone"),
         (["--run", "Mine"], "--run 'Mine' must be lower-case"),
         (["--bucket", "mine"], "--bucket 'mine' must be gs://BUCKET"),
+        (["--hours", "9"], "--hours 9 is for --engine gcloud"),
+        (["data.rows=6"], "data.rows is 6, which does not divide by replica x data x fsdp x accumulation"),
+        (["--env", "ABSENT"], "--env ABSENT: it is not set here; give --env ABSENT=VALUE"),
+        (["--env", "A B=1"], "--env 'A B=1' must be NAME=VALUE or NAME"),
+        (["--env", "A=1\n2"], "--env A: its value holds a line break"),
+        *[
+            ([f"data.source.name={name}"], f"data.source.name={name} is on this machine, where hosts cannot read it")
+            for name in ("tsv:/a/laptop/path/{split}.tsv", "jsonl:~/x.jsonl", "text:here/{split}", "parquet:/x")
+        ],
+        (
+            ["data.tokenizer.path=/a/spiece.model"],
+            "data.tokenizer.path /a/spiece.model is on this machine, where hosts cannot read it; copy it to "
+            "gs://my-bucket/files (gcloud storage cp -r) and name it /mnt/twinstack/files/...",
+        ),
+        (
+            ['arms.gpt.init={"path":"runs/first"}'],
+            "arms.gpt.init.path runs/first is on this machine, where hosts cannot read it",
+        ),
+        (
+            ["data.source.name=tfds:c4/en"],
+            "data.source.name=tfds:c4/en: hosts find it in $TFDS_DATA_DIR, which nothing names; add --env "
+            "TFDS_DATA_DIR=gs://my-bucket/tfds",
+        ),
+        (
+            ["data.source.name=tfds:c4/en", "--env", "TFDS_DATA_DIR=/home/me/tfds"],
+            "--env TFDS_DATA_DIR=/home/me/tfds is a folder of this machine",
+        ),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(here, capsys, arguments, message):
@@ -523,12 +636,72 @@ def test_mistakes_are_one_line_and_status_2(here, capsys, arguments, message):
     assert error.startswith(f"twinstack: error: {message}") and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["data.source.name=tsv:gs://my-bucket/data/{split}.tsv"],
+        ["data.source.name=jsonl:/mnt/twinstack/data/{split}.jsonl"],
+        ["data.tokenizer.path=/mnt/twinstack/files/spiece.model"],
+        ["data.source.name=tfds:c4/en", "--env", "TFDS_DATA_DIR=gs://my-bucket/tfds"],
+        ["data.source.name=corpus:multi30k"],
+        ['arms.gpt.init={"path":"runs/first"}', "--arm", "t5like"],
+    ],
+)
+def test_what_hosts_can_read_is_launched(here, arguments):
+    assert main([*ARGUMENTS, *arguments]) == 0
+
+
+@pytest.mark.parametrize("engine", ["sky", "gcloud"])
+def test_variables_are_passed_on(here, monkeypatch, engine):
+    monkeypatch.setenv("HERE", "it's `here`")
+    assert main([*ARGUMENTS, "--engine", engine, "--env", "HERE", "--env", "THERE=a=b", "--out", "there"]) == 0
+    if engine == "sky":
+        told = yaml.safe_load((here / "there/sky.yaml").read_text())["envs"]
+    else:
+        script = (here / "there/startup.sh").read_text().partition("\nif ")[0]
+        told = subprocess.run(
+            ["bash", "-c", f"{script}\n/usr/bin/env -0"], capture_output=True, text=True, check=True
+        ).stdout
+        told = dict(line.split("=", 1) for line in told.split("\0")[:-1])
+    assert (told["HERE"], told["THERE"]) == ("it's `here`", "a=b")
+    assert told["TWINSTACK_PREPARED"] == "gs://my-bucket/prepared"
+
+
+def test_price_fit_region_and_remarks_are_said_before_anything_is_paid_for(here, capsys):
+    unequal = ["arms.gpt.model.d_ff=64", "--zone", "us-central1-b", "--engine", "gcloud"]
+    program(here / "programs", "gcloud", 'case "$*" in *"buckets describe gs://my-bucket "*) echo US-EAST5 ;; esac')
+    assert main([*ARGUMENTS, "--spot", *unequal]) == 0
+    printed = capsys.readouterr().out
+    assert "price: 5.40 USD an hour, 130 a day (spot, list price in us-east5)\n" in printed  # 4 chips
+    assert "t5like fits, 1.50 GiB a device; gpt does NOT fit, it needs 40.00 GiB a device of 31.00" in printed
+    assert "bucket: gs://my-bucket lies in US-EAST5; the slices are to be in us-central1-b: traffic between" in printed
+    assert "longest life: 168 hours" in printed
+    assert re.search(r"^warning: .*FLOPs", printed, re.MULTILINE)
+
+
+def test_without_gcloud_the_region_is_unknown(here, capsys):
+    assert main([*ARGUMENTS, "--arm", "t5like"]) == 0
+    printed = capsys.readouterr().out
+    assert "price: 10.80 USD an hour, 259 a day (on demand, list price in us-east5)\n" in printed
+    assert "fit: t5like fits, 1.50 GiB a device\n" in printed
+    assert "bucket: gs://my-bucket: its region could not be asked for" in printed
+
+
+def test_the_readme_launches_as_written(here, capsys):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    commands = re.findall(r"`(twinstack launch [^`]+)`", readme.replace("\n", " "))
+    assert commands
+    for command in commands:
+        assert main(shlex.split(command)[1:]) == 0, capsys.readouterr().err
+
+
 @pytest.mark.parametrize("status", [0, 7])
 def test_go_asks_the_engine(here, capsys, status):
     for name in ("gcloud", "sky"):
         program(here / "programs", name, f'echo "{name} $*" >>asked; exit {status if name == "sky" else 0}')
     assert main([*ARGUMENTS, "--go"]) == (2 if status else 0)
-    upload, submit = (here / "asked").read_text().splitlines()
+    region, upload, submit = (here / "asked").read_text().splitlines()
+    assert region == "gcloud storage buckets describe gs://my-bucket --format=value(location)"
     assert upload.startswith("gcloud storage cp runs/launch/first-light/source.bundle gs://my-bucket/source/")
     assert submit == "sky jobs launch --yes --name first-light runs/launch/first-light/sky.yaml"
     assert ("ended with status 7" in capsys.readouterr().err) == bool(status)
