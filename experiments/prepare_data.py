@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.data.cache import default_cache_dir
-from common.data.streams import jobs, open_tokenizer_of, open_training_text
+from common.data.streams import jobs, keep_origins, open_tokenizer_of, open_training_text
 from common.data.tokenized.beam import parse_options, prepare_with_beam
 from common.data.tokenized.prepare import make, open_tokenized, write_all
 from common.data.tokenized.prepared import PROBLEMS, VARIABLE
@@ -76,7 +76,13 @@ def prepare_data(
             told += f"{'; '.join(problems['first'])}; all: {each.where}/{PROBLEMS}"
             console.print(harmless(told), markup=False, highlight=False, soft_wrap=True)
     if to is not None:
-        console.print(harmless(f"runs read them with {VARIABLE}={to}"), markup=False, highlight=False, soft_wrap=True)
+        keep_origins(config, source, tokenizer, cache_dir, experiment.evaluation.splits, to)
+        console.print(
+            harmless(f"runs read them with {VARIABLE}={to}, and need nothing else"),
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def table(made: Sequence[Made]) -> Table:

@@ -2,8 +2,10 @@
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import json
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,15 +18,19 @@ from common.data.loader import Loader, prefetched
 from common.data.objectives.apply import fields
 from common.data.objectives.config import CausalLM, FullLM, Single, Supervised, mode_names, raw_parts
 from common.data.packing import RowPlans
-from common.data.sources.by_name import open_source
+from common.data.sources.by_name import downloaded, open_source
 from common.data.sources.config import SourceConfig, SourceMixture, parts_of
 from common.data.sources.records import Record, Source
 from common.data.sources.templates import JoinedSource
+from common.data.tokenized.origins import keep_source, keep_tokenizer, kept_source, kept_tokenizer
 from common.data.tokenized.prepare import open_tokenized, warn_of_problems
-from common.data.tokenized.prepared import Prepared
+from common.data.tokenized.prepared import VARIABLE, Prepared
 from common.data.tokenized.shards import Job
 from common.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, mode_ids, open_tokenizer
 from common.errors import UserError
+from common.terminal import harmless
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +47,65 @@ def open_training_text(config: DataConfig, cache_dir: Path) -> Source:
     Where the tokenizer is a file, that is read first: making a source may take long, and the file's name may be wrong.
     """
     if config.tokenizer.path is not None:
-        load_tokenizer(config.tokenizer)
-    sources = tuple(open_source(part, part.train_split, cache_dir) for part in parts_of(config.source))
+        _loaded_tokenizer(config, cache_dir)
+    sources = tuple(_open(part, part.train_split, cache_dir) for part in parts_of(config.source))
     return sources[0] if len(sources) == 1 else JoinedSource(sources)
 
 
 def open_tokenizer_of(config: DataConfig, source: Source, cache_dir: Path) -> Tokenizer:
-    """The tokenizer of a data config: loaded, or trained on `source`, which `open_training_text` returned."""
-    return open_tokenizer(config.tokenizer, source, cache_dir, mode_names(config.objective))
+    """The tokenizer of a data config: loaded, prepared, or trained on `source`, which `open_training_text` returned."""
+    if config.tokenizer.path is not None:
+        return _loaded_tokenizer(config, cache_dir)
+    modes = mode_names(config.objective)
+    kept = kept_tokenizer(config.tokenizer, source.content_id, modes, cache_dir)
+    return open_tokenizer(config.tokenizer, source, cache_dir, modes) if kept is None else kept
+
+
+def keep_origins(
+    config: DataConfig, source: Source, tokenizer: Tokenizer, cache_dir: Path, scored: Sequence[str], to: str
+) -> None:
+    """Describes the tokenizer and all splits in `to`, the folder or url of their tokens, which then are enough.
+
+    Args:
+      source: which `open_training_text` returned.
+      scored: splits whose texts are needed too.
+    """
+    keep_tokenizer(to, config.tokenizer, source.content_id, mode_names(config.objective), tokenizer)
+    for part in parts_of(config.source):
+        for split in dict.fromkeys((part.train_split, part.validation_split, *scored)):
+            keep_source(to, part, split, _open(part, split, cache_dir), with_text=split in scored)
+
+
+def _loaded_tokenizer(config: DataConfig, cache_dir: Path) -> Tokenizer:
+    """From its file; where that is not here, the prepared one."""
+    try:
+        return load_tokenizer(config.tokenizer)
+    except UserError:
+        kept = kept_tokenizer(config.tokenizer, "", mode_names(config.objective), cache_dir)
+        if kept is None:
+            raise
+        return kept
+
+
+def _open(part: SourceConfig, split: str, cache_dir: Path) -> Source:
+    """The split itself; where it cannot be opened here, what prepared data tell of it.
+
+    A data set of TFDS that would have to be downloaded comes after prepared data.
+    """
+    if downloaded(part.name) and (kept := kept_source(part, split)) is not None:
+        return kept
+    try:
+        return open_source(part, split, cache_dir)
+    except UserError as error:
+        if (kept := kept_source(part, split)) is None:
+            raise
+        _say_kept(harmless(f"{part.name} {split}"), harmless(str(error)))
+        return kept
+
+
+@functools.cache
+def _say_kept(name: str, why: str) -> None:
+    _log.warning("%s is known from $%s alone: %s", name, VARIABLE, why)
 
 
 def jobs(
@@ -70,7 +127,7 @@ def jobs(
         ways = [objective]
     for part in parts:
         for split in dict.fromkeys((part.train_split, part.validation_split, *more_splits)):
-            source = open_source(part, split, cache_dir)
+            source = _open(part, split, cache_dir)
             for way in ways:
                 job = _job(part, source, way, tokenizer)
                 found.setdefault(job.key(), (split if len(parts) == 1 else f"{split} of {part.name}", job))
@@ -122,7 +179,7 @@ class Records:
 def open_records(config: DataConfig, part: SourceConfig, split: str, tokenizer: Tokenizer, cache_dir: Path) -> Records:
     """One split of a source that an objective over whole records reads."""
     assert isinstance(config.objective, Supervised | CausalLM)
-    return _records(config, part, open_source(part, split, cache_dir), tokenizer, cache_dir, config.seed, False)
+    return _records(config, part, _open(part, split, cache_dir), tokenizer, cache_dir, config.seed, False)
 
 
 class StagedLoader:
@@ -206,7 +263,7 @@ def _check_rates(
 def _parts(config: DataConfig, splits: Sequence[str], tokenizer: Tokenizer, cache_dir: Path) -> list[Examples]:
     mixed = isinstance(config.source, SourceMixture)
     return [
-        _examples(config, part, number, open_source(part, split, cache_dir), tokenizer, cache_dir, mixed)
+        _examples(config, part, number, _open(part, split, cache_dir), tokenizer, cache_dir, mixed)
         for number, (part, split) in enumerate(zip(parts_of(config.source), splits, strict=True))
     ]
 

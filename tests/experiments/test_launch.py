@@ -12,11 +12,16 @@ import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
+import fsspec
 import jax
 import pytest
 import yaml
 
 from common.compute.aot import NoRoom
+from common.config import apply_overrides
+from common.data.sources.config import parts_of
+from common.data.tokenized import remote_folder
+from common.data.tokenized.origins import keep_source
 from common.errors import UserError
 from common.sharding.shape import MeshShape
 from experiments.cli import main
@@ -25,6 +30,8 @@ from experiments.launching import facts, gcloud, sky, source
 from experiments.launching import launch as launching
 from experiments.launching.job import LOCAL, MOUNT, Bucket, Job
 from experiments.launching.slices import RENTED, accelerator_type, rentable
+from experiments.registry import load
+from tests.common.data.memory_source import MemorySource
 
 HOSTILE = "data.source.name=tsv:/a b'\"$(touch pwned)`touch pwned`;touch pwned\n>pwned \\"
 JOB = Job(
@@ -558,6 +565,7 @@ def here(monkeypatch, tmp_path, repository) -> Path:
     commit = source.committed(repository)
     monkeypatch.setattr(source, "committed", lambda: commit)
     monkeypatch.setattr(launching, "write_bundle", lambda path: source.write_bundle(path, repository))
+    monkeypatch.setattr(remote_folder, "file_system", lambda url: fsspec.filesystem("memory"))  # in place of a bucket
     monkeypatch.setattr(facts, "compile_all", lambda steps, console: [COMPILED[step.arm] for step in steps])
     program(tmp_path / "programs", "git", f'exec {shutil.which("git")} "$@"')
     program(tmp_path / "programs", "bash", f'exec {shutil.which("bash")} "$@"')
@@ -612,21 +620,23 @@ def test_launch_writes_scripts_for_gcloud(here, capsys):
         ],
         (
             ["data.tokenizer.path=/a/spiece.model"],
-            "data.tokenizer.path /a/spiece.model is on this machine, where hosts cannot read it; copy it to "
-            "gs://my-bucket/files (gcloud storage cp -r) and name it /mnt/twinstack/files/...",
+            "data.tokenizer.path /a/spiece.model is on this machine, where hosts cannot read it, and "
+            "gs://my-bucket/prepared has nothing prepared from it: first `twinstack data prepare first_light",
         ),
         (
             ['arms.gpt.init={"path":"runs/first"}'],
-            "arms.gpt.init.path runs/first is on this machine, where hosts cannot read it",
+            "arms.gpt.init.path runs/first is on this machine, where hosts cannot read it; copy it to "
+            "gs://my-bucket/files (gcloud storage cp -r) and name it /mnt/twinstack/files/...",
         ),
         (
             ["data.source.name=tfds:c4/en"],
-            "data.source.name=tfds:c4/en: hosts find it in $TFDS_DATA_DIR, which nothing names; add --env "
-            "TFDS_DATA_DIR=gs://my-bucket/tfds",
+            "data.source.name=tfds:c4/en: hosts find it in $TFDS_DATA_DIR, which nothing names, and "
+            "gs://my-bucket/prepared has nothing prepared from it: add --env TFDS_DATA_DIR=gs://my-bucket/tfds",
         ),
         (
             ["data.source.name=tfds:c4/en", "--env", "TFDS_DATA_DIR=/home/me/tfds"],
-            "--env TFDS_DATA_DIR=/home/me/tfds is a folder of this machine",
+            "data.source.name=tfds:c4/en: hosts find it in $TFDS_DATA_DIR, which is a folder of this machine "
+            "(/home/me/tfds)",
         ),
     ],
 )
@@ -649,6 +659,20 @@ def test_mistakes_are_one_line_and_status_2(here, capsys, arguments, message):
 )
 def test_what_hosts_can_read_is_launched(here, arguments):
     assert main([*ARGUMENTS, *arguments]) == 0
+
+
+def test_what_is_prepared_in_the_bucket_needs_no_files(here):
+    overrides = ["data.source.name=tsv:/a/laptop/path/{split}.tsv"]
+    (part,) = parts_of(apply_overrides(load("first_light"), overrides).data.source)
+    bucket = fsspec.filesystem("memory")
+    try:
+        for split in ("train", "validation", "test", "test_unseen_names"):
+            assert main([*ARGUMENTS, *overrides]) == 2
+            keep_source("gs://my-bucket/prepared", part, split, MemorySource([]), with_text=False)
+        assert main([*ARGUMENTS, *overrides]) == 0
+        assert main([*ARGUMENTS, *overrides, "--env", "TWINSTACK_PREPARED=gs://my-bucket/other"]) == 2
+    finally:
+        bucket.store.clear()
 
 
 @pytest.mark.parametrize("engine", ["sky", "gcloud"])

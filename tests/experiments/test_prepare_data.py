@@ -14,8 +14,11 @@ import fsspec
 import pytest
 from rich.console import Console
 
+from common.config import apply_overrides
 from common.data.tokenized import prepare as module
 from common.data.tokenized.prepared import VARIABLE
+from common.data.tokenizers.kept import kept_files
+from common.errors import UserError
 from experiments import cli, registry
 from experiments.config import Experiment
 from experiments.pipeline import open_data
@@ -102,6 +105,53 @@ def test_elsewhere(experiment: Experiment, tmp_path: Path, monkeypatch: pytest.M
     fsspec.filesystem("memory").store.clear()
 
 
+@pytest.mark.parametrize("kind", ["folder", "url"])
+@pytest.mark.parametrize("loaded", [False, True], ids=["trained", "loaded"])
+def test_prepared_data_are_enough_by_themselves(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, loaded: bool
+) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for file in tmp_path.glob("*.jsonl"):
+        file.rename(raw / file.name)
+    experiment = apply_overrides(experiment, [f"data.source.name=jsonl:{raw}/{{split}}.jsonl"])
+    if loaded:
+        trained = open_data(experiment).tokenizer
+        (raw / "spiece.model").write_bytes(kept_files(trained)["spiece.model"])
+        experiment = apply_overrides(experiment, [f"data.tokenizer.path={raw}/spiece.model"])
+    here = open_data(experiment)
+    expected = here.train.batch(3).fingerprint, here.content_id, here.tokenizer.content_hash
+    texts = {name: test.texts() for name, test in open_tests(experiment, here.tokenizer).items()}
+    to = "memory://bucket/enough" if kind == "url" else str(tmp_path / "prepared")
+    shown(experiment, workers=1, to=to)
+    raw.rename(tmp_path / "away")
+    monkeypatch.setenv("TWINSTACK_CACHE", str(tmp_path / "other"))
+    with pytest.raises(UserError, match="spiece.model" if loaded else "has no split 'train'"):
+        open_data(experiment)
+    monkeypatch.setenv(VARIABLE, to)
+    there = open_data(experiment)
+    assert (there.train.batch(3).fingerprint, there.content_id, there.tokenizer.content_hash) == expected
+    assert {name: test.texts() for name, test in open_tests(experiment, there.tokenizer).items()} == texts
+    assert there.validation.batch(0).examples > 0
+    assert sorted(path.name for path in (tmp_path / "other").iterdir()) == ["plans", "prepared"]
+    fsspec.filesystem("memory").store.clear()
+
+
+def test_damaged_descriptions_are_named(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown(experiment, workers=1, to=str(tmp_path / "prepared"))
+    for file in tmp_path.glob("*.jsonl"):
+        file.unlink()
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "prepared"))
+    monkeypatch.setenv("TWINSTACK_CACHE", str(tmp_path / "other"))
+    for kind in ("tokenizers", "sources"):
+        for file in (tmp_path / "prepared" / kind).glob("*.json"):
+            file.write_text(file.read_text().replace("0", "1").replace("A", "B"))
+        with pytest.raises(UserError, match="is damaged"):
+            open_data(experiment)
+
+
 def test_by_beam(experiment: Experiment, tmp_path: Path) -> None:
     pytest.importorskip("apache_beam", reason="Apache Beam is optional: pip install apache-beam")
     found = {}
@@ -109,7 +159,7 @@ def test_by_beam(experiment: Experiment, tmp_path: Path) -> None:
         shown(experiment, workers=1, to=str(tmp_path / name), beam=beam)
         files = [path for path in (tmp_path / name).rglob("*") if path.is_file() and path.suffix != ".lock"]
         found[name] = {str(path.relative_to(tmp_path / name)): path.read_bytes() for path in files}
-    assert found["here"] == found["beam"] and len(found["here"]) == 3 * (4 + 2)
+    assert found["here"] == found["beam"] and len(found["here"]) == 3 * (4 + 2) + 3 + 1
 
 
 PROGRAM = """

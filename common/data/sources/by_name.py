@@ -33,6 +33,7 @@ from common.data.sources.templates import TemplatedSource
 from common.errors import UserError, nearest
 
 BUILT_IN = ("cldr_translate", "pydocs")
+TFDS_FOLDER = "TFDS_DATA_DIR"
 
 
 def open_source(config: SourceConfig, split: str, cache_dir: Path) -> Source:
@@ -73,6 +74,13 @@ def open_fields(name: str, fields: Mapping[str, str], split: str, cache_dir: Pat
             return open_files(scheme, rest, split, dict(fields), cache_dir, header)
 
 
+def downloaded(name: str) -> bool:
+    """Whether SCHEME:NAME is a data set of TFDS that is not made here, and no folder is named to find it in."""
+    scheme, _, rest = name.partition(":")
+    made_here = rest.partition(":")[0].partition("/")[0] in BUILT_IN
+    return scheme == "tfds" and not made_here and not os.environ.get(TFDS_FOLDER)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class TfdsSource(ByNumber):
     """One split of a prepared TFDS data set."""
@@ -110,7 +118,7 @@ def _open_tfds(name: str, split: str, fields: dict[str, str], cache_dir: Path) -
 
         builder, made_by = pydocs.pydocs_builder(cache_dir), f"+{pydocs.maker_version()}"
     else:
-        builder, made_by = _prepared(name, Path(os.environ.get("TFDS_DATA_DIR") or cache_dir / "tfds")), ""
+        builder, made_by = _prepared(name, Path(os.environ.get(TFDS_FOLDER) or cache_dir / "tfds")), ""
     if version and not builder.version.match(version):
         raise UserError(f"tfds:{name} is made here, in version {builder.version} alone; leave out {':' + version!r}")
     return tfds_source(builder, split, fields, made_by)

@@ -1,0 +1,163 @@
+"""What prepared tokens were made from, as far as a run needs it, so that neither files nor their text need be there.
+
+Beside the tokens lie `tokenizers/KEY.json`, the tokenizer's own files, and for every split `sources/KEY.json`: content
+id, number of records and, where texts are scored, the records. Keys come from configs, which a run knows without files.
+"""
+
+import base64
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common.config import to_json
+from common.data.cache import build_once
+from common.data.config import TokenizerConfig
+from common.data.sources.config import SourceConfig
+from common.data.sources.records import ByNumber, Problem, Record, Source, check_range, in_batches
+from common.data.tokenized.prepared import VARIABLE
+from common.data.tokenized.remote_folder import RemoteFolder
+from common.data.tokenizers.kept import kept_files, read_kept
+from common.data.tokenizers.tokenizer import Tokenizer
+from common.errors import UserError
+from common.files import plain_name
+from common.paths import user_path
+
+FORMAT = 1
+RECORDS_AT_ONCE = 512
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class KeptSource(ByNumber):
+    """A split whose files are not here."""
+
+    name: str
+    content_id: str
+    records: int
+    texts: Sequence[Record | None] | None
+    """None for a record that cannot be used; None altogether where only tokens were kept."""
+
+    def __len__(self) -> int:
+        return self.records
+
+    def read(self, indices: Sequence[int]) -> list[Record | Problem]:
+        """Raises UserError where only tokens were kept."""
+        check_range(indices, len(self))
+        if self.texts is None:
+            raise UserError(
+                f"{self.name}: its text is asked for, of which ${VARIABLE} has tokens alone, and its files are not "
+                "here; prepare it by this very experiment"
+            )
+        found = [self.texts[index] for index in indices]
+        return [
+            Problem(f"{self.content_id} record {index}", "it could not be used when tokens were prepared")
+            if record is None
+            else record
+            for index, record in zip(indices, found, strict=True)
+        ]
+
+
+def keep_source(to: str, part: SourceConfig, split: str, source: Source, *, with_text: bool) -> None:
+    """Describes one split in `to`, a folder or an url; texts that lie there already remain."""
+    there, name = _folder(to, "sources"), f"{_source_key(part, split)}.json"
+    before = _described(there, name)
+    if before is not None and before["content_id"] == source.content_id and (before["texts"] or not with_text):
+        return
+    texts = _texts(source) if with_text else None
+    described = {"content_id": source.content_id, "records": len(source), "texts": texts}
+    there.make()
+    there.send_json(name, {"hash": _hash(described), **described})
+
+
+def keep_tokenizer(
+    to: str, config: TokenizerConfig, content_id: str, modes: Sequence[str], tokenizer: Tokenizer
+) -> None:
+    """Puts the tokenizer's files in `to`, a folder or an url."""
+    there = _folder(to, "tokenizers")
+    files = {name: base64.b64encode(content).decode() for name, content in kept_files(tokenizer).items()}
+    there.make()
+    there.send_json(f"{_tokenizer_key(config, content_id, modes)}.json", files)
+
+
+def kept_source(part: SourceConfig, split: str, where: str | None = None) -> KeptSource | None:
+    """One split, as `where` (None: `$TWINSTACK_PREPARED`) describes it; None where nothing does.
+
+    Raises UserError for a damaged description.
+    """
+    if not (where := where or os.environ.get(VARIABLE)):
+        return None
+    there, name = _folder(where, "sources"), f"{_source_key(part, split)}.json"
+    described = _described(there, name)
+    if described is None:
+        return None
+    return KeptSource(name=f"{part.name} {split}", **described)
+
+
+def has_tokenizer(config: TokenizerConfig, modes: Sequence[str], where: str) -> bool:
+    """Whether `where`, a folder or an url, has the tokenizer of a config that names its file."""
+    assert config.path is not None
+    return _folder(where, "tokenizers").read_json(f"{_tokenizer_key(config, '', modes)}.json") is not None
+
+
+def kept_tokenizer(config: TokenizerConfig, content_id: str, modes: Sequence[str], cache_dir: Path) -> Tokenizer | None:
+    """The tokenizer that `$TWINSTACK_PREPARED` has of this config and training text; None where it has none.
+
+    Raises UserError for a damaged one.
+    """
+    if not (where := os.environ.get(VARIABLE)):
+        return None
+    there, key = _folder(where, "tokenizers"), _tokenizer_key(config, content_id, modes)
+    files = there.read_json(f"{key}.json")
+    if files is None:
+        return None
+
+    def build(part: Path) -> None:
+        part.mkdir(parents=True)
+        for name, content in contents.items():
+            (part / name).write_bytes(content)
+
+    shown = there.at(f"{key}.json")
+    try:
+        contents = {plain_name(name, shown): base64.b64decode(text, validate=True) for name, text in files.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise UserError(f"{shown} is damaged; delete it and prepare the data anew") from None
+    found = hashlib.blake2b(json.dumps(files, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return read_kept(build_once(cache_dir / "prepared" / "tokenizers" / found, build))
+
+
+def _described(there: RemoteFolder, name: str) -> dict[str, Any] | None:
+    found = there.read_json(name)
+    if found is None:
+        return None
+    if not isinstance(found, dict) or found.pop("hash", None) != _hash(found):
+        raise UserError(f"{there.at(name)} is damaged; delete it and prepare the data anew")
+    return found
+
+
+def _texts(source: Source) -> list[Record | None]:
+    batches = in_batches(source, range(len(source)), RECORDS_AT_ONCE)
+    return [None if isinstance(record, Problem) else record for batch in batches for record in batch]
+
+
+def _folder(base: str, name: str) -> RemoteFolder:
+    """Folders here are urls too."""
+    url = base if "://" in base else f"file://{user_path(base, f'${VARIABLE}').absolute()}"
+    return RemoteFolder(f"{url.rstrip('/')}/{name}")
+
+
+def _source_key(part: SourceConfig, split: str) -> str:
+    """Of what decides on the records."""
+    decides = dataclasses.replace(part, train_split="", validation_split="", strict=False)
+    return _hash([FORMAT, to_json(decides), split])
+
+
+def _tokenizer_key(config: TokenizerConfig, content_id: str, modes: Sequence[str]) -> str:
+    """A loaded one does not depend on the text."""
+    return _hash([FORMAT, to_json(config), content_id if config.path is None else "", *modes])
+
+
+def _hash(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
