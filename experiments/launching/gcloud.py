@@ -121,6 +121,7 @@ done
 until delete || gone; do sleep 60; done # hosts may have done so
 rm {asked}
 echo {run} has ended with status "$status", logs are in {logs_url}
+[ "$status" != {timed_out} ] || echo the slices reached their longest life: launched again, the run goes on
 exit "$status"
 """
 
@@ -163,6 +164,7 @@ def launch_script(job: Job) -> str:
         bundle_url=job.bundle_url,
         logs_url=job.bucket.url("logs", job.run),
         asked=ASKED,
+        timed_out=TIMED_OUT,
         run=job.run,
     )
 

@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -339,7 +340,7 @@ def test_the_request_has_what_gcloud_documents(job):
 
 
 def program(folder: Path, name: str, body: str) -> None:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(f"#!{shutil.which('bash')}\n{body}")
     (folder / name).chmod(0o755)
 
@@ -500,6 +501,20 @@ def test_a_longest_life_may_be_asked_for():
     assert f"left=$(({5 * 3600} - SECONDS))" in gcloud.startup_script(dataclasses.replace(JOB, hours=5))
     with pytest.raises(UserError, match="--hours 5 is for --engine gcloud"):
         sky.task(dataclasses.replace(JOB, hours=5))
+
+
+@pytest.mark.parametrize("status", [143, 0, 1])
+def test_a_signal_reaches_the_command_whose_status_counts(tmp_path, status):
+    """SkyPilot's may be sent to the script alone."""
+    source = tmp_path / "source"
+    saving = f"trap 'sleep 0.3; echo saved >>saved; exit {status}' TERM; touch begun; while true; do sleep 0.1; done"
+    program(source / ".venv/bin", "twinstack", saving)
+    script = sky.task(JOB)["run"].replace(str(LOCAL), str(tmp_path))
+    with subprocess.Popen(["bash", "-c", script], start_new_session=True) as job:
+        while not (source / "begun").exists():
+            time.sleep(0.01)
+        job.terminate()
+    assert (source / "saved").read_text() == "saved\n" and job.returncode == status
 
 
 CLOUD = """case "$*" in
