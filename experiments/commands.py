@@ -145,7 +145,7 @@ def prepare_jax() -> None:
     """Compiled programs are kept in `$JAX_COMPILATION_CACHE_DIR` or on disk, so that a resumed run starts at once."""
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(default_cache_dir() / "xla")
     jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     handler = RichHandler(show_path=False)
     handler.setFormatter(Harmless("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])

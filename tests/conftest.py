@@ -1,6 +1,8 @@
-"""Strict JAX on eight CPU devices, and a cache of the session's own."""
+"""Strict JAX on eight CPU devices, programs compiled once and quickly, and a cache of the session's own."""
 
 import os
+import platform
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,10 +15,34 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # where libtpu is installed, i
 
 import jax
 
+from tests.tiny import QUICK, cached_in
+
+KEPT_SECONDS = 14 * 24 * 3600
+"""How long a compiled program that no test reads is kept."""
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Makes tests compile without costly optimisations, and each program once: all workers and later sessions on this
+    machine share a cache on disk, as do the programs that tests start."""
+    folder = config.cache.mkdir(f"xla-{platform.node()}") if config.cache else None
+    if folder is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        if not hasattr(config, "workerinput"):
+            _prune(folder)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    settings = QUICK | cached_in(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
+    for name, value in settings.items():
+        jax.config.update(name, value)
+
+
+def _prune(folder: Path) -> None:
+    for path in folder.iterdir():
+        if time.time() - path.stat().st_atime > KEPT_SECONDS:
+            path.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from common.data.batch import Batch
@@ -73,6 +74,17 @@ FAMILIES: dict[str, ModelConfig] = {
     "t5like-learned": t5like(LEARNED),
     "t5like-relaxed": t5like(GEMMA, encoder_layers=2, **RUNGS[4]),
 }
+
+
+REPRESENTATIVE = ("gpt-rope", "gpt-learned", "t5like-bias", "t5like-relaxed")
+"""Between them every position scheme, norm, MLP and head layout; `make test-slow` runs the others as well."""
+families = pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(config, id=name, marks=[] if name in REPRESENTATIVE else pytest.mark.slow)
+        for name, config in FAMILIES.items()
+    ],
+)
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -34,6 +33,7 @@ from tests.helpers import (
     VOCAB,
     Pair,
     close,
+    families,
     gpt,
     logits,
     random_rows,
@@ -42,17 +42,8 @@ from tests.helpers import (
     split,
     t5like,
 )
-from tests.tiny import QUICK, jax_settings
+from tests.tiny import jax_settings
 
-
-@pytest.fixture(autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """These tests compile much and compute little."""
-    with jax_settings(QUICK):
-        yield
-
-
-families = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
 # For what compiles many programs and depends on no recipe.
 SIBLINGS = ("gpt-rope", "t5like-bias")
 siblings = pytest.mark.parametrize("config", [FAMILIES[name] for name in SIBLINGS], ids=SIBLINGS)

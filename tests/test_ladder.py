@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -40,7 +39,7 @@ from tests.helpers import (
     rows_of,
     t5like,
 )
-from tests.tiny import QUICK, jax_settings
+from tests.tiny import jax_settings
 
 SWITCHES = {
     "cross_attention": ("separate", "merged"),
@@ -62,12 +61,6 @@ RECIPES = {
 }
 recipes = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
 UNPACKED = [[pair] for pair in PAIRS]
-
-
-@pytest.fixture(autouse=True)
-def quick_compilation() -> Iterator[None]:
-    with jax_settings(QUICK):
-        yield
 
 
 def results(config: ModelConfig, params: Any, batch: Batch, execution: Execution = F32) -> tuple[Any, Any, Any]:

@@ -29,18 +29,10 @@ from experiments.pipeline import open_data
 from experiments.plan import plan
 from experiments.registry import EXPERIMENTS, load
 from tests.experiments.tiny_experiment import STEPS, tiny_experiment, write_data
-from tests.tiny import QUICK, cached_in, jax_settings
 
 registered = pytest.mark.parametrize("name", EXPERIMENTS)
 FOR_A_SLICE = ("xl",)
 """Their mesh is a pod slice's, which no test machine has."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The commands themselves choose another folder for the cache; it is forgotten afterwards."""
-    with jax_settings(QUICK | cached_in(tmp_path_factory.mktemp("xla"))):
-        yield
 
 
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in FOR_A_SLICE])

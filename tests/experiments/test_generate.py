@@ -4,8 +4,11 @@ import io
 import json
 import os
 import shutil
+<<<<<<< HEAD
 import threading
 from collections.abc import Iterator
+=======
+>>>>>>> c6a8372 (Tests: one cache of compiled programs for all workers and sessions; four representative models of eleven in make test, all in make test-slow)
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +28,9 @@ from experiments import cli
 from experiments.generate import method_of, read_prompts
 from tests.experiments.tiny_experiment import WORDS
 from tests.helpers import FAMILIES, MAX_POSITIONS, split
-from tests.tiny import QUICK, cached_in, jax_settings
 
 PROMPTS = [" ".join(WORDS[:2]), WORDS[0], "", " ".join(WORDS[2:5])]
 MODELS = {"gpt-learned": "native", "t5like-bias": "start_token"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with jax_settings(QUICK | cached_in(tmp_path_factory.mktemp("xla"))):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +41,10 @@ from experiments.pipeline import open_data, train_arm
 from experiments.run_folder import folder_from_run
 from experiments.score import to_pair
 from tests.experiments.tiny_experiment import WORDS, tiny_experiment, write_data
-from tests.tiny import EXECUTION, QUICK, Observer, Stopped, cached_in, jax_settings
+from tests.tiny import EXECUTION, Observer, Stopped
 
 MESH = MeshShape()
 OBJECTIVES = {"causal_lm": CausalLM(), "full_lm": FullLM(), "prefix_lm": PrefixLM()}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with jax_settings(QUICK | cached_in(tmp_path_factory.mktemp("xla"))):
-        yield
 
 
 @pytest.fixture(scope="module")

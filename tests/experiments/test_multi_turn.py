@@ -19,7 +19,6 @@ from experiments.families import builder
 from experiments.multi_turn import measure
 from t5like.config import RUNGS
 from tests.helpers import BIAS, F32, ROPE, close, gpt, graph, random_params, split, t5like
-from tests.tiny import QUICK, jax_settings
 
 CONFIGS: dict[str, ModelConfig] = {
     "gpt": gpt(ROPE),
@@ -43,8 +42,7 @@ def test_families_say_whether_a_cache_stays_valid(config: ModelConfig) -> None:
 
     graphdef, params = graph(config), random_params(config)
     both = jax.jit(lambda params, x: [after(nnx.merge(graphdef, params), x, read) for read in (11, 7)])
-    with jax_settings(QUICK):
-        at_once, in_turns = map(np.asarray, both(params, tokens_BI))
+    at_once, in_turns = map(np.asarray, both(params, tokens_BI))
     if config.reads_incrementally:
         close(in_turns, at_once, 1e-5)
     else:

@@ -2,7 +2,6 @@
 
 import json
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,10 @@ from experiments.models import Text
 from experiments.score import to_pair
 from tests.common.infer.test_score import alone
 from tests.helpers import FAMILIES, MAX_POSITIONS, VOCAB, split
-from tests.tiny import QUICK, cached_in, jax_settings
 
 WORDS = BytePairConfig(vocab_size=275)
 MODEL_VOCAB = 384
 BOS, START, EOS = 5, 3, 1
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with jax_settings(QUICK | cached_in(tmp_path_factory.mktemp("xla"))):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import dataclasses
 import io
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from experiments.console import Progress
 from experiments.convert import convert
 from experiments.models import Loaded, open_model
 from tests.parity.padded import Side, one_text, padded, two_texts
-from tests.tiny import QUICK, cached_in, jax_settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch = pytest.importorskip("torch")
@@ -125,12 +124,6 @@ class Case:
     """Of their model's call."""
     compared_BT: np.ndarray
     """Target slots that are no padding."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with jax_settings(QUICK | cached_in(tmp_path_factory.mktemp("xla"))):
-        yield
 
 
 @pytest.fixture(scope="module")

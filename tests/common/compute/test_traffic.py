@@ -1,7 +1,6 @@
 """What programs compute and move, counted in their text."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,6 @@ from experiments.config import Arm, Experiment
 from experiments.pipeline import make_setup
 from t5like.config import RUNGS
 from tests.experiments.tiny_experiment import tiny_experiment
-from tests.tiny import QUICK, jax_settings
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    with jax_settings(QUICK):
-        yield
 
 
 @pytest.mark.parametrize(("remat", "passes"), [(False, 3), (True, 4)])

@@ -3,7 +3,6 @@
 import functools
 import itertools
 import math
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -17,20 +16,12 @@ from common.infer.prompt import pad_prompts
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
 from tests.common.infer.toy import Toy, log_probs, toy
-from tests.tiny import QUICK, jax_settings
 
 PROMPTS = [[2, 3], [], [3], [0, 1, 2]]
 SLOTS, VOCAB = 6, 7
 
 Text = tuple[float, tuple[int, ...], bool]
 """Score, tokens, whether ended."""
-
-
-@pytest.fixture(autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """These tests compile much and compute little."""
-    with jax_settings(QUICK):
-        yield
 
 
 @functools.cache

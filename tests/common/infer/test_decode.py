@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +14,11 @@ from common.infer.prompt import bucket, pad_prompts
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
 from tests.common.infer.toy import log_probs, toy
-from tests.tiny import QUICK, jax_settings
 
 VOCAB, EOS = 11, 3
 MODEL = toy(VOCAB, seed=2)
 PROMPTS = [[5, 6, 7], [], [3], [10, 10, 2, 4, 8], [9, 0, 9]]
 SLOTS = 16
-
-
-@pytest.fixture(autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """These tests compile much and compute little."""
-    with jax_settings(QUICK):
-        yield
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Requests to texts, on a toy model that writes letters."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -15,17 +15,10 @@ from common.infer.texts import EncodedPrompt, encode_prompt, written_text
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
 from tests.common.infer.toy import log_probs, toy
-from tests.tiny import QUICK, jax_settings
 
 LETTERS = "~.abcdefgh"
 """Token 0 starts, token 1 ends; a text's first letter loses a space, as with SentencePiece."""
 MODEL = toy(len(LETTERS), seed=19)
-
-
-@pytest.fixture(autouse=True)
-def quick_compilation() -> Iterator[None]:
-    with jax_settings(QUICK):
-        yield
 
 
 class Letters:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,23 +22,14 @@ from common.sharding.shape import MeshShape
 from common.train.state import skeleton
 from experiments.config import ModelConfig
 from experiments.families import builder
-from tests.helpers import F32, FAMILIES, rows_of, split
-from tests.tiny import QUICK, jax_settings
+from tests.helpers import F32, FAMILIES, families, rows_of, split
 
 PROMPTS = [[5, 6, 0, 7, 1], [], [11, 12], [0, 0, 3, 4, 90, 17, 23]]
 SLOTS, SOURCE = 8, 16
 SCAN = dataclasses.replace(F32, scan_layers=True)
 
-families = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
 SIBLINGS = ("gpt-rope", "t5like-bias", "t5like-relaxed")
 siblings = pytest.mark.parametrize("config", [FAMILIES[name] for name in SIBLINGS], ids=SIBLINGS)
-
-
-@pytest.fixture(autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """These tests compile much and compute little."""
-    with jax_settings(QUICK):
-        yield
 
 
 @functools.cache
@@ -176,7 +167,7 @@ def test_beams_score_what_the_training_path_scores(config: ModelConfig) -> None:
     assert {x.shape[0] for x in jax.tree.leaves(cache.layers)} == {len(PROMPTS) * size}
 
 
-@pytest.mark.parametrize("name", ["gpt-rope", "gpt-bias", "gpt-learned"])
+@pytest.mark.parametrize("name", ["gpt-rope", pytest.param("gpt-bias", marks=pytest.mark.slow), "gpt-learned"])
 def test_a_text_goes_on_without_a_start_token(name: str) -> None:
     """Native alignment: the last token of the prompt is the first decoder input, and all of it is one text."""
     config = FAMILIES[name]
@@ -231,14 +222,23 @@ def test_targets_go_on_where_a_prompt_among_them_ends(
     assert len({tuple(text) for text in texts}) > 1
 
 
-@pytest.mark.parametrize("method", [Greedy(), Beam(size=2)], ids=["greedy", "beam"])
-@siblings
+ROWS_AND_HEADS, AND_LENGTH = MeshShape(fsdp=2, tensor=2), MeshShape(fsdp=2, context=2, tensor=2)
+
+
 @pytest.mark.parametrize(
-    "shape", [MeshShape(data=2, fsdp=2, tensor=2), MeshShape(fsdp=2, context=2, tensor=2)], ids=str
+    ("name", "method", "shape"),
+    [
+        ("gpt-rope", Greedy(), ROWS_AND_HEADS),
+        ("t5like-relaxed", Greedy(), AND_LENGTH),
+        ("t5like-bias", Beam(size=2), ROWS_AND_HEADS),
+        pytest.param("gpt-rope", Beam(size=2), AND_LENGTH, marks=pytest.mark.slow),
+        pytest.param("t5like-bias", Greedy(), AND_LENGTH, marks=pytest.mark.slow),
+        pytest.param("t5like-relaxed", Beam(size=2), ROWS_AND_HEADS, marks=pytest.mark.slow),
+    ],
 )
-def test_a_sharded_cache_makes_the_same_tokens(config: ModelConfig, method: Method, shape: MeshShape) -> None:
+def test_a_sharded_cache_makes_the_same_tokens(name: str, method: Method, shape: MeshShape) -> None:
     """Rows along the mesh axes of rows, heads along `tensor`; one token has no length to divide along `context`."""
-    limits = Limits(max_new_tokens=5)
+    config, limits = FAMILIES[name], Limits(max_new_tokens=5)
     expected, _ = decode(config, method, limits)
     mesh, (model, _) = make_mesh(shape), decoder_of(config, method, (), F32)
     params = jax.device_put(split(config)[1], parameter_shardings(mesh, model.logical_axes))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,19 +22,12 @@ from common.train.state import Skeleton, skeleton
 from experiments.config import ModelConfig
 from experiments.families import builder
 from tests.helpers import EIGHT_DEVICES, F32, FAMILIES, MAX_POSITIONS, ONE_DEVICE, VOCAB, close, split
-from tests.tiny import QUICK, cached_in, jax_settings
 
 START = 3
 LENGTHS = (16,)
 WIDTH = 32
 
 both_families = pytest.mark.parametrize("name", ["gpt-learned", "gpt-prefix", "t5like-bias"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with jax_settings(QUICK | cached_in(tmp_path_factory.mktemp("xla"))):
-        yield
 
 
 @functools.cache

@@ -25,15 +25,9 @@ from common.train.state import init_state
 from common.train.task import Stream, Task
 from experiments.pipeline import compiled_step
 from tests.experiments.tiny_experiment import tiny_experiment
-from tests.tiny import Observer, Stopped, cached_in, jax_settings, loader, task
+from tests.tiny import Observer, Stopped, loader, task
 
 STEPS = 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with jax_settings(cached_in(tmp_path_factory.mktemp("xla"))):
-        yield
 
 
 def same_bits(found: Any, expected: Any) -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from common.train.task import Initial, Task
 from common.weights.folder import write_folder
 from experiments.families import builder
 from tests.helpers import EIGHT_DEVICES, ONE_DEVICE
-from tests.tiny import EXECUTION, Observer, Stopped, cached_in, jax_settings, loader, task, tiny
+from tests.tiny import EXECUTION, Observer, Stopped, loader, task, tiny
 
 MODEL = skeleton(builder(tiny("gpt"), EXECUTION))
 SHAPES = {name: tuple(leaf.shape) for name, leaf in flatten(MODEL.shapes).items()}
@@ -43,12 +42,6 @@ def same_bits(one: Any, other: Any) -> None:
     assert one.keys() == other.keys()
     for name in one:
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with jax_settings(cached_in(tmp_path_factory.mktemp("xla"))):
-        yield
 
 
 @pytest.fixture(scope="module")

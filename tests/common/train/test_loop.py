@@ -41,8 +41,6 @@ from tests.tiny import (
     TARGETS,
     Observer,
     Stopped,
-    cached_in,
-    jax_settings,
     loader,
     task,
     tiny,
@@ -56,11 +54,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Every `fit` compiles its programs; a cache on disk, as the command line has it, makes that quick."""
-    with jax_settings(cached_in(tmp_path_factory.mktemp("xla"))):
-        yield
-        gc.collect()
+def collected() -> Iterator[None]:
+    yield
+    gc.collect()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

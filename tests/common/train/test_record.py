@@ -20,15 +20,9 @@ from common.train.checkpoints import Progress
 from common.train.loop import fit
 from common.train.record import WARM_UP, Clock, memory, shares, utilisation
 from common.train.task import Stream
-from tests.tiny import Observer, Stopped, cached_in, jax_settings, loader, setup, task, tiny, train_config
+from tests.tiny import Observer, Stopped, loader, setup, task, tiny, train_config
 
 STEPS = 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with jax_settings(cached_in(tmp_path_factory.mktemp("xla"))):
-        yield
 
 
 # --- Clock
