@@ -20,7 +20,7 @@ demo: $(INSTALLED)
 	$(BIN)/twinstack compare first_light
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m "not slow" --durations=10 --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -q -m "not slow" --durations=10 --numprocesses auto --maxprocesses 8 --dist worksteal
 
 test-slow: $(SLOW)
 	PATH="$$PATH:$(CURDIR)/$(SKY)/bin" $(BIN)/python -m pytest -q -m slow --durations=10 || [ $$? -eq 5 ] # 5: there is none
