@@ -1,5 +1,6 @@
 """The one place that knows which module a config makes."""
 
+import functools
 from collections.abc import Callable
 
 from flax import nnx
@@ -13,8 +14,9 @@ from t5like.config import T5LikeConfig
 from t5like.model import T5Like
 
 
+@functools.cache
 def builder(config: ModelConfig, execution: Execution) -> Callable[[nnx.Rngs], Model]:
-    """A function that makes the model with its parameters."""
+    """Returns a function that makes the model with its parameters; the same function for equal arguments."""
     match config:
         case T5LikeConfig():
             return lambda rngs: T5Like(config, execution, rngs=rngs)

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from common.data.streams import (
 from common.data.tokenizers.kept import kept_files
 from common.data.tokenizers.tokenizer import Tokenizer
 from common.errors import UserError
-from common.evals.decoding import decode_greedily
+from common.evals.decoding import greedy_decoder
 from common.evals.text_metrics import ALL, score_texts
 from common.files import read_json, read_rows, write_json, write_rows
 from common.report.certificate import flatten
@@ -137,8 +137,16 @@ def score_arm(
     """
     samples: list[dict[str, Any]] = []
     scores: list[TextScore] = []
+    decode = greedy_decoder(
+        fitted.model,
+        fitted.params,
+        fitted.mesh,
+        data.tokenizer,
+        rows=experiment.evaluation.rows,
+        max_new_tokens=experiment.evaluation.max_new_tokens,
+    )
     for split, test in tests.items():
-        rows = _decode_split(experiment, name, split, test, data.tokenizer, fitted, progress)
+        rows = _decode_split(name, split, test, decode, progress)
         predictions, targets = [row["prediction"] for row in rows], [row["target"] for row in rows]
         groups = [row["group"] for row in rows] if all(row["group"] is not None for row in rows) else None
         inputs = [row["inputs"] for row in rows]
@@ -193,27 +201,12 @@ def _made_from(experiment: Experiment, task: Task) -> str:
 
 
 def _decode_split(
-    experiment: Experiment,
-    name: str,
-    split: str,
-    test: ScoredSplit,
-    tokenizer: Tokenizer,
-    fitted: Fitted,
-    progress: Progress,
+    name: str, split: str, test: ScoredSplit, decode: Callable[..., list[str]], progress: Progress
 ) -> list[dict[str, Any]]:
-    evaluation, texts = experiment.evaluation, test.texts()
+    texts = test.texts()
     progress.say(f"{name}: decoding {len(texts):,} examples of {split}")
     with progress.bar(f"{name}: decoding {split}", len(texts)) as advance:
-        predictions = decode_greedily(
-            fitted.model,
-            fitted.params,
-            fitted.mesh,
-            tokenizer,
-            [example.inputs_I for example in test.records.examples.make(test.chosen_E)],
-            rows=evaluation.rows,
-            max_new_tokens=evaluation.max_new_tokens,
-            advance=advance,
-        )
+        predictions = decode([example.inputs_I for example in test.records.examples.make(test.chosen_E)], advance)
     return [
         {
             "split": split,

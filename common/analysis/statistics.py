@@ -4,6 +4,7 @@ Legend: E examples, R resamples.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
 
@@ -13,6 +14,8 @@ from common.report.results import Interval
 
 CONFIDENCE = 0.95
 """Of every interval in the project."""
+Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+"""How many standard errors such an interval reaches to either side of a normal mean."""
 
 
 def wilson(successes: int, trials: int) -> Interval:
@@ -24,11 +27,14 @@ def wilson(successes: int, trials: int) -> Interval:
     >>> round(interval.low, 4), interval.high
     (0.7225, 1.0)
     """
-    from scipy.stats import binomtest  # slow to import, and the training path imports this module
-
+    # By hand, since importing scipy.stats takes longer than scoring a small run.
     assert 0 <= successes <= trials and trials > 0, (successes, trials)
-    bounds = binomtest(int(successes), int(trials)).proportion_ci(confidence_level=CONFIDENCE, method="wilson")
-    return Interval(value=successes / trials, low=float(bounds.low), high=float(bounds.high))
+    share, spread = successes / trials, Z**2 / trials
+    centre = share + spread / 2
+    half = math.sqrt(spread * (share * (1 - share) + spread / 4))
+    low = 0.0 if successes == 0 else (centre - half) / (1 + spread)
+    high = 1.0 if successes == trials else (centre + half) / (1 + spread)
+    return Interval(value=share, low=low, high=high)
 
 
 def percentile_interval(value: float, resampled_R: np.ndarray) -> Interval:
@@ -97,14 +103,14 @@ def paired_difference(won: int, lost: int, examples: int) -> Interval:
     (-0.00103, 0.00103)
     """
     assert min(won, lost) >= 0 and won + lost <= examples and examples > 0, (won, lost, examples)
-    value, z_squared = (won - lost) / examples, NormalDist().inv_cdf((1 + CONFIDENCE) / 2) ** 2
+    value = (won - lost) / examples
 
     def accepted(delta: float) -> bool:
         # The likeliest share that only the second gets right, were the difference `delta`.
         a, b = 2 * examples, (2 * examples - won + lost) * delta - won - lost
         lost_share = (np.sqrt(b * b + 4 * a * lost * delta * (1 - delta)) - b) / (2 * a)
         variance = examples * (2 * lost_share + delta * (1 - delta))
-        return bool((won - lost - examples * delta) ** 2 <= z_squared * variance)
+        return bool((won - lost - examples * delta) ** 2 <= Z**2 * variance)
 
     return Interval(value=value, low=_edge(accepted, value, -1.0), high=_edge(accepted, value, 1.0))
 

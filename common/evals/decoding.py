@@ -28,28 +28,24 @@ class _OwnRules:
     prompts: Literal["inputs"] = "inputs"
 
 
-def decode_greedily(
-    model: Skeleton,
-    params: object,
-    mesh: Mesh,
-    tokenizer: Tokenizer,
-    inputs: Sequence[np.ndarray],
-    *,
-    rows: int,
-    max_new_tokens: int,
-    advance: Callable[[int], None],
-) -> list[str]:
-    """The decoded text of each row of input ids, in the order given.
+def greedy_decoder(
+    model: Skeleton, params: object, mesh: Mesh, tokenizer: Tokenizer, *, rows: int, max_new_tokens: int
+) -> Callable[[Sequence[np.ndarray], Callable[[int], None]], list[str]]:
+    """Returns `decode(inputs, advance)`: the text of each row of input ids, in their order.
 
-    `advance` hears how many examples have just been done. Inputs of similar length are decoded together; an example's
-    text does not depend on its company.
+    `advance` is called with the number of examples that have just been decoded. Inputs of similar length are decoded
+    together; an example's text does not depend on its company. All calls share their compiled programs.
     """
     rules = _OwnRules(tokenizer=tokenizer, start_id=tokenizer.start_id, eos_ids=(tokenizer.eos_id,))
     limits = Limits(max_new_tokens=max_new_tokens)
     generator = Generator(model, params, mesh, rules, method=Greedy(), limits=limits, rows=rows)
-    texts = [""] * len(inputs)
-    requests = [Request(prompt=EncodedPrompt(inputs_I=x, start=tokenizer.start_id)) for x in inputs]
-    for index, completions in generator.complete(requests):
-        texts[index] = completions[0].text
-        advance(1)
-    return texts
+
+    def decode(inputs: Sequence[np.ndarray], advance: Callable[[int], None]) -> list[str]:
+        texts = [""] * len(inputs)
+        requests = [Request(prompt=EncodedPrompt(inputs_I=x, start=tokenizer.start_id)) for x in inputs]
+        for index, completions in generator.complete(requests):
+            texts[index] = completions[0].text
+            advance(1)
+        return texts
+
+    return decode

@@ -24,6 +24,9 @@ from common.train.optimizer import make_optimizer, make_schedule
 from common.train.state import Skeleton, TrainState, abstract_state, skeleton, state_shardings
 from common.train.step import make_eval_step, make_train_step
 
+KEPT = 8
+"""Prepared setups that a process remembers."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
@@ -117,12 +120,20 @@ def check_rows(setup: Setup) -> None:
 
 
 def prepare(setup: Setup, devices: Sequence[jax.Device] | None = None) -> Programs:
-    """Mesh, shardings and jitted functions, for this machine's devices or for others; nothing is computed yet."""
+    """Mesh, shardings and jitted functions, for this machine's devices or for others; nothing is computed yet.
+
+    Equal arguments give the same object, so that what a process trains again is neither traced nor compiled again.
+    """
+    return _prepare(setup, None if devices is None else tuple(devices))
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _prepare(setup: Setup, devices: tuple[jax.Device, ...] | None) -> Programs:
     with strategy(setup.train.sharding):
-        return _prepare(setup, make_mesh(setup.train.mesh, devices))
+        return _programs(setup, make_mesh(setup.train.mesh, devices))
 
 
-def _prepare(setup: Setup, mesh: Mesh) -> Programs:
+def _programs(setup: Setup, mesh: Mesh) -> Programs:
     train = setup.train
     model = skeleton(setup.build)
     schedule = make_schedule(train.schedule, setup.learning_rate, setup.steps)

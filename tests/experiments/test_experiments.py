@@ -251,7 +251,7 @@ def finished_work_is_not_done_again(
     def refuse(*given: Any, **named: Any) -> None:
         raise AssertionError("work")
 
-    for name in ("fit", "decode_greedily", "count_step"):
+    for name in ("fit", "greedy_decoder", "count_step"):
         monkeypatch.setattr(f"experiments.pipeline.{name}", refuse)
     (run_dir / "report.html").unlink()
     compare(experiment, run_dir)
