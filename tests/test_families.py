@@ -42,7 +42,6 @@ from tests.helpers import (
     split,
     t5like,
 )
-from tests.tiny import jax_settings
 
 # For what compiles many programs and depends on no recipe.
 SIBLINGS = ("gpt-rope", "t5like-bias")

@@ -39,7 +39,6 @@ from tests.helpers import (
     rows_of,
     t5like,
 )
-from tests.tiny import jax_settings
 
 SWITCHES = {
     "cross_attention": ("separate", "merged"),

@@ -4,11 +4,7 @@ import io
 import json
 import os
 import shutil
-<<<<<<< HEAD
 import threading
-from collections.abc import Iterator
-=======
->>>>>>> c6a8372 (Tests: one cache of compiled programs for all workers and sessions; four representative models of eleven in make test, all in make test-slow)
 from pathlib import Path
 from typing import Any
 
