@@ -40,10 +40,10 @@ jax.config.update("jax_default_matmul_precision", "highest")
 def pytest_configure(config: pytest.Config) -> None:
     """Makes tests compile without costly optimisations, and each program once: all workers and later sessions on this
     machine share a cache on disk, as do the programs that tests start."""
-    folder = config.cache.mkdir(f"xla-{platform.node()}") if config.cache else None
-    if folder is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        if not hasattr(config, "workerinput"):
-            _prune(folder)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = config.rootpath / ".pytest_cache" / f"xla-{platform.node()}"
+        folder.mkdir(parents=True, exist_ok=True)
+        _prune(folder)
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     settings = QUICK | cached_in(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
     for name, value in settings.items():
