@@ -23,10 +23,12 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_cpu_parallel_codegen_split_count=1",
     )
 )
+# By the environment, so that the programs that tests start do the same.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
-
-from tests.tiny import QUICK, cached_in
 
 KEPT_SECONDS = 14 * 24 * 3600
 """How long a compiled program that no test reads is kept."""
@@ -38,16 +40,14 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Makes tests compile without costly optimisations, and each program once: all workers and later sessions on this
-    machine share a cache on disk, as do the programs that tests start."""
+    """Compiles each program once: all workers, later sessions on this machine and the programs that tests start share a
+    cache on disk."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = config.rootpath / ".pytest_cache" / f"xla-{platform.node()}"
         folder.mkdir(parents=True, exist_ok=True)
         _prune(folder)
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-    settings = QUICK | cached_in(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
-    for name, value in settings.items():
-        jax.config.update(name, value)
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 
 def _prune(folder: Path) -> None:

@@ -50,7 +50,14 @@ LAYERS = {"encoder_layers": 2, "decoder_layers": 2}
 COMBINATIONS = {
     "-".join(values): dict(zip(SWITCHES, values, strict=True)) for values in itertools.product(*SWITCHES.values())
 }
-all_combinations = pytest.mark.parametrize("switches", COMBINATIONS.values(), ids=COMBINATIONS.keys())
+ON_THE_PATH = [{switch: values[0] for switch, values in SWITCHES.items()} | rung for rung in RUNGS]
+all_combinations = pytest.mark.parametrize(
+    "switches",
+    [
+        pytest.param(switches, id=name, marks=[] if switches in ON_THE_PATH else pytest.mark.slow)
+        for name, switches in COMBINATIONS.items()
+    ],
+)
 RECIPES = {
     "rope": ROPE,
     "bias": BIAS,
@@ -58,7 +65,6 @@ RECIPES = {
     "learned": LEARNED,
     "gemma": GEMMA,
 }
-recipes = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
 UNPACKED = [[pair] for pair in PAIRS]
 
 
@@ -76,8 +82,14 @@ def results(config: ModelConfig, params: Any, batch: Batch, execution: Execution
     return logits_BTV, total, gradients
 
 
-@recipes
-@pytest.mark.parametrize("input_attention", ["causal", "bidirectional"])
+@pytest.mark.parametrize(
+    ("recipe", "input_attention"),
+    [
+        pytest.param(RECIPES[name], attention, id=f"{name}-{attention}", marks=[] if quick else pytest.mark.slow)
+        for number, name in enumerate(RECIPES)
+        for attention, quick in (("causal", number % 2 == 0), ("bidirectional", number % 2 == 1))
+    ],
+)
 def test_relaxed_encoder_decoder_is_the_decoder_only_model(recipe: Recipe, input_attention: Any) -> None:
     """All four switches: the causal model; three: the prefix LM. Logits, loss and gradients, every leaf.
 

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import types
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,8 +29,6 @@ from gpt.config import GptConfig
 from t5like.config import T5LikeConfig
 from tests.helpers import F32, VOCAB
 
-QUICK = {"jax_disable_most_optimizations": True}
-"""Programs that run for a moment are compiled without the costly optimisations."""
 ROWS, INPUTS, TARGETS = 8, 12, 10
 SIZES = {"vocab_size": VOCAB, "d_model": 16, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8, "d_ff": 32}
 RECIPE = Recipe(positions="rope", mlp="relu")
@@ -48,15 +45,6 @@ def jax_settings(settings: dict[str, Any]) -> Iterator[None]:
         compilation_cache.reset_cache()
         if values is settings:
             yield
-
-
-def cached_in(folder: Path) -> dict[str, Any]:
-    """Settings with which whatever is compiled twice is compiled once."""
-    return {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
 
 
 def tiny(family: str, recipe: Recipe = RECIPE) -> ModelConfig:

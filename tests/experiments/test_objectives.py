@@ -3,7 +3,6 @@
 import json
 import random
 import typing
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from common.report.certificate import certify_run
 from common.report.run_files import read_run
 from experiments.cli import main
 from tests.experiments.tiny_experiment import WORDS
-from tests.tiny import QUICK, cached_in, jax_settings
 
 KINDS = [member.kind for member in typing.get_args(Objective)]
 SLOTS = {
@@ -31,12 +29,6 @@ EXTRA = {
     "mixture": ['data.objective.parts=[{"objective": {"kind": "full_lm"}}, {"objective": {"kind": "prefix_lm"}}]'],
 }
 STEPS = 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with jax_settings(QUICK | cached_in(tmp_path_factory.mktemp("xla"))):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,9 @@ from common.train.checkpoints import Checkpoints
 from common.train.loop import fit
 from common.train.record import last_losses
 from common.train.rows import JsonLines
-from tests.tiny import Observer, cached_in, jax_settings, task
+from tests.tiny import Observer, task
 
 CONFIG, DATA = {"model": {"d_ff": 0}}, {"content_id": "a"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with jax_settings(cached_in(tmp_path_factory.mktemp("xla"))):
-        yield
 
 
 # --- Claims
