@@ -73,6 +73,7 @@ def environment(dump: Path | None) -> dict[str, str]:
     )
     return {
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
         "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is taken from a cache is not dumped
         "JAX_PLATFORMS": "cpu",
         "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # any will do

@@ -9,7 +9,7 @@ from common.errors import UserError
 from common.files import plain_name
 from common.json_text import parse_json
 from common.report.results import ArmResult
-from common.train.run_dir import check_schema
+from common.train.schema import check_schema
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter

@@ -4,7 +4,6 @@ import contextlib
 import datetime
 import fcntl
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -19,8 +18,8 @@ from common.errors import UserError
 from common.files import read_object, read_rows, write_atomically, write_json, write_rows
 from common.train.checkpoints import saved_steps
 from common.train.config import Anomalies, only_how
+from common.train.schema import SCHEMA_VERSION, check_schema
 
-SCHEMA_VERSION = 1
 CHECKPOINTS = "checkpoints"
 CONFIG, ENVIRONMENT, METRICS, TIMINGS = "config.json", "environment.json", "metrics.jsonl", "timings.jsonl"
 TOKENIZER = "tokenizer"
@@ -125,15 +124,6 @@ def read_described(path: Path) -> dict[str, Any]:
     found = read_object(path)
     check_schema(found, path)
     return found
-
-
-def check_schema(found: Mapping[str, Any], path: Path) -> None:
-    """Raises UserError where `path`, which holds `found`, was written by another version."""
-    if (schema := found.get("schema_version", SCHEMA_VERSION)) != SCHEMA_VERSION:
-        raise UserError(
-            f"{path} has run schema {json.dumps(schema)}, this version reads {SCHEMA_VERSION}: use the version that "
-            "wrote it, or another --run-dir"
-        )
 
 
 def _other_data(run_dir: Path, data: dict[str, str]) -> list[str]:

@@ -254,7 +254,7 @@ def test_the_command_line(tmp_path, capsys):
         (["--to", "gpt"], "the model is a gpt already"),
         ([], "say --to"),
         (["--to", "hf", "--rung", "1"], "--rung is for --to t5like"),
-        (["--to", "t5like", "--rung", "7"], "rung 7 does not exist"),
+        (["--to", "t5like", "--rung", "7"], "--rung is 7: it must be at most 4"),
         (["--to", "hf", "--config", "gpt2-small"], "--config is for T5X"),
     ]:
         assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "other"), *arguments]) == 2

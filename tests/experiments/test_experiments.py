@@ -35,7 +35,14 @@ FOR_A_SLICE = ("xl",)
 """Their mesh is a pod slice's, which no test machine has."""
 
 
-@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in FOR_A_SLICE])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("first_light", "pydocs") else pytest.mark.slow)
+        for name in EXPERIMENTS
+        if name not in FOR_A_SLICE
+    ],
+)
 def test_every_experiment_plans(name: str) -> None:
     experiment, out = load(name), io.StringIO()
     plan(experiment, Console(file=out, width=240))

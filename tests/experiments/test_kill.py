@@ -115,6 +115,7 @@ def check_resumed(output: str, at: tuple[int, ...]) -> None:
     assert any(f"resuming after step {step} of {STEPS}\n" in output for step in at), output
 
 
+@pytest.mark.slow  # starts a run again and again
 def test_killed_between_checkpoints(folder: Path, tmp_path: Path) -> None:
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
     assert killed(folder, "gpt", broken, lambda: rows_written(broken, "gpt", 13))
@@ -123,6 +124,7 @@ def test_killed_between_checkpoints(folder: Path, tmp_path: Path) -> None:
     check_same(folder, "gpt", broken, unbroken)
 
 
+@pytest.mark.slow  # starts a run again and again
 def test_killed_while_a_checkpoint_is_written(folder: Path, tmp_path: Path) -> None:
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
     assert killed(folder, "t5like", broken, lambda: checkpoint_begun(broken, "t5like", 25))

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from common.compute.aot import environment
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler for TPU, is absent"),
@@ -17,13 +19,7 @@ pytestmark = [
 
 TOPOLOGIES = {"v4": "2x2x1", "v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2", "tpu7x": "2x2x1"}
 # They must stand before JAX is imported: none is looked for, and several compilers may run at once.
-VARIABLES = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "JAX_PLATFORMS": "cpu",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
+VARIABLES = environment(None)
 PROGRAM = """
 import json, re, sys
 import jax, jax.numpy as jnp, numpy as np

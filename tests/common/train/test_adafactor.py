@@ -266,6 +266,7 @@ def test_it_comes_back_from_a_checkpoint(tmp_path: Path) -> None:
         assert one.sharding == other.sharding
 
 
+@pytest.mark.slow  # compiles a sharded network
 def test_t5s_whole_recipe_trains(tmp_path: Path) -> None:
     """T5 v1.1's network, Adafactor and its schedule, sharded; no first step is over 0.01 of its parameter's RMS."""
     config = train_config(

@@ -144,7 +144,11 @@ def test_lost_rows_are_named(tmp_path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    """Removes a directory also while a checkpoint is being written into it."""
+    if not path.is_dir():
+        path.unlink()
+    while path.exists():
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @dataclasses.dataclass

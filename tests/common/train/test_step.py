@@ -31,6 +31,7 @@ EIGHT = [
 ]
 RATE = 3e-2
 Positions = Literal["rope", "t5_bias"]
+MESHES = [*((mesh, "fsdp") for mesh in (*EIGHT, MeshShape(tensor=2), MeshShape(context=2))), (EIGHT[-1], "sequence")]
 
 
 @functools.cache
@@ -148,10 +149,13 @@ def bytes_on_one_device(tree: Any) -> int:
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
 
-@families
 @pytest.mark.parametrize(
-    ("mesh", "sharding"),
-    [*((mesh, "fsdp") for mesh in (*EIGHT, MeshShape(tensor=2), MeshShape(context=2))), (EIGHT[-1], "sequence")],
+    ("family", "mesh", "sharding"),
+    [
+        pytest.param(family, mesh, sharding, marks=[] if (number + side) % 2 else pytest.mark.slow)
+        for number, (mesh, sharding) in enumerate(MESHES)
+        for side, family in enumerate(FAMILIES)
+    ],
     ids=str,
 )
 def test_sharded_is_single_device(family: str, mesh: MeshShape, sharding: Strategy) -> None:
@@ -171,8 +175,15 @@ def test_sharded_is_single_device(family: str, mesh: MeshShape, sharding: Strate
     assert len({shard.device for shard in matrix.addressable_shards}) == mesh.devices
 
 
-@families
-@pytest.mark.parametrize("sharding", ["fsdp", "sequence"])
+@pytest.mark.parametrize(
+    ("family", "sharding"),
+    [
+        ("t5like", "fsdp"),
+        ("gpt", "sequence"),
+        pytest.param("gpt", "fsdp", marks=pytest.mark.slow),
+        pytest.param("t5like", "sequence", marks=pytest.mark.slow),
+    ],
+)
 def test_relative_bias_is_the_same_on_a_mesh(family: str, sharding: Strategy) -> None:
     """Gradients of one step, the bias's table among them, with rows, lengths and heads divided."""
     alone, together = (

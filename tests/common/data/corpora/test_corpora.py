@@ -336,6 +336,7 @@ def t0() -> dict[str, list[dict[str, str]]]:
 
 
 @real
+@pytest.mark.slow  # reads and divides 50,000 records
 def test_no_source_text_of_the_multitask_mixture_is_in_two_splits(t0):
     assert sum(len(rows) for rows in t0.values()) == 54032
     assert all(0.01 < len(t0[split]) / 54032 < 0.05 for split in ("validation", "test"))
@@ -344,6 +345,7 @@ def test_no_source_text_of_the_multitask_mixture_is_in_two_splits(t0):
 
 
 @real
+@pytest.mark.slow  # reads and divides 50,000 records
 def test_a_question_is_in_one_split_whichever_template_asks_about_it(t0):
     """Two of the templates show the question between words of their own, so that it can be cut out."""
     patterns = {
