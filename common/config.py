@@ -43,7 +43,7 @@ from common.json_text import parse_json
 Config = TypeVar("Config")
 
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
-"""In JSON; no path and no template may hold it."""
+"""A NUL character in JSON; no path and no template may hold one."""
 _STRICT = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
 
 

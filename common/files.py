@@ -110,7 +110,7 @@ def _bytes(path: Path) -> bytes:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """As `read_json`; raises UserError too where the file holds anything but a JSON object."""
+    """As `read_json`; also raises UserError if the file holds anything but a JSON object."""
     found = read_json(path)
     if not isinstance(found, dict):
         raise UserError(f"{path} does not hold a JSON object")

@@ -1,7 +1,7 @@
 """JSON as this project reads it, in files, records and on the command line.
 
-Python's own reader takes more than JSON is (`NaN`, a name twice in one object), and fails in ways of its own at what
-somebody may write on purpose (thousands of brackets, thousands of digits). Here all of that is a ValueError.
+Python's own reader takes more than JSON is (`NaN`, a name twice in one object), and fails in ways of its own at
+hostile text (thousands of brackets, thousands of digits). Here all of that is a ValueError.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any
 DEEPEST = 100
 """Levels that arrays and objects may be nested."""
 MOST_DIGITS = 300
-"""Of a whole number; with more it would be beyond a float's range, in which some readers keep all numbers."""
+"""The most digits of a whole number; more would exceed the range of a float, which some readers use for all."""
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 

@@ -123,7 +123,7 @@ def _stat(path: Path, what: str) -> os.stat_result | None:
 
 
 def _check_parent(path: Path, what: str) -> None:
-    """Of what is not there yet: the nearest folder above it that is there must take it."""
+    """Checks that a path that is not there yet can be made in its nearest existing parent folder."""
     parent = next(parent for parent in path.absolute().parents if parent.exists())
     if not parent.is_dir():
         raise UserError(f"{what} {path} cannot be made: {parent} is a file")

@@ -47,25 +47,25 @@ class Range:
 
 
 MOST_STEPS = 2**24
-"""Up to which a float32, in which schedules are computed, tells a step from the next one."""
+"""The largest step that float32, in which schedules are computed, distinguishes from the next one."""
 
 Share = Annotated[float, Range(0, 1)]
 Positive = Annotated[float, Range(0, 1e12, "(]")]
 NotNegative = Annotated[float, Range(0, 1e12)]
 Tiny = Annotated[float, Range(1e-37, 1)]
-"""What keeps a quotient finite; float32 has no smaller normal number."""
+"""An epsilon that keeps a quotient finite; float32 has no smaller normal number."""
 Seconds = Annotated[float, Range(0, 10**9, "(]", "seconds")]
 Steps = Annotated[int, Range(0, MOST_STEPS, unit="steps")]
 Every = Annotated[int, Range(1, 10**9, unit="steps")]
 """An interval, which may be longer than any run."""
 Seed = Annotated[int, Range(0, 2**32 - 1)]
-"""As many as JAX tells apart."""
+"""A random seed, from the range that JAX distinguishes."""
 Count = Annotated[int, Range(1, 10**9)]
 Rows = Annotated[int, Range(1, 2**20, unit="rows")]
 Tokens = Annotated[int, Range(1, 2**24, unit="tokens")]
 Layers = Annotated[int, Range(1, 2**14, unit="layers")]
 Width = Annotated[int, Range(1, 2**24)]
-"""Of an array along one axis: of features, heads or table rows."""
+"""The size of an array along one axis: features, heads or table rows."""
 
 
 def check_ranges(config: Any) -> None:

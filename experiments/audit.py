@@ -27,7 +27,7 @@ class StepCount:
 def count_step(setup: Setup, devices: Sequence[jax.Device] | None = None) -> StepCount:
     """Counts the matrix products of a whole batch's step, as the ledger does: nothing skipped, nothing recomputed.
 
-    Lowers the step for one row on one device and multiplies, since products are linear in rows: no compiler is asked,
+    Lowers the step for one row on one device and multiplies, since products are linear in rows: nothing is compiled,
     and no batch is too large. Layers are scanned or unrolled as in training. An audit ends no run: whatever goes wrong
     is returned as the reason why there is no count.
     """
@@ -41,7 +41,7 @@ def count_step(setup: Setup, devices: Sequence[jax.Device] | None = None) -> Ste
 
 
 def _plainly(setup: Setup) -> Setup:
-    """On one device, without kernels, which hide their products, and without what is computed twice to save memory."""
+    """The setup on one device, without kernels, which hide their products, and without recomputation to save memory."""
     execution = dataclasses.replace(setup.train.execution, remat="none", attention="plain", mlp_chunk=None)
     train = dataclasses.replace(setup.train, mesh=MeshShape(), accumulation=1, execution=execution)
     return dataclasses.replace(setup, build=builder(cast(ModelConfig, setup.model), execution), train=train)

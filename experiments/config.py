@@ -151,7 +151,7 @@ class Experiment:
         return {name: arm.model for name, arm in self.arms.items()}
 
     def _text(self) -> Moments:
-        """Of a padded batch."""
+        """The text moments of a padded batch."""
         return Moments.of_rows(*self.row_slots())
 
     def steps(self) -> int:

@@ -21,7 +21,7 @@ SPEED_STEPS = 20
 
 
 class Harmless(logging.Formatter):
-    """Of messages that may name files and texts."""
+    """Formats messages that may name files and texts, without control characters."""
 
     def format(self, record: logging.LogRecord) -> str:
         return harmless(super().format(record))
@@ -40,7 +40,7 @@ class Progress:
 
     @contextlib.contextmanager
     def bar(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Yields a function that takes how much has just been done; without a terminal, it says so now and then."""
+        """Yields a function that takes how much was just done; without a terminal, it prints progress now and then."""
         done, last_line = 0, time.monotonic()
         with self._rich() as progress:
             task = progress.add_task(marked_up(title), total=total, detail="")

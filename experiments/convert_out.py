@@ -79,7 +79,7 @@ def _to_hugging_face(source: Path, destination: Path, progress: Progress, descri
 
 
 def _read_ids(described: FolderDescription) -> list[str]:
-    """Which ids an exported model was trained to read, and how those of its tokenizer in Transformers differ."""
+    """Remarks on the ids that an exported model was trained to read, and how its tokenizer in Transformers differs."""
     text, config = described.text, described.model
     if text.alignment == "native":
         return []

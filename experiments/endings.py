@@ -51,9 +51,9 @@ def _refuse(mistake: UserError) -> int:
 
 
 def _reader_has_gone() -> bool:
-    """Whether nobody takes what is printed any more; from then on it goes nowhere."""
+    """Whether the reader of standard output has gone; if so, sends further output to the null device."""
     asked = select.poll()
-    asked.register(STDOUT, 0)  # errors are told unasked
+    asked.register(STDOUT, 0)  # poll reports errors even with an empty mask
     if not any(event & (select.POLLERR | select.POLLHUP) for _, event in asked.poll(0)):
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)

@@ -1,4 +1,4 @@
-"""What arms begin as: whether a stored model fits them, and whether its tables stand for the same tokens."""
+"""Checks of the models that arms begin as: whether one fits, and whether its tables stand for the same tokens."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -52,9 +52,9 @@ def check_initial(experiment: Experiment, run_dir: Path | None, arms: Iterable[s
 def check_tokenizers(
     experiment: Experiment, tokenizer: Tokenizer, run_dir: Path | None, arms: Iterable[str] | None = None
 ) -> list[str]:
-    """One line for each arm that begins as a model whose tokenizer is not known, or is another and that was asked for.
+    """One line for each arm that begins as a model with an unknown tokenizer, or another one that the config allows.
 
-    Raises UserError for another one that nobody asked for: its tables' rows would stand for other tokens.
+    Raises UserError for another one that the config does not allow: its tables' rows would stand for other tokens.
     """
     lines = []
     for name, arm, found, model in _beginning(experiment, run_dir, arms):
@@ -99,7 +99,7 @@ def _differing(ours: Any, theirs: Any, path: str = "") -> Iterator[tuple[str, tu
 
 
 def _cure(name: str, arm: Arm, theirs: ModelConfig, differing: dict[str, tuple[Any, Any]]) -> str:
-    """What most likely was meant, as the end of an error message."""
+    """The most likely remedy, as the end of an error message."""
     assert arm.init is not None
     if theirs.kind != arm.model.kind:
         return f". It is a {theirs.kind}: `twinstack convert {arm.init.path} NEW --to {arm.model.kind}` comes first"
@@ -118,7 +118,7 @@ def _said(different: list[int], compared: int, ours: Tokenizer, theirs: Tokenize
 
 
 def _its_tokenizer(found: Found, theirs: Tokenizer) -> str:
-    """How to train with the model's own, where a path tells it."""
+    """How to train with the model's own tokenizer, if it has a path."""
     if found.tokenizer_path is None:
         return ""
     kind, sentinels = "sentencepiece", theirs.sentinels

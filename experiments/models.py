@@ -81,7 +81,7 @@ class Found:
     row_length: int | None = None
     """Slots of the rows that a run was trained on, inputs and targets together; None where it is not known."""
     tokenizer_path: str | None = None
-    """Where another run can load the same tokenizer from; None where there is none, or its file does not tell all."""
+    """Where another run can load the same tokenizer from; None if nowhere, or if its file does not hold everything."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ def open_model(path: str, execution: Execution, mesh: Mesh, dtype: Any = jnp.flo
 
 
 def open_found(found: Found, text: Text, execution: Execution, mesh: Mesh, dtype: Any = jnp.float32) -> Loaded:
-    """As `open_model`, of what has been found, and of its text."""
+    """As `open_model`, for a model that has been found, and its text."""
     model = skeleton(builder(found.config, execution))
     params, _ = load_parameters(found.parameters, model, check_divides(model, mesh), dtype=dtype)
     return Loaded(
@@ -210,9 +210,9 @@ def _text_of_run(arm_dir: Path, data: DataConfig) -> Text:
 
 
 def tokenizer_of_run(arm_dir: Path, data: DataConfig) -> Tokenizer:
-    """What the run keeps; of a run that kept none yet, what its data config gives.
+    """The tokenizer that the run keeps; if it kept none yet, the one that its data config gives.
 
-    Raises UserError where that is not what it was trained with.
+    Raises UserError if the run was trained with another one.
     """
     then = read_object(arm_dir / rd.ENVIRONMENT).get("tokenizer_hash")
     if (arm_dir / rd.TOKENIZER).is_dir():
@@ -230,7 +230,7 @@ def tokenizer_of_run(arm_dir: Path, data: DataConfig) -> Tokenizer:
 
 
 def _ends_inputs(objective: Objective) -> bool:
-    """Whether eos stood behind the inputs in training."""
+    """Whether eos stood after the inputs in training."""
     match objective:
         case Supervised(eos_after_inputs=ends):
             return ends
@@ -251,14 +251,14 @@ class _Described:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FolderDescription:
-    """What the model.json of a model folder says."""
+    """The contents of a model folder's model.json."""
 
     model: ModelConfig
     text: Conventions
     tokenizer: TokenizerConfig | None
     add_bos: bool
     manifest: dict[str, Any]
-    """As it stands, for what is made of the folder."""
+    """The model.json as it stands, for the files made from the folder."""
 
 
 def describe_folder(path: Path) -> FolderDescription:

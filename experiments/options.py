@@ -12,7 +12,7 @@ from common.paths import user_path
 from common.ranges import Range, Tokens
 
 ANY = Range(-math.inf, math.inf)
-"""Where what takes the number has a range for it."""
+"""For numbers whose range is checked by the code that takes them."""
 LONGEST = 30
 """Characters of a number."""
 

@@ -36,10 +36,10 @@ class ScoredSplit:
 
 
 def open_tests(experiment: Experiment, tokenizer: Tokenizer) -> dict[str, ScoredSplit]:
-    """All that the experiment is scored on, by split; of a mixture, by split and part.
+    """All data that the experiment is scored on, by split; for a mixture, by split and part.
 
-    Raises UserError for a split that is not there, and for a group that a score could not be told apart from the whole
-    split's by.
+    Raises UserError for a split that is not there, and for a group whose score would have the same name as the whole
+    split's.
     """
     named = [
         (f"{split}{suffix}", part, split)
@@ -62,7 +62,7 @@ def open_tests(experiment: Experiment, tokenizer: Tokenizer) -> dict[str, Scored
 
 
 def _parts(experiment: Experiment) -> list[tuple[SourceConfig, str]]:
-    """Each part with what tells its splits from the others'. Parts of one source are numbered within the mixture."""
+    """Each part with the suffix that distinguishes its splits. Parts of one source are numbered within the mixture."""
     parts = parts_of(experiment.data.source)
     if len(parts) == 1:
         return [(parts[0], "")]

@@ -263,7 +263,7 @@ def _rope_theta(settings: Settings) -> float:
 def write_config(config: GptConfig, *, positions: int | None = None) -> dict[str, Any]:
     """A config.json from which Hugging Face Transformers builds the same network.
 
-    `positions`: how long the texts were that it was trained on, where no table of positions tells; None: not known.
+    `positions`: the length of the texts it was trained on, if it has no table of positions; None: not known.
 
     Raises:
         UserError: naming a field that no such network has.

@@ -27,7 +27,7 @@ def wilson(successes: int, trials: int) -> Interval:
     >>> round(interval.low, 4), interval.high
     (0.7225, 1.0)
     """
-    # By hand, since importing scipy.stats takes longer than scoring a small run.
+    # Written out here, since importing scipy.stats takes longer than scoring a small run.
     assert 0 <= successes <= trials and trials > 0, (successes, trials)
     share, spread = successes / trials, Z**2 / trials
     centre = share + spread / 2
@@ -116,7 +116,7 @@ def paired_difference(won: int, lost: int, examples: int) -> Interval:
 
 
 def _edge(accepted: Callable[[float], bool], inside: float, outside: float) -> float:
-    """By bisection; `outside` itself where `inside` lies on it."""
+    """Finds by bisection where `accepted` ends between `inside` and `outside`; `outside` if `inside` equals it."""
     for _ in range(60):
         middle = (inside + outside) / 2
         inside, outside = (middle, outside) if accepted(middle) else (inside, middle)

@@ -11,7 +11,7 @@ from common.nn.recipe import Execution, Recipe
 
 TRAIN_OVER_FORWARD = 3
 FLOPS_TOLERANCE = 0.01
-"""By how much the training FLOPs of a comparison's arms may differ and still be called equal, relative."""
+"""The largest relative difference at which the training FLOPs of a comparison's arms count as equal."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

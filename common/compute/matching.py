@@ -35,7 +35,7 @@ def match_training_flops(config: Config, target: ModelConfig, text: Moments, *, 
 def matching_widths(models: Mapping[str, ModelConfig], reference: str, text: Moments) -> dict[str, int]:
     """The `d_ff` with which each other model costs as much as `reference` on `text`; none for those that do already.
 
-    Within half of FLOPS_TOLERANCE, so that any two are within all of it; of such widths the roundest. Raises UserError
+    The roundest width within half of FLOPS_TOLERANCE, so that any two models are within all of it. Raises UserError
     naming the model that no width brings there.
     """
     widths = {}
@@ -62,7 +62,7 @@ def unequal(models: Mapping[str, ModelConfig], text: Moments) -> str | None:
 
 
 def _cure(models: Mapping[str, ModelConfig], text: Moments) -> str:
-    """By the model to which the fewest others would have to be matched, the last of those."""
+    """Suggests the model to which the fewest others would have to be matched; of several, the last."""
     cures = {}
     for reference in reversed(list(models)):
         try:
@@ -88,6 +88,6 @@ def _roundest(config: Any, target: ModelConfig, text: Moments) -> int:
 
 
 def _apart(one: ModelConfig, other: ModelConfig, text: Moments) -> float:
-    """Of training FLOPs, relative."""
+    """The relative difference of the models' training FLOPs."""
     counts = [model.flops(text).train_full_attention for model in (one, other)]
     return max(counts) / min(counts) - 1

@@ -41,8 +41,8 @@ def build_once(path: Path, build: Callable[[Path], None]) -> Path:
 
     `build` is given a path in the same folder at which it makes the file or folder; that is moved into place when it is
     whole. So `path` is either absent or complete, whichever process dies when. Of several processes that need it one
-    builds and the others wait. What a killed process left behind is removed by the next; what is damaged is named on
-    standard error and made anew.
+    builds and the others wait. The next process removes what a killed one left; damaged files are named on standard
+    error and rebuilt.
     """
     if whole(path):
         return path

@@ -122,7 +122,7 @@ class DataConfig:
     target_length: Tokens
     """Target slots a row, in tokens."""
     seed: Annotated[int, Range(0, 2**48 - 1)] = 0
-    """Of the order of the examples, of packing and of objectives; initialisation and dropout are `train.seed`'s."""
+    """The seed of example order, packing and objectives; initialisation and dropout use `train.seed`."""
 
     def __post_init__(self) -> None:
         check_ranges(self)

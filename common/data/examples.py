@@ -218,7 +218,7 @@ class MixedExamples:
         return [example for example in out if example is not None]
 
     def rest(self, number: int, skipped_E: np.ndarray) -> list[Unread]:
-        """What is unread of each part after the examples before `number`, but for `skipped_E` of them (ascending)."""
+        """The unread rest of each part after the examples before `number`, except `skipped_E` (ascending), are read."""
         skipped = {part: place_E for part, _, place_E in self._by_part(skipped_E)}
         rest = []
         for part, (unread, read) in enumerate(zip(self._unread, self._mixing.counts(number), strict=True)):

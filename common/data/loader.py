@@ -60,7 +60,7 @@ class Loader:
         return prefetched(self.batch, start, stop, threads=threads, buffered=buffered)
 
     def landmarks(self, step: int) -> tuple[int, ...]:
-        """What `recall` takes to read on from `step`, which is 1 or more, without planning what lies before it."""
+        """Returns what `recall` needs to resume from `step` (1 or more) without planning the steps before it."""
         return self._plans.landmark(step * self._rows - 1)
 
     def recall(self, landmarks: Sequence[int]) -> None:

@@ -148,7 +148,7 @@ class RowPlans:
             window, first = starts[place]
             if place + 1 < len(starts) and starts[place + 1][0] == window + 1:
                 return window, row - first
-            self.plan(window)  # from which follows where the next window starts
+            self.plan(window)  # also finds where the next window starts
 
     def landmark(self, row: int) -> tuple[int, int]:
         """(window of global row number `row`, that window's first row): what `recall` takes."""
@@ -173,7 +173,7 @@ class RowPlans:
         return window * self._examples.window + (found[:, None] * together + np.arange(together)).ravel()
 
     def _learn_next(self, window: int, rows: int) -> None:
-        """Where the window after this one starts, if it is known where this one does."""
+        """Records where the next window starts, if the start of this one is known."""
         starts = self._starts
         after = bisect.bisect_right(starts, window, key=operator.itemgetter(0))
         known, first = starts[after - 1]

@@ -77,7 +77,7 @@ def keep_origins(
 
 
 def _loaded_tokenizer(config: DataConfig, cache_dir: Path) -> Tokenizer:
-    """From its file; where that is not here, the prepared one."""
+    """The tokenizer from its file; if that is not here, the prepared one."""
     try:
         return load_tokenizer(config.tokenizer)
     except UserError:
@@ -212,7 +212,7 @@ class StagedLoader:
         return self._loader(stage).batch(step - self._first_steps[stage])
 
     def iterate(self, start: int, stop: int, *, threads: int = 1, buffered: int = 4) -> Iterator[HostBatch]:
-        """As a `Loader` does."""
+        """Takes what `landmarks` of the same stream returned, as `Loader.recall` does."""
         return prefetched(self.batch, start, stop, threads=threads, buffered=buffered)
 
     def filled(self) -> tuple[int, Moments]:
@@ -220,14 +220,14 @@ class StagedLoader:
         return self._stages[0][1].filled()
 
     def landmarks(self, step: int) -> tuple[int, ...]:
-        """As a `Loader` does: those of each stage up to the one that the step before is in."""
+        """The landmarks of each stage's `Loader`, up to the stage of the step before."""
         last = self._stage(step - 1)
         ends = [*self._first_steps[1 : last + 1], step]
         steps = [end - first for first, end in zip(self._first_steps, ends, strict=False)]
         return tuple(itertools.chain(*(self._loader(stage).landmarks(n) for stage, n in enumerate(steps))))
 
     def recall(self, landmarks: Sequence[int]) -> None:
-        """As a `Loader` does."""
+        """Takes what `landmarks` of the same stream returned, as `Loader.recall` does."""
         with self._lock:
             self._landmarks = list(zip(landmarks[::2], landmarks[1::2], strict=True))
             for (_, loader), of_stage in zip(self._stages, self._landmarks, strict=False):

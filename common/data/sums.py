@@ -68,7 +68,7 @@ def is_right(file: Path, digest: str, stamp: Path) -> bool:
 
 
 def remember(files: Iterable[Path], sums: Path) -> None:
-    """That these files are right as they are now, for this machine; a cache that is read-only forgets it."""
+    """Records, for this machine, that these files are right as they are now; does nothing in a read-only cache."""
     with contextlib.suppress(OSError):
         write_json(_stamp(sums), {str(file): _state(file) for file in files})
 

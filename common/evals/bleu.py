@@ -18,7 +18,7 @@ from common.report.results import Interval
 
 WESTERN, JAPANESE = "13a", "ja-mecab"
 CHARACTERS = "char"
-"""For scripts that sacrebleu has no words for, and for Japanese where MeCab is not installed."""
+"""The tokenizer for scripts that sacrebleu cannot split into words, and for Japanese without MeCab."""
 _TOKENIZER_OF_SCRIPT = {
     "CJK": "zh",
     "HIRAGANA": JAPANESE,
@@ -27,11 +27,11 @@ _TOKENIZER_OF_SCRIPT = {
 }
 """Scripts without spaces between words, by the first word of their letters' names."""
 WITHOUT_SPACES = 0.25
-"""Share of all letters from which on a language counts as one without spaces; names in a Western text are fewer."""
+"""The share of letters above which a language counts as one without spaces; names in a Western text are fewer."""
 KANA = 0.05
-"""Share among Chinese characters and kana from which on a text is Japanese."""
+"""The share of kana among Chinese characters and kana above which a text counts as Japanese."""
 EXACT_SWAPS = 12
-"""Up to so many sentences every way to swap two systems' outputs is tried."""
+"""The most sentences for which every way to swap two systems' outputs is tried."""
 
 
 def tokenizer_for(references: Iterable[str]) -> str:
@@ -132,8 +132,8 @@ class BleuComparison:
     difference: Interval
     """BLEU of the first less that of the second, with its paired bootstrap interval (Koehn 2004)."""
     p_value: float
-    """Of approximate randomisation (Riezler & Maxwell 2005, W05-0908): how often outputs swapped at random sentence by
-    sentence differ as much. Unlike the bootstrap it keeps its level with few sentences."""
+    """The p-value of approximate randomisation (Riezler & Maxwell 2005, W05-0908): how often outputs swapped at random
+    sentence by sentence differ as much. Unlike the bootstrap it keeps its level with few sentences."""
 
 
 def compare_bleu(

@@ -1,4 +1,4 @@
-"""Which texts of a test set stand in the training data too.
+"""Finds texts of a test set that also occur in the training data.
 
 Texts are compared as a model reads them, by their token ids, through 64-bit hashes: two different ones are taken for
 the same with a chance of about 1 in 10^19.
@@ -15,7 +15,7 @@ from common.data.tokenized.token_store import StoredShard, TokenStream
 from common.report.results import InTraining
 
 SEARCHED_TOKENS = 1 << 28
-"""At most so many of the training data are read, which takes seconds."""
+"""The most training tokens that are searched, which takes seconds."""
 RECORDS_TOGETHER = 1 << 14
 INPUTS, TARGETS, BOTH = "inputs", "targets", "both"
 Shard = Ragged | StoredShard
@@ -72,7 +72,7 @@ def _ranges(train: Sequence[Mapping[str, TokenStream]]) -> Iterator[tuple[dict[s
 
 
 def _sketches(shard: Shard, first: int, last: int) -> np.ndarray:
-    """Of records `first` to `last - 1`, uint64 [E]: their lengths and three tokens, in which most texts differ."""
+    """Hashes of records `first` to `last - 1`, uint64 [E], by length and three tokens, in which most texts differ."""
     offsets = np.asarray(shard.offsets[first : last + 1])
     length_E = np.diff(offsets)
     sketch_E = length_E.astype(np.uint64)
@@ -83,7 +83,7 @@ def _sketches(shard: Shard, first: int, last: int) -> np.ndarray:
 
 
 def _hashes(shard: Shard, record_E: np.ndarray, unk_id: int) -> np.ndarray:
-    """Of some records, uint64 [E]: a sum over tokens and places, and so a difference of two sums."""
+    """Hashes of some records, uint64 [E]: sums over tokens and places, and so differences of two prefix sums."""
     begin_E, end_E = (np.asarray(shard.offsets)[record_E + more] for more in (0, 1))
     offsets = np.concatenate([[0], np.cumsum(end_E - begin_E)])
     within_P = np.arange(offsets[-1]) - np.repeat(offsets[:-1], end_E - begin_E)

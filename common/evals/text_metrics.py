@@ -30,7 +30,7 @@ def score_texts(
 
     Exact match compares strings as they are, with no normalisation. BLEU is for "all" only: it is a statistic of a
     corpus, and a kind of phrase of two or three words has hardly any 4-grams, so its BLEU would be smoothing. Its words
-    are those of the references' language. Where `inputs` are given, their BLEU stands beside it.
+    are those of the references' language. With `inputs`, their BLEU is reported beside it.
     Raises `UserError` where a kind is itself called "all".
 
     >>> [(s.group, s.examples, s.exact_match.value) for s in score_texts(["a", "b"], ["a", "c"], ["x", "x"], "test")]

@@ -58,7 +58,7 @@ def prepare(model: Weightless, params: Any) -> Weights:
 
 
 def read(model: Model, prompt: Prompt, room: int) -> Any:
-    """A cache that holds all of the prompt but its `starts_B`, and has room for `room` decoder inputs behind it."""
+    """A cache that holds all of the prompt but its `starts_B`, and has room for `room` decoder inputs after it."""
     if prompt.written_BW is None:
         return model.prefill(prompt, room)
     tokens_BW = prompt.written_BW

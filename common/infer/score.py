@@ -130,8 +130,8 @@ def score(
     """The score of each pair, in the order given.
 
     `rows` rows of packed examples go through the model at a time, and logits exist for `execution.loss_chunk` positions
-    of a device's rows. `advance` hears how many examples have just been done. What is compiled serves later calls with
-    the same model.
+    of a device's rows. `advance` is called with the number of examples just done. Compiled programs serve later
+    calls with the same model.
 
     Raises UserError, naming the example, for one that is longer than the greatest of `lengths`, or whose inputs and
     targets together have more positions than the model, and where `rows` do not divide over the mesh.

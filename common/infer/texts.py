@@ -93,7 +93,7 @@ def encode_prompt(text: str, rules: TextRules) -> EncodedPrompt:
 
 
 def framed(inputs: Sequence[int], rules: TextRules) -> list[int]:
-    """Inputs, where they are apart from targets, with what stands before and behind them."""
+    """Inputs, where they are apart from targets, with the special tokens before and after them."""
     before = [rules.bos_id] if rules.add_bos and rules.bos_id is not None else []
     return [*before, *inputs, *(rules.eos_ids[:1] if rules.eos_after_inputs else ())]
 

@@ -99,7 +99,7 @@ class Cache:
         )
 
     def keep(self, queries: int, lengths_B: jax.Array) -> "Cache":
-        """Of the last `queries` tokens only each row's first `lengths_B`; nobody sees the others (padding)."""
+        """Keeps only the first `lengths_B` of each row's last `queries` tokens; masks the others, which are padding."""
         begin = self.length - queries
         slots_1S = jnp.arange(self.segments_BS.shape[1], dtype=jnp.int32)[None]
         padding_BS = (slots_1S >= begin + lengths_B[:, None]) & (slots_1S < self.length)

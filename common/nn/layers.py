@@ -99,7 +99,7 @@ def in_pieces(function: Callable[[jax.Array], jax.Array], x_BLD: jax.Array, chun
     """`function`, which takes every position by itself, of at most `chunk` positions of a row at a time.
 
     Backward too: pieces are computed again, one after the other, and only their inputs are kept. A piece has every n-th
-    position of each device's part of a row, so that pieces are split over devices as the row is. Zeros behind each part
+    position of each device's part of a row, so that pieces are split over devices as the row is. Zeros after each part
     make all pieces equally long.
     """
     B, L, D = x_BLD.shape

@@ -101,7 +101,7 @@ class Execution:
 
 
 class Widths(Protocol):
-    """What the config of every family has."""
+    """The fields that the config of every family has."""
 
     @property
     def num_heads(self) -> int: ...

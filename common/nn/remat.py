@@ -23,7 +23,7 @@ COSTS_NOTHING = {
 
 
 def rematerialised(body: Callable[..., Any], remat: str, *, in_loop: bool) -> Callable[..., Any]:
-    """`body(carry, x)` of one layer that keeps for its backward pass what `remat` (of Execution) says.
+    """`body(carry, x)` of one layer that keeps for its backward pass what `remat` (in Execution) specifies.
 
     Even `none` keeps no parameter that was gathered for use: it is gathered again.
     """

@@ -25,7 +25,7 @@ DATA_IDENTITIES = {"content_id": "same dataset version", "tokenizer_hash": "same
 
 
 class _Absent:
-    """What an arm has in a field that its config lacks; equal to no value that a config can hold."""
+    """Stands for a field that an arm's config lacks; equal to no value that a config can hold."""
 
     def __repr__(self) -> str:
         return "absent"
@@ -227,7 +227,7 @@ def one_recipe(configs: Mapping[str, Mapping[str, Any]], varies: Sequence[str]) 
 
 
 def _paths(flat: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Of any arm. Where some arms have an object and others null or an empty one, the object's fields stand for it."""
+    """The paths of any arm's fields. If some arms have an object and others null or {}, its fields stand for it."""
     paths = dict.fromkeys(path for config in flat.values() for path in config)
     inner = {path[:dot] for path in paths for dot in range(len(path)) if path[dot] == "."}
     return [
@@ -240,7 +240,7 @@ def _paths(flat: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def _of_one_family(path: str, values: Mapping[str, Mapping[str, Any]]) -> bool:
     """Whether `path` is a model's field that other kinds of model do not have, equal in all arms of the kind that has.
 
-    Such fields are what tells the families apart.
+    Such fields distinguish the families.
     """
     kinds = values.get("model.kind", {})
     by_kind: dict[str, list[Any]] = {}

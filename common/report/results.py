@@ -31,11 +31,11 @@ class InTraining:
     """Examples of a test set whose texts stand in the training data as well."""
 
     examples: int
-    """That were searched for."""
+    """The number of examples searched for."""
     inputs: int
     targets: int
     both: int
-    """Together, in one record."""
+    """The number of examples whose inputs and targets occur together in one record."""
     complete: bool
     """Whether all of the training data were searched, and not the first part of very large ones."""
 

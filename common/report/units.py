@@ -46,7 +46,7 @@ def percent_interval(share: Interval) -> str:
 
 
 def fill(result: ArmResult) -> str:
-    """Of input slots, where rows have any, and target slots."""
+    """The fill of input slots, where rows have any, and of target slots."""
     inputs = "no slots" if result.input_fill is None else percent(result.input_fill)
     return f"{inputs} / {percent(result.target_fill)}"
 

@@ -100,7 +100,7 @@ def verdicts(run: Run) -> tuple[Verdict, ...]:
 
 
 def in_training(run: Run) -> list[str]:
-    """Which texts of each split stand in the training data; arms of one stream say the same."""
+    """One sentence for each split on its texts in the training data; arms that share a stream share it."""
     counts = [(s.split, s.in_training) for r in run.results for s in r.scores if s.in_training is not None]
     return list(dict.fromkeys(known.sentence(split) for split, known in counts))
 
@@ -117,7 +117,7 @@ def _count(tests: int) -> str:
 def _judge(made: _Comparison, corrected: float, tests: int, run: Run) -> Verdict:
     """A difference is resolved where its interval excludes 0 and the corrected test agrees.
 
-    Both are asked for because the bootstrap's interval is too sure of itself with few sentences, and a lone p-value
+    Both are required because the bootstrap's interval is too sure of itself with few sentences, and a lone p-value
     hides how small a difference is.
     """
     numbers = made.numbers + (f" ({_shown_p(corrected)} corrected for {tests} comparisons)" if tests > 1 else "")
@@ -133,7 +133,7 @@ def _judge(made: _Comparison, corrected: float, tests: int, run: Run) -> Verdict
 
 
 def _seeds(run: Run) -> str:
-    """Of the first arm, which a comparison's arms share."""
+    """The seeds of the first arm, which a comparison's arms share."""
     config = run.arms[0].config
     seeds = {name: config.get(name, {}).get("seed") for name in ("train", "data")}
     known = ", ".join(f"{name}.seed {seed}" for name, seed in seeds.items() if seed is not None)

@@ -22,7 +22,7 @@ from common.train.state import TrainState
 from common.train.storage import patiently
 
 SCHEMA_VERSION = 2
-"""What is written. The first schema, whose checksums do not see the order of elements, is read too."""
+"""The schema that is written. The first one, whose checksums ignore the order of elements, can still be read."""
 PROGRESS = "progress"
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Progress:
     losses: tuple[tuple[int, float], ...] = ()
     """Step and loss of the last steps, as far as it depends on them what is a spike."""
     landmarks: tuple[int, ...] = ()
-    """By which the stream finds its next batch; nothing but time depends on them."""
+    """Landmarks by which the stream finds its next batch; nothing but time depends on them."""
 
 
 class Checkpoints:
@@ -256,7 +256,7 @@ def read_about(folder: Path, step: int, advice: str) -> dict[str, Any]:
     """
     about = parse_json((folder / str(step) / PROGRESS / "metadata").read_bytes(), finite=False)
     if not isinstance(about, dict):
-        raise ValueError("what is said of it is no JSON object")
+        raise ValueError("its metadata is not a JSON object")
     if (schema := about["schema_version"]) not in range(1, SCHEMA_VERSION + 1):
         raise UserError(
             f"{folder}/{step} has checkpoint schema {schema}, this version reads 1 to {SCHEMA_VERSION}: {advice}"
@@ -290,7 +290,7 @@ class _LastAndBest(checkpoint_managers.PreservationPolicy):
     def __init__(self, folder: Path, keep_last: int):
         self.folder, self.keep_last = folder, keep_last
         self.losses: dict[int, float | None] = {}
-        """By step; None where it was saved between validations, or where its loss cannot be read."""
+        """Validation losses by step; None for a step between validations, or whose loss cannot be read."""
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         losses = [self._loss(checkpoint.step) for checkpoint in checkpoints]

@@ -36,7 +36,7 @@ def digest(checksums: Any, about: Mapping[str, Any]) -> str:
 
 
 def plain_digest(sums: Any) -> int:
-    """What checkpoints of the first schema hold of `plain_sums`."""
+    """The digest of `plain_sums` that checkpoints of the first schema hold."""
     total = 0
     for leaf in jax.tree.leaves(sums):
         total = (total * 31 + int(leaf)) % 2**32

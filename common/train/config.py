@@ -77,7 +77,7 @@ Schedule = Linear | Cosine | WSD | InverseSqrt | Constant
 
 
 Average = Annotated[float, Range(0, 1, "[)")]
-"""What a running average keeps of itself at each step."""
+"""The share of itself that a running average keeps at each step."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ class AdamW:
     epsilon: Tiny = 1e-8
     weight_decay: Annotated[float, Range(0, 1000)] = 0.1
     clip_norm: Positive | None = 1.0
-    """Of the gradient over all parameters; None: it is not clipped."""
+    """The gradient norm over all parameters; None: it is not clipped."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -273,7 +273,7 @@ class TrainConfig:
     accumulation: Count = 1
     """Micro-batches a step; the gradient is that of the whole batch, weighed by loss weights."""
     seed: Seed = 0
-    """Of initialisation and dropout. The order of the data is `data.seed`'s: a repetition that shares nothing by chance
+    """The seed of initialisation and dropout. Data order uses `data.seed`: a repetition that shares nothing by chance
     with another run moves both."""
     validate_every: Every
     """Steps between validation losses; one is always taken at the end."""

@@ -54,8 +54,8 @@ def fit(task: Task, run_dir: Path, watcher: Watcher) -> Fitted:
     Raises UserError where the directory is in use or belongs to another config, where storage refuses for too long, and
     when a loss or gradient is not finite and nothing else was asked for (such a state never enters a checkpoint). On
     SIGTERM or SIGINT the step that runs is ended and saved, then Preempted is raised; where that takes too long the
-    process is ended, and so it is where it hangs. Of several processes the first one alone writes, checkpoints apart;
-    where any is sent SIGTERM, all end after the same step.
+    process is ended, and so it is where it hangs. With several processes only the first one writes, except for
+    checkpoints; where any is sent SIGTERM, all end after the same step.
     """
     check_rows(task.setup)
     _check_validation(task)

@@ -58,7 +58,7 @@ def noticed(grace_seconds: float, last_words: Callable[[], str]) -> Iterator[Cal
 
 @contextlib.contextmanager
 def _heard(grace_seconds: float, last_words: Callable[[], str], together: bool) -> Iterator[list[int]]:
-    """The numbers of the signals that have come so far; of several processes only SIGINT, the rest is JAX's."""
+    """The numbers of the signals received so far; with several processes only SIGINT, as JAX handles the others."""
     asked: list[int] = []
     # Python's handlers run between two instructions of the main thread, which may be waiting for a device; the pipe is
     # written to at once.

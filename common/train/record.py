@@ -130,7 +130,7 @@ def memory() -> dict[str, int]:
 
 
 def last_losses(run_dir: Path, steps: int) -> tuple[float, float]:
-    """Of a run of `steps` steps: the mean training loss over their last tenth, and the last validation loss.
+    """The mean training loss over the last tenth of a run's `steps` steps, and its last validation loss.
 
     Raises UserError where `metrics.jsonl` does not hold them.
     """

@@ -65,9 +65,9 @@ def claim(
 
     Nothing is refused where nothing has been trained yet: a mistake in the command that came before may be mended.
 
-    `data` says what is read (content id, tokenizer's hash); `tokenizer_files` are written too where they are absent or
+    `data` identifies what is read (content id, tokenizer's hash); `tokenizer_files` are also written if absent or
     damaged, so that the run can be used without its data. Returns warnings: how this machine differs from the one the
-    run was begun on, and what of the config says how to compute it and is not as it was (`launched` notes that).
+    run was begun on, and which execution fields of the config have changed (`launched` notes that).
     Raises UserError with the difference where the directory belongs to another config or other data.
     """
     here = {**environment(), **data}
@@ -120,7 +120,7 @@ def described(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_described(path: Path) -> dict[str, Any]:
-    """What `described` has made; raises UserError where it cannot be read, or was written by another version."""
+    """Reads what `described` made; raises UserError if it cannot be read, or was written by another version."""
     found = read_object(path)
     check_schema(found, path)
     return found
@@ -204,14 +204,14 @@ def _cpu_model() -> str:
 
 
 def commit_of(source: Path) -> str:
-    """Of the repository that tracks a source file, "-dirty" where it has changes; "unknown" where none does."""
-    if not _git(source.parent, "ls-files", "--error-unmatch", source.name):  # an installation in somebody's project
+    """The commit of the repository that tracks a source file, "-dirty" if it has changes; "unknown" without one."""
+    if not _git(source.parent, "ls-files", "--error-unmatch", source.name):  # installed inside another project
         return "unknown"
     return _git(source.parent, "describe", "--always", "--dirty", "--abbrev=12") or "unknown"
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    """What git prints; nothing where it fails."""
+    """The output of git; empty if it fails."""
     try:
         found = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):

@@ -44,7 +44,7 @@ class Stored(Protocol):
         ...
 
     def content(self) -> str:
-        """A hash that tells parameters apart wherever they lie; no array is made for it."""
+        """A hash that identifies the parameters wherever they lie; no array is made for it."""
         ...
 
 
@@ -120,7 +120,7 @@ class RunParameters:
             return self._first_good(lambda step: self._read(step, wanted))
 
     def content(self) -> str:
-        """Of the checksums that were saved with them."""
+        """A hash of the checksums that were saved with the parameters."""
         about = self._first_good(lambda step: read_about(self.folder, step, ADVICE))
         sums = about.get("parameter_checksums") or about["checksum"]  # the first checkpoints had none of single ones
         return hashlib.blake2b(json.dumps(sums, sort_keys=True).encode(), digest_size=16).hexdigest()

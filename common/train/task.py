@@ -23,11 +23,11 @@ class Seeker(Protocol):
     """Finds a place in a stream again that was read before, without reading what lies before it."""
 
     def landmarks(self, step: int) -> tuple[int, ...]:
-        """What `recall` takes, after the first `step` batches were read; a checkpoint keeps it."""
+        """Returns what `recall` takes after the first `step` batches were read; a checkpoint keeps it."""
         ...
 
     def recall(self, landmarks: Sequence[int]) -> None:
-        """Before batches from that number on are read; nothing where a checkpoint has none."""
+        """Takes landmarks before batches from that number on are read; empty if a checkpoint has none."""
         ...
 
 
@@ -47,7 +47,7 @@ class Task:
     setup: Setup
     stream: Stream
     seeker: Seeker | None = None
-    """Of the stream; None: its batches are found at once, wherever they are."""
+    """The stream's seeker; None: its batches are found at once, wherever they are."""
     validation: tuple[HostBatch, ...]
     config: dict[str, Any]
     """Resolved config of the run, as JSON: what a run directory is recognised by."""

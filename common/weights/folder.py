@@ -39,7 +39,7 @@ CHUNK_BYTES = 64 * 2**20
 """A layer larger than this is stored in several chunks."""
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 STORED_DTYPES = tuple(CODES.values())
-"""Of tensors in files that weights come from; those that are no parameters may have any of them."""
+"""Dtypes of tensors in files that weights come from; tensors that are no parameters may have any of them."""
 
 
 class LeafInfo(NamedTuple):
@@ -59,8 +59,8 @@ class FolderWriter:
         `model` is a config as `common.config.to_json` gives it. `text` has `tokenizer` (an object with `kind` and
         files relative to the folder, or None), `alignment` ("start_token" | "native"), `start_id`, `eos_ids`,
         `bos_id`, and maybe `prompts`: "targets" where inputs were always empty in training, so that a prompt stands
-        behind the start token; absent, it is "inputs"; and `eos_after_inputs`: whether inputs end with an end token;
-        absent, they do. `source` says what the weights were made from: `format`, of a run `row_length`, and the
+        after the start token; absent, it is "inputs"; and `eos_after_inputs`: whether inputs end with an end token;
+        absent, they do. `source` records what the weights were made from: `format`, a run's `row_length`, and the
         files that can be written again.
         """
         value = {"schema_version": SCHEMA_VERSION, "model": model, "text": text, "source": source}
@@ -190,7 +190,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _SourceFile:
-    """What `source.files` says of a file that weights came from."""
+    """The record in `source.files` of a file that weights came from."""
 
     name: str
     metadata: dict[str, str] | None

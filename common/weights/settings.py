@@ -72,7 +72,7 @@ class Settings:
 
 
 def shown(value: Any) -> str:
-    """For messages.
+    """The value as shown in messages.
 
     >>> shown("a" * 100)[-5:]
     'aa...'

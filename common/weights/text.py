@@ -34,8 +34,8 @@ MOST_SENTINELS = 2**16
 
 
 def start_token_text(folder: Path, config: dict[str, Any], *, sentinels: int) -> tuple[dict[str, Any], list[str]]:
-    """Of an encoder-decoder, and remarks; `sentinels` is how many extra ids its tokenizer has where the folder does not
-    say."""
+    """The text settings of an encoder-decoder, and remarks; `sentinels` is how many extra ids its tokenizer has if the
+    folder does not specify it."""
     ids = config | _json(folder / "generation_config.json")
     starts = [*token_ids(ids.get("decoder_start_token_id"), "decoder_start_token_id")]
     starts += token_ids(ids.get("pad_token_id"), "pad_token_id")
@@ -66,8 +66,8 @@ def start_token_text(folder: Path, config: dict[str, Any], *, sentinels: int) ->
 def native_text(
     folder: Path, config: dict[str, Any], *, bos: int, eos: int, adds_bos: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """Of a decoder-only model, and remarks; ids and `adds_bos` are its architecture's, for where the folder does not
-    say."""
+    """The text settings of a decoder-only model, and remarks; ids and `adds_bos` are its architecture's defaults, used
+    if the folder does not specify them."""
     ids = config | _json(folder / "generation_config.json")
     bos_ids = token_ids(ids.get("bos_token_id", bos), "bos_token_id")
     eos_ids = token_ids(ids.get("eos_token_id", eos), "eos_token_id")
@@ -97,12 +97,12 @@ def native_text(
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """What a tokenizer's own rules put around every text, by name."""
+    """The special tokens that a tokenizer's own rules put around every text, by name."""
 
     before: list[str]
     after: list[str]
     ids: dict[str, int]
-    """Those that the rules tell."""
+    """The ids that the rules state."""
 
     @property
     def bos_id(self) -> int | None:
@@ -114,7 +114,7 @@ class Frame:
 
 
 def read_frame(folder: Path) -> Frame | None:
-    """Of the post-processor of a folder's `tokenizer.json`; None where it has none that adds tokens."""
+    """The frame that the post-processor in a folder's `tokenizer.json` adds; None if it adds no tokens."""
     post = _json(folder / TOKENIZER).get("post_processor")
     steps = post.get("processors", [post]) if isinstance(post, dict) else []
     for step in steps if isinstance(steps, list) else []:

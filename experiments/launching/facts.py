@@ -1,4 +1,4 @@
-"""What a person wants to know before slices are paid for: their price, whether the arms fit, where the bucket lies."""
+"""Facts to check before paying for slices: their price, whether the arms fit, where the bucket lies."""
 
 import importlib.util
 import shlex
@@ -15,7 +15,7 @@ from experiments.plan_jobs import compile_all
 
 GIB = 2**30
 SECONDS = 60
-"""That `gcloud` may take to answer."""
+"""The longest that `gcloud` may take to answer."""
 
 
 def facts(job: Job, experiment: Experiment, console: Console) -> dict[str, str]:
@@ -24,7 +24,7 @@ def facts(job: Job, experiment: Experiment, console: Console) -> dict[str, str]:
 
 
 def price(job: Job) -> str:
-    """By the list, of an hour and of a day."""
+    """The list price of an hour and of a day."""
     listed = job.topology.facts.price
     if listed is None:
         return f"no list price of {job.topology.chip} is known"
@@ -35,7 +35,7 @@ def price(job: Job) -> str:
 
 
 def fit(job: Job, experiment: Experiment, console: Console) -> str:
-    """Memory of a device, as the TPU's compiler tells it; answers are kept, those of `twinstack plan` too."""
+    """Memory of a device, as the TPU's compiler reports it; answers are cached, including those of `twinstack plan`."""
     arms = list(experiment.arms) if job.arm is None else [job.arm]
     command = shlex.join(["twinstack", "plan", *job.configured, "--topology", str(job.topology)])
     if importlib.util.find_spec("libtpu") is None:
@@ -57,7 +57,7 @@ def fit(job: Job, experiment: Experiment, console: Console) -> str:
 
 
 def bucket(job: Job) -> str:
-    """Where it lies, beside where the slices are to be."""
+    """The location of the bucket, beside that of the slices."""
     url = f"gs://{job.bucket.name}"
     command = ["gcloud", "storage", "buckets", "describe", url, "--format=value(location)"]
     zone = "zones are the engine's choice" if job.zone is None else f"the slices are to be in {job.zone}"

@@ -17,7 +17,7 @@ from experiments.launching.slices import RENTED, accelerator_type
 PROGRAMS = ("bash", "gcloud")
 STARTUP, LAUNCH, ASKED = "startup.sh", "launch.sh", "asked"
 HOURS = 168
-"""Of the longest life, where none is given."""
+"""The hours that slices live at most, by default."""
 TIMED_OUT = 124
 """Status of a run whose slices reached their longest life; `timeout`'s own."""
 
@@ -149,7 +149,7 @@ def startup_script(job: Job) -> str:
 
 
 def hours(job: Job) -> int:
-    """After which slices end by themselves."""
+    """The hours after which slices end by themselves."""
     return HOURS if job.hours is None else job.hours
 
 

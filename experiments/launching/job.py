@@ -24,7 +24,7 @@ LOCAL = PurePosixPath("/tmp/twinstack")
 BUNDLE = "source.bundle"
 """The code, in the folder of what is written here."""
 MAX_FAILURES = 3
-"""So often in a row a run may fail; a preemption is no failure, and one that saved something begins the count anew."""
+"""How often in a row a run may fail; a preemption is no failure, and a run that saved something resets the count."""
 USER_ERROR = 2
 """Status of a mistake that trying again does not mend."""
 AGAIN = (watchdog.STALLED, preemption.STATUS)
@@ -151,7 +151,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def variables(given: Sequence[str], here: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    """Of `NAME=VALUE`, or of `NAME` with the value that it has in `here`; the last of one name holds.
+    """Variables from `NAME=VALUE`, or from `NAME` with its value in `here`; of several with one name, the last counts.
 
     >>> variables(["A=1=2", "B"], {"B": "here"})
     (('A', '1=2'), ('B', 'here'))

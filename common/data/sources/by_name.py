@@ -125,7 +125,7 @@ def _open_tfds(name: str, split: str, fields: dict[str, str], cache_dir: Path) -
 
 
 def _has(features: Any, path: str) -> bool:
-    """Whether a path may lead to something; how long lists are, records alone can tell."""
+    """Whether a path may lead to something; only the records show how long their lists are."""
     if path in features:
         return True
     for part in path.split("."):

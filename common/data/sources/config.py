@@ -79,10 +79,10 @@ class SourceConfig:
     train_split: str = "train"
     validation_split: str = "validation"
     held_out: Annotated[float, Range(1e-6, 0.49)] | None = None
-    """Of files without `{split}` in their path, this share of the records is the split `validation` and as large a
-    share the split `test`, by a hash of their inputs or text; None: all records are `train`."""
+    """The share of records that become the split `validation`, and again the split `test`, by a hash of their inputs or
+    text; for files without `{split}` in their path. None: all records are `train`."""
     strict: bool = False
-    """Stop at a record that cannot be used; otherwise such records are left out, counted and named."""
+    """Stop at a record that cannot be used; otherwise such records are skipped, counted and named."""
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -1,4 +1,4 @@
-"""Training, validation and test split of one set of files: by a hash of each record's text, as the built-in data do."""
+"""Training, validation and test split of one set of files, by a hash of each record's text, as in the built-in data."""
 
 import dataclasses
 import hashlib
@@ -34,7 +34,7 @@ class DividedSource(ByNumber):
     numbers: Path
     """A file of the numbers that the split's records have in `whole`."""
     low: int
-    """Where the slice starts, and where it ends (`high`)."""
+    """The first place of the slice; `high` is the end."""
     high: int
 
     def __len__(self) -> int:

@@ -99,7 +99,7 @@ def in_threads(function: Callable[[T], R], items: Sequence[T], title: str) -> li
 
 @functools.lru_cache(MAPPED_AT_MOST)
 def mapped(path: Path) -> np.ndarray:
-    """What `write_starts` wrote, memory mapped."""
+    """The memory-mapped array that `write_starts` wrote."""
     # A plain view slices faster than np.memmap does.
     return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
 

@@ -144,7 +144,7 @@ def _header(file: PlainFile, index: Index) -> tuple[str, ...]:
 
 
 def _numbers(file: PlainFile, index: Index) -> tuple[str, ...] | None:
-    """As many as the first line has cells; None where there is no line."""
+    """Column names 1, 2, ..., one for each cell of the first line; None where there is no line."""
     if index.records - bool(index.torn) < 1:
         return None
     return tuple(str(number + 1) for number in range(_first_line(file, index).count(b"\t") + 1))

@@ -23,7 +23,7 @@ FORMAT = 1
 UNPACKED_FORMAT = 2
 """The same for what unpacking writes."""
 MEMORY_BYTES = 1 << 28
-"""What unpacking a file may take; `xz -9` needs a quarter of it. zstd has a limit of its own, a window of 128 MiB."""
+"""The memory that unpacking a file may take; `xz -9` needs a quarter. zstd has its own limit, a window of 128 MiB."""
 
 
 class PlainFile(NamedTuple):
@@ -144,9 +144,9 @@ def _zstd_stream(packed: BinaryIO) -> Any:
 
 
 UNPACKING_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
-"""What unpackers raise for a file that is damaged, and for a disk or a network that fails."""
+"""The errors that unpackers raise for a damaged file, and for a disk or a network that fails."""
 TOO_LARGE = ("Memory usage limit", "too much memory")
-"""What liblzma and zstd say of a window that is longer than memory may be."""
+"""Parts of the messages of liblzma and zstd for a window that exceeds the memory limit."""
 UNPACKERS: dict[str, Callable[[BinaryIO], Iterator[bytes]]] = {
     ".gz": _gzip,
     ".bz2": functools.partial(_streams, bz2.BZ2Decompressor),

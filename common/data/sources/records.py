@@ -62,7 +62,7 @@ class Source(Protocol):
 
 
 class Values(list[Any]):
-    """What a tf.Example holds under a name, which does not tell one value from a list of one."""
+    """The values of one tf.Example feature, where one value looks the same as a list of one."""
 
 
 class Unusable(ValueError):

@@ -52,7 +52,7 @@ class TfRecordFile:
         found: list[dict[str, Any] | Problem] = []
         with open(self.path, "rb") as file:
             for low, high in runs(places):
-                bounds = starts[low : high + 1].tolist()  # one less where the tear is asked for
+                bounds = starts[low : high + 1].tolist()  # one fewer where `places` includes the torn record
                 file.seek(bounds[0])
                 for place, (begin, end) in enumerate(itertools.pairwise(bounds), low):
                     if what := too_long(end - begin):

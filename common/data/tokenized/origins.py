@@ -1,4 +1,4 @@
-"""What prepared tokens were made from, as far as a run needs it, so that neither files nor their text need be there.
+"""Descriptions of the sources of prepared tokens, so that a run needs neither the source files nor their text.
 
 Beside the tokens lie `tokenizers/KEY.json`, the tokenizer's own files, and for every split `sources/KEY.json`: content
 id, number of records and, where texts are scored, the records. Keys come from configs, which a run knows without files.
@@ -48,8 +48,8 @@ class KeptSource(ByNumber):
         check_range(indices, len(self))
         if self.texts is None:
             raise UserError(
-                f"{self.name}: its text is asked for, of which ${VARIABLE} has tokens alone, and its files are not "
-                "here; prepare it by this very experiment"
+                f"{self.name}: its text is needed, but ${VARIABLE} has only its tokens, and its files are not "
+                "here; prepare it with this same experiment"
             )
         found = [self.texts[index] for index in indices]
         return [
@@ -149,7 +149,7 @@ def _folder(base: str, name: str) -> RemoteFolder:
 
 
 def _source_key(part: SourceConfig, split: str) -> str:
-    """Of what decides on the records."""
+    """The hash of the config fields that determine the records."""
     decides = dataclasses.replace(part, train_split="", validation_split="", strict=False)
     return _hash([FORMAT, to_json(decides), split])
 

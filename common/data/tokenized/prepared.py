@@ -102,7 +102,7 @@ def find_elsewhere(key: str, identity: Sequence[object], cache_dir: Path) -> Pre
 
 
 def as_written(folder: Path) -> bool:
-    """Whether a folder's files are those that its manifest tells of."""
+    """Whether a folder's files are those that its manifest records."""
     try:
         hashes = _hashes(read_json(folder / MANIFEST), str(folder / MANIFEST))
         return all(file_hash(folder / name) == digest for name, digest in hashes.items())
@@ -115,7 +115,7 @@ def _checking(folder: Path, manifest: dict, stamps: Path) -> Callable[[str], Pat
 
     def place(name: str) -> Path:
         if name not in hashes or not is_right(folder / name, hashes[name], stamps / name):
-            raise UserError(f"{folder / name} is damaged: {MANIFEST} tells of other bytes; delete and prepare it anew")
+            raise UserError(f"{folder / name} is damaged: {MANIFEST} records other bytes; delete and prepare it anew")
         return folder / name
 
     return place

@@ -81,7 +81,7 @@ class ShardReport:
 
 
 def write_shard(number: int, job: Job, folder: Path, tick: Callable[[int], None] = lambda done: None) -> ShardReport:
-    """Tokenises shard `number` into `folder`, unless its report lies there already, and the files that it tells of.
+    """Tokenises shard `number` into `folder`, unless its report and the files that it lists are already there.
 
     The report is written last, so a shard without one is begun anew. `tick` hears of every batch of records.
     """

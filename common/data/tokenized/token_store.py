@@ -53,7 +53,7 @@ class StoredShard:
         except (ValueError, EOFError):
             found = np.zeros(0)
         if found.shape != (count,):
-            raise UserError(f"{path} does not hold the {count} numbers that its manifest tells of: it is damaged")
+            raise UserError(f"{path} does not hold the {count} numbers that its manifest records: it is damaged")
         return found
 
 

@@ -34,7 +34,7 @@ from common.files import read_json
 
 VERSION: str = tokenizers.__version__
 WHOLE, PARTS = "tokenizer.json", ("vocab.json", "merges.txt")
-"""Names of the files that a tokenizer is read from: one that says everything, or two."""
+"""Names of the files that a tokenizer is read from: one with everything, or two."""
 TRAINED_SPECIALS = ("⟨pad⟩", "⟨eos⟩", "⟨unk⟩")
 """Ids 0, 1, 2. Their brackets are no letters of the byte alphabet, so no merge can ever spell one."""
 WELL_KNOWN = {
@@ -124,7 +124,7 @@ class BytePairTokenizer:
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def encode_with_sentinels(self, text: str) -> np.ndarray:
-        """As `encode`, but that the names of sentinels in `text`, and of a mode in front, become their ids."""
+        """As `encode`, but the names of sentinels in `text`, and of a mode in front, become their ids."""
 
         def encode(text: str) -> list[int]:
             return encode_around_sentinels(text, self._sentinel_ids, self.encode, adds_space=self._adds_space)
@@ -206,7 +206,7 @@ def load(path: Path, *, sentinels: int, eos: str | None) -> BytePairTokenizer:
 
 
 def read(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, bytes]]:
-    """What lies at `path` (see `load`), and the files that it was read from, by name."""
+    """The tokenizer at `path` (see `load`), and the files that it was read from, by name."""
     whole = path / WHOLE if path.is_dir() else path
     parts = [path / name for name in PARTS]
     by_parts = path.is_dir() and not whole.is_file()

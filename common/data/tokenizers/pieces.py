@@ -1,4 +1,4 @@
-"""What the ids of a tokenizer stand for, to tell whether two tokenizers can share tables."""
+"""The piece that each id of a tokenizer stands for, to decide whether two tokenizers can share tables."""
 
 from common.data.tokenizers.tokenizer import Tokenizer
 

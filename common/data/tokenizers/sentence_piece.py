@@ -110,7 +110,7 @@ class SentencePieceTokenizer:
         return ids
 
     def encode_with_sentinels(self, text: str) -> np.ndarray:
-        """As `encode`, but that the names of sentinels in `text`, and of a mode in front, become their ids."""
+        """As `encode`, but the names of sentinels in `text`, and of a mode in front, become their ids."""
 
         def encode(text: str) -> list[int]:
             return encode_around_sentinels(text, self._sentinel_ids, self.encode, adds_space=self._adds_space)

@@ -65,9 +65,9 @@ class Tokenizer(Protocol):
         ...
 
     def encode_with_sentinels(self, text: str) -> np.ndarray:
-        """As `encode`, but that the names of sentinels in `text`, as `decode` writes them, become their ids.
+        """As `encode`, but the names of sentinels in `text`, as `decode` writes them, become their ids.
 
-        For texts that somebody writes to a model, never for text that is read in bulk.
+        Meant for prompts that a person writes, never for text that is read in bulk.
         """
         ...
 
@@ -115,7 +115,7 @@ def open_tokenizer(config: TokenizerConfig, source: Source, cache_dir: Path, mod
 
 
 def mode_ids(tokenizer: Tokenizer, mode: str) -> list[int]:
-    """What stands for a mode in front of inputs: its token, or its name in ordinary pieces where there is none."""
+    """The ids that mark a mode in front of inputs: its token, or its name in ordinary pieces where it has none."""
     return [tokenizer.modes[mode]] if mode in tokenizer.modes else tokenizer.encode(mode).tolist()
 
 

@@ -1,4 +1,4 @@
-"""What tokenizers of every kind share: the table's width, valid text, and sentinels in texts."""
+"""Functions that all kinds of tokenizers share: the table's width, valid text, and sentinels in texts."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -86,7 +86,7 @@ def encode_around_sentinels(
 ) -> list[int]:
     """The ids of `text`: sentinels, as `decode_around_sentinels` writes them, by their ids, the rest by `encode`.
 
-    A space before a sentinel sets it apart from the text. One behind it belongs to the word that follows, unless
+    A space before a sentinel sets it apart from the text. One after it belongs to the next word, unless
     `encode` puts one in front of every text (`adds_space`).
 
     >>> letters = lambda run: [ord(c) for c in run]
