@@ -98,7 +98,7 @@ def test_published_sizes(size: str, count: int) -> None:
     ],
 )
 def test_ledger_counts_the_program_that_xla_is_given(name: str, scan_layers: bool, lengths: tuple[int, int]) -> None:
-    """To the unit, in plain attention (the blocked one skips and recomputes), without input slots too."""
+    """Counts agree to the unit in plain attention (the blocked one skips and recomputes), also without input slots."""
     config = FAMILIES[name]
     execution = dataclasses.replace(F32, attention="plain", scan_layers=scan_layers)
     rows = 4

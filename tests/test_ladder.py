@@ -178,7 +178,7 @@ def test_what_inputs_see_is_the_switchs_choice(parameters: Any, input_attention:
 
 @all_combinations
 def test_ledger_counts_the_program_that_xla_is_given(switches: dict[str, str]) -> None:
-    """To the unit, layers in a scan: no layer runs that nothing reads."""
+    """Counts are equal to the unit with scanned layers: no layer runs whose output is never read."""
     execution = dataclasses.replace(F32, attention="plain", scan_layers=True)
     config = t5like(ROPE, encoder_layers=3, decoder_layers=3, **switches)
     rows, lengths = 4, (48, 32)
@@ -201,7 +201,7 @@ def test_ledger_counts_the_program_that_xla_is_given(switches: dict[str, str]) -
 
 @pytest.mark.parametrize(("rung", "layers"), [(3, 3), (4, 1)])
 def test_scanned_layers_compute_what_unrolled_ones_do(rung: int, layers: int) -> None:
-    """Where the last encoder layer is taken out of the scan: in training, rematerialised, and in a prompt's cache."""
+    """Covers a last encoder layer outside the scan: in training, rematerialised, and in a prompt's cache."""
     config = t5like(ROPE, encoder_layers=layers, decoder_layers=layers, **RUNGS[rung])
     params, batch = random_params(config), random_rows(4)
     scanned = dataclasses.replace(F32, scan_layers=True, remat="full")

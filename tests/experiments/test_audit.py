@@ -30,7 +30,7 @@ def setup_of(folder: Path, arm: str, rows: int, **train: Any) -> Setup:
 def test_a_step_for_a_pod_is_counted_here_without_compiling(
     arm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 2^20 rows over 2^10 devices, in kernels and in pieces: what the ledger says, to the unit."""
+    """A step of 2^20 rows over 2^10 devices, in kernels and in pieces, matches the ledger to the unit."""
     monkeypatch.setattr(jax.stages.Lowered, "compile", None)
     train = {"mesh": MeshShape(fsdp=2**10), "accumulation": 4, "sharding": "sequence", "execution": KERNELS}
     setup = setup_of(tmp_path, arm, 2**20, **train)

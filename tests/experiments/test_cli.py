@@ -44,7 +44,7 @@ BASE = Experiment(name="first", question="Who learns?", arms={"left": Model(), "
 
 @pytest.fixture
 def calls(monkeypatch, tmp_path):
-    """What the command line asked of the commands, whose stand-ins take what the real ones take and nothing else."""
+    """Calls from the command line to the commands, whose stand-ins take what the real ones take and nothing else."""
     calls: list[tuple] = []
 
     def stand_in(module, name, result=lambda *given: None):

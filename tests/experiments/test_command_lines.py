@@ -1,4 +1,4 @@
-"""Command lines that nobody should give: each is refused by one line and status 2, and changes nothing."""
+"""Mistaken command lines: each is refused by one line and status 2, and changes nothing."""
 
 import json
 import os
@@ -32,9 +32,9 @@ NO_FILE = [
     "a\udcff",
     "a\0",
 ]
-"""Where no file can be written."""
+"""Paths where no file can be written."""
 NO_FOLDER = ["", " ", "/", "{file}", "{file}/x", LONG, f"new/{LONG}", "~nosuchuser/x", "{loop}", "a\udcff", "a\0"]
-"""Where no folder can be, or be made."""
+"""Paths where no folder can be, or be made."""
 NO_MODEL = ["", ".", "/", "{folder}", "{file}", "{file}/x", LONG, "~nosuchuser/x", "{loop}", "a\udcff", "a\0"]
 NO_MODEL += ["{folder}@3", "{file}@3", f"{{folder}}@{DIGITS}", "missing@", "@1", "-"]
 BAD_NUMBERS = ["", "x", "1.5.2", "nan", "inf", "-inf", "1e400", "1_0", "٣", "0x10", DIGITS, f"-{DIGITS}", "1e999999999"]
@@ -189,7 +189,7 @@ BAD_JSON = {
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What stands in braces in the command lines."""
+    """The values of the names in braces in the command lines."""
     root = tmp_path_factory.mktemp("places")
     (root / "folder").mkdir()
     (root / "file").write_text("kept")

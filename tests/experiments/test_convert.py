@@ -492,7 +492,7 @@ def test_a_folder_of_checkpoints_names_them(tmp_path):
 
 
 def test_one_command_converts_a_foreign_checkpoint_further(tmp_path):
-    """As two do; nothing is left of the folder between them."""
+    """One command writes what two would, and leaves nothing of the intermediate folder."""
     source = foreign.write_t5x(tmp_path / "t5x", foreign.t5x(tied=True, gated=False))
     run(source, tmp_path / "ours")
     run(tmp_path / "ours", tmp_path / "two", to="hf")

@@ -168,7 +168,7 @@ def test_interrupted_work_is_gone_on_with(
 
 
 def test_another_model_is_not_gone_on_with(folders: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
-    """At the same path: other weights, another dtype, another tokenizer; the same model elsewhere is the same."""
+    """A path with other weights, another dtype or another tokenizer is another model; a moved model is the same one."""
     model, moved, out = tmp_path / "model", tmp_path / "moved", tmp_path / "texts.jsonl"
     shutil.copytree(folders["gpt-learned"], model)
     options = ["--prompt", PROMPTS[0], "--out", str(out)]

@@ -1,4 +1,4 @@
-"""What is said before an arm begins as another model: what does not fit and its cure, and whose tokens its rows are."""
+"""Messages before an arm begins as another model: what does not fit and its cure, and whose tokens its rows are."""
 
 import json
 from pathlib import Path
@@ -63,7 +63,7 @@ def beginning(experiment: Experiment, arm: str, path: Path, *overrides: str) -> 
 
 
 def test_another_models_config_is_offered(experiment: Experiment, tmp_path: Path) -> None:
-    """One short line, and what it says to add is enough."""
+    """The message is one short line, and the options it suggests are enough."""
     source = write_model(tmp_path / "model", experiment.arms["gpt"].model, None)
     other = ("d_model=24", "d_ff=48", "num_layers=2", "recipe.mlp=gelu", "recipe.dropout=0.1")
     wrong = beginning(experiment, "gpt", source, *(f"arms.gpt.model.{change}" for change in other))
@@ -125,7 +125,7 @@ def test_an_arm_alone_is_checked_alone(
 def test_another_tokenizer_is_refused_unless_told(
     experiment: Experiment, tokenizer: SentencePieceTokenizer, tmp_path: Path
 ) -> None:
-    """As many ids, other tokens."""
+    """The other tokenizer has as many ids, but other tokens."""
     theirs = SentencePieceTokenizer(train_model([line.upper() for line in LINES], PIECES))
     source = write_model(tmp_path / "model", tiny("gpt"), theirs)
     begun = beginning(experiment, "gpt", source)

@@ -571,7 +571,7 @@ COMPILED = {
     "t5like": SimpleNamespace(no_room=None, memory=SimpleNamespace(total=3 * 2**29)),
     "gpt": SimpleNamespace(no_room=NoRoom(needed=40 * 2**30, available=31 * 2**30), memory=None),
 }
-"""What the compiler says, in place of a minute of its work."""
+"""The compiler's answer, in place of a minute of its work."""
 
 
 @pytest.fixture

@@ -200,7 +200,7 @@ def test_what_a_text_was_goes_along(
 def test_an_export_says_what_the_model_reads(
     run_dir: tuple[Path, Fitted], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One command; positions are those of the rows, and what another program would not know is said."""
+    """One command; positions are those of the rows, and the remarks state what another program would not know."""
     arm = tmp_path / "gpt"
     shutil.copytree(run_dir[0] / "gpt", arm)
     config = read_json(arm / rd.CONFIG)

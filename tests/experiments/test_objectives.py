@@ -41,7 +41,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def overrides(texts: Path, kind: str) -> list[str]:
-    """Of the experiment `pydocs`: models of one narrow layer, two steps of two short rows of small texts."""
+    """Overrides of the experiment `pydocs`: models of one narrow layer, two steps of two short rows of small texts."""
     sizes = {"vocab_size": 128, "d_model": 16, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8, "d_ff": 16}
     layers = {"gpt": ["num_layers"], "t5like": ["encoder_layers", "decoder_layers"]}
     inputs, targets = SLOTS.get(kind, USUAL_SLOTS)

@@ -121,8 +121,8 @@ for arm in experiment.arms.values():
 
 
 def test_the_audit_counts_a_step_for_a_tpu_as_its_compiler_is_given_it(tmp_path) -> None:
-    """Of first_light: what the ledger says, what is counted for a TPU's devices, and what libtpu finds in its program,
-    which it turns into convolutions."""
+    """For first_light the ledger, the count for a TPU's devices, and libtpu's count for its program, in which products
+    are convolutions, are equal."""
     environment_ = os.environ | environment(None)
     said = subprocess.run([sys.executable, "-c", COUNT], env=environment_, capture_output=True, text=True, check=True)
     base = load("first_light")

@@ -38,7 +38,7 @@ EXAMPLES = [
 """At least one of each config that has numbers; what they hold counts too."""
 
 PROBES = (-1, 0, math.nan, math.inf, -math.inf, 2**110, 1e300)
-"""What is written by mistake: one of them is a meaningful value only where that is said below."""
+"""Values written by mistake; one of them is meaningful only for the fields listed below."""
 
 ZEROS = """
     Adafactor.min_factored AdamW.b1 AdamW.b2 AdamW.weight_decay BertStyle.random_share Beam.length_penalty

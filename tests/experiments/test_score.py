@@ -94,7 +94,7 @@ def test_supervised_pairs_end_inputs_with_eos(tokenizer: BytePairTokenizer) -> N
 
 @pytest.mark.parametrize("change", [{"start_id": VOCAB}, {"eos_ids": (VOCAB,)}, {"add_bos": True, "bos_id": VOCAB}])
 def test_ids_of_the_models_own_beyond_its_table(change: dict[str, Any]) -> None:
-    """Where a model came without a tokenizer, nobody has compared its ids with its table."""
+    """The ids of a model that came without a tokenizer have not been compared with its table."""
     text = settings(None, alignment="native", **change)
     with pytest.raises(UserError, match=f"it holds token {VOCAB}; ids go from 0 to {VOCAB - 1}"):
         to_pair({"text": []}, text, VOCAB, eos=True)

@@ -1,4 +1,4 @@
-"""What is scored is all that was asked for, told apart, and looked for in the training data."""
+"""All requested splits are scored, under distinct names, and searched for in the training data."""
 
 import dataclasses
 import json

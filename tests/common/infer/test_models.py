@@ -201,7 +201,7 @@ def test_a_text_goes_on_without_a_start_token(name: str) -> None:
 def test_targets_go_on_where_a_prompt_among_them_ends(
     name: str, method: Method, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A language model's prompt stands behind the start token; beside it rows without one, or with inputs too."""
+    """A language model's prompt follows the start token; other rows have none, or have inputs too."""
     config = FAMILIES[name]
     monkeypatch.setattr("common.infer.decode.READ_AT_ONCE", at_once)
     monkeypatch.setattr("tests.common.infer.test_models.decoder_of", decoder_of.__wrapped__)

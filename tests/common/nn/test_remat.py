@@ -73,7 +73,7 @@ def test_what_is_kept(remat: str, hidden: set[int]) -> None:
 @pytest.mark.parametrize("chunk", [1, 2, 4, 6, 99])
 @pytest.mark.parametrize("length", [6, 13])
 def test_pieces_are_the_whole(chunk: int, length: int) -> None:
-    """At a length with divisors, and at a prime one."""
+    """Covers a length with divisors, and a prime one."""
     w = operands()[1][0]
     x = jax.random.normal(jax.random.key(1), (B, length, D))
 

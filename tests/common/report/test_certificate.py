@@ -72,7 +72,7 @@ OTHER_FAMILY = {"kind": "enc-dec", "d_ff": 9, "encoder_layers": 2, "memory": "fi
 def test_what_one_arm_has_and_another_lacks_is_a_difference(
     first: dict[str, Any], second: dict[str, Any], varies: tuple[str, ...], detail: str | None
 ) -> None:
-    """But for what belongs to one family: that is told."""
+    """Fields that belong to one family are no difference, but are reported."""
     for configs in ({"a": first, "b": second}, {"b": second, "a": first}):
         found = one_recipe(configs, varies)
         assert found.agrees is (detail is None), found.detail

@@ -215,7 +215,7 @@ def test_a_missing_or_broken_file_is_named(
 
 
 def test_a_run_with_one_arm_has_a_report(write_run: Callable[..., Path]) -> None:
-    """Of that arm, which says who is not in it."""
+    """The report covers that arm and names the missing one."""
     run = write_run()
     shutil.rmtree(run / "enc-dec")
     _, page = read(write_report(run))

@@ -86,7 +86,7 @@ SWAPS = {
 
 @pytest.mark.parametrize("order", SWAPS.values(), ids=SWAPS.keys())
 def test_swapped_numbers_are_noticed(order: list[int], two: Path, copy: Path, tmp_path: Path) -> None:
-    """By both readers, although all of them are there: the arrays are whole files of another state."""
+    """Both readers notice, although all numbers are there: the arrays are whole files of another state."""
     other = save(tmp_path / "other", {2: state(LAYERS.reshape(-1)[order].reshape(3, 4))})
     shutil.rmtree(copy / "2" / "state")
     shutil.copytree(other / "2" / "state", copy / "2" / "state")
@@ -180,7 +180,7 @@ def test_a_file_in_place_of_the_directory_is_named(tmp_path: Path) -> None:
 
 
 def as_first_schema(checkpoint: Path, learnt: TrainState, loss: float) -> None:
-    """What was written before checksums saw the order of elements."""
+    """A checkpoint written before checksums depended on the order of elements."""
 
     def plain(x: Any) -> int:
         return int(np.asarray(x).reshape(-1).view(np.uint32).sum(dtype=np.uint32))

@@ -230,7 +230,7 @@ def run_steps(folder: Path) -> list[dict[str, Any]]:
 
 @dataclasses.dataclass
 class CtrlC(Observer):
-    """Whose user interrupts the run."""
+    """An observer whose user interrupts the run."""
 
     at: int = 4
 
@@ -241,7 +241,7 @@ class CtrlC(Observer):
 
 
 def test_an_interrupted_run_is_saved(unbroken: dict[str, Unbroken], tmp_path: Path) -> None:
-    """After the step at hand, which is none that would have been saved; it goes on to the same bits."""
+    """Saves after the current step, which would not have been saved otherwise, and resumes to the same bits."""
     run, before = unbroken["gpt"], signal.getsignal(signal.SIGINT)
     with pytest.raises(Preempted) as stopped:
         fit(run.task, tmp_path, CtrlC())

@@ -175,7 +175,7 @@ class Vandal(Observer):
 def test_a_directory_that_is_damaged_while_the_run_goes_on_is_noticed(
     damage: Callable[[Path], None], message: str, tmp_path: Path
 ) -> None:
-    """At the next checkpoint, not at the end. What is left is gone on with, and what is lost is said."""
+    """Noticed at the next checkpoint, not at the end. The run resumes from what is left and reports what is lost."""
     run_dir = tmp_path / "arm"
     observer = Vandal(damage=lambda: damage(run_dir))
     with pytest.raises(UserError, match=message):

@@ -59,7 +59,7 @@ def nested(tmp_path_factory):
 
 
 def example(record) -> bytes:
-    """As TFDS flattens it."""
+    """The record as a tf.Example, flattened as TFDS does."""
     made = tf_example_pb2.Example()
     flat = {
         **record,

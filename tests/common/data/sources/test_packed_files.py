@@ -37,7 +37,7 @@ PADDED = ["gz", "xz"]
 
 
 def unpacked(path: Path, packed: bytes, cache: Path) -> tuple[bytes, str]:
-    """What can be read of a file, and why that is not all."""
+    """The readable part of a file, and why it is not all of it."""
     path.write_bytes(packed)
     (found,) = find_files("text", str(path), "train")
     plain: PlainFile = plain_file(found, cache)

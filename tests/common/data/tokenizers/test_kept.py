@@ -28,7 +28,7 @@ def trained_pairs(_: Path) -> byte_pair.BytePairTokenizer:
 
 
 def loaded_pairs(folder: Path) -> Tokenizer:
-    """With an end token that nothing but its config names."""
+    """A tokenizer whose end token only its config names."""
     model = tokenizers.Tokenizer.from_buffer(byte_pair.train_model(LINES, BytePairConfig(vocab_size=280)))
     model.add_special_tokens(["<stop>"])
     (folder / "some.json").write_text(model.to_str())

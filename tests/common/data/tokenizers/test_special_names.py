@@ -1,4 +1,4 @@
-"""One contract for tokenizers of all kinds: no text spells a special token, nor a sentinel unless that is asked for."""
+"""The contract for all tokenizers: no text spells a special token, nor a sentinel unless the caller allows it."""
 
 import io
 import pickle
@@ -121,7 +121,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def test_no_text_spells_a_special_token(tokenizer: Tokenizer) -> None:
-    """By the name of one; `unk` may still stand for what the tokenizer does not know."""
+    """Special tokens' names do not become their ids; `unk` may still stand for what the tokenizer does not know."""
     sentinels = {tokenizer.sentinel_id(k) for k in range(tokenizer.sentinels)}
     special = sentinels | {tokenizer.pad_id, tokenizer.eos_id, tokenizer.start_id, tokenizer.bos_id}
     assert sentinels and len(special) > len(sentinels)
@@ -137,7 +137,7 @@ def test_unk_is_not_spelled_by_its_name(tokenizer: Tokenizer, request: pytest.Fi
 
 
 def test_copies_write_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """In other processes, which are sent a tokenizer, and from the files that a run keeps."""
+    """Covers copies sent to other processes, and those read from the files that a run keeps."""
     for name, content in kept_files(tokenizer).items():
         (tmp_path / name).write_bytes(content)
     for copy in (pickle.loads(pickle.dumps(tokenizer)), read_kept(tmp_path)):
