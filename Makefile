@@ -7,13 +7,19 @@ SKY := .venv/sky
 SKYPILOT := 'skypilot[gcp]==0.14.1'
 MINIMUM := 3, 11
 
-.PHONY: help demo test test-slow lint bench
+# Tests that compile nothing.
+AT_ONCE := tests/common/analysis tests/common/evals tests/common/report tests/common/test_*.py \
+	tests/common/data/objectives tests/common/data/sources tests/common/data/tokenizers tests/common/data/test_*ing.py \
+	tests/experiments/test_cli.py tests/experiments/test_command_lines.py tests/experiments/test_ranges.py
+
+.PHONY: help demo test test-slow lint check bench
 
 help:
 	@echo "make demo       train both families, print a table, write report.html"
 	@echo "make test       all tests but the slow ones, doctests included"
 	@echo "make test-slow  the slow tests: several processes, kills, TPU's compiler, SkyPilot, PyTorch, Transformers (3 GB more)"
 	@echo "make lint       ruff and mypy"
+	@echo "make check      lint, and the tests that compile nothing: within a minute"
 	@echo "make bench      speed, side by side with peers (PyTorch where it is installed)"
 
 demo: $(INSTALLED)
@@ -29,6 +35,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+check: lint
+	$(BIN)/python -m pytest -q -m "not slow" --numprocesses auto --maxprocesses 8 --dist worksteal $(AT_ONCE)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
