@@ -11,7 +11,6 @@ from common.errors import UserError
 
 _DESCRIPTOR = re.compile(r"/dev/(stdout|stderr)|/(?:dev|proc/self)/fd/(\d+)")
 _PROJECT = Path(__file__).resolve().parents[1]
-_PACKAGES = ("common", "experiments", "gpt", "t5like")
 _NO_FAULT_OF_PATHS = (errno.EAGAIN, errno.EINTR, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
@@ -106,11 +105,18 @@ def told(error: OSError) -> UserError | None:
     if error.filename is None or isinstance(error.filename, int) or error.errno in _NO_FAULT_OF_PATHS:
         return None
     path = Path(os.fsdecode(error.filename))
-    within = path.absolute()
-    if any(within.is_relative_to(own) for own in (Path(sys.prefix), *(_PROJECT / name for name in _PACKAGES))):
+    if _is_installed(path.absolute()):
         return None
     reason = error.strerror or type(error).__name__
     return UserError(f"{path}: {reason[:1].lower()}{reason[1:]}")
+
+
+def _is_installed(path: Path) -> bool:
+    """Whether a path lies in Python's installation or in a package of this project, and so is no user's."""
+    if path.is_relative_to(sys.prefix):
+        return True
+    package = path.relative_to(_PROJECT).parts[:1] if path.is_relative_to(_PROJECT) else ()
+    return bool(package) and (_PROJECT / package[0] / "__init__.py").is_file()
 
 
 def _stat(path: Path, what: str) -> os.stat_result | None:
