@@ -38,7 +38,7 @@ def fit(job: Job, experiment: Experiment, console: Console) -> str:
     """Memory of a device, as the TPU's compiler reports it; answers are cached, including those of `twinstack plan`."""
     arms = list(experiment.arms) if job.arm is None else [job.arm]
     command = shlex.join(["twinstack", "plan", *job.configured, "--topology", str(job.topology)])
-    if importlib.util.find_spec("libtpu") is None:
+    if not has_compiler():
         return f"unknown: pip install 'twinstack[plan]', then {command}"
     steps = [Step(experiment=experiment, arm=arm, topology=job.topology) for arm in arms]
     try:
@@ -54,6 +54,11 @@ def fit(job: Job, experiment: Experiment, console: Console) -> str:
             needed, available = answer.no_room.needed / GIB, answer.no_room.available / GIB
             told.append(f"{arm} does NOT fit, it needs {needed:.2f} GiB a device of {available:.2f}; ask {command}")
     return "; ".join(told)
+
+
+def has_compiler() -> bool:
+    """Whether the TPU's compiler is installed here."""
+    return importlib.util.find_spec("libtpu") is not None
 
 
 def bucket(job: Job) -> str:

@@ -581,6 +581,7 @@ def here(monkeypatch, tmp_path, repository) -> Path:
     monkeypatch.setattr(source, "committed", lambda: commit)
     monkeypatch.setattr(launching, "write_bundle", lambda path: source.write_bundle(path, repository))
     monkeypatch.setattr(remote_folder, "file_system", lambda url: fsspec.filesystem("memory"))  # in place of a bucket
+    monkeypatch.setattr(facts, "has_compiler", lambda: True)
     monkeypatch.setattr(facts, "compile_all", lambda steps, console: [COMPILED[step.arm] for step in steps])
     program(tmp_path / "programs", "git", f'exec {shutil.which("git")} "$@"')
     program(tmp_path / "programs", "bash", f'exec {shutil.which("bash")} "$@"')
@@ -724,6 +725,12 @@ def test_without_gcloud_the_region_is_unknown(here, capsys):
     assert "price: 10.80 USD an hour, 259 a day (on demand, list price in us-east5)\n" in printed
     assert "fit: t5like fits, 1.50 GiB a device\n" in printed
     assert "bucket: gs://my-bucket: its region could not be asked for" in printed
+
+
+def test_without_the_compiler_the_fit_is_unknown(here, monkeypatch, capsys):
+    monkeypatch.setattr(facts, "has_compiler", lambda: False)
+    assert main([*ARGUMENTS, "--arm", "t5like"]) == 0
+    assert "fit: unknown: pip install 'twinstack[plan]', then twinstack plan first_light" in capsys.readouterr().out
 
 
 def test_the_readme_launches_as_written(here, capsys):

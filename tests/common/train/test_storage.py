@@ -130,6 +130,7 @@ def test_a_disk_that_is_full_for_a_while(
     assert (tmp_path / rd.CHECKPOINTS / "8").is_dir()
 
 
+@pytest.mark.slow  # a process each, which waits
 @LIMITS
 def test_a_disk_that_stays_full(unbroken: Path, cache: Path, limit_bytes: str, said: str, tmp_path: Path) -> None:
     """The run stops, names the last good checkpoint, and goes on from it when there is room again."""
