@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.decoder import OPTIMIZER, Spread
-from common.compute.moments import Moments
+from common.compute.length_sums import LengthSums
 from common.config import to_json
 from common.data.batch import Batch, HostBatch
 from common.files import read_rows
@@ -78,7 +78,7 @@ class _Stream:
             ),
             fingerprint=0,
             examples=ROWS,
-            moments=Moments.of_rows(ROWS, 0, LENGTH),
+            length_sums=LengthSums.of_rows(ROWS, 0, LENGTH),
             loss_tokens=ROWS * LENGTH,
         )
 

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import jax
 
 from common.compute.ledger import ForwardFlops
-from common.compute.moments import Moments
+from common.compute.length_sums import LengthSums
 from common.data.batch import Batch
 from common.infer.prompt import Prompt
 from common.nn.recipe import Execution, Recipe
@@ -29,7 +29,7 @@ class ModelConfig(Protocol):
         """Exact number of parameters."""
         ...
 
-    def flops(self, text: Moments) -> ForwardFlops:
+    def flops(self, text: LengthSums) -> ForwardFlops:
         """Exact matrix-product FLOPs of a forward pass over `text`."""
         ...
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from common.compute.ledger import FLOPS_TOLERANCE
+from common.compute.length_sums import LengthSums
 from common.compute.matching import matching_widths, unequal
-from common.compute.moments import Moments
 from common.data.config import DataConfig
 from common.data.objectives.config import Supervised
 from common.errors import UserError, nearest
@@ -150,9 +150,9 @@ class Experiment:
     def _models(self) -> dict[str, ModelConfig]:
         return {name: arm.model for name, arm in self.arms.items()}
 
-    def _text(self) -> Moments:
-        """The text moments of a padded batch."""
-        return Moments.of_rows(*self.row_slots())
+    def _text(self) -> LengthSums:
+        """The length sums of a padded batch."""
+        return LengthSums.of_rows(*self.row_slots())
 
     def steps(self) -> int:
         """The same for every arm; a budget in FLOPs is that of the arm that costs most."""

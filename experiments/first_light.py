@@ -14,8 +14,8 @@ see as many examples as 400 steps here, one seed, everything else as below (2026
     4e-3      1.206     1.080
 """
 
+from common.compute.length_sums import LengthSums
 from common.compute.matching import match_training_flops
-from common.compute.moments import Moments
 from common.data.config import DataConfig, SentencePieceConfig
 from common.data.objectives.config import Supervised
 from common.data.sources.config import SourceConfig
@@ -51,7 +51,7 @@ def first_light() -> Experiment:
         d_ff=512,
         recipe=recipe,
     )
-    text = Moments.of_rows(data.rows, data.input_length, data.target_length)
+    text = LengthSums.of_rows(data.rows, data.input_length, data.target_length)
     return Experiment(
         name="first_light",
         question=EXPERIMENTS["first_light"],

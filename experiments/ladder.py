@@ -14,8 +14,8 @@ comes out once. Intervals over seeds, and all 16 combinations, are another exper
 
 import dataclasses
 
+from common.compute.length_sums import LengthSums
 from common.compute.matching import match_training_flops
-from common.compute.moments import Moments
 from common.train.config import Budget, Linear
 from experiments.config import Arm, Evaluation, Experiment, MultiTurn
 from experiments.first_light import first_light
@@ -36,7 +36,7 @@ def ladder() -> Experiment:
     learning_rate = base.arms["t5like"].learning_rate
     rung0, sibling = base.arms["t5like"].model, base.arms["gpt"].model
     assert isinstance(rung0, T5LikeConfig)
-    text = Moments.of_rows(*base.row_slots())
+    text = LengthSums.of_rows(*base.row_slots())
     arms = {}
     for (name, hypothesis), switches in zip(HYPOTHESES.items(), RUNGS, strict=True):
         config = match_training_flops(dataclasses.replace(rung0, **switches), sibling, text, multiple=8)

@@ -16,8 +16,8 @@ seed, warm-up over 100 steps, everything else as below (2026-11-23).
     8e-3      3.754     3.572
 """
 
+from common.compute.length_sums import LengthSums
 from common.compute.matching import match_training_flops
-from common.compute.moments import Moments
 from common.data.config import DataConfig, SentencePieceConfig
 from common.data.objectives.config import Supervised
 from common.data.sources.config import SourceConfig
@@ -53,7 +53,7 @@ def multi30k() -> Experiment:
         d_ff=512,
         recipe=recipe,
     )
-    text = Moments.of_rows(data.rows, data.input_length, data.target_length)
+    text = LengthSums.of_rows(data.rows, data.input_length, data.target_length)
     return Experiment(
         name="multi30k",
         question=EXPERIMENTS["multi30k"],

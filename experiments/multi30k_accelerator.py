@@ -8,8 +8,8 @@ Expected  Not run yet, so no BLEU is given: no accelerator was at hand. The CPU 
 
 import dataclasses
 
+from common.compute.length_sums import LengthSums
 from common.compute.matching import match_training_flops
-from common.compute.moments import Moments
 from common.nn.recipe import Execution, Recipe
 from common.train.config import Budget, Linear
 from experiments.config import Arm, Experiment
@@ -37,7 +37,7 @@ def multi30k_accelerator() -> Experiment:
         recipe=recipe,
     )
     data = dataclasses.replace(base.data, rows=64)
-    text = Moments.of_rows(data.rows, data.input_length, data.target_length)
+    text = LengthSums.of_rows(data.rows, data.input_length, data.target_length)
     return dataclasses.replace(
         base,
         name="multi30k_accelerator",

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from common.compute.chips import chip_of
-from common.compute.moments import Moments
+from common.compute.length_sums import LengthSums
 from common.config import from_json, to_json
 from common.data.cache import default_cache_dir
 from common.data.loader import Loader
@@ -236,7 +236,7 @@ def _result(
     arm, done = experiment.arms[name], fitted.progress
     rows, input_length, target_length = experiment.row_slots()
     steps = done.consumed_batches
-    step_flops = arm.model.flops(Moments.of_rows(rows, input_length, target_length))
+    step_flops = arm.model.flops(LengthSums.of_rows(rows, input_length, target_length))
     train_loss, validation_loss = last_losses(arm_dir, steps)
     return ArmResult(
         arm=name,

@@ -12,7 +12,7 @@ from rich.highlighter import JSONHighlighter
 from rich.table import Table
 
 from common.compute.aot import Compiled
-from common.compute.moments import Moments
+from common.compute.length_sums import LengthSums
 from common.compute.topology import Topology, parse_topology
 from common.config import to_json
 from common.errors import UserError, nearest
@@ -153,7 +153,7 @@ def _plan_here(experiment: Experiment, console: Console) -> None:
     for line in check_initial(experiment, None):
         console.print(marked_up(line))
     steps, slots = experiment.steps(), experiment.row_slots()
-    padded = Moments.of_rows(*slots)
+    padded = LengthSums.of_rows(*slots)
     shape = f"{slots[0]} rows x ({slots[1]} + {slots[2]}) slots"
     table = Table(title=marked_up(f"{experiment.name}: {steps:,} steps of {shape}"))
     columns = {}

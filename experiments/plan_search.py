@@ -19,7 +19,7 @@ from rich.table import Table
 
 from common.compute.aot import Compiled
 from common.compute.ledger import attention_parameters, mlp_parameters
-from common.compute.moments import Moments
+from common.compute.length_sums import LengthSums
 from common.compute.roofline import Estimate
 from common.compute.topology import Topology
 from common.errors import UserError
@@ -206,7 +206,7 @@ def guess(experiment: Experiment, topology: Topology, arm: str) -> Guess:
     held = tokens * {"none": 3 * whole, "dots": whole, "attention": 2 * kept, "full": kept, "offload": 0}[remat]
     work = 4 * layer + 8 * scores + 8 * logits + at_once * max(slots for _, slots in stacks) * seen
     head = model.d_model * model.vocab_size / tensor
-    flops = model.flops(Moments.of_rows(rows, inputs, targets)).of_slowest(context).train_hardware(train.execution)
+    flops = model.flops(LengthSums.of_rows(rows, inputs, targets)).of_slowest(context).train_hardware(train.execution)
     sent = 2 * parameters * (passes + train.accumulation) * (fsdp - 1) / fsdp / _links(fsdp, topology)
     for summed in (data, context):
         sent += 4 * parameters / fsdp * (summed - 1) / summed / _links(summed, topology)

@@ -7,8 +7,8 @@ from rich.table import Table
 
 from common.compute.aot import Compiled
 from common.compute.collectives import as_compiled, wanted_bytes
+from common.compute.length_sums import LengthSums
 from common.compute.memory import Memory
-from common.compute.moments import Moments
 from common.compute.roofline import Estimate, axes_name, estimate
 from common.compute.topology import Topology
 from common.report.units import percent, scientific, si
@@ -42,7 +42,7 @@ def outlook(experiment: Experiment, topology: Topology, arm: str, compiled: Comp
     """What kernels compute is not seen in the program, so the ledger says it."""
     model = experiment.arms[arm].model
     rows, inputs, targets = experiment.row_slots()
-    ledger = model.flops(Moments.of_rows(rows, inputs, targets))
+    ledger = model.flops(LengthSums.of_rows(rows, inputs, targets))
     train = experiment.train
     slowest = ledger.of_slowest(train.mesh.context)
     in_kernels = slowest.train_kernels(train.execution) if compiled.has_kernels else 0

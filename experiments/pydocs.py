@@ -10,8 +10,8 @@ Sizes     Rows as long as T5's table of lengths has them for 256 inputs; models 
 
 import dataclasses
 
+from common.compute.length_sums import LengthSums
 from common.compute.matching import match_training_flops
-from common.compute.moments import Moments
 from common.data.config import SentencePieceConfig
 from common.data.objectives.config import SpanCorruption
 from common.data.sources.config import SourceConfig
@@ -37,7 +37,7 @@ def pydocs() -> Experiment:
         input_length=256,
         target_length=58,
     )
-    text = Moments.of_rows(data.rows, data.input_length, data.target_length)
+    text = LengthSums.of_rows(data.rows, data.input_length, data.target_length)
     return dataclasses.replace(
         base,
         name="pydocs",

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from common.compute.moments import Moments
+from common.compute.length_sums import LengthSums
 from common.data.batch import Batch
 from common.data.sources.config import parts_of
 from common.data.tokenizers.tokenizer import Tokenizer
@@ -48,9 +48,9 @@ def show(experiment: Experiment, rows: int, console: Console) -> None:
         console.print(slots_table("decoder-only: one sequence", [*inputs, *targets], len(row.inputs_I)))
 
 
-def padding_table(experiment: Experiment, rows: int, held: Moments) -> Table:
+def padding_table(experiment: Experiment, rows: int, held: LengthSums) -> Table:
     """What of rows, and of each family's compute on them, goes to padding; `held`: what the rows' examples hold."""
-    slots = Moments.of_rows(rows, *experiment.row_slots()[1:])
+    slots = LengthSums.of_rows(rows, *experiment.row_slots()[1:])
     table = Table(title=f"padding, in the first {rows:,} rows", title_justify="left")
     shares = {
         "input slots": (held.inputs, slots.inputs),

@@ -12,8 +12,8 @@ Budget    20 tokens a parameter of the larger model (arXiv 2203.15556).
 Expected  Not run: no TPU was at hand. What `plan` says are a compiler's answer and an estimate, no measurement.
 """
 
+from common.compute.length_sums import LengthSums
 from common.compute.matching import match_training_flops
-from common.compute.moments import Moments
 from common.data.config import DataConfig, SentencePieceConfig
 from common.data.objectives.config import SpanCorruption
 from common.data.sources.config import SourceConfig
@@ -46,7 +46,7 @@ def xl() -> Experiment:
         d_ff=t5like.d_ff,
         recipe=t5like.recipe,
     )
-    text = Moments.of_rows(data.rows, data.input_length, data.target_length)
+    text = LengthSums.of_rows(data.rows, data.input_length, data.target_length)
     return Experiment(
         name="xl",
         question=EXPERIMENTS["xl"],

@@ -5,7 +5,7 @@ from typing import Literal
 
 from common.compute import ledger
 from common.compute.ledger import ForwardFlops
-from common.compute.moments import Moments
+from common.compute.length_sums import LengthSums
 from common.nn.recipe import GPT2, LLAMA, T5_V1_1, Recipe, check_widths
 from common.ranges import Layers, Tokens, Width
 
@@ -42,7 +42,7 @@ class GptConfig:
         tables = ledger.table_parameters(self, self.vocab_size, self.max_positions) + ledger.bias_parameters(self)
         return tables + self.num_layers * layer + ledger.norm_parameters(self)
 
-    def flops(self, text: Moments) -> ForwardFlops:
+    def flops(self, text: LengthSums) -> ForwardFlops:
         """A forward pass over `text`: every layer on every token, the head on target tokens only."""
         layer = ledger.query_out_matrices(self) + ledger.key_value_matrices(self) + ledger.mlp_matrices(self)
         head = text.targets * self.d_model * self.vocab_size

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from common.compute import ledger
 from common.compute.ledger import ForwardFlops
-from common.compute.moments import Moments
+from common.compute.length_sums import LengthSums
 from common.errors import UserError
 from common.nn.recipe import T5_V1_0, T5_V1_1, Recipe, check_widths
 from common.ranges import Layers, Tokens, Width
@@ -70,7 +70,7 @@ class T5LikeConfig:
         encoder = self.encoder_layers * (attention + mlp) + ledger.bias_parameters(self)
         return tables + encoder + decoder + (norm if self.memory == "final" else 0)
 
-    def flops(self, text: Moments) -> ForwardFlops:
+    def flops(self, text: LengthSums) -> ForwardFlops:
         """A forward pass over `text`: encoder and memory's keys and values on inputs, the rest on targets.
 
         Nothing reads the last encoder layer where memory is layerwise, so that layer does not run. Separate

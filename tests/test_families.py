@@ -13,7 +13,7 @@ from flax import nnx
 import gpt.config as gpt_config
 import t5like.config as t5like_config
 from common.compute.hlo import parse_lowered
-from common.compute.moments import Moments
+from common.compute.length_sums import LengthSums
 from common.compute.traffic import product_flops
 from common.data.batch import Batch
 from common.infer.prompt import Prompt
@@ -111,12 +111,12 @@ def test_ledger_counts_the_program_that_xla_is_given(name: str, scan_layers: boo
     )
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, lengths[x.shape[1] == 1]), x.dtype), rows_of([[]], 0, 1))
     counted = product_flops(parse_lowered(jax.jit(step).lower(state, batch)))
-    assert counted == config.flops(Moments.of_rows(rows, *lengths)).train_full_attention
+    assert counted == config.flops(LengthSums.of_rows(rows, *lengths)).train_full_attention
 
 
 def test_conventions_by_hand() -> None:
     """Model width 1, one head of 2: every term can be counted on fingers."""
-    text = Moments.of_rows(1, 3, 2)
+    text = LengthSums.of_rows(1, 3, 2)
     small = {"vocab_size": 7, "d_model": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 2, "d_ff": 1}
     flops = gpt(num_layers=1, **small).flops(text)
     # 4 x 2 attention and 3 MLP weights on 5 tokens, the head's 7 on 2; 25 pairs, 8 a pair for scores and values.

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from common.compute.hlo import parse_lowered
-from common.compute.moments import Moments
+from common.compute.length_sums import LengthSums
 from common.compute.traffic import product_flops
 from common.data.batch import Batch
 from common.errors import UserError
@@ -196,7 +196,7 @@ def test_ledger_counts_the_program_that_xla_is_given(switches: dict[str, str]) -
     shapes = skeleton(builder(config, execution)).shapes
     batch = jax.eval_shape(lambda: random_rows(rows, *lengths))
     counted = product_flops(parse_lowered(jax.jit(step).lower(shapes, batch)))
-    assert counted == config.flops(Moments.of_rows(rows, *lengths)).train_full_attention
+    assert counted == config.flops(LengthSums.of_rows(rows, *lengths)).train_full_attention
 
 
 @pytest.mark.parametrize(("rung", "layers"), [(3, 3), (4, 1)])
@@ -219,7 +219,7 @@ def test_scanned_layers_compute_what_unrolled_ones_do(rung: int, layers: int) ->
 
 def test_relaxed_costs_what_the_decoder_only_model_costs() -> None:
     """With causal attention at half, but for the last layer's work on inputs, which nothing reads."""
-    text = Moments.of_rows(1, 48, 32)
+    text = LengthSums.of_rows(1, 48, 32)
     sizes = {"d_model": 8, "d_ff": 16}
     relaxed = t5like(ROPE, encoder_layers=3, decoder_layers=3, **RUNGS[4], **sizes).flops(text)
     decoder_only = gpt(num_layers=3, **sizes).flops(text)

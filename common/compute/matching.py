@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from common.compute.ledger import FLOPS_TOLERANCE
-from common.compute.moments import Moments
+from common.compute.length_sums import LengthSums
 from common.errors import UserError
 from common.model import ModelConfig
 
 Config = TypeVar("Config", bound=Any)
 
 
-def match_training_flops(config: Config, target: ModelConfig, text: Moments, *, multiple: int) -> Config:
+def match_training_flops(config: Config, target: ModelConfig, text: LengthSums, *, multiple: int) -> Config:
     """`config` with the `d_ff` (a multiple of `multiple`) whose training FLOPs on `text` come nearest to `target`'s.
 
     FLOPs are linear in d_ff, so two counts give the answer. Raises UserError where even the least d_ff costs more.
@@ -32,7 +32,7 @@ def match_training_flops(config: Config, target: ModelConfig, text: Moments, *, 
     return dataclasses.replace(config, d_ff=d_ff)
 
 
-def matching_widths(models: Mapping[str, ModelConfig], reference: str, text: Moments) -> dict[str, int]:
+def matching_widths(models: Mapping[str, ModelConfig], reference: str, text: LengthSums) -> dict[str, int]:
     """The `d_ff` with which each other model costs as much as `reference` on `text`; none for those that do already.
 
     The roundest width within half of FLOPS_TOLERANCE, so that any two models are within all of it. Raises UserError
@@ -50,7 +50,7 @@ def matching_widths(models: Mapping[str, ModelConfig], reference: str, text: Mom
     return widths
 
 
-def unequal(models: Mapping[str, ModelConfig], text: Moments) -> str | None:
+def unequal(models: Mapping[str, ModelConfig], text: LengthSums) -> str | None:
     """Says by how much the models' training FLOPs on `text` differ, and what would match them; None where they do not
     by more than FLOPS_TOLERANCE."""
     flops = {name: model.flops(text).train_full_attention for name, model in models.items()}
@@ -61,7 +61,7 @@ def unequal(models: Mapping[str, ModelConfig], text: Moments) -> str | None:
     return f"training FLOPs of a step are {spread:.2%} apart ({counts}); {_cure(models, text)}"
 
 
-def _cure(models: Mapping[str, ModelConfig], text: Moments) -> str:
+def _cure(models: Mapping[str, ModelConfig], text: LengthSums) -> str:
     """Suggests the model to which the fewest others would have to be matched; of several, the last."""
     cures = {}
     for reference in reversed(list(models)):
@@ -76,7 +76,7 @@ def _cure(models: Mapping[str, ModelConfig], text: Moments) -> str:
     return f"--match {best} makes them equal: {widths}"
 
 
-def _roundest(config: Any, target: ModelConfig, text: Moments) -> int:
+def _roundest(config: Any, target: ModelConfig, text: LengthSums) -> int:
     for multiple in (128, 64, 32, 16, 8, 4, 2):
         try:
             found = match_training_flops(config, target, text, multiple=multiple)
@@ -87,7 +87,7 @@ def _roundest(config: Any, target: ModelConfig, text: Moments) -> int:
     return match_training_flops(config, target, text, multiple=1).d_ff
 
 
-def _apart(one: ModelConfig, other: ModelConfig, text: Moments) -> float:
+def _apart(one: ModelConfig, other: ModelConfig, text: LengthSums) -> float:
     """The relative difference of the models' training FLOPs."""
     counts = [model.flops(text).train_full_attention for model in (one, other)]
     return max(counts) / min(counts) - 1

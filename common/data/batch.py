@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from common.compute.moments import Moments
+from common.compute.length_sums import LengthSums
 
 Array = Any
 """A NumPy array on the host, a `jax.Array` in a program."""
@@ -43,7 +43,7 @@ class HostBatch:
     fingerprint: int
     """Sum over rows, modulo 2**128, of each row's seeded hash: commutative, so hosts may add their shares."""
     examples: int
-    moments: Moments
+    length_sums: LengthSums
     """Of the real (unpadded) examples in the batch."""
     loss_tokens: int
     """Target tokens with non-zero weight."""

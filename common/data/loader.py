@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import grain
 import numpy as np
 
-from common.compute.moments import Moments
+from common.compute.length_sums import LengthSums
 from common.data.batch import Batch, HostBatch
 from common.data.config import DataConfig
 from common.data.examples import Examples
@@ -87,11 +87,11 @@ class Loader:
             rows = (first * self._rows + number for number in self._share)
             yield self._build([self._plans.numbers(0, row) if row < len(plan) else NO_EXAMPLES for row in rows])
 
-    def filled(self) -> tuple[int, Moments]:
+    def filled(self) -> tuple[int, LengthSums]:
         """(rows of the first window, what their examples hold): how much of the slots is padding."""
         plan = self._plans.plan(0)
         lengths = self._examples.lengths(np.concatenate([self._plans.numbers(0, row) for row in range(len(plan))]))
-        return len(plan), Moments.of_examples(*lengths)
+        return len(plan), LengthSums.of_examples(*lengths)
 
     def _build(self, rows: Sequence[np.ndarray]) -> HostBatch:
         return build_batch(self._examples, rows, input_length=self._lengths[0], target_length=self._lengths[1])
@@ -141,7 +141,7 @@ def build_batch(examples: Examples, rows: Sequence[np.ndarray], *, input_length:
         batch=batch,
         fingerprint=sum(_row_hashes(examples.content, rows, inputs, targets, weights_P)) % 2 ** (8 * FINGERPRINT_BYTES),
         examples=len(made),
-        moments=Moments.of_examples(inputs.lengths_N, targets.lengths_N),
+        length_sums=LengthSums.of_examples(inputs.lengths_N, targets.lengths_N),
         loss_tokens=int(np.count_nonzero(weights_P)),
     )
 

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from common.compute.moments import Moments
+from common.compute.length_sums import LengthSums
 from common.data.batch import HostBatch
 from common.data.config import DataConfig, fitted_needs
 from common.data.examples import Examples, MixedExamples, PieceExamples, RecordExamples, Unread
@@ -215,7 +215,7 @@ class StagedLoader:
         """Takes what `landmarks` of the same stream returned, as `Loader.recall` does."""
         return prefetched(self.batch, start, stop, threads=threads, buffered=buffered)
 
-    def filled(self) -> tuple[int, Moments]:
+    def filled(self) -> tuple[int, LengthSums]:
         """As a `Loader` does, at the beginning."""
         return self._stages[0][1].filled()
 

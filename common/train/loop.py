@@ -321,10 +321,10 @@ class _Run:
             consumed_batches=progress.consumed_batches + 1,
             fingerprint=chain(progress.fingerprint, counts.fingerprint),
             examples=progress.examples + counts.examples,
-            tokens=progress.tokens + counts.moments.tokens,
-            input_tokens=progress.input_tokens + counts.moments.inputs,
+            tokens=progress.tokens + counts.length_sums.tokens,
+            input_tokens=progress.input_tokens + counts.length_sums.inputs,
             loss_tokens=progress.loss_tokens + counts.loss_tokens,
-            useful_flops=progress.useful_flops + self.task.setup.model.flops(counts.moments).train_full_attention,
+            useful_flops=progress.useful_flops + self.task.setup.model.flops(counts.length_sums).train_full_attention,
         )
 
     def _passed_over(self, progress: Progress) -> Progress:

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from common.compute.moments import Moments
+from common.compute.length_sums import LengthSums
 from common.data.batch import Batch, HostBatch
 from common.errors import UserError
 from common.model import Model, ModelConfig
@@ -43,7 +43,7 @@ class Setup:
 
     def flops_per_step(self) -> int:
         """Training FLOPs, full attention, padding included."""
-        return self.model.flops(Moments.of_rows(*self.row_slots)).train_full_attention
+        return self.model.flops(LengthSums.of_rows(*self.row_slots)).train_full_attention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Counts:
     fingerprint: int
     examples: int
     loss_tokens: int
-    moments: Moments
+    length_sums: LengthSums
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,17 +85,17 @@ class Programs:
 
     def count(self, host: HostBatch) -> Callable[[], Counts]:
         """Starts to add up what all processes have in their batches; waits when it is asked for."""
-        mine = (host.fingerprint, host.examples, host.loss_tokens, *dataclasses.astuple(host.moments))
+        mine = (host.fingerprint, host.examples, host.loss_tokens, *dataclasses.astuple(host.length_sums))
         added = start_sum(mine if self._counts else [0] * len(mine))
 
         def result() -> Counts:
-            fingerprint, examples, loss_tokens, *moments = added()
-            names = (field.name for field in dataclasses.fields(Moments))
+            fingerprint, examples, loss_tokens, *sums = added()
+            names = (field.name for field in dataclasses.fields(LengthSums))
             return Counts(
                 fingerprint=fingerprint % 2**128,
                 examples=examples,
                 loss_tokens=loss_tokens,
-                moments=Moments(**dict(zip(names, moments, strict=True))),
+                length_sums=LengthSums(**dict(zip(names, sums, strict=True))),
             )
 
         return result

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from common.compute.moments import Moments
+from common.compute.length_sums import LengthSums
 from common.errors import UserError
 from common.files import read_rows
 from common.sharding.hosts import is_first
@@ -109,7 +109,7 @@ def utilisation(setup: Setup, step_seconds: float, peak_flops_per_second: float)
     attention counted (`full_attention`, that paper's convention) or with its causal part at half. HFU counts what the
     devices did, recomputation included; `ForwardFlops.train_hardware` says by which rule.
     """
-    flops = setup.model.flops(Moments.of_rows(*setup.row_slots))
+    flops = setup.model.flops(LengthSums.of_rows(*setup.row_slots))
     possible = step_seconds * peak_flops_per_second * setup.train.mesh.devices
     return {
         "mfu_full_attention": flops.train_full_attention / possible,

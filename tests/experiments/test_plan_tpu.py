@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from common.compute.aot import Compiled, environment
-from common.compute.moments import Moments
+from common.compute.length_sums import LengthSums
 from common.compute.topology import parse_topology
 from common.nn.recipe import Execution
 from common.sharding.shape import MeshShape
@@ -65,7 +65,7 @@ def test_every_parameter_is_gathered_for_both_passes_and_lies_in_parts(tmp_path,
     stored = answer.memory.arguments["state.params"]
     assert 4 * parameters / 4 <= stored < 2 * parameters  # with padding
     assert answer.memory.at_peak <= answer.memory.temporaries
-    ledger = experiment.arms["gpt"].model.flops(Moments.of_rows(*experiment.row_slots()))
+    ledger = experiment.arms["gpt"].model.flops(LengthSums.of_rows(*experiment.row_slots()))
     but_kernels = dataclasses.replace(ledger, attention_full=0, attention_causal_half=0)
     assert answer.has_kernels and 4 * answer.flops == but_kernels.train_hardware(experiment.train.execution)
     again, said = compiled(experiment, "gpt", topology)
@@ -102,7 +102,7 @@ def test_one_device_computes_what_the_ledger_says_and_sends_nothing(tmp_path, ar
     experiment = dataclasses.replace(experiment, train=train)
     answer, _ = compiled(experiment, arm, "v5e:1x1")
     assert answer.collectives == () and answer.has_kernels and answer.memory is not None
-    ledger = experiment.arms[arm].model.flops(Moments.of_rows(*experiment.row_slots()))
+    ledger = experiment.arms[arm].model.flops(LengthSums.of_rows(*experiment.row_slots()))
     but_kernels = dataclasses.replace(ledger, attention_full=0, attention_causal_half=0)
     assert answer.flops == but_kernels.train_hardware(experiment.train.execution)
 

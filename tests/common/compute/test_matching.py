@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from common.compute.ledger import FLOPS_TOLERANCE
+from common.compute.length_sums import LengthSums
 from common.compute.matching import matching_widths, unequal
-from common.compute.moments import Moments
 from common.config import apply_overrides, from_json
 from common.errors import UserError
 from experiments import commands
@@ -51,7 +51,7 @@ def test_the_fewest_arms_are_changed() -> None:
 
 
 def test_any_two_of_many_arms_are_equal_then() -> None:
-    text = Moments.of_rows(4, 48, 32)
+    text = LengthSums.of_rows(4, 48, 32)
     models: dict[str, Any] = {
         str(rung): t5like(encoder_layers=2, decoder_layers=2, d_ff=40 + 8 * rung, **switches)
         for rung, switches in enumerate(RUNGS)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from common.compute.hlo import Program, parse, parse_lowered
-from common.compute.moments import Moments
+from common.compute.length_sums import LengthSums
 from common.compute.traffic import memory_traffic, product_flops
 from common.nn.recipe import Execution
 from common.train.programs import lower_step, prepare
@@ -61,7 +61,7 @@ def lowered(experiment: Experiment, arm: Arm, **execution: Any) -> Program:
 )
 def test_the_ledger_knows_what_is_computed_anew(name: str, remat: Any, mlp_chunk: int | None, tmp_path: Path) -> None:
     experiment, arm = deep(tmp_path, name)
-    flops = arm.model.flops(Moments.of_rows(*experiment.row_slots()))
+    flops = arm.model.flops(LengthSums.of_rows(*experiment.row_slots()))
     expected = flops.train_hardware(Execution(attention="plain", remat=remat, mlp_chunk=mlp_chunk))
     assert product_flops(lowered(experiment, arm, scan_layers=True, remat=remat, mlp_chunk=mlp_chunk)) == expected
 

@@ -135,7 +135,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     batch = build_batch(examples, [plans.row(row) for row in range(64)], input_length=512, target_length=114)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert batch.examples == 64 and batch.moments.inputs == 64 * 512
+    assert batch.examples == 64 and batch.length_sums.inputs == 64 * 512
     assert examples.size == -(-tokens // 568) and examples.order.place(np.arange(64)).max() > examples.size // 2
     assert peak < 100e6, "the corpus has 17 GB"
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 
-from common.compute.moments import Moments
+from common.compute.length_sums import LengthSums
 from common.data.batch import Batch, HostBatch
 from common.data.config import DataConfig
 from common.data.examples import RecordExamples
@@ -67,7 +67,7 @@ def arrays(batch: Batch) -> dict[str, np.ndarray]:
 def digest(made: HostBatch) -> str:
     """Of everything in a batch, by other means than its own fingerprint."""
     parts = [f"{name}{a.dtype}{a.shape}".encode() + a.tobytes() for name, a in arrays(made.batch).items()]
-    counted = repr((made.fingerprint, made.examples, made.moments, made.loss_tokens)).encode()
+    counted = repr((made.fingerprint, made.examples, made.length_sums, made.loss_tokens)).encode()
     return hashlib.sha256(b"".join([*parts, counted])).hexdigest()
 
 
@@ -110,7 +110,7 @@ def test_empty_inputs_empty_targets_and_id_zero_by_hand() -> None:
     }
     assert {name: a.tolist() for name, a in arrays(made.batch).items()} == expected
     assert (made.examples, made.loss_tokens) == (4, 4)
-    assert made.moments == Moments(
+    assert made.length_sums == LengthSums(
         inputs=6, targets=4, inputs_squared=9 + 4 + 1, targets_squared=1 + 4 + 1, inputs_times_targets=3 + 1
     )
 
@@ -199,7 +199,7 @@ def test_processes_share_the_rows(count: int) -> None:
             np.testing.assert_array_equal(together, expected)
         assert sum(share.fingerprint for share in shares) % 2**128 == whole.fingerprint
         assert sum(share.examples for share in shares) == whole.examples
-        assert sum((share.moments for share in shares), Moments()) == whole.moments
+        assert sum((share.length_sums for share in shares), LengthSums()) == whole.length_sums
         assert sum(share.loss_tokens for share in shares) == whole.loss_tokens
 
 

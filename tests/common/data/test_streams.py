@@ -237,9 +237,9 @@ def test_rows_hold_what_their_objective_promises(
         assert made.examples > 0 and made.loss_tokens == int((made.batch.weights_BT > 0).sum()) > 0
         assert made.loss_tokens == int((made.batch.target_segments_BT > 0).sum())
     if name == "pairs":
-        assert made.moments.inputs == made.moments.targets == ROWS * SLOTS, "no family has padding"
+        assert made.length_sums.inputs == made.length_sums.targets == ROWS * SLOTS, "no family has padding"
     if name == "full-lm":
-        assert made.moments.targets == ROWS * SLOTS
+        assert made.length_sums.targets == ROWS * SLOTS
 
 
 def test_documents_end_with_eos_in_a_language_model_alone(

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from common.compute.moments import Moments
+from common.compute.length_sums import LengthSums
 from common.config import to_json
 from common.data.batch import HostBatch
 from common.data.loader import chain
@@ -101,7 +101,7 @@ def test_metrics_are_complete(unbroken: dict[str, Unbroken], family: str) -> Non
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1)) == run.observer.steps
     stream = loader()
     fingerprint, examples, tokens, loss_tokens = stream.content, 0, 0, 0
-    flops = run.task.setup.model.flops(Moments.of_rows(ROWS, INPUTS, TARGETS)).train_full_attention
+    flops = run.task.setup.model.flops(LengthSums.of_rows(ROWS, INPUTS, TARGETS)).train_full_attention
     for row in rows:
         host = stream.batch(row["step"] - 1)
         segments = np.concatenate([host.batch.input_segments_BI, host.batch.target_segments_BT], axis=1)

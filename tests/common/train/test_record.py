@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from common.compute.ledger import ForwardFlops
-from common.compute.moments import Moments
+from common.compute.length_sums import LengthSums
 from common.data.batch import HostBatch
 from common.files import read_rows, write_rows
 from common.nn.recipe import Execution
@@ -141,7 +141,7 @@ def test_the_parts_of_dense_products(family: str) -> None:
     """Closed forms: one layer a stack, two matrices of 16 x 32 in an MLP, a head of 16 x vocabulary."""
     of = setup(tiny(family), train_config())
     rows, inputs, targets = of.row_slots
-    flops = of.model.flops(Moments.of_rows(*of.row_slots))
+    flops = of.model.flops(LengthSums.of_rows(*of.row_slots))
     assert flops.head == 2 * rows * targets * 16 * of.model.vocab_size
     assert flops.mlp == 2 * flops.mlp_out == 2 * rows * (inputs + targets) * 2 * 16 * 32
     assert flops.head + flops.mlp < flops.dense
