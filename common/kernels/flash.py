@@ -1,13 +1,14 @@
-"""Flash attention for TPU as a Pallas kernel that expands T5's relative bias block by block.
+"""Flash attention for TPU: a Pallas kernel that expands T5's relative bias tile by tile.
 
-The scheme of FlashAttention (arXiv 2205.14135): no array of queries x keys exists in memory, forward or backward, and
-none of heads x queries x keys for the bias either. The bias is constant along diagonals, so a vector a head, one number
-a distance, holds all of it.
+Follows FlashAttention (arXiv 2205.14135): no array of queries x keys exists in memory, forward or backward, and no
+array of heads x queries x keys for the bias. The bias is constant along diagonals, so one vector per head, with one
+number per distance, holds all of it. `flash_kernels` has the kernels and a picture of their grid.
 
 Legend: B batch rows, Q query length, K key length, H heads, G key-value heads, M = H/G queries a key-value head, C head
-dim, R relative buckets, N distances.
+dim, R relative buckets, N = Q + K distances.
 """
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -20,12 +21,11 @@ from jax.experimental.pallas import tpu as pltpu
 from common.kernels import flash_kernels as kernels
 from common.kernels.bias import BiasTable, relative_bucket
 from common.kernels.blocks import LANES, SUBLANES, even_block, multiple, padded
-from common.kernels.flash_kernels import Plan
+from common.kernels.flash_kernels import Blocks, Cotangents, Inputs
 from common.kernels.visibility import ATTENTION, Visibility
 
-GROUP_BYTES = 2**20  # of queries, a block; a kernel has up to eight times that, of 16 MiB
-
-Specs = list[pl.BlockSpec | None]
+GROUP_BYTES = 2**20
+"""Bytes of one block of a group's queries. A kernel holds up to eight times as much, of a TPU's 16 MiB."""
 
 
 def flash(
@@ -38,16 +38,16 @@ def flash(
     block: int = 512,
     interpret: bool = False,
 ) -> jax.Array:
-    """out_BQHC in the dtype of `q`, as `attention.attend` defines it; logits, softmax and sums in float32.
+    """Returns out_BQHC in the dtype of `q`, as `attention.attend` defines it; logits, softmax and sums are float32.
 
-    At most `block` queries meet as many keys at a time: a multiple of 128, or a smaller power of two where `interpret`
-    runs the kernel without a TPU. Lengths need not be multiples of it. Queries and keys, where causal or biased,
-    stand at an index known beforehand or, a device's part of a longer sequence, from `q_start` on.
+    Computes tiles of at most `block` queries and `block` keys: a multiple of 128, or a smaller power of two where
+    `interpret` runs the kernel without a TPU. Lengths need not be multiples of it. The index of the first query is
+    `q_offset`, plus `q_start` where the queries are one device's shard of a longer sequence.
 
-    The bias goes by index, not by position: it needs position differences that equal index differences, key j and query
-    i being `j - i - q_offset` apart, for every pair that sees each other. That is so where one sequence attends to
-    itself, packed or not, as long as positions count up by one within a segment. Positions are known only when the
-    program runs, so the caller vouches for it.
+    The bias goes by index, not by position. It is right only if position differences equal index differences, that is
+    if key j and query i are `j - i - q_offset` apart, for every pair that sees each other. This holds when a sequence
+    attends to itself, packed or not, with positions that count up by one within each segment. Positions are known only
+    when the program runs, so the caller vouches for it (`visibility.consecutive`).
     """
     B, Q, H, C = q_BQHC.shape
     _, G, K, _ = k_BGKC.shape
@@ -59,10 +59,10 @@ def flash(
     assert block % LANES == 0 or (interpret and SUBLANES <= block < LANES and block.bit_count() == 1)
     if 0 in (B, Q, K):
         return jnp.zeros_like(q_BQHC)
-    # All heads of a group stay in fast memory while its keys pass by: many of them, or wide ones, want shorter blocks.
+    # All query heads of a group stay in fast memory while its keys pass by: many or wide heads need shorter blocks.
     fitting = GROUP_BYTES // (H // G * C * q_BQHC.dtype.itemsize) // LANES * LANES
     block_q, block_k = even_block(Q, min(block, max(fitting, LANES))), even_block(K, block)
-    plan = Plan(
+    blocks = Blocks(
         queries=multiple(Q, block_q),
         keys=multiple(K, block_k),
         block_q=block_q,
@@ -73,28 +73,28 @@ def flash(
     )
     start = jnp.int32(visibility.q_offset) + (0 if visibility.q_start is None else visibility.q_start)
     q_BGMCQ = jnp.moveaxis((q_BQHC * scale).reshape(B, Q, G, H // G, C), 1, 4)
-    out_BGMCQ = _flash(
-        start[None],
-        padded(q_BGMCQ, plan.queries, axis=-1),
-        padded(k_BGKC.swapaxes(2, 3), plan.keys, axis=-1),
-        padded(v_BGKC.swapaxes(2, 3), plan.keys, axis=-1),
-        None if visibility.bias is None else distance_vector(visibility.bias, plan, start).reshape(G, H // G, 1, -1),
-        padded(visibility.q_segments_BQ[:, None], plan.queries, axis=-1),
-        padded(visibility.k_segments_BK[:, None], plan.keys, axis=-1),
-        plan,
+    bias = visibility.bias
+    inputs = Inputs(
+        q=padded(q_BGMCQ, blocks.queries, axis=-1),
+        k=padded(k_BGKC.swapaxes(2, 3), blocks.keys, axis=-1),
+        v=padded(v_BGKC.swapaxes(2, 3), blocks.keys, axis=-1),
+        bias=None if bias is None else bias_by_distance(bias, blocks, start).reshape(G, H // G, 1, -1),
+        q_segments=padded(visibility.q_segments_BQ[:, None], blocks.queries, axis=-1),
+        k_segments=padded(visibility.k_segments_BK[:, None], blocks.keys, axis=-1),
     )
+    out_BGMCQ = _flash(start[None], inputs, blocks)
     return jnp.moveaxis(out_BGMCQ[..., :Q], 4, 1).reshape(B, Q, H, C)
 
 
-def distance_vector(bias: BiasTable, plan: Plan, start: jax.Array) -> jax.Array:
-    """vector_HN (float32): the bias at every distance from `keys - start` down to `1 - queries - start`.
+def bias_by_distance(bias: BiasTable, blocks: Blocks, start: jax.Array) -> jax.Array:
+    """Returns bias_HN (float32) at every distance from `keys - start` down to `1 - queries - start`.
 
     >>> table = BiasTable(table_HR=jnp.arange(8.0)[None], bidirectional=True, max_distance=8)
-    >>> known = dict(block_q=2, block_k=2, causal=False, prefix_length=0, interpret=True)
-    >>> distance_vector(table, Plan(queries=4, keys=4, **known), jnp.int32(0)).tolist()
+    >>> other = dict(block_q=2, block_k=2, causal=False, prefix_length=0, interpret=True)
+    >>> bias_by_distance(table, Blocks(queries=4, keys=4, **other), jnp.int32(0)).tolist()
     [[7.0, 6.0, 6.0, 5.0, 0.0, 1.0, 2.0, 2.0]]
     """
-    distance_N = plan.keys - start - jnp.arange(plan.queries + plan.keys, dtype=jnp.int32)
+    distance_N = blocks.keys - start - jnp.arange(blocks.queries + blocks.keys, dtype=jnp.int32)
     bucket_N = relative_bucket(
         distance_N,
         bidirectional=bias.bidirectional,
@@ -104,157 +104,173 @@ def distance_vector(bias: BiasTable, plan: Plan, start: jax.Array) -> jax.Array:
     return bias.table_HR.astype(jnp.float32)[:, bucket_N]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _flash(
-    start_1: jax.Array,
-    q_BGMCQ: jax.Array,
-    k_BGCK: jax.Array,
-    v_BGCK: jax.Array,
-    vector_GM1N: jax.Array | None,
-    qseg_B1Q: jax.Array,
-    kseg_B1K: jax.Array,
-    plan: Plan,
-) -> jax.Array:
-    return _forward(start_1, q_BGMCQ, k_BGCK, v_BGCK, vector_GM1N, qseg_B1Q, kseg_B1K, plan)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _flash(start_1: jax.Array, inputs: Inputs, blocks: Blocks) -> jax.Array:
+    """out_BGMCQ of q_BGMCQ, k_BGCK, v_BGCK, bias_GM1N, q_segments_B1Q and k_segments_B1K, all padded."""
+    return _forward(start_1, inputs, blocks)[0]
 
 
-def _forward(start, q, k, v, vector, qseg, kseg, plan):  # type: ignore[no-untyped-def]
-    operands = (start, qseg, kseg, q, k, v, vector)
-    out, log_sum = (checkpoint_name(x, ATTENTION) for x in _out(plan, operands))
-    return out, (start, q, k, v, vector, qseg, kseg, out, log_sum)
+def _forward(start_1: jax.Array, inputs: Inputs, blocks: Blocks) -> tuple[jax.Array, Any]:
+    out, log_sum = (checkpoint_name(x, ATTENTION) for x in _call_forward(blocks, start_1, inputs))
+    return out, (start_1, inputs, out, log_sum)
 
 
-@partial(jax.jit, static_argnums=0)  # a kernel of its own would stay in a rematerialised program that does not want it
-def _out(plan: Plan, operands: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
-    q, vector = operands[3], operands[6]
-    B, G, M, C, Q = q.shape
-
-    def keys(start: Any, i: Any, j: Any) -> Any:
-        return jnp.minimum(j, plan.last_k_block(start, i))
-
-    specs, a_query, _ = _specs(plan, q, vector, lambda start, i, j: i, keys)
-    return pl.pallas_call(
-        partial(kernels.forward_kernel, plan),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(B, G, plan.q_blocks, plan.k_blocks),
-            in_specs=specs,
-            out_specs=[specs[2], a_query],
-            scratch_shapes=[pltpu.VMEM((M, rows, plan.block_q), jnp.float32) for rows in (1, 1, C)],
-        ),
-        out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((B, G, M, 1, Q), jnp.float32),
-        ],
-        compiler_params=_parallel(3),
-        cost_estimate=_cost(plan, operands, products=2),
-        interpret=plan.interpret,
-        name="flash_forward",
-    )(*operands)
-
-
-def _backward(plan, residuals, dout):  # type: ignore[no-untyped-def]
-    start, q, k, v, vector, qseg, kseg, out, log_sum = residuals
-    delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=3, keepdims=True)
-    operands = (start, qseg, kseg, q, k, v, vector, dout, log_sum, delta)
-    dq = _dq(plan, operands)
-    dk, dv, dvector = _dkv(plan, operands)
-    return None, dq, dk, dv, None if dvector is None else dvector.sum(axis=0), None, None
+def _backward(blocks: Blocks, residuals: Any, dout_BGMCQ: jax.Array) -> tuple[None, Inputs]:
+    start_1, inputs, out, log_sum = residuals
+    delta = (dout_BGMCQ.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=3, keepdims=True)
+    cotangents = Cotangents(dout=dout_BGMCQ, log_sum=log_sum, delta=delta)
+    dq = _call_dq(blocks, start_1, inputs, cotangents)
+    dk, dv, dbias = _call_dkv(blocks, start_1, inputs, cotangents)
+    dbias = None if dbias is None else dbias.sum(axis=0)
+    return None, Inputs(q_segments=None, k_segments=None, q=dq, k=dk, v=dv, bias=dbias)
 
 
 _flash.defvjp(_forward, _backward)
 
 
-def _dq(plan: Plan, operands: tuple[Any, ...]) -> jax.Array:
-    q, vector = operands[3], operands[6]
-    B, G, M, C, _ = q.shape
-
-    def keys(start: Any, i: Any, j: Any) -> Any:
-        return jnp.minimum(j, plan.last_k_block(start, i))
-
-    specs, a_query, _ = _specs(plan, q, vector, lambda start, i, j: i, keys)
+@partial(
+    jax.jit, static_argnums=0
+)  # outside of jit, rematerialisation would keep the kernel where its result is unused
+def _call_forward(blocks: Blocks, start_1: jax.Array, inputs: Inputs) -> kernels.ForwardOutputs:
+    B, G, M, C, Q = inputs.q.shape
+    specs = _query_major_specs(blocks, inputs)
     return pl.pallas_call(
-        partial(kernels.dq_kernel, plan),
+        partial(kernels.forward_kernel, blocks),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(B, G, plan.q_blocks, plan.k_blocks),
-            in_specs=[*specs, specs[2], a_query, a_query],
-            out_specs=specs[2],
-            scratch_shapes=[pltpu.VMEM((M, C, plan.block_q), jnp.float32)],
+            grid=(B, G, blocks.q_blocks, blocks.k_blocks),
+            in_specs=[specs.inputs],
+            out_specs=(kernels.ForwardOutputs(out=specs.inputs.q, log_sum=specs.per_query),),
+            scratch_shapes=[kernels.ForwardScratch(*(_scratch(M, rows, blocks.block_q) for rows in (1, 1, C)))],
         ),
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        compiler_params=_parallel(3),
-        cost_estimate=_cost(plan, operands, products=3),
-        interpret=plan.interpret,
+        out_shape=(
+            kernels.ForwardOutputs(
+                out=_like(inputs.q),
+                log_sum=jax.ShapeDtypeStruct((B, G, M, 1, Q), jnp.float32),
+            ),
+        ),
+        compiler_params=_parallel_axes(3),
+        cost_estimate=_cost(blocks, inputs, (start_1, inputs), products=2),
+        interpret=blocks.interpret,
+        name="flash_forward",
+    )(start_1, inputs)[0]
+
+
+def _call_dq(blocks: Blocks, start_1: jax.Array, inputs: Inputs, cotangents: Cotangents) -> jax.Array:
+    B, G, M, C, _ = inputs.q.shape
+    specs = _query_major_specs(blocks, inputs)
+    return pl.pallas_call(
+        partial(kernels.dq_kernel, blocks),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(B, G, blocks.q_blocks, blocks.k_blocks),
+            in_specs=[specs.inputs, specs.cotangents],
+            out_specs=specs.inputs.q,
+            scratch_shapes=[_scratch(M, C, blocks.block_q)],
+        ),
+        out_shape=_like(inputs.q),
+        compiler_params=_parallel_axes(3),
+        cost_estimate=_cost(blocks, inputs, (start_1, inputs, cotangents), products=3),
+        interpret=blocks.interpret,
         name="flash_dq",
-    )(*operands)
+    )(start_1, inputs, cotangents)
 
 
-def _dkv(plan: Plan, operands: tuple[Any, ...]) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    q, k, v, vector = operands[3:7]
-    B, G, _, C, _ = q.shape
-
-    def queries(start: Any, j: Any, i: Any) -> Any:
-        return jnp.maximum(i, plan.first_q_block(start, j))
-
-    specs, a_query, of_row = _specs(plan, q, vector, queries, lambda start, j, i: j)
-    dvector = None if vector is None else jax.ShapeDtypeStruct((B, *vector.shape), jnp.float32)
+def _call_dkv(blocks: Blocks, start_1: jax.Array, inputs: Inputs, cotangents: Cotangents) -> kernels.KeyOutputs:
+    """dk_BGCK, dv_BGCK and dbias_BGM1N: one gradient of the bias for each batch row."""
+    B, G, _, C, _ = inputs.q.shape
+    specs = _key_major_specs(blocks, inputs)
+    dbias = None if inputs.bias is None else jax.ShapeDtypeStruct((B, *inputs.bias.shape), jnp.float32)
     return pl.pallas_call(
-        partial(kernels.dkv_kernel, plan),
+        partial(kernels.dkv_kernel, blocks),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(B, G, plan.k_blocks, plan.q_blocks),
-            in_specs=[*specs, specs[2], a_query, a_query],
-            out_specs=[specs[3], specs[4], of_row],
-            scratch_shapes=[pltpu.VMEM((C, plan.block_k), jnp.float32)] * 2,
+            grid=(B, G, blocks.k_blocks, blocks.q_blocks),
+            in_specs=[specs.inputs, specs.cotangents],
+            out_specs=(kernels.KeyOutputs(dk=specs.inputs.k, dv=specs.inputs.v, dbias=specs.dbias),),
+            scratch_shapes=[kernels.KeyScratch(dk=_scratch(C, blocks.block_k), dv=_scratch(C, blocks.block_k))],
         ),
-        out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype), dvector],
-        compiler_params=_parallel(2),
-        cost_estimate=_cost(plan, operands, products=4),
-        interpret=plan.interpret,
+        out_shape=(kernels.KeyOutputs(dk=_like(inputs.k), dv=_like(inputs.v), dbias=dbias),),
+        compiler_params=_parallel_axes(2),
+        cost_estimate=_cost(blocks, inputs, (start_1, inputs, cotangents), products=4),
+        interpret=blocks.interpret,
         name="flash_dkv",
-    )(*operands)
+    )(start_1, inputs, cotangents)[0]
 
 
-def _specs(plan: Plan, q: jax.Array, vector: jax.Array | None, queries: Any, keys: Any) -> tuple[Specs, Any, Any]:
-    """Blocks of the operands of all three kernels; of one number a query; and of a row's own gradient of the vector.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Specs:
+    """Which block of each array a step of the grid holds."""
 
-    `queries` and `keys` give the block of each for the first query's index and the last two numbers of the grid. Where
-    nothing is seen they give the nearest block of which something is, so that none is fetched in vain.
+    inputs: Inputs
+    per_query: pl.BlockSpec
+    """Of an array with one number per query, [B, G, M, 1, Q]."""
+    dbias: pl.BlockSpec | None
+    """Of the bias's gradient, [B, G, M, 1, N]: all of one batch row and group."""
+
+    @property
+    def cotangents(self) -> Cotangents:
+        return Cotangents(dout=self.inputs.q, log_sum=self.per_query, delta=self.per_query)
+
+
+def _query_major_specs(blocks: Blocks, inputs: Inputs) -> _Specs:
+    """For the grid (row, group, query block i, key block j).
+
+    Beyond the last key block that is seen, j stays there, so that no block is fetched in vain.
     """
-    _, _, M, C, _ = q.shape
+    return _specs(blocks, inputs, lambda start, i, j: (i, jnp.minimum(j, blocks.last_k_block(start, i))))
+
+
+def _key_major_specs(blocks: Blocks, inputs: Inputs) -> _Specs:
+    """For the grid (row, group, key block j, query block i).
+
+    Before the first query block that sees anything, i stays there, so that no block is fetched in vain.
+    """
+    return _specs(blocks, inputs, lambda start, j, i: (jnp.maximum(i, blocks.first_q_block(start, j)), j))
+
+
+def _specs(blocks: Blocks, inputs: Inputs, block_of: Any) -> _Specs:
+    """`block_of` maps `start` and the last two grid indices to (query block, key block)."""
+    _, _, M, C, _ = inputs.q.shape
 
     def spec(shape: tuple[int | None, ...], index: Any) -> pl.BlockSpec:
-        def block(b: Any, g: Any, i: Any, j: Any, start: Any) -> tuple[Any, ...]:
-            return index(b, g, queries(start, i, j), keys(start, i, j))
+        return pl.BlockSpec(shape, lambda b, g, x, y, start: index(b, g, *block_of(start, x, y)))
 
-        return pl.BlockSpec(shape, block)
-
-    of_keys = spec((None, None, C, plan.block_k), lambda b, g, i, j: (b, g, 0, j))
-    a_query = spec((None, None, M, 1, plan.block_q), lambda b, g, i, j: (b, g, 0, 0, i))
-    specs = [
-        spec((None, 1, plan.block_q), lambda b, g, i, j: (b, 0, i)),
-        spec((None, 1, plan.block_k), lambda b, g, i, j: (b, 0, j)),
-        spec((None, None, M, C, plan.block_q), lambda b, g, i, j: (b, g, 0, 0, i)),
-        of_keys,
-        of_keys,
-    ]
-    if vector is None:
-        return [*specs, None], a_query, None
-    of_group = spec((None, *vector.shape[1:]), lambda b, g, i, j: (g, 0, 0, 0))
-    of_row = spec((None, None, *vector.shape[1:]), lambda b, g, i, j: (b, g, 0, 0, 0))
-    return [*specs, of_group], a_query, of_row
+    per_query = spec((None, None, M, 1, blocks.block_q), lambda b, g, i, j: (b, g, 0, 0, i))
+    of_keys = spec((None, None, C, blocks.block_k), lambda b, g, i, j: (b, g, 0, j))
+    bias = dbias = None
+    if inputs.bias is not None:
+        bias = spec((None, *inputs.bias.shape[1:]), lambda b, g, i, j: (g, 0, 0, 0))
+        dbias = spec((None, None, *inputs.bias.shape[1:]), lambda b, g, i, j: (b, g, 0, 0, 0))
+    specs = Inputs(
+        q_segments=spec((None, 1, blocks.block_q), lambda b, g, i, j: (b, 0, i)),
+        k_segments=spec((None, 1, blocks.block_k), lambda b, g, i, j: (b, 0, j)),
+        q=spec((None, None, M, C, blocks.block_q), lambda b, g, i, j: (b, g, 0, 0, i)),
+        k=of_keys,
+        v=of_keys,
+        bias=bias,
+    )
+    return _Specs(inputs=specs, per_query=per_query, dbias=dbias)
 
 
-def _cost(plan: Plan, operands: tuple[Any, ...], products: int) -> pl.CostEstimate:
-    """For the compiler, which cannot look into a kernel and has to find what to send meanwhile; operands read once."""
-    B, G, M, C, Q = operands[3].shape
-    pairs = B * G * M * Q * plan.keys // (2 if plan.causal else 1)
-    read = sum(x.size * x.dtype.itemsize for x in operands if x is not None)
+def _scratch(*shape: int) -> Any:
+    return pltpu.VMEM(shape, jnp.float32)
+
+
+def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _cost(blocks: Blocks, inputs: Inputs, operands: Any, products: int) -> pl.CostEstimate:
+    """Cost of a kernel with that many matrix products, for the compiler: it cannot look into a kernel, and schedules
+    communication to overlap with it. Counts each operand as read once."""
+    B, G, M, C, Q = inputs.q.shape
+    pairs = B * G * M * Q * blocks.keys // (2 if blocks.causal else 1)
+    read = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(operands))
     return pl.CostEstimate(flops=2 * products * pairs * C, transcendentals=pairs, bytes_accessed=read)
 
 
-def _parallel(axes: int) -> pltpu.CompilerParams:
-    """The first `axes` of the grid may go to different cores; the others share sums and come in order."""
+def _parallel_axes(count: int) -> pltpu.CompilerParams:
+    """Lets the first `count` grid axes go to different cores; the other ones share sums and run in order."""
     parallel, arbitrary = pltpu.GridDimensionSemantics.PARALLEL, pltpu.GridDimensionSemantics.ARBITRARY
-    return pltpu.CompilerParams(dimension_semantics=[parallel] * axes + [arbitrary] * (4 - axes))
+    return pltpu.CompilerParams(dimension_semantics=[parallel] * count + [arbitrary] * (4 - count))

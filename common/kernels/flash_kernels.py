@@ -1,33 +1,106 @@
-"""The bodies of the flash attention kernels, for one block of queries against one block of keys at a time.
+"""The bodies of the flash attention kernels: one block of queries against one block of keys at a time.
 
-Everything is held with the length in the last axis (the 128 lanes of a TPU's registers), so that a head of 64 wastes
-none of them, and a number a query (peak, sum, log-sum) is a row of registers instead of a column. Logits are therefore
-transposed: keys down, queries across.
+The grid has four numbers: batch row, key-value group, and the two that say which tile of the logits is computed. For
+one row and group, a causal call of four blocks of queries and three of keys has these tiles:
 
-Legend: C head dim, Q queries of a block, K keys of a block, M query heads that share a key-value head, S rows of a
-strip, W = Q + K distances a block can hold, N all distances.
+                        queries ->
+                  i=0     i=1     i=2     i=3
+              +-------+-------+-------+-------+
+    keys  j=0 |  cut  | whole | whole | whole |      whole  every query sees every key
+      |       +-------+-------+-------+-------+      cut    the causal mask passes through the tile
+      v   j=1 | skip  |  cut  | whole | whole |      skip   no query sees any key: nothing is fetched or computed
+              +-------+-------+-------+-------+
+          j=2 | skip  | skip  |  cut  | whole |
+              +-------+-------+-------+-------+
+
+    forward, dq   grid (row, group, i, j): down each column, j = 0 ... last_k_block(i); sums over keys in scratch
+    dkv           grid (row, group, j, i): along each row, i = first_q_block(j) ...; sums over queries in scratch
+
+A step of the grid holds all M query heads of its group, and loops over them. Its references, of which the row and the
+group are already chosen:
+
+    start       [1]        index of the first query among the keys, in scalar memory
+    q_segments  [1, Q]     segment ids of the queries; of the keys: [1, K]
+    q           [M, C, Q]  scaled queries; likewise dout, out and dq
+    k, v        [C, K]     keys and values; likewise dk and dv
+    bias        [M, 1, N]  bias by distance, of all distances of the call, or None; likewise dbias
+    log_sum     [M, 1, Q]  logarithm of each query's sum of weights; likewise delta
+
+The length is always the last axis (the 128 lanes of a TPU's registers): a head of 64 wastes no lanes, and one number
+per query (peak, sum, log-sum) is a row of registers, not a column. The logits are therefore transposed: keys down,
+queries across.
+
+Legend: C head dim, Q queries of a block, K keys of a block, M query heads that share a key-value head, W = Q + K
+distances within a tile, N all distances.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from common.kernels.blocks import LANES, SUBLANES
+from common.kernels.toeplitz import diagonal_sums, toeplitz_tile
 from common.kernels.visibility import MASKED
 
 Ref = Any  # Pallas has no public type for the references that a kernel reads and writes
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What of a call is known before it runs: lengths are multiples of the blocks.
+class Inputs(NamedTuple):
+    """What every kernel reads: arrays in the call, block specs in the grid, references in the kernel."""
 
-    The index of the first query, `start`, may become known only then: a reference that kernels and the choice of blocks
-    read."""
+    q_segments: Any
+    k_segments: Any
+    q: Any
+    k: Any
+    v: Any
+    bias: Any
+    """None without a bias."""
+
+
+class Cotangents(NamedTuple):
+    """What the gradients' kernels read besides."""
+
+    dout: Any
+    log_sum: Any
+    delta: Any
+    """Each query's sum of `dout * out` over the head dim."""
+
+
+class ForwardOutputs(NamedTuple):
+    out: Any
+    log_sum: Any
+
+
+class ForwardScratch(NamedTuple):
+    """Of the keys so far, for each query: the largest logit, the sum of weights and the sum of weighted values."""
+
+    peak: Any
+    total: Any
+    weighted: Any
+
+
+class KeyOutputs(NamedTuple):
+    dk: Any
+    dv: Any
+    dbias: Any
+    """Of one batch row; None without a bias."""
+
+
+class KeyScratch(NamedTuple):
+    dk: Any
+    dv: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """Sizes of one call and how they are cut into blocks: all that is known when the program is traced.
+
+    Lengths are padded to multiples of the blocks. Only `start`, the index of the first query among the keys, may be
+    known later than that; it is a reference.
+    """
 
     queries: int
     keys: int
@@ -49,198 +122,164 @@ class Plan:
         """The last block of keys that any query of block `i` can see."""
         if not self.causal:
             return self.k_blocks - 1
-        begin = start[0] + i * self.block_q
-        last = _quotient(begin + self.block_q - 1, self.block_k)
+        first_query = start[0] + i * self.block_q
+        last = _quotient(first_query + self.block_q - 1, self.block_k)
         if self.prefix_length:
-            of_prefix = (self.prefix_length - 1) // self.block_k
-            last = jnp.where(begin < self.prefix_length, jnp.maximum(last, of_prefix), last)
+            last_of_prefix = (self.prefix_length - 1) // self.block_k
+            last = jnp.where(first_query < self.prefix_length, jnp.maximum(last, last_of_prefix), last)
         return jnp.minimum(last, self.k_blocks - 1)
 
     def first_q_block(self, start: Ref, j: Any) -> Any:
-        """The first block of queries of which any can see keys of block `j`; no block after it is blind."""
+        """The first block of queries in which any can see keys of block `j`; in all later blocks some can too."""
         if not self.causal:
             return 0
-        begin = j * self.block_k
-        first = jnp.minimum(_quotient(jnp.maximum(begin - start[0], 0), self.block_q), self.q_blocks - 1)
-        return jnp.where(begin < self.prefix_length, 0, first) if self.prefix_length else first
+        first_key = j * self.block_k
+        first = jnp.minimum(_quotient(jnp.maximum(first_key - start[0], 0), self.block_q), self.q_blocks - 1)
+        return jnp.where(first_key < self.prefix_length, 0, first) if self.prefix_length else first
+
+    def distances(self, i: jax.Array, j: jax.Array) -> Any:
+        """The slice of the W distances between blocks `i` and `j` in the N of all, which run from far keys to near."""
+        begin = i * self.block_q - j * self.block_k + self.keys - self.block_k
+        step = min(self.block_q, self.block_k, LANES)
+        return pl.ds(pl.multiple_of(begin, step), self.block_q + self.block_k)
 
 
 def _quotient(x: jax.Array, y: int) -> jax.Array:
-    """`x // y` of what is not negative: `//` looks at signs, and lowering that asks for a chip that may not be here."""
+    """Returns `x // y` for x >= 0. (`//` tests signs, and lowering that asks for a chip that may not be here.)"""
     return jax.lax.div(x, jnp.int32(y))
 
 
-def forward_kernel(plan: Plan, start, qseg, kseg, q, k, v, vector, out, log_sum, peak, total, weighted) -> None:  # type: ignore[no-untyped-def]
-    """Grid (row, group, query block, key block): softmax over the key blocks in turn, as in arXiv 2205.14135."""
+def forward_kernel(blocks: Blocks, start: Ref, inputs: Inputs, outputs: ForwardOutputs, sums: ForwardScratch) -> None:
+    """Grid (row, group, query block, key block): an online softmax over the key blocks, as in arXiv 2205.14135."""
     i, j = pl.program_id(2), pl.program_id(3)
+    peak, total, weighted = sums
 
     @pl.when(j == 0)
-    def begin() -> None:
+    def initialise() -> None:
         peak[...] = jnp.full(peak.shape, MASKED, jnp.float32)
         total[...] = jnp.zeros(total.shape, jnp.float32)
         weighted[...] = jnp.zeros(weighted.shape, jnp.float32)
 
-    @pl.when(j <= plan.last_k_block(start, i))
-    def meet() -> None:
-        mask_KQ = _mask(plan, start, qseg, kseg, i, j)
+    @pl.when(j <= blocks.last_k_block(start, i))
+    def accumulate() -> None:
+        mask_KQ = _mask(blocks, start, inputs, i, j)
 
-        @pl.loop(0, q.shape[0])
+        @pl.loop(0, inputs.q.shape[0])
         def head(m: jax.Array) -> None:
-            logits_KQ = jnp.where(mask_KQ, _logits(plan, q[m], k[...], vector, m, i, j), MASKED)
+            logits_KQ = jnp.where(mask_KQ, _logits(blocks, inputs, m, i, j), MASKED)
             before_1Q = peak[m]
             peak_1Q = jnp.maximum(before_1Q, logits_KQ.max(axis=0, keepdims=True))
             weights_KQ = jnp.where(mask_KQ, jnp.exp(logits_KQ - peak_1Q), 0.0)
             shrink_1Q = jnp.exp(before_1Q - peak_1Q)
             peak[m] = peak_1Q
             total[m] = shrink_1Q * total[m] + weights_KQ.sum(axis=0, keepdims=True)
-            weighted[m] = shrink_1Q * weighted[m] + _dot(v[...], weights_KQ.astype(v.dtype), 1, 0)
+            weighted[m] = shrink_1Q * weighted[m] + _dot(inputs.v[...], weights_KQ.astype(inputs.v.dtype), 1, 0)
 
-    @pl.when(j == plan.k_blocks - 1)
-    def end() -> None:
+    @pl.when(j == blocks.k_blocks - 1)
+    def write() -> None:
         nonzero = jnp.where(total[...] > 0, total[...], 1.0)
-        out[...] = (weighted[...] / nonzero).astype(out.dtype)
-        log_sum[...] = peak[...] + jnp.log(nonzero)
+        outputs.out[...] = (weighted[...] / nonzero).astype(outputs.out.dtype)
+        outputs.log_sum[...] = peak[...] + jnp.log(nonzero)
 
 
-def dq_kernel(plan: Plan, start, qseg, kseg, q, k, v, vector, dout, log_sum, delta, dq, total) -> None:  # type: ignore[no-untyped-def]
-    """Grid (row, group, query block, key block): the gradient of the queries."""
+def dq_kernel(blocks: Blocks, start: Ref, inputs: Inputs, cotangents: Cotangents, dq: Ref, dq_sum: Ref) -> None:
+    """Grid (row, group, query block, key block): the gradient of the queries, summed over the key blocks."""
     i, j = pl.program_id(2), pl.program_id(3)
+    k = inputs.k
 
     @pl.when(j == 0)
-    def begin() -> None:
-        total[...] = jnp.zeros(total.shape, jnp.float32)
+    def initialise() -> None:
+        dq_sum[...] = jnp.zeros(dq_sum.shape, jnp.float32)
 
-    @pl.when(j <= plan.last_k_block(start, i))
-    def meet() -> None:
-        mask_KQ = _mask(plan, start, qseg, kseg, i, j)
+    @pl.when(j <= blocks.last_k_block(start, i))
+    def accumulate() -> None:
+        mask_KQ = _mask(blocks, start, inputs, i, j)
 
-        @pl.loop(0, q.shape[0])
+        @pl.loop(0, inputs.q.shape[0])
         def head(m: jax.Array) -> None:
-            logits_KQ = _logits(plan, q[m], k[...], vector, m, i, j)
-            _, dlogits_KQ = _dlogits(mask_KQ, logits_KQ, v[...], dout[m], log_sum[m], delta[m])
-            total[m] += _dot(k[...], dlogits_KQ.astype(k.dtype), 1, 0)
+            logits_KQ = _logits(blocks, inputs, m, i, j)
+            _, dlogits_KQ = _weights_and_dlogits(mask_KQ, logits_KQ, inputs.v, cotangents, m)
+            dq_sum[m] += _dot(k[...], dlogits_KQ.astype(k.dtype), 1, 0)
 
-    @pl.when(j == plan.k_blocks - 1)
-    def end() -> None:
-        dq[...] = total[...].astype(dq.dtype)
+    @pl.when(j == blocks.k_blocks - 1)
+    def write() -> None:
+        dq[...] = dq_sum[...].astype(dq.dtype)
 
 
 def dkv_kernel(
-    plan: Plan, start, qseg, kseg, q, k, v, vector, dout, log_sum, delta, dk, dv, dvector, dk_sum, dv_sum
-) -> None:  # type: ignore[no-untyped-def]
-    """Grid (row, group, key block, query block): the gradients of keys, values and the vector of the bias.
+    blocks: Blocks, start: Ref, inputs: Inputs, cotangents: Cotangents, outputs: KeyOutputs, sums: KeyScratch
+) -> None:
+    """Grid (row, group, key block, query block): gradients of keys, values and bias, summed over the query blocks.
 
-    `dvector` keeps its place in memory over both loops of blocks: it is a row's and group's own sum.
+    `outputs.dbias` stays in fast memory over both loops of blocks, and is itself the sum for its row and group.
     """
     j, i = pl.program_id(2), pl.program_id(3)
+    q, dout, dbias = inputs.q, cotangents.dout, outputs.dbias
 
     @pl.when(i == 0)
-    def begin() -> None:
-        dk_sum[...] = jnp.zeros(dk_sum.shape, jnp.float32)
-        dv_sum[...] = jnp.zeros(dv_sum.shape, jnp.float32)
+    def initialise() -> None:
+        sums.dk[...] = jnp.zeros(sums.dk.shape, jnp.float32)
+        sums.dv[...] = jnp.zeros(sums.dv.shape, jnp.float32)
 
-    if dvector is not None:
+    if dbias is not None:
 
         @pl.when((i == 0) & (j == 0))
-        def blank() -> None:
-            dvector[...] = jnp.zeros(dvector.shape, jnp.float32)
+        def initialise_bias() -> None:
+            dbias[...] = jnp.zeros(dbias.shape, jnp.float32)
 
-    @pl.when(j <= plan.last_k_block(start, i))
-    def meet() -> None:
-        mask_KQ = _mask(plan, start, qseg, kseg, i, j)
+    @pl.when(j <= blocks.last_k_block(start, i))
+    def accumulate() -> None:
+        mask_KQ = _mask(blocks, start, inputs, i, j)
 
         @pl.loop(0, q.shape[0])
         def head(m: jax.Array) -> None:
-            logits_KQ = _logits(plan, q[m], k[...], vector, m, i, j)
-            weights_KQ, dlogits_KQ = _dlogits(mask_KQ, logits_KQ, v[...], dout[m], log_sum[m], delta[m])
-            dv_sum[...] += _dot(dout[m], weights_KQ.astype(dout.dtype), 1, 1)
-            dk_sum[...] += _dot(q[m], dlogits_KQ.astype(q.dtype), 1, 1)
-            if dvector is not None:
-                dvector[m, :, _distances(plan, i, j)] += collapse(dlogits_KQ)
+            logits_KQ = _logits(blocks, inputs, m, i, j)
+            weights_KQ, dlogits_KQ = _weights_and_dlogits(mask_KQ, logits_KQ, inputs.v, cotangents, m)
+            sums.dv[...] += _dot(dout[m], weights_KQ.astype(dout.dtype), 1, 1)
+            sums.dk[...] += _dot(q[m], dlogits_KQ.astype(q.dtype), 1, 1)
+            if dbias is not None:
+                dbias[m, :, blocks.distances(i, j)] += diagonal_sums(dlogits_KQ)
 
-    @pl.when(i == plan.q_blocks - 1)
-    def end() -> None:
-        dk[...] = dk_sum[...].astype(dk.dtype)
-        dv[...] = dv_sum[...].astype(dv.dtype)
+    @pl.when(i == blocks.q_blocks - 1)
+    def write() -> None:
+        outputs.dk[...] = sums.dk[...].astype(outputs.dk.dtype)
+        outputs.dv[...] = sums.dv[...].astype(outputs.dv.dtype)
 
 
-def _mask(plan: Plan, start: Ref, qseg: Ref, kseg: Ref, i: jax.Array, j: jax.Array) -> jax.Array:
-    """mask_KQ of query block `i` and key block `j`."""
-    # A column of memory would take 128 times its size, so a row is turned here (eight equal ones, as registers are).
-    kseg_K1 = jnp.broadcast_to(kseg[...], (SUBLANES, plan.block_k)).T[:, :1]
-    mask_KQ = (kseg_K1 == qseg[...]) & (kseg_K1 != 0)
-    if not plan.causal:
+def _mask(blocks: Blocks, start: Ref, inputs: Inputs, i: jax.Array, j: jax.Array) -> jax.Array:
+    """mask_KQ for query block `i` and key block `j`: True where the query sees the key."""
+    # Key segments come as a row, since a column in memory would take 128 times its size. Transposing needs eight equal
+    # rows, as many as a register has.
+    k_segments_K1 = jnp.broadcast_to(inputs.k_segments[...], (SUBLANES, blocks.block_k)).T[:, :1]
+    mask_KQ = (k_segments_K1 == inputs.q_segments[...]) & (k_segments_K1 != 0)
+    if not blocks.causal:
         return mask_KQ
-    k_index_KQ = j * plan.block_k + jax.lax.broadcasted_iota(jnp.int32, mask_KQ.shape, 0)
-    q_index_KQ = start[0] + i * plan.block_q + jax.lax.broadcasted_iota(jnp.int32, mask_KQ.shape, 1)
-    seen_KQ = k_index_KQ <= q_index_KQ
-    if plan.prefix_length:
-        seen_KQ |= jnp.maximum(k_index_KQ, q_index_KQ) < plan.prefix_length
-    return mask_KQ & seen_KQ
+    k_index_KQ = j * blocks.block_k + jax.lax.broadcasted_iota(jnp.int32, mask_KQ.shape, 0)
+    q_index_KQ = start[0] + i * blocks.block_q + jax.lax.broadcasted_iota(jnp.int32, mask_KQ.shape, 1)
+    causal_KQ = k_index_KQ <= q_index_KQ
+    if blocks.prefix_length:
+        causal_KQ |= jnp.maximum(k_index_KQ, q_index_KQ) < blocks.prefix_length
+    return mask_KQ & causal_KQ
 
 
-def _logits(
-    plan: Plan, q_CQ: jax.Array, k_CK: jax.Array, vector: Ref | None, m: jax.Array, i: jax.Array, j: jax.Array
-) -> jax.Array:
+def _logits(blocks: Blocks, inputs: Inputs, m: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
+    """logits_KQ of query head `m`, with the bias and before the mask."""
+    q_CQ, k_CK = inputs.q[m], inputs.k[...]
     logits_KQ = _dot(k_CK, q_CQ, 0, 0)
-    return logits_KQ if vector is None else logits_KQ + expand(vector[m, :, _distances(plan, i, j)], plan.block_k)
+    if inputs.bias is None:
+        return logits_KQ
+    return logits_KQ + toeplitz_tile(inputs.bias[m, :, blocks.distances(i, j)], blocks.block_k)
 
 
-def _dlogits(
-    mask_KQ: jax.Array,
-    logits_KQ: jax.Array,
-    v_CK: jax.Array,
-    dout_CQ: jax.Array,
-    log_sum_1Q: jax.Array,
-    delta_1Q: jax.Array,
+def _weights_and_dlogits(
+    mask_KQ: jax.Array, logits_KQ: jax.Array, v: Ref, cotangents: Cotangents, m: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The weights once more, and the gradient of the logits."""
+    """weights_KQ of head `m`, recomputed from the log-sums, and the gradient of the logits."""
+    v_CK, dout_CQ, log_sum_1Q, delta_1Q = v[...], *(x[m] for x in cotangents)
     weights_KQ = jnp.where(mask_KQ, jnp.exp(logits_KQ - log_sum_1Q), 0.0)
     return weights_KQ, weights_KQ * (_dot(v_CK, dout_CQ, 0, 0) - delta_1Q)
 
 
 def _dot(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
-    """Summed over one axis of each, in float32."""
+    """The product of two matrices summed over the given axis of each, in float32."""
     return jax.lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=jnp.float32)
-
-
-def _distances(plan: Plan, i: jax.Array, j: jax.Array) -> Any:
-    """Where the W distances between blocks `i` and `j` stand in the vector of all, which runs from far keys to near."""
-    begin = i * plan.block_q - j * plan.block_k + plan.keys - plan.block_k
-    step = min(plan.block_q, plan.block_k, LANES)
-    return pl.ds(pl.multiple_of(begin, step), plan.block_q + plan.block_k)
-
-
-def expand(vector_1W: jax.Array, keys: int) -> jax.Array:
-    """tile_KQ with tile[c, r] = vector[keys + r - c]: a Toeplitz tile from its diagonals.
-
-    Row c of a strip is the vector rolled by c; a strip of 128 rows is enough, as the rows after them are the same strip
-    seen from 128 places further on, which costs nothing. Rows are doubled until there are enough, with plain rolls:
-    the strided rotate would do as many, and not every TPU has it.
-    """
-    strip_SW = jnp.broadcast_to(vector_1W, (SUBLANES, vector_1W.shape[1]))
-    row_SW = jax.lax.broadcasted_iota(jnp.int32, strip_SW.shape, 0)
-    for bit in (1, 2, 4):
-        strip_SW = jnp.where(row_SW & bit != 0, pltpu.roll(strip_SW, bit, 1), strip_SW)
-    while (rows := strip_SW.shape[0]) < min(keys, LANES):
-        strip_SW = jnp.concatenate([strip_SW, pltpu.roll(strip_SW, rows, 1)], axis=0)
-    queries = vector_1W.shape[1] - keys
-    return jnp.concatenate([strip_SW[:, keys - top :][:, :queries] for top in range(0, keys, rows)], axis=0)
-
-
-def collapse(tile_KQ: jax.Array) -> jax.Array:
-    """vector_1W of the tile's diagonal sums: the transpose of `expand`, step by step from its end."""
-    keys, queries = tile_KQ.shape
-    rows = min(keys, LANES)
-    width = keys + queries
-    strip_SW = jnp.zeros((rows, width), tile_KQ.dtype)
-    for top in range(0, keys, rows):
-        before, after = (jnp.zeros((rows, n), tile_KQ.dtype) for n in (keys - top, top))
-        strip_SW += jnp.concatenate([before, tile_KQ[top : top + rows], after][: 3 if top else 2], axis=1)
-    while rows > SUBLANES:
-        rows //= 2
-        strip_SW = strip_SW[:rows] + pltpu.roll(strip_SW[rows:], width - rows, 1)
-    row_SW = jax.lax.broadcasted_iota(jnp.int32, strip_SW.shape, 0)
-    for bit in (4, 2, 1):
-        strip_SW = jnp.where(row_SW & bit != 0, pltpu.roll(strip_SW, width - bit, 1), strip_SW)
-    return strip_SW.sum(axis=0, keepdims=True)

@@ -11,7 +11,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from common.kernels.flash import flash
-from common.kernels.flash_kernels import collapse, expand
+from common.kernels.toeplitz import diagonal_sums, toeplitz_tile
 from tests.common.kernels.cases import SCALE, Case, check_strangers, error, jit, outcome, plain, reference
 
 CASES = {
@@ -126,15 +126,15 @@ def test_causality_by_gradient() -> None:
 
 @pytest.mark.parametrize(("queries", "keys"), [(8, 8), (32, 16), (16, 64), (128, 128), (128, 256), (256, 384)])
 def test_tiles_and_vectors(queries: int, keys: int) -> None:
-    """A tile is the vector along its diagonals, and `collapse` sums each diagonal: exactly, on whole numbers."""
+    """A tile is the vector along its diagonals, and `diagonal_sums` sums each diagonal: exactly, on whole numbers."""
     vector = np.arange(1.0, queries + keys + 1, dtype=np.float32)
     c, r = np.indices((keys, queries))
-    expanded = jit(expand, static_argnums=1)(jnp.array(vector)[None], keys)
+    expanded = jit(toeplitz_tile, static_argnums=1)(jnp.array(vector)[None], keys)
     np.testing.assert_array_equal(expanded, vector[keys + r - c])
     tile = np.random.default_rng(0).integers(-9, 9, (keys, queries)).astype(np.float32)
     sums = np.zeros(queries + keys, np.float32)
     np.add.at(sums, keys + r - c, tile)
-    np.testing.assert_array_equal(jit(collapse)(jnp.array(tile))[0], sums)
+    np.testing.assert_array_equal(jit(diagonal_sums)(jnp.array(tile))[0], sums)
 
 
 def test_nothing_as_large_as_queries_times_keys_is_made() -> None:
