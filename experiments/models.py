@@ -17,7 +17,7 @@ from common.data.cache import default_cache_dir
 from common.data.config import BytePairConfig, DataConfig, SentencePieceConfig, TokenizerConfig
 from common.data.objectives.config import Objective, PrefixLM, Supervised, has_inputs
 from common.data.streams import open_tokenizer_of, open_training_text
-from common.data.tokenizers.kept import MODEL, read_kept
+from common.data.tokenizers.saved import MODEL, load_saved
 from common.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from common.errors import UserError
 from common.files import inside, read_object
@@ -216,7 +216,7 @@ def tokenizer_of_run(arm_dir: Path, data: DataConfig) -> Tokenizer:
     """
     then = read_object(arm_dir / rd.ENVIRONMENT).get("tokenizer_hash")
     if (arm_dir / rd.TOKENIZER).is_dir():
-        tokenizer = read_kept(arm_dir / rd.TOKENIZER)
+        tokenizer = load_saved(arm_dir / rd.TOKENIZER)
         source = f"{rd.TOKENIZER}/ holds"
         cause = "without that folder, its data config gives the tokenizer again where its data are still there"
     else:

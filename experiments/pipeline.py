@@ -22,7 +22,7 @@ from common.data.streams import (
     open_training_text,
     open_validation,
 )
-from common.data.tokenizers.kept import kept_files
+from common.data.tokenizers.saved import saved_files
 from common.data.tokenizers.tokenizer import Tokenizer
 from common.errors import UserError
 from common.evals.decoding import greedy_decoder
@@ -109,7 +109,7 @@ def make_task(experiment: Experiment, name: str, data: Data) -> Task:
         config={"experiment": experiment.name, "arm": name, **config["arms"][name]}
         | {key: config[key] for key in ("data", "train")},
         data={"content_id": data.content_id, "tokenizer_hash": data.tokenizer.content_hash},
-        tokenizer_files=kept_files(data.tokenizer),
+        tokenizer_files=saved_files(data.tokenizer),
         initial=make_initial(arm),
         peak_flops_per_second=None if chip is None else chip.flops_per_second,
     )

@@ -161,7 +161,7 @@ def test_what_ids_stand_for_is_compared_not_files(tmp_path: Path, tokenizer: Sen
     one = byte_pair.BytePairTokenizer.trained(model, sentinels=3)
     for name, content in one.files().items():
         (tmp_path / name).write_bytes(content.replace(b"\n", b""))
-    other = byte_pair.load(tmp_path, sentinels=2, eos=None)
+    other = byte_pair.load_byte_pair(tmp_path, sentinels=2, eos=None)
     assert one.content_hash != other.content_hash
     assert differing_ids(one, other) == ([280, 281], 282), "sentinels count down from the top"
 

@@ -17,7 +17,7 @@ from common.data.config import BytePairConfig, SentencePieceConfig
 from common.data.objectives.config import CausalLM, FullLM, PrefixLM, Supervised
 from common.data.sources.config import SourceConfig
 from common.data.tokenizers import byte_pair
-from common.data.tokenizers.kept import read_kept
+from common.data.tokenizers.saved import load_saved
 from common.data.tokenizers.sentence_piece import train_model
 from common.errors import UserError
 from common.files import read_json
@@ -277,11 +277,11 @@ def test_a_run_has_its_tokenizer_before_its_first_step(
     folder = tmp_path / "gpt" / rd.TOKENIZER
     with pytest.raises(Stopped):
         train_arm(experiment, "gpt", data, tmp_path, Observer())
-    assert read_kept(folder).content_hash == data.tokenizer.content_hash
+    assert load_saved(folder).content_hash == data.tokenizer.content_hash
     (folder / "spiece.model").write_bytes(b"damaged")
     with pytest.raises(Stopped):  # launched again
         train_arm(experiment, "gpt", data, tmp_path, Observer())
-    assert read_kept(folder).content_hash == data.tokenizer.content_hash
+    assert load_saved(folder).content_hash == data.tokenizer.content_hash
 
 
 @pytest.mark.parametrize(

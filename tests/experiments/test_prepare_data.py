@@ -17,7 +17,7 @@ from rich.console import Console
 from common.config import apply_overrides
 from common.data.tokenized import prepare as module
 from common.data.tokenized.prepared import VARIABLE
-from common.data.tokenizers.kept import kept_files
+from common.data.tokenizers.saved import saved_files
 from common.errors import UserError
 from experiments import cli, registry
 from experiments.config import Experiment
@@ -117,7 +117,7 @@ def test_prepared_data_are_enough_by_themselves(
     experiment = apply_overrides(experiment, [f"data.source.name=jsonl:{raw}/{{split}}.jsonl"])
     if loaded:
         trained = open_data(experiment).tokenizer
-        (raw / "spiece.model").write_bytes(kept_files(trained)["spiece.model"])
+        (raw / "spiece.model").write_bytes(saved_files(trained)["spiece.model"])
         experiment = apply_overrides(experiment, [f"data.tokenizer.path={raw}/spiece.model"])
     here = open_data(experiment)
     expected = here.train.batch(3).fingerprint, here.content_id, here.tokenizer.content_hash

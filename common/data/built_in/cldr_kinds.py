@@ -8,13 +8,13 @@ from typing import Any
 from babel import Locale, dates, lists, numbers, units
 from babel.core import get_global
 
-from common.data.built_in.cldr_pair import PROBES, UNITS, Draw, Pair, plain, separable
+from common.data.built_in.cldr_pair import PLURAL_PROBES, UNITS, Draw, LocalePair, distinct_forms, normalize_spaces
 
 DATE_STYLES = ("full", "long", "medium", "short")
 DATE_SKELETONS = ("yMMMEd", "MMMEd", "MMMMd", "yMMMM", "yQQQQ", "GyMMMd")
 INTERVAL_SKELETONS = ("yMMMd", "yMMMEd", "yMd", "yMMMM", "MMMd")
 TIME_INTERVAL_SKELETONS = ("Hm", "hm")
-ZONES_OF_A_COMMON_METAZONE = 10
+ZONES_PER_COMMON_METAZONE = 10
 """Time zone names come from CLDR's metazones that at least so many time zones share."""
 
 RELATIVE_DAYS = {
@@ -30,22 +30,22 @@ RELATIVE_DAYS = {
 Style = Any
 """A width or style, for which babel has Literal types that tables of them do not keep."""
 
-Text = tuple[str, str, tuple[str, ...]]
+Translation = tuple[str, str, tuple[str, ...]]
 """Source, target and the names in them."""
-Maker = Callable[[Draw], Text | None]
+Maker = Callable[[Draw], Translation | None]
 """A phrase of one kind; None where the draw gives none."""
 
 
-def _nothing(draw: Draw) -> None:
+def _no_phrase(draw: Draw) -> None:
     """The maker of a kind for which a locale has no data."""
 
 
-def _locales(pair: Pair) -> Maker:
+def _locales(pair: LocalePair) -> Maker:
     common = {field: list(table.values()) for field, table in pair.common().items()}
     if not (common["languages"] and common["scripts"] and common["territories"]):
-        return _nothing
+        return _no_phrase
 
-    def make(draw: Draw) -> Text:
+    def make(draw: Draw) -> Translation:
         names = [draw.pick(common["languages"])]
         form = draw.below(4)
         if form in (0, 1):
@@ -58,19 +58,19 @@ def _locales(pair: Pair) -> Maker:
     return make
 
 
-def _lists(pair: Pair) -> Maker:
+def _lists(pair: LocalePair) -> Maker:
     tables = [list(table.values()) for field, table in pair.common().items() if field != "scripts" and table]
-    styles = _shared(("standard", "or"), pair, lambda locale: locale.list_patterns)
+    styles = _keys_in_both(("standard", "or"), pair, lambda locale: locale.list_patterns)
     if not (tables and styles):
-        return _nothing
+        return _no_phrase
 
-    def make(draw: Draw) -> Text | None:
+    def make(draw: Draw) -> Translation | None:
         table, style = draw.pick(tables), draw.pick(styles)
         names = list(dict.fromkeys(draw.pick(table) for _ in range(2 + draw.below(3))))
         if len(names) < 2:
             return None
         texts = [
-            plain(lists.format_list([name[side] for name in names], style, locale))
+            normalize_spaces(lists.format_list([name[side] for name in names], style, locale))
             for side, locale in enumerate(pair.locales)
         ]
         return texts[0], texts[1], tuple(name[0] for name in names)
@@ -78,8 +78,8 @@ def _lists(pair: Pair) -> Maker:
     return make
 
 
-def _dates(pair: Pair) -> Maker:
-    skeletons = _shared(DATE_SKELETONS, pair, lambda locale: locale.datetime_skeletons)
+def _dates(pair: LocalePair) -> Maker:
+    skeletons = _keys_in_both(DATE_SKELETONS, pair, lambda locale: locale.datetime_skeletons)
 
     def render(style: str, day: datetime.date, locale: Locale) -> str:
         if style in DATE_STYLES:
@@ -88,7 +88,7 @@ def _dates(pair: Pair) -> Maker:
 
     styles = _by_month((*DATE_STYLES, *skeletons), lambda style, day: render(style, day, pair.source))
 
-    def make(draw: Draw) -> Text:
+    def make(draw: Draw) -> Translation:
         day = draw.moment().date()
         style = draw.pick(styles[day.month])
         return (*pair.both(lambda locale: render(style, day, locale)), ())
@@ -100,15 +100,15 @@ def _by_month(styles: Iterable[str], render: Callable[[Style, datetime.date], st
     """The styles that can be told apart in each month: "May" is both the long and the short name of one."""
 
     def separate(month: int) -> list[str]:
-        return separable(styles, lambda style, probe: render(style, datetime.date(2001, month, probe)))
+        return distinct_forms(styles, lambda style, probe: render(style, datetime.date(2001, month, probe)))
 
     return {month: separate(month) for month in range(1, 13)}
 
 
-def _times(pair: Pair) -> Maker:
+def _times(pair: LocalePair) -> Maker:
     zones = _common_zones(pair)
 
-    def make(draw: Draw) -> Text:
+    def make(draw: Draw) -> Translation:
         style, zone, moment = draw.pick(("full", "full", "long", "medium", "short")), draw.pick(zones), draw.moment()
         if style == "full":
             return (*pair.both(lambda locale: dates.format_time(moment.replace(tzinfo=zone), style, zone, locale)), ())
@@ -117,7 +117,7 @@ def _times(pair: Pair) -> Maker:
     return make
 
 
-def _datetimes(pair: Pair) -> Maker:
+def _datetimes(pair: LocalePair) -> Maker:
     def render(moment: datetime.datetime, date_style: str, time_style: str, locale: Locale) -> str:
         pattern = str(locale.datetime_formats[date_style]).replace("'", "")
         time = dates.format_time(moment.time(), time_style, locale=locale)
@@ -125,7 +125,7 @@ def _datetimes(pair: Pair) -> Maker:
 
     separate = _by_month(DATE_STYLES, lambda style, day: dates.format_date(day, style, pair.source))
 
-    def make(draw: Draw) -> Text:
+    def make(draw: Draw) -> Translation:
         moment = draw.moment()
         styles = draw.pick(separate[moment.month]), draw.pick(("medium", "short"))
         return (*pair.both(lambda locale: render(moment, *styles, locale)), ())
@@ -133,15 +133,15 @@ def _datetimes(pair: Pair) -> Maker:
     return make
 
 
-def _ranges(pair: Pair) -> Maker:
-    skeletons = _shared(INTERVAL_SKELETONS, pair, lambda locale: locale.interval_formats)
-    time_skeletons = _shared(TIME_INTERVAL_SKELETONS, pair, lambda locale: locale.interval_formats)
+def _ranges(pair: LocalePair) -> Maker:
+    skeletons = _keys_in_both(INTERVAL_SKELETONS, pair, lambda locale: locale.interval_formats)
+    time_skeletons = _keys_in_both(TIME_INTERVAL_SKELETONS, pair, lambda locale: locale.interval_formats)
 
     def between(low: str, high: str, locale: Locale) -> str:
         # babel has no pattern for number ranges; CLDR's general one for intervals is the nearest.
         return locale.interval_formats[None].replace("{0}", low).replace("{1}", high)
 
-    def make(draw: Draw) -> Text | None:
+    def make(draw: Draw) -> Translation | None:
         form, start = draw.pick(("date", "date", "date", "time", "number")), draw.moment()
         if form == "date" and skeletons:
             end = (start + datetime.timedelta(days=1 + draw.number(4))).date()
@@ -166,7 +166,7 @@ def _ranges(pair: Pair) -> Maker:
     return make
 
 
-def _relative(pair: Pair) -> Maker:
+def _relative(pair: LocalePair) -> Maker:
     def render(form: tuple[Style, int, Style], count: int, locale: Locale) -> str:
         unit, sign, width = form
         days = datetime.timedelta(days=RELATIVE_DAYS[unit] * count * sign)
@@ -180,52 +180,52 @@ def _relative(pair: Pair) -> Maker:
             return False
 
     forms = [(unit, sign, width) for width in ("long", "short", "narrow") for unit in RELATIVE_DAYS for sign in (1, -1)]
-    forms = separable(filter(known, forms), lambda form, probe: render(form, probe, pair.source))
+    forms = distinct_forms(filter(known, forms), lambda form, probe: render(form, probe, pair.source))
     if not forms:
-        return _nothing
+        return _no_phrase
     names = pair.unit_names()
 
-    def make(draw: Draw) -> Text:
+    def make(draw: Draw) -> Translation:
         form, count = draw.pick(forms), 1 + draw.number(4)
         return (*pair.both(lambda locale: render(form, count, locale)), (names[f"duration-{form[0]}"],))
 
     return make
 
 
-def _units(pair: Pair) -> Maker:
+def _units(pair: LocalePair) -> Maker:
     def render(form: tuple[str, Style], count: int | Decimal, locale: Locale) -> str:
         return units.format_unit(count, form[0], form[1], locale=locale)
 
     def known(form: tuple[str, Style]) -> bool:
         # Where a locale has no name for a unit, babel writes the unit's identifier.
-        return not any(form[0] in render(form, probe, locale) for locale in pair.locales for probe in PROBES)
+        return not any(form[0] in render(form, probe, locale) for locale in pair.locales for probe in PLURAL_PROBES)
 
     forms = [(unit, width) for width in ("long", "short") for unit in UNITS]
-    forms = separable(filter(known, forms), lambda form, probe: render(form, probe, pair.source))
+    forms = distinct_forms(filter(known, forms), lambda form, probe: render(form, probe, pair.source))
     if not forms:
-        return _nothing
+        return _no_phrase
     names = pair.unit_names()
 
-    def make(draw: Draw) -> Text:
+    def make(draw: Draw) -> Translation:
         form, count = draw.pick(forms), Decimal(draw.number(5)).scaleb(-draw.pick((0, 0, 1, 2)))
         return (*pair.both(lambda locale: render(form, count, locale)), (names[form[0]],))
 
     return make
 
 
-def _currencies(pair: Pair) -> Maker:
+def _currencies(pair: LocalePair) -> Maker:
     def render(form: tuple[str, Style], amount: int | Decimal, locale: Locale) -> str:
         return numbers.format_currency(amount, form[0], locale=locale, format_type=form[1])
 
     codes = pair.common()["currencies"]
     if not codes:
-        return _nothing
-    forms = separable(
+        return _no_phrase
+    forms = distinct_forms(
         [(code, style) for style in ("standard", "name") for code in codes],
         lambda form, probe: render(form, probe, pair.source),
     )
 
-    def make(draw: Draw) -> Text:
+    def make(draw: Draw) -> Translation:
         form, amount = draw.pick(forms), Decimal(draw.number(7)).scaleb(-2)
         if not numbers.get_currency_precision(form[0]):
             amount = amount.to_integral_value()
@@ -235,14 +235,14 @@ def _currencies(pair: Pair) -> Maker:
     return make
 
 
-def _compact(pair: Pair) -> Maker:
-    styles = _shared(("short", "long"), pair, lambda locale: locale.compact_decimal_formats)
-    codes = separable(
+def _compact(pair: LocalePair) -> Maker:
+    styles = _keys_in_both(("short", "long"), pair, lambda locale: locale.compact_decimal_formats)
+    codes = distinct_forms(
         pair.common()["currencies"] or ["USD"],
         lambda code, probe: numbers.format_currency(probe, code, locale=pair.source),
     )
 
-    def make(draw: Draw) -> Text:
+    def make(draw: Draw) -> Translation:
         # At most four significant digits, so that the source shows all that the target does.
         number = Decimal(11 + draw.number(4)).scaleb(2 + draw.below(9))
         style = draw.pick(styles)
@@ -258,8 +258,8 @@ def _compact(pair: Pair) -> Maker:
     return make
 
 
-def _numbers(pair: Pair) -> Maker:
-    def make(draw: Draw) -> Text:
+def _numbers(pair: LocalePair) -> Maker:
+    def make(draw: Draw) -> Translation:
         number = Decimal(draw.number(8)).scaleb(-draw.below(4)) * draw.pick((1, 1, 1, -1)) + 0  # never -0
         form = draw.pick(("decimal", "decimal", "percent", "scientific"))
         share = number.quantize(Decimal("0.1")) / 1000 + 0
@@ -292,7 +292,7 @@ class _Zone(datetime.tzinfo):
         return self.key
 
 
-def _common_zones(pair: Pair) -> list[_Zone]:
+def _common_zones(pair: LocalePair) -> list[_Zone]:
     """Standard and summer time of the metazones that many zones share and that both locales name."""
     members: dict[str, list[str]] = {}
     for key, metazone in sorted(get_global("meta_zones").items()):
@@ -304,18 +304,18 @@ def _common_zones(pair: Pair) -> list[_Zone]:
     return [
         _Zone(keys[0], summer=variant == "daylight")
         for metazone, keys in sorted(members.items())
-        if len(keys) >= ZONES_OF_A_COMMON_METAZONE
+        if len(keys) >= ZONES_PER_COMMON_METAZONE
         for variant in ("standard", "daylight")
         if named(metazone, variant)
     ] or [_Zone("Etc/UTC", summer=False)]
 
 
-def _shared(keys: Iterable[str], pair: Pair, table: Callable[[Locale], Any]) -> list[Style]:
+def _keys_in_both(keys: Iterable[str], pair: LocalePair, table: Callable[[Locale], Any]) -> list[Style]:
     """Those of `keys` that both locales' tables have."""
     return [key for key in keys if all(key in table(locale) for locale in pair.locales)]
 
 
-MAKERS: dict[str, Callable[[Pair], Maker]] = {
+MAKERS: dict[str, Callable[[LocalePair], Maker]] = {
     "locale": _locales,
     "list": _lists,
     "date": _dates,

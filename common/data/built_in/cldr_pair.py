@@ -38,7 +38,7 @@ UNITS = (
     "pressure-hectopascal angle-degree"
 ).split()
 
-PROBES = (1, 2, 5)
+PLURAL_PROBES = (1, 2, 5)
 """Numbers that tell plural forms apart."""
 
 SPACES = str.maketrans(dict.fromkeys("\u00a0\u2007\u2009\u202f", " "))
@@ -76,7 +76,7 @@ class Draw:
         return start + datetime.timedelta(days=self.below(days), seconds=self.below(86_400))
 
 
-class Pair:
+class LocalePair:
     """Two locales and the tables that several kinds share."""
 
     def __init__(self, source: str, target: str):
@@ -89,10 +89,13 @@ class Pair:
     def _names(self, field: str) -> dict[str, tuple[str, str]]:
         """Code -> its name in both locales, for the codes that both name."""
         source, target = getattr(self.source, field), getattr(self.target, field)
-        return {code: (plain(source[code]), plain(target[code])) for code in sorted(source.keys() & target.keys())}
+        return {
+            code: (normalize_spaces(source[code]), normalize_spaces(target[code]))
+            for code in sorted(source.keys() & target.keys())
+        }
 
     def both(self, render: Callable[[Locale], str]) -> tuple[str, str]:
-        return plain(render(self.source)), plain(render(self.target))
+        return normalize_spaces(render(self.source)), normalize_spaces(render(self.target))
 
     def common(self) -> dict[str, dict[str, tuple[str, str]]]:
         """The names in common use: field -> code -> name in both locales."""
@@ -112,19 +115,19 @@ class Pair:
         }
 
     def unit_names(self) -> dict[str, str]:
-        return {unit: plain(units.get_unit_name(unit, "long", self.source) or unit) for unit in UNITS}
+        return {unit: normalize_spaces(units.get_unit_name(unit, "long", self.source) or unit) for unit in UNITS}
 
 
-def plain(text: str) -> str:
+def normalize_spaces(text: str) -> str:
     """`text` with every kind of blank as one ordinary space.
 
-    >>> plain("5\\u202f000\\xa0€")
+    >>> normalize_spaces("5\\u202f000\\xa0€")
     '5 000 €'
     """
     return " ".join(text.translate(SPACES).split())
 
 
-def separable(forms: Iterable[Item], render: Callable[[Item, int], str]) -> list[Item]:
+def distinct_forms(forms: Iterable[Item], render: Callable[[Item, int], str]) -> list[Item]:
     """Those forms whose source texts cannot be taken for an earlier form's; judged by a few probes.
 
     English writes "5m" for metres and for minutes: the second of them has to go, since a source has one target.
@@ -132,7 +135,7 @@ def separable(forms: Iterable[Item], render: Callable[[Item, int], str]) -> list
     kept: list[Item] = []
     seen: set[str] = set()
     for form in forms:
-        texts = {plain(render(form, probe)) for probe in PROBES}
+        texts = {normalize_spaces(render(form, probe)) for probe in PLURAL_PROBES}
         if not texts & seen:
             kept.append(form)
         seen |= texts

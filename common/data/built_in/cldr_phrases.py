@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from common.data.built_in.cldr_kinds import MAKERS, Maker
-from common.data.built_in.cldr_pair import Draw, Pair
+from common.data.built_in.cldr_pair import Draw, LocalePair
 
 MIX: dict[str, int] = {
     "name": 2_000,
@@ -55,11 +55,11 @@ def phrases(
 
     A source that two values translate differently is dropped, except that among plain names the first table wins.
     """
-    pair = Pair(source, target)
-    found = {phrase.source: phrase for phrase in _plain_names(pair)[: _wanted("name", limit)]}
+    pair = LocalePair(source, target)
+    found = {phrase.source: phrase for phrase in _plain_names(pair)[: _phrases_wanted("name", limit)]}
     ambiguous = set()
     for kind, make in MAKERS.items():
-        for phrase in _drawn(kind, make(pair), _wanted(kind, limit)):
+        for phrase in _draw_phrases(kind, make(pair), _phrases_wanted(kind, limit)):
             tick()
             known = found.setdefault(phrase.source, phrase)
             if known.target != phrase.target:
@@ -67,7 +67,7 @@ def phrases(
     return [phrase for text, phrase in found.items() if text not in ambiguous]
 
 
-def _drawn(kind: str, make: Maker, wanted: int) -> Iterator[Phrase]:
+def _draw_phrases(kind: str, make: Maker, wanted: int) -> Iterator[Phrase]:
     """`wanted` phrases of distinct sources, and whatever else was said of the same sources on the way."""
     seen: set[str] = set()
     for index in range(DRAWS_PER_PHRASE * wanted):
@@ -86,7 +86,7 @@ def withheld_names(source: str, target: str) -> frozenset[str]:
 
     Common names and the long tail are judged apart, so that the unseen names include some that occur in many phrases.
     """
-    pair = Pair(source, target)
+    pair = LocalePair(source, target)
     groups = [[names[0] for names in table.values()] for field, table in pair.common().items() if field != "scripts"]
     rest = {names[0] for table in _name_tables(pair) for names in table.values()}
     groups.append(sorted(rest.difference(*groups)))
@@ -98,11 +98,11 @@ def withheld_names(source: str, target: str) -> frozenset[str]:
     return frozenset(withheld)
 
 
-def _name_tables(pair: Pair) -> tuple[dict[str, tuple[str, str]], ...]:
+def _name_tables(pair: LocalePair) -> tuple[dict[str, tuple[str, str]], ...]:
     return pair.territories, pair.languages, pair.scripts, pair.currencies
 
 
-def _plain_names(pair: Pair) -> list[Phrase]:
+def _plain_names(pair: LocalePair) -> list[Phrase]:
     """Every name that both locales have, in an order that mixes the kinds of name."""
     found: dict[str, Phrase] = {}
     for table in _name_tables(pair):
@@ -111,7 +111,7 @@ def _plain_names(pair: Pair) -> list[Phrase]:
     return sorted(found.values(), key=lambda phrase: _rank(phrase.source))
 
 
-def _wanted(kind: str, limit: int | None) -> int:
+def _phrases_wanted(kind: str, limit: int | None) -> int:
     return MIX[kind] if limit is None else min(limit, MIX[kind])
 
 

@@ -11,7 +11,14 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from common.data.built_in.pydocs_text import DATA_SHARE, LEFT_OUT, Document, documents, modules, standard_library
+from common.data.built_in.pydocs_text import (
+    DATA_SHARE,
+    SKIPPED_PACKAGES,
+    Document,
+    documents,
+    modules,
+    standard_library,
+)
 from common.data.built_in.shares import SPLIT_PER_MILLE, split_by_hash
 from common.data.built_in.tfds_builders import one_bar
 from common.data.cache import build_once
@@ -59,7 +66,7 @@ class Pydocs(tfds.core.GeneratorBasedBuilder):
 
 def maker_version(limit: int | None = None) -> str:
     """What the documents depend on: this builder, the Python that runs, and which of its files are read."""
-    rules = hashlib.blake2b(repr((sorted(LEFT_OUT), DATA_SHARE, limit)).encode(), digest_size=4).hexdigest()
+    rules = hashlib.blake2b(repr((sorted(SKIPPED_PACKAGES), DATA_SHARE, limit)).encode(), digest_size=4).hexdigest()
     return f"{Pydocs.VERSION}-{platform.python_implementation().lower()}-{platform.python_version()}-rules-{rules}"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import NamedTuple
 
-LEFT_OUT = frozenset("antigravity encodings idlelib lib2to3 pydoc_data test this turtledemo".split())
+SKIPPED_PACKAGES = frozenset("antigravity encodings idlelib lib2to3 pydoc_data test this turtledemo".split())
 """Packages that are tables, tests or demonstrations; the topics inside `pydoc_data` are documents of their own."""
 TESTS = frozenset(("test", "tests", "idle_test"))
 DATA_SHARE = 0.5
@@ -58,7 +58,7 @@ def documents(limit: int | None = None, tick: Callable[[], object] = lambda: Non
         except (OSError, ValueError, SyntaxError):  # a UnicodeDecodeError is a ValueError
             unreadable += 1
             continue
-        found += of_module(module, text, tree)
+        found += module_documents(module, text, tree)
     return Documents(found, unreadable)
 
 
@@ -72,13 +72,13 @@ def modules(folder: Path) -> Iterator[tuple[str, Path]]:
     named = {}
     for path in folder.rglob("*.py"):
         parts = path.relative_to(folder).with_suffix("").parts
-        wanted = parts[0] in sys.stdlib_module_names and parts[0] not in LEFT_OUT and TESTS.isdisjoint(parts)
+        wanted = parts[0] in sys.stdlib_module_names and parts[0] not in SKIPPED_PACKAGES and TESTS.isdisjoint(parts)
         if wanted:
             named[".".join(parts).removesuffix(".__init__")] = path
     yield from sorted(named.items())
 
 
-def of_module(module: str, text: str, tree: ast.Module) -> Iterator[Document]:
+def module_documents(module: str, text: str, tree: ast.Module) -> Iterator[Document]:
     """A module's docstrings, where it has any, and its source text, where it is mostly text."""
     family = module.partition(".")[0]
     sections = [f"{heading}\n\n{doc}" for heading, doc in docstrings(tree, module)]

@@ -28,7 +28,7 @@ PARSER_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class TableSource:
+class CorpusSource:
     """Records that are in memory."""
 
     content_id: str
@@ -56,7 +56,7 @@ def corpora() -> dict[str, Corpus]:
     return dict(CORPORA)
 
 
-def open_corpus(name: str, split: str, fields: dict[str, str]) -> TableSource:
+def open_corpus(name: str, split: str, fields: dict[str, str]) -> CorpusSource:
     """One split of a corpus, or a slice of one.
 
     Args:
@@ -72,9 +72,9 @@ def open_corpus(name: str, split: str, fields: dict[str, str]) -> TableSource:
     base, start, stop = parse_split(split)
     if base not in corpus.splits:
         raise UserError(f"corpus:{name} has no split {base!r}; {nearest(base, corpus.splits)}")
-    paths = {file: _path(name, file) for file in corpus.splits[base]}
+    paths = {file: _corpus_file(name, file) for file in corpus.splits[base]}
     stamps = tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths.values())
-    rows, digest = _table(name, base, stamps)
+    rows, digest = _split_records(name, base, stamps)
     known = rows[0] if rows else corpus.fields
     for ours, theirs in fields.items():
         if theirs not in known:
@@ -82,7 +82,7 @@ def open_corpus(name: str, split: str, fields: dict[str, str]) -> TableSource:
     low, high = slice_bounds(start, stop, len(rows))
     reading = ",".join(f"{ours}={theirs}" for ours, theirs in fields.items() if ours != "group")
     content_id = f"corpus:{name}:{split}:{reading}:blake2b-{digest}-parser-{PARSER_VERSION}"
-    return TableSource(content_id=content_id, rows=rows[low:high], fields=fields)
+    return CorpusSource(content_id=content_id, rows=rows[low:high], fields=fields)
 
 
 def data_folder() -> Path:
@@ -93,7 +93,7 @@ def data_folder() -> Path:
     return user_path(named)
 
 
-def _path(name: str, file: str) -> Path:
+def _corpus_file(name: str, file: str) -> Path:
     path = data_folder() / file.partition("!")[0]
     if not path.is_file():
         raise UserError(f"corpus:{name}: there is no file {path}; set {FOLDER_VARIABLE} to the folder of corpora")
@@ -101,9 +101,9 @@ def _path(name: str, file: str) -> Path:
 
 
 @functools.lru_cache(maxsize=16)
-def _table(name: str, split: str, stamps: tuple[tuple[Path, int, int], ...]) -> tuple[list[Record], str]:
+def _split_records(name: str, split: str, stamps: tuple[tuple[Path, int, int], ...]) -> tuple[list[Record], str]:
     """A split's records and a hash of all that they are made of; `stamps` tell a changed file from the same one."""
-    rows, digest = _parsed(name, CORPORA[name].splits[split], stamps)
+    rows, digest = _parse_files(name, CORPORA[name].splits[split], stamps)
     if (divide := CORPORA[name].divide) is None:
         return rows, digest
 
@@ -119,14 +119,14 @@ def _table(name: str, split: str, stamps: tuple[tuple[Path, int, int], ...]) -> 
 
 
 @functools.lru_cache(maxsize=4)
-def _parsed(name: str, files: tuple[str, ...], stamps: tuple) -> tuple[list[Record], str]:
+def _parse_files(name: str, files: tuple[str, ...], stamps: tuple) -> tuple[list[Record], str]:
     """All records of some files, and a hash of the files' bytes as they are stored."""
     digest, contents = hashlib.blake2b(digest_size=16), []
     for file, (path, _, _) in zip(files, stamps, strict=True):
         packed = path.read_bytes()
         digest.update(len(packed).to_bytes(8, "little") + packed)
         try:
-            contents.append(_unpacked(packed, path.suffix, file.partition("!")[2]))
+            contents.append(_unpack(packed, path.suffix, file.partition("!")[2]))
         except (*UNPACKING_ERRORS, ValueError, tarfile.TarError, KeyError) as error:
             raise UserError(f"corpus:{name}: {path} cannot be unpacked ({error})") from error
     try:
@@ -136,7 +136,7 @@ def _parsed(name: str, files: tuple[str, ...], stamps: tuple) -> tuple[list[Reco
         raise UserError(f"corpus:{name}: {shown} cannot be read: {error}") from error
 
 
-def _unpacked(packed: bytes, suffix: str, member: str) -> bytes:
+def _unpack(packed: bytes, suffix: str, member: str) -> bytes:
     """The bytes of a compressed file, or of a member of a compressed archive."""
     content = b"".join(UNPACKERS[suffix](io.BytesIO(packed)))
     if not member:

@@ -7,7 +7,7 @@ ValueError that says in which line; whoever opened the files adds their names.
 import re
 from collections.abc import Sequence
 
-from common.data.sources.records import Record, Unusable, number_text
+from common.data.sources.records import Record, UnusableRecord, number_text
 from common.json_text import parse_json
 
 SPEECHES_A_DOCUMENT = 100
@@ -22,14 +22,14 @@ def json_lines(files: Sequence[bytes], fields: Sequence[str]) -> list[Record]:
     [{'q': 'is it?', 'a': 'True'}]
     """
     found = []
-    for number, line in _numbered(files):
+    for number, line in _numbered_lines(files):
         try:
             record = parse_json(line, finite=False)
         except ValueError as error:
             raise ValueError(f"line {number} is not JSON ({error})") from error
         if not isinstance(record, dict):
             raise ValueError(f"line {number} is not a JSON object")
-        found.append({field: _text(record[field], field, number) for field in fields if field in record})
+        found.append({field: _value_text(record[field], field, number) for field in fields if field in record})
     if any(row.keys() != found[0].keys() for row in found):
         raise ValueError(f"some records lack one of {', '.join(fields)}")
     return found
@@ -42,7 +42,7 @@ def columns(files: Sequence[bytes], fields: Sequence[str]) -> list[Record]:
     [{'inputs': 'jump', 'targets': 'JUMP'}]
     """
     found = []
-    for number, line in _numbered(files):
+    for number, line in _numbered_lines(files):
         cells = line.split("\t")
         if len(cells) != len(fields):
             raise ValueError(f"line {number} has {len(cells)} columns, not {len(fields)}")
@@ -69,7 +69,7 @@ def commands(files: Sequence[bytes], fields: Sequence[str]) -> list[Record]:
     [{'inputs': 'jump twice', 'targets': 'I_JUMP I_JUMP'}]
     """
     found = []
-    for number, line in _numbered(files):
+    for number, line in _numbered_lines(files):
         match = re.fullmatch(r"IN: (.+) OUT: (.+)", line)
         if not match:
             raise ValueError(f"line {number} is not 'IN: ... OUT: ...'")
@@ -137,16 +137,16 @@ def _lines(file: bytes) -> list[str]:
     return file.decode("utf-8").removesuffix("\n").split("\n") if file else []
 
 
-def _numbered(files: Sequence[bytes]) -> list[tuple[int, str]]:
+def _numbered_lines(files: Sequence[bytes]) -> list[tuple[int, str]]:
     return [numbered for file in files for numbered in enumerate(_lines(file), 1)]
 
 
-def _text(value: object, field: str, number: int) -> str:
+def _value_text(value: object, field: str, number: int) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, int | float):
         try:
             return number_text(value)
-        except Unusable as error:
+        except UnusableRecord as error:
             raise ValueError(f"line {number}: field {field!r}: {error}") from None
     raise ValueError(f"line {number}: field {field!r} must be text, not {type(value).__name__}")

@@ -7,7 +7,7 @@ files do not have themselves are made by `divide`.
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from common.data.corpora import parsers as parsers
+from common.data.corpora import parsers
 from common.data.corpora.recurring import split_by_source
 from common.data.sources.records import Record
 
@@ -29,21 +29,21 @@ class Corpus:
     """The split of every record, where all splits are in the same files."""
 
 
-def in_order(rows: Sequence[Record]) -> list[str]:
+def divide_in_order(rows: Sequence[Record]) -> list[str]:
     """90 % train, then 5 % validation and 5 % test: parts of one long text must not alternate between splits.
 
-    >>> [in_order([{}] * 40).count(split) for split in ("train", "validation", "test")]
+    >>> [divide_in_order([{}] * 40).count(split) for split in ("train", "validation", "test")]
     [36, 2, 2]
     """
     held_out = round(0.05 * len(rows))
     return ["train"] * (len(rows) - 2 * held_out) + ["validation"] * held_out + ["test"] * held_out
 
 
-def _whole(file: str) -> dict[str, tuple[str, ...]]:
+def _all_splits_in(file: str) -> dict[str, tuple[str, ...]]:
     return dict.fromkeys(("train", "validation", "test"), (file,))
 
 
-def _one(**files: str) -> dict[str, tuple[str, ...]]:
+def _one_file_each(**files: str) -> dict[str, tuple[str, ...]]:
     return {split: (file,) for split, file in files.items()}
 
 
@@ -67,36 +67,36 @@ HELPFUL = ("base", "online", "rejection-sampled")
 CORPORA: dict[str, Corpus] = {
     "books": Corpus(
         splits={"train": tuple(f"lm_books/train-{shard:02}.jsonl.bz2" for shard in range(5))}
-        | _one(validation="lm_books/valid.jsonl.bz2", test="lm_books/test.jsonl.bz2"),
+        | _one_file_each(validation="lm_books/valid.jsonl.bz2", test="lm_books/test.jsonl.bz2"),
         parse=parsers.json_lines,
         fields=("text", "author", "title", "year"),
         origin="mlschmitt/classic-books-markdown",
         licence="all titles from the public domain",
     ),
     "c4_sample": Corpus(
-        splits=_one(train="lm_small/c4_train_min.jsonl.xz", validation="lm_small/c4_validation_min.jsonl.xz"),
+        splits=_one_file_each(train="lm_small/c4_train_min.jsonl.xz", validation="lm_small/c4_validation_min.jsonl.xz"),
         parse=parsers.json_lines,
         fields=("text",),
         origin="MaxText's test assets",
         licence="unstated",
     ),
     "wikitext2": Corpus(
-        splits=_one(validation="lm_small/wikitext2_valid.raw.xz", test="lm_small/wikitext2_test.raw.xz"),
+        splits=_one_file_each(validation="lm_small/wikitext2_valid.raw.xz", test="lm_small/wikitext2_test.raw.xz"),
         parse=parsers.articles,
         fields=("text",),
         origin="WikiText-2 raw, from OpenNMT-py",
         licence="unstated",
     ),
     "tinyshakespeare": Corpus(
-        splits=_whole("lm_small/tinyshakespeare.txt.xz"),
+        splits=_all_splits_in("lm_small/tinyshakespeare.txt.xz"),
         parse=parsers.speeches,
         fields=("text",),
         origin="char-rnn",
         licence="unstated",
-        divide=in_order,
+        divide=divide_in_order,
     ),
     "lambada": Corpus(
-        splits=_one(test="lm_small/lambada_test.jsonl.xz"),
+        splits=_one_file_each(test="lm_small/lambada_test.jsonl.xz"),
         parse=parsers.last_words,
         fields=("text", "context", "last_word"),
         origin="the inverse-scaling pipeline",
@@ -113,14 +113,14 @@ CORPORA: dict[str, Corpus] = {
         licence="unstated",
     ),
     "cogs": Corpus(
-        splits=_one(train=f"{COGS}train.tsv", validation=f"{COGS}dev.tsv", test=f"{COGS}test.tsv"),
+        splits=_one_file_each(train=f"{COGS}train.tsv", validation=f"{COGS}dev.tsv", test=f"{COGS}test.tsv"),
         parse=parsers.columns,
         fields=("inputs", "targets", "kind"),
         origin="COGS, from COGS/ReCOGS; the files lack its generalization split",
         licence="MIT",
     ),
     "cogs/variable_free": Corpus(
-        splits=_one(
+        splits=_one_file_each(
             train=f"{COGS}variable_free/train.tsv",
             validation=f"{COGS}variable_free/dev.tsv",
             test=f"{COGS}variable_free/test.tsv",
@@ -132,14 +132,14 @@ CORPORA: dict[str, Corpus] = {
         licence="MIT",
     ),
     "gsm8k": Corpus(
-        splits=_one(train="tasks/gsm8k.train.jsonl.xz", test="tasks/gsm8k.test.jsonl.xz"),
+        splits=_one_file_each(train="tasks/gsm8k.train.jsonl.xz", test="tasks/gsm8k.test.jsonl.xz"),
         parse=parsers.json_lines,
         fields=("question", "answer"),
         origin="GSM8K",
         licence="MIT",
     ),
     "rte": Corpus(
-        splits=_one(
+        splits=_one_file_each(
             train="tasks/rte.train.jsonl.xz", validation="tasks/rte.val.jsonl.xz", test="tasks/rte.test.jsonl.xz"
         ),
         parse=parsers.json_lines,
@@ -148,14 +148,16 @@ CORPORA: dict[str, Corpus] = {
         licence="unstated",
     ),
     "sst2": Corpus(
-        splits=_one(train="tasks/sst2.train.tsv.xz", validation="tasks/sst2.dev.tsv.xz", test="tasks/sst2.test.tsv.xz"),
+        splits=_one_file_each(
+            train="tasks/sst2.train.tsv.xz", validation="tasks/sst2.dev.tsv.xz", test="tasks/sst2.test.tsv.xz"
+        ),
         parse=parsers.columns,
         fields=("sentence", "label"),
         origin="SST-2, whole sentences only",
         licence="unstated",
     ),
     "cola": Corpus(
-        splits=_one(
+        splits=_one_file_each(
             train="tasks/cola.in_domain_train.tsv.xz",
             validation="tasks/cola.in_domain_dev.tsv.xz",
             validation_out_of_domain="tasks/cola.out_of_domain_dev.tsv.xz",
@@ -166,14 +168,14 @@ CORPORA: dict[str, Corpus] = {
         licence="unstated",
     ),
     "boolq": Corpus(
-        splits=_one(validation="tasks/boolq.dev.jsonl.xz"),
+        splits=_one_file_each(validation="tasks/boolq.dev.jsonl.xz"),
         parse=parsers.json_lines,
         fields=("passage", "question", "answer", "title"),
         origin="BoolQ",
         licence="unstated",
     ),
     "t0": Corpus(
-        splits=_whole("tasks/t0_p3_50k.jsonl.xz"),
+        splits=_all_splits_in("tasks/t0_p3_50k.jsonl.xz"),
         parse=parsers.json_lines,
         fields=("inputs", "targets", "template"),
         origin="T0's training mixture, from P3",
@@ -193,7 +195,7 @@ CORPORA |= {
 }
 CORPORA |= {
     f"listops/{name}": Corpus(
-        splits=_one(test=f"synthetic/listops_test_{name}.tsv.xz"),
+        splits=_one_file_each(test=f"synthetic/listops_test_{name}.tsv.xz"),
         parse=parsers.columns,
         fields=("targets", "inputs"),
         origin="ListOps, from spinn",
@@ -203,7 +205,7 @@ CORPORA |= {
 }
 CORPORA |= {
     f"xquad/{language}": Corpus(
-        splits=_one(validation=f"tasks/xquad.{language}.json.xz"),
+        splits=_one_file_each(validation=f"tasks/xquad.{language}.json.xz"),
         parse=parsers.questions,
         fields=("context", "question", "answer", "id"),
         origin="XQuAD",
@@ -213,7 +215,7 @@ CORPORA |= {
 }
 CORPORA |= {
     f"hh/helpful_{kind.replace('-', '_')}": Corpus(
-        splits=_one(test=f"preference/hh-rlhf.helpful-{kind}.test.jsonl.xz"),
+        splits=_one_file_each(test=f"preference/hh-rlhf.helpful-{kind}.test.jsonl.xz"),
         parse=parsers.json_lines,
         fields=("chosen", "rejected"),
         origin="HH-RLHF",

@@ -26,9 +26,18 @@ from common.data.cache import locked
 from common.data.corpora.by_name import open_corpus
 from common.data.sources.config import SourceConfig
 from common.data.sources.divided import open_divided
-from common.data.sources.file_sources import open_files, open_parallel, reading
+from common.data.sources.file_sources import fields_id, open_files, open_parallel
 from common.data.sources.files import ONLY_SPLIT
-from common.data.sources.records import ByNumber, Problem, Record, Source, Unusable, check_range, first_line, pick
+from common.data.sources.records import (
+    Problem,
+    Record,
+    Source,
+    SourceBase,
+    UnusableRecord,
+    check_range,
+    first_line,
+    pick_fields,
+)
 from common.data.sources.templates import TemplatedSource
 from common.errors import UserError, nearest
 
@@ -40,13 +49,13 @@ def open_source(config: SourceConfig, split: str, cache_dir: Path) -> Source:
     """Opens one split, building, downloading, fetching, unpacking and indexing what is missing.
 
     Raises UserError, naming the nearest valid choice, for an unknown data set, split or field, and for a file that is
-    missing or of another format. A record that cannot be used is no such mistake: reading it gives a Problem.
+    missing or of another format. A record that cannot be used is no such mistake: fields_id it gives a Problem.
     """
     if config.held_out is None:
         source = open_fields(config.name, config.fields(), split, cache_dir, config.header)
     else:
         whole = open_fields(config.name, config.fields(), ONLY_SPLIT, cache_dir, config.header)
-        source = open_divided(whole, split, config.held_out, config.divided_by(), cache_dir)
+        source = open_divided(whole, split, config.held_out, config.hashed_fields(), cache_dir)
     return TemplatedSource(source, config.templates) if config.templates else source
 
 
@@ -82,7 +91,7 @@ def downloaded(name: str) -> bool:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class TfdsSource(ByNumber):
+class TfdsSource(SourceBase):
     """One split of a prepared TFDS data set."""
 
     content_id: str
@@ -97,12 +106,12 @@ class TfdsSource(ByNumber):
     def read(self, indices: Sequence[int]) -> list[Record | Problem]:
         check_range(indices, len(self))
         found = self.records.__getitems__(list(indices)) if len(indices) else []
-        return [self._read(record, index) for record, index in zip(found, indices, strict=True)]
+        return [self._pick(record, index) for record, index in zip(found, indices, strict=True)]
 
-    def _read(self, record: dict[str, Any], index: int) -> Record | Problem:
+    def _pick(self, record: dict[str, Any], index: int) -> Record | Problem:
         try:
-            return pick(record, self.fields)
-        except Unusable as error:
+            return pick_fields(record, self.fields)
+        except UnusableRecord as error:
             return Problem(where=f"{self.content_id} record {index}", what=str(error))
 
 
@@ -118,13 +127,13 @@ def _open_tfds(name: str, split: str, fields: dict[str, str], cache_dir: Path) -
 
         builder, made_by = pydocs.pydocs_builder(cache_dir), f"+{pydocs.maker_version()}"
     else:
-        builder, made_by = _prepared(name, Path(os.environ.get(TFDS_FOLDER) or cache_dir / "tfds")), ""
+        builder, made_by = _prepared_builder(name, Path(os.environ.get(TFDS_FOLDER) or cache_dir / "tfds")), ""
     if version and not builder.version.match(version):
         raise UserError(f"tfds:{name} is made here, in version {builder.version} alone; leave out {':' + version!r}")
     return tfds_source(builder, split, fields, made_by)
 
 
-def _has(features: Any, path: str) -> bool:
+def _may_have_path(features: Any, path: str) -> bool:
     """Whether a path may lead to something; only the records show how long their lists are."""
     if path in features:
         return True
@@ -138,12 +147,12 @@ def _has(features: Any, path: str) -> bool:
     return True
 
 
-def _names(features: Any) -> list[str]:
-    """The paths of all fields, without places in lists."""
+def _feature_paths(features: Any) -> list[str]:
+    """The field_paths of all fields, without places in lists."""
     names = []
     for name, feature in features.items():
         inside = getattr(feature, "feature", feature)
-        names += [f"{name}.{below}" for below in _names(inside)] if hasattr(inside, "keys") else [name]
+        names += [f"{name}.{below}" for below in _feature_paths(inside)] if hasattr(inside, "keys") else [name]
     return names
 
 
@@ -158,8 +167,8 @@ def tfds_source(builder: Any, split: str, fields: dict[str, str], made_by: str =
     """
     info = builder.info
     for ours, theirs in fields.items():
-        if not _has(info.features, theirs):
-            hint = nearest(theirs, _names(info.features))
+        if not _may_have_path(info.features, theirs):
+            hint = nearest(theirs, _feature_paths(info.features))
             raise UserError(f"source.{ours}: {info.full_name} has no field {theirs!r}; {hint}")
     base = re.split(r"[\[+]", split)[0]
     if base not in info.splits:
@@ -175,17 +184,17 @@ def tfds_source(builder: Any, split: str, fields: dict[str, str], made_by: str =
         raise UserError(f"{info.full_name}: split {split!r} cannot be read ({first_line(error)})") from error
     size = f"{info.splits[base].num_examples} records"
     return TfdsSource(
-        content_id=f"tfds:{info.full_name}{made_by}:{split}:{reading(fields)}:{size}", records=records, fields=fields
+        content_id=f"tfds:{info.full_name}{made_by}:{split}:{fields_id(fields)}:{size}", records=records, fields=fields
     )
 
 
-def _prepared(name: str, data_dir: Path) -> Any:
+def _prepared_builder(name: str, data_dir: Path) -> Any:
     """The builder of a data set under `data_dir`, downloaded where it is not there yet."""
     import tensorflow_datasets as tfds
 
     how = (
         f"prepare it where TensorFlow and a network are: tfds build {name} --file_format=array_record "
-        f"--data_dir={data_dir} (reading it takes no TensorFlow)"
+        f"--data_dir={data_dir} (fields_id it takes no TensorFlow)"
     )
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")

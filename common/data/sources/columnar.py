@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.data.sources.indexes import Built, Index, file_digest, open_index, write_starts
+from common.data.sources.indexes import Index, IndexResult, file_digest, open_index, write_integers
 from common.data.sources.packed_files import PlainFile
 from common.data.sources.records import Problem, first_line
 from common.errors import UserError
@@ -49,19 +49,19 @@ class ParquetFile:
         for group, members in itertools.groupby(zip(groups, places, strict=True), key=lambda pair: pair[0]):
             rows = [place for _, place in members]
             try:
-                table = _decoded(_Version(self.path, self.index.folder, os.getpid()), group, self.wanted)
+                table = _row_group(_FileVersion(self.path, self.index.folder, os.getpid()), group, self.wanted)
             except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's errors are all three
                 if isinstance(error, OSError) and error.errno:  # a disk or a network, not the file
                     raise
                 what = f"its row group cannot be read ({first_line(error)})"
                 found += [Problem(where=self.where(row), what=what) for row in rows]
             else:
-                found += [self._row(table, row, int(starts[group])) for row in rows]
+                found += [self._record(table, row, int(starts[group])) for row in rows]
         return found
 
-    def _row(self, table: Any, row: int, first: int) -> dict[str, Any] | Problem:
+    def _record(self, table: Any, row: int, first: int) -> dict[str, Any] | Problem:
         try:
-            return {name: _plain(table[name][row - first].as_py()) for name in self.wanted}
+            return {name: _json_value(table[name][row - first].as_py()) for name in self.wanted}
         except UnicodeDecodeError as error:
             return Problem(where=self.where(row), what=f"byte {error.start + 1} of a field is not UTF-8")
         except ValueError as error:  # two fields of a struct may have one name
@@ -70,23 +70,23 @@ class ParquetFile:
 
 def open_parquet(file: PlainFile, fields: Mapping[str, str], cache_dir: Path) -> ParquetFile:
     """Raises UserError where `file` is not a whole Parquet file."""
-    index = open_index("parquet", file, cache_dir, _index)
+    index = open_index("parquet", file, cache_dir, _index_parquet)
     asked = {name for theirs in fields.values() for name in (theirs, theirs.split(".")[0])}
     wanted = tuple(name for name in dict.fromkeys(index.columns) if name in asked)
     return ParquetFile(shown=file.shown, path=file.path, index=index, wanted=wanted)
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     """A value as JSON has it; pyarrow gives maps as lists of pairs."""
     if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
+        return {name: _json_value(inner) for name, inner in value.items()}
     if isinstance(value, list):
         pairs = bool(value) and isinstance(value[0], tuple)
-        return {name: _plain(inner) for name, inner in value} if pairs else [_plain(inner) for inner in value]
+        return {name: _json_value(inner) for name, inner in value} if pairs else [_json_value(inner) for inner in value]
     return value
 
 
-def _index(file: PlainFile, starts: Path) -> Built:
+def _index_parquet(file: PlainFile, starts: Path) -> IndexResult:
     import pyarrow.parquet
 
     try:
@@ -95,11 +95,11 @@ def _index(file: PlainFile, starts: Path) -> Built:
     except (OSError, ValueError) as error:
         raise UserError(f"{file.shown} is not a whole Parquet file: {first_line(error)}") from error
     rows = [about.row_group(number).num_rows for number in range(about.num_row_groups)]
-    write_starts(starts, [np.cumsum([0, *rows])])
-    return Built(records=about.num_rows, digest=file_digest(file.path), columns=names)
+    write_integers(starts, [np.cumsum([0, *rows])])
+    return IndexResult(records=about.num_rows, digest=file_digest(file.path), columns=names)
 
 
-class _Version(NamedTuple):
+class _FileVersion(NamedTuple):
     """Whose cached thing it is: of this process, and of the file before it changed."""
 
     path: Path
@@ -108,24 +108,24 @@ class _Version(NamedTuple):
 
 
 @functools.lru_cache(FILES_OPEN)
-def _opened(version: _Version) -> Any:
+def _cached_reader(version: _FileVersion) -> Any:
     import pyarrow.parquet
 
     return pyarrow.parquet.ParquetFile(version.path)
 
 
 @functools.lru_cache(GROUPS_IN_MEMORY)
-def _cached(version: _Version, group: int, columns: tuple[str, ...]) -> Any:
-    return _opened(version).read_row_group(group, columns=list(columns))
+def _cached_row_group(version: _FileVersion, group: int, columns: tuple[str, ...]) -> Any:
+    return _cached_reader(version).read_row_group(group, columns=list(columns))
 
 
-def _decoded(version: _Version, group: int, columns: tuple[str, ...]) -> Any:
+def _row_group(version: _FileVersion, group: int, columns: tuple[str, ...]) -> Any:
     """A row group; one thread decodes it while the others wait for it, so that it is in memory once."""
-    with _turn(version.process):
-        return _cached(version, group, columns)
+    with _decoding_lock(version.process):
+        return _cached_row_group(version, group, columns)
 
 
 @functools.lru_cache
-def _turn(process: int) -> threading.Lock:
+def _decoding_lock(process: int) -> threading.Lock:
     """A lock that is free in a forked process, whatever held its parent's."""
     return threading.Lock()

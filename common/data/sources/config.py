@@ -35,14 +35,14 @@ class Template:
 
     def fields(self) -> list[str]:
         """The names that both sides use, sorted."""
-        return sorted(_fields(self.inputs) | _fields(self.targets))
+        return sorted(_placeholders(self.inputs) | _placeholders(self.targets))
 
     def input_fields(self) -> set[str]:
         """The names that the inputs use; where they use none, those of the targets."""
-        return _fields(self.inputs) or _fields(self.targets)
+        return _placeholders(self.inputs) or _placeholders(self.targets)
 
 
-def _fields(template: str) -> set[str]:
+def _placeholders(template: str) -> set[str]:
     try:
         pieces = list(string.Formatter().parse(template))
     except ValueError as error:
@@ -102,12 +102,12 @@ class SourceConfig:
         ways = pair + (self.text is not None) + bool(self.templates)
         if (self.inputs is None) != (self.targets is None) or ways != 1:
             raise UserError("name either both inputs and targets, or text alone, or templates alone")
-        if not self.header and (scheme != "tsv" or any(isinstance(name, str) for name in self._named().values())):
+        if not self.header and (scheme != "tsv" or any(isinstance(name, str) for name in self._field_names().values())):
             raise UserError("fields by number are for tsv files without a header, and then all must be numbers")
         if self.held_out is not None and (scheme in ("tfds", "corpus") or "{split}" in rest):
             raise UserError(f"held_out divides files whose path holds no {{split}}, but {self.name!r} has splits")
 
-    def divided_by(self) -> tuple[str, ...]:
+    def hashed_fields(self) -> tuple[str, ...]:
         """Our names of the fields whose hash decides on a record's split: records that share them stay together."""
         if self.templates:
             return tuple(sorted({name for template in self.templates for name in template.input_fields()}))
@@ -115,14 +115,14 @@ class SourceConfig:
 
     def fields(self) -> dict[str, str]:
         """What is read of a record: our name of a field -> the source's."""
-        return {ours: str(theirs) for ours, theirs in self._named().items()}
+        return {ours: str(theirs) for ours, theirs in self._field_names().items()}
 
     @property
     def header(self) -> bool:
         """Whether the first line of a TSV file names its columns."""
-        return not any(isinstance(theirs, int) for theirs in self._named().values())
+        return not any(isinstance(theirs, int) for theirs in self._field_names().values())
 
-    def _named(self) -> dict[str, str | int]:
+    def _field_names(self) -> dict[str, str | int]:
         named = {name: getattr(self, name) for name in ("inputs", "targets", "text", "group")}
         used = {name: name for template in self.templates for name in template.fields()}
         return {ours: theirs for ours, theirs in named.items() if theirs is not None} | used

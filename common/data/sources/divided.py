@@ -12,8 +12,8 @@ from common.data.built_in.shares import split_by_hash
 from common.data.cache import build_once
 from common.data.progress import counter
 from common.data.sources.files import parse_split, slice_bounds
-from common.data.sources.indexes import mapped, write_starts
-from common.data.sources.records import ByNumber, Problem, Record, Source, check_range, in_batches
+from common.data.sources.indexes import map_integers, write_integers
+from common.data.sources.records import Problem, Record, Source, SourceBase, check_range, in_batches
 from common.errors import UserError, nearest
 
 FORMAT = 1
@@ -26,7 +26,7 @@ CODES_AT_ONCE = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class DividedSource(ByNumber):
+class DividedSource(SourceBase):
     """The records of one split, or a slice of them."""
 
     content_id: str
@@ -42,7 +42,7 @@ class DividedSource(ByNumber):
 
     def read(self, indices: Sequence[int]) -> list[Record | Problem]:
         check_range(indices, len(self))
-        return self.whole.read(mapped(self.numbers)[np.asarray(indices, np.int64) + self.low].tolist())
+        return self.whole.read(map_integers(self.numbers)[np.asarray(indices, np.int64) + self.low].tolist())
 
 
 def open_divided(whole: Source, split: str, held_out: float, by: Sequence[str], cache_dir: Path) -> DividedSource:
@@ -61,8 +61,8 @@ def open_divided(whole: Source, split: str, held_out: float, by: Sequence[str], 
     shares = {"train": MILLION - 2 * held, "validation": held, "test": held}
     divided = f"of {MILLION} parts {held} held out by {'+'.join(by)}"
     key = hashlib.blake2b(json.dumps([FORMAT, whole.content_id, divided]).encode(), digest_size=16).hexdigest()
-    folder = build_once(cache_dir / "splits" / key, lambda part: _divide(whole, shares, by, part))
-    count = len(mapped(folder / f"{base}.npy"))
+    folder = build_once(cache_dir / "splits" / key, lambda part: _write_splits(whole, shares, by, part))
+    count = len(map_integers(folder / f"{base}.npy"))
     if not count:
         raise UserError(f"held_out={held_out:g} of {len(whole)} records leaves none in {base!r}; hold more out")
     low, high = slice_bounds(start, stop, count)
@@ -75,7 +75,7 @@ def open_divided(whole: Source, split: str, held_out: float, by: Sequence[str], 
     )
 
 
-def _divide(whole: Source, shares: dict[str, int], by: Sequence[str], folder: Path) -> None:
+def _write_splits(whole: Source, shares: dict[str, int], by: Sequence[str], folder: Path) -> None:
     """Writes the numbers of each split's records, which never are in memory all at once."""
     folder.mkdir()
     with open(folder / CODES, "wb") as codes, counter("dividing into splits", len(whole)) as tick:
@@ -83,7 +83,7 @@ def _divide(whole: Source, shares: dict[str, int], by: Sequence[str], folder: Pa
             codes.write(bytes(SPLITS.index(_split_of(record, shares, by)) for record in batch))
             tick(len(batch))
     for code, split in enumerate(SPLITS):
-        write_starts(folder / f"{split}.npy", _numbers(folder / CODES, code))
+        write_integers(folder / f"{split}.npy", _numbers_with_code(folder / CODES, code))
     (folder / CODES).unlink()
 
 
@@ -93,7 +93,7 @@ def _split_of(record: Record | Problem, shares: dict[str, int], by: Sequence[str
     return split_by_hash("\x1f".join(record[field] for field in by), shares)
 
 
-def _numbers(path: Path, code: int) -> Iterator[np.ndarray]:
+def _numbers_with_code(path: Path, code: int) -> Iterator[np.ndarray]:
     begin = 0
     with open(path, "rb") as codes:
         while some := codes.read(CODES_AT_ONCE):

@@ -11,29 +11,33 @@ from typing import Any, Protocol
 import numpy as np
 
 from common.data.sources.columnar import open_parquet
-from common.data.sources.files import Found, fillings, find_files, parse_split, slice_bounds
-from common.data.sources.indexes import Index, in_threads
+from common.data.sources.files import FoundFile, find_files, parse_split, placeholder_values, slice_bounds
+from common.data.sources.indexes import Index, map_in_threads
 from common.data.sources.line_files import open_line_file
 from common.data.sources.packed_files import PlainFile, plain_file
 from common.data.sources.records import (
-    NUMBERS_VERSION,
-    TEXTS,
-    ByNumber,
+    NUMBER_TEXT_VERSION,
+    TEXT_FIELDS,
     Problem,
     Record,
-    Unusable,
+    SourceBase,
+    UnusableRecord,
     check_range,
+    field_paths,
     is_list,
-    paths,
-    pick,
+    pick_fields,
 )
 from common.data.sources.tf_records import open_array_record, open_tf_record
 from common.errors import UserError, nearest
 
-LOOKED_AT = 16
+RECORDS_CHECKED = 16
 """So many records are read on opening, to see that fields are named as in the files."""
 HEADER_HINT = "; the first line names the columns: without such a line, give their numbers (inputs=1 targets=2)"
-IN_FOLDER = {"parquet": (".parquet",), "tfrecord": ("tfrecord",), "arrayrecord": ("array_record", "arrayrecord")}
+FOLDER_NAME_PARTS = {
+    "parquet": (".parquet",),
+    "tfrecord": ("tfrecord",),
+    "arrayrecord": ("array_record", "arrayrecord"),
+}
 """What the names of a folder's data files hold, where a folder may be named."""
 
 
@@ -65,7 +69,7 @@ class DataFile(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class FileSource(ByNumber):
+class FileSource(SourceBase):
     """The records of some files in a row, or a slice of them."""
 
     content_id: str
@@ -83,7 +87,7 @@ class FileSource(ByNumber):
 
     def read(self, indices: Sequence[int]) -> list[Record | Problem]:
         return [
-            raw if isinstance(raw, Problem) else self._picked(raw, index)
+            raw if isinstance(raw, Problem) else self._pick(raw, index)
             for index, raw in zip(indices, self.raw(indices), strict=True)
         ]
 
@@ -96,25 +100,25 @@ class FileSource(ByNumber):
         order_R = np.lexsort((place_R, file_R))
         for group in np.split(order_R, np.flatnonzero(np.diff(file_R[order_R])) + 1):
             if len(group):
-                file, begin = self._file(int(file_R[group[0]]))
+                file, begin = self._file_and_start(int(file_R[group[0]]))
                 for at, record in zip(group.tolist(), file.read((place_R[group] - begin).tolist()), strict=True):
                     found[at] = record
         return found
 
-    def _file(self, number: int) -> tuple[DataFile, int]:
+    def _file_and_start(self, number: int) -> tuple[DataFile, int]:
         """A file, and the number of its first record."""
         return self.files[number], self.ends[number - 1] if number else 0
 
-    def _picked(self, raw: dict[str, Any], index: int) -> Record | Problem:
+    def _pick(self, raw: dict[str, Any], index: int) -> Record | Problem:
         try:
-            return pick(raw, self.fields)
-        except Unusable as error:
-            file, begin = self._file(int(np.searchsorted(self.ends, index + self.low, side="right")))
+            return pick_fields(raw, self.fields)
+        except UnusableRecord as error:
+            file, begin = self._file_and_start(int(np.searchsorted(self.ends, index + self.low, side="right")))
             return Problem(where=file.where(index + self.low - begin), what=str(error))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class ParallelSource(ByNumber):
+class ParallelSource(SourceBase):
     """A field from each of several sources of equal length."""
 
     content_id: str
@@ -124,10 +128,10 @@ class ParallelSource(ByNumber):
         return len(self.sources[0])
 
     def read(self, indices: Sequence[int]) -> list[Record | Problem]:
-        return [_joined(parts) for parts in zip(*(source.read(indices) for source in self.sources), strict=True)]
+        return [_merge_fields(parts) for parts in zip(*(source.read(indices) for source in self.sources), strict=True)]
 
 
-def _joined(parts: Sequence[Record | Problem]) -> Record | Problem:
+def _merge_fields(parts: Sequence[Record | Problem]) -> Record | Problem:
     record: Record = {}
     for part in parts:
         if isinstance(part, Problem):
@@ -141,18 +145,19 @@ def open_files(
 ) -> FileSource:
     """Opens `scheme:pattern`, indexing what was not yet. Raises UserError as `open_source` says."""
     base, start, stop = parse_split(split)
-    found = find_files(scheme, pattern, base, IN_FOLDER.get(scheme, ()))
+    found = find_files(scheme, pattern, base, FOLDER_NAME_PARTS.get(scheme, ()))
 
-    def open_one(one: Found) -> DataFile:
-        return _open(scheme, plain_file(one, cache_dir), fields, cache_dir, header)
+    def open_one(one: FoundFile) -> DataFile:
+        return _open_data_file(scheme, plain_file(one, cache_dir), fields, cache_dir, header)
 
-    files = in_threads(open_one, found, "indexing")
+    files = map_in_threads(open_one, found, "indexing")
     ends = tuple(itertools.accumulate(len(file) for file in files))
     low, high = slice_bounds(start, stop, ends[-1])
     name = found[0].name if len(found) == 1 else f"{os.path.basename(pattern.rstrip('/'))}:{len(found)} files"
     kind = scheme if header else f"{scheme} without header"
+    digest = _joint_digest([file.index.digest for file in files])
     source = FileSource(
-        content_id=f"{kind}:{name}:{split}:{reading(fields)}:blake2b-{_digest([f.index.digest for f in files])}",
+        content_id=f"{kind}:{name}:{split}:{fields_id(fields)}:blake2b-{digest}",
         files=tuple(files),
         ends=ends,
         low=low,
@@ -163,7 +168,7 @@ def open_files(
     return source
 
 
-def _open(scheme: str, file: PlainFile, fields: Mapping[str, str], cache_dir: Path, header: bool) -> DataFile:
+def _open_data_file(scheme: str, file: PlainFile, fields: Mapping[str, str], cache_dir: Path, header: bool) -> DataFile:
     match scheme:
         case "parquet":
             return open_parquet(file, fields, cache_dir)
@@ -180,7 +185,7 @@ def open_parallel(pattern: str, split: str, fields: Mapping[str, str], cache_dir
     if "{field}" not in pattern:
         raise UserError(f"lines:{pattern} must hold {{field}}, for example lines:/data/{{split}}.{{field}}.gz")
     of_split = pattern.replace("{split}", parse_split(split)[0])
-    there = fillings(of_split, "{field}")
+    there = placeholder_values(of_split, "{field}")
     for ours, theirs in fields.items():
         if there and theirs not in there:
             raise UserError(f"source.{ours}: lines:{of_split} has no field {theirs!r}; {nearest(theirs, there)}")
@@ -199,18 +204,19 @@ def open_parallel(pattern: str, split: str, fields: Mapping[str, str], cache_dir
     digests = [f.index.digest for ours, source in sources.items() if ours != "group" for f in source.files]
     name = os.path.basename(of_split)
     return ParallelSource(
-        content_id=f"lines:{name}:{split}:{reading(fields)}:blake2b-{_digest(digests)}", sources=tuple(sources.values())
+        content_id=f"lines:{name}:{split}:{fields_id(fields)}:blake2b-{_joint_digest(digests)}",
+        sources=tuple(sources.values()),
     )
 
 
-def reading(fields: Mapping[str, str]) -> str:
+def fields_id(fields: Mapping[str, str]) -> str:
     """The part of a content id that says what is read; a group is no part of what models read."""
     read = {ours: theirs for ours, theirs in fields.items() if ours != "group"}
-    numbers = f":numbers-{NUMBERS_VERSION}" if read.keys() - set(TEXTS) else ""
+    numbers = f":numbers-{NUMBER_TEXT_VERSION}" if read.keys() - set(TEXT_FIELDS) else ""
     return ",".join(f"{ours}={theirs}" for ours, theirs in read.items()) + numbers
 
 
-def _digest(digests: Sequence[str]) -> str:
+def _joint_digest(digests: Sequence[str]) -> str:
     if len(digests) == 1:
         return digests[0]
     return hashlib.blake2b(" ".join(digests).encode(), digest_size=16).hexdigest()
@@ -228,10 +234,10 @@ def _check_fields(source: FileSource, column_hint: str) -> None:
                 raise UserError(f"source.{ours}: {file.shown} has no field {theirs!r}; {hint}{column_hint}")
             if (count := file.columns.count(column)) > 1:
                 raise UserError(f"source.{ours}: {file.shown} has {count} columns named {column!r}; rename all but one")
-    raws = [raw for raw in source.raw(range(min(LOOKED_AT, len(source)))) if not isinstance(raw, Problem)]
+    raws = [raw for raw in source.raw(range(min(RECORDS_CHECKED, len(source)))) if not isinstance(raw, Problem)]
     for ours, theirs in source.fields.items():
         if raws and not any(_may_have(raw, theirs) for raw in raws):
-            names = {path for raw in raws for path in paths(raw)}
+            names = {path for raw in raws for path in field_paths(raw)}
             raise UserError(f"source.{ours}: {source.files[0].shown} has no field {theirs!r}; {nearest(theirs, names)}")
 
 

@@ -14,11 +14,11 @@ from common.errors import UserError, nearest
 ONLY_SPLIT = "train"
 STAMPS = ("generation", "etag", "ETag", "mtime", "updated", "LastModified", "last_modified", "modified", "created")
 """What file systems call the things that change when a file does."""
-NAMED_AT_MOST = 5
-MEMBER = re.compile(r"(.*?)(\d+)-of-(\d+)(.*)")
+MISSING_SHOWN = 5
+SHARD_NAME = re.compile(r"(.*?)(\d+)-of-(\d+)(.*)")
 
 
-class Found(NamedTuple):
+class FoundFile(NamedTuple):
     """A file as it was found, before it is fetched or unpacked."""
 
     shown: str
@@ -65,7 +65,7 @@ def slice_bounds(start: str, stop: str, count: int) -> tuple[int, int]:
     return low, max(place(stop, count), low)
 
 
-def find_files(scheme: str, pattern: str, split: str, in_folder: Sequence[str] = ()) -> list[Found]:
+def find_files(scheme: str, pattern: str, split: str, in_folder: Sequence[str] = ()) -> list[FoundFile]:
     """The files of a split, sorted by name; at least one.
 
     Args:
@@ -83,7 +83,7 @@ def find_files(scheme: str, pattern: str, split: str, in_folder: Sequence[str] =
             f"slice it (for example {ONLY_SPLIT + '[95%:]'!r}) or put {{split}} into the path"
         )
     path = pattern.replace("{split}", split)
-    place = _place(path)
+    place = _storage(path)
     wanted = path
     if in_folder and place.is_folder(path):
         wanted = path.rstrip("/") + "/*"
@@ -93,35 +93,37 @@ def find_files(scheme: str, pattern: str, split: str, in_folder: Sequence[str] =
     else:
         found = place.find(path)
     if not found:
-        raise UserError(_not_there(scheme, pattern, split, path, place.find))
-    _check_whole(scheme, wanted.rsplit("/", 1)[-1], found)
+        raise UserError(_no_such_file(scheme, pattern, split, path, place.find))
+    _check_shards_complete(scheme, wanted.rsplit("/", 1)[-1], found)
     return found
 
 
-def fillings(pattern: str, hole: str, find: Callable[[str], list[Found]] | None = None) -> list[str]:
+def placeholder_values(pattern: str, hole: str, find: Callable[[str], list[FoundFile]] | None = None) -> list[str]:
     """What stands in place of `hole` in the names of the files that are there, for example their splits."""
     pattern = pattern if "://" in pattern else os.path.expanduser(pattern)
     shape = re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")
     shape = shape.replace(re.escape(hole), r"([\w.-]+?)", 1).replace(re.escape(hole), r"\1")
-    there = (find or _place(pattern).find)(pattern.replace(hole, "*"))
+    there = (find or _storage(pattern).find)(pattern.replace(hole, "*"))
     return sorted({match[1] for file in there if (match := re.fullmatch(shape, file.shown))})
 
 
-def _not_there(scheme: str, pattern: str, split: str, path: str, find: Callable[[str], list[Found]]) -> str:
+def _no_such_file(scheme: str, pattern: str, split: str, path: str, find: Callable[[str], list[FoundFile]]) -> str:
     if "{split}" in pattern:
-        splits = fillings(pattern, "{split}", find) or fillings(pattern.rstrip("/") + "/*", "{split}", find)
+        splits = placeholder_values(pattern, "{split}", find) or placeholder_values(
+            pattern.rstrip("/") + "/*", "{split}", find
+        )
         return f"{scheme}:{pattern} has no split {split!r} (no file {path}); {nearest(split, splits)}"
     folder, _, name = path.rpartition("/")
     close = nearest(name, [file.name for file in find(f"{folder}/*" if folder else "*")]).partition("?")
     return f"{scheme}:{path}: no such file" + (f"; {close[0]}?" if close[1] else "")
 
 
-def _check_whole(scheme: str, wanted: str, found: Sequence[Found]) -> None:
+def _check_shards_complete(scheme: str, wanted: str, found: Sequence[FoundFile]) -> None:
     """A glob that names every member of a set must find every member."""
     sets: dict[tuple[str, str, int, str, str], set[int]] = {}
     for file in found:
         folder, _, name = file.shown.rpartition("/")
-        if match := MEMBER.fullmatch(name):
+        if match := SHARD_NAME.fullmatch(name):
             before, number, count, after = match.groups()
             sets.setdefault((folder, before, len(number), count, after), set()).add(int(number))
     for (folder, before, digits, count, after), there in sets.items():
@@ -129,17 +131,17 @@ def _check_whole(scheme: str, wanted: str, found: Sequence[Found]) -> None:
         names = {n: f"{before}{n:0{digits}}-of-{count}{after}" for n in range(first, first + int(count))}
         missing = [name for n, name in names.items() if n not in there and fnmatch.fnmatchcase(name, wanted)]
         if missing:
-            more = f" and {len(missing) - NAMED_AT_MOST} more" if len(missing) > NAMED_AT_MOST else ""
+            more = f" and {len(missing) - MISSING_SHOWN} more" if len(missing) > MISSING_SHOWN else ""
             raise UserError(
                 f"{scheme}:{folder}/{wanted}: {len(missing)} of {count} files are missing: "
-                f"{', '.join(missing[:NAMED_AT_MOST])}{more}; put them there, or name the files to read one by one"
+                f"{', '.join(missing[:MISSING_SHOWN])}{more}; put them there, or name the files to read one by one"
             )
 
 
-class _Disk:
+class _LocalFiles:
     """Files on this machine's file systems."""
 
-    def find(self, path: str) -> list[Found]:
+    def find(self, path: str) -> list[FoundFile]:
         here = os.path.expanduser(path)
         there = [here] if os.path.isfile(here) else sorted(glob.glob(here, recursive=True))
         return [self._found(name) for name in there if os.path.isfile(name)]
@@ -147,19 +149,19 @@ class _Disk:
     def is_folder(self, path: str) -> bool:
         return os.path.isdir(os.path.expanduser(path))
 
-    def _found(self, path: str) -> Found:
+    def _found(self, path: str) -> FoundFile:
         stat = os.stat(path)
-        return Found(shown=path, size=stat.st_size, stamp=str(stat.st_mtime_ns))
+        return FoundFile(shown=path, size=stat.st_size, stamp=str(stat.st_mtime_ns))
 
 
-class _Bucket:
+class _RemoteFiles:
     """Files of anything that fsspec knows."""
 
     def __init__(self, url: str) -> None:
         self._system = file_system(url)
         self._start = re.match(r"[^:]*://+", url)[0]  # type: ignore[index]
 
-    def find(self, path: str) -> list[Found]:
+    def find(self, path: str) -> list[FoundFile]:
         with reading(path):
             if self._system.isfile(path):
                 return [self._found(self._system.info(path))]
@@ -171,13 +173,13 @@ class _Bucket:
         with reading(path):
             return self._system.isdir(path)
 
-    def _found(self, info: dict[str, Any]) -> Found:
+    def _found(self, info: dict[str, Any]) -> FoundFile:
         stamps = {stamp: str(info[stamp]) for stamp in STAMPS if info.get(stamp) is not None}
-        return Found(shown=self._start + str(info["name"]).lstrip("/"), size=info["size"], stamp=str(stamps))
+        return FoundFile(shown=self._start + str(info["name"]).lstrip("/"), size=info["size"], stamp=str(stamps))
 
 
-def _place(path: str) -> _Disk | _Bucket:
-    return _Bucket(path) if "://" in path else _Disk()
+def _storage(path: str) -> _LocalFiles | _RemoteFiles:
+    return _RemoteFiles(path) if "://" in path else _LocalFiles()
 
 
 def file_system(url: str) -> Any:

@@ -19,7 +19,7 @@ R = TypeVar("R")
 FORMAT = 1
 """Part of the cache's key: raise it with any change of what is stored."""
 THREADS = 16
-MAPPED_AT_MOST = 4096
+MAPS_KEPT = 4096
 STARTS = "starts.npy"
 ABOUT = "about.json"
 
@@ -39,11 +39,11 @@ class Index(NamedTuple):
 
     @property
     def starts(self) -> np.ndarray:
-        """Where records start, int64, memory mapped; in which unit is the format's own."""
-        return mapped(self.folder / STARTS)
+        """Where records start, int64, memory map_integers; in which unit is the format's own."""
+        return map_integers(self.folder / STARTS)
 
 
-class Built(NamedTuple):
+class IndexResult(NamedTuple):
     """What indexing a file finds out, besides what it writes."""
 
     records: int
@@ -52,7 +52,7 @@ class Built(NamedTuple):
     columns: tuple[str, ...] = ()
 
 
-def open_index(kind: str, file: PlainFile, cache_dir: Path, build: Callable[[PlainFile, Path], Built]) -> Index:
+def open_index(kind: str, file: PlainFile, cache_dir: Path, build: Callable[[PlainFile, Path], IndexResult]) -> Index:
     """The index of a file: from the cache, or made by `build(file, path of starts.npy)`."""
 
     def make(part: Path) -> None:
@@ -65,17 +65,17 @@ def open_index(kind: str, file: PlainFile, cache_dir: Path, build: Callable[[Pla
     return Index(folder, about["records"], about["digest"], about["torn"], tuple(about["columns"]))
 
 
-def write_starts(path: Path, parts: Iterable[np.ndarray]) -> int:
+def write_integers(path: Path, parts: Iterable[np.ndarray]) -> int:
     """Writes int64 pieces into one flat .npy file, a piece in memory at a time, and returns how many numbers."""
     count = 0
     with open(path, "wb") as file:
-        _header(file, 0)
+        _write_npy_header(file, 0)
         start = file.tell()
         for part in parts:
             file.write(part.astype("<i8").tobytes())
             count += len(part)
         file.seek(0)
-        _header(file, count)
+        _write_npy_header(file, count)
         # NumPy leaves room in a header for the first axis to grow; were that to end, the file would be torn.
         assert file.tell() == start
     return count
@@ -87,7 +87,7 @@ def file_digest(path: Path, torn: str = "") -> str:
     return digest.hexdigest()
 
 
-def in_threads(function: Callable[[T], R], items: Sequence[T], title: str) -> list[R]:
+def map_in_threads(function: Callable[[T], R], items: Sequence[T], title: str) -> list[R]:
     """`function` of every item, in order, under a progress bar. The first to fail ends it."""
     with ThreadPoolExecutor(min(THREADS, max(len(items), 1))) as pool:
         futures = [pool.submit(function, item) for item in items]
@@ -97,12 +97,12 @@ def in_threads(function: Callable[[T], R], items: Sequence[T], title: str) -> li
             pool.shutdown(cancel_futures=True)
 
 
-@functools.lru_cache(MAPPED_AT_MOST)
-def mapped(path: Path) -> np.ndarray:
-    """The memory-mapped array that `write_starts` wrote."""
+@functools.lru_cache(MAPS_KEPT)
+def map_integers(path: Path) -> np.ndarray:
+    """The memory-map_integers array that `write_integers` wrote."""
     # A plain view slices faster than np.memmap does.
     return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
 
 
-def _header(file: BinaryIO, count: int) -> None:
+def _write_npy_header(file: BinaryIO, count: int) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (count,)})

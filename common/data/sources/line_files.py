@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from common.data.sources.indexes import Built, Index, open_index, write_starts
+from common.data.sources.indexes import Index, IndexResult, open_index, write_integers
 from common.data.sources.packed_files import PlainFile
-from common.data.sources.records import Problem, Unusable, too_long
+from common.data.sources.records import Problem, UnusableRecord, too_long_reason
 from common.errors import UserError
 from common.json_text import parse_json
 
@@ -51,11 +51,11 @@ class LineFile:
         starts = self.index.starts
         found: list[dict[str, Any] | Problem] = []
         with open(self.path, "rb") as file:
-            for low, high in runs(places):
+            for low, high in consecutive_runs(places):
                 bounds = starts[low + self._header_lines : high + 1 + self._header_lines].tolist()
                 file.seek(bounds[0])
                 for place, (begin, end) in enumerate(itertools.pairwise(bounds), low):
-                    if what := too_long(end - begin):
+                    if what := too_long_reason(end - begin):
                         found.append(Problem(where=self.where(place), what=what))
                         file.seek(end)
                     else:
@@ -69,38 +69,38 @@ class LineFile:
         number = place + self._header_lines
         try:
             if self.index.torn and number == self.index.records - 1:
-                raise Unusable(self.index.torn)
-            return self._parse(_decoded(line))
-        except Unusable as error:
+                raise UnusableRecord(self.index.torn)
+            return self._parse(_decode_line(line))
+        except UnusableRecord as error:
             return Problem(where=self.where(place), what=str(error))
 
     def _parse(self, text: str) -> dict[str, Any]:
         if self.kind == "text":
             return {"text": text}
         if self.kind == "jsonl":
-            return _json(text)
+            return _parse_json_object(text)
         cells = text.split("\t")
         assert self.columns is not None
         if len(cells) != len(self.columns):
             says = "the header names" if self.header else "the first line has"
-            raise Unusable(f"{len(cells)} cells, but {says} {len(self.columns)} columns")
+            raise UnusableRecord(f"{len(cells)} cells, but {says} {len(self.columns)} columns")
         return dict(zip(self.columns, cells, strict=True))
 
 
 def open_line_file(kind: str, file: PlainFile, cache_dir: Path, header: bool) -> LineFile:
     """`header` counts for TSV. Raises UserError where the header of a TSV file cannot be used."""
-    index = open_index("lines", file, cache_dir, _index)
+    index = open_index("lines", file, cache_dir, _index_lines)
     columns: tuple[str, ...] | None = TEXT_COLUMNS if kind == "text" else None
     if kind == "tsv":
-        columns = _header(file, index) if header else _numbers(file, index)
+        columns = _header_columns(file, index) if header else _numbered_columns(file, index)
     header = header and kind == "tsv"
     return LineFile(kind=kind, shown=file.shown, path=file.path, index=index, columns=columns, header=header)
 
 
-def runs(places: Sequence[int]) -> Iterator[tuple[int, int]]:
+def consecutive_runs(places: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Stretches of neighbours: (first, behind the last).
 
-    >>> list(runs([4, 5, 6, 6, 1]))
+    >>> list(consecutive_runs([4, 5, 6, 6, 1]))
     [(4, 7), (6, 7), (1, 2)]
     """
     low = 0
@@ -110,11 +110,11 @@ def runs(places: Sequence[int]) -> Iterator[tuple[int, int]]:
             low = at
 
 
-def _index(file: PlainFile, starts: Path) -> Built:
+def _index_lines(file: PlainFile, starts: Path) -> IndexResult:
     """Where lines start, and behind the last byte; and a hash of all bytes."""
     digest = hashlib.blake2b(file.torn.encode(), digest_size=16)
-    records = write_starts(starts, _line_starts(file, digest)) - 1
-    return Built(records=records, digest=digest.hexdigest(), torn=file.torn)
+    records = write_integers(starts, _line_starts(file, digest)) - 1
+    return IndexResult(records=records, digest=digest.hexdigest(), torn=file.torn)
 
 
 def _line_starts(file: PlainFile, digest: hashlib.blake2b) -> Iterator[np.ndarray]:
@@ -132,18 +132,18 @@ def _line_starts(file: PlainFile, digest: hashlib.blake2b) -> Iterator[np.ndarra
         yield np.array([size], np.int64)
 
 
-def _header(file: PlainFile, index: Index) -> tuple[str, ...]:
+def _header_columns(file: PlainFile, index: Index) -> tuple[str, ...]:
     if index.records < 1:
         raise UserError(f"{file.shown} is empty; the first line of a TSV file names its columns")
     if index.torn and index.records == 1:
         raise UserError(f"{file.shown} line 1: {index.torn}; the first line of a TSV file names its columns")
     try:
-        return tuple(_decoded(_first_line(file, index)).split("\t"))
-    except Unusable as error:
+        return tuple(_decode_line(_first_line(file, index)).split("\t"))
+    except UnusableRecord as error:
         raise UserError(f"{file.shown} line 1: {error}") from error
 
 
-def _numbers(file: PlainFile, index: Index) -> tuple[str, ...] | None:
+def _numbered_columns(file: PlainFile, index: Index) -> tuple[str, ...] | None:
     """Column names 1, 2, ..., one for each cell of the first line; None where there is no line."""
     if index.records - bool(index.torn) < 1:
         return None
@@ -152,28 +152,28 @@ def _numbers(file: PlainFile, index: Index) -> tuple[str, ...] | None:
 
 def _first_line(file: PlainFile, index: Index) -> bytes:
     low, high = index.starts[:2].tolist()
-    if what := too_long(high - low):
+    if what := too_long_reason(high - low):
         raise UserError(f"{file.shown} line 1: {what}")
     with open(file.path, "rb") as opened:
         opened.seek(low)
         return opened.read(high - low)
 
 
-def _decoded(line: bytes) -> str:
+def _decode_line(line: bytes) -> str:
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise Unusable(f"byte {error.start + 1} is not UTF-8") from error
+        raise UnusableRecord(f"byte {error.start + 1} is not UTF-8") from error
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _json(text: str) -> dict[str, Any]:
+def _parse_json_object(text: str) -> dict[str, Any]:
     try:
         record = parse_json(text, finite=False)  # a field that is not read may hold anything
     except json.JSONDecodeError as error:
-        raise Unusable(f"not JSON ({error})") from error
+        raise UnusableRecord(f"not JSON ({error})") from error
     except ValueError as error:
-        raise Unusable(str(error)) from error
+        raise UnusableRecord(str(error)) from error
     if not isinstance(record, dict):
-        raise Unusable(f"a JSON object is wanted, not a {type(record).__name__}")
+        raise UnusableRecord(f"a JSON object is wanted, not a {type(record).__name__}")
     return record

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from common.data.cache import build_once
-from common.data.sources.files import Found, file_system, reading
+from common.data.sources.files import FoundFile, file_system, reading
 from common.errors import UserError
 
 CHUNK_BYTES = 1 << 20
@@ -36,9 +36,9 @@ class PlainFile(NamedTuple):
     """How a packed file ended too early; empty where it is whole."""
 
 
-def plain_file(found: Found, cache_dir: Path) -> PlainFile:
+def plain_file(found: FoundFile, cache_dir: Path) -> PlainFile:
     """Fetches and unpacks what needs it. Raises UserError where a file cannot be fetched or is not packed at all."""
-    path = _fetched(found, cache_dir) if "://" in found.shown else Path(found.shown).absolute()
+    path = _fetch(found, cache_dir) if "://" in found.shown else Path(found.shown).absolute()
     suffix = os.path.splitext(found.name)[1]
     if suffix not in UNPACKERS:
         return PlainFile(shown=found.shown, path=path, torn="")
@@ -47,28 +47,28 @@ def plain_file(found: Found, cache_dir: Path) -> PlainFile:
         with open(path, "rb") as packed:
             _unpack(found.shown, UNPACKERS[suffix](packed), part)
 
-    folder = build_once(cache_dir / "unpacked" / _key(UNPACKED_FORMAT, file_key(path)), build)
+    folder = build_once(cache_dir / "unpacked" / _cache_key(UNPACKED_FORMAT, file_key(path)), build)
     return PlainFile(shown=found.shown, path=folder / "data", torn=(folder / "torn").read_text())
 
 
 def file_key(path: Path) -> str:
     """Names a file on this machine with this size and time of change."""
     stat = path.stat()
-    return _key(str(path.absolute()), stat.st_size, stat.st_mtime_ns)
+    return _cache_key(str(path.absolute()), stat.st_size, stat.st_mtime_ns)
 
 
-def _key(*parts: object) -> str:
+def _cache_key(*parts: object) -> str:
     return hashlib.blake2b(repr((FORMAT, *parts)).encode(), digest_size=16).hexdigest()
 
 
-def _fetched(found: Found, cache_dir: Path) -> Path:
+def _fetch(found: FoundFile, cache_dir: Path) -> Path:
     def fetch(part: Path) -> None:
         with reading(found.shown):
             file_system(found.shown).get_file(found.shown, str(part))
         if found.size not in (None, part.stat().st_size):
             raise UserError(f"{found.shown} has {found.size} bytes, but {part.stat().st_size} arrived; try again")
 
-    return build_once(cache_dir / "fetched" / _key(*found), fetch)
+    return build_once(cache_dir / "fetched" / _cache_key(*found), fetch)
 
 
 def _unpack(shown: str, chunks: Iterator[bytes], folder: Path) -> None:
@@ -94,13 +94,13 @@ def _unpack(shown: str, chunks: Iterator[bytes], folder: Path) -> None:
     (folder / "torn").write_text(torn)
 
 
-def _gzip(packed: BinaryIO) -> Iterator[bytes]:
+def _unpack_gzip(packed: BinaryIO) -> Iterator[bytes]:
     with gzip.open(packed) as file:
         while chunk := file.read1(CHUNK_BYTES):  # read() would lose what stands before a tear
             yield chunk
 
 
-def _streams(new: Callable[[], Any], packed: BinaryIO) -> Iterator[bytes]:
+def _unpack_streams(new: Callable[[], Any], packed: BinaryIO) -> Iterator[bytes]:
     """All of a file of one stream after another, with or without zero bytes between them.
 
     `bz2.open` and `lzma.open` take a later stream that begins damaged, and padding, for the end of the file.
@@ -122,7 +122,7 @@ def _streams(new: Callable[[], Any], packed: BinaryIO) -> Iterator[bytes]:
             rest = more.lstrip(b"\0")
 
 
-def _zstd(packed: BinaryIO) -> Iterator[bytes]:
+def _unpack_zstd(packed: BinaryIO) -> Iterator[bytes]:
     done = 0
     with contextlib.suppress(OSError), _zstd_stream(packed) as stream:
         while chunk := stream.read(ZSTD_CHUNK_BYTES):
@@ -148,9 +148,9 @@ UNPACKING_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 TOO_LARGE = ("Memory usage limit", "too much memory")
 """Parts of the messages of liblzma and zstd for a window that exceeds the memory limit."""
 UNPACKERS: dict[str, Callable[[BinaryIO], Iterator[bytes]]] = {
-    ".gz": _gzip,
-    ".bz2": functools.partial(_streams, bz2.BZ2Decompressor),
-    ".xz": functools.partial(_streams, functools.partial(lzma.LZMADecompressor, memlimit=MEMORY_BYTES)),
-    ".zst": _zstd,
+    ".gz": _unpack_gzip,
+    ".bz2": functools.partial(_unpack_streams, bz2.BZ2Decompressor),
+    ".xz": functools.partial(_unpack_streams, functools.partial(lzma.LZMADecompressor, memlimit=MEMORY_BYTES)),
+    ".zst": _unpack_zstd,
 }
 """A name's ending -> the content of a file, in pieces; its reading is done when the last piece is taken."""

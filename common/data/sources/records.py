@@ -12,17 +12,17 @@ from common.errors import UserError, nearest
 Record = dict[str, str]
 """Our name of a field -> its text."""
 
-TEXTS = ("inputs", "targets", "text")
+TEXT_FIELDS = ("inputs", "targets", "text")
 """Our fields that must be text; all others may be numbers too, and are written by `number_text`."""
 RECORD_BYTES = 1 << 25
 """The longest record of a file that is read: memory holds some of them several times over, as text and as tokens."""
-TEXT_AT_ONCE = 1 << 22
+BATCH_CHARACTERS = 1 << 22
 """Characters after which a batch of records is full."""
-RECORDS_A_READ = 64
+RECORDS_PER_READ = 64
 NO_GROUP = "(none)"
-WHOLE_BELOW = 1e16
+INTEGERS_BELOW = 1e16
 """Larger floats are written as powers of ten."""
-NUMBERS_VERSION = 2
+NUMBER_TEXT_VERSION = 2
 """Part of content ids: raise it with any change of how numbers are written."""
 
 
@@ -61,15 +61,15 @@ class Source(Protocol):
         ...
 
 
-class Values(list[Any]):
+class FeatureValues(list[Any]):
     """The values of one tf.Example feature, where one value looks the same as a list of one."""
 
 
-class Unusable(ValueError):
+class UnusableRecord(ValueError):
     """Raised inside a source: what is wrong with one record. Readers see it as a Problem."""
 
 
-class ByNumber(abc.ABC):
+class SourceBase(abc.ABC):
     """What all sources do alike, on top of their `read`."""
 
     @abc.abstractmethod
@@ -82,7 +82,7 @@ class ByNumber(abc.ABC):
         return record
 
 
-def too_long(size: int) -> str:
+def too_long_reason(size: int) -> str:
     """Why a record of so many bytes is not read; empty where it is."""
     if size <= RECORD_BYTES:
         return ""
@@ -92,15 +92,15 @@ def too_long(size: int) -> str:
 def in_batches(source: Source, indices: Sequence[int], most: int) -> Iterator[list[Record | Problem]]:
     """The records in order, at most `most` at once and fewer where they are long, so that memory stays flat."""
     batch: list[Record | Problem] = []
-    characters, start, step = 0, 0, RECORDS_A_READ
+    characters, start, step = 0, 0, RECORDS_PER_READ
     while start < len(indices):
         found = source.read(indices[start : start + step])
         start += len(found)
         batch += found
         lengths = [sum(map(len, record.values())) if isinstance(record, dict) else 0 for record in found]
         characters += sum(lengths)
-        step = max(1, min(RECORDS_A_READ, TEXT_AT_ONCE // max(*lengths, 1)))
-        if characters >= TEXT_AT_ONCE or len(batch) + step > most:
+        step = max(1, min(RECORDS_PER_READ, BATCH_CHARACTERS // max(*lengths, 1)))
+        if characters >= BATCH_CHARACTERS or len(batch) + step > most:
             yield batch
             batch, characters = [], 0
     if batch:
@@ -119,32 +119,33 @@ def check_range(indices: Sequence[int], count: int) -> None:
         raise IndexError(f"record {outside} of {count}")
 
 
-def pick(raw: Mapping[str, Any], fields: Mapping[str, str]) -> Record:
+def pick_fields(raw: Mapping[str, Any], fields: Mapping[str, str]) -> Record:
     """The fields that were asked for, as text.
 
-    >>> pick({"en": "a", "n": 3, "answers": [{"text": b"b"}]}, {"inputs": "en", "targets": "answers.0.text", "id": "n"})
+    >>> raw = {"en": "a", "n": 3, "answers": [{"text": b"b"}]}
+    >>> pick_fields(raw, {"inputs": "en", "targets": "answers.0.text", "id": "n"})
     {'inputs': 'a', 'targets': 'b', 'id': '3'}
 
     Args:
       raw: a record as it is stored: names -> text, bytes, numbers, and dicts and lists of them.
       fields: our name -> its name there, which may be a path into dicts and lists, split by dots.
 
-    Raises Unusable.
+    Raises UnusableRecord.
     """
-    return {ours: _picked(raw, ours, theirs) for ours, theirs in fields.items()}
+    return {ours: _field_or_group(raw, ours, theirs) for ours, theirs in fields.items()}
 
 
-def _picked(raw: Mapping[str, Any], ours: str, theirs: str) -> str:
+def _field_or_group(raw: Mapping[str, Any], ours: str, theirs: str) -> str:
     try:
-        return _text(look_up(raw, ours, theirs), ours, theirs)
-    except Unusable:
+        return _field_text(look_up_field(raw, ours, theirs), ours, theirs)
+    except UnusableRecord:
         if ours == "group":  # no part of what models read, so that which records there are must not hang on it
             return NO_GROUP
         raise
 
 
-def look_up(raw: Mapping[str, Any], ours: str, theirs: str) -> Any:
-    """What `raw` has under a name or a path. Raises Unusable where there is nothing."""
+def look_up_field(raw: Mapping[str, Any], ours: str, theirs: str) -> Any:
+    """What `raw` has under a name or a path. Raises UnusableRecord where there is nothing."""
     if theirs in raw:
         return raw[theirs]
     value: Any = raw
@@ -154,7 +155,7 @@ def look_up(raw: Mapping[str, Any], ours: str, theirs: str) -> Any:
         elif is_list(value) and part.isdecimal() and int(part) < len(value):
             value = value[int(part)]
         else:
-            raise Unusable(f"no field {theirs!r} (source.{ours}); {nearest(theirs, paths(raw))}")
+            raise UnusableRecord(f"no field {theirs!r} (source.{ours}); {nearest(theirs, field_paths(raw))}")
     return value
 
 
@@ -169,59 +170,59 @@ def number_text(value: Any) -> str:
     >>> number_text(1.0), number_text(np.float32(0.1)), number_text(float(np.float32(0.1))), number_text(True)
     ('1', '0.1', '0.1', 'True')
 
-    Raises Unusable for NaN, which stands for no value, and for infinity.
+    Raises UnusableRecord for NaN, which stands for no value, and for infinity.
     """
     if not isinstance(value, float | np.floating):
         return str(value)
     number = float(value)
     if not math.isfinite(number):
-        raise Unusable(f"{value} is no value")
-    if number.is_integer() and abs(number) < WHOLE_BELOW:
+        raise UnusableRecord(f"{value} is no value")
+    if number.is_integer() and abs(number) < INTEGERS_BELOW:
         return str(int(number))
     with np.errstate(over="ignore", under="ignore"):
         single = np.float32(number)  # many files hold such numbers, which readers widen
     return str(single) if float(single) == number else str(number)
 
 
-def paths(raw: Mapping[str, Any]) -> list[str]:
+def field_paths(raw: Mapping[str, Any]) -> list[str]:
     """All names in a record that can be asked for.
 
-    >>> paths({"q": "x", "answers": [{"text": "a"}, {"text": "b"}]})
+    >>> field_paths({"q": "x", "answers": [{"text": "a"}, {"text": "b"}]})
     ['q', 'answers.0.text', 'answers.1.text']
     """
-    return [path.removeprefix(".") for path in _below("", raw)]
+    return [path.removeprefix(".") for path in _paths_below("", raw)]
 
 
-def _below(path: str, value: Any) -> list[str]:
+def _paths_below(path: str, value: Any) -> list[str]:
     if isinstance(value, Mapping):
-        return [below for name, inner in value.items() for below in _below(f"{path}.{name}", inner)]
-    if isinstance(value, Values) and len(value) == 1:
+        return [below for name, inner in value.items() for below in _paths_below(f"{path}.{name}", inner)]
+    if isinstance(value, FeatureValues) and len(value) == 1:
         return [path]
     if is_list(value):
-        return [below for number, inner in enumerate(value[:2]) for below in _below(f"{path}.{number}", inner)]
+        return [below for number, inner in enumerate(value[:2]) for below in _paths_below(f"{path}.{number}", inner)]
     return [path]
 
 
-def _text(value: Any, ours: str, theirs: str) -> str:
-    if isinstance(value, Values) and len(value) == 1:
+def _field_text(value: Any, ours: str, theirs: str) -> str:
+    if isinstance(value, FeatureValues) and len(value) == 1:
         (value,) = value
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise Unusable(f"field {theirs!r} (source.{ours}): byte {error.start + 1} is not UTF-8") from error
+            raise UnusableRecord(f"field {theirs!r} (source.{ours}): byte {error.start + 1} is not UTF-8") from error
     if isinstance(value, str):
         if not value.isascii():
             try:
                 value.encode("utf-8")
             except UnicodeEncodeError as error:
                 what = f"character {error.start + 1} is half of a surrogate pair"
-                raise Unusable(f"field {theirs!r} (source.{ours}): {what}, which is no text") from error
+                raise UnusableRecord(f"field {theirs!r} (source.{ours}): {what}, which is no text") from error
         return value
-    if ours not in TEXTS and (isinstance(value, int | float) or getattr(value, "shape", None) == ()):
+    if ours not in TEXT_FIELDS and (isinstance(value, int | float) or getattr(value, "shape", None) == ()):
         try:
             return number_text(value)
-        except Unusable as error:
-            raise Unusable(f"field {theirs!r} (source.{ours}): {error}") from None
+        except UnusableRecord as error:
+            raise UnusableRecord(f"field {theirs!r} (source.{ours}): {error}") from None
     kind = "null" if value is None else "list" if is_list(value) else type(value).__name__
-    raise Unusable(f"field {theirs!r} (source.{ours}) must be text, not {kind}")
+    raise UnusableRecord(f"field {theirs!r} (source.{ours}) must be text, not {kind}")

@@ -10,11 +10,11 @@ import numpy as np
 
 from common.data.objectives.draws import draw_bits
 from common.data.sources.config import Template
-from common.data.sources.records import ByNumber, Problem, Record, Source
+from common.data.sources.records import Problem, Record, Source, SourceBase
 
 
 @dataclasses.dataclass(frozen=True)
-class TemplatedSource(ByNumber):
+class TemplatedSource(SourceBase):
     """A source whose records have "inputs" and "targets" by a template, which is drawn for each record by its number,
     the same in every epoch and on every machine."""
 
@@ -31,9 +31,9 @@ class TemplatedSource(ByNumber):
 
     def read(self, indices: Sequence[int]) -> list[Record | Problem]:
         found = zip(self.records.read(indices), indices, strict=True)
-        return [record if isinstance(record, Problem) else self._put(record, index) for record, index in found]
+        return [record if isinstance(record, Problem) else self._render(record, index) for record, index in found]
 
-    def _put(self, record: Record, index: int) -> Record | Problem:
+    def _render(self, record: Record, index: int) -> Record | Problem:
         drawn = int(draw_bits(0, np.array([index]), 1)[0, 0]) % len(self.templates)
         template = self.templates[drawn]
         targets = dict(record)
@@ -51,7 +51,7 @@ class TemplatedSource(ByNumber):
 
 
 @dataclasses.dataclass(frozen=True)
-class JoinedSource(ByNumber):
+class JoinedSource(SourceBase):
     """Several sources as one: all records of the first, then of the second, and so on."""
 
     sources: tuple[Source, ...]
@@ -64,11 +64,11 @@ class JoinedSource(ByNumber):
         return sum(map(len, self.sources))
 
     def read(self, indices: Sequence[int]) -> list[Record | Problem]:
-        places = [self._place(index) for index in indices]
+        places = [self._locate(index) for index in indices]
         runs = itertools.groupby(places, lambda place: place[0])
         return [record for source, run in runs for record in source.read([within for _, within in run])]
 
-    def _place(self, index: int) -> tuple[Source, int]:
+    def _locate(self, index: int) -> tuple[Source, int]:
         within = index
         for source in self.sources:
             if within < len(source):

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from common.data.sources.crc32c import masked_crc32c, masked_crc32c_of_rows
-from common.data.sources.indexes import Built, Index, file_digest, open_index, write_starts
-from common.data.sources.line_files import runs
+from common.data.sources.indexes import Index, IndexResult, file_digest, open_index, write_integers
+from common.data.sources.line_files import consecutive_runs
 from common.data.sources.packed_files import PlainFile
-from common.data.sources.records import Problem, Values, first_line, too_long
+from common.data.sources.records import FeatureValues, Problem, first_line, too_long_reason
 from common.errors import UserError
 
 HEAD_BYTES, TAIL_BYTES = 12, 4
@@ -51,11 +51,11 @@ class TfRecordFile:
         starts = self.index.starts
         found: list[dict[str, Any] | Problem] = []
         with open(self.path, "rb") as file:
-            for low, high in runs(places):
+            for low, high in consecutive_runs(places):
                 bounds = starts[low : high + 1].tolist()  # one fewer where `places` includes the torn record
                 file.seek(bounds[0])
                 for place, (begin, end) in enumerate(itertools.pairwise(bounds), low):
-                    if what := too_long(end - begin):
+                    if what := too_long_reason(end - begin):
                         found.append(Problem(where=self.where(place), what=what))
                         file.seek(end)
                     else:
@@ -68,7 +68,7 @@ class TfRecordFile:
         data = framed[HEAD_BYTES:-TAIL_BYTES]
         if masked_crc32c(data) != int.from_bytes(framed[-TAIL_BYTES:], "little"):
             return Problem(where=self.where(place), what="its bytes do not match their checksum")
-        return _example(data, self.where(place))
+        return _parse_example(data, self.where(place))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,14 +87,14 @@ class ArrayRecordFile:
         return f"{self.shown} record {place}"
 
     def read(self, places: Sequence[int]) -> list[dict[str, Any] | Problem]:
-        reader = _array_reader(self.path, self.index.folder, os.getpid())
+        reader = _cached_array_reader(self.path, self.index.folder, os.getpid())
         try:
             found = reader.read(list(places))
         except RuntimeError as error:  # of many records one may be damaged
             if len(places) == 1:
                 return [Problem(where=self.where(places[0]), what=first_line(error))]
             return [record for place in places for record in self.read([place])]
-        return [_example(data, self.where(place)) for data, place in zip(found, places, strict=True)]
+        return [_parse_example(data, self.where(place)) for data, place in zip(found, places, strict=True)]
 
 
 def open_tf_record(file: PlainFile, cache_dir: Path) -> TfRecordFile:
@@ -108,7 +108,7 @@ def open_array_record(file: PlainFile, cache_dir: Path) -> ArrayRecordFile:
     return ArrayRecordFile(shown=file.shown, path=file.path, index=index)
 
 
-def _index_tf_record(file: PlainFile, starts: Path) -> Built:
+def _index_tf_record(file: PlainFile, starts: Path) -> IndexResult:
     places, torn, wrong = array.array("q", [0]), file.torn, None
     if size := file.path.stat().st_size:
         with open(file.path, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -123,8 +123,8 @@ def _index_tf_record(file: PlainFile, starts: Path) -> Built:
         torn = "its length does not match its checksum, so that it and all behind it in the file cannot be found"
     elif places[-1] != size:
         torn = torn or "the file ends in the middle of it"
-    write_starts(starts, [np.frombuffer(places, np.int64)])
-    return Built(records=len(places) - 1 + bool(torn), digest=file_digest(file.path, torn), torn=torn)
+    write_integers(starts, [np.frombuffer(places, np.int64)])
+    return IndexResult(records=len(places) - 1 + bool(torn), digest=file_digest(file.path, torn), torn=torn)
 
 
 def _first_wrong_length(data: mmap.mmap, places: array.array, size: int) -> int | None:
@@ -141,41 +141,41 @@ def _first_wrong_length(data: mmap.mmap, places: array.array, size: int) -> int 
     return None
 
 
-def _index_array_record(file: PlainFile, starts: Path) -> Built:
-    reader = _new_reader(file.path)
+def _index_array_record(file: PlainFile, starts: Path) -> IndexResult:
+    reader = _open_array_reader(file.path)
     if not reader.ok():
         raise UserError(f"{file.shown} is not a whole ArrayRecord file; it may have been cut off on its way here")
-    return Built(records=reader.num_records(), digest=file_digest(file.path))
+    return IndexResult(records=reader.num_records(), digest=file_digest(file.path))
 
 
 @functools.lru_cache(READERS_OPEN)
-def _array_reader(path: Path, version: Path, process: int) -> Any:
+def _cached_array_reader(path: Path, version: Path, process: int) -> Any:
     """Its threads do not survive a fork, so it belongs to one process; `version` differs where the file has changed."""
-    return _new_reader(path)
+    return _open_array_reader(path)
 
 
-def _new_reader(path: Path) -> Any:
+def _open_array_reader(path: Path) -> Any:
     from array_record.python.array_record_module import ArrayRecordReader
 
     return ArrayRecordReader(str(path), "readahead_buffer_size:0", file_reader_buffer_size=BUFFER_BYTES)
 
 
 @functools.cache
-def _proto() -> Any:
+def _example_class() -> Any:
     from tensorflow_datasets.proto import tf_example_pb2
 
     return tf_example_pb2.Example
 
 
-def _example(data: bytes, where: str) -> dict[str, Any] | Problem:
+def _parse_example(data: bytes, where: str) -> dict[str, Any] | Problem:
     """A tf.Example's features by name; TFDS's names of nested ones ("answers/text") are paths too."""
     from google.protobuf.message import DecodeError
 
     try:
-        example = _proto().FromString(data)
+        example = _example_class().FromString(data)
     except DecodeError as error:
         return Problem(where=where, what=f"not a tf.Example ({error})")
-    found = {name: _values(feature) for name, feature in example.features.feature.items()}
+    found = {name: _feature_values(feature) for name, feature in example.features.feature.items()}
     for name in [name for name in found if "/" in name]:
         *outer, last = name.split("/")
         inside: Any = found
@@ -186,6 +186,6 @@ def _example(data: bytes, where: str) -> dict[str, Any] | Problem:
     return found
 
 
-def _values(feature: Any) -> Values:
+def _feature_values(feature: Any) -> FeatureValues:
     kind = feature.WhichOneof("kind")
-    return Values(getattr(feature, kind).value if kind else [])
+    return FeatureValues(getattr(feature, kind).value if kind else [])

@@ -17,10 +17,10 @@ from common.config import to_json
 from common.data.cache import build_once
 from common.data.config import TokenizerConfig
 from common.data.sources.config import SourceConfig
-from common.data.sources.records import ByNumber, Problem, Record, Source, check_range, in_batches
+from common.data.sources.records import Problem, Record, Source, SourceBase, check_range, in_batches
 from common.data.tokenized.prepared import VARIABLE
 from common.data.tokenized.remote_folder import RemoteFolder
-from common.data.tokenizers.kept import kept_files, read_kept
+from common.data.tokenizers.saved import load_saved, saved_files
 from common.data.tokenizers.tokenizer import Tokenizer
 from common.errors import UserError
 from common.files import plain_name
@@ -31,7 +31,7 @@ RECORDS_AT_ONCE = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class KeptSource(ByNumber):
+class KeptSource(SourceBase):
     """A split whose files are not here."""
 
     name: str
@@ -77,7 +77,7 @@ def keep_tokenizer(
 ) -> None:
     """Puts the tokenizer's files in `to`, a folder or an url."""
     there = _folder(to, "tokenizers")
-    files = {name: base64.b64encode(content).decode() for name, content in kept_files(tokenizer).items()}
+    files = {name: base64.b64encode(content).decode() for name, content in saved_files(tokenizer).items()}
     there.make()
     there.send_json(f"{_tokenizer_key(config, content_id, modes)}.json", files)
 
@@ -125,7 +125,7 @@ def kept_tokenizer(config: TokenizerConfig, content_id: str, modes: Sequence[str
     except (AttributeError, TypeError, ValueError):
         raise UserError(f"{shown} is damaged; delete it and prepare the data anew") from None
     found = hashlib.blake2b(json.dumps(files, sort_keys=True).encode(), digest_size=16).hexdigest()
-    return read_kept(build_once(cache_dir / "prepared" / "tokenizers" / found, build))
+    return load_saved(build_once(cache_dir / "prepared" / "tokenizers" / found, build))
 
 
 def _described(there: RemoteFolder, name: str) -> dict[str, Any] | None:

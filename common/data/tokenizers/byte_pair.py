@@ -17,14 +17,14 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from common.data.config import BYTE_PAIR_LEAST, BytePairConfig
-from common.data.tokenizers.plain_text import reading_plain_text
+from common.data.tokenizers.plain_text import plain_text_encoder
 from common.data.tokenizers.vocabulary import (
     MODE,
+    check_unicode,
     decode_around_sentinels,
+    encode_after_mode,
     encode_around_sentinels,
-    encode_behind_mode,
     own_sentinels,
-    refuse_surrogates,
     sentinel_at,
     sentinels_on_top,
     table_rows,
@@ -33,7 +33,7 @@ from common.errors import UserError, nearest
 from common.files import read_json
 
 VERSION: str = tokenizers.__version__
-WHOLE, PARTS = "tokenizer.json", ("vocab.json", "merges.txt")
+SINGLE_FILE, FILE_PAIR = "tokenizer.json", ("vocab.json", "merges.txt")
 """Names of the files that a tokenizer is read from: one with everything, or two."""
 TRAINED_SPECIALS = ("⟨pad⟩", "⟨eos⟩", "⟨unk⟩")
 """Ids 0, 1, 2. Their brackets are no letters of the byte alphabet, so no merge can ever spell one."""
@@ -47,7 +47,7 @@ WELL_KNOWN = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Specials:
+class SpecialIds:
     pad: int
     eos: int
     unk: int
@@ -59,10 +59,10 @@ class BytePairTokenizer:
     """A `Tokenizer` (see common/data/tokenizers/tokenizer.py) over one of the `tokenizers` library."""
 
     def __init__(
-        self, tokenizer: tokenizers.Tokenizer, special: Specials, *, sentinels: int, files: Mapping[str, bytes]
+        self, tokenizer: tokenizers.Tokenizer, special: SpecialIds, *, sentinels: int, files: Mapping[str, bytes]
     ) -> None:
         """`files`: what the tokenizer was read from, by name. Raises UserError for sentinels beside its own."""
-        self._tokenizer, self.special, self.read_from = tokenizer, special, dict(files)
+        self._tokenizer, self.special, self.files_read = tokenizer, special, dict(files)
         tokenizer.no_padding()
         tokenizer.no_truncation()
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
@@ -74,16 +74,16 @@ class BytePairTokenizer:
         self.pad_id, self.eos_id, self.unk_id = special.pad, special.eos, special.unk
         self.start_id, self.bos_id = special.start, special.bos
         self._sentinel_numbers = {token: k for k, token in enumerate(self._sentinel_ids)}
-        self._silent = _silent_ids(tokenizer, special) - set(self._sentinel_ids)
+        self._skipped = _skipped_ids(tokenizer, special) - set(self._sentinel_ids)
         self._known = frozenset(vocabulary.values())
         self._reserved = self._special_ids() | set(self._sentinel_ids)
         named = self._special_ids() - {special.pad, special.eos, special.unk, special.start, special.bos}
         self.modes = {name: token for name, token in vocabulary.items() if token in named and MODE.fullmatch(name)}
-        self._reader = reading_plain_text(tokenizer, self._reserved & self._known)
+        self._encoder = plain_text_encoder(tokenizer, self._reserved & self._known)
         first = self.encode("x")[:1].tolist()
         self._adds_space = any((tokenizer.id_to_token(token) or "").startswith(("\u2581", "Ġ")) for token in first)
         layout: list[Any] = [dataclasses.astuple(special), self.appended_sentinels]
-        if self._reader is not tokenizer:
+        if self._encoder is not tokenizer:
             layout.append("no text spells a special token")
         content = b"\n\n".join(files.values()) + json.dumps(layout).encode()
         self.content_hash = hashlib.blake2b(content, digest_size=16).hexdigest()
@@ -91,17 +91,17 @@ class BytePairTokenizer:
     @classmethod
     def trained(cls, model: bytes, *, sentinels: int) -> "BytePairTokenizer":
         """From what `train_model` returned."""
-        special = Specials(pad=0, eos=1, unk=2, start=0, bos=None)
-        return cls(tokenizers.Tokenizer.from_buffer(model), special, sentinels=sentinels, files={WHOLE: model})
+        special = SpecialIds(pad=0, eos=1, unk=2, start=0, bos=None)
+        return cls(tokenizers.Tokenizer.from_buffer(model), special, sentinels=sentinels, files={SINGLE_FILE: model})
 
     def files(self) -> dict[str, bytes]:
-        """Name and content of what `load` makes the same tokenizer of, given `appended_sentinels`."""
+        """Name and content of what `load_byte_pair` makes the same tokenizer of, given `appended_sentinels`."""
         special = self.special
         roles = {"pad": special.pad, "eos": special.eos, "unk": special.unk, "bos": special.bos}
         names = {f"{role}_token": self._tokenizer.id_to_token(i) for role, i in roles.items() if i is not None}
         described = names | {"add_bos_token": special.bos is not None}
         return {
-            WHOLE: self.read_from.get(WHOLE) or self._tokenizer.to_str().encode(),
+            SINGLE_FILE: self.files_read.get(SINGLE_FILE) or self._tokenizer.to_str().encode(),
             "tokenizer_config.json": json.dumps(described, indent=2).encode(),
         }
 
@@ -117,9 +117,9 @@ class BytePairTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """As `encode`, for many texts, which share the machine's cores."""
         try:
-            encodings = self._reader.encode_batch_fast(list(texts), add_special_tokens=False)
+            encodings = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
         except TypeError:
-            refuse_surrogates(texts)
+            check_unicode(texts)
             raise
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
@@ -129,12 +129,12 @@ class BytePairTokenizer:
         def encode(text: str) -> list[int]:
             return encode_around_sentinels(text, self._sentinel_ids, self.encode, adds_space=self._adds_space)
 
-        return np.array(encode_behind_mode(text, self.modes, encode), np.int32)
+        return np.array(encode_after_mode(text, self.modes, encode), np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, whatever a model emits; special tokens are left out, except unk, which shows its name."""
         known = (token if token in self._known or token in self._sentinel_numbers else self.unk_id for token in ids)
-        kept = [token for token in known if token not in self._silent]
+        kept = [token for token in known if token not in self._skipped]
         return decode_around_sentinels(kept, self._sentinel_numbers, self._decode_run)
 
     def sentinel_id(self, k: int) -> int:
@@ -143,7 +143,7 @@ class BytePairTokenizer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._tokenizer.encode_special_tokens = self._reader.encode_special_tokens = True  # which pickling forgets
+        self._tokenizer.encode_special_tokens = self._encoder.encode_special_tokens = True  # which pickling forgets
 
     def _special_ids(self) -> set[int]:
         added = self._tokenizer.get_added_tokens_decoder()
@@ -186,29 +186,29 @@ def train_model(lines: Iterable[str], config: BytePairConfig, modes: Sequence[st
     return tokenizer.to_str().encode()
 
 
-def load(path: Path, *, sentinels: int, eos: str | None) -> BytePairTokenizer:
+def load_byte_pair(path: Path, *, sentinels: int, eos: str | None) -> BytePairTokenizer:
     """From a `tokenizer.json`, or a folder that holds one or that holds `vocab.json` and `merges.txt`.
 
     Special tokens are those that a `tokenizer_config.json` beside it names, or else well-known ones; `eos` overrules
     both. Without a bos token targets start with pad, and without that with eos. Raises UserError where files are
     absent or broken, or no token ends a text.
     """
-    tokenizer, files = read(path)
+    tokenizer, files = read_tokenizer_files(path)
     described = (path if path.is_dir() else path.parent) / "tokenizer_config.json"
     names = read_json(described) if described.is_file() else {}
     if not isinstance(names, dict):
         raise UserError(f"{described} is no JSON object")
     try:
-        special = _specials(tokenizer, names, eos)
+        special = _find_special_ids(tokenizer, names, eos)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return BytePairTokenizer(tokenizer, special, sentinels=sentinels, files=files)
 
 
-def read(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, bytes]]:
-    """The tokenizer at `path` (see `load`), and the files that it was read from, by name."""
-    whole = path / WHOLE if path.is_dir() else path
-    parts = [path / name for name in PARTS]
+def read_tokenizer_files(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, bytes]]:
+    """The tokenizer at `path` (see `load_byte_pair`), and the files that it was read from, by name."""
+    whole = path / SINGLE_FILE if path.is_dir() else path
+    parts = [path / name for name in FILE_PAIR]
     by_parts = path.is_dir() and not whole.is_file()
     if by_parts and not all(part.is_file() for part in parts):
         raise UserError(f"tokenizer.path {path} holds neither tokenizer.json nor vocab.json and merges.txt")
@@ -221,7 +221,7 @@ def read(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, bytes]]:
     except Exception as error:  # the library raises nothing narrower
         raise UserError(f"tokenizer.path {path} holds no byte-pair tokenizer: {error}") from None
     try:
-        return tokenizers.Tokenizer.from_buffer(content), {WHOLE: content}
+        return tokenizers.Tokenizer.from_buffer(content), {SINGLE_FILE: content}
     except Exception as error:
         raise UserError(f"tokenizer.path {whole} is no tokenizer.json: {error}") from None
 
@@ -234,7 +234,7 @@ def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _specials(tokenizer: tokenizers.Tokenizer, names: Mapping[str, Any], eos: str | None) -> Specials:
+def _find_special_ids(tokenizer: tokenizers.Tokenizer, names: Mapping[str, Any], eos: str | None) -> SpecialIds:
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     if eos is not None and eos not in vocabulary:
         special = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
@@ -248,8 +248,8 @@ def _specials(tokenizer: tokenizers.Tokenizer, names: Mapping[str, Any], eos: st
         candidates = WELL_KNOWN[role] if name is None else (name,)
         return next((vocabulary[name] for name in candidates if name in vocabulary), None)
 
-    before, after = _wrapping(tokenizer)
-    eos_id = vocabulary[eos] if eos is not None else _first(named("eos"), after[0] if after else None)
+    before, after = _ids_around_text(tokenizer)
+    eos_id = vocabulary[eos] if eos is not None else _first_known(named("eos"), after[0] if after else None)
     if eos_id is None:
         raise UserError("no token is known to end a text; name one by tokenizer.eos")
     bos, pad = named("bos"), named("pad")
@@ -257,20 +257,20 @@ def _specials(tokenizer: tokenizers.Tokenizer, names: Mapping[str, Any], eos: st
         before = [bos]
     if bos is None and before:
         bos = before[0]
-    return Specials(
-        pad=_first(pad, eos_id),
+    return SpecialIds(
+        pad=_first_known(pad, eos_id),
         eos=eos_id,
-        unk=_first(named("unk"), eos_id),
-        start=_first(bos, pad, eos_id),
+        unk=_first_known(named("unk"), eos_id),
+        start=_first_known(bos, pad, eos_id),
         bos=before[0] if len(before) == 1 else None,
     )
 
 
-def _first(*ids: int | None) -> Any:
+def _first_known(*ids: int | None) -> Any:
     return next((token for token in ids if token is not None), None)
 
 
-def _wrapping(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+def _ids_around_text(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
     """The ids that the tokenizer's own post-processor puts before and behind a text."""
     plain, wrapped = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
     for start in range(len(wrapped) - len(plain) + 1):
@@ -279,7 +279,7 @@ def _wrapping(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
     return [], []
 
 
-def _silent_ids(tokenizer: tokenizers.Tokenizer, special: Specials) -> frozenset[int]:
+def _skipped_ids(tokenizer: tokenizers.Tokenizer, special: SpecialIds) -> frozenset[int]:
     """What decoding leaves out: special tokens, but not unk, unless it also is one of the others."""
     added = tokenizer.get_added_tokens_decoder()
     named = {token for token, one in added.items() if one.special}

@@ -15,7 +15,7 @@ CONTEXTS = ("{}", "x{}x", " {} ")
 """Texts that hold a name, which may be cut otherwise at a word's begin than within it."""
 
 
-def reading_plain_text(tokenizer: tokenizers.Tokenizer, reserved: Collection[int]) -> tokenizers.Tokenizer:
+def plain_text_encoder(tokenizer: tokenizers.Tokenizer, reserved: Collection[int]) -> tokenizers.Tokenizer:
     """One that writes the same ids, but for a text that names a reserved token: that is spelled as any other.
 
     The same tokenizer, where no text spells such a token.
@@ -25,14 +25,14 @@ def reading_plain_text(tokenizer: tokenizers.Tokenizer, reserved: Collection[int
     names = {name: token for token in sorted(reserved) if len(name := tokenizer.id_to_token(token) or "") > 1}
     if all(name not in pieces and added[token].special for name, token in names.items()):
         return tokenizer
-    renamed = tokenizers.Tokenizer.from_str(json.dumps(_renamed(json.loads(tokenizer.to_str()), names)))
+    renamed = tokenizers.Tokenizer.from_str(json.dumps(_rename_tokens(json.loads(tokenizer.to_str()), names)))
     renamed.encode_special_tokens = True
     texts = [context.format(name) for name in names for context in CONTEXTS]
     before, after = (t.encode_batch_fast(texts, add_special_tokens=False) for t in (tokenizer, renamed))
     return tokenizer if [x.ids for x in before] == [x.ids for x in after] else renamed
 
 
-def _renamed(state: dict[str, Any], names: dict[str, int]) -> dict[str, Any]:
+def _rename_tokens(state: dict[str, Any], names: dict[str, int]) -> dict[str, Any]:
     """A `tokenizer.json` whose tokens of these `names` keep their ids under names that are in no text."""
     nonce = secrets.token_hex(16)
     new = {name: f"\ufdd0{nonce} {token}" for name, token in names.items()}
@@ -46,12 +46,12 @@ def _renamed(state: dict[str, Any], names: dict[str, int]) -> dict[str, Any]:
     if model.get("unk_token") is not None:
         changed["unk_token"] = new.get(model["unk_token"], model["unk_token"])
     if "merges" in model:
-        changed["merges"] = [merge for merge in model["merges"] if not _leads_to(merge, new)]
+        changed["merges"] = [merge for merge in model["merges"] if not _involves(merge, new)]
     added = [token | {"content": new.get(token["content"], token["content"])} for token in state["added_tokens"]]
     return state | {"model": changed, "added_tokens": added, "post_processor": None}
 
 
-def _leads_to(merge: str | list[str], names: Collection[str]) -> bool:
+def _involves(merge: str | list[str], names: Collection[str]) -> bool:
     """Whether a merge makes one of the names, or takes one as its part."""
     first, second = merge.split(" ") if isinstance(merge, str) else merge
     return not {first, second, first + second}.isdisjoint(names)

@@ -20,11 +20,11 @@ from common.data.config import SentencePieceConfig
 from common.data.tokenizers.vocabulary import (
     MODE,
     SPACE_MARK,
+    check_unicode,
     decode_around_sentinels,
+    encode_after_mode,
     encode_around_sentinels,
-    encode_behind_mode,
     own_sentinels,
-    refuse_surrogates,
     sentinel_at,
     sentinels_on_top,
     table_rows,
@@ -51,10 +51,10 @@ class SentencePieceTokenizer:
 
         Raises UserError where they do not, or lack an id, and for sentinels beside the model's own.
         """
-        self._bytes, self._model = model, _processor(model)
-        own = own_sentinels(_symbols(self._model, model), sentinels)
+        self._bytes, self._model = model, _load_processor(model)
+        own = own_sentinels(_named_pieces(self._model, model), sentinels)
         if own:
-            self._model = _processor(_as_control(model, own))
+            self._model = _load_processor(_make_control(model, own))
         self.pieces: int = self._model.get_piece_size()
         self._sentinel_ids = own or sentinels_on_top(self.pieces, sentinels)
         self.sentinels, self.appended_sentinels = len(self._sentinel_ids), 0 if own else sentinels
@@ -77,7 +77,7 @@ class SentencePieceTokenizer:
         self._sentinel_numbers = {token: k for k, token in enumerate(self._sentinel_ids)}
         first = self._model.encode("x")[:1]
         self._adds_space = any(self._model.id_to_piece(token).startswith(SPACE_MARK) for token in first)
-        self._mark_ids = self._spell_mark()
+        self._mark_ids = self._space_mark_bytes()
         control = set(filter(self._model.is_control, range(self.pieces))) - {self.pad_id, self.eos_id, self.start_id}
         names = {token: self._model.id_to_piece(token) for token in sorted(control)}
         self.modes = {name: token for token, name in names.items() if MODE.fullmatch(name)}
@@ -103,10 +103,10 @@ class SentencePieceTokenizer:
         try:
             ids = self._model.encode(list(texts), return_type="numpy", num_threads=1)
         except (RuntimeError, TypeError, UnicodeError):
-            refuse_surrogates(texts)
+            check_unicode(texts)
             raise
         if self._mark_ids:
-            ids = [self._encode_marks(t) if SPACE_MARK in t else i for t, i in zip(texts, ids, strict=True)]
+            ids = [self._encode_with_marks(t) if SPACE_MARK in t else i for t, i in zip(texts, ids, strict=True)]
         return ids
 
     def encode_with_sentinels(self, text: str) -> np.ndarray:
@@ -115,7 +115,7 @@ class SentencePieceTokenizer:
         def encode(text: str) -> list[int]:
             return encode_around_sentinels(text, self._sentinel_ids, self.encode, adds_space=self._adds_space)
 
-        return np.array(encode_behind_mode(text, self.modes, encode), np.int32)
+        return np.array(encode_after_mode(text, self.modes, encode), np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, whatever a model emits.
@@ -136,14 +136,14 @@ class SentencePieceTokenizer:
             return f"<extra_id_{self.vocab_size - 1 - token}>"
         return self._model.id_to_piece(token)
 
-    def _spell_mark(self) -> list[int]:
+    def _space_mark_bytes(self) -> list[int]:
         """Byte ids that spell the space mark; empty where the model has no bytes or reads newline as anything else."""
         spelt = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         newline = self._model.piece_to_id("<0x0A>")
         plain = self.unk_id not in (*spelt, newline) and self._model.encode("\n")[-1:] == [newline]
         return spelt if plain else []
 
-    def _encode_marks(self, text: str) -> np.ndarray:
+    def _encode_with_marks(self, text: str) -> np.ndarray:
         """Ids of a text that holds the space mark itself, which SentencePiece would read back as a space."""
         first, *rest = text.split(SPACE_MARK)
         ids = list(self._model.encode(first))
@@ -155,14 +155,14 @@ class SentencePieceTokenizer:
         return np.array(ids, np.int32)
 
 
-def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
+def _load_processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:
         raise UserError(f"not a SentencePiece model: {error}") from None
 
 
-def _symbols(processor: sentencepiece.SentencePieceProcessor, model: bytes) -> dict[str, int]:
+def _named_pieces(processor: sentencepiece.SentencePieceProcessor, model: bytes) -> dict[str, int]:
     """Pieces that were not found in text but named, where sentinels may be among them: mT5's are."""
     if not own_sentinels({processor.id_to_piece(token): token for token in range(processor.get_piece_size())}, 0):
         return {}
@@ -171,7 +171,7 @@ def _symbols(processor: sentencepiece.SentencePieceProcessor, model: bytes) -> d
     return {piece.piece: token for token, piece in enumerate(pieces) if piece.type in named}
 
 
-def _as_control(model: bytes, ids: Iterable[int]) -> bytes:
+def _make_control(model: bytes, ids: Iterable[int]) -> bytes:
     """The model with these pieces as control symbols, which no text can spell."""
     changed = _ModelProto.FromString(model)
     for token in ids:
@@ -212,11 +212,11 @@ def train_model(lines: Iterable[str], config: SentencePieceConfig, modes: Sequen
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise UserError(_explain(str(error), config)) from None
+        raise UserError(_training_error(str(error), config)) from None
     return model.getvalue()
 
 
-def _explain(message: str, config: SentencePieceConfig) -> str:
+def _training_error(message: str, config: SentencePieceConfig) -> str:
     """SentencePiece's complaint in the config's own terms."""
     largest = re.search(r"too high \(\d+\).*<= (\d+)", message)
     least = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)

@@ -97,7 +97,7 @@ def open_tokenizer(config: TokenizerConfig, source: Source, cache_dir: Path, mod
     """
     if config.path is not None:
         return load_tokenizer(config)
-    library, train = _training(config, modes)
+    library, train = _trainer(config, modes)
     identity = [source.content_id, dataclasses.asdict(config), library, *modes]
     key = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
 
@@ -131,7 +131,7 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
                 raise UserError(f"tokenizer.path {config.path!r} cannot be read: {error.strerror}") from None
             return SentencePieceTokenizer(model, sentinels=config.sentinels)
         case BytePairConfig():
-            return byte_pair.load(path, sentinels=config.sentinels, eos=config.eos)
+            return byte_pair.load_byte_pair(path, sentinels=config.sentinels, eos=config.eos)
 
 
 def training_lines(source: Source, records: int) -> Iterator[str]:
@@ -155,7 +155,7 @@ def training_lines(source: Source, records: int) -> Iterator[str]:
         raise UserError(f"none of the training text's records can be used; the first: {problems[0]}")
 
 
-def _training(config: TokenizerConfig, modes: Sequence[str]) -> tuple[str, Callable[[Iterable[str]], bytes]]:
+def _trainer(config: TokenizerConfig, modes: Sequence[str]) -> tuple[str, Callable[[Iterable[str]], bytes]]:
     """(the version of what trains, a function from lines to a model's bytes)."""
     match config:
         case SentencePieceConfig():

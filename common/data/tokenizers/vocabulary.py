@@ -109,10 +109,10 @@ def encode_around_sentinels(
     return ids
 
 
-def encode_behind_mode(text: str, modes: Mapping[str, int], encode: Callable[[str], Iterable[int]]) -> list[int]:
+def encode_after_mode(text: str, modes: Mapping[str, int], encode: Callable[[str], Iterable[int]]) -> list[int]:
     """The ids of `text`: a mode's name that it begins with by its id, the rest by `encode`, without the space between.
 
-    >>> encode_behind_mode("[S2S] a", {"[S2S]": 3}, lambda run: [ord(c) for c in run])
+    >>> encode_after_mode("[S2S] a", {"[S2S]": 3}, lambda run: [ord(c) for c in run])
     [3, 97]
     """
     found = MODE.match(text)
@@ -121,7 +121,7 @@ def encode_behind_mode(text: str, modes: Mapping[str, int], encode: Callable[[st
     return [modes[found[0]], *encode(text[found.end() :].removeprefix(" "))]
 
 
-def refuse_surrogates(texts: Sequence[str]) -> None:
+def check_unicode(texts: Sequence[str]) -> None:
     """Raises UserError naming the first text that is not valid Unicode."""
     for text in texts:
         try:

@@ -36,7 +36,7 @@ def flip(path: Path, place: float = 0.5) -> None:
 
 def digests(config: DataConfig, cache_dir: Path) -> Iterator[str]:
     """Everything that training reads, once more from the cache."""
-    indexes.mapped.cache_clear()
+    indexes.map_integers.cache_clear()
     tokenizer = open_tokenizer(config.tokenizer, open_training_text(config, cache_dir), cache_dir)
     yield tokenizer.content_hash
     for opened in (open_training, open_validation):

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from common.data.built_in import cldr, cldr_phrases
-from common.data.built_in.cldr_pair import COMMON_TERRITORIES, Pair
+from common.data.built_in.cldr_pair import COMMON_TERRITORIES, LocalePair
 from common.data.built_in.cldr_phrases import MIX, Phrase, phrases, withheld_names
 from common.errors import UserError
 
@@ -86,7 +86,7 @@ def test_a_source_with_two_targets_is_dropped(monkeypatch, kind, render):
 
 @pytest.mark.parametrize("pair", [("en", "de"), ("fr", "ja"), ("de", "fa")])
 def test_a_name_of_two_things_keeps_one_target(pair):
-    names = cldr_phrases._plain_names(Pair(*pair))
+    names = cldr_phrases._plain_names(LocalePair(*pair))
     assert len({phrase.source for phrase in names}) == len(names) > 1_000
 
 
@@ -189,7 +189,7 @@ def test_withheld_currencies_and_units_are_unseen_in_amounts_too(en_de):
 @pytest.mark.parametrize("pair", [("en", "de"), ("fr", "ja"), ("de", "en")])
 def test_some_common_names_of_each_field_are_withheld(pair):
     withheld = withheld_names(*pair)
-    for field, table in Pair(*pair).common().items():
+    for field, table in LocalePair(*pair).common().items():
         names = {source for source, _ in table.values()}
         if field != "scripts":
             assert 0 < len(names & withheld) <= 0.1 * len(names)
@@ -197,7 +197,9 @@ def test_some_common_names_of_each_field_are_withheld(pair):
 
 def test_common_names_occur_often_and_the_rest_on_their_own(en_de):
     uses = collections.Counter(name for phrase in en_de if phrase.kind == "list" for name in phrase.names)
-    territories = [source for code, (source, _) in Pair("en", "de").territories.items() if code in COMMON_TERRITORIES]
+    territories = [
+        source for code, (source, _) in LocalePair("en", "de").territories.items() if code in COMMON_TERRITORIES
+    ]
     # 1,500 lists here stand for the 5,600 that a sample of 60,000 phrases holds.
     assert min(uses[name] for name in territories) >= 10
 

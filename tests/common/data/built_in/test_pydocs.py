@@ -10,7 +10,14 @@ import textwrap
 import pytest
 
 from common.data.built_in import pydocs, pydocs_text
-from common.data.built_in.pydocs_text import data_share, docstrings, documents, modules, of_module, standard_library
+from common.data.built_in.pydocs_text import (
+    data_share,
+    docstrings,
+    documents,
+    module_documents,
+    modules,
+    standard_library,
+)
 from common.data.built_in.shares import SPLIT_PER_MILLE, split_by_hash
 
 SMALL = 40
@@ -101,17 +108,17 @@ def test_a_heading_for_each_object_and_none_where_nothing_is_said():
         ("m.A.later(self)", "Later."),
         ("class m.A.B", "Is B."),
     ]
-    first, second = of_module("m", code, ast.parse(code))
+    first, second = module_documents("m", code, ast.parse(code))
     assert first.text.startswith("module m\n\nAbout m.\n\n\nm.f(") and first.kind == "docstrings"
     assert (second.text, second.kind, second.family) == (code, "library", "m")
-    assert [d.kind for d in of_module("m", "x = 1\n", ast.parse("x = 1\n"))] == ["library"]
-    assert not list(of_module("m", "", ast.parse("")))
+    assert [d.kind for d in module_documents("m", "x = 1\n", ast.parse("x = 1\n"))] == ["library"]
+    assert not list(module_documents("m", "", ast.parse("")))
 
 
 def test_files_that_are_mostly_tables_are_left_out(named):
     table = '"""Doc."""\nx = {\n' + "    (1, -2): 'a',\n" * 9 + "}\n"
     assert data_share(table, ast.parse(table)) == pytest.approx(11 / 12)
-    assert [d.kind for d in of_module("m", table, ast.parse(table))] == ["docstrings"]
+    assert [d.kind for d in module_documents("m", table, ast.parse(table))] == ["docstrings"]
     kept = {document.module for document in documents().found if document.kind == "library"}
     assert "html.entities" not in kept and {"html.parser", "mimetypes", "textwrap"} <= kept
 
@@ -150,7 +157,7 @@ def test_the_version_names_the_python_and_the_rules(monkeypatch, tmp_path):
     version = pydocs.maker_version()
     assert "{}.{}.{}".format(*sys.version_info[:3]) in version and sys.implementation.name in version
     monkeypatch.setattr(pydocs.platform, "python_version", lambda: "3.99.0")
-    monkeypatch.setattr(pydocs, "LEFT_OUT", frozenset())
+    monkeypatch.setattr(pydocs, "SKIPPED_PACKAGES", frozenset())
     assert len({version, pydocs.maker_version(), pydocs.maker_version(5)}) == 3
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from common.data.corpora import by_name as corpora
 from common.data.corpora import parsers as corpus_parsers
-from common.data.corpora.by_name import TableSource, open_corpus
+from common.data.corpora.by_name import CorpusSource, open_corpus
 from common.data.corpora.recurring import source_groups, split_by_source
 from common.data.corpora.table import CORPORA
 from common.errors import UserError
@@ -40,7 +40,7 @@ def pairs(folder, english=b"a dog\na cat\n\xe2\x80\xa8odd\n", french=b"un chien\
         (folder / f"mt_multi30k/val.{language}.gz").write_bytes(gzip.compress(text))
 
 
-def read(name, split, **fields) -> TableSource:
+def read(name, split, **fields) -> CorpusSource:
     return open_corpus(name, split, fields)
 
 

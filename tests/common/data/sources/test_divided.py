@@ -62,7 +62,7 @@ def test_a_record_stays_in_its_split_when_others_come_and_files_are_cut_otherwis
 def test_slices_ids_and_copies(tmp_path, monkeypatch):
     name = write(tmp_path, [(f"text {i}", "x") for i in range(500)])
     whole = open_source(config(name), "train", tmp_path / "cache")
-    monkeypatch.setattr(divided, "_divide", lambda *_: pytest.fail("divided twice"))
+    monkeypatch.setattr(divided, "_write_splits", lambda *_: pytest.fail("divided twice"))
     halves = [open_source(config(name), f"train[{part}]", tmp_path / "cache") for part in (":50%", "50%:")]
     assert [half[i] for half in halves for i in range(len(half))] == whole.read(range(len(whole)))
     assert copy.deepcopy(halves[1]).read([3, 0]) == halves[1].read([3, 0])

@@ -138,7 +138,7 @@ def test_packed_files_are_unpacked_once(tmp_path, monkeypatch, ending):
     first = open_fields(f"jsonl:{tmp_path}/a-*", TEXT, "train", cache)
     assert texts(first) == wanted
     monkeypatch.setattr(packed_files, "_unpack", lambda *_: pytest.fail("unpacked twice"))
-    monkeypatch.setattr(line_files, "_index", lambda *_: pytest.fail("indexed twice"))
+    monkeypatch.setattr(line_files, "_index_lines", lambda *_: pytest.fail("indexed twice"))
     assert open_fields(f"jsonl:{tmp_path}/a-*", TEXT, "train", cache).content_id == first.content_id
 
 
@@ -244,7 +244,7 @@ def test_opening_again_reads_no_data_until_the_file_changes(tmp_path, monkeypatc
     shards(tmp_path, [20, 30])
     first = open_fields(f"jsonl:{tmp_path}/a-*", TEXT, "train", tmp_path / "cache")
     with monkeypatch.context() as patch:
-        patch.setattr(line_files, "_index", lambda *_: pytest.fail("indexed twice"))
+        patch.setattr(line_files, "_index_lines", lambda *_: pytest.fail("indexed twice"))
         again = open_fields(f"jsonl:{tmp_path}/a-*", TEXT, "train[:10]", tmp_path / "cache")
         assert texts(again) == texts(first)[:10]
     path = tmp_path / "a-00000-of-00002.jsonl"
@@ -329,7 +329,7 @@ def test_paths_into_objects_and_fields_of_any_name(tmp_path):
     for ours, theirs, hint in (("inputs", "q.txt", "q.text"), ("targets", "answers.text", "answers.0.text")):
         with pytest.raises(UserError, match=f"source.{ours}: .* has no field '{theirs}'; did you mean '{hint}'"):
             open_fields(f"jsonl:{tmp_path}/a.jsonl", {ours: theirs}, "train", tmp_path / "cache")
-    assert records.pick(rows[0], {"id": "n"}) == {"id": "3"}
+    assert records.pick_fields(rows[0], {"id": "n"}) == {"id": "3"}
     numbers = open_fields(f"jsonl:{tmp_path}/a.jsonl", {"text": "n"}, "train", tmp_path / "cache")
     assert "must be text, not int" in numbers.read([0])[0].what
 
@@ -412,7 +412,7 @@ def test_real_parallel_text_is_read_as_gzip_reads_it(tmp_path, split, other):
 
 
 def test_many_files_and_a_failure_among_them(tmp_path):
-    assert indexes.in_threads(lambda n: n * n, range(100), "squares") == [n * n for n in range(100)]
+    assert indexes.map_in_threads(lambda n: n * n, range(100), "squares") == [n * n for n in range(100)]
     with pytest.raises(ZeroDivisionError):
-        indexes.in_threads(lambda n: 1 // (n - 50), range(100), "failing")
-    assert indexes.in_threads(str, [], "nothing") == []
+        indexes.map_in_threads(lambda n: 1 // (n - 50), range(100), "failing")
+    assert indexes.map_in_threads(str, [], "nothing") == []

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, processors
 from common.config import apply_overrides, from_json, to_json
 from common.data.config import BytePairConfig, DataConfig, SentencePieceConfig
 from common.data.sources.config import SourceConfig
-from common.data.tokenizers.byte_pair import BytePairTokenizer, load, train_model
+from common.data.tokenizers.byte_pair import BytePairTokenizer, load_byte_pair, train_model
 from common.data.tokenizers.tokenizer import open_tokenizer
 from common.errors import UserError
 from tests.common.data.memory_source import MemorySource
@@ -102,7 +102,7 @@ def test_its_files_make_the_same_tokenizer(which: str, request: pytest.FixtureRe
     tokenizer = request.getfixturevalue(which)
     for name, content in tokenizer.files().items():
         (tmp_path / name).write_bytes(content)
-    again = load(tmp_path / "tokenizer.json", sentinels=tokenizer.appended_sentinels, eos=None)
+    again = load_byte_pair(tmp_path / "tokenizer.json", sentinels=tokenizer.appended_sentinels, eos=None)
     for fact in ("pad_id", "eos_id", "unk_id", "start_id", "bos_id", "vocab_size", "sentinels"):
         assert getattr(again, fact) == getattr(tokenizer, fact), fact
     for text in (*ODD_TEXTS, *NAMES):

@@ -14,8 +14,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from common.data.config import BytePairConfig, SentencePieceConfig
 from common.data.tokenizers import sentence_piece
-from common.data.tokenizers.byte_pair import BytePairTokenizer, load, train_model
-from common.data.tokenizers.kept import kept_files, read_kept
+from common.data.tokenizers.byte_pair import BytePairTokenizer, load_byte_pair, train_model
+from common.data.tokenizers.saved import load_saved, saved_files
 from common.data.tokenizers.sentence_piece import SentencePieceTokenizer
 from common.data.tokenizers.tokenizer import Tokenizer
 from common.errors import UserError
@@ -54,7 +54,7 @@ def t5_json(folder: Path) -> BytePairTokenizer:
     made.decoder = decoders.Metaspace()
     made.add_special_tokens([AddedToken(name, special=True) for name in ("<pad>", "</s>", "<unk>", *names)])
     (folder / "tokenizer.json").write_text(made.to_str())
-    return load(folder, sentinels=0, eos=None)
+    return load_byte_pair(folder, sentinels=0, eos=None)
 
 
 def mt5_like(folder: Path) -> SentencePieceTokenizer:
@@ -77,7 +77,7 @@ def merged_names(folder: Path) -> BytePairTokenizer:
     made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     made.add_special_tokens([AddedToken(name, special=True) for name in ("<unk>", "<s>", "</s>")])
     (folder / "tokenizer.json").write_text(made.to_str())
-    return load(folder, sentinels=2, eos=None)
+    return load_byte_pair(folder, sentinels=2, eos=None)
 
 
 def whole_words(folder: Path) -> BytePairTokenizer:
@@ -88,7 +88,7 @@ def whole_words(folder: Path) -> BytePairTokenizer:
     made.add_special_tokens(["<unk>", "</s>", "<pad>"])
     made.add_tokens([AddedToken("<extra_id_0>", special=False)])
     (folder / "tokenizer.json").write_text(made.to_str())
-    return load(folder, sentinels=0, eos=None)
+    return load_byte_pair(folder, sentinels=0, eos=None)
 
 
 def trained_pieces(folder: Path) -> SentencePieceTokenizer:
@@ -138,9 +138,9 @@ def test_unk_is_not_spelled_by_its_name(tokenizer: Tokenizer, request: pytest.Fi
 
 def test_copies_write_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Covers copies sent to other processes, and those read from the files that a run keeps."""
-    for name, content in kept_files(tokenizer).items():
+    for name, content in saved_files(tokenizer).items():
         (tmp_path / name).write_bytes(content)
-    for made in (copy.deepcopy(tokenizer), read_kept(tmp_path)):  # a worker process gets a copy made in the same way
+    for made in (copy.deepcopy(tokenizer), load_saved(tmp_path)):  # a worker process gets a copy made in the same way
         assert made.content_hash == tokenizer.content_hash
         assert (made.sentinels, made.sentinel_id(0)) == (tokenizer.sentinels, tokenizer.sentinel_id(0))
         for one, other in zip(made.encode_batch(TEXTS), tokenizer.encode_batch(TEXTS), strict=True):
@@ -187,7 +187,7 @@ def test_as_transformers_reads_prompts(kind: str, tmp_path: Path) -> None:
     (tmp_path / "spiece.model").write_bytes(pieces.serialized())
     theirs = transformers.T5Tokenizer.from_pretrained(tmp_path)
     theirs.save_pretrained(tmp_path / "saved")
-    ours = pieces if kind == "pieces" else load(tmp_path / "saved", sentinels=0, eos=None)
+    ours = pieces if kind == "pieces" else load_byte_pair(tmp_path / "saved", sentinels=0, eos=None)
     prompts = [
         PARK,
         "<extra_id_0> dog<extra_id_1>.",

@@ -9,7 +9,7 @@ from typing import Literal
 
 from common.config import from_json, to_json
 from common.data.tokenizers import byte_pair
-from common.data.tokenizers.byte_pair import BytePairTokenizer, Specials
+from common.data.tokenizers.byte_pair import BytePairTokenizer, SpecialIds
 from common.data.tokenizers.sentence_piece import SentencePieceTokenizer
 from common.data.tokenizers.tokenizer import Tokenizer
 from common.errors import UserError
@@ -20,35 +20,35 @@ MODEL = "spiece.model"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _SentencePiece:
+class _SavedSentencePiece:
     kind: Literal["sentencepiece"] = "sentencepiece"
     sentinels: int
     content_hash: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _BytePair:
+class _SavedBytePair:
     kind: Literal["byte_pair"] = "byte_pair"
-    special: Specials
+    special: SpecialIds
     sentinels: int
     content_hash: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Description:
-    tokenizer: _SentencePiece | _BytePair
+    tokenizer: _SavedSentencePiece | _SavedBytePair
 
 
-def kept_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """Name and content of the files of a folder from which `read_kept` makes the same tokenizer."""
-    described: _SentencePiece | _BytePair
+def saved_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """Name and content of the files of a folder from which `load_saved` makes the same tokenizer."""
+    described: _SavedSentencePiece | _SavedBytePair
     match tokenizer:
         case SentencePieceTokenizer():
             files = {MODEL: tokenizer.serialized()}
-            described = _SentencePiece(sentinels=tokenizer.appended_sentinels, content_hash=tokenizer.content_hash)
+            described = _SavedSentencePiece(sentinels=tokenizer.appended_sentinels, content_hash=tokenizer.content_hash)
         case BytePairTokenizer():
-            files = tokenizer.read_from
-            described = _BytePair(
+            files = tokenizer.files_read
+            described = _SavedBytePair(
                 special=tokenizer.special,
                 sentinels=tokenizer.appended_sentinels,
                 content_hash=tokenizer.content_hash,
@@ -58,12 +58,12 @@ def kept_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     return {**files, DESCRIPTION: json_bytes(to_json(_Description(tokenizer=described)))}
 
 
-def read_kept(folder: Path) -> Tokenizer:
-    """The tokenizer whose `kept_files` lie in `folder`. Raises UserError where a file is absent or damaged."""
+def load_saved(folder: Path) -> Tokenizer:
+    """The tokenizer whose `saved_files` lie in `folder`. Raises UserError where a file is absent or damaged."""
     where = folder / DESCRIPTION
     try:
         described = from_json(_Description, read_json(where)).tokenizer
-        tokenizer = _read(folder, described)
+        tokenizer = _load(folder, described)
     except UserError as error:
         raise UserError(f"the tokenizer in {folder} is damaged: {error}") from None
     if tokenizer.content_hash != described.content_hash:
@@ -74,14 +74,14 @@ def read_kept(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def _read(folder: Path, described: _SentencePiece | _BytePair) -> Tokenizer:
+def _load(folder: Path, described: _SavedSentencePiece | _SavedBytePair) -> Tokenizer:
     match described:
-        case _SentencePiece():
+        case _SavedSentencePiece():
             try:
                 model = (folder / MODEL).read_bytes()
             except OSError as error:
                 raise UserError(f"{MODEL} cannot be read ({error.strerror})") from None
             return SentencePieceTokenizer(model, sentinels=described.sentinels)
-        case _BytePair():
-            tokenizer, files = byte_pair.read(folder)
+        case _SavedBytePair():
+            tokenizer, files = byte_pair.read_tokenizer_files(folder)
             return BytePairTokenizer(tokenizer, described.special, sentinels=described.sentinels, files=files)

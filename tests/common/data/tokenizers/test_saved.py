@@ -9,7 +9,7 @@ import tokenizers
 
 from common.data.config import BytePairConfig, SentencePieceConfig
 from common.data.tokenizers import byte_pair
-from common.data.tokenizers.kept import kept_files, read_kept
+from common.data.tokenizers.saved import load_saved, saved_files
 from common.data.tokenizers.sentence_piece import SentencePieceTokenizer, train_model
 from common.data.tokenizers.tokenizer import Tokenizer
 from common.errors import UserError
@@ -32,7 +32,7 @@ def loaded_pairs(folder: Path) -> Tokenizer:
     model = tokenizers.Tokenizer.from_buffer(byte_pair.train_model(LINES, BytePairConfig(vocab_size=280)))
     model.add_special_tokens(["<stop>"])
     (folder / "some.json").write_text(model.to_str())
-    return byte_pair.load(folder / "some.json", sentinels=2, eos="<stop>")
+    return byte_pair.load_byte_pair(folder / "some.json", sentinels=2, eos="<stop>")
 
 
 def pairs_in_parts(folder: Path) -> Tokenizer:
@@ -40,7 +40,7 @@ def pairs_in_parts(folder: Path) -> Tokenizer:
     (folder / "vocab.json").write_text(json.dumps(model["vocab"] | {"<|endoftext|>": 280}))
     merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
-    return byte_pair.load(folder, sentinels=0, eos=None)
+    return byte_pair.load_byte_pair(folder, sentinels=0, eos=None)
 
 
 MAKERS = [sentence_piece, trained_pairs, loaded_pairs, pairs_in_parts]
@@ -56,18 +56,18 @@ def write(files: dict[str, bytes], folder: Path) -> Path:
 @pytest.mark.parametrize("make", MAKERS)
 def test_the_same_tokenizer_comes_back(tmp_path: Path, make: Callable[[Path], Tokenizer]) -> None:
     tokenizer = make(tmp_path)
-    again = read_kept(write(kept_files(tokenizer), tmp_path / "kept"))
+    again = load_saved(write(saved_files(tokenizer), tmp_path / "kept"))
     assert again.content_hash == tokenizer.content_hash
     assert again.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
     for name in ("vocab_size", "table_size", "sentinels", "pad_id", "eos_id", "unk_id", "start_id", "bos_id"):
         assert getattr(again, name) == getattr(tokenizer, name), name
-    assert kept_files(again) == kept_files(tokenizer)
+    assert saved_files(again) == saved_files(tokenizer)
 
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_damage_is_named(tmp_path: Path, make: Callable[[Path], Tokenizer]) -> None:
     """Every file, absent, cut short or with one byte changed: never another tokenizer."""
-    files = kept_files(make(tmp_path))
+    files = saved_files(make(tmp_path))
     number = 0
     for name, content in files.items():
         middle = len(content) // 2
@@ -78,4 +78,4 @@ def test_damage_is_named(tmp_path: Path, make: Callable[[Path], Tokenizer]) -> N
             if damaged is None:
                 (folder / name).unlink()
             with pytest.raises(UserError, match=f"the tokenizer in {folder} is damaged"):
-                read_kept(folder)
+                load_saved(folder)
