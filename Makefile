@@ -10,7 +10,7 @@ MINIMUM := 3, 11
 # Tests that compile nothing.
 AT_ONCE := tests/common/analysis tests/common/evals tests/common/report tests/common/test_*.py \
 	tests/common/data/objectives tests/common/data/sources tests/common/data/tokenizers tests/common/data/test_*ing.py \
-	tests/experiments/test_cli.py tests/experiments/test_command_lines.py tests/experiments/test_ranges.py
+	tests/experiments/cli/test_main.py tests/experiments/cli/test_command_lines.py tests/experiments/test_ranges.py
 
 .PHONY: help demo test test-slow lint check bench
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from experiments.cli import tell_jax_where_no_tpu_is
+from experiments.cli.main import tell_jax_where_no_tpu_is
 
 if __name__ == "__main__":
     tell_jax_where_no_tpu_is()

@@ -15,8 +15,8 @@ from common.nn.recipe import Execution
 from common.sharding.shape import MeshShape
 from common.train.config import AdamW, Cosine
 from experiments.config import Arm, Experiment
-from experiments.plan_jobs import Job, compile_all
-from experiments.plan_table import outlook
+from experiments.planning.jobs import Job, compile_all
+from experiments.planning.table import outlook
 from experiments.xl import xl
 from gpt.config import SIZES, GptConfig
 

@@ -35,7 +35,7 @@ from common.train.programs import prepare
 from common.train.state import TrainState, init_state
 from common.train.step import weighted_loss
 from experiments.config import Experiment, ModelConfig
-from experiments.pipeline import compiled_step, make_setup
+from experiments.running.pipeline import compiled_step, make_setup
 from gpt.config import GptConfig
 from t5like.config import T5LikeConfig
 

@@ -21,7 +21,7 @@ from common.nn.recipe import Execution, Recipe
 from common.train.state import skeleton
 from experiments.config import ModelConfig
 from experiments.families import builder
-from experiments.weight_maps import gpt_from_relaxed, relaxed_from_gpt
+from experiments.models.weight_maps import gpt_from_relaxed, relaxed_from_gpt
 from t5like.config import RUNGS, T5LikeConfig
 from tests.helpers import (
     BIAS,

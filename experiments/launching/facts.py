@@ -10,8 +10,8 @@ from rich.console import Console
 from common.errors import UserError
 from experiments.config import Experiment
 from experiments.launching.job import Job
-from experiments.plan_jobs import Job as Step
-from experiments.plan_jobs import compile_all
+from experiments.planning.jobs import Job as Step
+from experiments.planning.jobs import compile_all
 
 GIB = 2**30
 SECONDS = 60

@@ -25,7 +25,7 @@ from experiments.launching.facts import facts
 from experiments.launching.job import BUNDLE, Job
 from experiments.launching.slices import accelerator_type
 from experiments.launching.source import write_bundle
-from experiments.pipeline import make_setup
+from experiments.running.pipeline import make_setup
 
 ENGINES: dict[str, ModuleType] = {"sky": sky, "gcloud": gcloud}
 

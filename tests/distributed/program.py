@@ -8,8 +8,9 @@ from typing import Any
 import jax
 
 from common.train import distributed, loop
-from experiments import cli, registry
-from experiments.console import TrainingBar
+from experiments import registry
+from experiments.cli import main as cli
+from experiments.running.console import TrainingBar
 from tests.experiments.tiny_experiment import tiny_experiment
 
 

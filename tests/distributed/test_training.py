@@ -18,7 +18,7 @@ from common.train import run_dir as rd
 from common.train.checkpoints import Checkpoints
 from common.train.programs import prepare
 from common.train.state import abstract_state
-from experiments.pipeline import make_setup
+from experiments.running.pipeline import make_setup
 from tests.distributed.launch import Job, flags, launched
 from tests.experiments.tiny_experiment import STEPS, tiny_experiment, write_data
 

@@ -20,14 +20,14 @@ from common.report.results import ArmResult
 from common.report.run_files import read_run
 from common.train import run_dir as rd
 from common.train.programs import Setup
-from experiments import commands, pipeline
-from experiments.audit import StepCount, count_step
-from experiments.cli import main
-from experiments.commands import compare, report, train
+from experiments.cli.main import main
 from experiments.config import Experiment
-from experiments.pipeline import open_data
-from experiments.plan import plan
+from experiments.planning.plan import plan
 from experiments.registry import EXPERIMENTS, load
+from experiments.running import comparison, pipeline
+from experiments.running.audit import StepCount, count_step
+from experiments.running.comparison import compare, report, train
+from experiments.running.pipeline import open_data
 from tests.experiments.tiny_experiment import STEPS, tiny_experiment, write_data
 
 registered = pytest.mark.parametrize("name", EXPERIMENTS)
@@ -259,7 +259,7 @@ def finished_work_is_not_done_again(
         raise AssertionError("work")
 
     for name in ("fit", "greedy_decoder", "count_step"):
-        monkeypatch.setattr(f"experiments.pipeline.{name}", refuse)
+        monkeypatch.setattr(f"experiments.running.pipeline.{name}", refuse)
     (run_dir / "report.html").unlink()
     compare(experiment, run_dir)
     assert (run_dir / "report.html").read_bytes() == page
@@ -293,12 +293,12 @@ def test_a_command_that_fails_before_training_claims_nothing(tmp_path: Path) -> 
     with pytest.raises(UserError, match="tset"):
         compare(wrong, run_dir)
     assert not run_dir.exists()
-    commands._claim(wrong, run_dir)
+    comparison._claim(wrong, run_dir)
     rd.claim(run_dir / "gpt", {}, {}, {})
-    commands._begin(experiment, run_dir, ["gpt"])
+    comparison._begin(experiment, run_dir, ["gpt"])
     write_rows(run_dir / "gpt" / rd.METRICS, [{"step": 1}])
     with pytest.raises(UserError, match="another config of tiny .train.seed: 1 -> 0."):
-        commands._begin(experiment, run_dir, ["gpt"])
+        comparison._begin(experiment, run_dir, ["gpt"])
     (run_dir / "experiment.json").write_text("null")
     with pytest.raises(UserError, match="experiment.json does not hold a JSON object"):
-        commands._begin(experiment, run_dir, ["gpt"])
+        comparison._begin(experiment, run_dir, ["gpt"])

@@ -16,8 +16,8 @@ from common.errors import UserError
 from common.infer.config import Beam, Greedy, Limits, Sample
 from common.ranges import ranges_of
 from common.train.config import WSD, Adafactor, AdamW, Anomalies, Budget, Constant, Cosine, InverseSqrt, Linear
+from experiments.cli.generate import Job
 from experiments.config import Experiment, MultiTurn
-from experiments.generate import Job
 from experiments.registry import load
 from tests.tiny import tiny
 

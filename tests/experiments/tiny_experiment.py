@@ -12,7 +12,7 @@ from common.data.objectives.config import Supervised
 from common.data.sources.config import SourceConfig
 from common.train.config import Budget
 from experiments.config import Arm, Evaluation, Experiment
-from experiments.pipeline import open_data, train_arm
+from experiments.running.pipeline import open_data, train_arm
 from tests.tiny import tiny, train_config
 
 STEPS, CHECKPOINT_EVERY = 40, 5

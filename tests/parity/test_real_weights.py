@@ -18,10 +18,10 @@ from common.sharding.shape import MeshShape
 from common.train.state import Skeleton, skeleton
 from common.weights.mapping import flatten
 from experiments.config import ModelConfig
-from experiments.console import Progress
-from experiments.convert import convert
 from experiments.families import builder
-from experiments.models import Text, open_model
+from experiments.models.convert import convert
+from experiments.models.finding import Text, open_model
+from experiments.running.console import Progress
 from tests.parity import copy_task
 from tests.parity.shared_data import shared_file
 from tests.parity.stories import BOS, StoriesTokenizer, write_hugging_face

@@ -26,9 +26,9 @@ from common.train.state import TrainState
 from common.train.step import make_train_step, weighted_loss
 from common.weights.folder import leaf_shapes, read_leaf
 from common.weights.mapping import flatten
-from experiments.console import Progress
-from experiments.convert import convert
-from experiments.models import Loaded, open_model
+from experiments.models.convert import convert
+from experiments.models.finding import Loaded, open_model
+from experiments.running.console import Progress
 from tests.parity.padded import Side, one_text, padded, two_texts
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

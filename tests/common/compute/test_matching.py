@@ -13,10 +13,10 @@ from common.compute.length_sums import LengthSums
 from common.compute.matching import matching_widths, unequal
 from common.config import apply_overrides, from_json
 from common.errors import UserError
-from experiments import commands
-from experiments.cli import main
+from experiments.cli.main import main
 from experiments.config import Experiment
 from experiments.registry import EXPERIMENTS, load
+from experiments.running import comparison
 from t5like.config import RUNGS
 from tests.helpers import gpt, t5like
 
@@ -100,7 +100,7 @@ def test_a_run_says_it_before_it_begins(
     def stop(*_: Any) -> None:
         raise UserError("as far as the data")
 
-    monkeypatch.setattr(commands, "open_data", stop)
+    monkeypatch.setattr(comparison, "open_data", stop)
     assert main(["train", "first_light", "--arm", "gpt", "--run-dir", str(tmp_path / "run"), DEEPER]) == 2
     said = capsys.readouterr()
     assert "as far as the data" in said.err

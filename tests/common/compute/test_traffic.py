@@ -14,7 +14,7 @@ from common.compute.traffic import memory_traffic, product_flops
 from common.nn.recipe import Execution
 from common.train.programs import lower_step, prepare
 from experiments.config import Arm, Experiment
-from experiments.pipeline import make_setup
+from experiments.running.pipeline import make_setup
 from t5like.config import RUNGS
 from tests.experiments.tiny_experiment import tiny_experiment
 

@@ -23,7 +23,7 @@ from common.train.loop import Fitted, fit
 from common.train.programs import prepare
 from common.train.state import init_state
 from common.train.task import Stream, Task
-from experiments.pipeline import compiled_step
+from experiments.running.pipeline import compiled_step
 from tests.experiments.tiny_experiment import tiny_experiment
 from tests.tiny import Observer, Stopped, loader, task
 

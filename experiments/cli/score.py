@@ -1,0 +1,154 @@
+"""`twinstack score`: log-likelihoods of the texts in a file under a trained model.
+
+Each line is a JSON object of one of three forms; texts may also be lists of token ids, and sentinels in them, such as
+`<extra_id_0>`, are read as such.
+
+    {"inputs": ..., "targets": ...}          as trained: inputs end as the model's do, targets follow a start token
+    {"context": ..., "continuation": ...}    as a language model: both are targets, the continuation is scored
+    {"text": ...}                            the same without a context
+
+For a language model, whose inputs are always empty or one text with its targets ("native" alignment), the first form
+means what the second does.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from common.errors import UserError
+from common.files import user_rows, write_rows
+from common.infer.score import Pair, Score, continuation, pair, refuse_long, score
+from common.infer.texts import framed
+from common.nn.recipe import Execution
+from common.paths import check_file, is_special
+from common.sharding.mesh import make_mesh
+from common.sharding.shape import MeshShape
+from common.terminal import harmless
+from experiments.models.finding import Text, open_model
+from experiments.running.comparison import prepare_jax
+from experiments.running.console import Progress
+
+FORMS = (("inputs", "targets"), ("context", "continuation"), ("text",))
+
+
+def score_file(
+    model: str, file: Path, out: Path, *, execution: Execution, rows: int, lengths: Sequence[int], eos: bool
+) -> None:
+    """Writes each line of `file` to `out` with `log_likelihood` (nats), `tokens`, `is_greedy` and `log_probs` added.
+
+    `rows` rows of packed examples, or as many as there are examples, are scored at a time on each device, each of one
+    of `lengths`; with `eos` the end of a text is scored as well. Raises UserError naming the line that cannot be read
+    or scored, and where `out` can be no file, before anything is written.
+    """
+    check_file(out, "--out")
+    if out.exists() and not is_special(out) and file.exists() and out.samefile(file):
+        raise UserError(f"--out {out} is --file itself, which is not written over: give another name")
+    prepare_jax()
+    records = read_records(file)
+    devices = len(jax.devices())
+    loaded = open_model(model, execution, make_mesh(MeshShape(data=devices)))
+    pairs = []
+    for number, record in enumerate(records, 1):
+        try:
+            pairs.append(to_pair(record, loaded.text, loaded.config.vocab_size, eos=eos))
+            refuse_long("it", pairs[-1], max(lengths), loaded.model)
+        except UserError as error:
+            raise UserError(f"{file}, line {number}: {error}") from None
+    with Progress(Console(stderr=True)).bar(f"scoring with {loaded.origin}", len(pairs)) as advance:
+        scores = score(
+            loaded.model,
+            loaded.params,
+            loaded.mesh,
+            pairs,
+            execution=execution,
+            rows=min(rows, max(len(pairs), 1)) * devices,
+            lengths=lengths,
+            advance=advance,
+        )
+    write_rows(out, [record | _as_json(s) for record, s in zip(records, scores, strict=True)])
+    print(harmless(f"{_summary(scores)}; written to {out}"))
+
+
+def read_records(file: Path) -> list[dict[str, Any]]:
+    """The lines of a JSON-lines file, each of one of `FORMS`. Raises UserError naming the line that is not."""
+    records = user_rows(file)
+    for number, record in enumerate(records, 1):
+        if sum(all(name in record for name in form) for form in FORMS) != 1:
+            forms = " or ".join(" and ".join(form) for form in FORMS)
+            raise UserError(f"{file}, line {number} must be an object with {forms}")
+    return records
+
+
+def to_pair(record: dict[str, Any], text: Text, vocab_size: int, *, eos: bool) -> Pair:
+    """What is scored for one record. Raises UserError for values that are no text, or ids beyond the vocabulary."""
+    before, after = next((form[0] if len(form) == 2 else None, form[-1]) for form in FORMS if form[-1] in record)
+    supervised = before == "inputs" and text.alignment == "start_token" and text.prompts == "inputs"
+    if supervised:
+        inputs, targets = (_ids(record, name, text, vocab_size) for name in FORMS[0])
+        inputs = framed(inputs, text)
+    else:
+        inputs, targets = _one_text(record, before, after, text, vocab_size)
+    targets = [*targets, *(text.eos_ids[:1] if eos else ())]
+    if supervised:
+        made = pair(inputs, targets, start_id=text.start_id)
+    elif text.alignment == "start_token":
+        made = continuation(inputs, targets, start_id=text.start_id)
+    else:
+        opening = [text.bos_id] if text.add_bos and text.bos_id is not None else []
+        made = continuation([*opening, *inputs] or [text.start_id], targets, start_id=None)
+    whole = [made.start_id, *made.example.inputs_I.tolist(), *made.example.targets_T.tolist()]
+    _check_ids("with the model's own tokens it", whole, vocab_size)
+    return made
+
+
+def _one_text(
+    record: dict[str, Any], before: str | None, after: str, text: Text, vocab_size: int
+) -> tuple[list[int], list[int]]:
+    """Ids of a context and of what goes on from it, as the tokenizer writes the two in one go.
+
+    So a continuation in the middle of a text is not taken for the beginning of one. Where the first token of the
+    continuation would have swallowed the end of the context, the two are written apart.
+    """
+    first = [] if before is None else _ids(record, before, text, vocab_size)
+    alone = _ids(record, after, text, vocab_size)
+    if before is None or not (isinstance(record[before], str) and isinstance(record[after], str)):
+        return first, alone
+    whole = _ids({after: record[before] + record[after]}, after, text, vocab_size)
+    return first, whole[len(first) :] if whole[: len(first)] == first else alone
+
+
+def _ids(record: dict[str, Any], name: str, text: Text, vocab_size: int) -> list[int]:
+    value = record[name]
+    if isinstance(value, str):
+        if text.tokenizer is None:
+            raise UserError(f"{name} is text, but the model came without a tokenizer: give a list of token ids")
+        return text.tokenizer.encode_with_sentinels(value).tolist()
+    if not isinstance(value, list) or not all(type(token) is int for token in value):
+        raise UserError(f"{name} must be a text, or a list of token ids")
+    _check_ids(name, value, vocab_size)
+    return value
+
+
+def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
+    if wrong := [token for token in ids if not 0 <= token < vocab_size]:
+        raise UserError(f"{name} holds token {wrong[0]}; ids go from 0 to {vocab_size - 1}")
+
+
+def _as_json(found: Score) -> dict[str, Any]:
+    """Numbers of the targets that were asked for."""
+    return {
+        "log_likelihood": found.log_likelihood,
+        "tokens": found.tokens,
+        "is_greedy": found.is_greedy,
+        "log_probs": [round(float(x), 6) for x in found.log_probs_T[found.weights_T > 0]],
+    }
+
+
+def _summary(scores: Sequence[Score]) -> str:
+    tokens = sum(s.tokens for s in scores)
+    mean = sum(s.log_likelihood for s in scores) / max(tokens, 1)
+    return f"{len(scores):,} texts, {tokens:,} tokens: {-mean:.4f} nats a token, perplexity {np.exp(-mean):.4g}"

@@ -1,0 +1,223 @@
+"""`twinstack data show`: what a model is trained on, as a person reads it.
+
+Legend: B batch rows, I input slots, T target slots, L slots of either.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from common.compute.length_sums import LengthSums
+from common.data.batch import Batch
+from common.data.sources.config import parts_of
+from common.data.tokenizers.tokenizer import Tokenizer
+from common.report.units import percent
+from common.terminal import harmless, marked_up
+from experiments.config import Experiment
+from experiments.running.pipeline import open_data
+
+COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
+"""Of segments, in turn."""
+
+
+def show(experiment: Experiment, rows: int, console: Console) -> None:
+    """Prints the first `rows` rows of training: their examples, then the slots of both families."""
+    config, data = experiment.data, open_data(experiment)
+    console.print(
+        f"{harmless(' and '.join(part.name for part in parts_of(config.source)))}; "
+        f"objective {config.objective.kind}; rows of "
+        f"{config.input_length} + {config.target_length} slots; {len(experiment.arms)} arms read the same rows",
+        markup=False,
+    )
+    console.print(padding_table(experiment, *data.train.filled()))
+    steps = (data.train.batch(step).batch for step in range(-(-rows // config.rows)))
+    each = ((batch, b) for batch in steps for b in range(config.rows))
+    for number, (batch, b) in enumerate(itertools.islice(each, rows)):
+        row = Row.of(batch, b)
+        console.print()
+        console.rule(f"row {number}: {row.summary()}", align="left")
+        console.print(examples_table(row, data.tokenizer))
+        inputs, targets = input_lines(row, data.tokenizer), target_lines(row, data.tokenizer)
+        console.print(slots_table("encoder of an encoder-decoder", inputs, 0))
+        console.print(slots_table("its decoder", targets, 0))
+        console.print(slots_table("decoder-only: one sequence", [*inputs, *targets], len(row.inputs_I)))
+
+
+def padding_table(experiment: Experiment, rows: int, held: LengthSums) -> Table:
+    """What of rows, and of each family's compute on them, goes to padding; `held`: what the rows' examples hold."""
+    slots = LengthSums.of_rows(rows, *experiment.row_slots()[1:])
+    table = Table(title=f"padding, in the first {rows:,} rows", title_justify="left")
+    shares = {
+        "input slots": (held.inputs, slots.inputs),
+        "target slots": (held.targets, slots.targets),
+        "all slots": (held.tokens, slots.tokens),
+    } | {
+        f"FLOPs of {name}": tuple(arm.model.flops(each).train_full_attention for each in (held, slots))
+        for name, arm in experiment.arms.items()
+    }
+    for name in shares:
+        table.add_column(marked_up(name), justify="right")
+    table.add_row(*(percent(1 - real / all) if all else "none there" for real, all in shares.values()))
+    return table
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of a batch."""
+
+    inputs_I: np.ndarray
+    input_segments_I: np.ndarray
+    input_positions_I: np.ndarray
+    decoder_inputs_T: np.ndarray
+    targets_T: np.ndarray
+    target_segments_T: np.ndarray
+    target_positions_T: np.ndarray
+    weights_T: np.ndarray
+
+    @classmethod
+    def of(cls, batch: Batch, b: int) -> "Row":
+        return cls(*(getattr(batch, field.name)[b] for field in dataclasses.fields(batch)))
+
+    def segments(self) -> list[int]:
+        found = np.union1d(self.input_segments_I, self.target_segments_T)
+        return found[found > 0].tolist()
+
+    def summary(self) -> str:
+        sides = (self.input_segments_I, "input"), (self.target_segments_T, "target")
+        filled = (f"{np.count_nonzero(segments)} of {len(segments)} {name} slots" for segments, name in sides)
+        count = len(self.segments())
+        return f"{count} example{'s' if count != 1 else ''}; {' and '.join(filled)} filled"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line:
+    """A run of slots of one segment."""
+
+    slots: slice
+    segment: int
+    positions: str
+    reads: Text
+    predicts: Text
+    loss: str
+    is_target: bool
+
+
+def examples_table(row: Row, tokenizer: Tokenizer) -> Table:
+    table = Table(title="examples", title_justify="left", show_lines=True)
+    for name in ("segment", "inputs", "targets"):
+        table.add_column(name, overflow="fold")
+    for segment in row.segments():
+        inputs = row.inputs_I[row.input_segments_I == segment]
+        targets = row.targets_T[row.target_segments_T == segment]
+        style = _style(segment)
+        table.add_row(
+            Text(str(segment), style), _words(inputs, tokenizer, style, ""), _words(targets, tokenizer, style, "")
+        )
+    return table
+
+
+def input_lines(row: Row, tokenizer: Tokenizer) -> list[Line]:
+    return [
+        Line(
+            slots=slots,
+            segment=segment,
+            positions=_range(row.input_positions_I[slots]),
+            reads=_words(row.inputs_I[slots], tokenizer, _style(segment), "|"),
+            predicts=Text(),
+            loss="",
+            is_target=False,
+        )
+        for segment, slots in _runs(row.input_segments_I)
+    ]
+
+
+def target_lines(row: Row, tokenizer: Tokenizer) -> list[Line]:
+    return [
+        Line(
+            slots=slots,
+            segment=segment,
+            positions=_range(row.target_positions_T[slots]),
+            reads=_words(row.decoder_inputs_T[slots], tokenizer, _style(segment), "|", starts=True),
+            predicts=_words(row.targets_T[slots], tokenizer, _style(segment), "|", weights=row.weights_T[slots]),
+            loss=f"{np.count_nonzero(row.weights_T[slots])} of {slots.stop - slots.start}",
+            is_target=True,
+        )
+        for segment, slots in _runs(row.target_segments_T)
+    ]
+
+
+def slots_table(title: str, lines: Sequence[Line], target_offset: int) -> Table:
+    """`target_offset`: the slot where target slots begin."""
+    table = Table(title=title, title_justify="left")
+    predicts = any(line.is_target for line in lines)
+    for name in ("slots", "segment", "positions", "reads", *(("predicts", "with loss") if predicts else ())):
+        table.add_column(name, overflow="fold")
+    for line in lines:
+        offset = target_offset if line.is_target else 0
+        slots = _span(line.slots.start + offset, line.slots.stop + offset)
+        if line.segment == 0:
+            table.add_row(slots, Text("empty", "dim"))
+            continue
+        cells: list[str | Text] = [slots, Text(str(line.segment), _style(line.segment)), line.positions, line.reads]
+        table.add_row(*cells, *((line.predicts, line.loss) if predicts else ()))
+    return table
+
+
+def _runs(segments_L: np.ndarray) -> Iterator[tuple[int, slice]]:
+    ends = [*(np.flatnonzero(np.diff(segments_L)) + 1).tolist(), len(segments_L)]
+    begin = 0
+    for end in ends:
+        if end > begin:
+            yield int(segments_L[begin]), slice(begin, end)
+        begin = end
+
+
+def _words(
+    tokens: np.ndarray,
+    tokenizer: Tokenizer,
+    style: str,
+    between: str,
+    *,
+    starts: bool = False,
+    weights: np.ndarray | None = None,
+) -> Text:
+    """Tokens apart where something stands `between` them, otherwise as text; underlined where there is loss."""
+    text = Text()
+    if not between:
+        for special, run in itertools.groupby(tokens.tolist(), lambda token: _name(token, tokenizer)):
+            text.append(special or harmless(tokenizer.decode(run)), f"bold {style}" if special else style)
+        return text
+    for i, token in enumerate(tokens.tolist()):
+        name = "⟨start⟩" if starts and i == 0 else _name(token, tokenizer)
+        marks = " underline" if weights is not None and weights[i] else ""
+        text.append(name or harmless(tokenizer.decode([token])) or "␣", ("bold " if name else "") + style + marks)
+        text.append(between, "dim")
+    text.right_crop(len(between))
+    return text
+
+
+def _name(token: int, tokenizer: Tokenizer) -> str | None:
+    """Of a token that stands for no text."""
+    if token == tokenizer.eos_id:
+        return "⟨eos⟩"
+    names = {mode: name for name, mode in tokenizer.modes.items()}
+    return names.get(token) or next(
+        (f"⟨{k}⟩" for k in range(tokenizer.sentinels) if token == tokenizer.sentinel_id(k)), None
+    )
+
+
+def _style(segment: int) -> str:
+    return COLOURS[(segment - 1) % len(COLOURS)]
+
+
+def _range(positions_L: np.ndarray) -> str:
+    return _span(int(positions_L[0]), int(positions_L[-1]) + 1)
+
+
+def _span(begin: int, end: int) -> str:
+    return str(begin) if end - begin == 1 else f"{begin}-{end - 1}"

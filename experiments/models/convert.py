@@ -1,0 +1,227 @@
+"""`twinstack convert`: foreign checkpoints to model folders and back, and from one family to the other."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common.config import to_json
+from common.errors import UserError, nearest
+from common.files import read_json
+from common.train import run_dir as rd
+from common.weights import folder as model_folder
+from common.weights.folder import FolderWriter, scratch_folder, write_folder
+from common.weights.mapping import Checkpoint, Table, match
+from common.weights.safetensors_files import INDEX, SINGLE, SafetensorsFolder
+from common.weights.stream import import_weights, same_bytes
+from common.weights.t5x import T5xCheckpoint, is_checkpoint
+from common.weights.text import CARRIED, native_text, sentence_piece, start_token_text
+from experiments.config import ModelConfig
+from experiments.models.convert_out import HUGGING_FACE, convert_folder, hugging_face_table, summary
+from experiments.models.run_folder import folder_from_run
+from experiments.running.console import Progress
+from gpt import convert as gpt
+from gpt.config import SIZES as GPT_SIZES
+from gpt.config import GptConfig
+from t5like import convert as t5like
+from t5like.config import SIZES as T5LIKE_SIZES
+
+TARGETS = ("hf", "gpt", "t5like")
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+T5X = "t5x"
+"""Value of `format` in a model folder's source."""
+
+
+def convert(
+    source: Path,
+    destination: Path,
+    progress: Progress,
+    *,
+    to: str | None = None,
+    rung: int | None = None,
+    config_name: str | None = None,
+    tokenizer: Path | None = None,
+) -> list[str]:
+    """Converts what `source` is, and returns remarks for the user.
+
+    A Hugging Face folder, a T5X checkpoint or an arm's run directory becomes a model folder. With `to` that becomes
+    a Hugging Face folder (`to="hf"`), or one of the other family (`to="t5like"`, at a rung of the ladder; `to="gpt"`).
+    `config_name` is one of the sizes, for a T5X checkpoint, whose shapes do not tell everything, and `tokenizer` the
+    SentencePiece model that it lacks.
+
+    Raises:
+        UserError: where the source is none of these, or does not convert; nothing is left at `destination` then.
+    """
+    _check_destination(source, destination)
+    if to is not None and to not in TARGETS:
+        raise UserError(f"--to {to}: {nearest(to, TARGETS)}")
+    if rung is not None and to != "t5like":
+        raise UserError("--rung is for --to t5like")
+    for option, value in (("--config", config_name), ("--tokenizer", tokenizer)):
+        if value is not None and not is_checkpoint(source):
+            raise UserError(f"{option} is for T5X checkpoints, and {source} is none")
+    if model_folder.is_folder(source):
+        if to is None:
+            raise UserError(f"{source} is a model folder: say --to {', --to '.join(TARGETS)}")
+        return convert_folder(source, destination, progress, to, rung)
+    if to is None:
+        return _into_folder(source, destination, progress, config_name, tokenizer)
+    if destination.exists():  # known before the first half of the work
+        raise UserError(f"{destination} exists: name a folder that does not")
+    with scratch_folder(destination.with_name(f"{destination.name}-model")) as scratch:
+        *remarks, _ = _into_folder(source, scratch / "model", progress, config_name, tokenizer)
+        return [*remarks, *convert_folder(scratch / "model", destination, progress, to, rung)]
+
+
+def _into_folder(
+    source: Path, destination: Path, progress: Progress, config_name: str | None, tokenizer: Path | None
+) -> list[str]:
+    """Makes a model folder; the last remark says what it is."""
+    if is_checkpoint(source):
+        return _from_t5x(source, destination, progress, config_name, tokenizer)
+    if (_without_step(source) / rd.ENVIRONMENT).is_file():
+        return folder_from_run(str(source), destination, progress)
+    _refuse_unreadable(source)
+    return _from_hugging_face(source, destination, progress)
+
+
+def _check_destination(source: Path, destination: Path) -> None:
+    if str(destination) == "-":
+        raise UserError("the destination is '-', but a folder cannot go to standard output: name one")
+    if destination.resolve().is_relative_to(_without_step(source).resolve()):
+        raise UserError(f"{destination} lies inside {source}: name a folder outside of what is converted")
+
+
+def _without_step(source: Path) -> Path:
+    """The directory of a run that is named as `DIRECTORY@STEP`."""
+    return source if source.exists() else Path(re.sub(r"@\d+$", "", str(source)))
+
+
+def _refuse_unreadable(source: Path) -> None:
+    kinds = "a Hugging Face folder (config.json and safetensors), a T5X checkpoint or a model folder"
+    if source.is_file() and source.suffix in PICKLES:
+        raise UserError(f"{source} is a pickle, which can run code when it is read; convert takes {kinds}")
+    if not source.is_dir():
+        raise UserError(f"{source} is no folder; convert takes {kinds}")
+    if not (source / SINGLE).is_file() and not (source / INDEX).is_file():
+        pickles = sorted(path.name for path in source.iterdir() if path.suffix in PICKLES)
+        if pickles:
+            raise UserError(
+                f"{source} has its weights in {pickles[0]}, a pickle, which can run code when it is read: "
+                "save them as safetensors first"
+            )
+        steps = sorted(path.name for path in source.iterdir() if is_checkpoint(path))
+        hint = f"; it holds checkpoints: {', '.join(steps[:5])}" if steps else ""
+        raise UserError(f"{source} has no {SINGLE}, {INDEX}, {model_folder.MANIFEST} or T5X index{hint}")
+    if not (source / "config.json").is_file():
+        raise UserError(f"{source} has no config.json")
+
+
+# In.
+
+
+def _from_hugging_face(source: Path, destination: Path, progress: Progress) -> list[str]:
+    where = str(source / "config.json")
+    values = read_json(source / "config.json")
+    if not isinstance(values, dict):
+        raise UserError(f"{where} is no JSON object")
+    model_type = str(values.get("model_type"))
+    if model_type not in (*gpt.HUGGING_FACE, *t5like.HUGGING_FACE):
+        raise UserError(
+            f"{where}: model_type {model_type!r}: {nearest(model_type, (*gpt.HUGGING_FACE, *t5like.HUGGING_FACE))}"
+        )
+    checkpoint = SafetensorsFolder(source)
+    config, text, remarks = _read_hugging_face(source, values, where, checkpoint)
+    table = hugging_face_table(config, model_type, checkpoint.tensors)
+    origin = {"format": HUGGING_FACE, "model_type": model_type, "files": checkpoint.files()}
+    with write_folder(destination) as writer:
+        _import(table, checkpoint, writer, progress)
+        for name in (*CARRIED, INDEX):
+            if (source / name).is_file():
+                writer.copy(source / name)
+        writer.manifest(model=to_json(config), text=text, source=origin)
+    return [*remarks, summary(config, destination)]
+
+
+def _read_hugging_face(
+    source: Path, values: dict[str, Any], where: str, checkpoint: SafetensorsFolder
+) -> tuple[ModelConfig, dict[str, Any], list[str]]:
+    """(config, text conventions, remarks)."""
+    model_type = values["model_type"]
+    if model_type in t5like.HUGGING_FACE:
+        table = next((name for name in (t5like.EMBEDDING, *t5like.COPIES) if name in checkpoint.tensors), None)
+        with _blaming(where):
+            config = t5like.read_config(values, where, tied=_is_tied(checkpoint, table, t5like.HEAD))
+        return config, *start_token_text(source, values, sentinels=t5like.SENTINELS[model_type])
+    names = (gpt.EMBEDDING[model_type], gpt.EMBEDDING[model_type].removeprefix(gpt.PREFIX[model_type]))
+    table = next((name for name in names if name in checkpoint.tensors), None)
+    with _blaming(where):
+        wants_tied = gpt.wants_tied(values, where)
+        tied = wants_tied and _is_tied(checkpoint, table, gpt.HEAD)
+        decoder, remarks = gpt.read_config(values, where, tied=tied)
+    if wants_tied and not tied:
+        remarks.append(f"{gpt.HEAD} differs from {table}, so embeddings are not tied, whatever config.json says")
+    text, of_text = native_text(source, values, **gpt.TEXT[model_type])
+    return decoder, text, [*remarks, *of_text]
+
+
+@contextlib.contextmanager
+def _blaming(where: str) -> Iterator[None]:
+    """Errors inside say where the value stands that they complain of."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+
+
+def _is_tied(checkpoint: Checkpoint, table: str | None, head: str) -> bool:
+    """Whether the head is the token table: it is not stored, or stored as a copy."""
+    return table is None or head not in checkpoint.tensors or same_bytes(checkpoint, head, table)
+
+
+def _from_t5x(
+    source: Path, destination: Path, progress: Progress, config_name: str | None, tokenizer: Path | None
+) -> list[str]:
+    checkpoint = T5xCheckpoint(source)
+    decoder_only = "token_embedder/embedding" not in checkpoint.tensors
+    remarks = ["layers are stacked (scanned)"] if checkpoint.scanned else []
+    config: ModelConfig
+    if config_name is not None:
+        config = _named(config_name, "gpt" if decoder_only else "t5like")
+    else:
+        config, assumed = (gpt if decoder_only else t5like).read_t5x(checkpoint.tensors, str(source))
+        sizes = {name: value for name, value in to_json(config).items() if isinstance(value, int)}
+        remarks += [f"read from shapes: {', '.join(f'{name}={value}' for name, value in sizes.items())}", *assumed]
+    table = gpt.table(config, "t5x") if isinstance(config, GptConfig) else t5like.table(config, "t5x")
+    if tokenizer is None:
+        remarks.append("T5X keeps no tokenizer with its checkpoints: --tokenizer FILE adds its SentencePiece model")
+    elif not tokenizer.is_file():
+        raise UserError(f"--tokenizer {tokenizer} is no file")
+    text = {
+        "tokenizer": tokenizer and sentence_piece(tokenizer.name, t5like.SENTINELS["t5"]),
+        "alignment": "native" if decoder_only else "start_token",
+        "start_id": 0,
+        "eos_ids": [1],
+        "bos_id": 0 if decoder_only else None,
+    }
+    with write_folder(destination) as writer:
+        _import(table, checkpoint, writer, progress)
+        if tokenizer is not None:
+            writer.copy(tokenizer)
+        writer.manifest(model=to_json(config), text=text, source={"format": T5X, "scanned": checkpoint.scanned})
+    return [*remarks, summary(config, destination)]
+
+
+def _named(name: str, kind: str) -> ModelConfig:
+    sizes: dict[str, ModelConfig] = {**GPT_SIZES, **T5LIKE_SIZES}
+    fitting = [size for size, config in sizes.items() if config.kind == kind]
+    if name not in fitting:
+        raise UserError(f"--config {name!r} names no size of a {kind}: {nearest(name, fitting)}")
+    return sizes[name]
+
+
+def _import(table: Table, checkpoint: Checkpoint, writer: FolderWriter, progress: Progress) -> None:
+    found = match(table, checkpoint)
+    with progress.bar("reading tensors", len(found.tensors)) as advance:
+        import_weights(table, found, checkpoint, writer, advance)

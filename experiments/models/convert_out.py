@@ -1,0 +1,173 @@
+"""A model folder in Hugging Face's layout, or as one of the other family."""
+
+import dataclasses
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from common.config import to_json
+from common.data.config import SentencePieceConfig
+from common.errors import UserError
+from common.files import read_json, write_json
+from common.weights import folder as model_folder
+from common.weights.folder import copy_leaf, leaf_shapes, new_folder, read_leaf, write_folder
+from common.weights.mapping import Table, flatten
+from common.weights.safetensors_files import INDEX
+from common.weights.stream import EXTRAS, check_leaves, export_weights
+from experiments.config import ModelConfig
+from experiments.models.finding import FolderDescription, describe_folder
+from experiments.models.weight_maps import RELAXED, gpt_config, t5like_config, t5like_leaves
+from experiments.running.console import Progress
+from gpt import convert as gpt
+from gpt.config import GptConfig
+from t5like import convert as t5like
+from t5like.config import T5LikeConfig
+
+HUGGING_FACE = "hugging_face"
+"""Value of `format` in a model folder's source."""
+
+
+def hugging_face_table(config: ModelConfig, model_type: str, names: Iterable[str] = ()) -> Table:
+    match config, model_type:
+        case T5LikeConfig(), "t5" | "mt5":
+            return t5like.table(config, model_type)
+        case GptConfig(), "gpt2" | "llama":
+            return gpt.table(config, model_type, names)
+    raise UserError(f"a {config.kind} cannot be a {model_type}")
+
+
+def convert_folder(source: Path, destination: Path, progress: Progress, to: str, rung: int | None) -> list[str]:
+    """Converts a model folder to Hugging Face's layout (`to="hf"`), or to the other family; returns remarks.
+
+    Raises UserError where it has no counterpart there.
+    """
+    described = describe_folder(source)
+    config, manifest = described.model, described.manifest
+    if to == "hf":
+        return _to_hugging_face(source, destination, progress, described)
+    if to == config.kind:
+        raise UserError(f"--to {to}: the model is a {to} already")
+    if isinstance(config, GptConfig):
+        changed: ModelConfig = t5like_config(config, rung or 0)
+    else:
+        changed = gpt_config(config)
+    _rename(source, destination, progress, config, changed, manifest)
+    return [summary(changed, destination)]
+
+
+def _to_hugging_face(source: Path, destination: Path, progress: Progress, described: FolderDescription) -> list[str]:
+    config, recorded = described.model, described.manifest["source"]
+    origin = recorded if _is_what_it_was(source, config, recorded) else {}
+    written = None if origin else _config_json(described)
+    model_type = str((written or origin)["model_type"])
+    names = [key for file in origin.get("files", ()) for key, _ in file["tensors"]]
+    table = hugging_face_table(config, model_type, names)
+    check_leaves(source, table)
+    total = len(names) or len(table.tensors())
+    with new_folder(destination) as temporary, progress.bar("writing tensors", total) as advance:
+        index = export_weights(table, source, temporary, origin, advance)
+        for path in sorted((source / model_folder.SOURCE).glob("*")):
+            if path.name != EXTRAS and path.is_file():
+                shutil.copyfile(path, temporary / path.name)
+        if written is not None:
+            write_json(temporary / "config.json", written)
+        if index is not None:
+            write_json(temporary / INDEX, index)
+    remarks = [] if origin else _read_ids(described)
+    return [*remarks, f"{destination}: {model_type} in Hugging Face's layout"]
+
+
+def _read_ids(described: FolderDescription) -> list[str]:
+    """Remarks on the ids that an exported model was trained to read, and how its tokenizer in Transformers differs."""
+    text, config = described.text, described.model
+    if text.alignment == "native":
+        return []
+    ends = text.eos_after_inputs and bool(text.eos_ids)
+    inputs = ["the inputs", *([f"{text.eos_ids[0]} (end token)"] if ends else [])] if text.prompts == "inputs" else []
+    targets = [f"{text.start_id} (start token)", "the targets"]
+    if isinstance(config, GptConfig):
+        remarks = [f"the model reads one sequence of ids: {', '.join((*inputs, *targets))}"]
+    else:
+        read = ", ".join(inputs) or "nothing"
+        remarks = [f"the model reads ids: {read} in the encoder, {', '.join(targets)} in the decoder"]
+    if isinstance(described.tokenizer, SentencePieceConfig):
+        name = Path(described.tokenizer.path or "").name
+        theirs = "folds spaces and has no bytes for unknown characters: where that matters,"
+        if isinstance(config, GptConfig):
+            theirs = f"reads no {name} for this kind of model:"
+        remarks.append(f"Transformers {theirs} encode with {name} and the library sentencepiece")
+    elif described.tokenizer is not None:
+        remarks.append("tokenizer.json writes the same ids as here, without end and start token")
+    return remarks
+
+
+def _is_what_it_was(source: Path, config: ModelConfig, origin: dict[str, Any]) -> bool:
+    """Whether a model folder's config is still that of the Hugging Face folder that it was made from."""
+    path = source / model_folder.SOURCE / "config.json"
+    if origin.get("format") != HUGGING_FACE or not path.is_file():
+        return False
+    model_type, tied, values = origin["model_type"], config.recipe.tied_embeddings, read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is no JSON object")
+    if (model_type in gpt.HUGGING_FACE) != isinstance(config, GptConfig):
+        return False
+    before: ModelConfig
+    if model_type in gpt.HUGGING_FACE:
+        before, _ = gpt.read_config(values, str(path), tied=tied)
+    else:
+        before = t5like.read_config(values, str(path), tied=tied)
+    trained_with = {name: getattr(config.recipe, name) for name in ("dropout", "z_loss", "init")}
+    recipe = dataclasses.replace(before.recipe, **trained_with)
+    return dataclasses.replace(before, recipe=recipe) == config
+
+
+def _config_json(described: FolderDescription) -> dict[str, Any]:
+    config, text = described.model, described.text
+    ids: dict[str, Any] = {"eos_token_id": text.eos_ids[0] if len(text.eos_ids) == 1 else list(text.eos_ids) or None}
+    if isinstance(config, GptConfig):
+        written = gpt.write_config(config, positions=described.manifest["source"].get("row_length"))
+        begins = text.alignment == "start_token" and text.prompts == "targets"  # with nothing else before it
+        return written | ids | {"bos_token_id": text.start_id if begins else text.bos_id}
+    written = t5like.write_config(config)
+    start = {"decoder_start_token_id": text.start_id, "pad_token_id": text.start_id}
+    return written | ids | {"bos_token_id": text.bos_id} | start
+
+
+def _rename(
+    source: Path,
+    destination: Path,
+    progress: Progress,
+    old: ModelConfig,
+    new: ModelConfig,
+    manifest: dict[str, Any],
+) -> None:
+    """Writes the same arrays under the other family's names."""
+    leaves: dict[str, Any] = flatten(leaf_shapes(source))
+    if isinstance(new, T5LikeConfig):
+        origins = t5like_leaves(leaves, new)
+    else:
+        origins = {_gpt_leaf(leaf): leaf for leaf in leaves}
+    stacked = ("layers", "encoder", "decoder")
+    with write_folder(destination) as writer, progress.bar("copying arrays", len(origins)) as advance:
+        for leaf, origin in origins.items():
+            info = leaves[origin]
+            is_stacked = leaf.partition("/")[0] in stacked
+            target = writer.create(leaf, info.shape, info.dtype, stacked=is_stacked)
+            copy_leaf(read_leaf(source, origin), target)
+            advance(1)
+        for path in sorted((source / model_folder.SOURCE).glob("**/*")):
+            if path.is_file():
+                inner = path.relative_to(source / model_folder.SOURCE)
+                (writer.path / model_folder.SOURCE / inner).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, writer.path / model_folder.SOURCE / inner)
+        writer.manifest(model=to_json(new), text=manifest["text"], source=manifest["source"])
+
+
+def _gpt_leaf(leaf: str) -> str:
+    name, slash, rest = leaf.partition("/")
+    return RELAXED[name] + slash + rest
+
+
+def summary(config: ModelConfig, destination: Path) -> str:
+    return f"{destination}: {config.kind} with {config.param_count():,} parameters"

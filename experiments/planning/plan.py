@@ -1,0 +1,184 @@
+"""`twinstack plan`: what an experiment costs and whether it fits, here or on a TPU slice that is elsewhere."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.highlighter import JSONHighlighter
+from rich.table import Table
+
+from common.compute.aot import Compiled
+from common.compute.length_sums import LengthSums
+from common.compute.topology import Topology, parse_topology
+from common.config import to_json
+from common.errors import UserError, nearest
+from common.sharding.shape import MESH_AXES, MeshShape
+from common.terminal import harmless, marked_up
+from common.train.programs import check_rows
+from experiments.config import Experiment
+from experiments.models.initial import check_initial
+from experiments.planning.jobs import Job, compile_all
+from experiments.planning.search import candidates_table, search
+from experiments.planning.table import advice, plan_table
+from experiments.running.comparison import check_devices, prepare_jax
+from experiments.running.pipeline import compiled_step, make_setup
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """Where a plan is for, as the command line has it."""
+
+    topology: str
+    slices: int = 1
+    mesh: str | None = None
+    price: float | None = None
+    """USD a chip-hour; None: the list price."""
+    search: bool = False
+
+
+def plan(experiment: Experiment, console: Console, target: Target | None = None) -> None:
+    """Prints every arm's size, cost and memory; compiles the step for this machine or the target, trains nothing."""
+    experiment.check_arms(experiment.arms)
+    if target is None:
+        _plan_here(experiment, console)
+    else:
+        _plan_there(experiment, console, target)
+    for line in experiment.remarks():
+        console.print(marked_up(f"warning: {line}"))
+
+
+def _plan_there(experiment: Experiment, console: Console, target: Target) -> None:
+    topology = parse_topology(target.topology, target.slices)
+    if target.price is not None and not target.price > 0:
+        raise UserError(f"--price is {target.price:g}: it must be more than 0, in USD a chip-hour")
+    if target.search:
+        found = search(experiment, topology, console, _given_mesh(target.mesh, topology))
+        console.print(candidates_table(experiment, found, topology))
+        return
+    experiment = on_mesh(experiment, topology, _given_mesh(target.mesh, topology))
+    compiled = _compile(experiment, topology, console)
+    console.print(plan_table(experiment, topology, compiled, target.price))
+    for line in [*advice(experiment, topology, compiled), *_what_fits(experiment, topology, compiled, console)]:
+        console.print(marked_up(line))
+
+
+def on_mesh(experiment: Experiment, topology: Topology, mesh: MeshShape | None) -> Experiment:
+    """The experiment on `mesh`, else on its own mesh where that has the topology's devices, else on fsdp alone.
+
+    Raises UserError where its rows do not divide over the mesh.
+    """
+    own = experiment.train.mesh
+    if mesh is None:
+        fits = own.devices == topology.devices and own.replica == topology.slices
+        default = MeshShape(replica=topology.slices, fsdp=topology.devices // topology.slices)
+        mesh = own if fits else default
+    changed = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, mesh=mesh))
+    check_rows(make_setup(changed, next(iter(changed.arms.values()))))
+    return changed
+
+
+def _given_mesh(text: str | None, topology: Topology) -> MeshShape | None:
+    """`data=2,fsdp=8` as a mesh of all the topology's devices; slices need not be named."""
+    if text is None:
+        return None
+    sizes = {"replica": topology.slices}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in MESH_AXES:
+            raise UserError(f"--mesh {text}: unknown axis {axis!r}, {nearest(axis, MESH_AXES)}")
+        if not re.fullmatch(r"[0-9]{1,9}", size):
+            raise UserError(f"--mesh {text}: {part!r} must be AXIS=NUMBER, such as fsdp=8")
+        sizes[axis] = int(size)
+    mesh = MeshShape(**sizes)
+    if mesh.replica != topology.slices:
+        raise UserError(f"--mesh {text}: replica counts slices, and {topology} has {topology.slices}")
+    if mesh.devices != topology.devices:
+        others = mesh.devices // mesh.fsdp
+        close = max(1, topology.devices // others)
+        raise UserError(
+            f"--mesh {text} has {mesh.devices} devices, {topology} has {topology.devices}; nearest: "
+            f"{dataclasses.replace(mesh, fsdp=close)}"
+        )
+    return mesh
+
+
+def _compile(experiment: Experiment, topology: Topology, console: Console) -> dict[str, Compiled]:
+    jobs = [Job(experiment=experiment, arm=arm, topology=topology) for arm in experiment.arms]
+    return dict(zip(experiment.arms, compile_all(jobs, console), strict=True))
+
+
+def _what_fits(
+    experiment: Experiment, topology: Topology, compiled: dict[str, Compiled], console: Console
+) -> list[str]:
+    """Of arms that have no room: the first change, of those that keep the batch, with which all of them compile."""
+    tight = [arm for arm, answer in compiled.items() if answer.no_room]
+    if not tight:
+        return []
+    only = dataclasses.replace(experiment, arms={arm: experiment.arms[arm] for arm in tight})
+    for changed, words in _smaller(only):
+        console.print(marked_up(f"trying {words}"))
+        if not any(answer.no_room for answer in _compile(changed, topology, console).values()):
+            return [f"With {words} {' and '.join(tight)} would fit."]
+    return ["None of what was tried fits: try --search for other meshes, or take more chips or fewer data.rows."]
+
+
+def _smaller(experiment: Experiment) -> Sequence[tuple[Experiment, str]]:
+    """Changes that need less memory and leave the batch as it is, and the overrides that make them."""
+    train, rows = experiment.train, experiment.data.rows
+    execution = dataclasses.replace(train.execution, remat="full")
+    found = []
+    for accumulation in (train.accumulation * factor for factor in (1, 2, 4, 8)):
+        if rows % (train.mesh.row_parts * accumulation):
+            break
+        changed = dataclasses.replace(train, execution=execution, accumulation=accumulation)
+        if changed != train:
+            words = "train.execution.remat=full" + (
+                f" train.accumulation={accumulation}" if accumulation > train.accumulation else ""
+            )
+            found.append((dataclasses.replace(experiment, train=changed), words))
+    mesh = MeshShape(replica=train.mesh.replica, fsdp=train.mesh.devices // train.mesh.replica)
+    if mesh != train.mesh and rows % mesh.row_parts == 0:
+        changed = dataclasses.replace(train, execution=execution, mesh=mesh)
+        found.append((dataclasses.replace(experiment, train=changed), f"--mesh {mesh} train.execution.remat=full"))
+    return found
+
+
+def _plan_here(experiment: Experiment, console: Console) -> None:
+    prepare_jax()
+    check_devices(experiment, experiment.arms)
+    for line in check_initial(experiment, None):
+        console.print(marked_up(line))
+    steps, slots = experiment.steps(), experiment.row_slots()
+    padded = LengthSums.of_rows(*slots)
+    shape = f"{slots[0]} rows x ({slots[1]} + {slots[2]}) slots"
+    table = Table(title=marked_up(f"{experiment.name}: {steps:,} steps of {shape}"))
+    columns = {}
+    for name, arm in experiment.arms.items():
+        flops = arm.model.flops(padded)
+        with console.status(marked_up(f"compiling {name} for {jax.devices()[0].device_kind}")):
+            memory: Any = compiled_step(experiment, arm).memory_analysis()
+        columns[name] = {
+            "parameters": f"{arm.model.param_count():,}",
+            "FLOPs a step": f"{flops.train_full_attention:.4g}",
+            "training FLOPs": f"{steps * flops.train_full_attention:.3e}",
+            "  causal half": f"{steps * flops.train_causal_half:.3e}",
+            "  6ND": f"{steps * flops.train_six_nd:.3e}",
+            "token slots": f"{steps * slots[0] * (slots[1] + slots[2]):,}",
+            "state and batch": f"{memory.argument_size_in_bytes / 2**20:,.0f} MiB",
+            "temporaries": f"{memory.temp_size_in_bytes / 2**20:,.0f} MiB",
+        }
+    table.add_column("")
+    for name in columns:
+        table.add_column(marked_up(name), justify="right")
+    for label in next(iter(columns.values())):
+        table.add_row(label, *(column[label] for column in columns.values()))
+    console.print(table)
+    console.print(
+        "FLOPs: full attention, padding included, unless named otherwise. Memory is per device, as XLA plans it."
+    )
+    config = json.dumps(to_json(experiment), indent=2, ensure_ascii=False)
+    console.print(JSONHighlighter()(harmless(config)), soft_wrap=True)

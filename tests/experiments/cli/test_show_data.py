@@ -1,0 +1,155 @@
+"""Rows of training data as they are printed."""
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from common.data.config import BytePairConfig, SentencePieceConfig
+from common.data.objectives.config import SpanCorruption
+from common.data.sources.config import SourceConfig
+from experiments.cli.main import main
+from experiments.cli.show_data import show
+from experiments.config import Experiment
+from tests.experiments.tiny_experiment import tiny_experiment, write_data
+
+AS_TEXT = ("data.source.inputs=null", "data.source.targets=null", "data.source.text=en")
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Experiment:
+    write_data(tmp_path)
+    return tiny_experiment(tmp_path)
+
+
+def shown(experiment: Experiment, rows: int = 1) -> str:
+    out = io.StringIO()
+    show(experiment, rows, Console(file=out, width=300))
+    return out.getvalue()
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip()[1:-1].split("│")]
+
+
+def test_slots_of_both_families_tile_their_rows(experiment: Experiment) -> None:
+    text = shown(experiment)
+    encoder, decoder, only = (
+        [cells(line) for line in part.splitlines() if line.startswith("│")]
+        for part in text.split("encoder of an")[1].replace("decoder-only", "its decoder").split("its decoder")
+    )
+    for lines, length in ((encoder, 24), (decoder, 24), (only, 48)):
+        slots = [int(end) for line in lines if line[0] for end in (line[0].split("-") * 2)[:2]]
+        assert slots[0] == 0 and slots[-1] == length - 1
+        assert all(b == a + 1 for a, b in zip(slots[1:-1:2], slots[2::2], strict=True))
+    assert [line[3] for line in only] == [line[3] for line in (*encoder, *decoder)] or "empty" in text
+    predicting = [line for line in decoder if line[1] != "empty"]
+    assert all(line[3].startswith("⟨start⟩|") and line[4].endswith("|⟨eos⟩") for line in predicting)
+    assert all(line[3].removeprefix("⟨start⟩|") == line[4].removesuffix("|⟨eos⟩") for line in predicting)
+    counts = [line[5].split(" of ") for line in predicting]
+    assert all(loss == slots for loss, slots in counts)
+
+
+def test_positions_go_on_from_inputs_to_targets(experiment: Experiment) -> None:
+    only = shown(experiment).split("decoder-only")[1]
+    lines = [cells(line) for line in only.splitlines() if line.startswith("│") and "empty" not in line]
+    inputs = {line[1]: line[2] for line in lines if not line[4]}
+    for line in lines:
+        if line[4] and line[1] in inputs:
+            assert int(line[2].split("-")[0]) == int(inputs[line[1]].split("-")[-1]) + 1
+
+
+def test_as_many_rows_as_wanted_over_several_batches(experiment: Experiment) -> None:
+    assert shown(experiment, 6).count("decoder-only") == 6
+
+
+def test_raw_text_with_its_sentinels(tmp_path: Path, experiment: Experiment) -> None:
+    """Text is shown as it is, whatever it holds."""
+    lines = [
+        json.dumps({"text": f"one [red]two[/red] three four five six seven {n} eight nine ten"}) for n in range(60)
+    ]
+    for split in ("train", "validation"):
+        (tmp_path / f"raw_{split}.jsonl").write_text("\n".join(lines) + "\n")
+    data = dataclasses.replace(
+        experiment.data,
+        source=SourceConfig(name=f"jsonl:{tmp_path}/raw_{{split}}.jsonl", inputs=None, targets=None, text="text"),
+        tokenizer=SentencePieceConfig(vocab_size=42, sentinels=4, byte_fallback=False, character_coverage=1.0),
+        objective=SpanCorruption(),
+    )
+    evaluation = dataclasses.replace(experiment.evaluation, splits=())
+    text = shown(dataclasses.replace(experiment, data=data, evaluation=evaluation))
+    assert "span_corruption" in text and "⟨0⟩" in text and "[red]" in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "lengths", "marks"),
+    [
+        ("span_corruption", (64, 64), ["⟨0⟩", "⟨1⟩"]),
+        ("iid_denoising", (64, 64), ["⟨0⟩", "⟨1⟩"]),
+        ("bert_style", (64, 64), ["⟨0⟩"]),
+        ("deshuffling", (64, 64), []),
+        ("prefix_lm", (64, 64), []),
+        ("full_lm", (0, 64), []),
+        ("ul2", (64, 64), ["[NLU]", "[S2S]", "[NLG]"]),
+        ("ul2r", (64, 64), ["[NLU]", "[S2S]", "[NLG]"]),
+    ],
+)
+def test_objectives_of_t5_and_ul2_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, lengths: tuple[int, int], marks: list[str]
+) -> None:
+    """Each with what it promises, on the command line."""
+    words = "one two three four five six seven eight nine ten".split()
+    for split in ("train", "validation"):
+        lines = [" ".join(words[(n * k) % 10] for k in range(1, 40)) for n in range(1, 60)]
+        (tmp_path / f"{split}.txt").write_text("\n".join(lines) + "\n")
+    overrides = [
+        f"data.source.name=text:{tmp_path}/{{split}}.txt",
+        f"data.objective.kind={kind}",
+        f"data.input_length={lengths[0]}",
+        f"data.target_length={lengths[1]}",
+        "data.tokenizer.vocab_size=310",
+        "data.tokenizer.sentinels=32",
+    ]
+    assert main(["data", "show", "pydocs", "--rows", "16", *overrides]) == 0
+    shown = capsys.readouterr().out
+    assert f"objective {kind}" in shown and "FLOPs of t5like" in shown
+    assert all(mark in shown for mark in marks)
+    assert kind not in ("deshuffling", "prefix_lm", "full_lm") or "⟨0⟩" not in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["shw", "first_light"], "unknown action 'shw': did you mean 'show'?"),
+        (["show", "first_ligt"], "did you mean 'first_light'?"),
+        (["show", "first_light", "--rows", "0"], "--rows is 0: it must be 1 or more"),
+        (["show", "first_light", "data.objective.kind=span_corruption"], "reads text"),
+        (["show", "first_light", *AS_TEXT, "data.objective.kind=causal_lm"], "nearest: evaluation.splits=[]"),
+    ],
+)
+def test_what_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_controls_and_markup_of_the_data_are_shown_as_characters(tmp_path: Path) -> None:
+    evil = "\x1b]0;owned\x07 [red]one[/blue] \x9b2J \u202etwo"
+    for split in ("train", "validation"):
+        lines = [json.dumps({"en": f"{evil} {i}", "reversed": evil}) + "\n" for i in range(40)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines))
+    experiment = tiny_experiment(tmp_path)
+    tokenizer = BytePairConfig(vocab_size=275)
+    data = dataclasses.replace(experiment.data, tokenizer=tokenizer, input_length=96, target_length=96)
+    arms = {
+        f"[bold]{name}": dataclasses.replace(arm, model=dataclasses.replace(arm.model, vocab_size=384))
+        for name, arm in experiment.arms.items()
+    }
+    text = shown(dataclasses.replace(experiment, data=data, arms=arms))
+    assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(text)
+    examples = text.partition("\nexamples")[2].partition("encoder of an")[0]
+    assert r"\u001b]0;owned\u0007 [red]one[/blue] \u009b2J \u202etwo" in examples
+    assert "FLOPs of [bold]gpt" in text

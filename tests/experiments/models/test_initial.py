@@ -1,0 +1,174 @@
+"""Messages before an arm begins as another model: what does not fit and its cure, and whose tokens its rows are."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.config import apply_overrides, to_json
+from common.data.config import BytePairConfig, SentencePieceConfig
+from common.data.tokenizers import byte_pair
+from common.data.tokenizers.pieces import differing_ids
+from common.data.tokenizers.sentence_piece import SentencePieceTokenizer, train_model
+from common.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from common.errors import UserError
+from common.files import read_json
+from common.train.paths import flatten
+from common.train.run_dir import refused
+from common.train.state import skeleton
+from common.weights.folder import write_folder
+from experiments.cli.main import main
+from experiments.config import Experiment, ModelConfig
+from experiments.families import builder
+from experiments.models.initial import check_initial, check_tokenizers
+from tests.experiments.tiny_experiment import WORDS, tiny_experiment
+from tests.tiny import EXECUTION, tiny
+
+LINES = [" ".join(WORDS[start:] + WORDS[:start]) for start in range(len(WORDS))] * 20
+PIECES = SentencePieceConfig(vocab_size=36, byte_fallback=False, character_coverage=1.0)
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    return tiny_experiment(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(train_model(LINES, PIECES))
+
+
+def write_model(path: Path, model: ModelConfig, tokenizer: SentencePieceTokenizer | None) -> Path:
+    text: dict[str, Any] = {"alignment": "start_token", "start_id": 0, "eos_ids": [1], "bos_id": None}
+    text["tokenizer"] = {"kind": "sentencepiece", "file": "source/spiece.model", "sentinels": 0} if tokenizer else None
+    shapes = flatten(skeleton(builder(model, EXECUTION)).shapes)
+    with write_folder(path) as writer:
+        writer.manifest(model=to_json(model), text=text, source={})
+        leaves = {name.replace(".", "/"): np.zeros(leaf.shape, np.float32) for name, leaf in shapes.items()}
+        for name, value in leaves.items():
+            writer.create(name, value.shape, value.dtype, stacked=name.startswith("layers")).write(value).result()
+        if tokenizer is not None:
+            (writer.path / "source").mkdir()
+            (writer.path / "source" / "spiece.model").write_bytes(tokenizer.serialized())
+    return path
+
+
+def beginning(experiment: Experiment, arm: str, path: Path, *overrides: str) -> Experiment:
+    return apply_overrides(experiment, [f"arms.{arm}.init.path={json.dumps(str(path))}", *overrides])
+
+
+# --- Sizes
+
+
+def test_another_models_config_is_offered(experiment: Experiment, tmp_path: Path) -> None:
+    """The message is one short line, and the options it suggests are enough."""
+    source = write_model(tmp_path / "model", experiment.arms["gpt"].model, None)
+    other = ("d_model=24", "d_ff=48", "num_layers=2", "recipe.mlp=gelu", "recipe.dropout=0.1")
+    wrong = beginning(experiment, "gpt", source, *(f"arms.gpt.model.{change}" for change in other))
+    with pytest.raises(UserError) as caught:
+        check_initial(wrong, None)
+    said = str(caught.value)
+    assert len(said) < 700 and "and 7 more" in said and "init.rules" not in said
+    cure = said.partition("To take that model's config: ")[2].split()
+    assert cure == [f"arms.gpt.model.{x}" for x in ("num_layers=1", "d_model=16", "d_ff=32", "recipe.mlp=relu")]
+    assert check_initial(apply_overrides(wrong, cure), None) == [
+        f"gpt: not as in {source}: recipe.dropout: 0.0 -> 0.1"  # which no weight depends on
+    ]
+
+
+def test_rules_are_offered_where_little_differs(experiment: Experiment, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "model", experiment.arms["gpt"].model, None)
+    with pytest.raises(UserError) as caught:
+        check_initial(beginning(experiment, "gpt", source, "arms.gpt.model.vocab_size=256"), None)
+    rules = str(caught.value).partition("for example ")[2].partition(". To take that model's config: ")
+    assert rules[0].startswith("arms.gpt.init.rules=[") and rules[2] == "arms.gpt.model.vocab_size=128"
+    wide = beginning(experiment, "gpt", source, "arms.gpt.model.vocab_size=256", rules[0])
+    assert check_initial(wide, None) == [f"gpt: not as in {source}: vocab_size: 128 -> 256"]
+
+
+def test_the_other_family_is_named(experiment: Experiment, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "model", experiment.arms["gpt"].model, None)
+    wrong = beginning(experiment, "t5like", source)
+    with pytest.raises(UserError, match=f"It is a gpt: `twinstack convert {source} NEW --to t5like` comes first"):
+        check_initial(wrong, None)
+    assert check_initial(wrong, None, ["gpt"]) == [], "another arm's beginning is not this one's affair"
+
+
+def test_an_arm_alone_is_checked_alone(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The other's table may be too small."""
+
+    def opened(_: Experiment, arms: list[str]) -> None:
+        raise UserError(f"data for {arms}")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("experiments.registry.EXPERIMENTS", {"tiny": experiment.question})
+    monkeypatch.setattr("experiments.registry.load", lambda name: experiment)
+    monkeypatch.setattr("experiments.running.comparison.open_data", opened)
+    small = "arms.gpt.model.vocab_size=20"
+    for command, said in (
+        (["train", "tiny", "--arm", "t5like"], "data for ['t5like']"),
+        (["train", "tiny", "--arm", "gpt"], "arms.gpt.model.vocab_size is 20, less than the tokenizer's 36"),
+        (["compare", "tiny"], "arms.gpt.model.vocab_size is 20, less than the tokenizer's 36"),
+        (["plan", "tiny"], "arms.gpt.model.vocab_size is 20, less than the tokenizer's 36"),
+    ):
+        assert main([*command, small]) == 2
+        assert said in capsys.readouterr().err
+
+
+# --- Tokenizers
+
+
+def test_another_tokenizer_is_refused_unless_told(
+    experiment: Experiment, tokenizer: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    """The other tokenizer has as many ids, but other tokens."""
+    theirs = SentencePieceTokenizer(train_model([line.upper() for line in LINES], PIECES))
+    source = write_model(tmp_path / "model", tiny("gpt"), theirs)
+    begun = beginning(experiment, "gpt", source)
+    with pytest.raises(UserError, match=r"gpt would begin as .*/model, whose tokenizer is another: \d+ of 36 ids") as e:
+        check_tokenizers(begun, tokenizer, None)
+    said = str(e.value)
+    cures = said.partition("To use that one: ")[2].partition("; ")
+    config = apply_overrides(begun, cures[0].split()).data.tokenizer
+    assert check_tokenizers(begun, load_tokenizer(config), None) == []
+    (line,) = check_tokenizers(apply_overrides(begun, [cures[2].split()[0]]), tokenizer, None)
+    assert line.startswith("warning: gpt begins with tables of another tokenizer")
+    fresh = [{"kind": "fresh", "leaves": leaves} for leaves in ("embedding.*", "output.*")]
+    assert check_tokenizers(apply_overrides(begun, [f"arms.gpt.init.rules={json.dumps(fresh)}"]), tokenizer, None) == []
+    assert check_tokenizers(begun, tokenizer, None, ["t5like"]) == []
+
+
+def test_the_same_tokenizer_is_recognised(
+    experiment: Experiment, tokenizer: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    source = write_model(tmp_path / "model", tiny("gpt"), tokenizer)
+    assert check_tokenizers(beginning(experiment, "gpt", source), tokenizer, None) == []
+    manifest = read_json(source / "model.json")
+    manifest["text"]["tokenizer"] = None
+    (source / "model.json").write_text(json.dumps(manifest))
+    (line,) = check_tokenizers(beginning(experiment, "gpt", source), tokenizer, None)
+    assert line == f"gpt: {source} has no tokenizer: whether it is this one is not known"
+
+
+def test_what_ids_stand_for_is_compared_not_files(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
+    more: Tokenizer = SentencePieceTokenizer(tokenizer.serialized(), sentinels=5)
+    assert differing_ids(tokenizer, more) == ([], 36)
+    model = byte_pair.train_model(LINES, BytePairConfig(vocab_size=280))
+    one = byte_pair.BytePairTokenizer.trained(model, sentinels=3)
+    for name, content in one.files().items():
+        (tmp_path / name).write_bytes(content.replace(b"\n", b""))
+    other = byte_pair.load_byte_pair(tmp_path, sentinels=2, eos=None)
+    assert one.content_hash != other.content_hash
+    assert differing_ids(one, other) == ([280, 281], 282), "sentinels count down from the top"
+
+
+def test_runs_from_before_tokenizers_were_compared_go_on() -> None:
+    now = {"arms": {"gpt": {"init": {"path": "x", "rules": [], "tokenizer": "same"}}}}
+    before = {"arms": {"gpt": {"init": {"path": "x", "rules": []}}}}
+    assert refused(before, now) == []
+    now["arms"]["gpt"]["init"]["tokenizer"] = "any"
+    assert len(refused(before, now)) == 1

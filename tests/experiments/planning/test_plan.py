@@ -1,0 +1,321 @@
+"""`plan --topology`: what is asked of the compiler, and what is told of its answers, which are made up here."""
+
+import dataclasses
+import importlib.util
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from common.compute.aot import Compiled, NoRoom
+from common.compute.collectives import Collective
+from common.compute.memory import Buffer, Memory
+from common.compute.topology import parse_topology
+from common.config import from_json, to_json
+from common.errors import UserError
+from common.sharding.shape import MeshShape
+from experiments.config import Experiment
+from experiments.planning import jobs, plan, search, table
+from experiments.planning.jobs import Job
+from experiments.planning.plan import Target, on_mesh
+from experiments.registry import load
+from experiments.running import pipeline
+from tests.experiments.tiny_experiment import tiny_experiment
+
+V5E = parse_topology("v5e:2x2")
+CHIP = V5E.facts
+FITS = Compiled(
+    memory=Memory(
+        arguments={"state.params": 2**28, "state.opt_state": 2**29, "batch.inputs_BI": 2**20},
+        outputs=0,
+        temporaries=2**30,
+        at_peak=2**29,
+        largest=(Buffer(bytes=2**28, array="f32[8,4]", made_by="jit(train_step)/while/dot_general"),),
+    ),
+    no_room=None,
+    collectives=(Collective(kind="reduce-scatter", axes=("fsdp",), group=4, times=3, bytes=int(4e9)),),
+    ring_links={"fsdp": 2.0},
+    scattered_bytes=int(1e9),
+    flops=int(CHIP.flops_per_second),
+    has_kernels=False,
+    moved_bytes=int(CHIP.hbm_bytes_per_second) // 2,
+    seconds=1.0,
+)
+NO_ROOM = dataclasses.replace(FITS, memory=None, no_room=NoRoom(needed=47 * 2**30, available=15 * 2**30))
+
+
+class Compiler:
+    """Stands for the processes; remembers what it was asked."""
+
+    def __init__(self, answer: Callable[[Job], Compiled]):
+        self.answer = answer
+        self.jobs: list[Job] = []
+
+    def __call__(self, jobs: list[Job], console: Console) -> list[Compiled]:
+        self.jobs += jobs
+        return [self.answer(job) for job in jobs]
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Experiment:
+    return tiny_experiment(tmp_path)
+
+
+def planned(
+    monkeypatch: pytest.MonkeyPatch, experiment: Experiment, target: Target, answer: Callable[[Job], Compiled]
+) -> tuple[str, Compiler]:
+    compiler, out = Compiler(answer), io.StringIO()
+    monkeypatch.setattr(plan, "compile_all", compiler)
+    monkeypatch.setattr(search, "compile_all", compiler)
+    plan.plan(experiment, Console(file=out, width=200), target)
+    return out.getvalue(), compiler
+
+
+def cells(text: str) -> dict[str, list[str]]:
+    lines = (line.split("│") for line in text.splitlines())
+    return {line[1].strip(): [cell.strip() for cell in line[2:-1]] for line in lines if len(line) > 2}
+
+
+def test_time_and_money_follow_from_peaks(monkeypatch, experiment) -> None:
+    """A second of products, half a second of HBM; of 4 GB to reduce and scatter a quarter is: 3/4 x 1 + 3/2 x 3 GB."""
+    text, compiler = planned(monkeypatch, experiment, Target(topology="v5e:2x2", price=36.0), lambda job: FITS)
+    shown = cells(text)
+    sending = 5.25 / (2 * CHIP.link_bytes_per_second / 1e9)
+    steps = experiment.steps()
+    assert [job.arm for job in compiler.jobs] == list(experiment.arms)
+    assert {str(job.experiment.train.mesh) for job in compiler.jobs} == {"fsdp=4"}
+    assert shown["matrix products"] == ["1 s"] * 2
+    assert shown["HBM"] == ["0.5 s"] * 2
+    assert shown["links (ICI)"] == [f"{1000 * sending:.3g} ms"] * 2
+    assert shown["step"] == [f"1 s to {1 + sending:.3g} s"] * 2
+    assert shown["reduce-scatters kept"] == ["25 %"] * 2
+    # Four chips at a cent a second.
+    assert shown["USD at 36.00 a chip-hour"] == [f"{steps * 0.04:.2f} to {steps * 0.04 * (1 + sending):.2f}"] * 2
+    flops = [experiment.flops_per_step(arm) for arm in experiment.arms.values()]
+    assert all(flop < FITS.flops * 4 for flop in flops)
+    assert "libtpu sums gradients whole" in text and "estimate" in text
+
+
+def test_memory_is_told_in_parts(monkeypatch, experiment) -> None:
+    text, _ = planned(monkeypatch, experiment, Target(topology="v5e-4"), lambda job: FITS)
+    shown = cells(text)
+    assert shown["fits"] == ["yes"] * 2
+    assert shown["parameters"] == [f"{arm.model.param_count():,}" for arm in experiment.arms.values()]
+    assert shown["stored parameters"] == ["256 MiB"] * 2
+    assert shown["optimizer state"] == ["512 MiB"] * 2
+    assert shown["largest then"] == ["256 MiB f32[8,4] (dot_general)"] * 2
+
+
+def test_where_there_is_no_room_what_makes_room_is_found_by_compiling(monkeypatch, experiment) -> None:
+    def answer(job: Job) -> Compiled:
+        train = job.experiment.train
+        roomy = train.execution.remat == "full" and train.accumulation == 2
+        return FITS if roomy or job.arm == "gpt" else NO_ROOM
+
+    experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, rows=32))
+    text, compiler = planned(monkeypatch, experiment, Target(topology="v5e:2x2"), answer)
+    assert cells(text)["fits"] == ["yes", "no"]
+    assert "t5like: does not fit, needs 47.0 GiB a device, and 15.00 can be used." in text
+    assert "With train.execution.remat=full train.accumulation=2 t5like would fit." in text
+    assert [job.arm for job in compiler.jobs] == ["gpt", "t5like", "t5like", "t5like"]
+
+
+def test_a_mesh_may_be_what_makes_room(monkeypatch, experiment) -> None:
+    divided = MeshShape(fsdp=4)
+    text, _ = planned(
+        monkeypatch,
+        dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, rows=32)),
+        Target(topology="v5e:2x2", mesh="data=4"),
+        lambda job: FITS if job.experiment.train.mesh == divided else NO_ROOM,
+    )
+    assert "With --mesh fsdp=4 train.execution.remat=full gpt and t5like would fit." in text
+
+
+def test_where_nothing_fits_it_says_so(monkeypatch, experiment) -> None:
+    text, _ = planned(monkeypatch, experiment, Target(topology="v5e:2x2"), lambda job: NO_ROOM)
+    assert "None of what was tried fits" in text
+    assert "step" not in cells(text) and "days" not in cells(text)
+
+
+def test_a_search_compiles_a_few_and_names_the_best(monkeypatch, experiment) -> None:
+    """`dots` and `full` fit, and data parallelism is quickest: that is what is named, as overrides."""
+    experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, rows=32))
+
+    def answer(job: Job) -> Compiled:
+        train = job.experiment.train
+        if train.execution.remat == "none":
+            return NO_ROOM
+        slower = 1 + (train.execution.remat != "dots") + (train.mesh.data != 4)
+        return dataclasses.replace(FITS, moved_bytes=slower * int(CHIP.hbm_bytes_per_second) * 10)
+
+    text, compiler = planned(monkeypatch, experiment, Target(topology="v5e:2x2", search=True), answer)
+    asked = {job.experiment.train.execution.remat for job in compiler.jobs}
+    assert asked == set(search.REMATS)
+    assert {job.experiment.data.rows for job in compiler.jobs} == {32}
+    assert len(compiler.jobs) == 2 * (len(search.REMATS) + search.MORE_MESHES)
+    chosen = [line for line in text.splitlines() if "best:" in line]
+    assert "train.execution.remat=dots" in chosen[0]
+
+
+@pytest.mark.parametrize("topology", ["v5e:4x4", "tpu7x:2x2x1", "2*v5p:2x2x1"])
+def test_every_candidate_has_the_topologys_devices_and_the_experiments_rows(experiment, topology) -> None:
+    experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, rows=64))
+    wanted = parse_topology(topology)
+    found = list(search._candidates(experiment, wanted, None))
+    assert len({str(one.train.mesh) + one.train.execution.remat + str(one.train.accumulation) for one in found}) == len(
+        found
+    )
+    for one in found:
+        mesh = one.train.mesh
+        assert (mesh.devices, mesh.replica, one.data.rows) == (wanted.devices, wanted.slices, 64)
+        assert 64 % (mesh.row_parts * one.train.accumulation) == 0
+        assert all(arm.model.num_heads % mesh.tensor == 0 for arm in one.arms.values())
+        assert all(slots % mesh.context == 0 for slots in one.row_slots()[1:])
+    assert {one.train.mesh.context for one in found} > {1, 2}
+
+
+def test_few_long_rows_are_split_along_their_length(monkeypatch, experiment) -> None:
+    """One row a step for four devices: only `context` and `tensor` can use them all."""
+    data = dataclasses.replace(experiment.data, rows=1, input_length=2**15, target_length=2**15)
+    experiment = dataclasses.replace(experiment, data=data)
+    text, compiler = planned(monkeypatch, experiment, Target(topology="v5e:2x2", search=True), lambda job: FITS)
+    assert all(job.experiment.train.mesh.row_parts == 1 for job in compiler.jobs)
+    assert all(job.experiment.train.mesh.context > 1 for job in compiler.jobs)
+    assert "best: train.mesh.context=" in text
+
+
+def test_the_last_queries_of_causal_attention_make_the_others_wait(experiment) -> None:
+    """Of a row of four parts, by counting the pairs that the last part sees."""
+    mesh = MeshShape(context=4)
+    split = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, mesh=mesh))
+    _, inputs, targets = experiment.row_slots()
+    length = inputs + targets
+    seen = np.tril(np.ones((length, length)))
+    seen -= np.eye(length) / 2  # as the ledger halves the square
+    share = seen[-length // 4 :].sum() / (seen.sum() / 4)
+    unseen = dataclasses.replace(FITS, flops=0, has_kernels=True)
+    times = [table.outlook(one, V5E, "gpt", unseen).time.compute for one in (experiment, split)]
+    assert times[1] / times[0] == pytest.approx(share)
+
+
+def test_the_simple_model_keeps_less_with_more_rematerialisation_and_less_of_a_state_that_is_split() -> None:
+    xl = load("xl")
+
+    def gib(**execution) -> float:
+        train = dataclasses.replace(xl.train, execution=dataclasses.replace(xl.train.execution, **execution))
+        changed = dataclasses.replace(xl, train=train)
+        return search.guess(changed, parse_topology("v5e:16x16"), "t5like").bytes / 2**30
+
+    sizes = [gib(remat=remat) for remat in ("offload", "full", "attention", "dots", "none")]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+    split, whole = (
+        dataclasses.replace(xl, train=dataclasses.replace(xl.train, mesh=mesh))
+        for mesh in (MeshShape(fsdp=256), MeshShape(data=256))
+    )
+    bytes_ = [search.guess(one, parse_topology("v5e:16x16"), "t5like").bytes for one in (split, whole)]
+    state = 8 * xl.arms["t5like"].model.param_count()  # parameters and gradients; Adafactor keeps next to nothing
+    assert bytes_[1] - bytes_[0] == pytest.approx(state * 255 / 256)
+
+
+def test_the_experiments_own_mesh_stands_where_it_has_the_devices(experiment) -> None:
+    own = MeshShape(data=2, fsdp=2)
+    experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, mesh=own))
+    assert on_mesh(experiment, V5E, None).train.mesh == own
+    assert on_mesh(experiment, parse_topology("v5e:1x1"), None).train.mesh == MeshShape()
+    two = on_mesh(experiment, parse_topology("2*v5e:1x1"), None)
+    assert two.train.mesh == MeshShape(replica=2)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (Target(topology="v5e:3x3"), "no slice has this form; nearest: v5e:2x4"),
+        (Target(topology="v5e-5"), "no slice has this form; nearest: v5e:2x2"),
+        (Target(topology="v5q:2x2"), "unknown chip 'v5q', did you mean 'v5p'?"),
+        (Target(topology="H100"), "must be CHIP:GRID"),
+        (Target(topology="2*v5e:2x2", slices=2), "leave --slices out"),
+        (Target(topology="v5e:2x2", slices=0), "the least number of slices is 1"),
+        (Target(topology="v5e:2x2", mesh="fsdp=3"), "has 3 devices, v5e:2x2 has 4; nearest: fsdp=4"),
+        (Target(topology="v5e:2x2", mesh="fsdp=x"), "must be AXIS=NUMBER"),
+        (Target(topology="v5e:2x2", mesh="fsp=4"), "unknown axis 'fsp', did you mean 'fsdp'?"),
+        (Target(topology="v5e:2x2", mesh="replica=2,fsdp=2"), "replica counts slices"),
+        (Target(topology="v5e:2x4"), "data.rows is 4, which does not divide"),
+        (Target(topology="v5e:2x2", price=-1.0), "--price is -1"),
+        (
+            Target(topology="v5e:16x16", search=True),
+            "data.rows is 4, which divides over no mesh of v5e:16x16; nearest: 256",
+        ),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(monkeypatch, experiment, target, message) -> None:
+    with pytest.raises(UserError) as error:
+        planned(monkeypatch, experiment, target, lambda job: pytest.fail("compiled"))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_without_libtpu_one_line_says_what_to_install(monkeypatch, experiment) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install"):
+        jobs.compile_all([Job(experiment=experiment, arm="gpt", topology=V5E)], Console())
+
+
+def test_an_answer_is_kept_for_what_it_depends_on(monkeypatch, experiment) -> None:
+    """Names and data sources change nothing; sizes, topology and versions do."""
+    monkeypatch.setattr(jobs.importlib.metadata, "version", lambda name: "1")
+    job = Job(experiment=experiment, arm="gpt", topology=V5E)
+    renamed = dataclasses.replace(experiment, name="other", question="?")
+    assert dataclasses.replace(job, experiment=renamed).key() == job.key()
+    others = [
+        dataclasses.replace(job, arm="t5like"),
+        dataclasses.replace(job, topology=parse_topology("v5p:2x2x1")),
+        dataclasses.replace(
+            job, experiment=dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, rows=8))
+        ),
+        dataclasses.replace(
+            job, experiment=dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, accumulation=2))
+        ),
+    ]
+    monkeypatch.setattr(jobs.importlib.metadata, "version", lambda name: "1")
+    keys = {job.key(), *(other.key() for other in others)}
+    monkeypatch.setattr(jobs.importlib.metadata, "version", lambda name: "2")
+    assert len(keys | {job.key()}) == 6
+
+
+def test_an_answer_depends_on_every_module_that_makes_it() -> None:
+    """Whatever of this project the tests have loaded, and with it all that such a process loads."""
+    loaded = {Path(found) for module in list(sys.modules.values()) if (found := getattr(module, "__file__", None))}
+    packages = [jobs.ROOT / name for name in ("common", "experiments", "gpt", "t5like")]
+    ours = {file for file in loaded if any(file.is_relative_to(package) for package in packages)}
+    assert Path(pipeline.__file__) in ours
+    assert ours <= set(jobs._source_files())
+
+
+def test_answers_survive_json() -> None:
+    assert from_json(Compiled, to_json(FITS)) == FITS
+    assert from_json(Compiled, to_json(NO_ROOM)) == NO_ROOM
+
+
+@pytest.mark.parametrize(("remat", "products"), [("none", 9), ("attention", 9), ("dots", 11), ("full", 11)])
+def test_the_ledger_says_what_kernels_compute(experiment: Experiment, remat: Any, products: int) -> None:
+    """Beside what is seen: 2 products forward, once or twice, and 7 backward, each of 2 x pairs x width FLOPs."""
+    execution = dataclasses.replace(experiment.train.execution, remat=remat)
+    changed = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, execution=execution))
+    model = changed.arms["gpt"].model
+    rows, inputs, targets = changed.row_slots()
+    pairs = rows * (inputs + targets) ** 2 / 2
+    width = model.num_layers * model.num_heads * model.head_dim
+    unseen = dataclasses.replace(FITS, flops=1000, has_kernels=True)
+    time = table.outlook(changed, V5E, "gpt", unseen).time
+    expected = 1000 + products * 2 * pairs * width / V5E.devices
+    assert time.compute * CHIP.flops_per_second == pytest.approx(expected, rel=1e-6)
+
+
+def test_xl_is_matched_in_training_flops() -> None:
+    xl = load("xl")
+    t5like, gpt = (xl.flops_per_step(arm) for arm in xl.arms.values())
+    assert abs(gpt / t5like - 1) < 0.01

@@ -1,0 +1,174 @@
+"""Steps compiled for TPUs that are not here, by the processes that `plan` starts."""
+
+import dataclasses
+import importlib.util
+import io
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from rich.console import Console
+
+from common.compute.aot import Compiled, environment
+from common.compute.length_sums import LengthSums
+from common.compute.topology import parse_topology
+from common.nn.recipe import Execution
+from common.sharding.shape import MeshShape
+from common.train.config import Anomalies
+from common.train.state import skeleton
+from experiments.config import Experiment
+from experiments.planning.jobs import Job, compile_all
+from experiments.registry import load
+from experiments.running.pipeline import make_setup
+from tests.experiments.tiny_experiment import tiny_experiment
+
+pytestmark = [
+    pytest.mark.slow,  # libtpu is installed for them
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler for TPU, is absent"),
+]
+
+
+def on(tmp_path: Path, mesh: MeshShape) -> Experiment:
+    """A tiny experiment of matrices large enough to be split, in bf16."""
+    base = tiny_experiment(tmp_path)
+    arms = {
+        name: dataclasses.replace(
+            arm, model=dataclasses.replace(arm.model, d_model=256, d_ff=512, num_heads=4, num_kv_heads=4, head_dim=64)
+        )
+        for name, arm in base.arms.items()
+    }
+    train = dataclasses.replace(base.train, mesh=mesh, execution=Execution(remat="full"))
+    return dataclasses.replace(base, arms=arms, train=train, data=dataclasses.replace(base.data, rows=8))
+
+
+def compiled(experiment: Experiment, arm: str, topology: str) -> tuple[Compiled, str]:
+    out = io.StringIO()
+    job = Job(experiment=experiment, arm=arm, topology=parse_topology(topology))
+    return compile_all([job], Console(file=out, width=200))[0], out.getvalue()
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "v4:2x2x1"])
+def test_every_parameter_is_gathered_for_both_passes_and_lies_in_parts(tmp_path, topology) -> None:
+    experiment = on(tmp_path, MeshShape(fsdp=4))
+    answer, said = compiled(experiment, "gpt", topology)
+    assert "compiling gpt" in said
+    shapes = jax.tree.leaves(skeleton(make_setup(experiment, experiment.arms["gpt"]).build).shapes)
+    parameters = sum(math.prod(leaf.shape) for leaf in shapes)
+    gathered = sum(one.bytes for one in answer.collectives if one.kind == "all-gather" and one.axes == ("fsdp",))
+    # In bf16, or in float32 where the partitioner gathers before it rounds.
+    assert 2 * 2 * parameters * 0.5 < gathered < 2 * 4 * parameters * 1.1
+    assert answer.memory is not None and answer.no_room is None
+    stored = answer.memory.arguments["state.params"]
+    assert 4 * parameters / 4 <= stored < 2 * parameters  # with padding
+    assert answer.memory.at_peak <= answer.memory.temporaries
+    ledger = experiment.arms["gpt"].model.flops(LengthSums.of_rows(*experiment.row_slots()))
+    but_kernels = dataclasses.replace(ledger, attention_full=0, attention_causal_half=0)
+    assert answer.has_kernels and 4 * answer.flops == but_kernels.train_hardware(experiment.train.execution)
+    again, said = compiled(experiment, "gpt", topology)
+    assert again == answer and said == ""
+
+
+def test_the_update_takes_no_memory_of_its_own(tmp_path) -> None:
+    """Parameters are most of this step: beside gradients (more than VMEM holds) lies no tree of updates or moments."""
+    base = on(tmp_path, MeshShape(fsdp=4))
+    wide = dataclasses.replace(
+        base.arms["gpt"].model, d_model=2048, d_ff=8192, num_heads=16, num_kv_heads=16, head_dim=128, num_layers=8
+    )
+    experiment = dataclasses.replace(base, arms={"gpt": dataclasses.replace(base.arms["gpt"], model=wide)})
+    answer, _ = compiled(experiment, "gpt", "v5e:2x2")
+    assert answer.memory is not None
+    gradients = 4 * wide.param_count() / 4
+    assert answer.memory.arguments["state.opt_state"] == pytest.approx(2 * gradients, rel=0.05)
+    copies = gradients / 2  # of parameters, in bf16
+    assert gradients < answer.memory.at_peak < 1.1 * (gradients + copies)
+
+
+@pytest.mark.parametrize("arm", ["gpt", "t5like"])
+def test_one_device_computes_what_the_ledger_says_and_sends_nothing(tmp_path, arm) -> None:
+    """With dropout, and of a step that keeps its parameters where the loss is not finite, too."""
+    experiment = on(tmp_path, MeshShape())
+    arms = {
+        name: dataclasses.replace(
+            arm, model=dataclasses.replace(arm.model, recipe=dataclasses.replace(arm.model.recipe, dropout=0.1))
+        )
+        for name, arm in experiment.arms.items()
+    }
+    experiment = dataclasses.replace(experiment, arms=arms)
+    train = dataclasses.replace(experiment.train, anomalies=Anomalies(on_nonfinite="skip"))
+    experiment = dataclasses.replace(experiment, train=train)
+    answer, _ = compiled(experiment, arm, "v5e:1x1")
+    assert answer.collectives == () and answer.has_kernels and answer.memory is not None
+    ledger = experiment.arms[arm].model.flops(LengthSums.of_rows(*experiment.row_slots()))
+    but_kernels = dataclasses.replace(ledger, attention_full=0, attention_causal_half=0)
+    assert answer.flops == but_kernels.train_hardware(experiment.train.execution)
+
+
+COUNT = """
+import sys
+from common.compute.aot import devices_of
+from common.compute.topology import parse_topology
+from experiments.running.audit import count_step
+from experiments.running.pipeline import make_setup
+from experiments.registry import load
+experiment = load("first_light")
+for arm in experiment.arms.values():
+    print(count_step(make_setup(experiment, arm), devices_of(parse_topology("v5e:1x1"))).flops)
+"""
+
+
+def test_the_audit_counts_a_step_for_a_tpu_as_its_compiler_is_given_it(tmp_path) -> None:
+    """For first_light the ledger, the count for a TPU's devices, and libtpu's count for its program, in which products
+    are convolutions, are equal."""
+    environment_ = os.environ | environment(None)
+    said = subprocess.run([sys.executable, "-c", COUNT], env=environment_, capture_output=True, text=True, check=True)
+    base = load("first_light")
+    execution = dataclasses.replace(base.train.execution, attention="plain")
+    experiment = dataclasses.replace(base, train=dataclasses.replace(base.train, execution=execution))
+    found = [compiled(experiment, arm, "v5e:1x1")[0].flops for arm in experiment.arms]
+    ledger = [experiment.flops_per_step(arm) for arm in experiment.arms.values()]
+    assert [float(line) for line in said.stdout.split()] == found == ledger
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_a_layer_moves_as_much_memory_however_many_there_are(tmp_path, remat) -> None:
+    """Of the stacks that its loop reads and fills a layer at a time it moves its own part, not the whole."""
+    base = on(tmp_path, MeshShape(fsdp=4))
+    data = dataclasses.replace(base.data, rows=128, input_length=256, target_length=256)
+    train = dataclasses.replace(base.train, execution=Execution(remat=remat))
+    moved = []
+    for layers in (8, 16, 24):
+        deep = dataclasses.replace(base.arms["gpt"].model, num_layers=layers)
+        arms = {"gpt": dataclasses.replace(base.arms["gpt"], model=deep)}
+        answer, _ = compiled(dataclasses.replace(base, arms=arms, train=train, data=data), "gpt", "v5e:2x2")
+        moved.append(answer.moved_bytes)
+    few, more, many = moved
+    assert many - more == pytest.approx(more - few, rel=0.1)
+
+
+def test_two_slices_sum_gradients_between_them(tmp_path) -> None:
+    answer, _ = compiled(on(tmp_path, MeshShape(replica=2, fsdp=4)), "t5like", "2*v5e:2x2")
+    between = [one for one in answer.collectives if "replica" in one.axes]
+    assert between and all(one.kind == "all-reduce" for one in between)
+    within = [one for one in answer.collectives if one.kind == "reduce-scatter"]
+    assert sum(one.bytes for one in within) > sum(one.bytes for one in between) / 8
+
+
+def test_a_step_that_is_too_large_is_an_answer(tmp_path) -> None:
+    base = on(tmp_path, MeshShape(fsdp=4))
+    data = dataclasses.replace(base.data, rows=2**15, input_length=512, target_length=512)
+    train = dataclasses.replace(base.train, execution=Execution(remat="none", attention="plain"))
+    answer, _ = compiled(dataclasses.replace(base, data=data, train=train), "gpt", "v5e:2x2")
+    assert answer.no_room is not None and answer.memory is None
+    assert answer.no_room.needed > answer.no_room.available == pytest.approx(15.75 * 2**30)
+
+
+@pytest.mark.parametrize("arm", ["gpt", "t5like"])
+def test_widths_that_do_not_divide_are_one_line(tmp_path, arm) -> None:
+    experiment = on(tmp_path, MeshShape(tensor=8))
+    with pytest.raises(ValueError, match=r"train.mesh.tensor is 8, which does not divide .*nearest: tensor=4") as error:
+        compiled(experiment, arm, "v5e:2x4")
+    assert "\n" not in str(error.value)

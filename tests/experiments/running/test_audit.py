@@ -1,0 +1,48 @@
+"""The audit of a step's FLOPs: exact, small however large the batch is, and no end to a finished run."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from common.nn.recipe import Execution
+from common.sharding.shape import MeshShape
+from common.train.programs import Setup
+from experiments.running import audit
+from experiments.running.audit import StepCount, count_step
+from experiments.running.pipeline import make_setup
+from tests.experiments.tiny_experiment import tiny_experiment
+
+KERNELS = Execution(scan_layers=True, remat="full", mlp_chunk=8, attention="splash", loss_chunk=16)
+
+
+def setup_of(folder: Path, arm: str, rows: int, **train: Any) -> Setup:
+    base = tiny_experiment(folder)
+    experiment = dataclasses.replace(
+        base, data=dataclasses.replace(base.data, rows=rows), train=dataclasses.replace(base.train, **train)
+    )
+    return make_setup(experiment, experiment.arms[arm])
+
+
+@pytest.mark.parametrize("arm", ["gpt", "t5like"])
+def test_a_step_for_a_pod_is_counted_here_without_compiling(
+    arm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of 2^20 rows over 2^10 devices, in kernels and in pieces, matches the ledger to the unit."""
+    monkeypatch.setattr(jax.stages.Lowered, "compile", None)
+    train = {"mesh": MeshShape(fsdp=2**10), "accumulation": 4, "sharding": "sequence", "execution": KERNELS}
+    setup = setup_of(tmp_path, arm, 2**20, **train)
+    assert count_step(setup) == StepCount(flops=float(setup.flops_per_step()))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), KeyError("%while.3"), RuntimeError("RESOURCE_EXHAUSTED:\n  17 GiB")])
+def test_what_goes_wrong_is_the_reason(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(audit, "lower_step", fail)
+    count = count_step(setup_of(tmp_path, "gpt", 4))
+    assert count.flops is None and "\n" not in count.why_not
+    assert count.why_not.startswith(type(error).__name__) and str(error).split("\n")[-1].strip() in count.why_not

@@ -1,0 +1,62 @@
+"""All requested splits are scored, under distinct names, and searched for in the training data."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from common.data.sources.config import ByRate, SourceConfig, SourceMixture
+from common.errors import UserError
+from experiments.config import Experiment
+from experiments.running.pipeline import open_data
+from experiments.running.scored_splits import open_tests
+from tests.experiments.tiny_experiment import tiny_experiment, write_data
+
+
+@pytest.fixture
+def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
+    write_data(tmp_path)
+    monkeypatch.setenv("TWINSTACK_CACHE", str(tmp_path / "cache"))
+    return tiny_experiment(tmp_path)
+
+
+def with_source(experiment: Experiment, source: SourceConfig | SourceMixture) -> Experiment:
+    return dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, source=source))
+
+
+def test_parts_of_one_source_are_all_scored(experiment: Experiment) -> None:
+    """Once each, though they have one name."""
+    there = experiment.data.source
+    assert isinstance(there, SourceConfig)
+    back = dataclasses.replace(there, inputs="reversed", targets="en")
+    mixed = with_source(experiment, SourceMixture(parts=(there, back), by=ByRate(rates=(1.0, 1.0))))
+    tests = open_tests(mixed, open_data(mixed).tokenizer)
+    assert list(tests) == [f"validation of {there.name} (part {number})" for number in (1, 2)]
+    one, other = ([(t["inputs"], t["targets"]) for t in test.texts()] for test in tests.values())
+    assert len(one) == mixed.evaluation.examples and one == [(y, x) for x, y in other] != other
+
+
+def test_texts_of_the_training_data_are_counted(experiment: Experiment, tmp_path: Path) -> None:
+    train = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    new = {"en": "one two three four five six", "reversed": "six five four three two one"}
+    rows = [*train[:3], train[5] | {"reversed": "ten ten ten ten ten ten"}, new]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluation = dataclasses.replace(experiment.evaluation, splits=("test",))
+    changed = dataclasses.replace(experiment, evaluation=evaluation)
+    (test,) = open_tests(changed, open_data(changed).tokenizer).values()
+    found = test.in_training
+    assert (found.examples, found.inputs, found.targets, found.both, found.complete) == (5, 4, 3, 3, True)
+
+
+def test_a_group_called_all_is_refused_before_training(experiment: Experiment, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    kinds = ["short"] * (len(rows) - 1) + ["all"]
+    lines = [json.dumps(row | {"kind": kind}) + "\n" for row, kind in zip(rows, kinds, strict=True)]
+    (tmp_path / "validation.jsonl").write_text("".join(lines))
+    train = [json.loads(line) | {"kind": "x"} for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in train))
+    assert isinstance(experiment.data.source, SourceConfig)
+    grouped = with_source(experiment, dataclasses.replace(experiment.data.source, group="kind"))
+    with pytest.raises(UserError, match="split 'validation': a group may not be called 'all'"):
+        open_tests(grouped, open_data(grouped).tokenizer)
