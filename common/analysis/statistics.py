@@ -10,7 +10,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from common.report.results import Interval
+from common.analysis.interval import Interval
 
 CONFIDENCE = 0.95
 """Of every interval in the project."""

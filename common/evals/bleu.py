@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from common.analysis.interval import Interval
 from common.analysis.statistics import percentile_interval
-from common.report.results import Interval
 
 WESTERN, JAPANESE = "13a", "ja-mecab"
 CHARACTERS = "char"

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from common.analysis.interval import Interval
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flops:
@@ -15,15 +17,6 @@ class Flops:
     """6 x (parameters that a token passes through) x tokens; padded slots included, attention scores left out."""
     useful_full_attention: float
     """As `full_attention`, over real tokens only, each example by itself."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Interval:
-    """A measured value with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,8 @@
 
 import math
 
-from common.report.results import ArmResult, Interval
+from common.analysis.interval import Interval
+from common.report.results import ArmResult
 
 
 def si(number: float) -> str:

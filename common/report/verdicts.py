@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from common.analysis.interval import Interval
 from common.analysis.statistics import CONFIDENCE, compare_paired, holm
-from common.report.results import Interval
 from common.report.run_files import ArmRun, Run, Sample
 from common.report.tables import find_score, splits
 from common.report.units import scientific, si
