@@ -14,7 +14,7 @@ from common.compute.length_sums import LengthSums
 from common.config import to_json
 from common.data.batch import Batch, HostBatch
 from common.files import read_rows
-from common.nn.recipe import Execution, Recipe
+from common.recipe import Execution, Recipe
 from common.train import run_dir as rd
 from common.train.config import Budget, Constant, TrainConfig
 from common.train.loop import fit

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from common.nn.recipe import Recipe
+from common.recipe import Recipe
 from common.train.config import AdamW
 from gpt.config import GptConfig
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from common.compute.topology import parse_topology
 from common.data.objectives.config import FullLM
-from common.nn.recipe import Execution
+from common.recipe import Execution
 from common.sharding.shape import MeshShape
 from common.train.config import AdamW, Cosine
 from experiments.config import Arm, Experiment

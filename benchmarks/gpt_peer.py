@@ -13,7 +13,7 @@ from flax import nnx
 
 from benchmarks import decoder
 from common.data.batch import Batch
-from common.nn.recipe import Execution
+from common.recipe import Execution
 from common.train.config import AdamW, Budget, Linear, TrainConfig
 from common.train.programs import Setup, prepare
 from common.train.state import init_state

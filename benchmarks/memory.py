@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from common.compute.aot import environment
-from common.nn.recipe import Execution
+from common.recipe import Execution
 from experiments.config import ModelConfig
 from gpt.config import GptConfig
 from t5like.config import SIZES

@@ -30,7 +30,7 @@ from common.nn.attention import Attention
 from common.nn.layers import MLP, RMSNorm
 from common.nn.loss import cross_entropy
 from common.nn.parameters import Initialisers
-from common.nn.recipe import Execution
+from common.recipe import Execution
 from common.train.programs import prepare
 from common.train.state import TrainState, init_state
 from common.train.step import weighted_loss

@@ -8,7 +8,7 @@ from common.compute.ledger import ForwardFlops
 from common.compute.length_sums import LengthSums
 from common.data.batch import Batch
 from common.infer.prompt import Prompt
-from common.nn.recipe import Execution, Recipe
+from common.recipe import Execution, Recipe
 
 
 class ModelConfig(Protocol):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from flax import nnx
 
 from common.model import Model
-from common.nn.recipe import Execution
+from common.recipe import Execution
 from experiments.config import ModelConfig
 from gpt.config import GptConfig
 from gpt.model import Gpt

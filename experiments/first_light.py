@@ -19,7 +19,7 @@ from common.compute.matching import match_training_flops
 from common.data.config import DataConfig, SentencePieceConfig
 from common.data.objectives.config import Supervised
 from common.data.sources.config import SourceConfig
-from common.nn.recipe import Execution, Recipe
+from common.recipe import Execution, Recipe
 from common.train.config import AdamW, Budget, Linear, TrainConfig
 from experiments.config import Arm, Evaluation, Experiment
 from experiments.registry import EXPERIMENTS

@@ -10,7 +10,7 @@ import dataclasses
 
 from common.compute.length_sums import LengthSums
 from common.compute.matching import match_training_flops
-from common.nn.recipe import Execution, Recipe
+from common.recipe import Execution, Recipe
 from common.train.config import Budget, Linear
 from experiments.config import Arm, Experiment
 from experiments.multi30k import multi30k

@@ -17,7 +17,7 @@ from common.compute.matching import match_training_flops
 from common.data.config import DataConfig, SentencePieceConfig
 from common.data.objectives.config import SpanCorruption
 from common.data.sources.config import SourceConfig
-from common.nn.recipe import Execution
+from common.recipe import Execution
 from common.sharding.shape import MeshShape
 from common.train.config import Adafactor, Budget, InverseSqrt, TrainConfig
 from experiments.config import Arm, Evaluation, Experiment

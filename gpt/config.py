@@ -6,8 +6,8 @@ from typing import Literal
 from common.compute import ledger
 from common.compute.ledger import ForwardFlops
 from common.compute.length_sums import LengthSums
-from common.nn.recipe import GPT2, LLAMA, T5_V1_1, Recipe, check_widths
 from common.ranges import Layers, Tokens, Width
+from common.recipe import GPT2, LLAMA, T5_V1_1, Recipe, check_widths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from common.errors import UserError
-from common.nn.recipe import GPT2, LLAMA, T5_V1_1, Recipe
+from common.recipe import GPT2, LLAMA, T5_V1_1, Recipe
 from common.weights.mapping import Extra, Rule, Table, TensorInfo
 from common.weights.settings import Settings
 from common.weights.t5x_shapes import count_layers, matrix_shape

@@ -17,8 +17,8 @@ from common.nn.cache import Cache
 from common.nn.layers import MLP, Embedding, Head, dropout, dropout_keys, make_norm
 from common.nn.parameters import Initialisers
 from common.nn.positions import bias_table, embed, learned_positions, relative_bias
-from common.nn.recipe import Execution
 from common.nn.stack import run_layers, stack
+from common.recipe import Execution
 from gpt.config import GptConfig
 
 

@@ -7,8 +7,8 @@ from common.compute import ledger
 from common.compute.ledger import ForwardFlops
 from common.compute.length_sums import LengthSums
 from common.errors import UserError
-from common.nn.recipe import T5_V1_0, T5_V1_1, Recipe, check_widths
 from common.ranges import Layers, Tokens, Width
+from common.recipe import T5_V1_0, T5_V1_1, Recipe, check_widths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from common.errors import UserError
-from common.nn.recipe import T5_V1_0, T5_V1_1, Recipe
+from common.recipe import T5_V1_0, T5_V1_1, Recipe
 from common.weights.mapping import Extra, Rule, Table, TensorInfo
 from common.weights.settings import Settings, shown
 from common.weights.t5x_shapes import count_layers, matrix_shape

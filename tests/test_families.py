@@ -18,7 +18,7 @@ from common.compute.traffic import product_flops
 from common.data.batch import Batch
 from common.infer.prompt import Prompt
 from common.nn.loss import cross_entropy
-from common.nn.recipe import Execution
+from common.recipe import Execution
 from common.train.config import AdamW, Linear
 from common.train.optimizer import make_optimizer, make_schedule
 from common.train.state import TrainState, skeleton

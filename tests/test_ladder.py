@@ -17,7 +17,7 @@ from common.data.batch import Batch
 from common.errors import UserError
 from common.infer.prompt import Prompt
 from common.nn.loss import cross_entropy
-from common.nn.recipe import Execution, Recipe
+from common.recipe import Execution, Recipe
 from common.train.state import skeleton
 from experiments.config import ModelConfig
 from experiments.families import builder

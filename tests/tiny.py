@@ -18,7 +18,7 @@ from common.data.objectives.config import Supervised
 from common.data.packing import RowPlans
 from common.data.sources.config import SourceConfig
 from common.data.tokenized.token_store import TokenStream
-from common.nn.recipe import Recipe
+from common.recipe import Recipe
 from common.sharding.shape import MeshShape
 from common.train.config import AdamW, Budget, Cosine, TrainConfig
 from common.train.programs import Setup

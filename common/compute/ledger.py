@@ -7,7 +7,7 @@ everybody does. A training step costs three forward passes: backward does each p
 import dataclasses
 from typing import Protocol
 
-from common.nn.recipe import Execution, Recipe
+from common.recipe import Execution, Recipe
 
 TRAIN_OVER_FORWARD = 3
 FLOPS_TOLERANCE = 0.01

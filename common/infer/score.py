@@ -24,7 +24,7 @@ from common.data.objectives.apply import Example
 from common.data.packing import plan_epoch
 from common.errors import UserError
 from common.nn.loss import slots_at_once
-from common.nn.recipe import Execution
+from common.recipe import Execution
 from common.sharding.hosts import whole
 from common.sharding.rules import constrain, parts
 from common.sharding.shape import ROW_AXES

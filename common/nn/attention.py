@@ -16,7 +16,7 @@ from common.nn.layers import RMSNorm, bias
 from common.nn.linear import project, unproject
 from common.nn.parameters import Initialisers, param, use, use_bias
 from common.nn.positions import rope
-from common.nn.recipe import Execution, Recipe
+from common.recipe import Execution, Recipe
 from common.sharding.rules import constrain, enter, leave
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 
 from common.nn.linear import linear
 from common.nn.parameters import Initialisers, ones, param, use, use_bias, zeros
-from common.nn.recipe import Execution, Recipe
+from common.recipe import Execution, Recipe
 from common.sharding.rules import constrain, enter, leave, parts
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from common.nn.linear import Columns
-from common.nn.recipe import Recipe
+from common.recipe import Recipe
 from common.sharding.rules import in_use
 
 Initialiser = Callable[[jax.Array, tuple[int, ...]], jax.Array]

@@ -13,7 +13,7 @@ from flax import nnx
 from common.kernels.bias import BiasTable
 from common.nn.layers import Embedding
 from common.nn.parameters import Initialisers, param, use
-from common.nn.recipe import Recipe
+from common.recipe import Recipe
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from common.nn.recipe import Execution
 from common.nn.remat import entering, rematerialised
+from common.recipe import Execution
 
 Layer = TypeVar("Layer", bound=nnx.Module)
 Layers = TypeVar("Layers")

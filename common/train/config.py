@@ -5,8 +5,8 @@ import math
 from typing import Annotated, Literal
 
 from common.errors import UserError
-from common.nn.recipe import Execution
 from common.ranges import MOST_STEPS, Count, Every, Positive, Range, Seconds, Seed, Share, Steps, Tiny, check_ranges
+from common.recipe import Execution
 from common.sharding.shape import MeshShape
 
 

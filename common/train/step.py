@@ -12,7 +12,7 @@ import optax
 
 from common.data.batch import Batch
 from common.nn.loss import cross_entropy
-from common.nn.recipe import Execution
+from common.recipe import Execution
 from common.sharding.rules import constrain
 from common.train.state import Skeleton, TrainState
 

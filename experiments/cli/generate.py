@@ -17,9 +17,9 @@ from common.files import read_rows, split_lines, user_lines, user_rows, write_ro
 from common.infer.config import Beam, Greedy, Limits, Method, Sample
 from common.infer.generate import Completion, Generator, Request
 from common.infer.texts import EncodedPrompt, encode_prompt, tokenizer_of
-from common.nn.recipe import Execution
 from common.paths import check_file, is_special
 from common.ranges import Range, Rows, Seed, check_ranges
+from common.recipe import Execution
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
 from common.terminal import harmless, marked_up

@@ -265,7 +265,7 @@ def _score(options: argparse.Namespace) -> None:
     if options.dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {options.dtype}: {nearest(options.dtype, ('float32', 'bfloat16'))}")
     from common.infer.score import LENGTHS
-    from common.nn.recipe import Execution
+    from common.recipe import Execution
     from experiments.cli.score import score_file
 
     execution = Execution(dtype=options.dtype)

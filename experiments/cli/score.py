@@ -23,8 +23,8 @@ from common.errors import UserError
 from common.files import user_rows, write_rows
 from common.infer.score import Pair, Score, continuation, pair, refuse_long, score
 from common.infer.texts import framed
-from common.nn.recipe import Execution
 from common.paths import check_file, is_special
+from common.recipe import Execution
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
 from common.terminal import harmless

@@ -21,8 +21,8 @@ from common.data.tokenizers.saved import MODEL, load_saved
 from common.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from common.errors import UserError
 from common.files import inside, read_object
-from common.nn.recipe import Execution
 from common.paths import user_path
+from common.recipe import Execution
 from common.train import run_dir as rd
 from common.train.init_from import load_parameters
 from common.train.state import Skeleton, check_divides, skeleton

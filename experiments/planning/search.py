@@ -23,7 +23,7 @@ from common.compute.length_sums import LengthSums
 from common.compute.roofline import Estimate
 from common.compute.topology import Topology
 from common.errors import UserError
-from common.nn.recipe import Execution
+from common.recipe import Execution
 from common.sharding.shape import MESH_AXES, MeshShape
 from common.terminal import marked_up
 from common.train.config import AdamW

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from common.nn.recipe import GPT2 as GPT2_RECIPE
-from common.nn.recipe import LLAMA as LLAMA_RECIPE
+from common.recipe import GPT2 as GPT2_RECIPE
+from common.recipe import LLAMA as LLAMA_RECIPE
 from common.weights.mapping import match
 from gpt import convert
 from gpt.config import SIZES

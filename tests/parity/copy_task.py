@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from common.nn.recipe import Recipe
+from common.recipe import Recipe
 from gpt.config import GptConfig
 from t5like.config import T5LikeConfig
 

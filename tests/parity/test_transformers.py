@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from common.data.batch import Batch
-from common.nn.recipe import Execution
+from common.recipe import Execution
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
 from common.train.config import AdamW

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from common.nn.recipe import T5_V1_0
+from common.recipe import T5_V1_0
 from t5like import convert
 from t5like.config import SIZES
 from tests.common.weights.foreign import T5, T5_V1_1, t5, t5x

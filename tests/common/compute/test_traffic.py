@@ -11,7 +11,7 @@ import pytest
 from common.compute.hlo import Program, parse, parse_lowered
 from common.compute.length_sums import LengthSums
 from common.compute.traffic import memory_traffic, product_flops
-from common.nn.recipe import Execution
+from common.recipe import Execution
 from common.train.programs import lower_step, prepare
 from experiments.config import Arm, Experiment
 from experiments.running.pipeline import make_setup

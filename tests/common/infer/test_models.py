@@ -14,8 +14,8 @@ from common.infer.beam import BeamDecoder
 from common.infer.config import Beam, Greedy, Limits, Method, Sample
 from common.infer.decode import Decoded, Decoder, Seeds, prepare
 from common.infer.prompt import pad_prompts
-from common.nn.recipe import Execution
 from common.nn.stack import PerLayer
+from common.recipe import Execution
 from common.sharding.mesh import make_mesh
 from common.sharding.rules import parameter_shardings
 from common.sharding.shape import MeshShape

@@ -11,8 +11,8 @@ from jax.ad_checkpoint import checkpoint_name
 from common.kernels.visibility import ATTENTION
 from common.nn.layers import in_pieces
 from common.nn.linear import linear
-from common.nn.recipe import Execution
 from common.nn.remat import entering, rematerialised
+from common.recipe import Execution
 from common.sharding.mesh import make_mesh
 from common.sharding.rules import constrain, in_use
 from common.sharding.shape import MeshShape

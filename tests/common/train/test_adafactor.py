@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from common.files import read_rows
 from common.nn.parameters import normal, param
-from common.nn.recipe import T5_V1_1
+from common.recipe import T5_V1_1
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
 from common.train import run_dir as rd

@@ -14,7 +14,7 @@ from common.compute.ledger import ForwardFlops
 from common.compute.length_sums import LengthSums
 from common.data.batch import HostBatch
 from common.files import read_rows, write_rows
-from common.nn.recipe import Execution
+from common.recipe import Execution
 from common.train import run_dir as rd
 from common.train.checkpoints import Progress
 from common.train.loop import fit

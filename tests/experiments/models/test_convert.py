@@ -14,7 +14,7 @@ from rich.console import Console
 from common.config import from_json
 from common.errors import UserError
 from common.infer.texts import encode_prompt
-from common.nn.recipe import Execution
+from common.recipe import Execution
 from common.weights import folder as model_folder
 from common.weights import stream
 from common.weights.folder import leaf_shapes, read_leaf, read_manifest, write_folder

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from common.config import from_json, to_json
 from common.infer.score import pair, score
-from common.nn.recipe import GPT2, LLAMA, T5_V1_0, T5_V1_1
+from common.recipe import GPT2, LLAMA, T5_V1_0, T5_V1_1
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
 from common.weights.folder import leaf_shapes, read_leaf, read_manifest, write_folder

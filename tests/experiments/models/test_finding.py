@@ -22,7 +22,7 @@ from common.data.tokenizers.sentence_piece import train_model
 from common.errors import UserError
 from common.files import read_json
 from common.infer.texts import encode_prompt
-from common.nn.recipe import LLAMA
+from common.recipe import LLAMA
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
 from common.train import run_dir as rd

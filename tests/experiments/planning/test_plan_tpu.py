@@ -16,7 +16,7 @@ from rich.console import Console
 from common.compute.aot import Compiled, environment
 from common.compute.length_sums import LengthSums
 from common.compute.topology import parse_topology
-from common.nn.recipe import Execution
+from common.recipe import Execution
 from common.sharding.shape import MeshShape
 from common.train.config import Anomalies
 from common.train.state import skeleton

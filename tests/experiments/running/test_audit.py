@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import pytest
 
-from common.nn.recipe import Execution
+from common.recipe import Execution
 from common.sharding.shape import MeshShape
 from common.train.programs import Setup
 from experiments.running import audit
