@@ -4,34 +4,9 @@ from typing import Any, Protocol
 
 import jax
 
-from common.compute.ledger import ForwardFlops
-from common.compute.length_sums import LengthSums
 from common.data.batch import Batch
 from common.infer.prompt import Prompt
-from common.recipe import Execution, Recipe
-
-
-class ModelConfig(Protocol):
-    """A frozen dataclass, validated when it is made."""
-
-    @property
-    def recipe(self) -> Recipe: ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def reads_incrementally(self) -> bool:
-        """Whether what was read or written stays valid in a cache when more text follows."""
-        ...
-
-    def param_count(self) -> int:
-        """Exact number of parameters."""
-        ...
-
-    def flops(self, text: LengthSums) -> ForwardFlops:
-        """Exact matrix-product FLOPs of a forward pass over `text`."""
-        ...
+from common.recipe import Execution
 
 
 class Model(Protocol):

@@ -101,14 +101,18 @@ class Execution:
 
 
 class Widths(Protocol):
-    """The fields that the config of every family has."""
+    """The sizes of one layer, which the config of every family has."""
 
+    @property
+    def d_model(self) -> int: ...
     @property
     def num_heads(self) -> int: ...
     @property
     def num_kv_heads(self) -> int: ...
     @property
     def head_dim(self) -> int: ...
+    @property
+    def d_ff(self) -> int: ...
     @property
     def max_positions(self) -> int | None: ...
     @property

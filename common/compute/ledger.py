@@ -5,9 +5,8 @@ everybody does. A training step costs three forward passes: backward does each p
 """
 
 import dataclasses
-from typing import Protocol
 
-from common.recipe import Execution, Recipe
+from common.recipe import Execution, Widths
 
 TRAIN_OVER_FORWARD = 3
 FLOPS_TOLERANCE = 0.01
@@ -84,28 +83,6 @@ class ForwardFlops:
         """
         products = 2 + 3 + 4 + (0 if execution.remat in ("none", "attention") else 2)
         return self.attention_causal_half * products // 2
-
-
-class Widths(Protocol):
-    """What a family's config says of one layer."""
-
-    @property
-    def d_model(self) -> int: ...
-
-    @property
-    def num_heads(self) -> int: ...
-
-    @property
-    def num_kv_heads(self) -> int: ...
-
-    @property
-    def head_dim(self) -> int: ...
-
-    @property
-    def d_ff(self) -> int: ...
-
-    @property
-    def recipe(self) -> Recipe: ...
 
 
 def query_out_matrices(w: Widths) -> int:

@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 
 from common.compute.ledger import FLOPS_TOLERANCE
 from common.compute.length_sums import LengthSums
+from common.compute.model_config import ModelConfig
 from common.errors import UserError
-from common.model import ModelConfig
 
 Config = TypeVar("Config", bound=Any)
 

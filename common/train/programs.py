@@ -12,9 +12,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from common.compute.length_sums import LengthSums
+from common.compute.model_config import ModelConfig
 from common.data.batch import Batch, HostBatch
 from common.errors import UserError
-from common.model import Model, ModelConfig
+from common.model import Model
 from common.sharding.hosts import counts_here, place_rows, rows_here, start_sum
 from common.sharding.mesh import make_mesh
 from common.sharding.rules import Strategy, strategy
