@@ -4,8 +4,7 @@ from typing import Any, Protocol
 
 import jax
 
-from common.data.batch import Batch
-from common.infer.prompt import Prompt
+from common.data.batch import Batch, Prompt
 from common.recipe import Execution
 
 

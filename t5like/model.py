@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from common.data.batch import Batch
-from common.infer.prompt import Prompt
+from common.data.batch import Batch, Prompt
 from common.kernels.visibility import Visibility
 from common.nn.attention import Attention, KeysValues
 from common.nn.cache import Cache

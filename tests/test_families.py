@@ -15,8 +15,7 @@ import t5like.config as t5like_config
 from common.compute.hlo import parse_lowered
 from common.compute.length_sums import LengthSums
 from common.compute.traffic import product_flops
-from common.data.batch import Batch
-from common.infer.prompt import Prompt
+from common.data.batch import Batch, Prompt
 from common.nn.loss import cross_entropy
 from common.recipe import Execution
 from common.train.config import AdamW, Linear

@@ -13,9 +13,8 @@ from flax import nnx
 from common.compute.hlo import parse_lowered
 from common.compute.length_sums import LengthSums
 from common.compute.traffic import product_flops
-from common.data.batch import Batch
+from common.data.batch import Batch, Prompt
 from common.errors import UserError
-from common.infer.prompt import Prompt
 from common.nn.loss import cross_entropy
 from common.recipe import Execution, Recipe
 from common.train.state import skeleton

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from common.data.batch import Prompt
 from common.infer.config import Beam, Limits
 from common.infer.decode import (
     FIRST_ROOM,
@@ -28,7 +29,6 @@ from common.infer.decode import (
     next_logits,
     read,
 )
-from common.infer.prompt import Prompt
 from common.sharding.hosts import whole
 
 

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from common.data.batch import Prompt
 from common.infer.config import Greedy, Limits, Sample
-from common.infer.prompt import Prompt
 from common.infer.sampling import sample
 from common.model import Model
 from common.sharding.hosts import whole

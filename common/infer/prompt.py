@@ -1,39 +1,13 @@
-"""What decoding starts from.
+"""Prompts in rows, padded to few lengths."""
 
-Legend: B batch rows, I input slots, W slots of decoder inputs.
-"""
-
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
+from common.data.batch import Prompt
+
 SMALLEST_BUCKET = 16
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """One example a row: inputs at the left, `lengths_B` of them real (0 is legal); int32."""
-
-    inputs_BI: jax.Array
-    lengths_B: jax.Array
-    starts_B: jax.Array
-    """Each row's next decoder input: the start token, or, for a language model whose inputs and targets are one text,
-    the prompt's last token (its inputs are then the prompt without it)."""
-    written_BW: jax.Array | None = None
-    """Decoder inputs before that one, at the left; None where no row has any."""
-    written_lengths_B: jax.Array | None = None
-
-    def positions_BI(self) -> jax.Array:
-        B, I = self.inputs_BI.shape  # noqa: E741 (a shape letter)
-        return jnp.broadcast_to(jnp.arange(I, dtype=jnp.int32)[None], (B, I))
-
-    def segments_BI(self) -> jax.Array:
-        return (self.positions_BI() < self.lengths_B[:, None]).astype(jnp.int32)
 
 
 def pad_prompts(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from common.infer.prompt import Prompt
+from common.data.batch import Prompt
 from common.kernels.bias import BiasTable
 from common.kernels.visibility import Visibility
 from common.nn.attention import KeysValues

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from common.infer.prompt import Prompt
+from common.data.batch import Prompt
 from common.report.results import TurnCost
 from common.train.state import Skeleton
 from experiments.config import ModelConfig, MultiTurn

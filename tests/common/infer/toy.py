@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.infer.prompt import Prompt
+from common.data.batch import Prompt
 
 
 @jax.tree_util.register_dataclass

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from common.infer.prompt import Prompt
+from common.data.batch import Prompt
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
 from common.train.state import skeleton
