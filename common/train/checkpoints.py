@@ -17,9 +17,9 @@ from common.errors import UserError
 from common.json_text import parse_json
 from common.sharding.hosts import where
 from common.train.checksums import digest, leaf_checksums, plain_digest, plain_sums
-from common.train.paths import flatten
 from common.train.state import TrainState
 from common.train.storage import patiently
+from common.trees import flatten
 
 SCHEMA_VERSION = 2
 """The schema that is written. The first one, whose checksums ignore the order of elements, can still be read."""

@@ -18,9 +18,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from common.config import to_json
 from common.errors import UserError, nearest
 from common.train.config import Fresh, Rename, Resize, Rule
-from common.train.paths import flatten, nest
 from common.train.state import Skeleton
 from common.train.stored import Stored
+from common.trees import flatten, nest
 
 Shape = tuple[int, ...]
 LISTED = 4

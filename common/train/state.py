@@ -17,7 +17,7 @@ from common.nn.linear import in_columns
 from common.nn.stack import per_layer
 from common.sharding.rules import parameter_shardings
 from common.train.adafactor import Factored, moment_axes
-from common.train.paths import flatten
+from common.trees import flatten
 
 
 @jax.tree_util.register_dataclass

@@ -17,7 +17,7 @@ from etils import epath
 from common.data.progress import bar, spinner
 from common.errors import UserError
 from common.train.checkpoints import changed_parameter, read_about, saved_steps
-from common.train.paths import flatten, nest
+from common.trees import flatten, nest
 from common.weights import folder
 
 Read = TypeVar("Read")

@@ -26,7 +26,7 @@ import tensorstore
 from common.config import from_json
 from common.errors import UserError, nearest
 from common.files import plain_name, read_json, write_json
-from common.weights.mapping import flatten, nest
+from common.trees import flatten, nest
 from common.weights.safetensors_files import DTYPES as CODES
 
 SCHEMA_VERSION = 1
@@ -84,7 +84,7 @@ class FolderWriter:
 
     def write_tree(self, tree: Mapping[str, Any], stacked: tuple[str, ...]) -> None:
         """All leaves of a nested dict of arrays; those under a name of `stacked` have layers in front."""
-        for leaf, value in flatten(tree).items():
+        for leaf, value in flatten(tree, "/").items():
             array = np.asarray(value)
             handle = self.create(leaf, array.shape, array.dtype, stacked=leaf.partition("/")[0] in stacked)
             handle.write(array).result()
@@ -232,7 +232,7 @@ def leaf_shapes(folder: Path) -> dict[str, Any]:
     names = sorted(path.name for path in (folder / PARAMETERS).glob("*") if (path / "zarr.json").is_file())
     leaves = [name.replace(".", "/") for name in names]
     handles = {leaf: read_leaf(folder, leaf) for leaf in leaves}
-    return nest({leaf: LeafInfo(tuple(h.shape), np.dtype(h.dtype.numpy_dtype)) for leaf, h in handles.items()})
+    return nest({leaf: LeafInfo(tuple(h.shape), np.dtype(h.dtype.numpy_dtype)) for leaf, h in handles.items()}, "/")
 
 
 def read_leaf(folder: Path, leaf: str) -> tensorstore.TensorStore:

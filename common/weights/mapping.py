@@ -239,28 +239,3 @@ def refuse_keys(where: str, missing: Sequence[str], superfluous: Sequence[str], 
             parts.append(f"{len(names)} {what}: {', '.join(sorted(names)[:LISTED])}{more}")
     if parts:
         raise UserError(f"{where} does not have this model's keys; {'; '.join(parts)}")
-
-
-def nest(leaves: Mapping[str, object]) -> dict:
-    """Paths with slashes as a nested dict.
-
-    >>> nest({"a/b": 1, "a/c": 2, "d": 3})
-    {'a': {'b': 1, 'c': 2}, 'd': 3}
-    """
-    tree: dict = {}
-    for path, value in leaves.items():
-        *above, last = path.split("/")
-        node = tree
-        for part in above:
-            node = node.setdefault(part, {})
-        node[last] = value
-    return tree
-
-
-def flatten(tree: Mapping, path: str = "") -> dict[str, object]:
-    """The inverse of `nest`."""
-    flat: dict[str, object] = {}
-    for name, value in tree.items():
-        inner = f"{path}/{name}" if path else str(name)
-        flat |= flatten(value, inner) if isinstance(value, Mapping) else {inner: value}
-    return flat

@@ -8,8 +8,9 @@ import numpy as np
 import tensorstore
 
 from common.errors import UserError
+from common.trees import flatten
 from common.weights.folder import DTYPES, SOURCE, FolderWriter, LeafInfo, leaf_shapes, read_leaf, write_chunk
-from common.weights.mapping import Checkpoint, Match, Piece, StoredTensor, Table, flatten, refuse_keys
+from common.weights.mapping import Checkpoint, Match, Piece, StoredTensor, Table, refuse_keys
 from common.weights.safetensors_files import Planned, SafetensorsFile, SafetensorsFolder, plan_files
 
 BLOCK_BYTES = 128 * 2**20
@@ -203,7 +204,7 @@ class _Extras:
 
 def check_leaves(folder: Path, table: Table) -> dict[str, LeafInfo]:
     """The leaves of a model folder. Raises UserError listing those that are not as the table has them."""
-    leaves: dict[str, LeafInfo] = flatten(leaf_shapes(folder))  # type: ignore[assignment]
+    leaves: dict[str, LeafInfo] = flatten(leaf_shapes(folder), "/")
     expected = table.leaves()
     misshapen = [
         f"{leaf} is {list(leaves[leaf].shape)}, expected {list(shape)}"

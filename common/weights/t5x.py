@@ -17,7 +17,7 @@ from flax import serialization
 
 from common.errors import UserError
 from common.files import plain_name
-from common.weights.mapping import flatten
+from common.trees import flatten
 
 INDEX = "checkpoint"
 SCAN_AXIS = 1
@@ -42,7 +42,7 @@ class T5xCheckpoint:
 
     def __init__(self, folder: Path):
         self.folder, self.where = folder, str(folder)
-        self._target = flatten(_target(folder))
+        self._target = flatten(_target(folder), "/")
         self._handles: dict[str, tensorstore.TensorStore] = {}
         self.tensors = dict(self._contents())
         self._held: tuple[str, np.ndarray] | None = None

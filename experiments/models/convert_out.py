@@ -10,9 +10,10 @@ from common.config import to_json
 from common.data.config import SentencePieceConfig
 from common.errors import UserError
 from common.files import read_json, write_json
+from common.trees import flatten
 from common.weights import folder as model_folder
 from common.weights.folder import copy_leaf, leaf_shapes, new_folder, read_leaf, write_folder
-from common.weights.mapping import Table, flatten
+from common.weights.mapping import Table
 from common.weights.safetensors_files import INDEX
 from common.weights.stream import EXTRAS, check_leaves, export_weights
 from experiments.config import ModelConfig
@@ -143,7 +144,7 @@ def _rename(
     manifest: dict[str, Any],
 ) -> None:
     """Writes the same arrays under the other family's names."""
-    leaves: dict[str, Any] = flatten(leaf_shapes(source))
+    leaves: dict[str, Any] = flatten(leaf_shapes(source), "/")
     if isinstance(new, T5LikeConfig):
         origins = t5like_leaves(leaves, new)
     else:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from common.errors import UserError
-from common.weights.mapping import flatten, nest
+from common.trees import flatten, nest
 from gpt.config import GptConfig
 from t5like.config import RUNGS, T5LikeConfig
 
@@ -51,8 +51,8 @@ def _renamed(tree: Tree, names: Mapping[str, str]) -> dict[str, Any]:
 
 def t5like_from_gpt(tree: Tree, config: T5LikeConfig) -> dict[str, Any]:
     """Parameters for `config`, one of the ladder's rungs, from gpt's; copies are the same arrays."""
-    leaves = flatten(tree)
-    return nest({ours: leaves[theirs] for ours, theirs in t5like_leaves(leaves, config).items()})
+    leaves = flatten(tree, "/")
+    return nest({ours: leaves[theirs] for ours, theirs in t5like_leaves(leaves, config).items()}, "/")
 
 
 def t5like_leaves(gpt_leaves: Iterable[str], config: T5LikeConfig) -> dict[str, str]:

@@ -16,7 +16,7 @@ from common.recipe import Execution
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
 from common.train.state import Skeleton, skeleton
-from common.weights.mapping import flatten
+from common.trees import flatten
 from experiments.config import ModelConfig
 from experiments.families import builder
 from experiments.models.convert import convert
@@ -76,8 +76,8 @@ class Digits:
 
 def copying(kind: str, config: ModelConfig, params: Any, prompt: EncodedPrompt, max_new_tokens: int) -> Completion:
     model = skeleton(builder(config, F32))
-    shapes = {leaf: value.shape for leaf, value in flatten(model.shapes).items()}
-    assert {leaf: value.shape for leaf, value in flatten(params).items()} == shapes
+    shapes = {leaf: value.shape for leaf, value in flatten(model.shapes, "/").items()}
+    assert {leaf: value.shape for leaf, value in flatten(params, "/").items()} == shapes
     digits: Any = Digits()
     text = Text(
         tokenizer=digits,

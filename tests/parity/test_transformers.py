@@ -24,8 +24,8 @@ from common.train.config import AdamW
 from common.train.optimizer import make_optimizer
 from common.train.state import TrainState
 from common.train.step import make_train_step, weighted_loss
+from common.trees import flatten
 from common.weights.folder import leaf_shapes, read_leaf
-from common.weights.mapping import flatten
 from experiments.models.convert import convert
 from experiments.models.finding import Loaded, open_model
 from experiments.running.console import Progress
@@ -114,7 +114,7 @@ class Peers:
     """The folder that theirs was saved in."""
 
     def parameters(self) -> dict[str, np.ndarray]:
-        return {leaf: np.asarray(value) for leaf, value in flatten(self.ours.params).items()}
+        return {leaf: np.asarray(value) for leaf, value in flatten(self.ours.params, "/").items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,14 +202,14 @@ def our_loss_and_gradient(peers: Peers, batch: Batch) -> tuple[float, dict[str, 
         return total / weight
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(peers.ours.params, batch)
-    return float(value), {leaf: np.asarray(x) for leaf, x in flatten(gradient).items()}
+    return float(value), {leaf: np.asarray(x) for leaf, x in flatten(gradient, "/").items()}
 
 
 def as_ours(folder: Path) -> dict[str, np.ndarray]:
     """By our names, what a folder of their tensors holds."""
     destination = folder.with_name(f"{folder.name}-as-ours")
     convert(folder, destination, PROGRESS)
-    return {leaf: read_leaf(destination, leaf).read().result() for leaf in flatten(leaf_shapes(destination))}
+    return {leaf: read_leaf(destination, leaf).read().result() for leaf in flatten(leaf_shapes(destination), "/")}
 
 
 def their_gradient(peers: Peers, case: Case, folder: Path) -> dict[str, np.ndarray]:
@@ -333,7 +333,7 @@ def our_step(peers: Peers, case: Case) -> dict[str, np.ndarray]:
     step = make_train_step(model, optimizer, execution=EXECUTION, z_loss=0.0, accumulation=1, seed=0)
     state = TrainState(step=jnp.int32(0), params=peers.ours.params, opt_state=optimizer.init(peers.ours.params))
     stepped, _ = jax.jit(step)(state, case.batch)
-    return {leaf: np.asarray(x) for leaf, x in flatten(stepped.params).items()}
+    return {leaf: np.asarray(x) for leaf, x in flatten(stepped.params, "/").items()}
 
 
 def their_step(peers: Peers, case: Case, folder: Path) -> dict[str, np.ndarray]:

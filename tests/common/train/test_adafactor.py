@@ -25,9 +25,9 @@ from common.train.checkpoints import Checkpoints, Progress
 from common.train.config import Adafactor, Budget, InverseSqrt, Linear
 from common.train.loop import fit
 from common.train.optimizer import make_optimizer, make_schedule
-from common.train.paths import flatten
 from common.train.programs import prepare
 from common.train.state import TrainState, abstract_state, init_state, skeleton, state_shardings
+from common.trees import flatten
 from tests.tiny import Observer, setup, task, tiny, train_config
 
 CONFIG = Adafactor(min_factored=6)

@@ -22,10 +22,10 @@ from common.train import run_dir as rd
 from common.train.config import Adafactor, AdamW, Budget, Constant, Fresh, Rename, Resize, Rule
 from common.train.init_from import load_parameters, make_plan
 from common.train.loop import Fitted, fit
-from common.train.paths import flatten
 from common.train.state import check_divides, init_state, skeleton, state_shardings
 from common.train.stored import FolderParameters, RunParameters, Stored
 from common.train.task import Initial, Task
+from common.trees import flatten
 from common.weights.folder import write_folder
 from experiments.families import builder
 from tests.helpers import EIGHT_DEVICES, ONE_DEVICE

@@ -15,10 +15,10 @@ from common.config import from_json
 from common.errors import UserError
 from common.infer.texts import encode_prompt
 from common.recipe import Execution
+from common.trees import flatten
 from common.weights import folder as model_folder
 from common.weights import stream
 from common.weights.folder import leaf_shapes, read_leaf, read_manifest, write_folder
-from common.weights.mapping import flatten
 from experiments.cli.main import main
 from experiments.config import ModelConfig
 from experiments.families import builder
@@ -40,13 +40,13 @@ def config_of(folder) -> ModelConfig:
 
 
 def leaves(folder):
-    return {leaf: read_leaf(folder, leaf).read().result() for leaf in flatten(leaf_shapes(folder))}
+    return {leaf: read_leaf(folder, leaf).read().result() for leaf in flatten(leaf_shapes(folder), "/")}
 
 
 def module_shapes(config):
     build = builder(config, Execution())
     params = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param))
-    return {leaf: value.shape for leaf, value in flatten(params).items()}
+    return {leaf: value.shape for leaf, value in flatten(params, "/").items()}
 
 
 def round_trip(tmp_path, config, tensors, **write):
@@ -78,7 +78,7 @@ MODELS = {
 def test_round_trip(tmp_path, name, dtype, shards):
     config, make = MODELS[name]
     ours = round_trip(tmp_path, config, make(config, dtype), shards=shards)
-    assert {info.dtype for info in flatten(leaf_shapes(ours)).values()} == {np.dtype(dtype)}
+    assert {info.dtype for info in flatten(leaf_shapes(ours), "/").values()} == {np.dtype(dtype)}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -86,7 +86,7 @@ def test_leaves_are_the_models_parameters(tmp_path, name):
     """The shapes that tables take from letters are those of the modules themselves."""
     config, make = MODELS[name]
     run(foreign.write_hugging_face(tmp_path / "in", config, make(config)), tmp_path / "ours")
-    found = {leaf: info.shape for leaf, info in flatten(leaf_shapes(tmp_path / "ours")).items()}
+    found = {leaf: info.shape for leaf, info in flatten(leaf_shapes(tmp_path / "ours"), "/").items()}
     assert found == module_shapes(config_of(tmp_path / "ours"))
     assert config_of(tmp_path / "ours").param_count() == sum(int(np.prod(shape)) for shape in found.values())
 
@@ -121,7 +121,7 @@ def test_dtypes_may_differ_between_leaves_and_between_layers_of_one(tmp_path):
         tensors[name] = tensors[name].astype(np.float32) + 1e-5
     odd = "encoder.block.1.layer.0.SelfAttention.q.weight"
     tensors[odd] = tensors[odd].astype(BF16)
-    found = flatten(leaf_shapes(round_trip(tmp_path, T5_V1_1, tensors)))
+    found = flatten(leaf_shapes(round_trip(tmp_path, T5_V1_1, tensors)), "/")
     assert found["decoder/mlp/out_FD"].dtype == np.float32
     assert found["encoder/attention/query_DHC"].dtype == np.float32  # holds float16 and bfloat16 exactly
     assert found["encoder/attention/key_DGC"].dtype == np.float16

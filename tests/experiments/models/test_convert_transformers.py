@@ -13,8 +13,8 @@ from common.infer.score import pair, score
 from common.recipe import GPT2, LLAMA, T5_V1_0, T5_V1_1
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
+from common.trees import flatten
 from common.weights.folder import leaf_shapes, read_leaf, read_manifest, write_folder
-from common.weights.mapping import flatten
 from experiments.config import ModelConfig
 from experiments.models.convert import convert, hugging_face_table
 from experiments.models.finding import open_model
@@ -167,7 +167,7 @@ def test_a_model_of_our_own_is_loaded_as_the_same_architecture(tmp_path, name):
     model.save_pretrained(tmp_path / "again")
     convert(tmp_path / "again", tmp_path / "back", PROGRESS)
     assert same_network(from_json(ModelConfig, read_manifest(tmp_path / "back")["model"]), config)
-    for leaf in flatten(leaf_shapes(tmp_path / "ours")):
+    for leaf in flatten(leaf_shapes(tmp_path / "ours"), "/"):
         ours, back = (read_leaf(tmp_path / folder, leaf).read().result() for folder in ("ours", "back"))
         assert np.array_equal(ours, back), leaf
 

@@ -28,8 +28,8 @@ from common.sharding.shape import MeshShape
 from common.train import run_dir as rd
 from common.train.config import Budget
 from common.train.loop import Fitted
-from common.train.paths import flatten
 from common.train.state import skeleton
+from common.trees import flatten
 from common.weights.folder import write_folder
 from experiments.cli.main import main
 from experiments.cli.score import to_pair
