@@ -14,8 +14,8 @@ from benchmarks.generation import EOS, MODELS, NEW, PROMPT, ROWS
 from common.infer.config import Greedy, Limits
 from common.infer.decode import Decoder, Seeds, prepare
 from common.infer.prompt import pad_prompts
+from common.model import skeleton
 from common.recipe import Execution
-from common.train.state import skeleton
 from experiments.families import builder
 
 

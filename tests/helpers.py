@@ -19,9 +19,9 @@ from common.data.examples import RecordExamples
 from common.data.loader import build_batch
 from common.data.objectives.config import Supervised
 from common.data.tokenized.token_store import TokenStream
+from common.model import skeleton
 from common.recipe import GPT2, T5_V1_0, T5_V1_1, Execution, Recipe
 from common.sharding.shape import MeshShape
-from common.train.state import skeleton
 from experiments.config import ModelConfig
 from experiments.families import builder
 from gpt.config import GptConfig

@@ -16,11 +16,12 @@ from common.compute.hlo import parse_lowered
 from common.compute.length_sums import LengthSums
 from common.compute.traffic import product_flops
 from common.data.batch import Batch, Prompt
+from common.model import skeleton
 from common.nn.loss import cross_entropy
 from common.recipe import Execution
 from common.train.config import AdamW, Linear
 from common.train.optimizer import make_optimizer, make_schedule
-from common.train.state import TrainState, skeleton
+from common.train.state import TrainState
 from common.train.step import make_train_step
 from experiments.config import ModelConfig
 from experiments.families import builder

@@ -15,9 +15,9 @@ from common.compute.length_sums import LengthSums
 from common.compute.traffic import product_flops
 from common.data.batch import Batch, Prompt
 from common.errors import UserError
+from common.model import skeleton
 from common.nn.loss import cross_entropy
 from common.recipe import Execution, Recipe
-from common.train.state import skeleton
 from experiments.config import ModelConfig
 from experiments.families import builder
 from experiments.models.weight_maps import gpt_from_relaxed, relaxed_from_gpt

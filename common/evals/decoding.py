@@ -11,7 +11,7 @@ from common.data.tokenizers.tokenizer import Tokenizer
 from common.infer.config import Greedy, Limits
 from common.infer.generate import Generator, Request
 from common.infer.texts import EncodedPrompt
-from common.train.state import Skeleton
+from common.model import Skeleton
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,6 @@ from common.infer.decode import (
     Bounds,
     Decoded,
     Seeds,
-    Weightless,
     Weights,
     forbid,
     in_rooms,
@@ -29,6 +28,7 @@ from common.infer.decode import (
     next_logits,
     read,
 )
+from common.model import Skeleton
 from common.sharding.hosts import whole
 
 
@@ -119,7 +119,7 @@ class BeamDecoder:
     The methods are those of `common.infer.decode.Decoder`; nothing is drawn, so seeds do not matter.
     """
 
-    def __init__(self, model: Weightless, method: Beam, eos_ids: Sequence[int]):
+    def __init__(self, model: Skeleton, method: Beam, eos_ids: Sequence[int]):
         self._model, self._method, self._eos_ids = model, method, tuple(eos_ids)
         self._start = jax.jit(self._begin, static_argnames="slots")
         self._advance = jax.jit(self._run, donate_argnames="state")

@@ -17,7 +17,7 @@ import numpy as np
 from common.data.batch import Prompt
 from common.infer.config import Greedy, Limits, Sample
 from common.infer.sampling import sample
-from common.model import Model
+from common.model import Model, Skeleton
 from common.sharding.hosts import whole
 from common.sharding.rules import constrain
 
@@ -26,21 +26,6 @@ READ_AT_ONCE = 128
 """Decoder inputs of a prompt that are read together: attention holds the logits of all of them at once."""
 FIRST_ROOM = 64
 """Tokens for which there is room at first; each time it is used up, there is twice as much."""
-
-
-class Weightless(Protocol):
-    """A model without its numbers, such as `common.train.state.Skeleton`."""
-
-    @property
-    def max_positions(self) -> int | None:
-        """Positions that a text may have; None: any number."""
-        ...
-
-    def merge(self, params: Any) -> Model: ...
-
-    def for_decoding(self, params: Any) -> Any:
-        """The same parameters in the form that `merge` and many small steps like best."""
-        ...
 
 
 @jax.tree_util.register_dataclass
@@ -52,7 +37,7 @@ class Weights:
     head_DV: jax.Array
 
 
-def prepare(model: Weightless, params: Any) -> Weights:
+def prepare(model: Skeleton, params: Any) -> Weights:
     """Done once a model, so that no step and no batch has to."""
     return Weights(params=model.for_decoding(params), head_DV=model.merge(params).head())
 
@@ -166,7 +151,7 @@ class Bounds:
 class Decoder:
     """Compiled programs for greedy decoding or sampling: one for each shape of prompt and each room for tokens."""
 
-    def __init__(self, model: Weightless, method: Greedy | Sample, eos_ids: Sequence[int]):
+    def __init__(self, model: Skeleton, method: Greedy | Sample, eos_ids: Sequence[int]):
         self._model, self._method, self._eos_ids = model, method, tuple(eos_ids)
         self._start = jax.jit(self._begin, static_argnames="slots")
         self._advance = jax.jit(self._run, donate_argnames="state")

@@ -15,10 +15,11 @@ from jax.sharding import Mesh
 from common.errors import UserError
 from common.infer.beam import BeamDecoder
 from common.infer.config import Beam, Limits, Method
-from common.infer.decode import Decoded, Decoder, Seeds, Weightless, prepare
+from common.infer.decode import Decoded, Decoder, Seeds, prepare
 from common.infer.prompt import bucket, pad_prompts
 from common.infer.stops import find_stop, settled, tokens_to_stop
 from common.infer.texts import EncodedPrompt, TextRules, written_text
+from common.model import Skeleton
 from common.sharding.shape import ROW_AXES
 
 CHUNK = 16
@@ -51,7 +52,7 @@ class Generator:
 
     def __init__(
         self,
-        model: Weightless,
+        model: Skeleton,
         params: Any,
         mesh: Mesh,
         rules: TextRules,

@@ -23,12 +23,12 @@ from common.data.loader import lay_out
 from common.data.objectives.apply import Example
 from common.data.packing import plan_epoch
 from common.errors import UserError
+from common.model import Skeleton
 from common.nn.loss import slots_at_once
 from common.recipe import Execution
 from common.sharding.hosts import whole
 from common.sharding.rules import constrain, parts
 from common.sharding.shape import ROW_AXES
-from common.train.state import Skeleton
 
 LENGTHS = (32, 128, 512, 2048)
 """Slots of a row, of its inputs and of its targets each: the least that holds an example; packing fills the rest."""

@@ -17,8 +17,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from common.config import to_json
 from common.errors import UserError, nearest
+from common.model import Skeleton
 from common.train.config import Fresh, Rename, Resize, Rule
-from common.train.state import Skeleton
 from common.train.stored import Stored
 from common.trees import flatten, nest
 

@@ -19,6 +19,7 @@ from common.data.batch import HostBatch
 from common.data.loader import chain
 from common.errors import UserError
 from common.files import write_json
+from common.model import Skeleton
 from common.sharding.hosts import first_says, is_first, meet, where
 from common.train import run_dir as rd
 from common.train.anomalies import Judge, Verdict, last_learnt
@@ -29,7 +30,7 @@ from common.train.profile import Profile
 from common.train.programs import Counts, Programs, Setup, check_rows, lower_step, prepare
 from common.train.record import WARM_UP, Clock, Rows
 from common.train.saving import Saving
-from common.train.state import Skeleton, TrainState, abstract_state, init_state, state_of
+from common.train.state import TrainState, abstract_state, init_state, state_of
 from common.train.step import Metrics
 from common.train.task import Task, Watcher
 from common.train.watchdog import watched

@@ -15,14 +15,14 @@ from common.compute.length_sums import LengthSums
 from common.compute.model_config import ModelConfig
 from common.data.batch import Batch, HostBatch
 from common.errors import UserError
-from common.model import Model
+from common.model import Model, Skeleton, skeleton
 from common.sharding.hosts import counts_here, place_rows, rows_here, start_sum
 from common.sharding.mesh import make_mesh
 from common.sharding.rules import Strategy, strategy
 from common.sharding.shape import ROW_AXES
 from common.train.config import TrainConfig
 from common.train.optimizer import make_optimizer, make_schedule
-from common.train.state import Skeleton, TrainState, abstract_state, skeleton, state_shardings
+from common.train.state import TrainState, abstract_state, state_shardings
 from common.train.step import make_eval_step, make_train_step
 
 KEPT = 8

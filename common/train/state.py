@@ -1,8 +1,6 @@
 """Training state: made directly sharded, and described abstractly for checkpoints and ahead-of-time compilation."""
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,12 +10,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from common.errors import UserError
-from common.model import Model
-from common.nn.linear import in_columns
-from common.nn.stack import per_layer
+from common.model import Skeleton
 from common.sharding.rules import parameter_shardings
 from common.train.adafactor import Factored, moment_axes
-from common.trees import flatten
 
 
 @jax.tree_util.register_dataclass
@@ -30,46 +25,6 @@ class TrainState:
     params: Any
     """Nested dict of float32 arrays, layers stacked in front."""
     opt_state: Any
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Skeleton:
-    """A model without numbers; equal to itself alone, so that programs can be kept by it."""
-
-    graphdef: Any
-    logical_axes: Any
-    """Tree like `params`, of tuples of logical names."""
-    shapes: Any
-    """Tree like `params`, of `jax.ShapeDtypeStruct`."""
-    build: Callable[[nnx.Rngs], Model]
-
-    @functools.cached_property
-    def max_positions(self) -> int | None:
-        """Positions that a text may have: rows of a learned table; None where there is none."""
-        shapes, all_axes = flatten(self.shapes), flatten(self.logical_axes).items()
-        sizes = [shapes[name].shape[axes.index("positions")] for name, axes in all_axes if "positions" in axes]
-        return min(sizes, default=None)
-
-    def merge(self, params: Any) -> Model:
-        return nnx.merge(self.graphdef, params)
-
-    def for_decoding(self, params: Any) -> Any:
-        """The same parameters in the form that `merge` and many small steps like best: of unrolled layers, apart."""
-        if self.merge(params).execution.scan_layers:
-            return params
-        form = in_columns if jax.default_backend() == "cpu" else lambda x, axes: x
-        return jax.jit(lambda params: per_layer(params, self.logical_axes, form))(params)
-
-
-def skeleton(build: Callable[[nnx.Rngs], Model]) -> Skeleton:
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
-    axes = {path: variable.get_metadata("out_sharding") for path, variable in nnx.to_flat_state(state)}
-    return Skeleton(
-        graphdef=graphdef,
-        logical_axes=nnx.traversals.unflatten_mapping(axes),
-        shapes=nnx.to_pure_dict(state),
-        build=build,
-    )
 
 
 def init_state(

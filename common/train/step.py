@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import optax
 
 from common.data.batch import Batch
+from common.model import Skeleton
 from common.nn.loss import cross_entropy
 from common.recipe import Execution
 from common.sharding.rules import constrain
-from common.train.state import Skeleton, TrainState
+from common.train.state import TrainState
 
 Metrics = dict[str, jax.Array]
 

@@ -21,11 +21,12 @@ from common.data.tokenizers.saved import MODEL, load_saved
 from common.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from common.errors import UserError
 from common.files import inside, read_object
+from common.model import Skeleton, skeleton
 from common.paths import user_path
 from common.recipe import Execution
 from common.train import run_dir as rd
 from common.train.init_from import load_parameters
-from common.train.state import Skeleton, check_divides, skeleton
+from common.train.state import check_divides
 from common.train.stored import FolderParameters, RunParameters, Stored
 from common.weights import folder
 from common.weights.t5x import is_checkpoint

@@ -10,9 +10,9 @@ from common.data.tokenizers.byte_pair import BytePairTokenizer
 from common.data.tokenizers.pieces import differing_ids, piece
 from common.data.tokenizers.tokenizer import Tokenizer
 from common.errors import UserError
+from common.model import Skeleton, skeleton
 from common.train import run_dir as rd
 from common.train.init_from import check_rules, loads_tables
-from common.train.state import Skeleton, skeleton
 from common.train.stored import has_checkpoint
 from common.train.task import Initial
 from experiments.config import Arm, Experiment, ModelConfig

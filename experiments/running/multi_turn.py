@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from common.data.batch import Prompt
+from common.model import Skeleton
 from common.report.results import TurnCost
-from common.train.state import Skeleton
 from experiments.config import ModelConfig, MultiTurn
 
 

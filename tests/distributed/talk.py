@@ -13,12 +13,12 @@ from common.errors import UserError
 from common.infer.config import Beam, Limits
 from common.infer.generate import Generator
 from common.infer.score import continuation, score
+from common.model import skeleton
 from common.sharding.hosts import counts_here, first_says, place_rows, rows_here, start_sum, where, whole
 from common.sharding.mesh import make_mesh
 from common.sharding.rules import parameter_shardings
 from common.sharding.shape import MeshShape
 from common.train.distributed import joined
-from common.train.state import skeleton
 from experiments.families import builder
 from tests.helpers import random_params
 from tests.tiny import EXECUTION, tiny

@@ -12,10 +12,10 @@ from rich.console import Console
 from common.infer.config import Greedy, Limits
 from common.infer.generate import Completion, Generator, Request
 from common.infer.texts import EncodedPrompt
+from common.model import Skeleton, skeleton
 from common.recipe import Execution
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
-from common.train.state import Skeleton, skeleton
 from common.trees import flatten
 from experiments.config import ModelConfig
 from experiments.families import builder

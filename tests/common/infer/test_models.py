@@ -14,12 +14,12 @@ from common.infer.beam import BeamDecoder
 from common.infer.config import Beam, Greedy, Limits, Method, Sample
 from common.infer.decode import Decoded, Decoder, Seeds, prepare
 from common.infer.prompt import pad_prompts
+from common.model import skeleton
 from common.nn.stack import PerLayer
 from common.recipe import Execution
 from common.sharding.mesh import make_mesh
 from common.sharding.rules import parameter_shardings
 from common.sharding.shape import MeshShape
-from common.train.state import skeleton
 from experiments.config import ModelConfig
 from experiments.families import builder
 from tests.helpers import F32, FAMILIES, families, rows_of, split

@@ -15,10 +15,10 @@ from flax import nnx
 from common.data.batch import Batch
 from common.errors import UserError
 from common.infer.score import Pair, Score, continuation, pair, score, target_log_probs
+from common.model import Skeleton, skeleton
 from common.sharding.mesh import make_mesh
 from common.sharding.rules import parameter_shardings
 from common.sharding.shape import MeshShape
-from common.train.state import Skeleton, skeleton
 from experiments.config import ModelConfig
 from experiments.families import builder
 from tests.helpers import EIGHT_DEVICES, F32, FAMILIES, MAX_POSITIONS, ONE_DEVICE, VOCAB, close, split

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from common.files import read_rows
+from common.model import skeleton
 from common.nn.parameters import normal, param
 from common.recipe import T5_V1_1
 from common.sharding.mesh import make_mesh
@@ -26,7 +27,7 @@ from common.train.config import Adafactor, Budget, InverseSqrt, Linear
 from common.train.loop import fit
 from common.train.optimizer import make_optimizer, make_schedule
 from common.train.programs import prepare
-from common.train.state import TrainState, abstract_state, init_state, skeleton, state_shardings
+from common.train.state import TrainState, abstract_state, init_state, state_shardings
 from common.trees import flatten
 from tests.tiny import Observer, setup, task, tiny, train_config
 

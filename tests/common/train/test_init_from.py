@@ -16,13 +16,14 @@ from jax.sharding import PartitionSpec
 from common.config import to_json
 from common.errors import UserError
 from common.files import read_json
+from common.model import skeleton
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
 from common.train import run_dir as rd
 from common.train.config import Adafactor, AdamW, Budget, Constant, Fresh, Rename, Resize, Rule
 from common.train.init_from import load_parameters, make_plan
 from common.train.loop import Fitted, fit
-from common.train.state import check_divides, init_state, skeleton, state_shardings
+from common.train.state import check_divides, init_state, state_shardings
 from common.train.stored import FolderParameters, RunParameters, Stored
 from common.train.task import Initial, Task
 from common.trees import flatten

@@ -22,13 +22,13 @@ from common.data.tokenizers.sentence_piece import train_model
 from common.errors import UserError
 from common.files import read_json
 from common.infer.texts import encode_prompt
+from common.model import skeleton
 from common.recipe import LLAMA
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
 from common.train import run_dir as rd
 from common.train.config import Budget
 from common.train.loop import Fitted
-from common.train.state import skeleton
 from common.trees import flatten
 from common.weights.folder import write_folder
 from experiments.cli.main import main

@@ -15,8 +15,8 @@ from common.data.tokenizers.sentence_piece import SentencePieceTokenizer, train_
 from common.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from common.errors import UserError
 from common.files import read_json
+from common.model import skeleton
 from common.train.run_dir import refused
-from common.train.state import skeleton
 from common.trees import flatten
 from common.weights.folder import write_folder
 from experiments.cli.main import main

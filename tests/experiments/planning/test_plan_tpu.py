@@ -16,10 +16,10 @@ from rich.console import Console
 from common.compute.aot import Compiled, environment
 from common.compute.length_sums import LengthSums
 from common.compute.topology import parse_topology
+from common.model import skeleton
 from common.recipe import Execution
 from common.sharding.shape import MeshShape
 from common.train.config import Anomalies
-from common.train.state import skeleton
 from experiments.config import Experiment
 from experiments.planning.jobs import Job, compile_all
 from experiments.registry import load

@@ -11,9 +11,9 @@ import pytest
 from flax import nnx
 
 from common.data.batch import Prompt
+from common.model import skeleton
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
-from common.train.state import skeleton
 from experiments.config import ModelConfig, MultiTurn
 from experiments.families import builder
 from experiments.running.multi_turn import measure
