@@ -12,7 +12,7 @@ import numpy as np
 
 from common.data.ragged import Ragged
 from common.data.tokenized.token_store import StoredShard, TokenStream
-from common.report.results import InTraining
+from common.evals.measure import InTraining
 
 SEARCHED_TOKENS = 1 << 28
 """The most training tokens that are searched, which takes seconds."""

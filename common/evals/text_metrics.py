@@ -10,7 +10,7 @@ import numpy as np
 from common.analysis.statistics import wilson
 from common.errors import UserError
 from common.evals.bleu import bleu_of, corpus_bleu, sentence_statistics, signature, tokenizer_for
-from common.report.results import InTraining, TextScore
+from common.evals.measure import InTraining, TextScore
 
 ALL = "all"
 """The group that holds every example of a split."""

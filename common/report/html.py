@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.analysis.statistics import CONFIDENCE
+from common.evals.measure import TextScore
 from common.files import write_atomically
 from common.report import plots, samples, tables
 from common.report.certificate import certify_run, flatten
-from common.report.results import TextScore
 from common.report.run_files import ArmRun, Run, read_run
 from common.report.units import duration, percent, si
 from common.report.verdicts import Example, caveat, headline, pair_examples, verdicts

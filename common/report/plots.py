@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.report.results import ArmResult, TextScore
+from common.evals.measure import TextScore
+from common.report.results import ArmResult
 from common.report.run_files import ArmRun
 from common.report.tables import find_score, group_rows
 from common.report.units import scientific, si

@@ -7,8 +7,9 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from common.evals.measure import TextScore
 from common.report.certificate import Certificate
-from common.report.results import ArmResult, TextScore
+from common.report.results import ArmResult
 from common.report.units import duration, fill, percent, percent_interval, scientific, si
 from common.terminal import harmless
 

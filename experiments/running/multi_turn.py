@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from common.data.batch import Prompt
+from common.evals.measure import TurnCost
 from common.model import Skeleton
-from common.report.results import TurnCost
 from experiments.config import ModelConfig, MultiTurn
 
 

@@ -26,10 +26,11 @@ from common.data.tokenizers.saved import saved_files
 from common.data.tokenizers.tokenizer import Tokenizer
 from common.errors import UserError
 from common.evals.decoding import greedy_decoder
+from common.evals.measure import TextScore, TurnCost
 from common.evals.text_metrics import ALL, score_texts
 from common.files import read_json, read_rows, write_json, write_rows
 from common.report.certificate import flatten
-from common.report.results import ArmResult, Flops, TextScore, TurnCost
+from common.report.results import ArmResult, Flops
 from common.sharding.hosts import first_says
 from common.train import run_dir as rd
 from common.train.config import only_how

@@ -14,8 +14,8 @@ from common.data.streams import Records, open_records
 from common.data.tokenizers.tokenizer import Tokenizer
 from common.errors import UserError
 from common.evals.in_training import count_in_training
+from common.evals.measure import InTraining
 from common.evals.text_metrics import check_groups
-from common.report.results import InTraining
 from common.sharding.hosts import first_says
 from experiments.config import Experiment
 

@@ -11,7 +11,7 @@ from common.data.ragged import Ragged
 from common.data.tokenized.token_store import TokenStream
 from common.evals import in_training
 from common.evals.in_training import count_in_training
-from common.report.results import InTraining
+from common.evals.measure import InTraining
 
 Texts = list[tuple[int, ...]]
 UNKNOWN = 2
