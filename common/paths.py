@@ -94,10 +94,10 @@ def is_special(path: Path) -> bool:
     return descriptor(path) is not None or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
-def told(error: OSError) -> UserError | None:
+def as_user_error(error: OSError) -> UserError | None:
     """The error about a path as one of the user's; None for an error that names no path, or one of the program's own.
 
-    >>> str(told(FileNotFoundError(2, "No such file or directory", "prompts.txt")))
+    >>> str(as_user_error(FileNotFoundError(2, "No such file or directory", "prompts.txt")))
     'prompts.txt: no such file or directory'
     """
     if error.errno == errno.ENOSPC:

@@ -29,7 +29,7 @@ from common.infer.decode import (
     read,
 )
 from common.model import Skeleton
-from common.sharding.hosts import whole
+from common.sharding.hosts import gather_to_host
 
 
 def penalty(length: jax.Array, alpha: float) -> jax.Array:
@@ -144,11 +144,13 @@ class BeamDecoder:
     def read(self, state: BeamState) -> Decoded:
         """Finished texts first, best first among them, then live ones."""
         texts, K = state.finished.and_also(state.live), self._method.size
-        scores_BK, ended_BK = whole(texts.scores_BK), np.arange(2 * K) < K
+        scores_BK, ended_BK = gather_to_host(texts.scores_BK), np.arange(2 * K) < K
         order_BK = np.lexsort((-scores_BK, np.broadcast_to(~ended_BK, scores_BK.shape), np.isneginf(scores_BK)))[:, :K]
 
         def ordered(x: jax.Array) -> np.ndarray:
-            return np.take_along_axis(whole(x), order_BK.reshape(*order_BK.shape, *(1,) * (x.ndim - 2)), axis=1)
+            return np.take_along_axis(
+                gather_to_host(x), order_BK.reshape(*order_BK.shape, *(1,) * (x.ndim - 2)), axis=1
+            )
 
         return Decoded(
             tokens_BRT=ordered(texts.tokens_BKT),
@@ -156,7 +158,7 @@ class BeamDecoder:
             lengths_BR=ordered(texts.lengths_BK),
             ended_BR=order_BK < K,
             scores_BR=ordered(texts.scores_BK),
-            running_B=~whole(state.stopped_B),
+            running_B=~gather_to_host(state.stopped_B),
         )
 
     def _begin(self, weights: Weights, prompt: Prompt, present_B: jax.Array, slots: int) -> BeamState:

@@ -18,7 +18,7 @@ from common.data.batch import Prompt
 from common.infer.config import Greedy, Limits, Sample
 from common.infer.sampling import sample
 from common.model import Model, Skeleton
-from common.sharding.hosts import whole
+from common.sharding.hosts import gather_to_host
 from common.sharding.rules import constrain
 
 TILE = 128
@@ -181,15 +181,15 @@ class Decoder:
 
     def read(self, state: State) -> Decoded:
         """Copies, so that the state can still be given away."""
-        log_probs_BT, lengths_B = whole(state.log_probs_BT), whole(state.lengths_B)
+        log_probs_BT, lengths_B = gather_to_host(state.log_probs_BT), gather_to_host(state.lengths_B)
         made_BT = np.arange(log_probs_BT.shape[1]) < lengths_B[:, None]
         return Decoded(
-            tokens_BRT=whole(state.tokens_BT)[:, None],
+            tokens_BRT=gather_to_host(state.tokens_BT)[:, None],
             log_probs_BRT=log_probs_BT[:, None],
             lengths_BR=lengths_B[:, None],
-            ended_BR=whole(state.ended_B)[:, None],
+            ended_BR=gather_to_host(state.ended_B)[:, None],
             scores_BR=np.where(made_BT, log_probs_BT, 0.0).sum(axis=1, keepdims=True),
-            running_B=~whole(state.stopped_B),
+            running_B=~gather_to_host(state.stopped_B),
         )
 
     def programs(self) -> tuple[int, int]:

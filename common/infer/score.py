@@ -26,7 +26,7 @@ from common.errors import UserError
 from common.model import Skeleton
 from common.nn.loss import slots_at_once
 from common.recipe import Execution
-from common.sharding.hosts import whole
+from common.sharding.hosts import gather_to_host
 from common.sharding.rules import constrain, parts
 from common.sharding.shape import ROW_AXES
 
@@ -149,7 +149,7 @@ def score(
     advance(sum(not len(p.example.targets_T) for p in pairs))
     with jax.set_mesh(mesh):
         for chosen, batch in _batches(pairs, rows, sorted(lengths)):
-            log_probs_BT, greedy_BT = map(whole, program(params, batch))
+            log_probs_BT, greedy_BT = map(gather_to_host, program(params, batch))
             for b, row in enumerate(chosen):
                 begin = 0
                 for i in row:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import multihost
 
 from common.errors import UserError
-from common.paths import told
+from common.paths import as_user_error
 
 LIMB_BITS, LIMBS = 16, 8
 """A number below 2**128 as int32s, of which thousands can be added."""
@@ -84,7 +84,7 @@ def place_rows(sharding: NamedSharding, rows: int, held: Sequence[int], x: np.nd
     return jax.make_array_from_callback((rows, *x.shape[1:]), sharding, part)
 
 
-def meet() -> None:
+def barrier() -> None:
     """Waits until all processes are here, however long that takes; devices take no part.
 
     It comes before whatever may be their first exchange: there CPUs wait for each other for half a minute only.
@@ -110,7 +110,7 @@ def start_sum(numbers: Sequence[int]) -> Callable[[], list[int]]:
     return result
 
 
-def first_says(say: Callable[[], Said]) -> Said:
+def on_first_process(say: Callable[[], Said]) -> Said:
     """What `say()` gives in the first process (something that JSON holds), in all; only the first one calls it.
 
     A UserError that it raises is raised in all of them, and an error of the system about a path as one.
@@ -122,11 +122,11 @@ def first_says(say: Callable[[], Said]) -> Said:
         try:
             message = json.dumps({"value": say()}).encode()
         except (UserError, OSError) as error:
-            mistake = told(error) if isinstance(error, OSError) else error
+            mistake = as_user_error(error) if isinstance(error, OSError) else error
             if mistake is None:
                 raise
             message = json.dumps({"error": str(mistake)}).encode()
-    meet()
+    barrier()
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(message))))
     padded = np.frombuffer(message.ljust(length), np.uint8)[:length]
     heard: dict[str, Any] = json.loads(multihost_utils.broadcast_one_to_all(padded).tobytes())
@@ -135,15 +135,15 @@ def first_says(say: Callable[[], Said]) -> Said:
     return heard["value"]
 
 
-def where(flag: bool) -> list[int]:
+def processes_where(flag: bool) -> list[int]:
     """Numbers of the processes in which `flag` is true."""
     if jax.process_count() == 1:
         return [0] if flag else []
-    meet()
+    barrier()
     return np.flatnonzero(multihost_utils.process_allgather(np.array(flag))).tolist()
 
 
-def whole(x: jax.Array) -> np.ndarray:
+def gather_to_host(x: jax.Array) -> np.ndarray:
     """A copy of all of an array, wherever its parts lie."""
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.array(x)

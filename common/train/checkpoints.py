@@ -15,7 +15,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from common.errors import UserError
 from common.json_text import parse_json
-from common.sharding.hosts import where
+from common.sharding.hosts import processes_where
 from common.train.checksums import digest, leaf_checksums, plain_digest, plain_sums
 from common.train.state import TrainState
 from common.train.storage import patiently
@@ -206,7 +206,7 @@ class Checkpoints:
             raise
         except Exception as error:  # as in `restore`
             failure = error
-        if unable := where(failure is not None):
+        if unable := processes_where(failure is not None):
             raise failure or ValueError(f"process {unable[0]} says why")
         return about, tree
 

@@ -20,7 +20,7 @@ from common.data.loader import chain
 from common.errors import UserError
 from common.files import write_json
 from common.model import Skeleton
-from common.sharding.hosts import first_says, is_first, meet, where
+from common.sharding.hosts import barrier, is_first, on_first_process, processes_where
 from common.train import run_dir as rd
 from common.train.anomalies import Judge, Verdict, last_learnt
 from common.train.checkpoints import Checkpoints, Progress, last_good
@@ -67,7 +67,7 @@ def fit(task: Task, run_dir: Path, watcher: Watcher) -> Fitted:
         watched(stacks, patience.stall_seconds) as alive,
         noticed(patience.preemption_seconds, lambda: last_good(run_dir / rd.CHECKPOINTS)) as asked_to_end,
     ):
-        for warning in first_says(lambda: _claim(task, run_dir, hold)):
+        for warning in on_first_process(lambda: _claim(task, run_dir, hold)):
             watcher.note(f"warning: {warning}")
         _check_same(task, run_dir)
         programs = prepare(task.setup)
@@ -75,7 +75,7 @@ def fit(task: Task, run_dir: Path, watcher: Watcher) -> Fitted:
         with contextlib.closing(checkpoints), jax.set_mesh(programs.mesh):
             state, progress = _start(task, programs, checkpoints, run_dir, watcher)
             if progress.consumed_batches < task.setup.steps:
-                first_launch = first_says(lambda: rd.launched(run_dir, task.config, began))
+                first_launch = on_first_process(lambda: rd.launched(run_dir, task.config, began))
                 run = _Run(task, programs, checkpoints, run_dir, watcher, alive, asked_to_end, first_launch)
                 while (done := run.go(state, progress)) is None:  # rolled back
                     state, progress = _start(task, programs, checkpoints, run_dir, watcher)
@@ -87,7 +87,7 @@ def fit(task: Task, run_dir: Path, watcher: Watcher) -> Fitted:
 
 def _check_validation(task: Task) -> None:
     """Raises UserError, in all processes, where no validation loss could be taken."""
-    if not where(any(np.any(host.batch.weights_BT) for host in task.validation)):
+    if not processes_where(any(np.any(host.batch.weights_BT) for host in task.validation)):
         raise UserError(
             "no token of the validation batches counts in the loss, so there is no validation loss: take more of them, "
             "or another data.source.validation_split"
@@ -105,16 +105,16 @@ def _check_same(task: Task, run_dir: Path) -> None:
     give_up = time.monotonic() + SEEN_SECONDS
     while not (run_dir / rd.CONFIG).is_file() and time.monotonic() < give_up:
         time.sleep(0.1)
-    if blind := where(not (run_dir / rd.CONFIG).is_file()):
+    if blind := processes_where(not (run_dir / rd.CONFIG).is_file()):
         raise UserError(f"process {blind[0]} does not see {run_dir}: --run-dir must be one that all processes share")
-    moved = rd.changes(first_says(lambda: task.config | task.data), task.config | task.data)
-    if others := where(bool(moved)):
+    moved = rd.changes(on_first_process(lambda: task.config | task.data), task.config | task.data)
+    if others := processes_where(bool(moved)):
         how = f" ({'; '.join(moved)})" if moved else ""
         raise UserError(f"process {others[0]} was about to train something else{how}: start all with one command")
 
 
 def _left_out(run_dir: Path, steps: int) -> frozenset[int]:
-    return frozenset(first_says(lambda: sorted(rd.left_out(run_dir, steps))))
+    return frozenset(on_first_process(lambda: sorted(rd.left_out(run_dir, steps))))
 
 
 def _start(
@@ -194,7 +194,7 @@ class _Run:
         setup, first = self.task.setup, progress.consumed_batches
         # Compiled before the clock starts, so that compilation is never counted as training.
         self.step_fn = self.step_fn or lower_step(setup, self.programs, state).compile()
-        meet()
+        barrier()
         self.alive()
         self.watcher.begin(first, setup.steps)
         self.left_out = _left_out(self.run_dir, setup.steps)
@@ -297,7 +297,7 @@ class _Run:
         anomalies, first = self.task.setup.train.anomalies, step
         if verdict == "roll_back":
             self._saved()
-            oldest = first_says(lambda: min(self.checkpoints.steps(), default=0))
+            oldest = on_first_process(lambda: min(self.checkpoints.steps(), default=0))
             first = max(step - anomalies.rolled_back + 1, oldest + 1)
         in_a_row = step - last_learnt(progress.skipped, first - 1)
         if verdict == "stop" or in_a_row > anomalies.max_in_a_row:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from common.errors import UserError
-from common.paths import told
+from common.paths import as_user_error
 from common.terminal import harmless
 
 RESUMABLE = ("train", "compare")
@@ -32,7 +32,7 @@ def ending(command: Callable[[], int], arguments: Sequence[str]) -> int:
             raise
         return 128 + signal.SIGPIPE
     except OSError as error:
-        if (mistake := told(error)) is None:
+        if (mistake := as_user_error(error)) is None:
             raise
         return _refuse(mistake)
     except KeyboardInterrupt:

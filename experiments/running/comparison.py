@@ -16,7 +16,7 @@ from common.errors import UserError
 from common.files import write_json
 from common.paths import check_file
 from common.report.results import ArmResult
-from common.sharding.hosts import first_says, is_first
+from common.sharding.hosts import is_first, on_first_process
 from common.terminal import marked_up
 from common.train import run_dir as rd
 from common.train.programs import check_rows, prepare
@@ -70,7 +70,7 @@ def compare(experiment: Experiment, run_dir: Path, *, profile_steps: int = 0) ->
         console.print(certificate_panel(certify_run(run)))
         console.print(marked_up(f"report: {report(run_dir)}"))
 
-    first_says(conclude)
+    on_first_process(conclude)
 
 
 def _show(results: Sequence[ArmResult], console: Console) -> None:
@@ -125,7 +125,7 @@ def _begin(experiment: Experiment, run_dir: Path, arms: Sequence[str]) -> Consol
                 "choose another --run-dir, or remove it"
             )
 
-    first_says(check_directory)
+    on_first_process(check_directory)
     console = Console(quiet=not is_first())
     seeds = f"train.seed {experiment.train.seed} decides the first weights and dropout, "
     seeds += f"data.seed {experiment.data.seed} the order and packing of the data"
@@ -168,7 +168,7 @@ def _data(
 
 def _claim(experiment: Experiment, run_dir: Path) -> None:
     """Makes the directory the experiment's: from here on what is wrong would show in training alone."""
-    first_says(lambda: write_json(run_dir / EXPERIMENT, rd.described(to_json(experiment))))
+    on_first_process(lambda: write_json(run_dir / EXPERIMENT, rd.described(to_json(experiment))))
 
 
 def _train_and_score(

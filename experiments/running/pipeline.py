@@ -31,7 +31,7 @@ from common.evals.text_metrics import ALL, score_texts
 from common.files import read_json, read_rows, write_json, write_rows
 from common.report.certificate import flatten
 from common.report.results import ArmResult, Flops
-from common.sharding.hosts import first_says
+from common.sharding.hosts import on_first_process
 from common.train import run_dir as rd
 from common.train.config import only_how
 from common.train.loop import Fitted, fit
@@ -167,7 +167,7 @@ def score_arm(
         write_json(run_dir / name / rd.RESULT, audited)
         return audited
 
-    return from_json(ArmResult, first_says(write))
+    return from_json(ArmResult, on_first_process(write))
 
 
 def finished(experiment: Experiment, name: str, data: Data, run_dir: Path) -> ArmResult | None:
@@ -191,7 +191,7 @@ def finished(experiment: Experiment, name: str, data: Data, run_dir: Path) -> Ar
         recorded = (last.get("step"), last.get("fingerprint")) == (result.steps, result.fingerprint)
         return described if current and recorded else None
 
-    described = first_says(read)
+    described = on_first_process(read)
     return None if described is None else from_json(ArmResult, described)
 
 

@@ -16,7 +16,7 @@ from common.errors import UserError
 from common.evals.in_training import count_in_training
 from common.evals.measure import InTraining
 from common.evals.text_metrics import check_groups
-from common.sharding.hosts import first_says
+from common.sharding.hosts import on_first_process
 from experiments.config import Experiment
 
 
@@ -48,7 +48,7 @@ def open_tests(experiment: Experiment, tokenizer: Tokenizer) -> dict[str, Scored
     ]
     opened = {name: _open(experiment, part, split, tokenizer) for name, part, split in named}
     chosen = {name: _chosen(experiment, records, name) for name, records in opened.items()}
-    known = first_says(lambda: _find_in_training(experiment, opened, chosen, tokenizer))
+    known = on_first_process(lambda: _find_in_training(experiment, opened, chosen, tokenizer))
     tests = {
         name: ScoredSplit(
             part=part, records=opened[name], chosen_E=chosen[name], in_training=from_json(InTraining, known[name])

@@ -13,7 +13,7 @@ from common import files
 from common.errors import UserError
 from common.files import read_json, user_lines, write_atomically
 from common.json_text import DEEPEST, MOST_DIGITS, parse_json
-from common.paths import check_file, check_folder, is_special, told, user_path
+from common.paths import as_user_error, check_file, check_folder, is_special, user_path
 from common.terminal import harmless, marked_up
 
 SHOWN = {
@@ -152,12 +152,12 @@ def test_errors_of_the_system_are_the_users_where_they_are_about_a_path(tmp_path
     def met(act: Callable[[], Any]) -> UserError | None:
         with pytest.raises(OSError) as raised:  # noqa: PT011 (whichever it is)
             act()
-        return told(raised.value)
+        return as_user_error(raised.value)
 
     (tmp_path / "file").write_text("")
     assert str(met((tmp_path / "none").read_bytes)) == f"{tmp_path}/none: no such file or directory"
     assert str(met((tmp_path / "file" / "x").mkdir)) == f"{tmp_path}/file/x: not a directory"
     assert str(met(tmp_path.read_bytes)) == f"{tmp_path}: is a directory"
-    assert "no space left" in str(told(OSError(28, "No space left on device")))
+    assert "no space left" in str(as_user_error(OSError(28, "No space left on device")))
     assert met(lambda: os.read(10**6, 1)) is None
     assert met((Path(files.__file__).parent / "none.txt").read_bytes) is None

@@ -14,7 +14,15 @@ from common.infer.config import Beam, Limits
 from common.infer.generate import Generator
 from common.infer.score import continuation, score
 from common.model import skeleton
-from common.sharding.hosts import counts_here, first_says, place_rows, rows_here, start_sum, where, whole
+from common.sharding.hosts import (
+    counts_here,
+    gather_to_host,
+    on_first_process,
+    place_rows,
+    processes_where,
+    rows_here,
+    start_sum,
+)
 from common.sharding.mesh import make_mesh
 from common.sharding.rules import parameter_shardings
 from common.sharding.shape import MeshShape
@@ -46,7 +54,7 @@ def fed(made: Mesh) -> dict[str, Any]:
     return {
         "rows": rows,
         "counts": counts,
-        "whole": bool((whole(array) == expected).all()),
+        "whole": bool((gather_to_host(array) == expected).all()),
         "added": start_sum([len(rows) if counts else 0])()[0],
     }
 
@@ -98,13 +106,13 @@ def main() -> None:
     found: dict[str, Any] = {name: fed(made) for name, made in meshes.items()}
     big = 2**128 - 1
     found["sum"] = start_sum([big if index == 0 else 0, index, 2**100 + index])()
-    found["said"] = first_says(say)
+    found["said"] = on_first_process(say)
     for name, mistaken in (("refused", fail), ("not found", find_nothing)):
         try:
-            first_says(mistaken)
+            on_first_process(mistaken)
         except UserError as error:
             found[name] = str(error)
-    found["where"] = where(index > 0)
+    found["where"] = processes_where(index > 0)
     processes = jax.process_count()
     found["answers"] = answers(make_mesh(MeshShape(data=processes), jax.devices()[:: n // processes]))
     print(json.dumps(found))

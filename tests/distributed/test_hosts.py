@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from common.errors import UserError
-from common.sharding.hosts import counts_here, first_says, place_rows, rows_here, start_sum, where
+from common.sharding.hosts import counts_here, on_first_process, place_rows, processes_where, rows_here, start_sum
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
 from tests.distributed.launch import flags, launched
@@ -65,7 +65,7 @@ def test_one_process_has_everything() -> None:
     x = np.arange(ROWS * 2).reshape(ROWS, 2)
     np.testing.assert_array_equal(place_rows(sharding, ROWS, rows, x), x)
     assert start_sum([2**127, 3])() == [2**127, 3]
-    assert first_says(lambda: {"a": 1}) == {"a": 1}
-    assert where(True) == [0] and where(False) == []
+    assert on_first_process(lambda: {"a": 1}) == {"a": 1}
+    assert processes_where(True) == [0] and processes_where(False) == []
     with pytest.raises(UserError, match="a mistake"):
-        first_says(fail)
+        on_first_process(fail)
