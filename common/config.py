@@ -43,78 +43,87 @@ from common.json_text import parse_json
 Config = TypeVar("Config")
 
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
-"""A NUL character in JSON; no path and no template may hold one."""
+"""A NUL character in JSON text; neither paths nor templates may contain one."""
 _STRICT = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """The JSON object from which `from_json` restores an equal config; raises UserError on a value of a wrong type."""
-    restored = from_json(type(config), _plain(config))
+    """Returns a JSON object from which `from_json` restores an equal config.
+
+    Raises UserError if a value has the wrong type.
+    """
+    restored = from_json(type(config), _as_json(config))
     assert restored == config, f"{config} would come back from JSON as {restored}"
-    return _plain(restored)
+    return _as_json(restored)
 
 
 def from_json(cls: type[Config], data: Any) -> Config:
-    """Restores what `to_json` wrote: every field must be there, nothing else may be, and no value is coerced.
+    """Restores what `to_json` returned: no field may be missing or unknown, and no value is coerced.
 
-    The one exception: a whole number restores a float field, since JSON does not tell 1 from 1.0.
+    The one exception: a whole number restores a float field, since JSON does not distinguish 1 from 1.0.
 
     Raises:
-        UserError: naming the path and the nearest valid key or the expected type; the message of a config's own
-            `__post_init__` comes through behind its path.
+        UserError: names the path, and the nearest valid key or the expected type. An error from a config's own
+            `__post_init__` is raised again with the path in front.
     """
     return _restore(cls, data, path="", defaults=False)
 
 
 def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
-    """`config` with fields replaced; each override is `path.to.field=value`.
+    """Returns `config` with fields replaced; each override is `path.to.field=value`.
 
-    The value is read as JSON, and as a bare string where it is none. A path leads through dataclasses, keys of
-    dicts and places in tuples. Outer fields are set before inner ones, and a `kind` before its variant's other
-    fields, in whatever order they come; of two values for one path the last one wins. Changing a `kind` keeps the
-    fields that both variants have with the same type.
+    The value is parsed as JSON; anything that is not JSON is taken as a string. A path consists of field names, keys
+    of dicts and indices of tuples. The order of overrides does not matter: outer fields are set before inner ones, and
+    a `kind` before the other fields of its variant. Of two values for one path, the last wins. Changing a `kind` keeps
+    the fields that both variants have with the same type.
 
     Raises:
         UserError: as `from_json` does.
     """
     edits = [_parse_override(override) for override in overrides]
     data: Any = to_json(config)
-    for keys, value in sorted(edits, key=lambda edit: len(edit[0]) - (0.5 if edit[0][-1] == "kind" else 0.0)):
-        data = _edited(type(config), data, keys, value, path="")
+    for keys, value in sorted(edits, key=lambda edit: (len(edit[0]), edit[0][-1] != "kind")):
+        data = _with_value(type(config), data, keys, value, path="")
     return _restore(type(config), data, path="", defaults=True)
 
 
 def difference(old: Any, new: Any) -> list[str]:
-    """One line for each value that differs between two JSON configs.
+    """Returns one line for each value that differs between two JSON configs.
 
     >>> difference({"steps": 10, "model": {"d_ff": 4, "bias": True}}, {"steps": 20, "model": {"d_ff": 4}})
     ['steps: 10 -> 20', 'model.bias: true -> (absent)']
     """
-    before, after = dict(_flat(old)), dict(_flat(new))
+    before, after = dict(_leaves(old)), dict(_leaves(new))
     absent = "(absent)"
     pairs = {path: (before.get(path, absent), after.get(path, absent)) for path in {**before, **after}}
     return [f"{path}: {a} -> {b}" for path, (a, b) in pairs.items() if a != b]
 
 
-def _flat(data: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Path and JSON text of every plain value."""
+def _leaves(data: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yields path and JSON text of every leaf: a plain value, an empty object or an empty list."""
     items = data.items() if isinstance(data, dict) else [*enumerate(data)] if isinstance(data, list) else ()
     if not items:
         yield path, json.dumps(data)
     for key, value in items:
-        yield from _flat(value, _join(path, str(key)))
+        yield from _leaves(value, _join_path(path, str(key)))
 
 
-def _plain(value: Any) -> Any:
-    """Dataclasses as dicts and tuples as lists, all the way down."""
+def _as_json(value: Any) -> Any:
+    """Converts dataclasses to dicts and tuples to lists, at every depth."""
     return json.loads(json.dumps(value, default=dataclasses.asdict))
 
 
-def _join(path: str, key: str) -> str:
+def _join_path(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
 
-# What an annotation says.
+# Reading annotations. What a field annotated `AdamW | Sgd | None` may hold in JSON:
+#
+#   null                                  -> None
+#   {"kind": "sgd", "learning_rate": 1.0} -> Sgd, whose `kind` is "sgd"
+#   {"learning_rate": 1.0}                -> UserError: 'kind' is missing; valid: adamw, sgd
+#
+# `Average | None` offers no choice of dataclass, so `Average` needs no `kind`.
 
 
 @functools.cache
@@ -123,8 +132,8 @@ def _field_types(cls: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
-def _members(annotation: Any) -> tuple[Any, ...]:
-    """Of a union; of anything else, itself."""
+def _union_members(annotation: Any) -> tuple[Any, ...]:
+    """Returns the members of a union; any other annotation is its own only member."""
     is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     return typing.get_args(annotation) if is_union else (annotation,)
 
@@ -137,9 +146,9 @@ def _holds_dataclass(annotation: Any) -> bool:
     return _is_dataclass(annotation) or any(map(_holds_dataclass, typing.get_args(annotation)))
 
 
-def _variants(annotation: Any) -> dict[str, Any]:
-    """The dataclasses of a union by their `kind`; empty where there is no choice."""
-    members = [member for member in _members(annotation) if member is not types.NoneType]
+def _variants_by_kind(annotation: Any) -> dict[str, Any]:
+    """Returns the dataclasses of a union by their `kind`; empty if there is only one, or none."""
+    members = [member for member in _union_members(annotation) if member is not types.NoneType]
     if len(members) < 2 or not _holds_dataclass(annotation):
         return {}
     pairs = [(kind, member) for member in members for kind in typing.get_args(_field_types(member)["kind"])]
@@ -147,28 +156,28 @@ def _variants(annotation: Any) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _variant(annotation: Any, kind: Any, path: str) -> Any:
-    variants = _variants(annotation)
+def _variant_of_kind(annotation: Any, kind: Any, path: str) -> Any:
+    variants = _variants_by_kind(annotation)
     if not isinstance(kind, str) or kind not in variants:
-        raise UserError(f"{_join(path, 'kind')}: unknown kind {json.dumps(kind)}: {nearest(str(kind), variants)}")
+        raise UserError(f"{_join_path(path, 'kind')}: unknown kind {json.dumps(kind)}: {nearest(str(kind), variants)}")
     return variants[kind]
 
 
-def _narrowed(annotation: Any, data: Any, path: str) -> Any:
-    """The one member of a union that `data` belongs to."""
-    if data is None and types.NoneType in _members(annotation):
+def _chosen_member(annotation: Any, data: Any, path: str) -> Any:
+    """Returns the union member of `data`: None's type, the variant with its `kind`, or the only dataclass."""
+    if data is None and types.NoneType in _union_members(annotation):
         return types.NoneType
-    if not _variants(annotation):
-        return next(member for member in _members(annotation) if member is not types.NoneType)
+    if not _variants_by_kind(annotation):
+        return next(member for member in _union_members(annotation) if member is not types.NoneType)
     if not isinstance(data, dict):
         raise _wrong_type(annotation, data, path)
     if "kind" not in data:
-        raise UserError(f"{path}: 'kind' is missing; valid: {', '.join(sorted(_variants(annotation)))}")
-    return _variant(annotation, data["kind"], path)
+        raise UserError(f"{path}: 'kind' is missing; valid: {', '.join(sorted(_variants_by_kind(annotation)))}")
+    return _variant_of_kind(annotation, data["kind"], path)
 
 
-def _children(annotation: Any, data: Any, path: str) -> dict[str, Any]:
-    """The types of what lies one key below; empty for a plain value."""
+def _child_types(annotation: Any, data: Any, path: str) -> dict[str, Any]:
+    """Returns the annotation of each key or index of `data`; empty for a plain value."""
     if _is_dataclass(annotation):
         if not isinstance(data, dict):
             raise _wrong_type(annotation, data, path)
@@ -183,10 +192,10 @@ def _children(annotation: Any, data: Any, path: str) -> dict[str, Any]:
 
 
 def _restore(annotation: Any, data: Any, path: str, defaults: bool) -> Any:
-    """`data` as an object of that type; with `defaults`, fields that have one may be missing."""
+    """Converts JSON to an object of the annotated type; with `defaults`, fields that have a default may be missing."""
     if not _holds_dataclass(annotation):
         return _restore_value(annotation, data, path)
-    annotation = _narrowed(annotation, data, path)
+    annotation = _chosen_member(annotation, data, path)
     if annotation is types.NoneType:
         return None
     if _is_dataclass(annotation):
@@ -195,15 +204,15 @@ def _restore(annotation: Any, data: Any, path: str, defaults: bool) -> Any:
     if typing.get_origin(annotation) is dict and arguments[0] is str:
         if not isinstance(data, dict):
             raise _wrong_type(annotation, data, path)
-        return {key: _restore(arguments[1], item, _join(path, key), defaults) for key, item in data.items()}
+        return {key: _restore(arguments[1], item, _join_path(path, key), defaults) for key, item in data.items()}
     assert arguments[1:] == (...,), f"{path}: {annotation} can hold no configs, only tuple[X, ...] and dict[str, X] can"
     if not isinstance(data, list):
         raise _wrong_type(annotation, data, path)
-    return tuple(_restore(arguments[0], item, _join(path, str(i)), defaults) for i, item in enumerate(data))
+    return tuple(_restore(arguments[0], item, _join_path(path, str(i)), defaults) for i, item in enumerate(data))
 
 
 def _restore_dataclass(cls: Any, data: Any, path: str, defaults: bool) -> Any:
-    fields = _children(cls, data, path)
+    fields = _child_types(cls, data, path)
     for key in data:
         if key not in fields:
             raise _unknown_field(key, fields, path)
@@ -211,7 +220,9 @@ def _restore_dataclass(cls: Any, data: Any, path: str, defaults: bool) -> Any:
     missing = [name for name in fields if name not in data and name not in optional]
     if missing:
         raise UserError(f"{path or cls.__name__}: {', '.join(map(repr, missing))} missing")
-    values = {name: _restore(fields[name], data[name], _join(path, name), defaults) for name in fields if name in data}
+    values = {
+        name: _restore(fields[name], data[name], _join_path(path, name), defaults) for name in fields if name in data
+    }
     try:
         return cls(**values)
     except UserError as error:
@@ -226,12 +237,12 @@ def _adapter(annotation: Any) -> pydantic.TypeAdapter[Any]:
 def _restore_value(annotation: Any, data: Any, path: str) -> Any:
     text = json.dumps(data)
     if _NUL.search(text):
-        raise UserError(f"{path}: a text holds a NUL character")
+        raise UserError(f"{path}: the text contains a NUL character")
     try:
-        # By way of text: only there does pydantic's strictness take a list for a tuple.
+        # As text, because pydantic's strict mode accepts a list for a tuple only when it parses JSON.
         value = _adapter(annotation).validate_json(text)
     except pydantic.ValidationError as error:
-        choices = [choice for member in _members(annotation) for choice in typing.get_args(member)]
+        choices = [choice for member in _union_members(annotation) for choice in typing.get_args(member)]
         if isinstance(data, str) and any(isinstance(choice, str) for choice in choices):
             raise UserError(f"{path}: unknown value {data!r}: {nearest(data, map(str, choices))}") from None
         finite = " that is finite" if error.errors()[0]["type"] == "finite_number" else ""
@@ -244,7 +255,7 @@ def _restore_value(annotation: Any, data: Any, path: str) -> Any:
 def _type_name(annotation: Any) -> str:
     if isinstance(annotation, type) and not typing.get_args(annotation):
         return annotation.__name__
-    variants = _variants(annotation)
+    variants = _variants_by_kind(annotation)
     return f"an object of kind {', '.join(sorted(variants))}" if variants else str(annotation).replace("typing.", "")
 
 
@@ -262,7 +273,7 @@ def _unknown_field(key: str, valid: dict[str, Any], path: str) -> UserError:
 def _parse_override(override: str) -> tuple[list[str], Any]:
     path, equals, text = override.partition("=")
     if not equals or not all(path.split(".")):
-        raise UserError(f"{override!r} is no override; valid: path.to.field=value")
+        raise UserError(f"{override!r} is not an override; valid: path.to.field=value")
     try:
         return path.split("."), parse_json(text, finite=False)
     except json.JSONDecodeError:
@@ -272,41 +283,58 @@ def _parse_override(override: str) -> tuple[list[str], Any]:
 
 
 def _defaults(cls: Any) -> dict[str, Any]:
-    """The fields that need not be given, as JSON."""
+    """Returns the default of every field that has one, as JSON."""
     values = {}
     for field in dataclasses.fields(cls):
         if field.default is not dataclasses.MISSING:
-            values[field.name] = _plain(field.default)
+            values[field.name] = _as_json(field.default)
         elif field.default_factory is not dataclasses.MISSING:
-            values[field.name] = _plain(field.default_factory())
+            values[field.name] = _as_json(field.default_factory())
     return values
 
 
-def _edited(annotation: Any, data: Any, keys: list[str], value: Any, path: str) -> Any:
-    """`data`, which need not be valid yet, with `value` at `keys` below it."""
+def _with_value(annotation: Any, data: Any, keys: list[str], value: Any, path: str) -> Any:
+    """Returns `data` with `value` at the path `keys`. The result need not be valid: later edits may complete it."""
     if not keys:
         return value
-    if keys == ["kind"] and _variants(annotation):
+    if keys == ["kind"] and _variants_by_kind(annotation):
         return _with_kind(annotation, data, value, path)
-    if data is None:  # an optional config that was left out
-        annotation = _narrowed(annotation, {}, path)
+    if data is None:  # an optional config that is absent: start from its defaults
+        annotation = _chosen_member(annotation, {}, path)
         data = _defaults(annotation) if _is_dataclass(annotation) else None
     else:
-        annotation = _narrowed(annotation, data, path)
+        annotation = _chosen_member(annotation, data, path)
     key, *rest = keys
-    children = _children(annotation, data, path)
+    children = _child_types(annotation, data, path)
     if key not in children:
         raise _unknown_field(key, children, path)
     if isinstance(data, list):
         i = int(key)
-        return [*data[:i], _edited(children[key], data[i], rest, value, _join(path, key)), *data[i + 1 :]]
-    return {**data, key: _edited(children[key], data.get(key), rest, value, _join(path, key))}
+        return [*data[:i], _with_value(children[key], data[i], rest, value, _join_path(path, key)), *data[i + 1 :]]
+    return {**data, key: _with_value(children[key], data.get(key), rest, value, _join_path(path, key))}
 
 
 def _with_kind(annotation: Any, data: Any, kind: Any, path: str) -> dict[str, Any]:
-    """The variant of that kind: its defaults, under what it shares with the variant that `data` is of."""
-    new = _variant(annotation, kind, path)
+    """Switches `data` to the variant `kind`: its defaults, then the values of fields that both variants have.
+
+    A field is kept if its name and type are the same in both:
+
+    >>> @dataclasses.dataclass(frozen=True, kw_only=True)
+    ... class AdamW:
+    ...     kind: Literal["adamw"] = "adamw"
+    ...     learning_rate: float = 0.001
+    ...     weight_decay: float = 0.1
+    >>> @dataclasses.dataclass(frozen=True, kw_only=True)
+    ... class Sgd:
+    ...     kind: Literal["sgd"] = "sgd"
+    ...     learning_rate: float = 0.5
+    ...     momentum: float = 0.9
+    >>> before = {"kind": "adamw", "learning_rate": 0.003, "weight_decay": 0.2}
+    >>> _with_kind(AdamW | Sgd, before, "sgd", path="train.optimizer")
+    {'kind': 'sgd', 'learning_rate': 0.003, 'momentum': 0.9}
+    """
+    new = _variant_of_kind(annotation, kind, path)
     data = data or {}
-    old = _field_types(_narrowed(annotation, data, path)) if data else {}
-    shared = [name for name, of in _field_types(new).items() if name in data and old.get(name) == of]
-    return {**_defaults(new), **{name: data[name] for name in shared}, "kind": kind}
+    old_types = _field_types(_chosen_member(annotation, data, path)) if data else {}
+    kept = {name: data[name] for name, of in _field_types(new).items() if name in data and old_types.get(name) == of}
+    return {**_defaults(new), **kept, "kind": kind}

@@ -234,9 +234,9 @@ def test_overrides_reach_into_dicts_and_leave_the_rest(override, field, value):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.steps"], "'train.steps' is no override; valid: path.to.field=value"),
-        (["=3"], "'=3' is no override"),
-        (["train..steps=3"], "'train..steps=3' is no override"),
+        (["train.steps"], "'train.steps' is not an override; valid: path.to.field=value"),
+        (["=3"], "'=3' is not an override"),
+        (["train..steps=3"], "'train..steps=3' is not an override"),
         (["train.optimiser.learning_rate=1"], "unknown field 'optimiser' in train: did you mean 'optimizer'?"),
         (["arms.smal.d_ff=1"], "unknown field 'smal' in arms: did you mean 'small'?"),
         (["train.steps.more=1"], "unknown field 'more' in train.steps: valid: none"),

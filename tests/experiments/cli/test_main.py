@@ -143,7 +143,7 @@ def test_report_takes_a_name_or_a_run_directory(calls, capsys, named):
         ("compar first", "unknown command 'compar': did you mean 'compare'?"),
         ("compare frist", "unknown experiment 'frist': did you mean 'first'? Valid: first, second"),
         ("compare", "the following arguments are required: NAME"),
-        ("compare first steps", "'steps' is no override; valid: path.to.field=value"),
+        ("compare first steps", "'steps' is not an override; valid: path.to.field=value"),
         ("compare first trian.steps=3", "unknown field 'trian': did you mean 'train'?"),
         ("compare first train.steps=1.5", "train.steps: expected int, got 1.5"),
         ("compare first arms.left.d_ff=3", "arms.left: d_ff is 3: it must be even"),
