@@ -1,18 +1,18 @@
-"""What users see when a config, a file or a topology is wrong."""
+"""Errors shown to users."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend; the command line prints it as one line and exits with status 2.
+    """A mistake that the user can correct; the command line prints it as one line and exits with status 2.
 
     The message says what is wrong, where, and the nearest valid choice.
     """
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """The end of an error message: the closest valid name, and all of them.
+    """Returns the end of an error message: the closest valid name, if one is close, and all valid names.
 
     >>> nearest("d_mdoel", ["d_ff", "d_model"])
     "did you mean 'd_model'? Valid: d_ff, d_model"

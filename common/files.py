@@ -1,4 +1,4 @@
-"""Small files, written whole or not at all."""
+"""Reads and writes small files; a file is written whole or not at all."""
 
 import json
 import os
@@ -12,21 +12,20 @@ from common.json_text import parse_json
 from common.paths import descriptor, is_special
 
 MOST_PIPED = 2**28
-"""Bytes that are read of what has no size, such as a pipe; a device may have no end."""
+"""Most bytes to read from something without a size, such as a pipe or a device, which may never end."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes to a temporary name in the same folder, then renames; readers see the old file or the new one.
+    """Writes to a temporary name in the same folder, then renames: readers see the old file or the new one.
 
-    A link stays, and what it leads to is replaced. Something that is no regular file, such as a device or a pipe, is
-    written to.
+    If `path` is a symbolic link, its target is replaced. A device, pipe or socket is written to directly.
     """
     if is_special(path):
-        _write_to(path, data)
+        _write_directly(path, data)
         return
     path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not under its own name, which may be as long as names may be.
+    # The prefix is shortened, because the file's own name may already have the greatest length.
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:50]}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -40,7 +39,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
-def _write_to(path: Path, data: bytes) -> None:
+def _write_directly(path: Path, data: bytes) -> None:
     number = descriptor(path)
     sys.stdout.flush()
     with open(path if number is None else os.dup(number), "wb") as file:
@@ -48,30 +47,30 @@ def _write_to(path: Path, data: bytes) -> None:
 
 
 def plain_name(name: Any, where: str) -> str:
-    """`name`, which a manifest or an index file gives to a file of its own folder.
+    """Returns `name`, a file name read from a manifest or an index, if it names one file in the same folder.
 
-    Raises UserError, beginning with `where`, for anything but the name of one file: a path would lead outside.
+    Raises UserError, with `where` in front, for anything else: a path could lead outside the folder.
 
     >>> plain_name("model.safetensors", "index.json")
     'model.safetensors'
     >>> plain_name("../x", "index.json")
     Traceback (most recent call last):
         ...
-    common.errors.UserError: index.json names '../x', which is outside its folder or no plain name
+    common.errors.UserError: index.json names '../x', which is outside its folder or not a plain name
     """
     if not _is_plain(name):
-        raise UserError(f"{where} names {name!r}, which is outside its folder or no plain name")
+        raise UserError(f"{where} names {name!r}, which is outside its folder or not a plain name")
     return name
 
 
 def inside(folder: Path, path: Any, where: str) -> Path:
-    """The file of `folder` that a manifest names by a path of plain names; raises UserError as `plain_name` does.
+    """Returns the file in `folder` that a manifest names by a relative path; raises UserError as `plain_name` does.
 
     >>> inside(Path("model"), "source/spiece.model", "model.json").as_posix()
     'model/source/spiece.model'
     """
     if not isinstance(path, str) or not all(map(_is_plain, path.split("/"))):
-        raise UserError(f"{where} names {path!r}, which is outside its folder or no plain name")
+        raise UserError(f"{where} names {path!r}, which is outside its folder or not a plain name")
     return folder / path
 
 
@@ -89,72 +88,72 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Raises UserError naming a file that is absent or not JSON, or in which an object has a key twice."""
+    """Reads a JSON file. Raises UserError naming the file if it is absent, or if `parse_json` refuses it."""
     try:
-        return parse_json(_bytes(path))
+        return parse_json(_read_bytes(path))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
     except ValueError as error:
         raise UserError(f"{path} cannot be read ({error})") from None
 
 
-def _bytes(path: Path) -> bytes:
-    """All of a file. Raises UserError for a device or a pipe that does not end."""
+def _read_bytes(path: Path) -> bytes:
+    """Reads a whole file. Raises UserError for a device or pipe that yields more than MOST_PIPED bytes."""
     if not is_special(path):
         return path.read_bytes()
     with path.open("rb") as file:
         data = file.read(MOST_PIPED + 1)
     if len(data) > MOST_PIPED:
-        raise UserError(f"{path} is no regular file, and more than {MOST_PIPED // 2**20} MiB come out of it")
+        raise UserError(f"{path} is not a regular file, and yields more than {MOST_PIPED // 2**20} MiB")
     return data
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """As `read_json`; also raises UserError if the file holds anything but a JSON object."""
-    found = read_json(path)
-    if not isinstance(found, dict):
+    """Reads a JSON file as `read_json` does; also raises UserError if it holds anything but an object."""
+    value = read_json(path)
+    if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object")
-    return found
+    return value
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """One JSON object a line."""
+    """Writes one JSON object per line."""
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All whole rows of a JSON-lines file of our own (a killed writer may leave half a line); an absent file has none.
+    """Reads the complete lines of a JSON-lines file that this program wrote; an absent file has none.
 
-    Users' files are read by `user_rows`.
+    A killed writer may leave an incomplete last line, which is ignored. Files from users are read by `user_rows`.
     """
     if not path.exists():
         return []
     try:
-        # Not splitlines, which also splits at U+2028 and its like inside a text.
-        *whole, _ = path.read_text(encoding="utf-8").split("\n")
-        rows = [parse_json(line, finite=False) for line in whole]
+        # Not splitlines, which also splits at U+2028 and similar characters inside a text.
+        *complete, _ = path.read_text(encoding="utf-8").split("\n")
+        rows = [parse_json(line, finite=False) for line in complete]
     except ValueError as error:
-        raise UserError(f"{path} is no file of JSON lines ({error})") from None
+        raise UserError(f"{path} is not a JSON-lines file ({error})") from None
     if other := [number for number, row in enumerate(rows, start=1) if not isinstance(row, dict)]:
-        raise UserError(f"{path}, line {other[0]} is no JSON object")
+        raise UserError(f"{path}, line {other[0]} is not a JSON object")
     return rows
 
 
 def split_lines(text: str) -> list[str]:
-    """The lines of a user's text: the last may lack its newline, and a byte order mark at its head is no text.
+    """Splits a user's text into lines; ignores a byte order mark at the start. The last line may lack its newline.
 
     >>> split_lines("\\ufeffone\\r\\n\\ntwo\\u2028still two")
     ['one', '', 'two\\u2028still two']
     """
     text = text.removeprefix("\ufeff").removesuffix("\n")
-    # Not splitlines, which also splits at U+2028 and its like.
+    # Not splitlines, which also splits at U+2028 and similar characters.
     return [line.removesuffix("\r") for line in text.split("\n")] if text else []
 
 
 def user_lines(path: Path) -> list[str]:
-    """The lines of a user's text file, by `split_lines`. Raises UserError naming a file that cannot be read."""
+    """Reads the lines of a user's text file. Raises UserError naming a file that cannot be read."""
     try:
-        data = _bytes(path)
+        data = _read_bytes(path)
         return split_lines(data.decode("utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
@@ -164,13 +163,13 @@ def user_lines(path: Path) -> list[str]:
 
 
 def user_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a user's JSON-lines file. Raises UserError naming the line that holds none."""
-    return [_row(f"{path}, line {number}", line) for number, line in enumerate(user_lines(path), 1)]
+    """Reads the objects of a user's JSON-lines file. Raises UserError naming the first line that is not an object."""
+    return [_parse_row(f"{path}, line {number}", line) for number, line in enumerate(user_lines(path), 1)]
 
 
-def _row(where: str, line: str) -> dict[str, Any]:
+def _parse_row(where: str, line: str) -> dict[str, Any]:
     if not line.strip():
-        raise UserError(f"{where} is blank, where a JSON object is due")
+        raise UserError(f"{where} is blank: a JSON object was expected")
     try:
         row = parse_json(line)
     except ValueError as error:

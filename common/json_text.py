@@ -1,7 +1,7 @@
-"""JSON as this project reads it, in files, records and on the command line.
+"""Parses JSON strictly, for files, records and the command line.
 
-Python's own reader takes more than JSON is (`NaN`, a name twice in one object), and fails in ways of its own at
-hostile text (thousands of brackets, thousands of digits). Here all of that is a ValueError.
+Python's own parser accepts more than JSON (`NaN`, repeated names in an object) and raises errors of other types on
+hostile text (thousands of brackets or digits). Here every such text is a ValueError.
 """
 
 import json
@@ -9,18 +9,20 @@ import re
 from typing import Any
 
 DEEPEST = 100
-"""Levels that arrays and objects may be nested."""
+"""Most levels of nested arrays and objects."""
 MOST_DIGITS = 300
-"""The most digits of a whole number; more would exceed the range of a float, which some readers use for all."""
+"""Most digits of an integer; longer ones exceed the range of a float, which some parsers use for every number."""
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
-    """The value that `text` describes; bytes are UTF-8. With `finite=False` NaN and infinity are numbers too.
+    """Returns the value that `text`, in bytes UTF-8, describes. `finite=False` also accepts NaN and infinity.
 
-    Raises json.JSONDecodeError where it is not JSON, and another ValueError, in words for users, where it is JSON that
-    is refused: nested too deeply, a number too large, a name twice in one object, half of a surrogate pair.
+    Raises:
+        json.JSONDecodeError: if `text` is not JSON.
+        ValueError: with a message for users, if `text` is JSON that this project refuses: nested too deeply, a number
+            that is too large, a repeated name in an object, an unpaired surrogate.
 
     >>> parse_json('{"steps": 10}')
     {'steps': 10}
@@ -41,26 +43,26 @@ def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
     return value
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise ValueError(f"two fields are named {twice!r}")
-    return found
+    return value
 
 
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
 
 
-def _whole(digits: str) -> int:
+def _parse_int(digits: str) -> int:
     if len(digits) > MOST_DIGITS:
-        raise ValueError(f"a number has {len(digits.removeprefix('-')):,} digits; {MOST_DIGITS} are the most")
+        raise ValueError(f"a number has {len(digits.removeprefix('-')):,} digits; at most {MOST_DIGITS} are allowed")
     return int(digits)
 
 
-def _real(digits: str) -> float:
+def _parse_float(digits: str) -> float:
     number = float(digits)
     if abs(number) == float("inf"):
         raise ValueError(f"the number {digits[:20]}{'...' if digits[20:] else ''} is too large")
@@ -69,13 +71,13 @@ def _real(digits: str) -> float:
 
 def _check_depth(value: Any) -> None:
     level, depth = [value], 0
-    while level := [inner for each in level for inner in _inner(each)]:
+    while level := [child for parent in level for child in _children(parent)]:
         depth += 1
         if depth > DEEPEST:
             raise ValueError(f"it is nested more than {DEEPEST} levels deep")
 
 
-def _inner(value: Any) -> Any:
+def _children(value: Any) -> Any:
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
@@ -84,9 +86,11 @@ def _check_surrogates(value: Any) -> None:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
         half = json.dumps(error.object[error.start])
-        raise ValueError(f"a text holds {half}, half of a surrogate pair, which stands for no character") from None
+        raise ValueError(f"a text contains {half}, half of a surrogate pair, which is not a character") from None
 
 
-# Made once: a decoder takes longer to make than to read a line.
-_FINITE = json.JSONDecoder(object_pairs_hook=_object, parse_int=_whole, parse_float=_real, parse_constant=_no_constant)
-_ANY = json.JSONDecoder(object_pairs_hook=_object, parse_int=_whole)
+# Constructed once: constructing a decoder takes longer than parsing a line.
+_FINITE = json.JSONDecoder(
+    object_pairs_hook=_unique_names, parse_int=_parse_int, parse_float=_parse_float, parse_constant=_refuse_constant
+)
+_ANY = json.JSONDecoder(object_pairs_hook=_unique_names, parse_int=_parse_int)

@@ -48,8 +48,8 @@ def test_json_made_harmless_is_the_same_json() -> None:
         ("9" * 5000, "5,000 digits"),
         ("-" + "9" * (MOST_DIGITS + 1), "digits"),
         ('{"a": 1e999}', "too large"),
-        ("[NaN]", "NaN is no JSON number"),
-        ("[-Infinity]", "no JSON number"),
+        ("[NaN]", "NaN is not a JSON number"),
+        ("[-Infinity]", "not a JSON number"),
         ('{"a": {"b": 1, "b": 1}}', "two fields are named 'b'"),
         ('["\\ud83d"]', "surrogate"),
         (b"\xff", "utf-8"),
@@ -78,7 +78,7 @@ def test_json_that_is_read() -> None:
 
 
 def test_a_pipe_is_written_to_and_stays(tmp_path: Path) -> None:
-    """So is a device, or anything else that is no regular file."""
+    """So is a device, or anything else that is not a regular file."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     assert is_special(pipe)
@@ -119,7 +119,7 @@ def test_the_longest_name_that_there_may_be_can_be_written(tmp_path: Path) -> No
 def test_a_device_without_an_end_is_not_read_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "MOST_PIPED", 1000)
     for read in (read_json, user_lines):
-        with pytest.raises(UserError, match="/dev/zero is no regular file"):
+        with pytest.raises(UserError, match="/dev/zero is not a regular file"):
             read(Path("/dev/zero"))
     (tmp_path / "file").write_text("x" * 2000)
     assert user_lines(tmp_path / "file") == ["x" * 2000]
@@ -131,7 +131,7 @@ def test_a_place_where_this_user_may_not_write(
 ) -> None:
     check(tmp_path / "new" / "one", "--out")
     monkeypatch.setattr("os.access", lambda path, mode: not str(path).startswith(str(tmp_path)))
-    with pytest.raises(UserError, match=f"--out .*new/one cannot be made: {tmp_path} may not be written"):
+    with pytest.raises(UserError, match=f"--out .*new/one cannot be created: {tmp_path} may not be written"):
         check(tmp_path / "new" / "one", "--out")
     (tmp_path / "file").write_text("")
     place = tmp_path if check is check_folder else tmp_path / "file"

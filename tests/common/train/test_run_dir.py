@@ -51,7 +51,7 @@ DAMAGES = {
     "another schema": (rd.CONFIG, '{"schema_version": 2}', "config.json has run schema 2, this version reads 1"),
     "environment.json a list": (rd.ENVIRONMENT, "[]", "environment.json does not hold a JSON object"),
     "environment.json torn": (rd.ENVIRONMENT, '{"cont', "environment.json cannot be read"),
-    "rows of numbers": (rd.METRICS, "1\n", "metrics.jsonl, line 1 is no JSON object"),
+    "rows of numbers": (rd.METRICS, "1\n", "metrics.jsonl, line 1 is not a JSON object"),
 }
 
 

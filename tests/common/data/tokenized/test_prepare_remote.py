@@ -325,7 +325,7 @@ def test_a_folder_that_is_wrong(
     ("to", "message"),
     [
         ("nosuch://x", "unknown protocol"),
-        ("{tmp}/file/below", "cannot be made: .*file is a file"),
+        ("{tmp}/file/below", "cannot be created: .*file is a file"),
     ],
 )
 def test_destinations_that_cannot_be(tmp_path: Path, to: str, message: str) -> None:
