@@ -27,7 +27,7 @@ from common.model import Skeleton
 from common.nn.loss import slots_at_once
 from common.recipe import Execution
 from common.sharding.hosts import gather_to_host
-from common.sharding.rules import constrain, parts
+from common.sharding.rules import constrain, num_shards
 from common.sharding.shape import ROW_AXES
 
 LENGTHS = (32, 128, 512, 2048)
@@ -168,7 +168,7 @@ def target_log_probs(
     dtype of `h_BTD` and summed in float32; of equal logits the lowest id is first, as in greedy decoding.
     """
     B, T, _ = h_BTD.shape
-    U = slots_at_once(B // parts("batch"), T, chunk)
+    U = slots_at_once(B // num_shards("batch"), T, chunk)
     w_DV = w_DV.astype(h_BTD.dtype)
 
     def one(h_BUD: jax.Array, targets_BU: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -16,7 +16,7 @@ from common.kernels.flash import flash
 from common.kernels.plain import plain
 from common.kernels.splash import Part, splash
 from common.kernels.visibility import Visibility
-from common.sharding.rules import compute_spec, on_mesh, parts
+from common.sharding.rules import compute_spec, num_shards, on_mesh
 
 
 def attend(
@@ -72,7 +72,7 @@ def _case(q_BQHC: jax.Array, visibility: Visibility, *, divides: bool) -> Case:
         prefix=visibility.prefix_length > 0,
         placed=visibility.placed or not visibility.causal,
         one_segment=visibility.at_left
-        and (not visibility.causal or (visibility.q_offset == 0 and parts("length") == 1)),
+        and (not visibility.causal or (visibility.q_offset == 0 and num_shards("length") == 1)),
         divides=divides,
     )
 
@@ -130,7 +130,7 @@ def _on_devices(
     }
     of_queries = compute_spec("batch", "length", "heads", None)
     of_keys = compute_spec("batch", "kv_heads", None, None)
-    lengths, length_axis = parts("length"), compute_spec("length")[0]
+    lengths, length_axis = num_shards("length"), compute_spec("length")[0]
 
     def local(q_BQHC: jax.Array, k_BGKC: jax.Array, v_BGKC: jax.Array, visibility: Visibility) -> jax.Array:
         part = None if lengths == 1 else Part(index=jax.lax.axis_index(length_axis), parts=lengths)
@@ -145,7 +145,7 @@ def _on_devices(
 
 def _divides(q_BQHC: jax.Array, k_BGKC: jax.Array) -> bool:
     sizes = zip((*q_BQHC.shape[:3], k_BGKC.shape[1]), ("batch", "length", "heads", "kv_heads"), strict=True)
-    return all(size % parts(name) == 0 for size, name in sizes)
+    return all(size % num_shards(name) == 0 for size, name in sizes)
 
 
 def _rows(x_BL: jax.Array, rows: int) -> jax.Array:

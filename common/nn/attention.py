@@ -17,7 +17,7 @@ from common.nn.linear import project, unproject
 from common.nn.parameters import Initialisers, param, use, use_bias
 from common.nn.positions import rope
 from common.recipe import Execution, Recipe
-from common.sharding.rules import constrain, enter, leave
+from common.sharding.rules import all_gather_residual, constrain, reduce_scatter_residual
 
 
 @jax.tree_util.register_dataclass
@@ -76,7 +76,7 @@ class Attention(nnx.Module):
         self.out_bias_D = bias(rngs, recipe, (D,), ("embed",))
 
     def keys_values(self, x_BKD: jax.Array, positions_BK: jax.Array) -> KeysValues:
-        x_BKD = enter(x_BKD)
+        x_BKD = all_gather_residual(x_BKD)
         k_BKGC = project(x_BKD, use(self.key_DGC, x_BKD.dtype), use_bias(self.key_bias_GC, x_BKD.dtype))
         v_BKGC = project(x_BKD, use(self.value_DGC, x_BKD.dtype), use_bias(self.value_bias_GC, x_BKD.dtype))
         # Pinned, lest every device projects all of a sequence.
@@ -94,7 +94,7 @@ class Attention(nnx.Module):
         if memory.k_BGKC.shape[2] == 0:  # no query sees a key, so that nothing but the bias would come out
             y_BQD, out_bias_D = jnp.zeros_like(x_BQD), use_bias(self.out_bias_D, x_BQD.dtype)
             return y_BQD if out_bias_D is None else y_BQD + out_bias_D[None, None]
-        x_BQD = enter(x_BQD)
+        x_BQD = all_gather_residual(x_BQD)
         q_BQHC = project(x_BQD, use(self.query_DHC, x_BQD.dtype), use_bias(self.query_bias_HC, x_BQD.dtype))
         q_BQHC = constrain(q_BQHC, "batch", "length", "heads", None)
         if self.query_norm is not None:
@@ -110,7 +110,7 @@ class Attention(nnx.Module):
             how=self.how,
         )
         y_BQD = unproject(out_BQHC, use(self.out_HCD, x_BQD.dtype), use_bias(self.out_bias_D, x_BQD.dtype))
-        return leave(y_BQD)
+        return reduce_scatter_residual(y_BQD)
 
 
 def _dropped(v_BGKC: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

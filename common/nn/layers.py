@@ -14,7 +14,7 @@ from flax import nnx
 from common.nn.linear import linear
 from common.nn.parameters import Initialisers, ones, param, use, use_bias, zeros
 from common.recipe import Execution, Recipe
-from common.sharding.rules import constrain, enter, leave, parts
+from common.sharding.rules import all_gather_residual, constrain, num_shards, reduce_scatter_residual
 
 
 class RMSNorm(nnx.Module):
@@ -92,7 +92,7 @@ class MLP(nnx.Module):
             h_BUF = constrain(h_BUF, "batch", "length", "mlp")
             return linear(dropout(h_BUF, self.dropout_rate, dropout_key), *out)
 
-        return leave(in_pieces(network, enter(x_BLD), self.chunk))
+        return reduce_scatter_residual(in_pieces(network, all_gather_residual(x_BLD), self.chunk))
 
 
 def in_pieces(function: Callable[[jax.Array], jax.Array], x_BLD: jax.Array, chunk: int | None) -> jax.Array:
@@ -103,7 +103,7 @@ def in_pieces(function: Callable[[jax.Array], jax.Array], x_BLD: jax.Array, chun
     make all pieces equally long.
     """
     B, L, D = x_BLD.shape
-    split = parts("length") if L % parts("length") == 0 else 1
+    split = num_shards("length") if L % num_shards("length") == 0 else 1
     pieces = 1 if chunk is None else _pieces(L // split, max(1, chunk // split))
     if pieces == 1:
         return function(x_BLD)

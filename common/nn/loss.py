@@ -1,6 +1,6 @@
 """Cross-entropy from hidden states and the head's weights, a chunk of positions at a time.
 
-Legend: B batch rows, T target slots, U target slots of a row in one chunk, D model, V vocab.
+Legend: B batch rows, T target slots, U target slots of a row in one chunk, N chunks, D model, V vocab.
 """
 
 from functools import partial
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from common.sharding.rules import parts
+from common.sharding.rules import num_shards
 from common.sharding.shape import POSITION_AXES, ROW_AXES
 
 
@@ -24,31 +24,33 @@ def cross_entropy(
     chunk: int,
     unroll: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Two float32 scalars: sum of `weight * (CE + z_loss * log(Z)^2)`, and the sum of `weight * CE` alone.
+    """Returns two float32 scalars: the sum of `weight * (CE + z_loss * log(Z)^2)`, and the sum of `weight * CE`.
 
-    Logits never exist for more than `chunk` positions of all rows of a device, or one of each row (`slots_at_once`).
-    Under differentiation the gradients are formed in the same pass, so nothing is recomputed. Only the first result
-    carries a gradient, and only to `h_BTD` and `w_DV`; the second is for metrics. z-loss as in T5X (PaLM, arXiv
-    2204.02311, section 5).
+    On each device, logits exist for at most `chunk` positions at a time, or for one position of each row
+    (`slots_at_once`). Under differentiation, the gradients are computed in the same pass, so no logits are recomputed.
+    Only the first result has a gradient, and only for `h_BTD` and `w_DV`; the second is a metric. z-loss as in T5X
+    (PaLM, arXiv 2204.02311, section 5).
 
-    On a mesh every device goes over its own positions, and the gradient of `w_DV` is summed over devices once, at the
-    end, each keeping the part that it stores.
+    On a mesh, every device processes its own positions. The gradient of `w_DV` is summed over devices once, after the
+    last chunk, and scattered along `fsdp`.
 
     Args:
-        h_BTD: activation dtype.
-        w_DV: float32; products are taken in the dtype of `h_BTD` and summed in float32.
+        h_BTD: hidden states in the activation dtype.
+        w_DV: float32; products are computed in the dtype of `h_BTD` and accumulated in float32.
         targets_BT: int32 ids.
-        weights_BT: float32; slots of weight 0 count for nothing.
-        unroll: a Python loop over chunks instead of a scan.
+        weights_BT: float32; slots of weight 0 have no effect.
+        z_loss: weight of log(Z)^2.
+        chunk: most positions, over all rows of a device, whose logits exist at a time.
+        unroll: loops over chunks in Python instead of a scan.
     """
     run = partial(_over_chunks, z_loss=z_loss, chunk=chunk, unroll=unroll, gradients=False)
-    total, ce, _, _ = _on_devices(run, h_BTD, w_DV, targets_BT, weights_BT)
+    total, ce, _, _ = _on_each_device(run, h_BTD, w_DV, targets_BT, weights_BT)
     return total, ce
 
 
 def _forward(h_BTD, w_DV, targets_BT, weights_BT, z_loss, chunk, unroll):  # type: ignore[no-untyped-def]
     run = partial(_over_chunks, z_loss=z_loss, chunk=chunk, unroll=unroll, gradients=True)
-    total, ce, dh_BTD, dw_DV = _on_devices(run, h_BTD, w_DV, targets_BT, weights_BT)
+    total, ce, dh_BTD, dw_DV = _on_each_device(run, h_BTD, w_DV, targets_BT, weights_BT)
     return (total, ce), (dh_BTD, dw_DV)
 
 
@@ -62,24 +64,36 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def slots_at_once(rows: int, length: int, chunk: int) -> int:
-    """Slots of each row that are taken together: at most `chunk` of all rows, or one of each, and mostly as many in
-    every turn.
+    """Returns the slots of each row in one chunk: at most `chunk` over all rows, but at least one per row.
+
+    Of the numbers of chunks below twice the fewest, it takes the first that divides `length`, so that no chunk is
+    shorter than the others; the fewest if there is none.
 
     >>> [slots_at_once(rows, length, 512) for rows, length in ((8, 114), (12, 2048), (1000, 64), (1, 521))]
     [57, 32, 1, 261]
     """
-    turns = -(-length // max(1, chunk // rows))
-    even = (more for more in range(turns, 2 * turns) if length % more == 0)
-    return -(-length // next(even, turns))
+    fewest = -(-length // max(1, chunk // rows))
+    dividing = (chunks for chunks in range(fewest, 2 * fewest) if length % chunks == 0)
+    return -(-length // next(dividing, fewest))
 
 
-def _on_devices(
+def _on_each_device(
     run: Any, h_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array, Any, Any]:
-    """`run` on each device's positions, with all of the weights that `tensor` does not split; sums over devices."""
+    """Runs `run` on each device's own positions and sums over devices: (total, ce, dh_BTD, dw_DV).
+
+    With P devices along the axes that shard rows, Q along `context` and F along `fsdp`:
+
+        operand                      on one device         sum over devices
+        h_BTD, targets, weights      [B/P, T/Q, ...]
+        w_DV                         [D, V]                (sharded along `tensor` by the compiler)
+        total, ce                    []                    all-reduce
+        dh_BTD                       [B/P, T/Q, D]
+        dw_DV                        [D, V] -> [D/F, V]    reduce-scatter along `fsdp`, all-reduce along the others
+    """
     w_DV = w_DV.astype(h_BTD.dtype)
-    if parts("batch") * parts("length") == 1:  # no sums over devices but along `tensor`, which the compiler sees to
-        return run(h_BTD, w_DV, targets_BT, weights_BT)
+    if num_shards("batch") * num_shards("length") == 1:
+        return run(h_BTD, w_DV, targets_BT, weights_BT)  # the compiler inserts the sums along `tensor`
 
     def local(*operands: jax.Array) -> tuple[jax.Array, jax.Array, Any, Any]:
         total, ce, dh_BTD, dw_DV = run(*operands)
@@ -87,17 +101,18 @@ def _on_devices(
         if dw_DV is not None:
             dw_DV = jax.lax.psum_scatter(dw_DV, "fsdp", scatter_dimension=0, tiled=True)
             dw_DV = jax.lax.psum(dw_DV, [axis for axis in POSITION_AXES if axis != "fsdp"])
-            # The backward pass, which begins with dh, waits: else the whole sum would stay until the update needs it.
+            # The rest of the backward pass starts from dh, so this makes it wait for the sum. Otherwise the compiler
+            # may postpone the sum to the optimizer's update, and the unsummed [D, V] stays in memory until then.
             dh_BTD, dw_DV = jax.lax.optimization_barrier((dh_BTD, dw_DV))
         return total, ce, dh_BTD, dw_DV
 
-    split, whole = PartitionSpec(ROW_AXES, "context"), PartitionSpec()
+    positions, replicated = PartitionSpec(ROW_AXES, "context"), PartitionSpec()
     return jax.shard_map(
         local,
-        in_specs=(split, whole, split, split),
-        out_specs=(whole, whole, split, PartitionSpec("fsdp")),
+        in_specs=(positions, replicated, positions, positions),
+        out_specs=(replicated, replicated, positions, PartitionSpec("fsdp")),
         axis_names=set(POSITION_AXES),
-        check_vma=False,  # the scan's sums begin as the same zeros everywhere, and end as each device's own
+        check_vma=False,  # the scan's carry starts as zeros that are equal everywhere, and ends different per device
     )(h_BTD, w_DV, targets_BT, weights_BT)
 
 
@@ -111,30 +126,34 @@ def _over_chunks(
     unroll: bool,
     gradients: bool,
 ) -> tuple[jax.Array, jax.Array, Any, Any]:
+    """Sums chunk after chunk; returns (total, ce, dh_BTD, dw_DV), the last two None unless `gradients`.
+
+    Full chunks run in one scan, unless `unroll`; a shorter last chunk runs after it.
+    """
     B, T, D = h_BTD.shape
     U = slots_at_once(B, T, chunk)
-    one = partial(_one_chunk, w_DV=w_DV, z_loss=z_loss, gradients=gradients)
-    zero = (jnp.float32(0), jnp.float32(0), jnp.zeros_like(w_DV, jnp.float32) if gradients else None)
-    whole = 0 if unroll else T // U
-    carry, dh_parts = zero, []
-    if whole:
-        # [T] -> [chunks, U] in front, so that rows stay sharded as they are.
-        split = [
-            jnp.moveaxis(x[:, : whole * U].reshape(B, whole, U, *x.shape[2:]), 1, 0)
+    add_chunk = partial(_add_chunk, w_DV=w_DV, z_loss=z_loss, gradients=gradients)
+    carry: Any = (jnp.float32(0), jnp.float32(0), jnp.zeros_like(w_DV, jnp.float32) if gradients else None)
+    scanned = 0 if unroll else T // U
+    dh_parts = []
+    if scanned:
+        # [B, T, ...] -> [N, B, U, ...]: rows keep their sharding.
+        chunks = [
+            jnp.moveaxis(x[:, : scanned * U].reshape(B, scanned, U, *x.shape[2:]), 1, 0)
             for x in (h_BTD, targets_BT, weights_BT)
         ]
-        carry, dh = jax.lax.scan(lambda carry, x: one(carry, *x), carry, tuple(split))
+        carry, dh_NBUD = jax.lax.scan(lambda carry, chunk: add_chunk(carry, *chunk), carry, tuple(chunks))
         if gradients:
-            dh_parts.append(jnp.moveaxis(dh, 0, 1).reshape(B, whole * U, D))
-    for start in range(whole * U, T, U):
+            dh_parts.append(jnp.moveaxis(dh_NBUD, 0, 1).reshape(B, scanned * U, D))
+    for start in range(scanned * U, T, U):
         part = slice(start, min(start + U, T))
-        carry, dh = one(carry, h_BTD[:, part], targets_BT[:, part], weights_BT[:, part])
-        dh_parts.append(dh)
+        carry, dh_BUD = add_chunk(carry, h_BTD[:, part], targets_BT[:, part], weights_BT[:, part])
+        dh_parts.append(dh_BUD)
     total, ce, dw_DV = carry
     return total, ce, jnp.concatenate(dh_parts, axis=1) if gradients else None, dw_DV
 
 
-def _one_chunk(
+def _add_chunk(
     carry: tuple[jax.Array, jax.Array, Any],
     h_BUD: jax.Array,
     targets_BU: jax.Array,
@@ -144,6 +163,7 @@ def _one_chunk(
     z_loss: float,
     gradients: bool,
 ) -> tuple[tuple[jax.Array, jax.Array, Any], Any]:
+    """Adds one chunk to (total, ce, dw_DV); also returns its dh_BUD. Both gradients are None unless `gradients`."""
     total, ce, dw_DV = carry
     logits_BUV = jnp.einsum("BUD,DV->BUV", h_BUD, w_DV, preferred_element_type=jnp.float32)
     is_target_BUV = jnp.arange(w_DV.shape[1], dtype=jnp.int32)[None, None] == targets_BU[..., None]

@@ -10,7 +10,7 @@ from flax import nnx
 
 from common.nn.linear import Columns
 from common.recipe import Recipe
-from common.sharding.rules import in_use
+from common.sharding.rules import all_gather_parameter
 
 Initialiser = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
@@ -27,7 +27,7 @@ def use(parameter: nnx.Param, dtype: Any) -> Any:
     if isinstance(stored, Columns):
         return stored
     axes = parameter.get_metadata("out_sharding")[-stored.ndim :]  # of one layer alone: no "layers"
-    return in_use(stored.astype(dtype), axes)
+    return all_gather_parameter(stored.astype(dtype), axes)
 
 
 def use_bias(parameter: nnx.Param | None, dtype: Any) -> jax.Array | None:

@@ -1,9 +1,18 @@
-"""Logical axis names, and the table that maps them to mesh axes: once as parameters are stored, once as they are used.
+"""Logical axis names, and the tables that map them to mesh axes: one for stored parameters, one for computation.
 
-Stored parameters, their gradients and the optimizer's state are split over `fsdp` and `tensor`. To be used, a layer's
-parameters are gathered along `fsdp` (ZeRO, arXiv 1910.02054, stage 3); what is split along `tensor` stays so (Megatron,
-arXiv 1909.08053). Between that axis's products the residual stream is whole, or split along its length too (arXiv
-2205.05198): that is what the two strategies differ in.
+Stored parameters, their gradients and the optimizer's state are sharded over `fsdp` and `tensor`. Before a layer uses a
+parameter, it is all-gathered along `fsdp` (ZeRO stage 3, arXiv 1910.02054); it stays sharded along `tensor` (Megatron,
+arXiv 1909.08053). The two strategies differ in the residual stream between layers: replicated over `tensor` (`fsdp`),
+or sharded over it along its length (`sequence`: sequence parallelism, arXiv 2205.05198).
+
+Collectives are not called: arrays are constrained to the sharding before and after, and the compiler inserts them.
+
+    operation                 strategy   forward          backward         along
+    all_gather_parameter      both       all-gather       reduce-scatter   fsdp
+    all_gather_residual       sequence   all-gather       reduce-scatter   tensor
+                              fsdp       -                all-reduce       tensor
+    reduce_scatter_residual   sequence   reduce-scatter   all-gather       tensor
+                              fsdp       all-reduce       -                tensor
 """
 
 import contextlib
@@ -21,19 +30,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from common.sharding.shape import ROW_AXES
 
 Axis = str | tuple[str, ...] | None
+"""The mesh axes that shard one dimension; None: it is not sharded."""
 Strategy = Literal["fsdp", "sequence"]
 GATHERED = "gathered"
-"""Name under which rematerialisation finds gathered parameters."""
+"""Checkpoint name of gathered parameters, for rematerialisation policies."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rules:
-    """Mesh axes by logical name."""
+    """Mesh axes by logical axis name."""
 
     parameters: Mapping[str, Axis]
-    """Of parameters, gradients and optimizer state as they lie between steps."""
+    """For parameters, gradients and optimizer state between steps."""
     compute: Mapping[str, Axis]
-    """Of parameters where they are used, and of activations."""
+    """For parameters in use, and activations."""
 
 
 _STORED: Mapping[str, Axis] = {
@@ -47,11 +57,17 @@ _STORED: Mapping[str, Axis] = {
     "buckets": None,
     "positions": None,
 }
-_USED: Mapping[str, Axis] = {**_STORED, "embed": None, "batch": ROW_AXES, "length": "context", "residual": "context"}
+_COMPUTE: Mapping[str, Axis] = {
+    **_STORED,
+    "embed": None,
+    "batch": ROW_AXES,
+    "length": "context",
+    "residual": "context",
+}
 
 STRATEGIES: Mapping[str, Rules] = {
-    "fsdp": Rules(parameters=_STORED, compute=_USED),
-    "sequence": Rules(parameters=_STORED, compute={**_USED, "residual": ("context", "tensor")}),
+    "fsdp": Rules(parameters=_STORED, compute=_COMPUTE),
+    "sequence": Rules(parameters=_STORED, compute={**_COMPUTE, "residual": ("context", "tensor")}),
 }
 
 _strategy: contextvars.ContextVar[Strategy] = contextvars.ContextVar("sharding strategy", default="fsdp")
@@ -59,7 +75,7 @@ _strategy: contextvars.ContextVar[Strategy] = contextvars.ContextVar("sharding s
 
 @contextlib.contextmanager
 def strategy(name: Strategy) -> Iterator[None]:
-    """Which table programs traced within follow."""
+    """Selects the rules for programs that are traced inside the block."""
     token = _strategy.set(name)
     try:
         yield
@@ -68,7 +84,7 @@ def strategy(name: Strategy) -> Iterator[None]:
 
 
 def stored_spec(axes: tuple[str, ...]) -> PartitionSpec:
-    """The mesh axes of a stored parameter whose dimensions have these logical names.
+    """Returns the mesh axes of a stored parameter from the logical names of its dimensions.
 
     >>> stored_spec(("layers", "embed", "mlp"))
     P(None, 'fsdp', 'tensor')
@@ -77,7 +93,7 @@ def stored_spec(axes: tuple[str, ...]) -> PartitionSpec:
 
 
 def compute_spec(*axes: str | None) -> PartitionSpec:
-    """The mesh axes of an activation, or of a parameter in use (None: not split).
+    """Returns the mesh axes of an activation or a parameter in use; a dimension named None is not sharded.
 
     >>> compute_spec("embed", "mlp"), compute_spec("batch", "length", "heads", None)
     (P(None, 'tensor'), P(('replica', 'data', 'fsdp'), 'context', 'tensor', None))
@@ -90,79 +106,81 @@ def _spec(rules: Mapping[str, Axis], axes: tuple[str | None, ...]) -> PartitionS
 
 
 def on_mesh() -> bool:
-    """Whether the program that is traced runs on several devices that the rules can divide it among."""
+    """Whether the program being traced runs on several devices, and outside `shard_map`, so that the rules apply."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1 and not mesh.manual_axes
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins an activation's sharding by logical names; without a mesh, `x` itself.
-
-    A dimension that does not divide by its devices, as the length of what is decoded one token at a time, stays whole.
-    """
-    if not on_mesh():
-        return x
-    dividing = (axis if size % parts(axis) == 0 else None for size, axis in zip(x.shape, axes, strict=True))
-    return jax.lax.with_sharding_constraint(x, compute_spec(*dividing))
-
-
-_IN_LAYER, _BETWEEN = ("batch", "length", None), ("batch", "residual", None)
-
-
-def enter(x_BLD: jax.Array) -> jax.Array:
-    """The residual stream as a layer's products read it; its gradient is asked for as the stream lies."""
-    return _moved(x_BLD, _IN_LAYER, _BETWEEN)
-
-
-def leave(y_BLD: jax.Array) -> jax.Array:
-    """What a layer's last product gives, as the residual stream lies; its gradient as the product reads it."""
-    return _moved(y_BLD, _BETWEEN, _IN_LAYER)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _moved(x: jax.Array, axes: tuple[str | None, ...], gradient_axes: tuple[str | None, ...]) -> jax.Array:
-    return constrain(x, *axes)
-
-
-_moved.defvjp(
-    lambda x, axes, gradient_axes: (constrain(x, *axes), None),
-    lambda axes, gradient_axes, _, gradient: (constrain(gradient, *gradient_axes),),
-)
-
-
-def parts(axis: str | None) -> int:
-    """Into how many parts the mesh divides an activation's logical axis."""
+def num_shards(axis: str | None) -> int:
+    """Returns the number of shards into which the mesh splits an activation's logical axis; 1 without a mesh."""
     names = compute_spec(axis)[0] if on_mesh() else None
     sizes = jax.sharding.get_abstract_mesh().shape
     return math.prod(sizes[name] for name in ((names,) if isinstance(names, str) else names or ()))
 
 
-def in_use(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """A stored parameter gathered for use; its gradient is asked for as the parameter is stored.
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Constrains an activation's sharding by logical axis names; returns `x` itself without a mesh.
 
-    Without the latter the gradient would be summed whole on every device, as a constraint holds for the gradient too.
+    A dimension that its devices do not divide, such as a length of 1 while decoding, is not sharded.
     """
-    return checkpoint_name(_gathered(x, axes), GATHERED) if on_mesh() else x
+    if not on_mesh():
+        return x
+    dividing = (axis if size % num_shards(axis) == 0 else None for size, axis in zip(x.shape, axes, strict=True))
+    return jax.lax.with_sharding_constraint(x, compute_spec(*dividing))
+
+
+_IN_LAYER, _BETWEEN_LAYERS = ("batch", "length", None), ("batch", "residual", None)
+"""Logical axes of the residual stream, [B, L, D]."""
+
+
+def all_gather_residual(x_BLD: jax.Array) -> jax.Array:
+    """Gathers the residual stream along its length, for a layer's first products; the gradient is reduce-scattered."""
+    return _reshard(x_BLD, _IN_LAYER, _BETWEEN_LAYERS)
+
+
+def reduce_scatter_residual(y_BLD: jax.Array) -> jax.Array:
+    """Sums and scatters the result of a layer's last product along its length; the gradient is all-gathered."""
+    return _reshard(y_BLD, _BETWEEN_LAYERS, _IN_LAYER)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _reshard(x: jax.Array, axes: tuple[str | None, ...], gradient_axes: tuple[str | None, ...]) -> jax.Array:
+    """Constrains `x` to `axes`, and its gradient to `gradient_axes`; a plain constraint would use `axes` for both."""
+    return constrain(x, *axes)
+
+
+_reshard.defvjp(
+    lambda x, axes, gradient_axes: (constrain(x, *axes), None),
+    lambda axes, gradient_axes, _, gradient: (constrain(gradient, *gradient_axes),),
+)
+
+
+def all_gather_parameter(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Gathers a stored parameter for use; its gradient is reduce-scattered to the sharding of the stored parameter.
+
+    A plain constraint would also apply to the gradient, and every device would hold the gradient's whole sum.
+    """
+    return checkpoint_name(_all_gather(x, axes), GATHERED) if on_mesh() else x
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gathered(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+def _all_gather(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, compute_spec(*axes))
 
 
 def _forward(x: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, None]:
-    return _gathered(x, axes), None
+    return _all_gather(x, axes), None
 
 
-def _backward(axes: tuple[str, ...], _: None, gradient: jax.Array) -> tuple[jax.Array]:
+def _reduce_scatter(axes: tuple[str, ...], _: None, gradient: jax.Array) -> tuple[jax.Array]:
     return (jax.lax.with_sharding_constraint(gradient, stored_spec(axes)),)
 
 
-_gathered.defvjp(_forward, _backward)
+_all_gather.defvjp(_forward, _reduce_scatter)
 
 
 def parameter_shardings(mesh: Mesh, logical_axes: Any) -> Any:
-    """NamedShardings for a tree of logical-axis tuples."""
+    """Converts a tree of tuples of logical axis names to a tree of NamedShardings, as parameters are stored."""
     return jax.tree.map(
         lambda axes: NamedSharding(mesh, stored_spec(axes)), logical_axes, is_leaf=lambda x: isinstance(x, tuple)
     )

@@ -14,7 +14,7 @@ from common.nn.linear import linear
 from common.nn.remat import entering, rematerialised
 from common.recipe import Execution
 from common.sharding.mesh import make_mesh
-from common.sharding.rules import constrain, in_use
+from common.sharding.rules import all_gather_parameter, constrain
 from common.sharding.shape import MeshShape
 
 REMATS = get_args(get_type_hints(Execution)["remat"])
@@ -24,9 +24,9 @@ Weights = tuple[jax.Array, jax.Array]
 
 def layer(carry: jax.Array, w: Weights) -> tuple[jax.Array, None]:
     """A product, something named as attention, and a product; with parameters that are gathered."""
-    h_BLF = jnp.tanh(linear(entering(carry), in_use(w[0], ("embed", "mlp"))))
+    h_BLF = jnp.tanh(linear(entering(carry), all_gather_parameter(w[0], ("embed", "mlp"))))
     h_BLF = checkpoint_name(jnp.sin(h_BLF), ATTENTION)
-    return linear(jnp.cos(h_BLF), in_use(w[1], ("mlp", "embed"))), None
+    return linear(jnp.cos(h_BLF), all_gather_parameter(w[1], ("mlp", "embed"))), None
 
 
 def operands() -> tuple[jax.Array, Weights]:

@@ -11,11 +11,11 @@ from common.errors import UserError
 from common.sharding.mesh import make_mesh
 from common.sharding.rules import (
     STRATEGIES,
+    all_gather_residual,
     compute_spec,
     constrain,
-    enter,
-    leave,
     parameter_shardings,
+    reduce_scatter_residual,
     stored_spec,
     strategy,
 )
@@ -94,7 +94,10 @@ def test_what_does_not_divide_stays_whole() -> None:
 
 @pytest.mark.parametrize(
     ("move", "to", "back"),
-    [(enter, "context", ("context", "tensor")), (leave, ("context", "tensor"), "context")],
+    [
+        (all_gather_residual, "context", ("context", "tensor")),
+        (reduce_scatter_residual, ("context", "tensor"), "context"),
+    ],
 )
 def test_gradients_move_the_other_way(move: Callable[[jax.Array], jax.Array], to: object, back: object) -> None:
     def both(x: jax.Array) -> tuple[jax.Array, jax.Array]:
