@@ -1,6 +1,6 @@
-"""Several processes that run one program: which rows each one feeds, and what they must know of each other.
+"""Several processes that run one program: the rows that each one feeds, and collectives on host values.
 
-Everything here is called by all processes, in the same order. Of one process nothing is asked, and nothing waited for.
+All processes must call these functions, in the same order. With one process, each returns immediately.
 """
 
 import functools
@@ -19,108 +19,119 @@ from common.errors import UserError
 from common.paths import as_user_error
 
 LIMB_BITS, LIMBS = 16, 8
-"""A number below 2**128 as int32s, of which thousands can be added."""
+"""A number below 2**128 is summed as 8 int32s of 16 bits each, so that thousands can be added without overflow."""
 
 FOREVER_MS = 7 * 24 * 3600 * 1000
-"""A process that is lost is noticed by other means."""
+"""Timeout of barriers, in milliseconds; a lost process is detected by other means."""
 
-Said = TypeVar("Said")
-_meetings = itertools.count()
+Value = TypeVar("Value")
+_barriers = itertools.count()
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and prints."""
+    """Whether this is the process that writes files and prints."""
     return jax.process_index() == 0
 
 
 def rows_here(sharding: NamedSharding, rows: int) -> list[int]:
-    """Numbers of the rows that this process's devices hold of an array whose first axis has `rows` rows, sorted.
+    """Returns the sorted indices of the rows on this process's devices, of an array with `rows` rows.
 
-    They need not be contiguous: a mesh orders devices by their links. Raises UserError where none of its devices is in
-    the mesh.
+    They need not be contiguous: a mesh orders devices by their links. Raises UserError if the mesh contains none of
+    this process's devices.
     """
     return list(_rows_by_process(sharding, rows)[jax.process_index()])
 
 
 def counts_here(sharding: NamedSharding, rows: int) -> bool:
-    """Whether this process counts its rows: where several hold the same ones, the first of them does.
+    """Whether this process counts its rows: if several processes hold the same rows, only the first of them does.
 
-    Raises UserError where two processes hold some, but not all, of each other's rows.
+    Raises UserError if two processes share some of their rows, but not all.
     """
-    held = _rows_by_process(sharding, rows)
+    rows_of = _rows_by_process(sharding, rows)
     here = jax.process_index()
-    for process, theirs in held.items():
-        if theirs != held[here] and set(theirs) & set(held[here]):
+    for process, theirs in rows_of.items():
+        if theirs != rows_of[here] and set(theirs) & set(rows_of[here]):
             raise UserError(
                 f"train.mesh {dict(sharding.mesh.shape)}: processes {here} and {process} hold only some of each "
                 f"other's rows; nearest: a tensor that divides the {jax.local_device_count()} devices of a process"
             )
-    return here == min(process for process, theirs in held.items() if theirs == held[here])
+    return here == min(process for process, theirs in rows_of.items() if theirs == rows_of[here])
 
 
 def _rows_by_process(sharding: NamedSharding, rows: int) -> dict[int, tuple[int, ...]]:
-    held: dict[int, set[int]] = {}
+    found: dict[int, set[int]] = {}
     device: Any
     along_rows = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
     for device, (of_rows,) in along_rows.devices_indices_map((rows,)).items():
-        held.setdefault(device.process_index, set()).update(range(*of_rows.indices(rows)))
-    if without := sorted({device.process_index for device in jax.devices()} - set(held)):
+        found.setdefault(device.process_index, set()).update(range(*of_rows.indices(rows)))
+    if without := sorted({device.process_index for device in jax.devices()} - set(found)):
         raise UserError(
             f"train.mesh {dict(sharding.mesh.shape)} takes no device of process {without[0]}; "
             f"nearest: {jax.device_count()} devices in all"
         )
-    return {process: tuple(sorted(found)) for process, found in held.items()}
+    return {process: tuple(sorted(indices)) for process, indices in found.items()}
 
 
-def place_rows(sharding: NamedSharding, rows: int, held: Sequence[int], x: np.ndarray) -> jax.Array:
-    """The array of `rows` rows of which each process gives those that it holds (`rows_here`), in order."""
-    position = {row: place for place, row in enumerate(held)}
+def place_rows(sharding: NamedSharding, rows: int, indices: Sequence[int], x: np.ndarray) -> jax.Array:
+    """Builds a global array of `rows` rows; each process passes its own rows `x`, whose `indices` are `rows_here`.
 
-    def part(index: Any) -> np.ndarray:
+    >>> mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    >>> array = place_rows(NamedSharding(mesh, PartitionSpec("data")), 2, [0, 1], np.array([[5], [6]]))
+    >>> array.shape, array.sum().item()
+    ((2, 1), 11)
+    """
+    position = {row: place for place, row in enumerate(indices)}
+
+    def shard(index: Any) -> np.ndarray:
         first, stop, _ = index[0].indices(rows)
-        # All of them are held, so they lie side by side.
+        # This process has all rows of the shard, and its rows are sorted, so those of the shard are contiguous.
         return x[position[first] :][: stop - first][:, *index[1:]]
 
-    return jax.make_array_from_callback((rows, *x.shape[1:]), sharding, part)
+    return jax.make_array_from_callback((rows, *x.shape[1:]), sharding, shard)
 
 
 def barrier() -> None:
-    """Waits until all processes are here, however long that takes; devices take no part.
+    """Waits until every process has called this, however long that takes; no device is involved.
 
-    It comes before whatever may be their first exchange: there CPUs wait for each other for half a minute only.
+    Call it before a collective on devices for which processes may wait long: collectives on CPUs time out after half a
+    minute.
     """
     if jax.process_count() > 1:
         wait = multihost.get_barrier_sync_fn()
-        wait(key=f"meeting {next(_meetings)}", timeout_ms=FOREVER_MS)
+        wait(key=f"meeting {next(_barriers)}", timeout_ms=FOREVER_MS)
 
 
 def start_sum(numbers: Sequence[int]) -> Callable[[], list[int]]:
-    """Adds up whole numbers (0 to 2**128 - 1) over all processes; waits only when the result is asked for."""
+    """Starts to sum integers (0 to 2**128 - 1) over all processes; the returned function waits for the sums.
+
+    >>> start_sum([2**100, 3])() == [2**100, 3]  # one process
+    True
+    """
     if jax.process_count() == 1:
         return lambda: list(numbers)
     mask = 2**LIMB_BITS - 1
     limbs = [[number >> (LIMB_BITS * place) & mask for place in range(LIMBS)] for number in numbers]
-    sharding, add = _adding()
+    sharding, add = _sum_over_processes()
     shape = (jax.process_count(), len(numbers), LIMBS)
-    added = add(jax.make_array_from_callback(shape, sharding, lambda index: np.asarray([limbs], np.int32)))
+    sums = add(jax.make_array_from_callback(shape, sharding, lambda index: np.asarray([limbs], np.int32)))
 
     def result() -> list[int]:
-        return [sum(int(limb) << (LIMB_BITS * place) for place, limb in enumerate(row)) for row in np.asarray(added)]
+        return [sum(int(limb) << (LIMB_BITS * place) for place, limb in enumerate(row)) for row in np.asarray(sums)]
 
     return result
 
 
-def on_first_process(say: Callable[[], Said]) -> Said:
-    """What `say()` gives in the first process (something that JSON holds), in all; only the first one calls it.
+def on_first_process(call: Callable[[], Value]) -> Value:
+    """Calls `call` in the first process only, and returns its result (a JSON value) in every process.
 
-    A UserError that it raises is raised in all of them, and an error of the system about a path as one.
+    If it raises UserError, or OSError about a user's path, every process raises UserError with that message.
     """
     if jax.process_count() == 1:
-        return say()
+        return call()
     message = b""
     if is_first():
         try:
-            message = json.dumps({"value": say()}).encode()
+            message = json.dumps({"value": call()}).encode()
         except (UserError, OSError) as error:
             mistake = as_user_error(error) if isinstance(error, OSError) else error
             if mistake is None:
@@ -129,14 +140,14 @@ def on_first_process(say: Callable[[], Said]) -> Said:
     barrier()
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(message))))
     padded = np.frombuffer(message.ljust(length), np.uint8)[:length]
-    heard: dict[str, Any] = json.loads(multihost_utils.broadcast_one_to_all(padded).tobytes())
-    if "error" in heard:
-        raise UserError(heard["error"])
-    return heard["value"]
+    received: dict[str, Any] = json.loads(multihost_utils.broadcast_one_to_all(padded).tobytes())
+    if "error" in received:
+        raise UserError(received["error"])
+    return received["value"]
 
 
 def processes_where(flag: bool) -> list[int]:
-    """Numbers of the processes in which `flag` is true."""
+    """Returns the indices of the processes in which `flag` is true."""
     if jax.process_count() == 1:
         return [0] if flag else []
     barrier()
@@ -144,16 +155,16 @@ def processes_where(flag: bool) -> list[int]:
 
 
 def gather_to_host(x: jax.Array) -> np.ndarray:
-    """A copy of all of an array, wherever its parts lie."""
+    """Copies a whole array to every process, wherever its shards are."""
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.array(x)
     return np.array(multihost_utils.process_allgather(x, tiled=True))
 
 
 @functools.cache
-def _adding() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
-    """How numbers lie, a row for each process, and the program that adds them up."""
-    # Apart from the run's mesh, whose order may be another.
+def _sum_over_processes() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
+    """Returns the sharding of an array with one row per process, and the program that sums its rows."""
+    # A mesh of its own: the run's mesh may order devices differently.
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     mesh = Mesh(np.array(devices).reshape(jax.process_count(), -1), ("processes", "devices"))
     add = jax.jit(lambda x: x.sum(axis=0, dtype=x.dtype), out_shardings=NamedSharding(mesh, PartitionSpec()))

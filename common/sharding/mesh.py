@@ -11,9 +11,10 @@ from common.sharding.shape import MESH_AXES, MeshShape
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over the first devices (of this machine, or of those given); raises UserError where there are too few.
+    """Makes a mesh of the first `devices`, by default all devices of the run.
 
-    Devices of one slice that the data centre's network joins to others stay together: `replica` counts slices.
+    With several slices, joined by the data centre's network, `replica` must be their number, and the devices of one
+    slice stay together. Raises UserError if there are too few devices, or another number of slices.
     """
     devices = jax.devices() if devices is None else devices
     if shape.devices > len(devices):

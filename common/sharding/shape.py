@@ -1,4 +1,4 @@
-"""How many devices stand along each axis of the mesh. Plain config, no JAX needed to read it."""
+"""The shape of the device mesh: a plain config that needs no JAX."""
 
 import dataclasses
 import math
@@ -11,13 +11,14 @@ Devices = Annotated[int, Range(1, 2**20, unit="devices")]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshShape:
-    """Devices along each mesh axis, the slowest network first.
+    """The number of devices along each mesh axis, slowest network first.
 
-    Rows are split over replica, data and fsdp; parameters over fsdp and tensor; a row's positions over context.
+    Rows of a batch are sharded over replica, data and fsdp; parameters over fsdp and tensor; the positions of a row
+    over context.
     """
 
     replica: Devices = 1
-    """Slices, which only the data centre's network joins."""
+    """The number of slices: groups of devices that only the data centre's network connects."""
     data: Devices = 1
     fsdp: Devices = 1
     context: Devices = 1
@@ -42,12 +43,12 @@ class MeshShape:
 
     @property
     def row_parts(self) -> int:
-        """Into how many parts a batch's rows are dealt out."""
+        """The number of shards of a batch's rows."""
         return math.prod(self.sizes()[axis] for axis in ROW_AXES)
 
 
 ROW_AXES = ("replica", "data", "fsdp")
-"""Among which a batch's rows are dealt out."""
+"""Mesh axes that shard a batch's rows."""
 POSITION_AXES = (*ROW_AXES, "context")
-"""Among which the positions of all rows are dealt out."""
+"""Mesh axes that shard the positions of a batch."""
 MESH_AXES = tuple(field.name for field in dataclasses.fields(MeshShape))
