@@ -85,13 +85,15 @@ def foreign_imports(sources: Sources, allowed: Mapping[str, Iterable[str]]) -> l
 
 
 def room(module: str) -> str:
-    return module.split(".")[1] if module.startswith("common.") else ""
+    """Returns the room of a module of `common`; "" for the package itself and for modules outside it."""
+    package, _, rest = module.partition(".")
+    return rest.partition(".")[0].replace("__init__", "") if package == "common" else ""
 
 
 def upward_imports(sources: Sources, rooms: Iterable[str] = ROOMS) -> list[str]:
     """Lists imports from a lower room of `common` of a higher one, and rooms that are not in the list."""
     height = {name: place for place, name in enumerate(rooms)}
-    unknown = sorted({room(name) for name in sources} - set(height))
+    unknown = sorted({room(name) for name in sources} - {"", *height})
     return [f"common/{name} is not in ROOMS" for name in unknown] + [
         f"{name} imports {target}"
         for name, target in arrows(sources)
@@ -101,9 +103,9 @@ def upward_imports(sources: Sources, rooms: Iterable[str] = ROOMS) -> list[str]:
 
 def cycle(sources: Sources) -> list[str]:
     """Returns a cycle of rooms that import each other, its first room again at the end; empty if there is none."""
-    below: dict[str, set[str]] = {room(name): set() for name in sources}
+    below: dict[str, set[str]] = {room(name): set() for name in sources if room(name)}
     for name, target in arrows(sources):
-        if room(target) in below and room(target) != room(name):
+        if room(name) in below and room(target) in below and room(target) != room(name):
             below[room(name)].add(room(target))
 
     def search(path: list[str]) -> list[str]:
