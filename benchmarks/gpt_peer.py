@@ -15,7 +15,7 @@ from benchmarks import decoder
 from common.data.batch import Batch
 from common.recipe import Execution
 from common.train.config import AdamW, Budget, Linear, TrainConfig
-from common.train.programs import Setup, prepare
+from common.train.programs import Setup, make_programs
 from common.train.state import init_state
 from experiments.families import builder
 from gpt.config import GptConfig
@@ -65,7 +65,7 @@ def named_weights(params: Any) -> dict[str, np.ndarray]:
 
 def main(path: Path) -> None:
     setup = make_setup(decoder.DECODER, decoder.OPTIMIZER, decoder.LEARNING_RATE, decoder.ROWS, decoder.LENGTH)
-    programs = prepare(setup)
+    programs = make_programs(setup)
     host = random_batch(setup)
     with jax.set_mesh(programs.mesh):
         state = init_state(programs.model, programs.optimizer, setup.train.seed, programs.shardings)

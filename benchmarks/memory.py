@@ -121,7 +121,7 @@ def compile_case(case: Case) -> Planned:
     from common.compute.topology import parse_topology
     from common.sharding.shape import MeshShape
     from common.train.config import AdamW, Budget, Linear, TrainConfig
-    from common.train.programs import Setup, lower_step, prepare
+    from common.train.programs import Setup, lower_step, make_programs
     from experiments.families import builder
 
     devices = devices_of(parse_topology(case.topology))
@@ -143,7 +143,7 @@ def compile_case(case: Case) -> Planned:
         steps=steps,
         row_slots=(case.rows * len(devices), case.input_length, case.target_length),
     )
-    programs = prepare(setup, devices)
+    programs = make_programs(setup, devices)
     try:
         memory: Any = lower_step(setup, programs).compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:

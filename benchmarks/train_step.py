@@ -31,7 +31,7 @@ from common.nn.layers import MLP, RMSNorm
 from common.nn.loss import cross_entropy
 from common.nn.parameters import Initialisers
 from common.recipe import Execution
-from common.train.programs import prepare
+from common.train.programs import make_programs
 from common.train.state import TrainState, init_state
 from common.train.step import weighted_loss
 from experiments.config import Experiment, ModelConfig
@@ -98,7 +98,7 @@ def time_arm(
     """`rounds` rounds, in each of which every program runs `steps` times, so that a busy machine slows them alike."""
     arm, execution = experiment.arms[name], experiment.train.execution
     setup = make_setup(experiment, arm)
-    programs = prepare(setup)
+    programs = make_programs(setup)
     begun = time.perf_counter()
     step = compiled_step(experiment, arm)
     compile_seconds = time.perf_counter() - begun

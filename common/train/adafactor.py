@@ -40,7 +40,7 @@ class Factored:
     column: Any
 
 
-class Moments(NamedTuple):
+class FactoredMoments(NamedTuple):
     """State: updates so far, and for each parameter its second moments, `Factored` or an array of its shape."""
 
     updates: jax.Array
@@ -108,11 +108,11 @@ def _scale_by_moments(config: Adafactor, logical_axes: Any) -> optax.GradientTra
         ]
         return Factored(*(jnp.zeros(shape, jnp.float32) for shape in shapes))
 
-    def init(params: Any) -> Moments:
+    def init(params: Any) -> FactoredMoments:
         # By path, since optax inspects a state by making one of a placeholder.
-        return Moments(updates=jnp.int32(0), moments=jax.tree.map_with_path(zeros, params))
+        return FactoredMoments(updates=jnp.int32(0), moments=jax.tree.map_with_path(zeros, params))
 
-    def update(grads: Any, state: Moments, params: Any = None) -> tuple[Any, Moments]:
+    def update(grads: Any, state: FactoredMoments, params: Any = None) -> tuple[Any, FactoredMoments]:
         decay = 1.0 - (state.updates.astype(jnp.float32) + 1.0) ** -config.decay_exponent
 
         def advance(axes: Axes, grad: jax.Array, old: Any) -> Any:
@@ -125,7 +125,7 @@ def _scale_by_moments(config: Adafactor, logical_axes: Any) -> optax.GradientTra
 
         moments = _map(advance, logical_axes, grads, state.moments)
         scaled = _map(_divided, logical_axes, grads, moments)
-        return scaled, Moments(updates=optax.safe_increment(state.updates), moments=moments)
+        return scaled, FactoredMoments(updates=optax.safe_increment(state.updates), moments=moments)
 
     return optax.GradientTransformation(init, update)
 

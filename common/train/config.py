@@ -183,7 +183,7 @@ class Resize:
     """Logical name of the axis."""
 
 
-Rule = Fresh | Rename | Resize
+InitRule = Fresh | Rename | Resize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,7 +192,7 @@ class InitFrom:
 
     path: str
     """A model folder, or a run: an arm's directory, `DIRECTORY@STEP`, or a checkpoint's directory."""
-    rules: tuple[Rule, ...] = ()
+    rules: tuple[InitRule, ...] = ()
     tokenizer: Literal["same", "any"] = "same"
     """`same` refuses a model whose tokenizer is another one, unless all its tables begin fresh; `any` takes them."""
 

@@ -18,8 +18,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from common.config import to_json
 from common.errors import UserError, nearest
 from common.model import Skeleton
-from common.train.config import Fresh, Rename, Resize, Rule
-from common.train.stored import Stored
+from common.train.config import Fresh, InitRule, Rename, Resize
+from common.train.stored import StoredParameters
 from common.trees import flatten, nest
 
 Shape = tuple[int, ...]
@@ -28,7 +28,7 @@ LISTED = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class LoadPlan:
     """What becomes of each parameter."""
 
     sources: dict[str, str]
@@ -47,14 +47,14 @@ class Plan:
         return "; ".join(parts)
 
 
-def make_plan(
+def make_load_plan(
     shapes: Mapping[str, Shape],
     axes: Mapping[str, tuple[str, ...]],
     stored: Mapping[str, Shape],
-    rules: Sequence[Rule],
+    rules: Sequence[InitRule],
     origin: str,
     where: str = "init",
-) -> Plan:
+) -> LoadPlan:
     """Shapes and logical axes of the new model's parameters, and shapes of the stored ones, by dotted name.
 
     Raises UserError that lists the parameters for which there is nothing, or nothing of their shape, and where they
@@ -91,34 +91,36 @@ def make_plan(
             raise UserError(said)
         rule_texts = [json.dumps(to_json(_advice(name, shapes, axes, stored, unused))) for name, _ in faults]
         raise UserError(f"{said}. Rules would, for example {where}.rules=[{', '.join(rule_texts)}]")
-    return Plan(sources=sources, resized=resized, fresh=tuple(fresh), unused=unused)
+    return LoadPlan(sources=sources, resized=resized, fresh=tuple(fresh), unused=unused)
 
 
-def check_rules(stored: Stored, model: Skeleton, rules: Sequence[Rule] = (), where: str = "init") -> Plan:
-    """`make_plan` for what is stored; reads no parameter."""
+def check_rules(
+    stored: StoredParameters, model: Skeleton, rules: Sequence[InitRule] = (), where: str = "init"
+) -> LoadPlan:
+    """`make_load_plan` for what is stored; reads no parameter."""
     shapes = {name: tuple(leaf.shape) for name, leaf in flatten(model.shapes).items()}
-    return make_plan(shapes, flatten(model.logical_axes), stored.shapes, rules, stored.origin, where)
+    return make_load_plan(shapes, flatten(model.logical_axes), stored.shapes, rules, stored.origin, where)
 
 
-def loads_tables(stored: Stored, model: Skeleton, rules: Sequence[Rule] = ()) -> bool:
+def loads_tables(stored: StoredParameters, model: Skeleton, rules: Sequence[InitRule] = ()) -> bool:
     """Whether any parameter with a row for each token is loaded."""
     axes = flatten(model.logical_axes)
     return any("vocab" in axes[name] for name in check_rules(stored, model, rules).sources)
 
 
 def load_parameters(
-    stored: Stored,
+    stored: StoredParameters,
     model: Skeleton,
     shardings: Any,
     *,
-    rules: Sequence[Rule] = (),
+    rules: Sequence[InitRule] = (),
     seed: int = 0,
     dtype: Any = jnp.float32,
-) -> tuple[Any, Plan]:
+) -> tuple[Any, LoadPlan]:
     """Parameters of `model` (nested dict), each on its sharding from the start, and what they were made of.
 
     `seed` is that of whatever begins fresh, which is what a new run of that seed would have. Raises UserError as
-    `make_plan` does, and where what is stored cannot be read.
+    `make_load_plan` does, and where what is stored cannot be read.
     """
     plan, placed = check_rules(stored, model, rules), flatten(shardings)
     new = _fresh_leaves(model, placed, (*plan.fresh, *plan.resized), seed, dtype)
@@ -143,7 +145,7 @@ def load_parameters(
     return nest(params), plan
 
 
-def _source_name(name: str, rules: Sequence[Rule]) -> str:
+def _source_name(name: str, rules: Sequence[InitRule]) -> str:
     for rule in rules:
         if isinstance(rule, Rename) and fnmatch.fnmatchcase(name, rule.leaves):
             before, _, after = rule.leaves.partition("*")
@@ -151,7 +153,7 @@ def _source_name(name: str, rules: Sequence[Rule]) -> str:
     return name
 
 
-def _resized_dim(name: str, axes: tuple[str, ...], rules: Sequence[Rule]) -> int | None:
+def _resized_dim(name: str, axes: tuple[str, ...], rules: Sequence[InitRule]) -> int | None:
     for rule in rules:
         if isinstance(rule, Resize) and fnmatch.fnmatchcase(name, rule.leaves):
             if rule.axis not in axes:
@@ -170,7 +172,7 @@ def _advice(
     axes: Mapping[str, tuple[str, ...]],
     stored: Mapping[str, Shape],
     unused: Sequence[str],
-) -> Rule:
+) -> InitRule:
     """The rule that comes nearest: another axis length, another name, or else a fresh beginning."""
     shape, found = shapes[name], stored.get(name)
     if found is not None:

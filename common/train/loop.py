@@ -27,8 +27,8 @@ from common.train.checkpoints import Checkpoints, Progress, last_good
 from common.train.init_from import load_parameters
 from common.train.preemption import Preempted, noticed
 from common.train.profile import Profile
-from common.train.programs import Counts, Programs, Setup, check_rows, lower_step, prepare
-from common.train.record import WARM_UP, Clock, Rows
+from common.train.programs import Counts, Programs, Setup, check_rows, lower_step, make_programs
+from common.train.record import WARM_UP, Clock, MetricsLog
 from common.train.saving import Saving
 from common.train.state import TrainState, abstract_state, init_state, state_of
 from common.train.step import Metrics
@@ -70,7 +70,7 @@ def fit(task: Task, run_dir: Path, watcher: Watcher) -> Fitted:
         for warning in on_first_process(lambda: _claim(task, run_dir, hold)):
             watcher.note(f"warning: {warning}")
         _check_same(task, run_dir)
-        programs = prepare(task.setup)
+        programs = make_programs(task.setup)
         checkpoints = Checkpoints(run_dir / rd.CHECKPOINTS, keep_last=task.setup.train.keep_last)
         with contextlib.closing(checkpoints), jax.set_mesh(programs.mesh):
             state, progress = _start(task, programs, checkpoints, run_dir, watcher)
@@ -205,7 +205,7 @@ class _Run:
             patience_seconds=_storage_seconds(setup),
             note=self.watcher.note,
         )
-        self.rows = Rows(
+        self.rows = MetricsLog(
             setup,
             self.run_dir,
             progress,

@@ -120,16 +120,16 @@ def check_rows(setup: Setup) -> None:
             )
 
 
-def prepare(setup: Setup, devices: Sequence[jax.Device] | None = None) -> Programs:
+def make_programs(setup: Setup, devices: Sequence[jax.Device] | None = None) -> Programs:
     """Mesh, shardings and jitted functions, for this machine's devices or for others; nothing is computed yet.
 
     Equal arguments give the same object, so that what a process trains again is neither traced nor compiled again.
     """
-    return _prepare(setup, None if devices is None else tuple(devices))
+    return _make_programs(setup, None if devices is None else tuple(devices))
 
 
 @functools.lru_cache(maxsize=KEPT)
-def _prepare(setup: Setup, devices: tuple[jax.Device, ...] | None) -> Programs:
+def _make_programs(setup: Setup, devices: tuple[jax.Device, ...] | None) -> Programs:
     with strategy(setup.train.sharding):
         return _programs(setup, make_mesh(setup.train.mesh, devices))
 

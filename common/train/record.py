@@ -145,7 +145,7 @@ def last_losses(run_dir: Path, steps: int) -> tuple[float, float]:
     return sum(learnt) / len(learnt), last["validation_loss"]
 
 
-class Rows:
+class MetricsLog:
     """`metrics.jsonl`, which is the same to the bit for any two runs of one config, and `timings.jsonl`.
 
     The first process alone has them.

@@ -28,7 +28,7 @@ ADVICE = "choose another checkpoint"
 log = logging.getLogger(__name__)
 
 
-class Stored(Protocol):
+class StoredParameters(Protocol):
     """Parameters by dotted name."""
 
     @property

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from common.data.batch import HostBatch
-from common.train.config import Rule
+from common.train.config import InitRule
 from common.train.programs import Setup
-from common.train.stored import Stored
+from common.train.stored import StoredParameters
 
 
 class Stream(Protocol):
@@ -35,9 +35,9 @@ class Seeker(Protocol):
 class Initial:
     """Where a new run's parameters come from."""
 
-    open: Callable[[], Stored]
+    open: Callable[[], StoredParameters]
     """Called once, and only where the run has no checkpoint of its own."""
-    rules: tuple[Rule, ...]
+    rules: tuple[InitRule, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from common.recipe import Execution
 from common.train import run_dir as rd
 from common.train.init_from import load_parameters
 from common.train.state import check_divides
-from common.train.stored import FolderParameters, RunParameters, Stored
+from common.train.stored import FolderParameters, RunParameters, StoredParameters
 from common.weights import folder
 from common.weights.t5x import is_checkpoint
 from experiments.config import ModelConfig
@@ -77,7 +77,7 @@ class Found:
     """A model on disk, of which only the description has been read."""
 
     config: ModelConfig
-    parameters: Stored
+    parameters: StoredParameters
     open_text: Callable[[], Text]
     row_length: int | None = None
     """Slots of the rows that a run was trained on, inputs and targets together; None where it is not known."""

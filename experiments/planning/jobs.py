@@ -145,14 +145,14 @@ def _source_files() -> Iterator[Path]:
 
 def _work(request: dict[str, Any]) -> Compiled:
     """In a process of its own: the answer to one request."""
-    from common.train.programs import check_rows, lower_step, prepare
+    from common.train.programs import check_rows, lower_step, make_programs
     from experiments.running.pipeline import make_setup
 
     experiment = from_json(Experiment, request["experiment"])
     topology = from_json(Topology, request["topology"])
     setup = make_setup(experiment, experiment.arms[request["arm"]])
     check_rows(setup)
-    programs = prepare(setup, devices_of(topology))
+    programs = make_programs(setup, devices_of(topology))
     return compile_step(lambda: lower_step(setup, programs), programs.mesh, topology, Path(request["dump"]))
 
 

@@ -9,7 +9,7 @@ import jax
 from common.compute.hlo import parse_lowered
 from common.compute.traffic import product_flops
 from common.sharding.shape import MeshShape
-from common.train.programs import Setup, lower_step, prepare
+from common.train.programs import Setup, lower_step, make_programs
 from experiments.config import ModelConfig
 from experiments.families import builder
 
@@ -34,7 +34,7 @@ def count_step(setup: Setup, devices: Sequence[jax.Device] | None = None) -> Ste
     rows, inputs, targets = setup.row_slots
     try:
         row = _plainly(dataclasses.replace(setup, row_slots=(1, inputs, targets)))
-        return StepCount(flops=float(rows * product_flops(parse_lowered(lower_step(row, prepare(row, devices))))))
+        return StepCount(flops=float(rows * product_flops(parse_lowered(lower_step(row, make_programs(row, devices))))))
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         return StepCount(flops=None, why_not=reason[:LONGEST_REASON])

@@ -19,7 +19,7 @@ from common.report.results import ArmResult
 from common.sharding.hosts import is_first, on_first_process
 from common.terminal import marked_up
 from common.train import run_dir as rd
-from common.train.programs import check_rows, prepare
+from common.train.programs import check_rows, make_programs
 from experiments.config import Experiment
 from experiments.models.initial import check_initial, check_tokenizers
 from experiments.running.console import Harmless, Progress
@@ -104,7 +104,7 @@ def check_devices(experiment: Experiment, arms: Iterable[str]) -> None:
     """Raises UserError where the mesh asks for more devices than there are, or does not divide rows or parameters."""
     for name in arms:
         setup = make_setup(experiment, experiment.arms[name])
-        prepare(setup)
+        make_programs(setup)
         check_rows(setup)
 
 

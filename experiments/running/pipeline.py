@@ -35,7 +35,7 @@ from common.sharding.hosts import on_first_process
 from common.train import run_dir as rd
 from common.train.config import only_how
 from common.train.loop import Fitted, fit
-from common.train.programs import Setup, check_rows, lower_step, prepare
+from common.train.programs import Setup, check_rows, lower_step, make_programs
 from common.train.record import last_losses
 from common.train.task import Task, Watcher
 from experiments.config import Arm, Experiment
@@ -84,7 +84,7 @@ def _rows_here(experiment: Experiment) -> list[int]:
     arm = next(iter(experiment.arms.values()))
     setup = make_setup(experiment, arm)
     check_rows(setup)
-    return prepare(setup).held
+    return make_programs(setup).held
 
 
 def make_setup(experiment: Experiment, arm: Arm) -> Setup:
@@ -271,4 +271,4 @@ def _result(
 def compiled_step(experiment: Experiment, arm: Arm) -> jax.stages.Compiled:
     """The arm's training step, compiled ahead of time for the experiment's mesh; no data is needed."""
     setup = make_setup(experiment, arm)
-    return lower_step(setup, prepare(setup)).compile()
+    return lower_step(setup, make_programs(setup)).compile()

@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks import gpt_peer
 from common.train.config import AdamW
-from common.train.programs import prepare
+from common.train.programs import make_programs
 from common.train.state import init_state
 from tests.helpers import gpt
 
@@ -22,7 +22,7 @@ def test_steps_agree() -> None:
     optimizer = AdamW(weight_decay=0.5, clip_norm=0.5, epsilon=0.01)
     config = gpt(num_layers=2, num_kv_heads=4)
     setup = gpt_peer.make_setup(config, optimizer, LEARNING_RATE, rows=4, length=16)
-    programs, batch = prepare(setup), gpt_peer.random_batch(setup)
+    programs, batch = make_programs(setup), gpt_peer.random_batch(setup)
     model = torch_peer.Decoder(config, length=16)
     after = torch_peer.Decoder(config, length=16)
     with jax.set_mesh(programs.mesh):

@@ -16,7 +16,7 @@ from common.files import read_rows
 from common.sharding.shape import MeshShape
 from common.train import run_dir as rd
 from common.train.checkpoints import Checkpoints
-from common.train.programs import prepare
+from common.train.programs import make_programs
 from common.train.state import abstract_state
 from experiments.running.pipeline import make_setup
 from tests.distributed.launch import Job, flags, launched
@@ -75,7 +75,7 @@ def final_state(folder: Path, run_dir: Path, arm: str, mesh: MeshShape) -> list[
     """All arrays of the last checkpoint, read onto `mesh` by this process."""
     experiment = tiny_experiment(folder)
     experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, mesh=mesh))
-    made = prepare(make_setup(experiment, experiment.arms[arm]))
+    made = make_programs(make_setup(experiment, experiment.arms[arm]))
     abstract = abstract_state(made.model, made.optimizer, made.shardings)
     with contextlib.closing(Checkpoints(run_dir / arm / rd.CHECKPOINTS, keep_last=2)) as found:
         restored = found.restore(abstract, seed=experiment.train.seed)

@@ -12,7 +12,7 @@ from common.compute.hlo import Program, parse, parse_lowered
 from common.compute.length_sums import LengthSums
 from common.compute.traffic import memory_traffic, product_flops
 from common.recipe import Execution
-from common.train.programs import lower_step, prepare
+from common.train.programs import lower_step, make_programs
 from experiments.config import Arm, Experiment
 from experiments.running.pipeline import make_setup
 from t5like.config import RUNGS
@@ -49,7 +49,7 @@ def lowered(experiment: Experiment, arm: Arm, **execution: Any) -> Program:
     chosen = dataclasses.replace(experiment.train.execution, attention="plain", **execution)
     train = dataclasses.replace(experiment.train, execution=chosen)
     setup = make_setup(dataclasses.replace(experiment, train=train), arm)
-    return parse_lowered(lower_step(setup, prepare(setup)))
+    return parse_lowered(lower_step(setup, make_programs(setup)))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from common.sharding.shape import MeshShape
-from common.train.programs import lower_step, prepare
+from common.train.programs import lower_step, make_programs
 from common.train.state import abstract_state
 from tests.tiny import EXECUTION, jax_settings, setup, tiny, train_config
 
@@ -63,7 +63,7 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     execution = dataclasses.replace(EXECUTION, scan_layers=True, remat="full", loss_chunk=CHUNK)
     made_of = setup(model, train_config(mesh=mesh, execution=execution))
     made_of = dataclasses.replace(made_of, row_slots=(ROWS, INPUTS, TARGETS))
-    made = prepare(made_of)
+    made = make_programs(made_of)
     folder = tmp_path_factory.mktemp("hlo")
     options = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True, "xla_dump_hlo_pass_re": "spmd-partitioning"}
     with jax_settings({"jax_enable_compilation_cache": False}):  # what is taken from the cache is not dumped

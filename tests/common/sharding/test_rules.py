@@ -20,7 +20,7 @@ from common.sharding.rules import (
     strategy,
 )
 from common.sharding.shape import MESH_AXES, ROW_AXES, MeshShape
-from common.train.programs import prepare
+from common.train.programs import make_programs
 from tests.tiny import setup, tiny, train_config
 
 
@@ -68,7 +68,7 @@ def test_an_unknown_logical_axis_is_an_error() -> None:
 
 @pytest.mark.parametrize("family", ["gpt", "t5like"])
 def test_every_parameter_has_an_axis_a_dimension(family: str) -> None:
-    made = prepare(setup(tiny(family), train_config(mesh=MeshShape(data=2, fsdp=2, tensor=2))))
+    made = make_programs(setup(tiny(family), train_config(mesh=MeshShape(data=2, fsdp=2, tensor=2))))
     shardings = jax.tree.leaves(parameter_shardings(made.mesh, made.model.logical_axes))
     shapes = jax.tree.leaves(made.model.shapes)
     assert all(len(s.spec) == len(x.shape) for s, x in zip(shardings, shapes, strict=True))
@@ -131,4 +131,4 @@ def test_a_mesh_larger_than_the_machine() -> None:
 )
 def test_a_mesh_that_does_not_divide_a_parameter(mesh: MeshShape, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        prepare(setup(tiny("gpt"), train_config(mesh=mesh)))
+        make_programs(setup(tiny("gpt"), train_config(mesh=mesh)))

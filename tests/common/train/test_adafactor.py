@@ -26,7 +26,7 @@ from common.train.checkpoints import Checkpoints, Progress
 from common.train.config import Adafactor, Budget, InverseSqrt, Linear
 from common.train.loop import fit
 from common.train.optimizer import make_optimizer, make_schedule
-from common.train.programs import prepare
+from common.train.programs import make_programs
 from common.train.state import TrainState, abstract_state, init_state, state_shardings
 from common.trees import flatten
 from tests.tiny import Observer, setup, task, tiny, train_config
@@ -280,7 +280,7 @@ def test_t5s_whole_recipe_trains(tmp_path: Path) -> None:
     fitted = fit(made, tmp_path, Observer())
     (row,) = read_rows(tmp_path / rd.METRICS)
     assert math.isfinite(row["loss"]) and row["learning_rate"] == pytest.approx(0.01)
-    programs = prepare(made.setup)
+    programs = make_programs(made.setup)
     before = flatten(init_state(programs.model, programs.optimizer, config.seed, programs.shardings).params)
     for name, after in flatten(fitted.params).items():
         old, new = np.asarray(before[name], np.float64), np.asarray(after, np.float64)
@@ -290,7 +290,7 @@ def test_t5s_whole_recipe_trains(tmp_path: Path) -> None:
 
 def test_its_state_is_a_small_part_of_adams() -> None:
     def size(**change: Any) -> int:
-        programs = prepare(setup(tiny("t5like"), train_config(**change)))
+        programs = make_programs(setup(tiny("t5like"), train_config(**change)))
         state = jax.eval_shape(programs.optimizer.init, programs.model.shapes)
         return sum(math.prod(x.shape) for x in jax.tree.leaves(state))
 

@@ -20,7 +20,7 @@ from common.train.anomalies import Judge, spike_limit
 from common.train.checkpoints import Checkpoints
 from common.train.config import Anomalies
 from common.train.loop import Fitted, fit
-from common.train.programs import prepare
+from common.train.programs import make_programs
 from common.train.state import init_state
 from common.train.task import Stream, Task
 from experiments.running.pipeline import compiled_step
@@ -117,7 +117,7 @@ def test_verdicts(value: float) -> None:
 @pytest.mark.parametrize("spoilt", ["nan", "infinite weights", "limit"])
 def test_a_guarded_step_keeps_the_state_to_the_bit(spoilt: str) -> None:
     setup = task("gpt", anomalies=Anomalies(on_nonfinite="skip")).setup
-    made = prepare(setup)
+    made = make_programs(setup)
     with jax.set_mesh(made.mesh):
         state = init_state(made.model, made.optimizer, 0, made.shardings)
         host = loader().batch(0).batch
@@ -248,7 +248,9 @@ def test_a_spike(policy: Any, tmp_path: Path) -> None:
 
 def test_with_policies_off_the_step_is_what_it_was() -> None:
     """No guard is in the program."""
-    plain, off = (prepare(task("gpt", **change).setup) for change in ({}, {"anomalies": Anomalies(on_spike="stop")}))
+    plain, off = (
+        make_programs(task("gpt", **change).setup) for change in ({}, {"anomalies": Anomalies(on_spike="stop")})
+    )
     assert plain.train_step.__wrapped__.__qualname__ == off.train_step.__wrapped__.__qualname__
 
 

@@ -20,11 +20,11 @@ from common.model import skeleton
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
 from common.train import run_dir as rd
-from common.train.config import Adafactor, AdamW, Budget, Constant, Fresh, Rename, Resize, Rule
-from common.train.init_from import load_parameters, make_plan
+from common.train.config import Adafactor, AdamW, Budget, Constant, Fresh, InitRule, Rename, Resize
+from common.train.init_from import load_parameters, make_load_plan
 from common.train.loop import Fitted, fit
 from common.train.state import check_divides, init_state, state_shardings
-from common.train.stored import FolderParameters, RunParameters, Stored
+from common.train.stored import FolderParameters, RunParameters, StoredParameters
 from common.train.task import Initial, Task
 from common.trees import flatten
 from common.weights.folder import write_folder
@@ -61,7 +61,7 @@ def fresh(model: Any = MODEL, seed: int = 0) -> Any:
     return init_state(model, optax.identity(), seed, shardings).params
 
 
-def load(stored: Stored, model: Any = MODEL, mesh: MeshShape = ONE_DEVICE, **how: Any) -> Any:
+def load(stored: StoredParameters, model: Any = MODEL, mesh: MeshShape = ONE_DEVICE, **how: Any) -> Any:
     return load_parameters(stored, model, check_divides(model, make_mesh(mesh)), **how)
 
 
@@ -236,10 +236,10 @@ def without(*names: str) -> dict[str, tuple[int, ...]]:
     ids=["missing", "shapes", "renamed", "both-axes", "rank", "unmatched-rule", "no-axis", "wrong-rename"],
 )
 def test_what_is_not_accounted_for_is_listed(
-    stored: dict[str, tuple[int, ...]], rules: tuple[Rule, ...], said: list[str]
+    stored: dict[str, tuple[int, ...]], rules: tuple[InitRule, ...], said: list[str]
 ) -> None:
     with pytest.raises(UserError) as caught:
-        make_plan(SHAPES, AXES, stored, rules, "somewhere")
+        make_load_plan(SHAPES, AXES, stored, rules, "somewhere")
     for text in said:
         assert text in str(caught.value)
 
@@ -248,11 +248,11 @@ def test_the_advice_works() -> None:
     """The rules that the message proposes are rules by which it loads."""
     stored = {**without(HEAD, "final_norm.scale_D"), TABLE: (64, 16), "final_norms.scale_D": (16,)}
     with pytest.raises(UserError) as caught:
-        make_plan(SHAPES, AXES, stored, (), "somewhere")
+        make_load_plan(SHAPES, AXES, stored, (), "somewhere")
     listed = json.loads(str(caught.value).partition("init.rules=")[2])
     kinds = {"fresh": Fresh, "rename": Rename, "resize": Resize}
     rules = tuple(kinds[rule["kind"]](**rule) for rule in listed)
-    plan = make_plan(SHAPES, AXES, stored, rules, "somewhere")
+    plan = make_load_plan(SHAPES, AXES, stored, rules, "somewhere")
     assert plan.fresh == (HEAD,) and plan.resized == {TABLE: 0} and plan.unused == ()
 
 
@@ -299,7 +299,7 @@ def test_changed_numbers_are_noticed(source: tuple[Path, Fitted], tmp_path: Path
 # --- The run that follows
 
 
-def tuned(folder: Path, rules: tuple[Rule, ...] = (), **change: Any) -> Task:
+def tuned(folder: Path, rules: tuple[InitRule, ...] = (), **change: Any) -> Task:
     """A new run, with another optimizer, schedule and data, that begins as the run in `folder`."""
     settings = {
         "optimizer": Adafactor(),
@@ -312,7 +312,7 @@ def tuned(folder: Path, rules: tuple[Rule, ...] = (), **change: Any) -> Task:
     return dataclasses.replace(made, initial=Initial(open=lambda: stored_run(folder), rules=rules))
 
 
-def never() -> Stored:
+def never() -> StoredParameters:
     raise AssertionError("the source was opened")
 
 

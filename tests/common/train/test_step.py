@@ -14,7 +14,7 @@ from common.data.batch import Batch
 from common.sharding.rules import Strategy
 from common.sharding.shape import MeshShape
 from common.train.config import AdamW, Linear
-from common.train.programs import Programs, prepare
+from common.train.programs import Programs, make_programs
 from common.train.state import TrainState, init_state
 from tests.helpers import close, random_rows
 from tests.tiny import INPUTS, RECIPE, ROWS, TARGETS, setup, tiny, train_config
@@ -53,7 +53,9 @@ def programs(
         accumulation=accumulation,
         seed=seed,
     )
-    return prepare(setup(tiny(family, dataclasses.replace(RECIPE, dropout=dropout, positions=positions)), train, RATE))
+    return make_programs(
+        setup(tiny(family, dataclasses.replace(RECIPE, dropout=dropout, positions=positions)), train, RATE)
+    )
 
 
 @functools.cache

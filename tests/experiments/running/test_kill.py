@@ -19,7 +19,7 @@ import pytest
 from common.files import read_rows
 from common.train import run_dir as rd
 from common.train.checkpoints import Checkpoints
-from common.train.programs import prepare
+from common.train.programs import make_programs
 from common.train.state import abstract_state
 from experiments.running.pipeline import make_setup
 from tests.experiments.tiny_experiment import STEPS, tiny_experiment, write_data
@@ -82,7 +82,7 @@ def finished(folder: Path, arm: str, *run_dirs: Path) -> str:
 def final_state(folder: Path, arm: str, run_dir: Path) -> Any:
     """All arrays of the last checkpoint: parameters, optimizer, step."""
     experiment = tiny_experiment(folder)
-    made = prepare(make_setup(experiment, experiment.arms[arm]))
+    made = make_programs(make_setup(experiment, experiment.arms[arm]))
     abstract = abstract_state(made.model, made.optimizer, made.shardings)
     with contextlib.closing(Checkpoints(run_dir / arm / rd.CHECKPOINTS, keep_last=experiment.train.keep_last)) as found:
         restored = found.restore(abstract, seed=experiment.train.seed)
