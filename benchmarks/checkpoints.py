@@ -15,10 +15,10 @@ from common.config import to_json
 from common.data.batch import Batch, HostBatch
 from common.files import read_rows
 from common.recipe import Execution, Recipe
-from common.train import run_dir as rd
 from common.train.config import Budget, Constant, TrainConfig
 from common.train.loop import fit
 from common.train.programs import Setup
+from common.train.run_files import RunFiles
 from common.train.task import Task
 from experiments.families import builder
 from gpt.config import GptConfig
@@ -135,9 +135,9 @@ def measure(saves: int, advance: Callable[[int], None]) -> Saves:
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder)
         fit(task, run_dir, _Watcher(advance))
-        newest = run_dir / rd.CHECKPOINTS / str(steps)
+        newest = run_dir / RunFiles.CHECKPOINTS / str(steps)
         state_bytes = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
-        return _saves(read_rows(run_dir / rd.TIMINGS), saves, state_bytes)
+        return _saves(read_rows(run_dir / RunFiles.TIMINGS), saves, state_bytes)
 
 
 def _saves(rows: list[dict[str, Any]], saves: int, state_bytes: int) -> Saves:

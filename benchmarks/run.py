@@ -29,7 +29,7 @@ from benchmarks.side_by_side import SideBySide, compare
 from benchmarks.train_step import Parts, time_arm, time_loader
 from common.files import write_json
 from common.report.units import percent, si
-from common.train.run_dir import environment
+from common.train.environment import environment
 from experiments.first_light import first_light
 
 INSTALL = f"{sys.executable} -m pip install torch --index-url https://download.pytorch.org/whl/cpu"

@@ -87,16 +87,33 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
     return _restore(type(config), data, path="", defaults=True)
 
 
-def difference(old: Any, new: Any) -> list[str]:
-    """Returns one line for each value that differs between two JSON configs.
+ABSENT = "(absent)"
 
-    >>> difference({"steps": 10, "model": {"d_ff": 4, "bias": True}}, {"steps": 20, "model": {"d_ff": 4}})
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """One value that differs between two JSON configs."""
+
+    path: str
+    """Dotted path of the field."""
+    before: str
+    """JSON text, or `ABSENT`."""
+    after: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.before} -> {self.after}"
+
+
+def difference(old: Any, new: Any) -> list[Change]:
+    """Returns the values that differ between two JSON configs.
+
+    >>> found = difference({"steps": 10, "model": {"d_ff": 4, "bias": True}}, {"steps": 20, "model": {"d_ff": 4}})
+    >>> [str(change) for change in found]
     ['steps: 10 -> 20', 'model.bias: true -> (absent)']
     """
     before, after = dict(_leaves(old)), dict(_leaves(new))
-    absent = "(absent)"
-    pairs = {path: (before.get(path, absent), after.get(path, absent)) for path in {**before, **after}}
-    return [f"{path}: {a} -> {b}" for path, (a, b) in pairs.items() if a != b]
+    pairs = {path: (before.get(path, ABSENT), after.get(path, ABSENT)) for path in {**before, **after}}
+    return [Change(path, a, b) for path, (a, b) in pairs.items() if a != b]
 
 
 def _leaves(data: Any, path: str = "") -> Iterator[tuple[str, str]]:

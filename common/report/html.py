@@ -18,6 +18,7 @@ from common.report.certificate import certify_run, flatten
 from common.report.run_files import ArmRun, Run, read_run
 from common.report.units import duration, percent, si
 from common.report.verdicts import Example, caveat, headline, pair_examples, verdicts
+from common.train.run_files import ExperimentFiles
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -31,7 +32,7 @@ def write_report(run_dir: Path) -> Path:
 
     The same files give the same bytes. Raises `UserError` naming the file where one is missing or broken.
     """
-    path = run_dir / "report.html"
+    path = run_dir / ExperimentFiles.REPORT
     write_atomically(path, render(read_run(run_dir)).encode())
     return path
 

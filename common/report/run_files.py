@@ -9,13 +9,13 @@ from common.errors import UserError
 from common.files import plain_name
 from common.json_text import parse_json
 from common.report.results import ArmResult
+from common.train.run_files import ExperimentFiles, RunFiles
 from common.train.schema import check_schema
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 T = TypeVar("T")
-EXPERIMENT, RESULT = "experiment.json", "result.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,14 +85,14 @@ def read_run(run_dir: Path) -> Run:
     Raises `UserError` naming the file, and the line where it has lines, for whatever is missing, unreadable or not of
     the expected form.
     """
-    path = run_dir / EXPERIMENT
+    path = run_dir / ExperimentFiles.EXPERIMENT
     experiment = _read_described(path)
     arms = experiment.get("arms")
     if not isinstance(arms, dict) or not arms:
         raise UserError(f'{path}: has no "arms"; run the comparison again in a fresh run directory')
     for name in arms:
         plain_name(name, f"{path}: arms")
-    done = [name for name in arms if (run_dir / name / RESULT).exists()]
+    done = [name for name in arms if (run_dir / name / RunFiles.RESULT).exists()]
     if not done:
         raise UserError(f"{run_dir} has no finished arm: repeat the run's command, which resumes it")
     return Run(
@@ -105,15 +105,15 @@ def read_run(run_dir: Path) -> Run:
 def _read_arm(arm_dir: Path) -> ArmRun:
     from pydantic import TypeAdapter
 
-    result = arm_dir / RESULT
+    result = arm_dir / RunFiles.RESULT
     return ArmRun(
         name=arm_dir.name,
         result=_parse(TypeAdapter(ArmResult), _read(result), result),
-        config=_read_described(arm_dir / "config.json"),
-        environment=_read_object(arm_dir / "environment.json"),
-        metrics=_read_rows(MetricsRow, arm_dir / "metrics.jsonl"),
-        timings=_read_rows(TimingRow, arm_dir / "timings.jsonl"),
-        samples=_read_rows(Sample, arm_dir / "samples.jsonl"),
+        config=_read_described(arm_dir / RunFiles.CONFIG),
+        environment=_read_object(arm_dir / RunFiles.ENVIRONMENT),
+        metrics=_read_rows(MetricsRow, arm_dir / RunFiles.METRICS),
+        timings=_read_rows(TimingRow, arm_dir / RunFiles.TIMINGS),
+        samples=_read_rows(Sample, arm_dir / RunFiles.SAMPLES),
     )
 
 
@@ -127,7 +127,7 @@ def _read(path: Path) -> str:
 
 
 def _mend(path: Path) -> str:
-    what = "it" if path.name == EXPERIMENT else f"the folder {path.parent}"
+    what = "it" if path.name == ExperimentFiles.EXPERIMENT else f"the folder {path.parent}"
     return f"delete {what} and repeat the run's command"
 
 

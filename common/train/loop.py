@@ -29,6 +29,7 @@ from common.train.preemption import Preempted, noticed
 from common.train.profile import Profile
 from common.train.programs import Counts, Programs, Setup, check_rows, lower_step, make_programs
 from common.train.record import WARM_UP, Clock, MetricsLog
+from common.train.run_files import RunFiles
 from common.train.saving import Saving
 from common.train.state import TrainState, abstract_state, init_state, state_of
 from common.train.step import Metrics
@@ -61,17 +62,17 @@ def fit(task: Task, run_dir: Path, watcher: Watcher) -> Fitted:
     check_rows(task.setup)
     _check_validation(task)
     began, patience = time.time(), task.setup.train.patience
-    stacks = run_dir / f"stacks-{jax.process_index()}.txt"
+    stacks = run_dir / RunFiles.stacks(jax.process_index())
     with (
         contextlib.ExitStack() as hold,
         watched(stacks, patience.stall_seconds) as alive,
-        noticed(patience.preemption_seconds, lambda: last_good(run_dir / rd.CHECKPOINTS)) as asked_to_end,
+        noticed(patience.preemption_seconds, lambda: last_good(run_dir / RunFiles.CHECKPOINTS)) as asked_to_end,
     ):
         for warning in on_first_process(lambda: _claim(task, run_dir, hold)):
             watcher.note(f"warning: {warning}")
         _check_same(task, run_dir)
         programs = make_programs(task.setup)
-        checkpoints = Checkpoints(run_dir / rd.CHECKPOINTS, keep_last=task.setup.train.keep_last)
+        checkpoints = Checkpoints(run_dir / RunFiles.CHECKPOINTS, keep_last=task.setup.train.keep_last)
         with contextlib.closing(checkpoints), jax.set_mesh(programs.mesh):
             state, progress = _start(task, programs, checkpoints, run_dir, watcher)
             if progress.consumed_batches < task.setup.steps:
@@ -103,9 +104,9 @@ def _claim(task: Task, run_dir: Path, hold: contextlib.ExitStack) -> list[str]:
 def _check_same(task: Task, run_dir: Path) -> None:
     """Raises UserError, in all processes, where one of them is about to train something else."""
     give_up = time.monotonic() + SEEN_SECONDS
-    while not (run_dir / rd.CONFIG).is_file() and time.monotonic() < give_up:
+    while not (run_dir / RunFiles.CONFIG).is_file() and time.monotonic() < give_up:
         time.sleep(0.1)
-    if blind := processes_where(not (run_dir / rd.CONFIG).is_file()):
+    if blind := processes_where(not (run_dir / RunFiles.CONFIG).is_file()):
         raise UserError(f"process {blind[0]} does not see {run_dir}: --run-dir must be one that all processes share")
     moved = rd.changes(on_first_process(lambda: task.config | task.data), task.config | task.data)
     if others := processes_where(bool(moved)):
@@ -146,7 +147,7 @@ def _begin(task: Task, programs: Programs, run_dir: Path, watcher: Watcher) -> T
     )
     watcher.note(f"begins as {stored.origin}: {plan}")
     if is_first():
-        write_json(run_dir / rd.INITIAL, {"origin": stored.origin, **dataclasses.asdict(plan)})
+        write_json(run_dir / RunFiles.INITIAL, {"origin": stored.origin, **dataclasses.asdict(plan)})
     return state_of(params, programs.optimizer, programs.shardings)
 
 
@@ -217,7 +218,7 @@ class _Run:
             ),
         )
         profile = Profile(
-            self.run_dir / "profile",
+            self.run_dir / RunFiles.PROFILE,
             first=first + 1 + WARM_UP,
             steps=self.task.profile_steps if is_first() else 0,
             note=self.watcher.note,
@@ -306,7 +307,7 @@ class _Run:
             raise UserError(f"{said}{many}; stopped, {self.checkpoints.last_good()}")
         if verdict == "roll_back":
             if is_first():
-                rd.leave_out(self.run_dir, {"step": step, "first": first, **computed})
+                rd.note_rollback(self.run_dir, {"step": step, "first": first, **computed})
             self.watcher.note(f"{said}; rolled back, batches {first} to {step} are left out")
             raise _RolledBack
         self.watcher.note(f"{said}; left out")

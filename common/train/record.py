@@ -15,11 +15,11 @@ from common.compute.length_sums import LengthSums
 from common.errors import UserError
 from common.files import read_rows
 from common.sharding.hosts import is_first
-from common.train import run_dir as rd
 from common.train.checkpoints import Progress
 from common.train.optimizer import make_schedule
 from common.train.programs import Setup
 from common.train.rows import JsonLines
+from common.train.run_files import RunFiles
 from common.train.storage import patiently
 
 WARM_UP = 2
@@ -134,13 +134,13 @@ def last_losses(run_dir: Path, steps: int) -> tuple[float, float]:
 
     Raises UserError where `metrics.jsonl` does not hold them.
     """
-    rows = read_rows(run_dir / rd.METRICS)
+    rows = read_rows(run_dir / RunFiles.METRICS)
     last = rows[-1] if rows else {}
     learnt = [row["loss"] for row in rows if "loss" in row][-max(1, steps // 10) :]
     if last.get("step") != steps or "validation_loss" not in last or not learnt:
         raise UserError(
-            f"{run_dir / rd.METRICS} lacks the row of step {steps}, the last: something else removed or changed it; "
-            f"without {run_dir / rd.CHECKPOINTS / str(steps)} the same command trains the last steps again"
+            f"{run_dir / RunFiles.METRICS} lacks the row of the last step, {steps}: something else changed the file; "
+            f"without {run_dir / RunFiles.CHECKPOINTS / str(steps)} the same command trains the last steps again"
         )
     return sum(learnt) / len(learnt), last["validation_loss"]
 
@@ -177,7 +177,7 @@ class MetricsLog:
         first = progress.consumed_batches
         self.files = [
             self._patiently(partial(JsonLines, run_dir / name, keep_through_step=first))
-            for name in ((rd.METRICS, rd.TIMINGS) if is_first() else ())
+            for name in ((RunFiles.METRICS, RunFiles.TIMINGS) if is_first() else ())
         ]
         for file in self.files:
             if file.lost:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from common.errors import UserError, nearest
 from common.paths import check_folder, user_path
 from common.terminal import harmless
+from common.train.run_files import ExperimentFiles, RunFiles
 from experiments.cli.arguments import RUNS, parsers, take_late_overrides
 from experiments.cli.endings import ending
 from experiments.cli.options import check_text
@@ -115,7 +116,7 @@ def _arm_of(model: str, arm: str) -> str:
     """The arm's own directory where `model` is that of a whole comparison, `DIR` or `DIR@STEP`; else `model` itself."""
     run_dir = re.sub(r"@\d+$", "", model)
     own = f"{Path(run_dir) / arm}{model.removeprefix(run_dir)}"
-    return own if (user_path(run_dir) / arm / "config.json").is_file() else model
+    return own if (user_path(run_dir) / arm / RunFiles.CONFIG).is_file() else model
 
 
 def _list(options: argparse.Namespace) -> None:
@@ -304,7 +305,7 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _is_run(path: Path) -> bool:
-    return (path / "experiment.json").is_file()
+    return (path / ExperimentFiles.EXPERIMENT).is_file()
 
 
 COMMANDS = {

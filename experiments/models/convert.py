@@ -9,7 +9,7 @@ from typing import Any
 from common.config import to_json
 from common.errors import UserError, nearest
 from common.files import read_json
-from common.train import run_dir as rd
+from common.train.run_files import RunFiles
 from common.weights import folder as model_folder
 from common.weights.folder import FolderWriter, scratch_folder, write_folder
 from common.weights.mapping import Checkpoint, Table, match
@@ -80,7 +80,7 @@ def _into_folder(
     """Makes a model folder; the last remark says what it is."""
     if is_checkpoint(source):
         return _from_t5x(source, destination, progress, config_name, tokenizer)
-    if (_without_step(source) / rd.ENVIRONMENT).is_file():
+    if (_without_step(source) / RunFiles.ENVIRONMENT).is_file():
         return folder_from_run(str(source), destination, progress)
     _refuse_unreadable(source)
     return _from_hugging_face(source, destination, progress)

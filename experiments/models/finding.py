@@ -26,6 +26,7 @@ from common.paths import user_path
 from common.recipe import Execution
 from common.train import run_dir as rd
 from common.train.init_from import load_parameters
+from common.train.run_files import ExperimentFiles, RunFiles
 from common.train.state import check_divides
 from common.train.stored import FolderParameters, RunParameters, StoredParameters
 from common.weights import folder
@@ -136,9 +137,9 @@ def find_model(path: str) -> Found:
 def _find(where: Path, step: int | None) -> Found:
     if step is None and folder.is_folder(where):
         return _in_folder(where)
-    if step is None and where.name.isdecimal() and where.parent.name == rd.CHECKPOINTS:
+    if step is None and where.name.isdecimal() and where.parent.name == RunFiles.CHECKPOINTS:
         where, step = where.parent.parent, int(where.name)
-    if (where / rd.CONFIG).is_file() and (where / rd.ENVIRONMENT).is_file():
+    if (where / RunFiles.CONFIG).is_file() and (where / RunFiles.ENVIRONMENT).is_file():
         return _of_run(where, step)
     raise UserError(_no_model(where, step))
 
@@ -181,18 +182,18 @@ class _RunDescription:
 
 
 def _of_run(arm_dir: Path, step: int | None) -> Found:
-    described = rd.read_described(arm_dir / rd.CONFIG)
+    described = rd.read_described(arm_dir / RunFiles.CONFIG)
     try:
         run = from_json(_RunDescription, {key: described[key] for key in ("model", "data")})
     except (KeyError, TypeError, UserError) as error:
-        raise UserError(f"{arm_dir / rd.CONFIG} is not of this version: {error}") from None
+        raise UserError(f"{arm_dir / RunFiles.CONFIG} is not of this version: {error}") from None
     return Found(
         config=run.model,
-        parameters=RunParameters(arm_dir / rd.CHECKPOINTS, step),
+        parameters=RunParameters(arm_dir / RunFiles.CHECKPOINTS, step),
         open_text=functools.partial(_text_of_run, arm_dir, run.data),
         row_length=run.data.input_length + run.data.target_length,
         # Byte pairs' special tokens are not in the file.
-        tokenizer_path=str(kept) if (kept := arm_dir / rd.TOKENIZER / MODEL).is_file() else None,
+        tokenizer_path=str(kept) if (kept := arm_dir / RunFiles.TOKENIZER / MODEL).is_file() else None,
     )
 
 
@@ -215,10 +216,10 @@ def tokenizer_of_run(arm_dir: Path, data: DataConfig) -> Tokenizer:
 
     Raises UserError if the run was trained with another one.
     """
-    then = read_object(arm_dir / rd.ENVIRONMENT).get("tokenizer_hash")
-    if (arm_dir / rd.TOKENIZER).is_dir():
-        tokenizer = load_saved(arm_dir / rd.TOKENIZER)
-        source = f"{rd.TOKENIZER}/ holds"
+    then = read_object(arm_dir / RunFiles.ENVIRONMENT).get("tokenizer_hash")
+    if (arm_dir / RunFiles.TOKENIZER).is_dir():
+        tokenizer = load_saved(arm_dir / RunFiles.TOKENIZER)
+        source = f"{RunFiles.TOKENIZER}/ holds"
         cause = "without that folder, its data config gives the tokenizer again where its data are still there"
     else:
         cache_dir = default_cache_dir()
@@ -330,8 +331,8 @@ def _no_model(path: Path, step: int | None) -> str:
         return f"{path} is a file; expected {wanted}"
     if step is not None and folder.is_folder(path):
         return f"{path} is a model folder, which has no steps: leave out @{step}"
-    arms = sorted(str(config.parent) for config in path.glob(f"*/{rd.CONFIG}"))
-    if (path / "experiment.json").is_file() and arms:
+    arms = sorted(str(config.parent) for config in path.glob(f"*/{RunFiles.CONFIG}"))
+    if (path / ExperimentFiles.EXPERIMENT).is_file() and arms:
         return f"{path} is a whole comparison's directory: name one of its arms, {', '.join(arms)}"
     if is_checkpoint(path):
         return f"{path} is a T5X checkpoint: `twinstack convert` makes a model folder of it"

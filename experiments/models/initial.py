@@ -11,8 +11,8 @@ from common.data.tokenizers.pieces import differing_ids, piece
 from common.data.tokenizers.tokenizer import Tokenizer
 from common.errors import UserError
 from common.model import Skeleton, skeleton
-from common.train import run_dir as rd
 from common.train.init_from import check_rules, loads_tables
+from common.train.run_files import RunFiles
 from common.train.stored import has_checkpoint
 from common.train.task import Initial
 from experiments.config import Arm, Experiment, ModelConfig
@@ -84,7 +84,7 @@ def _beginning(
     """Arms that read another model: name, arm, that model, and what is made of it."""
     for name in experiment.arms if arms is None else arms:
         arm = experiment.arms[name]
-        if arm.init is None or (run_dir is not None and has_checkpoint(run_dir / name / rd.CHECKPOINTS)):
+        if arm.init is None or (run_dir is not None and has_checkpoint(run_dir / name / RunFiles.CHECKPOINTS)):
             continue
         yield name, arm, find_model(arm.init.path), skeleton(builder(arm.model, experiment.train.execution))
 

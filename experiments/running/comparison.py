@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.panel import Panel
 
-from common.config import to_json
+from common.config import Change, to_json
 from common.data.cache import default_cache_dir
 from common.errors import UserError
 from common.files import write_json
@@ -20,6 +20,7 @@ from common.sharding.hosts import is_first, on_first_process
 from common.terminal import marked_up
 from common.train import run_dir as rd
 from common.train.programs import check_rows, make_programs
+from common.train.run_files import ExperimentFiles, RunFiles
 from experiments.config import Experiment
 from experiments.models.initial import check_initial, check_tokenizers
 from experiments.running.console import Harmless, Progress
@@ -32,8 +33,6 @@ from experiments.running.pipeline import (
     train_arm,
 )
 from experiments.running.scored_splits import ScoredSplit, open_tests
-
-EXPERIMENT = "experiment.json"
 
 
 def train(experiment: Experiment, arm: str, run_dir: Path, *, profile_steps: int = 0) -> None:
@@ -89,7 +88,7 @@ def report(run_dir: Path, figure: Path | None = None) -> Path:
     from common.report.html import write_figure, write_report
     from common.report.run_files import read_run
 
-    check_file(run_dir / "report.html", "the report")
+    check_file(run_dir / ExperimentFiles.REPORT, "the report")
     if figure is not None:
         check_file(figure, "--figure")
     if lacking := read_run(run_dir).unfinished:
@@ -112,16 +111,16 @@ def _begin(experiment: Experiment, run_dir: Path, arms: Sequence[str]) -> Consol
     prepare_jax()
     experiment.check_arms(arms)
     check_devices(experiment, arms)
-    path = run_dir / EXPERIMENT
+    path = run_dir / ExperimentFiles.EXPERIMENT
 
     def check_directory() -> None:
-        begun = any(rd.has_begun(config.parent) for config in run_dir.glob(f"*/{rd.CONFIG}"))
+        begun = any(rd.has_begun(config.parent) for config in run_dir.glob(f"*/{RunFiles.CONFIG}"))
         if not (begun and path.exists()):
             return
-        lines = rd.refused(rd.read_described(path), rd.described(to_json(experiment)))
-        if lines := [line for line in lines if not _only_scores(line)]:
+        changes = rd.identity_changes(rd.read_described(path), rd.described(to_json(experiment)))
+        if changes := [change for change in changes if not _only_scores(change)]:
             raise UserError(
-                f"{run_dir} holds another config of {experiment.name} ({'; '.join(lines)}): "
+                f"{run_dir} holds another config of {experiment.name} ({'; '.join(map(str, changes))}): "
                 "choose another --run-dir, or remove it"
             )
 
@@ -136,9 +135,9 @@ def _begin(experiment: Experiment, run_dir: Path, arms: Sequence[str]) -> Consol
     return console
 
 
-def _only_scores(change: str) -> bool:
+def _only_scores(change: Change) -> bool:
     """Whether a change of a config touches what finished models are scored on, and nothing that trains them."""
-    return change.startswith("evaluation.") and not change.startswith("evaluation.validation_batches")
+    return change.path.startswith("evaluation.") and not change.path.startswith("evaluation.validation_batches")
 
 
 def prepare_jax() -> None:
@@ -168,7 +167,7 @@ def _data(
 
 def _claim(experiment: Experiment, run_dir: Path) -> None:
     """Makes the directory the experiment's: from here on what is wrong would show in training alone."""
-    on_first_process(lambda: write_json(run_dir / EXPERIMENT, rd.described(to_json(experiment))))
+    on_first_process(lambda: write_json(run_dir / ExperimentFiles.EXPERIMENT, rd.described(to_json(experiment))))
 
 
 def _train_and_score(

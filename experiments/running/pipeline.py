@@ -32,11 +32,11 @@ from common.files import read_json, read_rows, write_json, write_rows
 from common.report.certificate import flatten
 from common.report.results import ArmResult, Flops
 from common.sharding.hosts import on_first_process
-from common.train import run_dir as rd
 from common.train.config import only_how
 from common.train.loop import Fitted, fit
 from common.train.programs import Setup, check_rows, lower_step, make_programs
 from common.train.record import last_losses
+from common.train.run_files import RunFiles
 from common.train.task import Task, Watcher
 from experiments.config import Arm, Experiment
 from experiments.families import builder
@@ -160,11 +160,11 @@ def score_arm(
         result = _result(experiment, name, fitted, run_dir / name, tuple(scores))
         made_from = _made_from(experiment, make_task(experiment, name, data))
         result = dataclasses.replace(result, multi_turn=turns, made_from=made_from)
-        write_rows(run_dir / name / rd.SAMPLES, samples)
-        write_json(run_dir / name / rd.RESULT, to_json(result))
+        write_rows(run_dir / name / RunFiles.SAMPLES, samples)
+        write_json(run_dir / name / RunFiles.RESULT, to_json(result))
         count = count_step(make_setup(experiment, experiment.arms[name]))
         audited = to_json(dataclasses.replace(result, xla_flops_per_step=count.flops, why_not_counted=count.why_not))
-        write_json(run_dir / name / rd.RESULT, audited)
+        write_json(run_dir / name / RunFiles.RESULT, audited)
         return audited
 
     return from_json(ArmResult, on_first_process(write))
@@ -180,9 +180,9 @@ def finished(experiment: Experiment, name: str, data: Data, run_dir: Path) -> Ar
     def read() -> dict[str, Any] | None:
         arm_dir = run_dir / name
         try:
-            described = read_json(arm_dir / rd.RESULT)
-            result, metrics = from_json(ArmResult, described), read_rows(arm_dir / rd.METRICS)
-            samples = len(read_rows(arm_dir / rd.SAMPLES))
+            described = read_json(arm_dir / RunFiles.RESULT)
+            result, metrics = from_json(ArmResult, described), read_rows(arm_dir / RunFiles.METRICS)
+            samples = len(read_rows(arm_dir / RunFiles.SAMPLES))
         except UserError:  # absent, damaged or of another version: it is made anew
             return None
         decoded = sum(score.examples for score in result.scores if score.group == ALL)

@@ -14,9 +14,9 @@ import pytest
 
 from common.files import read_rows
 from common.sharding.shape import MeshShape
-from common.train import run_dir as rd
 from common.train.checkpoints import Checkpoints
 from common.train.programs import make_programs
+from common.train.run_files import RunFiles
 from common.train.state import abstract_state
 from experiments.running.pipeline import make_setup
 from tests.distributed.launch import Job, flags, launched
@@ -67,7 +67,7 @@ def trained(folder: Path, run_dir: Path, arm: str, mesh: MeshShape, count: int, 
 
 
 def rows_written(run_dir: Path, arm: str) -> int:
-    path = run_dir / arm / rd.METRICS
+    path = run_dir / arm / RunFiles.METRICS
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
@@ -77,7 +77,7 @@ def final_state(folder: Path, run_dir: Path, arm: str, mesh: MeshShape) -> list[
     experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, mesh=mesh))
     made = make_programs(make_setup(experiment, experiment.arms[arm]))
     abstract = abstract_state(made.model, made.optimizer, made.shardings)
-    with contextlib.closing(Checkpoints(run_dir / arm / rd.CHECKPOINTS, keep_last=2)) as found:
+    with contextlib.closing(Checkpoints(run_dir / arm / RunFiles.CHECKPOINTS, keep_last=2)) as found:
         restored = found.restore(abstract, seed=experiment.train.seed)
     assert restored is not None and restored[1].consumed_batches == STEPS
     arrays = jax.tree.leaves(restored[0])
@@ -99,23 +99,27 @@ def test_several_train_what_one_does(folder: Path, tmp_path: Path, arm: str, mes
     one, several = tmp_path / "one", tmp_path / "several"
     trained(folder, one, arm, mesh, 1, scored=True)
     job = trained(folder, several, arm, mesh, count, scored=True)
-    a, b = (read_rows(run_dir / arm / rd.METRICS) for run_dir in (one, several))
+    a, b = (read_rows(run_dir / arm / RunFiles.METRICS) for run_dir in (one, several))
     assert len(a) == len(b) == STEPS
     for x, y in zip(a, b, strict=True):
         assert {k: v for k, v in x.items() if k not in MEASURED} == {k: v for k, v in y.items() if k not in MEASURED}
         assert set(x) == set(y)
         for name in set(MEASURED) & set(x):
             assert x[name] == pytest.approx(y[name], rel=1e-6, abs=0)
-    samples = [read_rows(run_dir / arm / "samples.jsonl") for run_dir in (one, several)]
+    samples = [read_rows(run_dir / arm / RunFiles.SAMPLES) for run_dir in (one, several)]
     assert samples[0] == samples[1] and len(samples[0]) == 8
-    assert json.loads((several / arm / rd.ENVIRONMENT).read_text())["processes"] == count
+    assert json.loads((several / arm / RunFiles.ENVIRONMENT).read_text())["processes"] == count
 
     mine = [f"writes {several}", f"writes {several.resolve()}"]
     written = [
-        [line for line in job.output(i).splitlines() if line.startswith(tuple(mine)) and rd.CHECKPOINTS not in line]
+        [
+            line
+            for line in job.output(i).splitlines()
+            if line.startswith(tuple(mine)) and RunFiles.CHECKPOINTS not in line
+        ]
         for i in range(count)
     ]
-    assert {Path(line).name for line in written[0]} >= {rd.METRICS, rd.TIMINGS, ".lock"}
+    assert {Path(line).name for line in written[0]} >= {RunFiles.METRICS, RunFiles.TIMINGS, RunFiles.LOCK}
     assert not any(written[1:]), written[1:]
     assert "gpt: " in job.output(0) or "t5like: " in job.output(0)
     assert not any(f"{arm}: " in job.output(i) for i in range(1, count))
@@ -149,9 +153,9 @@ def check_resumed(folder: Path, broken: Path, unbroken: Path, arm: str, at: set[
     """The same command goes on from a checkpoint and ends with what the unbroken run has."""
     job = trained(folder, broken, arm, PAIR, 2)
     assert any(f"resuming after step {step} of {STEPS}\n" in job.output(0) for step in at), job.everything()
-    a, b = ((run_dir / arm / rd.METRICS).read_bytes() for run_dir in (broken, unbroken))
+    a, b = ((run_dir / arm / RunFiles.METRICS).read_bytes() for run_dir in (broken, unbroken))
     assert a == b
-    result, expected = (json.loads((run_dir / arm / "result.json").read_text()) for run_dir in (broken, unbroken))
+    result, expected = (json.loads((run_dir / arm / RunFiles.RESULT).read_text()) for run_dir in (broken, unbroken))
     timed = {"train_seconds", "tokens_per_second", "data_wait_share"}
     assert {k: v for k, v in result.items() if k not in timed} == {k: v for k, v in expected.items() if k not in timed}
 
@@ -213,7 +217,7 @@ def test_a_run_of_two_goes_on_as_one(folder: Path, tmp_path: Path, unbroken: Cal
         assert job.wait(30) == [128 + signal.SIGTERM] * 2, job.everything()
     job = trained(folder, broken, "gpt", MeshShape(fsdp=4, tensor=2), 1)
     assert "train.mesh.tensor: 1 -> 2: results may differ" in " ".join(job.output(0).split()), job.everything()
-    a, b = (read_rows(run_dir / "gpt" / rd.METRICS) for run_dir in (broken, unbroken("gpt")))
+    a, b = (read_rows(run_dir / "gpt" / RunFiles.METRICS) for run_dir in (broken, unbroken("gpt")))
     assert [row["fingerprint"] for row in a] == [row["fingerprint"] for row in b]
     assert [row["loss"] for row in a] == pytest.approx([row["loss"] for row in b], rel=1e-5)
 

@@ -20,6 +20,7 @@ from common.report.results import ArmResult
 from common.report.run_files import read_run
 from common.train import run_dir as rd
 from common.train.programs import Setup
+from common.train.run_files import RunFiles
 from experiments.cli.main import main
 from experiments.config import Experiment
 from experiments.planning.plan import plan
@@ -296,7 +297,7 @@ def test_a_command_that_fails_before_training_claims_nothing(tmp_path: Path) -> 
     comparison._claim(wrong, run_dir)
     rd.claim(run_dir / "gpt", {}, {}, {})
     comparison._begin(experiment, run_dir, ["gpt"])
-    write_rows(run_dir / "gpt" / rd.METRICS, [{"step": 1}])
+    write_rows(run_dir / "gpt" / RunFiles.METRICS, [{"step": 1}])
     with pytest.raises(UserError, match="another config of tiny .train.seed: 1 -> 0."):
         comparison._begin(experiment, run_dir, ["gpt"])
     (run_dir / "experiment.json").write_text("null")

@@ -20,13 +20,13 @@ from common.nn.parameters import normal, param
 from common.recipe import T5_V1_1
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
-from common.train import run_dir as rd
 from common.train.adafactor import Factored
 from common.train.checkpoints import Checkpoints, Progress
 from common.train.config import Adafactor, Budget, InverseSqrt, Linear
 from common.train.loop import fit
 from common.train.optimizer import make_optimizer, make_schedule
 from common.train.programs import make_programs
+from common.train.run_files import RunFiles
 from common.train.state import TrainState, abstract_state, init_state, state_shardings
 from common.trees import flatten
 from tests.tiny import Observer, setup, task, tiny, train_config
@@ -278,7 +278,7 @@ def test_t5s_whole_recipe_trains(tmp_path: Path) -> None:
     )
     made = dataclasses.replace(task("t5like"), setup=setup(tiny("t5like", T5_V1_1), config, learning_rate=1.0))
     fitted = fit(made, tmp_path, Observer())
-    (row,) = read_rows(tmp_path / rd.METRICS)
+    (row,) = read_rows(tmp_path / RunFiles.METRICS)
     assert math.isfinite(row["loss"]) and row["learning_rate"] == pytest.approx(0.01)
     programs = make_programs(made.setup)
     before = flatten(init_state(programs.model, programs.optimizer, config.seed, programs.shardings).params)

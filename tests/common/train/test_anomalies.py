@@ -21,6 +21,7 @@ from common.train.checkpoints import Checkpoints
 from common.train.config import Anomalies
 from common.train.loop import Fitted, fit
 from common.train.programs import make_programs
+from common.train.run_files import RunFiles
 from common.train.state import init_state
 from common.train.task import Stream, Task
 from experiments.running.pipeline import compiled_step
@@ -155,7 +156,7 @@ def test_a_left_out_batch_leaves_no_trace(policy: Any, bad: tuple[int, ...], tmp
     # The same number of updates and the same schedule; the step is compiled with or without its guard, as above.
     lacking = dataclasses.replace(of, stream=Without(loader(), numbers), config={"other": 1})
     fit(lacking, tmp_path / "b", Observer())
-    rows, expected = (read_rows(tmp_path / name / rd.METRICS) for name in "ab")
+    rows, expected = (read_rows(tmp_path / name / RunFiles.METRICS) for name in "ab")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     learnt = [row for row in rows if "loss" in row]
     assert {row["step"] for row in rows if "skipped" in row} == numbers == set(fitted.progress.skipped)
@@ -184,8 +185,10 @@ def test_resumed_in_between_it_is_the_same_run(policy: str, tmp_path: Path) -> N
             fit(of, tmp_path / "broken", Observer(stop_at=stop))
     broken = fit(of, tmp_path / "broken", Observer())
     same_bits(broken.params, whole.params)
-    assert (tmp_path / "broken" / rd.METRICS).read_bytes() == (tmp_path / "whole" / rd.METRICS).read_bytes()
-    assert rd.left_out(tmp_path / "broken", 8) == (frozenset({2, 5}) if policy == "roll_back" else frozenset())
+    assert (tmp_path / "broken" / RunFiles.METRICS).read_bytes() == (tmp_path / "whole" / RunFiles.METRICS).read_bytes()
+    assert rd.rolled_back_batches(tmp_path / "broken", 8) == (
+        frozenset({2, 5}) if policy == "roll_back" else frozenset()
+    )
 
 
 def test_killed_behind_the_decision_a_run_still_rolls_back(tmp_path: Path) -> None:
@@ -193,7 +196,7 @@ def test_killed_behind_the_decision_a_run_still_rolls_back(tmp_path: Path) -> No
     of, whole = run(tmp_path / "whole", Spoilt(loader(), infinite=frozenset({4})), on_nonfinite="roll_back")
     clean = task("gpt", loader(), anomalies=Anomalies(on_nonfinite="roll_back"))
     fit(clean, tmp_path / "killed", Observer())  # to the end: its checkpoints, 6 and 8, have learnt from batch 4
-    rd.leave_out(tmp_path / "killed", {"step": 4, "first": 4})
+    rd.note_rollback(tmp_path / "killed", {"step": 4, "first": 4})
     again = Observer()
     fitted = fit(of, tmp_path / "killed", again)
     assert again.steps == list(range(1, STEPS + 1))
@@ -208,7 +211,7 @@ def test_a_range_is_rolled_back(tmp_path: Path) -> None:
     assert fitted.progress.skipped == (5, 6, 7)
     assert any(note.endswith("batches 5 to 7 are left out") for note in observer.notes)
     assert "resuming after step 3 of 8" in observer.notes
-    (row,) = read_rows(tmp_path / rd.ROLLBACKS)
+    (row,) = read_rows(tmp_path / RunFiles.ROLLBACKS)
     assert (row["first"], row["step"]) == (5, 7)
 
 
@@ -235,7 +238,7 @@ def test_a_spike(policy: Any, tmp_path: Path) -> None:
         _, fitted = run(tmp_path, stream, observer, on_spike=policy, **SPIKES)
         assert fitted.progress.skipped == (() if policy == "ignore" else (7,))
         said = " ".join(observer.notes)
-    losses = {row["step"]: row["loss"] for row in read_rows(tmp_path / rd.METRICS) if "loss" in row}
+    losses = {row["step"]: row["loss"] for row in read_rows(tmp_path / RunFiles.METRICS) if "loss" in row}
     before = [losses[step] for step in (3, 4, 5)]
     median = statistics.median(before)
     limit = median + 6.0 * 1.4826 * statistics.median(abs(loss - median) for loss in before)
@@ -261,7 +264,7 @@ def test_a_checkpoint_knows_what_it_skipped(tmp_path: Path) -> None:
     again = fit(of, tmp_path, Observer())
     assert again.progress == fitted.progress and again.progress.skipped == (5,)
     assert [step for step, _ in again.progress.losses] == [3, 4, 6, 7, 8]
-    assert Checkpoints(tmp_path / rd.CHECKPOINTS, keep_last=2).steps() == [6, 8]
+    assert Checkpoints(tmp_path / RunFiles.CHECKPOINTS, keep_last=2).steps() == [6, 8]
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,10 @@ from common.files import read_json
 from common.model import skeleton
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
-from common.train import run_dir as rd
 from common.train.config import Adafactor, AdamW, Budget, Constant, Fresh, InitRule, Rename, Resize
 from common.train.init_from import load_parameters, make_load_plan
 from common.train.loop import Fitted, fit
+from common.train.run_files import RunFiles
 from common.train.state import check_divides, init_state, state_shardings
 from common.train.stored import FolderParameters, RunParameters, StoredParameters
 from common.train.task import Initial, Task
@@ -53,7 +53,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Fitted]:
 
 
 def stored_run(folder: Path, step: int | None = None) -> RunParameters:
-    return RunParameters(folder / rd.CHECKPOINTS, step)
+    return RunParameters(folder / RunFiles.CHECKPOINTS, step)
 
 
 def fresh(model: Any = MODEL, seed: int = 0) -> Any:
@@ -270,7 +270,7 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(
     shutil.copytree(source[0], folder)
     expected, _ = load(stored_run(folder, 6))
     # All of them, since the parameters may lie in any.
-    data = [path for path in (folder / rd.CHECKPOINTS / "8" / "state").glob("**/d/*") if path.is_file()]
+    data = [path for path in (folder / RunFiles.CHECKPOINTS / "8" / "state").glob("**/d/*") if path.is_file()]
     assert data
     for torn in data:
         torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])
@@ -278,7 +278,7 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(
     same_bits(load(stored)[0], expected)
     assert stored.origin == f"{folder}@6"
     assert any("checkpoint 8" in message for message in caplog.messages)
-    assert (folder / rd.CHECKPOINTS / "8").exists()
+    assert (folder / RunFiles.CHECKPOINTS / "8").exists()
     with pytest.raises(UserError, match=r"no checkpoint in .* can be read \(tried: 8\)"):
         load(stored_run(folder, 8))
 
@@ -286,7 +286,7 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(
 def test_changed_numbers_are_noticed(source: tuple[Path, Fitted], tmp_path: Path) -> None:
     folder = tmp_path / "gpt"
     shutil.copytree(source[0], folder)
-    path = folder / rd.CHECKPOINTS / "8" / "progress" / "metadata"
+    path = folder / RunFiles.CHECKPOINTS / "8" / "progress" / "metadata"
     about = read_json(path)
     assert about["parameter_checksums"].keys() == SHAPES.keys()
     about["parameter_checksums"][TABLE] ^= 1
@@ -326,7 +326,7 @@ def test_a_new_run_begins_as_another_ended(source: tuple[Path, Fitted], tmp_path
     same_bits(still.params, fitted.params)
     assert still.progress.consumed_batches == 1
     assert watcher.notes == [f"begins as {folder}@8: {len(SHAPES)} parameters loaded"]
-    record = read_json(tmp_path / rd.INITIAL)
+    record = read_json(tmp_path / RunFiles.INITIAL)
     assert record["origin"] == f"{folder}@8" and record["fresh"] == []
 
 

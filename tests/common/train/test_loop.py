@@ -30,8 +30,10 @@ from common.report.results import ArmResult, Flops
 from common.sharding.shape import MeshShape
 from common.train import run_dir as rd
 from common.train.config import Budget
+from common.train.environment import MACHINE_KEYS
 from common.train.loop import Fitted, fit
 from common.train.preemption import Preempted
+from common.train.run_files import RunFiles
 from common.train.schema import SCHEMA_VERSION
 from common.train.task import Stream, Task
 from tests.tiny import (
@@ -68,7 +70,7 @@ class Unbroken:
     observer: Observer
 
     def metrics(self) -> bytes:
-        return (self.folder / rd.METRICS).read_bytes()
+        return (self.folder / RunFiles.METRICS).read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def same_bits(found: Any, expected: Any) -> None:
 
 
 def saved_steps(folder: Path) -> set[int]:
-    return {int(path.name) for path in (folder / rd.CHECKPOINTS).iterdir() if path.name.isdigit()}
+    return {int(path.name) for path in (folder / RunFiles.CHECKPOINTS).iterdir() if path.name.isdigit()}
 
 
 # --- What is recorded
@@ -97,7 +99,7 @@ def saved_steps(folder: Path) -> set[int]:
 def test_metrics_are_complete(unbroken: dict[str, Unbroken], family: str) -> None:
     """One row a step; counts and fingerprints are those of the loader's own batches, added up anew."""
     run = unbroken[family]
-    rows = read_rows(run.folder / rd.METRICS)
+    rows = read_rows(run.folder / RunFiles.METRICS)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1)) == run.observer.steps
     stream = loader()
     fingerprint, examples, tokens, loss_tokens = stream.content, 0, 0, 0
@@ -118,7 +120,7 @@ def test_metrics_are_complete(unbroken: dict[str, Unbroken], family: str) -> Non
         assert set(row) == {"step"} | set(counted) | measured | validated
     assert [row["learning_rate"] for row in rows[:3]] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2])
     assert rows[-1]["loss"] < rows[0]["loss"]
-    timings = read_rows(run.folder / rd.TIMINGS)
+    timings = read_rows(run.folder / RunFiles.TIMINGS)
     assert [row["step"] for row in timings] == list(range(1, STEPS + 1))
     assert all(a["seconds"] < b["seconds"] for a, b in itertools.pairwise(timings))
     assert timings[-1]["seconds"] == pytest.approx(sum(row["step_seconds"] for row in timings))
@@ -139,16 +141,16 @@ def test_validation_loss_is_the_mean_over_weighted_tokens(unbroken: dict[str, Un
         chosen_BT = np.take_along_axis(x_BTV, host.batch.targets_BT[..., None], axis=-1)[..., 0]
         total += ((np.log(np.exp(x_BTV).sum(-1)) - chosen_BT) * host.batch.weights_BT).sum()
         weight += host.batch.weights_BT.sum()
-    found = read_rows(run.folder / rd.METRICS)[-1]["validation_loss"]
+    found = read_rows(run.folder / RunFiles.METRICS)[-1]["validation_loss"]
     assert found == pytest.approx(total / weight, rel=1e-6)
 
 
 def test_the_run_directory_says_what_ran_where(unbroken: dict[str, Unbroken]) -> None:
     run = unbroken["gpt"]
-    config = json.loads((run.folder / rd.CONFIG).read_text())
+    config = json.loads((run.folder / RunFiles.CONFIG).read_text())
     assert config == {"schema_version": SCHEMA_VERSION, **run.task.config}
-    environment = json.loads((run.folder / rd.ENVIRONMENT).read_text())
-    assert set(rd.MACHINE_KEYS) < set(environment)
+    environment = json.loads((run.folder / RunFiles.ENVIRONMENT).read_text())
+    assert set(MACHINE_KEYS) < set(environment)
     assert {key: environment[key] for key in DATA} == DATA
 
 
@@ -181,8 +183,8 @@ def test_resumed_is_unbroken(
     assert recalled == ([(resumed, 2 * resumed)] if resumed else [])
     assert last.steps == list(range(resumed + 1, STEPS + 1))
     same_bits(fitted.params, run.fitted.params)
-    assert (tmp_path / rd.METRICS).read_bytes() == run.metrics()
-    assert [row["step"] for row in read_rows(tmp_path / rd.TIMINGS)] == list(range(1, STEPS + 1))
+    assert (tmp_path / RunFiles.METRICS).read_bytes() == run.metrics()
+    assert [row["step"] for row in read_rows(tmp_path / RunFiles.TIMINGS)] == list(range(1, STEPS + 1))
     timing: dict[str, Any] = {f"{name}_seconds": 0.0 for name in ("train", "data", "checkpoint", "eval")}
     assert fitted.progress.landmarks == (STEPS, 2 * STEPS) and run.fitted.progress.landmarks == ()
     of_both = (dataclasses.replace(each.progress, **timing, landmarks=()) for each in (fitted, run.fitted))
@@ -198,7 +200,7 @@ def test_resumed_is_unbroken_on_a_mesh(tmp_path: Path) -> None:
     resumed = fit(sharded, tmp_path / "broken", Observer())
     assert resumed.params["embedding"]["table_VD"].sharding.spec == PartitionSpec("tensor", "fsdp")
     same_bits(resumed.params, whole.params)
-    assert (tmp_path / "broken" / rd.METRICS).read_bytes() == (tmp_path / "whole" / rd.METRICS).read_bytes()
+    assert (tmp_path / "broken" / RunFiles.METRICS).read_bytes() == (tmp_path / "whole" / RunFiles.METRICS).read_bytes()
 
 
 @pytest.mark.parametrize("family", ["t5like", pytest.param("gpt", marks=pytest.mark.slow)])
@@ -214,8 +216,8 @@ def test_a_run_goes_on_on_other_devices(unbroken: dict[str, Unbroken], family: s
     changes = ["train.accumulation: 1 -> 2", "train.mesh.data: 2 -> 1", "train.mesh.tensor: 1 -> 2"]
     for change in changes:
         assert f"warning: {change}: results may differ in the last bits" in last.notes
-    assert set(changes) < set(read_rows(tmp_path / rd.LAUNCHES)[1]["changed"])
-    assert json.loads((tmp_path / rd.CONFIG).read_text())["train"]["mesh"] == to_json(moved.setup.train.mesh)
+    assert set(changes) < set(read_rows(tmp_path / RunFiles.LAUNCHES)[1]["changed"])
+    assert json.loads((tmp_path / RunFiles.CONFIG).read_text())["train"]["mesh"] == to_json(moved.setup.train.mesh)
     after = run_steps(tmp_path)
     assert [row["fingerprint"] for row in after] == [row["fingerprint"] for row in before]
     assert [row["loss"] for row in after] == pytest.approx([row["loss"] for row in before], rel=1e-5)
@@ -225,7 +227,7 @@ def test_a_run_goes_on_on_other_devices(unbroken: dict[str, Unbroken], family: s
 
 
 def run_steps(folder: Path) -> list[dict[str, Any]]:
-    return read_rows(folder / rd.METRICS)
+    return read_rows(folder / RunFiles.METRICS)
 
 
 @dataclasses.dataclass
@@ -250,17 +252,20 @@ def test_an_interrupted_run_is_saved(unbroken: dict[str, Unbroken], tmp_path: Pa
     assert signal.getsignal(signal.SIGINT) is before
     observer = Observer()
     same_bits(fit(run.task, tmp_path, observer).params, run.fitted.params)
-    assert observer.steps == list(range(step + 1, STEPS + 1)) and (tmp_path / rd.METRICS).read_bytes() == run.metrics()
+    assert (
+        observer.steps == list(range(step + 1, STEPS + 1))
+        and (tmp_path / RunFiles.METRICS).read_bytes() == run.metrics()
+    )
 
 
 def test_a_half_written_row_is_dropped(unbroken: dict[str, Unbroken], tmp_path: Path) -> None:
     run = unbroken["gpt"]
     with pytest.raises(Stopped):
         fit(run.task, tmp_path, Observer(stop_at=5))
-    with open(tmp_path / rd.METRICS, "a") as file:
+    with open(tmp_path / RunFiles.METRICS, "a") as file:
         file.write('{"step": 6, "lo')
     fit(run.task, tmp_path, Observer())
-    assert (tmp_path / rd.METRICS).read_bytes() == run.metrics()
+    assert (tmp_path / RunFiles.METRICS).read_bytes() == run.metrics()
 
 
 class NoStream:
@@ -283,7 +288,7 @@ def test_a_finished_run_is_skipped(unbroken: dict[str, Unbroken]) -> None:
 
 def test_another_machine_is_warned_of(unbroken: dict[str, Unbroken], tmp_path: Path) -> None:
     shutil.copytree(unbroken["gpt"].folder, tmp_path / "arm")
-    path = tmp_path / "arm" / rd.ENVIRONMENT
+    path = tmp_path / "arm" / RunFiles.ENVIRONMENT
     path.write_text(json.dumps({**json.loads(path.read_text()), "threads": 1234}))
     observer = Observer()
     fit(unbroken["gpt"].task, tmp_path / "arm", observer)
@@ -327,7 +332,7 @@ def test_a_second_process_is_refused(unbroken: dict[str, Unbroken], tmp_path: Pa
                 fit(unbroken["gpt"].task, tmp_path, Observer())
         finally:
             holder.send_signal(signal.SIGKILL)
-    assert not (tmp_path / rd.CONFIG).exists()
+    assert not (tmp_path / RunFiles.CONFIG).exists()
     with rd.owned(tmp_path):
         pass
 
@@ -378,10 +383,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     with pytest.raises(UserError, match=f"^step {step}: loss (nan|inf), .*{last}"):
         fit(dataclasses.replace(run.task, stream=Poisoned(run.task.stream, step)), tmp_path, Observer())
     assert saved_steps(tmp_path) == set(range(3, step, 3))
-    assert [row["step"] for row in read_rows(tmp_path / rd.METRICS)] == list(range(1, step))
+    assert [row["step"] for row in read_rows(tmp_path / RunFiles.METRICS)] == list(range(1, step))
     fitted = fit(run.task, tmp_path, Observer())
     same_bits(fitted.params, run.fitted.params)
-    assert (tmp_path / rd.METRICS).read_bytes() == run.metrics()
+    assert (tmp_path / RunFiles.METRICS).read_bytes() == run.metrics()
 
 
 # --- Checkpoints that are damaged
@@ -420,11 +425,11 @@ def test_a_corrupted_checkpoint_is_passed_over(
     run = unbroken["gpt"]
     folder = tmp_path / "arm"
     shutil.copytree(run.folder, folder)
-    corrupt(folder / rd.CHECKPOINTS / "8")
+    corrupt(folder / RunFiles.CHECKPOINTS / "8")
     observer = Observer()
     fitted = fit(run.task, folder, observer)
     same_bits(fitted.params, run.fitted.params)
-    assert (folder / rd.METRICS).read_bytes() == run.metrics()
+    assert (folder / RunFiles.METRICS).read_bytes() == run.metrics()
     assert observer.steps == [7, 8]
     assert any("checkpoint 8" in message and "trying the one before" in message for message in caplog.messages)
     assert fit(run.task, folder, Observer()).progress == fitted.progress
@@ -434,7 +439,7 @@ def test_no_good_checkpoint_is_an_error(unbroken: dict[str, Unbroken], tmp_path:
     folder = tmp_path / "arm"
     shutil.copytree(unbroken["gpt"].folder, folder)
     for step in saved_steps(folder):
-        truncate(folder / rd.CHECKPOINTS / str(step))
+        truncate(folder / RunFiles.CHECKPOINTS / str(step))
     with pytest.raises(UserError, match="none of the checkpoints in .* can be read"):
         fit(unbroken["gpt"].task, folder, Observer())
 
@@ -485,14 +490,14 @@ def test_the_certificate_tells_arms_with_other_data(
         data = {**DATA, **{key: value for key, value in change.items() if key in DATA}}
         with pytest.raises(Stopped):
             fit(task("gpt", loader(**change), data), tmp_path, Observer(stop_at=2))
-        fingerprint = read_rows(tmp_path / rd.METRICS)[-1]["fingerprint"]
+        fingerprint = read_rows(tmp_path / RunFiles.METRICS)[-1]["fingerprint"]
         fitted = dataclasses.replace(fitted, progress=dataclasses.replace(fitted.progress, fingerprint=fingerprint))
     results = [result_of("t5like", "t5like", one.fitted), result_of("gpt", "gpt", fitted)]
     certificate = certify(
         results,
-        environments={arm: json.loads((path / rd.ENVIRONMENT).read_text()) for arm, path in folders.items()},
+        environments={arm: json.loads((path / RunFiles.ENVIRONMENT).read_text()) for arm, path in folders.items()},
         fingerprints={
-            arm: {row["step"]: row["fingerprint"] for row in read_rows(path / rd.METRICS)}
+            arm: {row["step"]: row["fingerprint"] for row in read_rows(path / RunFiles.METRICS)}
             for arm, path in folders.items()
         },
     )

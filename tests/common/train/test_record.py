@@ -15,10 +15,10 @@ from common.compute.length_sums import LengthSums
 from common.data.batch import HostBatch
 from common.files import read_rows, write_rows
 from common.recipe import Execution
-from common.train import run_dir as rd
 from common.train.checkpoints import Progress
 from common.train.loop import fit
 from common.train.record import WARM_UP, Clock, memory, shares, utilisation
+from common.train.run_files import RunFiles
 from common.train.task import Stream
 from tests.tiny import Observer, Stopped, loader, setup, task, tiny, train_config
 
@@ -70,7 +70,7 @@ def test_the_time_that_a_run_takes_is_told_apart(tmp_path: Path) -> None:
     begun = time.perf_counter()
     fit(of, tmp_path, Observer())
     took = time.perf_counter() - begun
-    rows = read_rows(tmp_path / rd.TIMINGS)
+    rows = read_rows(tmp_path / RunFiles.TIMINGS)
     names = ("seconds", "data_seconds", "checkpoint_seconds", "eval_seconds")
     for a, b in itertools.pairwise(rows):
         assert all(a[name] <= b[name] for name in names) and a["time"] <= b["time"]
@@ -92,7 +92,7 @@ def test_speed_leaves_out_the_first_steps_of_each_launch(tmp_path: Path) -> None
     with pytest.raises(Stopped):
         fit(of, tmp_path, Observer(stop_at=7))
     fit(of, tmp_path, Observer())  # from step 6
-    rows, metrics = read_rows(tmp_path / rd.TIMINGS), read_rows(tmp_path / rd.METRICS)
+    rows, metrics = read_rows(tmp_path / RunFiles.TIMINGS), read_rows(tmp_path / RunFiles.METRICS)
     assert [row["step"] for row in rows if "tokens_per_second" not in row] == [1, 2, 7, 8]
     assert WARM_UP == 2
     for row, before, after in zip(rows[2:6], metrics[1:5], metrics[2:6], strict=True):
@@ -174,10 +174,10 @@ def test_goodput_counts_lost_steps_and_the_time_between_launches(tmp_path: Path)
     begun = time.time()
     with pytest.raises(Stopped):
         fit(of, tmp_path, Observer(stop_at=5))  # steps 4 and 5 are lost
-    lost = read_rows(tmp_path / rd.TIMINGS)[3:]
+    lost = read_rows(tmp_path / RunFiles.TIMINGS)[3:]
     fit(of, tmp_path, Observer())
     fit(of, tmp_path, Observer())  # nothing was left to do, and no launch is noted
-    launches, last = read_rows(tmp_path / rd.LAUNCHES), read_rows(tmp_path / rd.TIMINGS)[-1]
+    launches, last = read_rows(tmp_path / RunFiles.LAUNCHES), read_rows(tmp_path / RunFiles.TIMINGS)[-1]
     assert len(launches) == 2 and begun <= launches[0]["started"] < launches[1]["started"] < last["time"]
     wall = last["time"] - launches[0]["started"]
     assert last["goodput"] == pytest.approx(last["seconds"] / wall)
@@ -188,10 +188,10 @@ def test_a_launch_long_ago_lowers_it(tmp_path: Path) -> None:
     of = task("gpt")
     with pytest.raises(Stopped):
         fit(of, tmp_path, Observer(stop_at=4))
-    (launch,) = read_rows(tmp_path / rd.LAUNCHES)
-    write_rows(tmp_path / rd.LAUNCHES, [{"started": launch["started"] - 1e6}])
+    (launch,) = read_rows(tmp_path / RunFiles.LAUNCHES)
+    write_rows(tmp_path / RunFiles.LAUNCHES, [{"started": launch["started"] - 1e6}])
     fit(of, tmp_path, Observer())
-    last = read_rows(tmp_path / rd.TIMINGS)[-1]
+    last = read_rows(tmp_path / RunFiles.TIMINGS)[-1]
     assert last["goodput"] == pytest.approx(last["seconds"] / 1e6, rel=1e-3)
 
 
@@ -206,11 +206,11 @@ def test_a_trace(steps: int, traced: bool, tmp_path: Path) -> None:
     found = [path.name for path in tmp_path.rglob("*.xplane.pb")]
     assert len(found) == traced
     assert any(f"tensorboard --logdir {tmp_path / 'profile'}" in note for note in observer.notes) == traced
-    assert [row["step"] for row in read_rows(tmp_path / rd.METRICS)] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in read_rows(tmp_path / RunFiles.METRICS)] == list(range(1, STEPS + 1))
 
 
 def test_rows_of_metrics_hold_no_times(tmp_path: Path) -> None:
     """They are to be the same bits whenever they are written."""
     fit(dataclasses.replace(task("gpt"), peak_flops_per_second=1e9), tmp_path, Observer())
-    keys: set[str] = set().union(*map(dict[str, Any].keys, read_rows(tmp_path / rd.METRICS)))
+    keys: set[str] = set().union(*map(dict[str, Any].keys, read_rows(tmp_path / RunFiles.METRICS)))
     assert not [key for key in keys if "second" in key or "time" in key or "mfu" in key or "goodput" in key]

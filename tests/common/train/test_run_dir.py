@@ -16,9 +16,11 @@ from common.errors import UserError
 from common.files import read_rows, write_rows
 from common.train import run_dir as rd
 from common.train.checkpoints import Checkpoints
+from common.train.environment import commit_of
 from common.train.loop import fit
 from common.train.record import last_losses
 from common.train.rows import JsonLines
+from common.train.run_files import RunFiles
 from tests.tiny import Observer, task
 
 CONFIG, DATA = {"model": {"d_ff": 0}}, {"content_id": "a"}
@@ -30,15 +32,15 @@ CONFIG, DATA = {"model": {"d_ff": 0}}, {"content_id": "a"}
 def test_nothing_is_claimed_before_something_is_trained(tmp_path: Path) -> None:
     """A mistake may be mended in the same directory; what has been trained is not trained over."""
     rd.claim(tmp_path, CONFIG, DATA, {})
-    rd.launched(tmp_path, CONFIG, 1.0)
+    rd.note_launch(tmp_path, CONFIG, 1.0)
     changed = {"model": {"d_ff": 1}}
     for config, data in ((changed, DATA), (changed, {"content_id": "b"})):
         assert rd.claim(tmp_path, config, data, {}) == []
-        assert not (tmp_path / rd.LAUNCHES).exists()
-    rd.launched(tmp_path, changed, 2.0)
+        assert not (tmp_path / RunFiles.LAUNCHES).exists()
+    rd.note_launch(tmp_path, changed, 2.0)
     rd.claim(tmp_path, changed, {"content_id": "b"}, {})
-    assert rd.launched(tmp_path, changed, 3.0) == 2.0  # the same run, launched again before it had trained
-    write_rows(tmp_path / rd.METRICS, [{"step": 1}])
+    assert rd.note_launch(tmp_path, changed, 3.0) == 2.0  # the same run, launched again before it had trained
+    write_rows(tmp_path / RunFiles.METRICS, [{"step": 1}])
     with pytest.raises(UserError, match="another config .model.d_ff: 1 -> 0."):
         rd.claim(tmp_path, CONFIG, {"content_id": "b"}, {})
     with pytest.raises(UserError, match="begun on other data .content_id: b -> a."):
@@ -46,19 +48,19 @@ def test_nothing_is_claimed_before_something_is_trained(tmp_path: Path) -> None:
 
 
 DAMAGES = {
-    "config.json null": (rd.CONFIG, "null", "config.json does not hold a JSON object"),
-    "config.json gone": (rd.CONFIG, None, "config.json cannot be read"),
-    "another schema": (rd.CONFIG, '{"schema_version": 2}', "config.json has run schema 2, this version reads 1"),
-    "environment.json a list": (rd.ENVIRONMENT, "[]", "environment.json does not hold a JSON object"),
-    "environment.json torn": (rd.ENVIRONMENT, '{"cont', "environment.json cannot be read"),
-    "rows of numbers": (rd.METRICS, "1\n", "metrics.jsonl, line 1 is not a JSON object"),
+    "config.json null": (RunFiles.CONFIG, "null", "config.json does not hold a JSON object"),
+    "config.json gone": (RunFiles.CONFIG, None, "config.json cannot be read"),
+    "another schema": (RunFiles.CONFIG, '{"schema_version": 2}', "config.json has run schema 2, this version reads 1"),
+    "environment.json a list": (RunFiles.ENVIRONMENT, "[]", "environment.json does not hold a JSON object"),
+    "environment.json torn": (RunFiles.ENVIRONMENT, '{"cont', "environment.json cannot be read"),
+    "rows of numbers": (RunFiles.METRICS, "1\n", "metrics.jsonl, line 1 is not a JSON object"),
 }
 
 
 @pytest.mark.parametrize(("name", "content", "message"), DAMAGES.values(), ids=DAMAGES.keys())
 def test_a_damaged_file_is_named(name: str, content: str | None, message: str, tmp_path: Path) -> None:
     rd.claim(tmp_path, CONFIG, DATA, {})
-    write_rows(tmp_path / rd.METRICS, [{"step": 1}])
+    write_rows(tmp_path / RunFiles.METRICS, [{"step": 1}])
     (tmp_path / name).unlink()
     if content is not None:
         (tmp_path / name).write_text(content)
@@ -70,11 +72,11 @@ def test_a_damaged_file_is_named(name: str, content: str | None, message: str, t
     "row", [{"step": 99_999_999, "first": 1}, {"step": 3, "first": 0}, {"step": "3", "first": 1}, {}]
 )
 def test_rolled_back_batches_are_the_runs_own(row: dict[str, Any], tmp_path: Path) -> None:
-    write_rows(tmp_path / rd.ROLLBACKS, [{"step": 5, "first": 4}])
-    assert rd.left_out(tmp_path, 8) == {4, 5}
-    write_rows(tmp_path / rd.ROLLBACKS, [row])
-    with pytest.raises(UserError, match="rollbacks.jsonl leaves out batches .* of a run of 8"):
-        rd.left_out(tmp_path, 8)
+    write_rows(tmp_path / RunFiles.ROLLBACKS, [{"step": 5, "first": 4}])
+    assert rd.rolled_back_batches(tmp_path, 8) == {4, 5}
+    write_rows(tmp_path / RunFiles.ROLLBACKS, [row])
+    with pytest.raises(UserError, match="rollbacks.jsonl skips batches .* of a run of 8"):
+        rd.rolled_back_batches(tmp_path, 8)
 
 
 def test_the_commit_is_that_of_the_repository_that_tracks_the_code(tmp_path: Path) -> None:
@@ -89,14 +91,14 @@ def test_the_commit_is_that_of_the_repository_that_tracks_the_code(tmp_path: Pat
     for name in ("code.py", "venv/code.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
-    assert rd.commit_of(tmp_path / "code.py") == "unknown"
+    assert commit_of(tmp_path / "code.py") == "unknown"
     git("init", "-q")
     git("add", "code.py")
     git("commit", "-qm", "a project")
-    assert git("rev-parse", "HEAD").startswith(rd.commit_of(tmp_path / "code.py"))
-    assert rd.commit_of(tmp_path / "venv/code.py") == "unknown"
+    assert git("rev-parse", "HEAD").startswith(commit_of(tmp_path / "code.py"))
+    assert commit_of(tmp_path / "venv/code.py") == "unknown"
     (tmp_path / "code.py").write_text("changed")
-    assert rd.commit_of(tmp_path / "code.py").endswith("-dirty")
+    assert commit_of(tmp_path / "code.py").endswith("-dirty")
 
 
 # --- Rows
@@ -115,7 +117,7 @@ def test_rows_are_safe_and_the_file_closed_before_a_checkpoint_is_begun(
         real_sync(number)
 
     def save(self: Checkpoints, state: Any, progress: Any, **more: Any) -> None:
-        steps = [row["step"] for row in read_rows(tmp_path / rd.METRICS)]
+        steps = [row["step"] for row in read_rows(tmp_path / RunFiles.METRICS)]
         seen.append((progress.consumed_batches, steps, open_files(".jsonl"), [*synced]))
         synced.clear()
         real_save(self, state, progress, **more)
@@ -126,7 +128,8 @@ def test_rows_are_safe_and_the_file_closed_before_a_checkpoint_is_begun(
     assert [step for step, *_ in seen] == [3, 6, 8]
     for step, steps, opened, done in seen:
         assert steps == list(range(1, step + 1)) and opened == []
-        assert [name for name in done if not name.startswith(".")] == [rd.METRICS, rd.TIMINGS]  # others are temporary
+        lasting = [name for name in done if not name.startswith(".")]  # the others are temporary
+        assert lasting == [RunFiles.METRICS, RunFiles.TIMINGS]
 
 
 def open_files(suffix: str) -> list[str]:
@@ -139,7 +142,7 @@ def open_files(suffix: str) -> list[str]:
 
 
 def test_lost_rows_are_named(tmp_path: Path) -> None:
-    path = tmp_path / rd.METRICS
+    path = tmp_path / RunFiles.METRICS
     write_rows(path, [{"step": step} for step in (1, 2, 5, 6, 7)])
     rows = JsonLines(path, keep_through_step=6)
     assert rows.lost == [3, 4]
@@ -176,8 +179,8 @@ class Vandal(Observer):
     ("damage", "message"),
     [
         (lambda folder: remove(folder), "metrics.jsonl is gone"),
-        (lambda folder: remove(folder / rd.METRICS), "metrics.jsonl is gone"),
-        (lambda folder: (folder / rd.TIMINGS).write_text(""), r"timings.jsonl has \d+ bytes instead of"),
+        (lambda folder: remove(folder / RunFiles.METRICS), "metrics.jsonl is gone"),
+        (lambda folder: (folder / RunFiles.TIMINGS).write_text(""), r"timings.jsonl has \d+ bytes instead of"),
     ],
     ids=["all", "metrics", "emptied"],
 )
@@ -195,8 +198,8 @@ def test_a_directory_that_is_damaged_while_the_run_goes_on_is_noticed(
     lost = run_dir.exists() and "resuming after step 3 of 8" in again.notes
     assert lost == any("lacks the rows of 3 steps from 1 to 3" in note for note in again.notes)
     assert last_losses(run_dir, 8)[1] > 0
-    remove(run_dir / rd.METRICS)
-    with pytest.raises(UserError, match="metrics.jsonl lacks the row of step 8, the last"):
+    remove(run_dir / RunFiles.METRICS)
+    with pytest.raises(UserError, match="metrics.jsonl lacks the row of the last step, 8"):
         last_losses(run_dir, 8)
 
 

@@ -13,10 +13,10 @@ import orbax.checkpoint as ocp
 import pytest
 
 from common.errors import UserError
-from common.train import run_dir as rd
 from common.train import storage
 from common.train.checkpoints import Checkpoints, Progress
 from common.train.config import Patience
+from common.train.run_files import RunFiles
 from common.train.state import TrainState
 from common.train.storage import Backoff, patiently, refusal
 
@@ -105,7 +105,7 @@ def unbroken(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check_same(found: Path, expected: Path) -> None:
-    assert (found / rd.METRICS).read_bytes() == (expected / rd.METRICS).read_bytes()
+    assert (found / RunFiles.METRICS).read_bytes() == (expected / RunFiles.METRICS).read_bytes()
     with np.load(found / "params.npz") as a, np.load(expected / "params.npz") as b:
         assert len(a.files) == len(b.files) > 0
         for name in a.files:
@@ -127,7 +127,7 @@ def test_a_disk_that_is_full_for_a_while(
     status, output = train(cache, tmp_path, limit_bytes, "2", "2.5", "600")
     assert status == 0 and said in output and "File too large" in output
     check_same(tmp_path, unbroken)
-    assert (tmp_path / rd.CHECKPOINTS / "8").is_dir()
+    assert (tmp_path / RunFiles.CHECKPOINTS / "8").is_dir()
 
 
 @pytest.mark.slow  # a process each, which waits

@@ -26,9 +26,9 @@ from common.model import skeleton
 from common.recipe import LLAMA
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
-from common.train import run_dir as rd
 from common.train.config import Budget
 from common.train.loop import Fitted
+from common.train.run_files import RunFiles
 from common.trees import flatten
 from common.weights.folder import write_folder
 from experiments.cli.main import main
@@ -163,10 +163,10 @@ def test_where_a_prompt_stands_goes_along(
     """Behind the start token where inputs were empty in training."""
     arm = tmp_path / "run" / "gpt"
     shutil.copytree(run_dir[0] / "gpt", arm)
-    config = read_json(arm / rd.CONFIG)
+    config = read_json(arm / RunFiles.CONFIG)
     config["data"]["source"] |= {"inputs": None, "targets": None, "text": "en"}
     config["data"] |= {"objective": to_json(OBJECTIVES[kind]), "input_length": 24 * (kind == "prefix_lm")}
-    (arm / rd.CONFIG).write_text(json.dumps(config))
+    (arm / RunFiles.CONFIG).write_text(json.dumps(config))
     assert find_model(str(arm)).open_text().prompts == prompts
     folder_from_run(str(arm), tmp_path / "folder", Progress(Console(quiet=True)))
     assert find_model(str(tmp_path / "folder")).open_text().prompts == prompts
@@ -181,11 +181,11 @@ def test_what_a_text_was_goes_along(
     """A run, its folder, and that folder as the other family read the same ids for the same text."""
     arm = tmp_path / "gpt"
     shutil.copytree(run_dir[0] / "gpt", arm)
-    config = read_json(arm / rd.CONFIG)
+    config = read_json(arm / RunFiles.CONFIG)
     config["data"]["objective"] = to_json(objective)
     if not isinstance(objective, Supervised):
         config["data"]["source"] = to_json(SourceConfig(name="jsonl:x", inputs=None, targets=None, text="text"))
-    (arm / rd.CONFIG).write_text(json.dumps(config))
+    (arm / RunFiles.CONFIG).write_text(json.dumps(config))
     assert main(["convert", str(arm), str(tmp_path / "folder")]) == 0
     assert main(["convert", str(tmp_path / "folder"), str(tmp_path / "other"), "--to", "t5like"]) == 0
     record, read = {"inputs": "one plus", "targets": "two"}, []
@@ -203,9 +203,9 @@ def test_an_export_says_what_the_model_reads(
     """One command; positions are those of the rows, and the remarks state what another program would not know."""
     arm = tmp_path / "gpt"
     shutil.copytree(run_dir[0] / "gpt", arm)
-    config = read_json(arm / rd.CONFIG)
+    config = read_json(arm / RunFiles.CONFIG)
     config["model"]["recipe"] = to_json(LLAMA)
-    (arm / rd.CONFIG).write_text(json.dumps(config))
+    (arm / RunFiles.CONFIG).write_text(json.dumps(config))
     with write_folder(tmp_path / "llama") as writer:
         folder_text = {**conventions_of(find_model(str(arm)).open_text()), "tokenizer": None}
         source = {"format": "run", "row_length": 48}
@@ -252,16 +252,16 @@ def test_a_run_is_used_without_its_training_data(
     """The file is gone, and so is the cache: the tokenizer lies in the run directory."""
     then = open_data(experiment).tokenizer
     monkeypatch.setenv("TWINSTACK_CACHE", str(tmp_path / "cache"))
-    config = read_json(run_dir[0] / "gpt" / rd.CONFIG)
+    config = read_json(run_dir[0] / "gpt" / RunFiles.CONFIG)
     config["data"]["source"]["name"] = f"jsonl:{tmp_path}/moved/{{split}}.jsonl"
     moved = tmp_path / "moved" / "gpt"
     shutil.copytree(run_dir[0] / "gpt", moved)
-    (moved / rd.CONFIG).write_text(json.dumps(config))
+    (moved / RunFiles.CONFIG).write_text(json.dumps(config))
     tokenizer = find_model(str(moved)).open_text().tokenizer
     assert tokenizer is not None and tokenizer.content_hash == then.content_hash
     assert main(["convert", str(moved), str(tmp_path / "folder")]) == 0
     assert find_model(str(tmp_path / "folder")).open_text().tokenizer.content_hash == then.content_hash  # type: ignore
-    shutil.rmtree(moved / rd.TOKENIZER)  # as runs were before they kept it
+    shutil.rmtree(moved / RunFiles.TOKENIZER)  # as runs were before they kept it
     with pytest.raises(UserError, match="moved"):
         find_model(str(moved)).open_text()
 
@@ -274,7 +274,7 @@ def test_a_run_has_its_tokenizer_before_its_first_step(
 
     data = open_data(experiment)
     monkeypatch.setattr("common.train.loop._start", nothing_yet)
-    folder = tmp_path / "gpt" / rd.TOKENIZER
+    folder = tmp_path / "gpt" / RunFiles.TOKENIZER
     with pytest.raises(Stopped):
         train_arm(experiment, "gpt", data, tmp_path, Observer())
     assert load_saved(folder).content_hash == data.tokenizer.content_hash
@@ -326,10 +326,10 @@ def test_the_content_of_parameters(
 def test_another_tokenizer_is_noticed(run_dir: tuple[Path, Fitted], tmp_path: Path, kept: bool, said: str) -> None:
     arm = tmp_path / "gpt"
     shutil.copytree(run_dir[0] / "gpt", arm)
-    environment = read_json(arm / rd.ENVIRONMENT)
-    (arm / rd.ENVIRONMENT).write_text(json.dumps({**environment, "tokenizer_hash": "other"}))
+    environment = read_json(arm / RunFiles.ENVIRONMENT)
+    (arm / RunFiles.ENVIRONMENT).write_text(json.dumps({**environment, "tokenizer_hash": "other"}))
     if not kept:
-        shutil.rmtree(arm / rd.TOKENIZER)
+        shutil.rmtree(arm / RunFiles.TOKENIZER)
     with pytest.raises(UserError, match=f"was trained with tokenizer other, but {said}"):
         opened(arm)
 
@@ -409,7 +409,7 @@ def test_an_arm_begins_as_a_model(
     expected = opened(source).params
     for name, leaf in flatten(fitted.params).items():
         assert np.array_equal(leaf, flatten(expected)[name]) == (name != "output.weight_DV"), name
-    config = read_json(tmp_path / "gpt" / rd.CONFIG)
+    config = read_json(tmp_path / "gpt" / RunFiles.CONFIG)
     assert config["init"]["path"] == str(source) and config["init"]["rules"][0]["leaves"] == "output.*"
     assert "fresh: output.weight_DV" in watcher.notes[0]
 

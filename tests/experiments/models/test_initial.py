@@ -16,7 +16,6 @@ from common.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from common.errors import UserError
 from common.files import read_json
 from common.model import skeleton
-from common.train.run_dir import refused
 from common.trees import flatten
 from common.weights.folder import write_folder
 from experiments.cli.main import main
@@ -169,6 +168,6 @@ def test_what_ids_stand_for_is_compared_not_files(tmp_path: Path, tokenizer: Sen
 def test_runs_from_before_tokenizers_were_compared_go_on() -> None:
     now = {"arms": {"gpt": {"init": {"path": "x", "rules": [], "tokenizer": "same"}}}}
     before = {"arms": {"gpt": {"init": {"path": "x", "rules": []}}}}
-    assert refused(before, now) == []
+    assert identity_changes(before, now) == []
     now["arms"]["gpt"]["init"]["tokenizer"] = "any"
-    assert len(refused(before, now)) == 1
+    assert len(identity_changes(before, now)) == 1

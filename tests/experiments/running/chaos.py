@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from common.train import run_dir as rd
+from common.train.run_files import RunFiles
 from tests.experiments.tiny_experiment import main as train
 
 SPAN_SECONDS = 0.7
@@ -57,7 +57,9 @@ def main(folder: Path, arm: str, run_dir: Path, kills: int, seed: int) -> None:
             process, output = launch(folder, arm, of_run)
             with os.fdopen(output) as lines:
                 begun = any(line == "begin\n" for line in lines)
-                how = random_kill(dice, process, of_run / arm / rd.CHECKPOINTS) if begun and done < kills else None
+                how = (
+                    random_kill(dice, process, of_run / arm / RunFiles.CHECKPOINTS) if begun and done < kills else None
+                )
                 sent = time.monotonic()
                 lines.read()
             status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])

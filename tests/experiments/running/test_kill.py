@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from common.files import read_rows
-from common.train import run_dir as rd
 from common.train.checkpoints import Checkpoints
 from common.train.programs import make_programs
+from common.train.run_files import RunFiles
 from common.train.state import abstract_state
 from experiments.running.pipeline import make_setup
 from tests.experiments.tiny_experiment import STEPS, tiny_experiment, write_data
@@ -84,30 +84,32 @@ def final_state(folder: Path, arm: str, run_dir: Path) -> Any:
     experiment = tiny_experiment(folder)
     made = make_programs(make_setup(experiment, experiment.arms[arm]))
     abstract = abstract_state(made.model, made.optimizer, made.shardings)
-    with contextlib.closing(Checkpoints(run_dir / arm / rd.CHECKPOINTS, keep_last=experiment.train.keep_last)) as found:
+    with contextlib.closing(
+        Checkpoints(run_dir / arm / RunFiles.CHECKPOINTS, keep_last=experiment.train.keep_last)
+    ) as found:
         restored = found.restore(abstract, seed=experiment.train.seed)
     assert restored is not None and restored[1].consumed_batches == STEPS
     return jax.tree.map(np.asarray, restored[0])
 
 
 def check_same(folder: Path, arm: str, broken: Path, unbroken: Path) -> None:
-    a, b = ((run_dir / arm / rd.METRICS).read_bytes() for run_dir in (broken, unbroken))
+    a, b = ((run_dir / arm / RunFiles.METRICS).read_bytes() for run_dir in (broken, unbroken))
     assert a == b and a.count(b"\n") == STEPS
     states = [jax.tree.leaves(final_state(folder, arm, run_dir)) for run_dir in (broken, unbroken)]
     for x, y in zip(*states, strict=True):
         np.testing.assert_array_equal(x, y)
-    steps = [row["step"] for row in read_rows(broken / arm / rd.TIMINGS)]
+    steps = [row["step"] for row in read_rows(broken / arm / RunFiles.TIMINGS)]
     assert steps == list(range(1, STEPS + 1))
 
 
 def rows_written(run_dir: Path, arm: str, count: int) -> bool:
-    path = run_dir / arm / rd.METRICS
+    path = run_dir / arm / RunFiles.METRICS
     return path.exists() and path.read_bytes().count(b"\n") >= count
 
 
 def checkpoint_begun(run_dir: Path, arm: str, step: int) -> bool:
     """Its folder is there, be it under the temporary name or its own."""
-    path = run_dir / arm / rd.CHECKPOINTS
+    path = run_dir / arm / RunFiles.CHECKPOINTS
     return path.exists() and any(entry.name.split(".")[0] == str(step) for entry in path.iterdir())
 
 
@@ -142,7 +144,7 @@ def test_asked_to_end_it_saves_the_step_it_is_at(folder: Path, tmp_path: Path) -
             time.sleep(0.001)
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE) == 128 + signal.SIGTERM
-    saved = (broken / arm / rd.METRICS).read_bytes().count(b"\n")
+    saved = (broken / arm / RunFiles.METRICS).read_bytes().count(b"\n")
     assert 7 <= saved < STEPS
     check_resumed(finished(folder, arm, broken, unbroken), (saved,))
     check_same(folder, arm, broken, unbroken)
