@@ -1,4 +1,4 @@
-"""Checkpoints by Orbax: asynchronous, atomic, the last few and the best."""
+"""Checkpoints by Orbax: written asynchronously and atomically; the last few and the best are kept."""
 
 import dataclasses
 import logging
@@ -24,16 +24,17 @@ from common.trees import flatten
 SCHEMA_VERSION = 2
 """The schema that is written. The first one, whose checksums ignore the order of elements, can still be read."""
 PROGRESS = "progress"
+"""Folder of the JSON that is saved with the arrays."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Progress:
-    """What a run knows beside its arrays; JSON in the checkpoint. Counts are since step 0."""
+    """What a run knows besides its arrays; saved as JSON in the checkpoint. Counts are since step 0."""
 
     consumed_batches: int
-    """Those that were left out among them."""
+    """Skipped ones included."""
     fingerprint: str
     """Chained over all applied batches, hexadecimal."""
     examples: int = 0
@@ -42,26 +43,26 @@ class Progress:
     input_tokens: int = 0
     loss_tokens: int = 0
     useful_flops: float = 0.0
-    """Training FLOPs of the real tokens, each example by itself, full attention."""
+    """Training FLOPs of the real tokens, each example counted alone, full attention."""
     train_seconds: float = 0.0
     data_seconds: float = 0.0
     checkpoint_seconds: float = 0.0
     eval_seconds: float = 0.0
     skipped: tuple[int, ...] = ()
-    """Numbers of the batches, from 1, that were not learnt from."""
+    """Numbers of the skipped batches, from 1."""
     losses: tuple[tuple[int, float], ...] = ()
-    """Step and loss of the last steps, as far as it depends on them what is a spike."""
+    """(step, loss) of recent steps, as many as spike detection needs."""
     landmarks: tuple[int, ...] = ()
-    """Landmarks by which the stream finds its next batch; nothing but time depends on them."""
+    """What the stream's seeker needs to find the next batch quickly; nothing but time depends on them."""
 
 
 class Checkpoints:
     """The checkpoints of one run directory."""
 
     def __init__(self, folder: Path, *, keep_last: int):
-        """Raises UserError where something else than a directory has the name."""
+        """Raises UserError if `folder` exists and is not a directory."""
         if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder} is no directory: move it away, or train into another --run-dir")
+            raise UserError(f"{folder} is not a directory: move it away, or train into another --run-dir")
         self.folder, self._keep = folder, _LastAndBest(folder, keep_last)
         self._failed = False
         self._manager = self._opened()
@@ -73,7 +74,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self._keep,
                 cleanup_tmp_directories=True,
-                lightweight_initialize=True,  # else Orbax fails where a file of any checkpoint is damaged
+                lightweight_initialize=True,  # otherwise Orbax fails if a file of any checkpoint is damaged
             ),
         )
 
@@ -105,8 +106,8 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(tree), **{PROGRESS: ocp.args.JsonSave(about)})
         self._keep.losses[progress.consumed_batches] = validation_loss
         try:
-            # Of several processes Orbax would ask for itself whether SIGTERM has come, and they would lose count of the
-            # steps; forced, it does not ask.
+            # Otherwise Orbax itself asks whether SIGTERM has arrived, and several processes would lose count of these
+            # questions (see `Preemption.requested`).
             began = self._manager.save(
                 progress.consumed_batches,
                 args=args,
@@ -118,11 +119,11 @@ class Checkpoints:
         assert began, f"step {progress.consumed_batches} is not after {self._manager.latest_step()}"
 
     def writing(self) -> bool:
-        """Whether a save is under way."""
+        """Returns whether a save is in progress."""
         return not self._failed and self._manager.is_saving_in_progress()
 
     def wait(self) -> None:
-        """Until the last save is whole; raises what storage raised, once."""
+        """Waits until the last save is complete. Raises what storage raised, once."""
         if not self._failed:
             try:
                 self._manager.wait_until_finished()
@@ -131,25 +132,22 @@ class Checkpoints:
                 raise
 
     def steps(self) -> list[int]:
-        """Of whole checkpoints, oldest first; one being written is not waited for."""
+        """Steps of the complete checkpoints, oldest first; does not wait for one being written."""
         return saved_steps(self.folder)
-
-    def last_good(self) -> str:
-        return last_good(self.folder)
 
     def restore(
         self,
         abstract: TrainState,
         *,
         seed: int,
-        left_out: frozenset[int] = frozenset(),
+        skipped: frozenset[int] = frozenset(),
         patience_seconds: float = 0.0,
     ) -> tuple[TrainState, Progress] | None:
-        """The newest checkpoint that can be read, onto the shardings of `abstract`; None where there is none.
+        """Reads the newest good checkpoint onto the shardings of `abstract`; returns None if there are no checkpoints.
 
-        An unreadable one is named and the one before is taken, and so is one that has learnt from a batch of
-        `left_out`. Storage that refuses is asked again for `patience_seconds`. Raises UserError for another schema, if
-        none is good, or if storage goes on refusing; then no checkpoint is touched.
+        Falls back to the checkpoint before one that is unreadable, which is logged, or that has learnt from a batch in
+        `skipped`, and deletes those. Retries for `patience_seconds` when storage refuses. Raises UserError for another
+        schema, if all are unreadable, or if storage keeps refusing; then no checkpoint is touched.
         """
         self.wait()
         steps = sorted(self._manager.all_steps(), reverse=True)
@@ -157,16 +155,16 @@ class Checkpoints:
         for step in steps:
             try:
                 restored = patiently(
-                    lambda step=step: self._read(step, abstract, seed, left_out),  # type: ignore[misc]
+                    lambda step=step: self._read(step, abstract, seed, skipped),  # type: ignore[misc]
                     f"checkpoint {step} in {self.folder}",
                     patience_seconds=patience_seconds,
                     note=log.warning,
-                    advice="nothing was changed: mend the storage, then repeat the command",
+                    advice="nothing was changed: repair the storage, then repeat the command",
                 )
                 break
             except UserError:
                 raise
-            except _LearntFromLeftOut:
+            except _LearntFromSkipped:
                 outdated.append(step)
             except Exception as error:  # Orbax raises bare Exceptions for arrays that are torn
                 why = textwrap.shorten(str(error.__cause__ or error), 200)
@@ -178,12 +176,10 @@ class Checkpoints:
             self._manager.delete(bad)
         return restored
 
-    def _read(
-        self, step: int, abstract: TrainState, seed: int, left_out: frozenset[int]
-    ) -> tuple[TrainState, Progress]:
-        about, tree = self._load(step, abstract, left_out)
+    def _read(self, step: int, abstract: TrainState, seed: int, skipped: frozenset[int]) -> tuple[TrainState, Progress]:
+        about, tree = self._load(step, abstract, skipped)
         if not _is_what_was_saved(tree, about):
-            raise ValueError("it is not what was saved")
+            raise ValueError("its checksums differ from those that were saved")
         assert about["seed"] == seed, "the run directory's config was checked before"
         known = {field.name: about[field.name] for field in dataclasses.fields(Progress) if field.name in about}
         known["skipped"] = tuple(known.get("skipped", ()))
@@ -191,27 +187,27 @@ class Checkpoints:
         known["losses"] = tuple((at, loss) for at, loss in known.get("losses", ()))
         return TrainState(**tree), Progress(**known)
 
-    def _load(self, step: int, abstract: TrainState, left_out: frozenset[int]) -> tuple[dict[str, Any], Any]:
-        """(What is said of it, its arrays), unchecked. All processes can read them, or it raises in all."""
-        # By Orbax's handlers themselves: its manager would wait for a process that has failed to read.
+    def _load(self, step: int, abstract: TrainState, skipped: frozenset[int]) -> tuple[dict[str, Any], Any]:
+        """Returns the JSON and the arrays of a checkpoint, unverified. If a process cannot read them, all raise."""
+        # Uses Orbax's handlers, since its manager would wait for a process that has failed to read.
         folder = epath.Path(self.folder.resolve() / str(step))
         failure: Exception | None = None
         try:
             about = read_about(self.folder, step, "train into another --run-dir")
-            if not {batch for batch in left_out if batch <= step} <= set(about.get("skipped", ())):
-                raise _LearntFromLeftOut
+            if not {batch for batch in skipped if batch <= step} <= set(about.get("skipped", ())):
+                raise _LearntFromSkipped
             arrays = ocp.args.StandardRestore(_tree(abstract))
             tree = ocp.StandardCheckpointHandler().restore(folder / "state", args=arrays)
-        except (UserError, _LearntFromLeftOut):
+        except (UserError, _LearntFromSkipped):
             raise
         except Exception as error:  # as in `restore`
             failure = error
         if unable := processes_where(failure is not None):
-            raise failure or ValueError(f"process {unable[0]} says why")
+            raise failure or ValueError(f"see the error of process {unable[0]}")
         return about, tree
 
     def close(self) -> None:
-        """Waits for the last save. One that fails now is logged: what it was made for has ended already."""
+        """Waits for the last save, and logs it if it fails: the run has already ended."""
         if not self._failed:
             try:
                 self._manager.wait_until_finished()
@@ -223,23 +219,23 @@ class Checkpoints:
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Of the whole checkpoints in it, oldest first."""
+    """Returns the steps of the complete checkpoints in `folder`, oldest first."""
     return sorted(ocp.utils.checkpoint_steps(folder.resolve())) if folder.is_dir() else []
 
 
-def last_good(folder: Path) -> str:
-    """A clause that names the newest whole checkpoint."""
+def describe_newest(folder: Path) -> str:
+    """Returns a clause for messages that names the newest complete checkpoint."""
     steps = saved_steps(folder)
     newest = f"the last good checkpoint is step {steps[-1]}" if steps else "there is no checkpoint yet"
     return f"{newest} in {folder}"
 
 
-class _LearntFromLeftOut(Exception):
-    """A checkpoint of a history that the run has been rolled back from."""
+class _LearntFromSkipped(Exception):
+    """A checkpoint from before a rollback: it has learnt from a batch that is skipped now."""
 
 
 def _handlers() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
-    """Arrays are written as they are: compressing float32 numbers costs most of a save's time and gains 8 %."""
+    """Writes arrays uncompressed: compressing float32 numbers takes most of a save's time and saves 8 %."""
     handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
     handlers.add("state", ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(use_compression=False))
     handlers.add("state", ocp.args.StandardRestore, ocp.StandardCheckpointHandler())
@@ -249,10 +245,10 @@ def _handlers() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
 
 
 def read_about(folder: Path, step: int, advice: str) -> dict[str, Any]:
-    """The JSON that is saved beside the arrays of a checkpoint.
+    """Reads the JSON that is saved with the arrays of a checkpoint.
 
-    Raises UserError with `advice` for a schema that this version does not read, and ValueError for one that is damaged
-    or of another step than its name says.
+    Raises UserError with `advice` for a schema that this version does not read, and ValueError if the JSON is damaged
+    or belongs to another step than the folder's name.
     """
     about = parse_json((folder / str(step) / PROGRESS / "metadata").read_bytes(), finite=False)
     if not isinstance(about, dict):
@@ -262,14 +258,14 @@ def read_about(folder: Path, step: int, advice: str) -> dict[str, Any]:
             f"{folder}/{step} has checkpoint schema {schema}, this version reads 1 to {SCHEMA_VERSION}: {advice}"
         )
     if about["consumed_batches"] != step:
-        raise ValueError(f"it is of step {about['consumed_batches']}")
+        raise ValueError(f"it belongs to step {about['consumed_batches']}")
     return about
 
 
 def changed_parameter(params: Mapping[str, Any], about: Mapping[str, Any]) -> str | None:
-    """The name of one, of those by dotted name, that is not what was saved; None where all are."""
+    """Returns the dotted name of a parameter whose checksum differs from the saved one; None if all agree."""
     sums = jax.device_get((plain_sums if about["schema_version"] == 1 else leaf_checksums)(dict(params)))
-    saved = about.get("parameter_checksums", {})  # the first checkpoints had none
+    saved = about.get("parameter_checksums", {})  # the earliest checkpoints have none
     return next((name for name, found in sums.items() if saved.get(name, found) != found), None)
 
 
@@ -285,12 +281,12 @@ def _tree(state: TrainState) -> dict[str, Any]:
 
 
 class _LastAndBest(checkpoint_managers.PreservationPolicy):
-    """Keeps the last checkpoints and the one with the lowest validation loss, the last of several that have it."""
+    """Keeps the last checkpoints and the one with the lowest validation loss (the last of several that share it)."""
 
     def __init__(self, folder: Path, keep_last: int):
         self.folder, self.keep_last = folder, keep_last
         self.losses: dict[int, float | None] = {}
-        """Validation losses by step; None for a step between validations, or whose loss cannot be read."""
+        """Validation loss by step; None for a step between validations or whose loss cannot be read."""
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         losses = [self._loss(checkpoint.step) for checkpoint in checkpoints]

@@ -13,7 +13,7 @@ from rich.progress import Progress as RichProgress
 
 from common.report.units import duration
 from common.terminal import harmless, marked_up
-from common.train.record import shares
+from common.train.clock import shares
 
 LINE_SECONDS = 30.0
 SPEED_STEPS = 20

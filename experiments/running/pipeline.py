@@ -34,8 +34,8 @@ from common.report.results import ArmResult, Flops
 from common.sharding.hosts import on_first_process
 from common.train.config import only_how
 from common.train.loop import Fitted, fit
+from common.train.metrics_log import last_losses
 from common.train.programs import Setup, check_rows, lower_step, make_programs
-from common.train.record import last_losses
 from common.train.run_files import RunFiles
 from common.train.task import Task, Watcher
 from experiments.config import Arm, Experiment

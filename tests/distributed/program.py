@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from common.train import distributed, loop
+from common.train import distributed, run
 from experiments import registry
 from experiments.cli import main as cli
 from experiments.running.console import TrainingBar
@@ -30,7 +30,7 @@ def tell_of_writing(event: str, arguments: tuple[Any, ...]) -> None:
 def main(folder: Path, heartbeat_seconds: int, arguments: list[str]) -> int:
     jax.config.update("jax_default_matmul_precision", "highest")
     distributed.HEARTBEAT_SECONDS = heartbeat_seconds
-    loop.SEEN_SECONDS = 1.0
+    run.SHARED_STORAGE_SECONDS = 1.0
     experiment = tiny_experiment(folder)
     registry.EXPERIMENTS[experiment.name] = experiment.question
     registry.load = lambda name: experiment

@@ -209,7 +209,7 @@ def test_a_range_is_rolled_back(tmp_path: Path) -> None:
     policy = {"on_nonfinite": "roll_back", "rolled_back": 3}
     _, fitted = run(tmp_path, Spoilt(loader(), infinite=frozenset({7})), observer, **policy)
     assert fitted.progress.skipped == (5, 6, 7)
-    assert any(note.endswith("batches 5 to 7 are left out") for note in observer.notes)
+    assert any(note.endswith("batches 5 to 7 are skipped") for note in observer.notes)
     assert "resuming after step 3 of 8" in observer.notes
     (row,) = read_rows(tmp_path / RunFiles.ROLLBACKS)
     assert (row["first"], row["step"]) == (5, 7)

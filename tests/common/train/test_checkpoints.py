@@ -167,12 +167,12 @@ def test_a_checkpoint_of_another_step_than_its_name_says_is_not_taken(copy: Path
     np.testing.assert_array_equal(read(copy), -LAYERS)
     restored = restore(copy)
     assert restored is not None and restored[1].consumed_batches == 1
-    assert sum("checkpoint 9" in message and "it is of step 2" in message for message in caplog.messages) == 2
+    assert sum("checkpoint 9" in message and "it belongs to step 2" in message for message in caplog.messages) == 2
 
 
 def test_a_file_in_place_of_the_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("")
-    with pytest.raises(UserError, match="checkpoints is no directory"):
+    with pytest.raises(UserError, match="checkpoints is not a directory"):
         Checkpoints(tmp_path / "checkpoints", keep_last=1)
 
 

@@ -35,12 +35,12 @@ with watched(Path(sys.argv[1]), 0.5) as alive:
     waits_for_a_batch_that_never_comes()
 """
 DEAF = """
-import hashlib, sys
-from common.train.preemption import noticed
-with noticed(float(sys.argv[1]), lambda: "last words") as asked_to_end:
+import contextlib, hashlib, sys
+from common.train.preemption import Preemption
+with contextlib.closing(Preemption(float(sys.argv[1]), lambda: "last words")) as preemption:
     print("begun", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", int(sys.argv[2]))  # in C: no handler of Python's is run meanwhile
-    print(asked_to_end(), flush=True)
+    print(preemption.requested(), flush=True)
 """
 
 
@@ -110,7 +110,7 @@ def test_ctrl_c_waits_and_a_second_one_ends_at_once(twice: bool) -> None:
         process.send_signal(signal.SIGINT)
         assert process.stderr is not None and process.stderr.readline() == "\n"
         assert (
-            process.stderr.readline() == "twinstack: the step at hand is ended and saved; Ctrl-C again ends at once\n"
+            process.stderr.readline() == "twinstack: saving after the current step; press Ctrl-C again to end at once\n"
         )
         if twice:
             process.send_signal(signal.SIGINT)

@@ -17,9 +17,9 @@ from common.files import read_rows, write_rows
 from common.train import run_dir as rd
 from common.train.checkpoints import Checkpoints
 from common.train.environment import commit_of
+from common.train.json_lines import JsonLines
 from common.train.loop import fit
-from common.train.record import last_losses
-from common.train.rows import JsonLines
+from common.train.metrics_log import last_losses
 from common.train.run_files import RunFiles
 from tests.tiny import Observer, task
 

@@ -138,7 +138,7 @@ def test_a_disk_that_stays_full(unbroken: Path, cache: Path, limit_bytes: str, s
     assert status == 2 and said in output
     (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert "File too large" in error and f"the last good checkpoint is step 3 in {tmp_path}" in error
-    assert "the same command goes on from there" in error
+    assert "repair the storage, then repeat the command to resume there" in error
     assert not (tmp_path / "params.npz").exists()
     status, output = train(cache, tmp_path, "0", "0", NEVER, "1.5")
     assert (status, output) == (0, "resuming after step 3 of 8\n")

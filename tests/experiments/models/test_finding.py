@@ -273,7 +273,7 @@ def test_a_run_has_its_tokenizer_before_its_first_step(
         raise Stopped
 
     data = open_data(experiment)
-    monkeypatch.setattr("common.train.loop._start", nothing_yet)
+    monkeypatch.setattr("common.train.loop.restore_or_begin", nothing_yet)
     folder = tmp_path / "gpt" / RunFiles.TOKENIZER
     with pytest.raises(Stopped):
         train_arm(experiment, "gpt", data, tmp_path, Observer())

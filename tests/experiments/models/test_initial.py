@@ -16,6 +16,7 @@ from common.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from common.errors import UserError
 from common.files import read_json
 from common.model import skeleton
+from common.train.run_dir import identity_changes
 from common.trees import flatten
 from common.weights.folder import write_folder
 from experiments.cli.main import main

@@ -1,4 +1,4 @@
-"""Files of rows that training appends to, a JSON object a line."""
+"""A file of JSON rows, one a line, that training appends to."""
 
 import io
 import json
@@ -11,24 +11,24 @@ from common.files import read_rows, write_rows
 
 
 class JsonLines:
-    """A file of one row a step, appended to; a row is whole or absent."""
+    """A file to which one row per step is appended; a row is whole or absent."""
 
     def __init__(self, path: Path, *, keep_through_step: int):
-        """Drops rows with a later `step`, and a half-written last line, before anything is appended."""
+        """Drops rows with a later `step` and a half-written last line, so that new rows follow step by step."""
         rows = [row for row in read_rows(path) if _step(row, path) <= keep_through_step]
         self.lost = sorted({*range(1, keep_through_step + 1)} - {row["step"] for row in rows})
-        """Steps before the first that is appended whose rows are not there."""
+        """Steps up to `keep_through_step` whose rows are missing."""
         write_rows(path, rows)
         self.path, self._bytes, self._pending = path, path.stat().st_size, b""
         self._file: io.FileIO | None = None
 
     def write(self, row: dict[str, Any]) -> None:
-        """Raises OSError where the disk refuses; what it refused is kept, and written by the next `flush`."""
+        """Appends a row. Raises OSError if the disk refuses; the row is then kept until the next `flush`."""
         self._pending += json.dumps(row).encode() + b"\n"
         self.flush()
 
     def flush(self) -> None:
-        """Hands all rows to the system. Raises UserError where the file is not as it was left."""
+        """Hands all rows to the operating system. Raises UserError if another program has changed the file."""
         while self._pending:
             if self._file is None:
                 self._check()
@@ -37,9 +37,9 @@ class JsonLines:
             self._pending, self._bytes = self._pending[written:], self._bytes + written
 
     def secure(self) -> None:
-        """Returns once all rows are where no end of the process or the machine can take them.
+        """Returns once all rows survive the end of the process or the machine.
 
-        The file is closed until the next row: some mounts upload it then. Raises as `flush` does.
+        Closes the file until the next row, since some mounts upload a file when it is closed. Raises as `flush` does.
         """
         self.flush()
         if self._file is not None:
@@ -53,12 +53,13 @@ class JsonLines:
             file.close()
 
     def _check(self) -> None:
+        """Raises UserError if the file has another size than this object has written."""
         found = self.path.stat().st_size if self.path.is_file() else None
         if found != self._bytes:
             now = "is gone" if found is None else f"has {found:,} bytes instead of {self._bytes:,}"
             raise UserError(
-                f"{self.path} {now}: something else removed or changed it while the run went on; stopped, the same "
-                "command goes on from the newest checkpoint that is left"
+                f"{self.path} {now}: another program removed or changed it during the run; stopped; repeat the command "
+                "to resume from the newest checkpoint that is left"
             )
 
 

@@ -16,8 +16,9 @@ from common.data.batch import HostBatch
 from common.files import read_rows, write_rows
 from common.recipe import Execution
 from common.train.checkpoints import Progress
+from common.train.clock import WARM_UP, Clock, shares
 from common.train.loop import fit
-from common.train.record import WARM_UP, Clock, memory, shares, utilisation
+from common.train.metrics_log import memory, utilisation
 from common.train.run_files import RunFiles
 from common.train.task import Stream
 from tests.tiny import Observer, Stopped, loader, setup, task, tiny, train_config
