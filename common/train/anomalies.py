@@ -1,4 +1,4 @@
-"""Losses that are not finite or that leap."""
+"""Finds steps whose loss or gradient is not finite, or whose loss is a spike."""
 
 import math
 import statistics
@@ -14,9 +14,9 @@ Verdict = Literal["stop", "skip", "roll_back"]
 
 
 def spike_limit(losses: Sequence[float], deviations: float) -> float:
-    """The loss above which the next one is a spike: median + deviations x 1.4826 x (median absolute deviation).
+    """Returns median + deviations x 1.4826 x (median absolute deviation): a next loss above it is a spike.
 
-    A float32 number, since programs compare it.
+    The value is a float32 number, since programs compare with it.
 
     >>> spike_limit([1.0, 2.0, 3.0, 4.0, 1000.0], 2.0)  # median 3, median absolute deviation 1
     5.965199947357178
@@ -27,47 +27,48 @@ def spike_limit(losses: Sequence[float], deviations: float) -> float:
 
 
 def last_learnt(skipped: Sequence[int], step: int) -> int:
-    """The last step up to `step` whose batch was not skipped; 0: none.
+    """Returns the last step up to `step` whose batch was not skipped; 0 if there is none.
 
     >>> last_learnt((3, 6, 7), 7), last_learnt((3, 6, 7), 8), last_learnt((1, 2), 2)
     (5, 8, 0)
     """
-    left_out = set(skipped)
-    while step in left_out:
+    numbers = set(skipped)
+    while step in numbers:
         step -= 1
     return step
 
 
 class Judge:
-    """Says which step is an anomaly. What it says depends on the losses of earlier steps alone.
+    """Decides which steps are anomalies, from the losses of earlier steps alone.
 
-    The limit of step t is known while step t-1 still runs: it is made of the losses up to step t-2.
+    The limit of step t is known while step t-1 still runs, since it depends on the losses up to step t-2.
     """
 
     def __init__(self, config: Anomalies, losses: Iterable[tuple[int, float]]):
-        """`losses`: (step, loss) of the last steps that were learnt from, as `recent` gave them."""
+        """`losses`: (step, loss) of the last steps that were learnt from, as `recent` returned them."""
         self.config = config
         self._losses = deque(losses, maxlen=config.spike_window + 2)
 
     def learnt(self, step: int, loss: float) -> None:
+        """Takes the loss of a step that was learnt from."""
         if self.config.on_spike != "ignore":
             self._losses.append((step, loss))
 
     def recent(self) -> tuple[tuple[int, float], ...]:
-        """What a checkpoint has to keep."""
+        """Returns the (step, loss) pairs that a checkpoint must keep."""
         return tuple(self._losses)
 
     def limit(self, step: int) -> float:
-        """The loss above which `step` is a spike, float32; infinite where too few losses are known."""
+        """Returns the loss above which `step` is a spike, a float32 number; infinite while too few losses are known."""
         window = self.config.spike_window
         before = [loss for at, loss in self._losses if at <= step - 2][-window:]
         return spike_limit(before, self.config.spike_deviations) if len(before) == window else math.inf
 
     def verdict(self, loss: float, grad_norm: float, limit: float) -> Verdict | None:
-        """What is to be done about a step with these numbers; None: nothing."""
+        """Returns what to do about a step with these numbers; None if it is no anomaly."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return self.config.on_nonfinite
         if loss > limit:
-            assert self.config.on_spike != "ignore", "then no loss is known and the limit is infinite"
+            assert self.config.on_spike != "ignore", "the limit is infinite while spikes are ignored"
             return self.config.on_spike
         return None

@@ -1,4 +1,4 @@
-"""Storage that refuses for a while: a full disk, a bucket that is busy."""
+"""Retries when storage refuses for a while: a full disk, a busy bucket."""
 
 import os
 import re
@@ -13,14 +13,14 @@ Result = TypeVar("Result")
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 BUSY = {408, 429, 500, 502, 503, 504}
-"""HTTP statuses after which one should try again."""
+"""HTTP statuses that ask for a retry."""
 _UNAVAILABLE = re.compile(r"(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED): ")
 _SYSTEM = re.compile(r"\[os_error_code='(\d+)'\]")
-"""As TensorStore words it."""
+"""How TensorStore reports errors of the operating system."""
 
 
 def refusal(error: BaseException) -> str | None:
-    """In a line, how storage refused; None where `error` is of another kind, which no waiting mends.
+    """Returns one line on how storage refused, or None if `error` is of a kind that waiting cannot cure.
 
     >>> refusal(OSError(28, "No space left on device"))
     '[Errno 28] No space left on device'
@@ -28,36 +28,37 @@ def refusal(error: BaseException) -> str | None:
     '[Errno 28] No space left on device'
     >>> refusal(ValueError("UNAVAILABLE: Error reading gs://bucket/x: HTTP 503"))
     'UNAVAILABLE: Error reading gs://bucket/x: HTTP 503'
-    >>> refusal(FileNotFoundError(2, "No such file")) or refusal(ValueError("its arrays are not those"))
+    >>> refusal(FileNotFoundError(2, "No such file")) or refusal(ValueError("its checksums differ"))
     """
-    for one in _chain(error):
-        if found := _SYSTEM.search(str(one)):  # in the midst of paths and specifications
-            one = OSError(int(found[1]), os.strerror(int(found[1])))  # which makes it of its proper kind
-        missing = isinstance(one, FileNotFoundError | NotADirectoryError | IsADirectoryError)
-        of_system = isinstance(one, OSError) and not missing
-        if of_system or getattr(one, "code", None) in BUSY or _UNAVAILABLE.match(str(one)):
-            return textwrap.shorten(str(one), 200)
+    for cause in _causes(error):
+        if found := _SYSTEM.search(str(cause)):  # in the middle of paths and specifications
+            cause = OSError(int(found[1]), os.strerror(int(found[1])))  # Python picks the subclass for the number
+        missing = isinstance(cause, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+        system = isinstance(cause, OSError) and not missing
+        if system or getattr(cause, "code", None) in BUSY or _UNAVAILABLE.match(str(cause)):
+            return textwrap.shorten(str(cause), 200)
     return None
 
 
 class Backoff:
-    """Since when storage has refused, and how long to wait before it is asked again."""
+    """Keeps how long storage has refused, and how long to wait before the next attempt."""
 
     def __init__(self, patience_seconds: float):
         self.patience_seconds = patience_seconds
         self.reset()
 
     def reset(self) -> None:
-        """It has not refused."""
+        """Notes a success."""
         self._since: float | None = None
         self._pause = FIRST_PAUSE
 
     @property
     def refused_seconds(self) -> float:
+        """Seconds since the first refusal after the last success; 0 if there was none."""
         return 0.0 if self._since is None else time.monotonic() - self._since
 
     def pause(self) -> float | None:
-        """Seconds to wait after a refusal, each time twice as many; None when there is no patience left."""
+        """Returns the seconds to wait after a refusal, doubling each time; None if patience is exhausted."""
         if self._since is None:
             self._since = time.monotonic()
         left = self.patience_seconds - self.refused_seconds
@@ -70,9 +71,10 @@ class Backoff:
 def patiently(
     action: Callable[[], Result], what: str, *, patience_seconds: float, note: Callable[[str], None], advice: str
 ) -> Result:
-    """Does it, and does it again as long as storage refuses; each refusal is said aloud.
+    """Calls `action` until storage no longer refuses, and returns its result; notes each refusal.
 
-    Raises UserError with `advice` when it has refused for `patience_seconds`.
+    `what` names in messages what is read or written. Raises UserError with `advice` once storage has refused for
+    `patience_seconds`, and any other error at once.
     """
     backoff = Backoff(patience_seconds)
     while True:
@@ -89,7 +91,8 @@ def patiently(
             time.sleep(pause)
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an error, then what caused it, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

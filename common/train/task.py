@@ -1,4 +1,4 @@
-"""What `fit` is given: a setup with its data, and somebody who looks on."""
+"""What `fit` takes: a setup with its data, and an observer."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,20 +14,24 @@ class Stream(Protocol):
     """Batches by number; `common.data.loader.Loader` is one."""
 
     @property
-    def content(self) -> str: ...
+    def content(self) -> str:
+        """Identifies the stream's data; the chained fingerprint starts from it."""
+        ...
 
-    def iterate(self, start: int, stop: int) -> Iterator[HostBatch]: ...
+    def iterate(self, start: int, stop: int) -> Iterator[HostBatch]:
+        """Yields batches `start` to `stop - 1`, counted from 0."""
+        ...
 
 
 class Seeker(Protocol):
-    """Finds a place in a stream again that was read before, without reading what lies before it."""
+    """Helps a stream to continue at a batch without reading everything before it again."""
 
     def landmarks(self, step: int) -> tuple[int, ...]:
-        """Returns what `recall` takes after the first `step` batches were read; a checkpoint keeps it."""
+        """Returns what `recall` needs once `step` batches have been read; a checkpoint keeps it."""
         ...
 
     def recall(self, landmarks: Sequence[int]) -> None:
-        """Takes landmarks before batches from that number on are read; empty if a checkpoint has none."""
+        """Takes the landmarks of a checkpoint before reading continues; empty if it has none."""
         ...
 
 
@@ -36,7 +40,7 @@ class Initial:
     """Where a new run's parameters come from."""
 
     open: Callable[[], StoredParameters]
-    """Called once, and only where the run has no checkpoint of its own."""
+    """Called once, and only if the run has no checkpoint of its own."""
     rules: tuple[InitRule, ...]
 
 
@@ -47,29 +51,33 @@ class Task:
     setup: Setup
     stream: Stream
     seeker: Seeker | None = None
-    """The stream's seeker; None: its batches are found at once, wherever they are."""
+    """None if the stream finds any batch at once."""
     validation: tuple[HostBatch, ...]
     config: dict[str, Any]
-    """Resolved config of the run, as JSON: what a run directory is recognised by."""
+    """The resolved config as JSON, by which a run directory is recognised."""
     data: dict[str, str]
-    """What is read: content id of the source, hash of the tokenizer."""
+    """Identifies the training data: content id of the source, hash of the tokenizer."""
     tokenizer_files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
-    """Name and content of what the run directory keeps of its tokenizer, from before the first step."""
+    """Name and content of the tokenizer's files, which the run directory keeps from the start."""
     initial: Initial | None = None
-    """None: a fresh model."""
+    """None for a fresh model."""
     peak_flops_per_second: float | None = None
-    """Of one device; None: not known, so no utilisation is told."""
+    """Peak of one device; None if unknown, and then utilisation is not recorded."""
     profile_steps: int = 0
-    """How many steps to trace for a profiler, the first ones left out."""
+    """How many steps to trace for a profiler, after the warm-up."""
 
 
 class Watcher(Protocol):
-    """What a run tells whoever looks on."""
+    """Observes a run, for example to show its progress."""
 
-    def note(self, message: str) -> None: ...
+    def note(self, message: str) -> None:
+        """Takes one line for the user."""
+        ...
 
-    def begin(self, step: int, steps: int) -> None: ...
+    def begin(self, step: int, steps: int) -> None:
+        """Is called before training starts or resumes after `step` of `steps`."""
+        ...
 
     def step(self, row: dict[str, Any], timing: dict[str, Any]) -> None:
-        """The rows of `metrics.jsonl` and `timings.jsonl` as they are written."""
+        """Takes a step's rows of `metrics.jsonl` and `timings.jsonl` as they are written."""
         ...

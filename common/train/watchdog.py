@@ -1,4 +1,4 @@
-"""Ends a run that hangs, and leaves the stacks of all its threads behind."""
+"""Ends a process that hangs, and saves the stacks of all its threads first."""
 
 import contextlib
 import faulthandler
@@ -10,25 +10,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 STALLED = os.EX_TEMPFAIL
-"""Exit status (75) of a run that was ended because it hung: a launcher should launch it again."""
+"""Exit status (75) of a run that was ended because it hung; a launcher should launch it again."""
 
 
 @contextlib.contextmanager
 def watched(stacks: Path, stall_seconds: float) -> Iterator[Callable[[], None]]:
-    """Within, the process ends with status `STALLED` when what is given has not been called for `stall_seconds`.
+    """Yields a heartbeat, and ends the process with status `STALLED` if it is not called for `stall_seconds`.
 
-    Before that the stacks of all threads go to the file `stacks` and to standard error.
+    Writes the stacks of all threads to the file `stacks` and to standard error first.
     """
-    heard = time.monotonic()
+    last_beat = time.monotonic()
     over = threading.Event()
 
     def alive() -> None:
-        nonlocal heard
-        heard = time.monotonic()
+        nonlocal last_beat
+        last_beat = time.monotonic()
 
     def watch() -> None:
-        while not over.wait(max(0.0, heard + stall_seconds - time.monotonic())):
-            if time.monotonic() >= heard + stall_seconds:
+        while not over.wait(max(0.0, last_beat + stall_seconds - time.monotonic())):
+            if time.monotonic() >= last_beat + stall_seconds:
                 _end(stacks, stall_seconds)
 
     thread = threading.Thread(target=watch, name="watchdog", daemon=True)
@@ -42,8 +42,8 @@ def watched(stacks: Path, stall_seconds: float) -> Iterator[Callable[[], None]]:
 
 def _end(stacks: Path, stall_seconds: float) -> None:
     print(
-        f"\ntwinstack: nothing has moved for {stall_seconds:g} s; the stacks of all threads are in {stacks}; "
-        f"ended with status {STALLED}, the same command resumes",
+        f"\ntwinstack: no progress for {stall_seconds:g} s; the stacks of all threads are in {stacks}; "
+        f"ended with status {STALLED}, repeat the command to resume",
         file=sys.stderr,
         flush=True,
     )

@@ -55,7 +55,7 @@ def test_a_run_that_hangs_is_ended_with_its_stacks(tmp_path: Path) -> None:
     with program(HANG, str(stacks)) as process:
         output, errors = process.communicate(timeout=60)
     assert output == "moved\n" and process.returncode == STALLED == 75
-    assert f"nothing has moved for 0.5 s; the stacks of all threads are in {stacks}" in errors
+    assert f"no progress for 0.5 s; the stacks of all threads are in {stacks}" in errors
     for found in (stacks.read_text(), errors):
         assert found.count("waits_for_a_batch_that_never_comes") == 2  # the main thread and the other one
 
