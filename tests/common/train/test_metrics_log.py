@@ -31,7 +31,7 @@ STEPS = 8
 
 def test_time_beside_the_steps_is_not_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("common.train.record.time.perf_counter", lambda: now)
+    monkeypatch.setattr("common.train.clock.time.perf_counter", lambda: now)
     clock = Clock(Progress(consumed_batches=4, fingerprint="", train_seconds=100.0, data_seconds=9.0, eval_seconds=5.0))
     with clock.waiting_for_data():
         now += 0.25
