@@ -113,7 +113,7 @@ class Gpt(nnx.Module):
 
         x_BID = self._embed(prompt.inputs_BI, positions_BI)
         _, layers_N = run_layers(self.layers, layer, x_BID, None, self.execution)
-        return Cache.behind_inputs(layers_N, prompt, max_new_tokens)
+        return Cache.after_inputs(layers_N, prompt, max_new_tokens)
 
     def decode(self, tokens_BQ: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """h_BQD for the decoder inputs `tokens_BQ`, and the cache with them in it."""

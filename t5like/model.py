@@ -91,7 +91,7 @@ class Layer(nnx.Module):
             own = cache.insert(own, seen.own.q_start)
         elif self.cross_attention is None:
             assert memory is not None
-            own = own.behind(memory)
+            own = own.after(memory)
         h_BTD = self.attention(h_BTD, own, seen.own, weights_key)
         x_BTD = x_BTD + dropout(h_BTD, self.dropout_rate, attention_key)
         if self.cross_attention is not None:
@@ -190,7 +190,7 @@ class T5Like(nnx.Module):
 
             encoded_BID = self._encode(x_BID, within, None, None)
             _, memory_N = run_layers(self.decoder, layer, None, None, self.execution)
-        make = Cache.behind_inputs if self.merged else Cache.beside_memory
+        make = Cache.after_inputs if self.merged else Cache.with_memory
         return make(memory_N, prompt, max_new_tokens)
 
     def decode(self, tokens_BQ: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:

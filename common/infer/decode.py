@@ -55,7 +55,7 @@ def read(model: Model, prompt: Prompt, room: int) -> Any:
 
     pieces_PBQ = tokens_BW.reshape(B, W // at_once, at_once).swapaxes(0, 1)
     cache, _ = jax.lax.scan(go_on, model.prefill(prompt, W + room), pieces_PBQ)
-    return cache.keep(W, prompt.written_lengths_B)
+    return cache.mask_padding(W, prompt.written_lengths_B)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The attention module: projections around the kernels.
+"""The attention module: projections before and after the attention kernels.
 
 Legend: B batch rows, L sequence, Q query length, K key length, D model, H heads, G key-value heads, C head dim.
 """
@@ -23,22 +23,22 @@ from common.sharding.rules import all_gather_residual, constrain, reduce_scatter
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeysValues:
-    """Projected keys (rotated already, where RoPE is used) and values; head-major, as products with them want it."""
+    """Projected keys (after RoPE, if the recipe has it) and values; head-major, the layout that products need."""
 
     k_BGKC: jax.Array
     v_BGKC: jax.Array
 
     def insert(self, new: "KeysValues", index: jax.Array | None) -> "KeysValues":
-        """A cache with `new` written from key index `index` on (a visibility's `q_start`, which caching needs)."""
+        """Writes `new` at key index `index` (a visibility's `q_start`, which is not None where there is a cache)."""
         assert index is not None
         return jax.tree.map(lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, index, axis=2), self, new)
 
-    def behind(self, memory: "KeysValues") -> "KeysValues":
-        """All keys of `memory`, then these."""
+    def after(self, memory: "KeysValues") -> "KeysValues":
+        """Returns the keys of `memory`, then these."""
         return jax.tree.map(lambda first, x: jnp.concatenate([first, x], axis=2), memory, self)
 
     def extend(self, slots: int) -> "KeysValues":
-        """With `slots` empty keys behind the present ones."""
+        """Appends `slots` empty keys."""
         return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, slots), (0, 0))), self)
 
 
@@ -76,10 +76,11 @@ class Attention(nnx.Module):
         self.out_bias_D = bias(rngs, recipe, (D,), ("embed",))
 
     def keys_values(self, x_BKD: jax.Array, positions_BK: jax.Array) -> KeysValues:
+        """Projects a sequence to its keys and values."""
         x_BKD = all_gather_residual(x_BKD)
         k_BKGC = project(x_BKD, use(self.key_DGC, x_BKD.dtype), use_bias(self.key_bias_GC, x_BKD.dtype))
         v_BKGC = project(x_BKD, use(self.value_DGC, x_BKD.dtype), use_bias(self.value_bias_GC, x_BKD.dtype))
-        # Pinned, lest every device projects all of a sequence.
+        # Without this constraint, every device would project the whole sequence.
         k_BKGC, v_BKGC = (constrain(x, "batch", "length", "kv_heads", None) for x in (k_BKGC, v_BKGC))
         if self.key_norm is not None:
             k_BKGC = self.key_norm(k_BKGC)
@@ -91,7 +92,8 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BQD: jax.Array, memory: KeysValues, visibility: Visibility, dropout_key: jax.Array | None = None
     ) -> jax.Array:
-        if memory.k_BGKC.shape[2] == 0:  # no query sees a key, so that nothing but the bias would come out
+        """Attends from `x_BQD` to `memory`, as far as `visibility` allows; returns [B, Q, D]."""
+        if memory.k_BGKC.shape[2] == 0:  # without keys, only the bias remains
             y_BQD, out_bias_D = jnp.zeros_like(x_BQD), use_bias(self.out_bias_D, x_BQD.dtype)
             return y_BQD if out_bias_D is None else y_BQD + out_bias_D[None, None]
         x_BQD = all_gather_residual(x_BQD)
@@ -104,7 +106,7 @@ class Attention(nnx.Module):
         out_BQHC = attend(
             q_BQHC,
             memory.k_BGKC,
-            _dropped(memory.v_BGKC, self.dropout_rate, dropout_key),
+            _drop_values(memory.v_BGKC, self.dropout_rate, dropout_key),
             visibility,
             scale=self.scale,
             how=self.how,
@@ -113,11 +115,11 @@ class Attention(nnx.Module):
         return reduce_scatter_residual(y_BQD)
 
 
-def _dropped(v_BGKC: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Values of which some are left out, in place of attention weights: no implementation need know of dropout.
+def _drop_values(v_BGKC: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Drops values instead of attention weights, so attention implementations need no dropout.
 
-    All queries leave out the same keys, as in T5X, so a weight that is dropped and a value that is dropped come to the
-    same. Query heads that share values share what is dropped.
+    As in T5X, all queries drop the same keys, so dropping a key's weights equals dropping its value. Query heads that
+    share values also share the mask.
     """
     if key is None or rate == 0.0:
         return v_BGKC

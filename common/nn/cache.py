@@ -1,4 +1,4 @@
-"""What decoding carries from token to token.
+"""The key-value cache of decoding.
 
 Legend: B batch rows, I input slots, S cache slots, Q new tokens, N layers, G key-value heads, C head dim.
 """
@@ -22,23 +22,26 @@ Layers = KeysValues | PerLayer[KeysValues]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cache:
-    """Keys and values of all layers, with what later queries need to know of their slots."""
+    """Keys and values of all layers, with the segment and position of each slot."""
 
     layers: Layers
-    """Self-attention's, [B, G, S, C]: of each layer where layers are unrolled, with N in front where not."""
+    """Of self-attention: [B, G, S, C] per layer if layers are unrolled, else [N, B, G, S, C]."""
     segments_BS: jax.Array
     positions_BS: jax.Array
     length: jax.Array
-    """Filled slots (scalar); the next token goes there."""
+    """Number of filled slots (scalar), and so the slot of the next token."""
     next_position_B: jax.Array
     memory: Layers | None = None
-    """Cross-attention's, [B, G, I, C]: computed once, never changed. Rows made by `repeat_rows` share it."""
+    """Of cross-attention, [B, G, I, C] per layer: computed once, never changed. Rows made by `repeat_rows` share it."""
     memory_segments_BI: jax.Array | None = None
     memory_positions_BI: jax.Array | None = None
 
     @classmethod
-    def behind_inputs(cls, layers: Layers, prompt: Prompt, max_new_tokens: int) -> "Cache":
-        """Of one sequence: inputs that were read already, and empty slots behind them (in `layers` too)."""
+    def after_inputs(cls, layers: Layers, prompt: Prompt, max_new_tokens: int) -> "Cache":
+        """Makes the cache of a single sequence: inputs already read into `layers`, then `max_new_tokens` empty slots.
+
+        `layers` already has the empty slots too.
+        """
         room = ((0, 0), (0, max_new_tokens))
         return cls(
             layers=layers,
@@ -49,8 +52,8 @@ class Cache:
         )
 
     @classmethod
-    def beside_memory(cls, memory: Layers, prompt: Prompt, max_new_tokens: int) -> "Cache":
-        """Of two sequences: a memory of the inputs, and empty slots for what attends to it."""
+    def with_memory(cls, memory: Layers, prompt: Prompt, max_new_tokens: int) -> "Cache":
+        """Makes the cache of two sequences: the memory of the inputs, and empty slots for the decoder's tokens."""
         B = prompt.lengths_B.shape[0]
 
         def empty(x: jax.Array) -> jax.Array:
@@ -69,24 +72,24 @@ class Cache:
         )
 
     def extend(self, slots: int) -> "Cache":
-        """With so many empty slots behind the present ones."""
+        """Appends `slots` empty slots."""
 
-        def behind(x: jax.Array, axis: int, value: int) -> jax.Array:
+        def pad(x: jax.Array, axis: int, value: int) -> jax.Array:
             return jnp.pad(x, [(0, slots if i == axis else 0) for i in range(x.ndim)], constant_values=value)
 
         return dataclasses.replace(
             self,
-            layers=jax.tree.map(lambda x: behind(x, x.ndim - 2, 0), self.layers),
-            segments_BS=behind(self.segments_BS, 1, 1),
-            positions_BS=behind(self.positions_BS, 1, 0),
+            layers=jax.tree.map(lambda x: pad(x, x.ndim - 2, 0), self.layers),
+            segments_BS=pad(self.segments_BS, 1, 1),
+            positions_BS=pad(self.positions_BS, 1, 0),
         )
 
     def repeat_rows(self, times: int) -> "Cache":
-        """Each row so many times in a row; the memory once, for all of them."""
+        """Repeats each row `times` times, consecutively. The memory is not repeated: those rows share it."""
         return self._map_rows(lambda x, axis: jnp.repeat(x, times, axis=axis))
 
     def take_rows(self, rows_B: jax.Array) -> "Cache":
-        """Row `rows_B[i]` in place of row i, among rows that share their memory."""
+        """Replaces row i by row `rows_B[i]`, which must share its memory."""
         return self._map_rows(lambda x, axis: jnp.take(x, rows_B, axis=axis))
 
     def _map_rows(self, change: Callable[[jax.Array, int], jax.Array]) -> "Cache":
@@ -98,8 +101,8 @@ class Cache:
             next_position_B=change(self.next_position_B, 0),
         )
 
-    def keep(self, queries: int, lengths_B: jax.Array) -> "Cache":
-        """Keeps only the first `lengths_B` of each row's last `queries` tokens; masks the others, which are padding."""
+    def mask_padding(self, queries: int, lengths_B: jax.Array) -> "Cache":
+        """Masks all but the first `lengths_B` of each row's last `queries` tokens: the others are padding."""
         begin = self.length - queries
         slots_1S = jnp.arange(self.segments_BS.shape[1], dtype=jnp.int32)[None]
         padding_BS = (slots_1S >= begin + lengths_B[:, None]) & (slots_1S < self.length)
@@ -110,7 +113,7 @@ class Cache:
         )
 
     def advance(self, queries: int, bias: BiasTable | None) -> tuple["Cache", Visibility]:
-        """A cache with room taken for `queries` further tokens a row, and what these may see of its slots."""
+        """Reserves slots for the next `queries` tokens of each row; returns the cache and what those tokens may see."""
         positions_BQ = self.next_position_B[:, None] + jnp.arange(queries, dtype=jnp.int32)[None]
         positions_BS = jax.lax.dynamic_update_slice_in_dim(self.positions_BS, positions_BQ, self.length, axis=1)
         visibility = Visibility(
@@ -131,7 +134,7 @@ class Cache:
         return advanced, visibility
 
     def memory_visibility(self, positions_BQ: jax.Array) -> Visibility:
-        """Every query sees all real memory."""
+        """Lets every query see all of the memory but its padding."""
         assert self.memory_segments_BI is not None and self.memory_positions_BI is not None
         return Visibility(
             q_segments_BQ=jnp.ones_like(positions_BQ),

@@ -1,7 +1,7 @@
-"""Norms, MLP, embedding, head and dropout.
+"""Norms, MLP, embedding, output head and dropout.
 
-Legend: B batch rows, L sequence, T target slots, D model, F mlp, V vocab, P parts of a row on devices, S positions of a
-part, N pieces, U positions of a piece.
+Legend: B batch rows, L sequence, D model, F mlp, V vocab, P shards of a row, S positions of a shard (padded), N chunks,
+U positions of a shard in one chunk, E features out.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ class RMSNorm(nnx.Module):
         self.scale_D = param(rngs, ones, (d_model,), (axis,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Over the last axis, whatever stands before it."""
+        """Normalises the last axis of an array of any rank."""
         x32 = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         normed = (x32 * jax.lax.rsqrt(mean_square + self.epsilon)).astype(x.dtype)
@@ -50,7 +50,7 @@ class LayerNorm(nnx.Module):
 
 
 def make_norm(d_model: int, recipe: Recipe, rngs: nnx.Rngs) -> RMSNorm | LayerNorm:
-    """The recipe's norm of a residual stream."""
+    """Makes the recipe's norm for the residual stream."""
     kind = LayerNorm if recipe.norm == "layernorm" else RMSNorm
     return kind(d_model, recipe.norm_epsilon, rngs=rngs)
 
@@ -81,44 +81,49 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BLD: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         dtype = x_BLD.dtype
-        # Taken once, whatever the number of pieces.
-        into = use(self.in_DF, dtype), use_bias(self.in_bias_F, dtype)
-        factor = (use(self.linear_DF, dtype), use_bias(self.linear_bias_F, dtype)) if self.gated else None
-        out = use(self.out_FD, dtype), use_bias(self.out_bias_D, dtype)
+        # Gathered once for all chunks.
+        in_weights = use(self.in_DF, dtype), use_bias(self.in_bias_F, dtype)
+        linear_weights = (use(self.linear_DF, dtype), use_bias(self.linear_bias_F, dtype)) if self.gated else None
+        out_weights = use(self.out_FD, dtype), use_bias(self.out_bias_D, dtype)
 
         def network(x_BUD: jax.Array) -> jax.Array:
-            h_BUF = linear(x_BUD, *into)
-            h_BUF = self.activation(h_BUF) if factor is None else _gated(self.activation, h_BUF, linear(x_BUD, *factor))
+            h_BUF = linear(x_BUD, *in_weights)
+            if linear_weights is None:
+                h_BUF = self.activation(h_BUF)
+            else:
+                h_BUF = _gated(self.activation, h_BUF, linear(x_BUD, *linear_weights))
             h_BUF = constrain(h_BUF, "batch", "length", "mlp")
-            return linear(dropout(h_BUF, self.dropout_rate, dropout_key), *out)
+            return linear(dropout(h_BUF, self.dropout_rate, dropout_key), *out_weights)
 
-        return reduce_scatter_residual(in_pieces(network, all_gather_residual(x_BLD), self.chunk))
+        return reduce_scatter_residual(map_in_chunks(network, all_gather_residual(x_BLD), self.chunk))
 
 
-def in_pieces(function: Callable[[jax.Array], jax.Array], x_BLD: jax.Array, chunk: int | None) -> jax.Array:
-    """`function`, which takes every position by itself, of at most `chunk` positions of a row at a time.
+def map_in_chunks(function: Callable[[jax.Array], jax.Array], x_BLD: jax.Array, chunk: int | None) -> jax.Array:
+    """Applies a position-wise `function` to at most `chunk` positions of each row at a time, forward and backward.
 
-    Backward too: pieces are computed again, one after the other, and only their inputs are kept. A piece has every n-th
-    position of each device's part of a row, so that pieces are split over devices as the row is. Zeros after each part
-    make all pieces equally long.
+    The backward pass recomputes chunk after chunk, so only the inputs are kept. `function` maps [B, n, D] to [B, n, E]
+    for any n. With several shards along the length, a chunk contains positions of every shard, so chunks are sharded as
+    the row is: of each shard, chunk i contains positions i, i + N, i + 2N, ... Zeros at the end of each shard make all
+    chunks equally long.
     """
     B, L, D = x_BLD.shape
-    split = num_shards("length") if L % num_shards("length") == 0 else 1
-    pieces = 1 if chunk is None else _pieces(L // split, max(1, chunk // split))
-    if pieces == 1:
+    P = num_shards("length") if L % num_shards("length") == 0 else 1
+    length = L // P
+    N = 1 if chunk is None else _num_chunks(length, max(1, chunk // P))
+    if N == 1:
         return function(x_BLD)
-    behind = -(L // split) % pieces
-    x_BPSD = jnp.pad(x_BLD.reshape(B, split, L // split, D), ((0, 0), (0, 0), (0, behind), (0, 0)))
-    x_NBPUD = jnp.moveaxis(x_BPSD.reshape(B, split, -1, pieces, D), 3, 0)
-    y_NBUD = jax.lax.map(jax.checkpoint(function, prevent_cse=False), x_NBPUD.reshape(pieces, B, -1, D))
-    y_BPUND = jnp.moveaxis(y_NBUD.reshape(*x_NBPUD.shape[:-1], -1), 0, 3)
-    return y_BPUND.reshape(B, split, L // split + behind, -1)[:, :, : L // split].reshape(B, L, -1)
+    padding = -length % N
+    x_BPSD = jnp.pad(x_BLD.reshape(B, P, length, D), ((0, 0), (0, 0), (0, padding), (0, 0)))
+    x_NBPUD = jnp.moveaxis(x_BPSD.reshape(B, P, -1, N, D), 3, 0)
+    y_NBxE = jax.lax.map(jax.checkpoint(function, prevent_cse=False), x_NBPUD.reshape(N, B, -1, D))  # x: P * U
+    y_BPUNE = jnp.moveaxis(y_NBxE.reshape(*x_NBPUD.shape[:-1], -1), 0, 3)
+    return y_BPUNE.reshape(B, P, length + padding, -1)[:, :, :length].reshape(B, L, -1)
 
 
-def _pieces(length: int, chunk: int) -> int:
-    """How many pieces of at most `chunk` positions: as few as possible, or up to twice as many where that pads less.
+def _num_chunks(length: int, chunk: int) -> int:
+    """Returns the number of chunks of at most `chunk` positions: the fewest, or up to twice as many if that pads less.
 
-    >>> [_pieces(length, 256) for length in (0, 256, 512, 626, 521)]
+    >>> [_num_chunks(length, 256) for length in (0, 256, 512, 626, 521)]
     [1, 1, 2, 3, 3]
     """
     least = max(1, -(-length // chunk))
@@ -127,12 +132,12 @@ def _pieces(length: int, chunk: int) -> int:
 
 @partial(jax.checkpoint, static_argnums=0, prevent_cse=False)
 def _gated(activation: Callable[[jax.Array], jax.Array], gate_BLF: jax.Array, h_BLF: jax.Array) -> jax.Array:
-    """Nothing but the two operands is kept for the backward pass."""
+    """Returns `activation(gate) * h`; the backward pass keeps only the two operands."""
     return activation(gate_BLF) * h_BLF
 
 
 class Embedding(nnx.Module):
-    """The token table, read by gather."""
+    """The token table; a lookup is a gather."""
 
     def __init__(self, vocab_size: int, d_model: int, recipe: Recipe, init: Initialisers, *, rngs: nnx.Rngs):
         self.scale = d_model**0.5 if recipe.scale_embeddings else 1.0
@@ -143,7 +148,7 @@ class Embedding(nnx.Module):
 
 
 class Head(nnx.Module):
-    """The output projection: its own matrix, or the embedding's."""
+    """The output projection: a matrix of its own, or the embedding's if the recipe ties them."""
 
     def __init__(self, vocab_size: int, d_model: int, recipe: Recipe, init: Initialisers, *, rngs: nnx.Rngs):
         self.scale = d_model**-0.5 if recipe.scale_logits else 1.0
@@ -151,26 +156,26 @@ class Head(nnx.Module):
         self.weight_DV = None if recipe.tied_embeddings else param(rngs, init.head(d_model), shape, ("embed", "vocab"))
 
     def __call__(self, h_BLD: jax.Array) -> jax.Array:
-        """Hidden states on the scale that the weights take."""
+        """Scales hidden states for the product with the weights."""
         return h_BLD * self.scale
 
     def weights(self, embedding: Embedding) -> jax.Array:
-        """w_DV, float32: logits are `hidden @ w_DV`."""
+        """Returns w_DV in float32: logits are `hidden @ w_DV`."""
         return embedding.table_VD[...].T if self.weight_DV is None else self.weight_DV[...]
 
 
 def bias(rngs: nnx.Rngs, recipe: Recipe, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param | None:
-    """A projection's bias, None in a recipe without."""
+    """Makes a projection's bias; None if the recipe has no biases."""
     return param(rngs, zeros, shape, axes) if recipe.biases else None
 
 
 def _broadcast(vector_D: jax.Array, x: jax.Array) -> jax.Array:
-    """In the rank of `x`."""
+    """Reshapes a vector to the rank of `x`."""
     return vector_D.reshape((1,) * (x.ndim - 1) + vector_D.shape)
 
 
 def dropout(x_BLD: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Inverted dropout whose mask is shared along the length axis (T5X). Without a key, or at rate 0, `x` itself."""
+    """Applies inverted dropout with one mask for all positions (T5X). Returns `x` itself without a key or at rate 0."""
     if key is None or rate == 0.0:
         return x_BLD
     shape = (*x_BLD.shape[:-2], 1, x_BLD.shape[-1])
@@ -179,5 +184,5 @@ def dropout(x_BLD: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 def dropout_keys(key: jax.Array | None, sites: int) -> tuple[jax.Array | None, ...]:
-    """One key a dropout site; all None without a key, which turns dropout off."""
+    """Splits a key into one per dropout site; without a key, all are None, and dropout is off."""
     return (None,) * sites if key is None else tuple(jax.random.split(key, sites))

@@ -1,6 +1,6 @@
-"""One matrix product for every projection, with a backward pass that copies little.
+"""The matrix product of every projection, with a backward pass that copies little.
 
-Legend: B batch rows, L sequence, x tokens in one dimension or as [B, L], D features in, F features out, H heads, C head
+Legend: B batch rows, L sequence, x tokens (one dimension, or B and L), D features in, F features out, H heads, C head
 dim.
 """
 
@@ -13,25 +13,27 @@ import jax.numpy as jnp
 from common.sharding.rules import on_mesh
 
 CPU_BLOCKS = 2
+"""Blocks of columns into which decoding on a CPU splits a matrix."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """A matrix in blocks of columns, each with its own stretch of memory."""
+    """A matrix stored as blocks of columns, each contiguous in memory."""
 
     blocks: tuple[jax.Array, ...]
 
     def __getitem__(self, everything: Any) -> "Columns":
-        """Itself, as a parameter is read."""
+        """Returns itself, so that it can stand for a parameter, which is read with `[...]`."""
         return self
 
 
 def in_columns(w: jax.Array, axes: tuple[str, ...]) -> jax.Array | Columns:
-    """One layer's parameter, its dimensions named by `axes`, in the form that decoding on a CPU likes best.
+    """Splits one layer's parameter, with logical `axes`, into columns for faster decoding on a CPU.
 
-    A product of few rows takes as long as reading its matrix. Cores share out one product badly, but run two side by
-    side; an MLP's input matrices mostly have each other for that.
+    A product of few rows takes as long as reading its matrix. Cores parallelise one product poorly, but run two
+    products in parallel. An MLP's input matrix is not split: it usually runs in parallel with the other input
+    projection.
     """
     match axes:
         case ("embed", "heads" | "kv_heads", "head_dim"):
@@ -44,11 +46,11 @@ def in_columns(w: jax.Array, axes: tuple[str, ...]) -> jax.Array | Columns:
 
 
 def linear(x_BLD: jax.Array, w_DF: jax.Array | Columns, bias_F: jax.Array | None = None) -> jax.Array:
-    """`x @ w + bias` in the dtype of `x` (parameters are cast to it): [B, L, F]."""
+    """Returns `x @ w + bias`, [B, L, F], in the dtype of `x`, to which the parameters are cast."""
     B, L, D = x_BLD.shape
     if isinstance(w_DF, Columns):
         y_BLF = jnp.concatenate([linear(x_BLD, block) for block in w_DF.blocks], axis=-1)
-    elif on_mesh():  # rows and lengths may both be split, and tokens in one dimension could not be
+    elif on_mesh():  # merging B and L is impossible if both are sharded
         y_BLF = _matmul(x_BLD, w_DF.astype(x_BLD.dtype))
     else:
         y_BLF = _matmul(x_BLD.reshape(B * L, D), w_DF.astype(x_BLD.dtype)).reshape(B, L, w_DF.shape[1])
@@ -65,9 +67,10 @@ def _forward(x_xD: jax.Array, w_DF: jax.Array) -> tuple[jax.Array, tuple[jax.Arr
 
 
 def _backward(residuals: tuple[jax.Array, jax.Array], dy_xF: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A CPU product wants its left operand untransposed, so a transposed one is copied: copy the narrower one.
+    """Computes dw by the product that copies the narrower of `x` and `dy`.
 
-    The automatic gradient always copies `dy`; `x` is often narrower, and shared by several projections.
+    A CPU copies the left operand of a product to transpose it. The automatic gradient always copies `dy`, but `x` is
+    often narrower, and shared by several projections.
     """
     x_xD, w_DF = residuals
     tokens = (tuple(range(x_xD.ndim - 1)),) * 2
@@ -75,7 +78,7 @@ def _backward(residuals: tuple[jax.Array, jax.Array], dy_xF: jax.Array) -> tuple
     dw_DF = jnp.tensordot(x_xD, dy_xF, tokens) if narrow else jnp.tensordot(dy_xF, x_xD, tokens).T
     dx_xD = dy_xF @ w_DF.T
     if on_mesh():
-        # Compilers for accelerators like to put the weights' gradients off, and keep all that they are made of.
+        # Otherwise compilers for accelerators postpone the gradients of weights, and keep their operands until then.
         dx_xD, dw_DF = jax.lax.optimization_barrier((dx_xD, dw_DF))
     return dx_xD, dw_DF
 
@@ -84,7 +87,7 @@ _matmul.defvjp(_forward, _backward)
 
 
 def project(x_BLD: jax.Array, w_DHC: jax.Array | Columns, bias_HC: jax.Array | None = None) -> jax.Array:
-    """Into heads: [B, L, H, C]."""
+    """Projects into heads: [B, L, H, C]."""
     C = jax.tree.leaves(w_DHC)[0].shape[-1]
     w_DF = jax.tree.map(lambda w: w.reshape(w.shape[0], -1), w_DHC)
     bias_F = None if bias_HC is None else bias_HC.reshape(-1)
@@ -93,7 +96,7 @@ def project(x_BLD: jax.Array, w_DHC: jax.Array | Columns, bias_HC: jax.Array | N
 
 
 def unproject(x_BLHC: jax.Array, w_HCD: jax.Array | Columns, bias_D: jax.Array | None = None) -> jax.Array:
-    """Out of heads: [B, L, D]."""
+    """Projects out of heads: [B, L, D]."""
     B, L, H, C = x_BLHC.shape
     w_FD = jax.tree.map(lambda w: w.reshape(H * C, -1), w_HCD)
     return linear(x_BLHC.reshape(B, L, H * C), w_FD, bias_D)

@@ -1,4 +1,4 @@
-"""Parameters with logical axes, and the initialisers of both recipes."""
+"""Parameters with logical axes, and their initialisers."""
 
 import math
 from collections.abc import Callable
@@ -16,22 +16,22 @@ Initialiser = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
 
 def param(rngs: nnx.Rngs, init: Initialiser, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
-    """A float32 parameter whose dimensions carry logical names; the mesh's rules turn them into shardings."""
+    """Makes a float32 parameter with logical axis names, which `common.sharding.rules` maps to shardings."""
     assert len(shape) == len(axes), (shape, axes)
     return nnx.Param(init(rngs.params(), shape), out_sharding=axes, eager_sharding=False)
 
 
 def use(parameter: nnx.Param, dtype: Any) -> Any:
-    """A parameter as computation takes it: in `dtype`, and gathered from the devices among which it is stored."""
+    """Returns a parameter for computation: cast to `dtype`, then all-gathered from its shards."""
     stored = parameter[...]
     if isinstance(stored, Columns):
         return stored
-    axes = parameter.get_metadata("out_sharding")[-stored.ndim :]  # of one layer alone: no "layers"
+    axes = parameter.get_metadata("out_sharding")[-stored.ndim :]  # a single layer has no "layers" axis
     return all_gather_parameter(stored.astype(dtype), axes)
 
 
 def use_bias(parameter: nnx.Param | None, dtype: Any) -> jax.Array | None:
-    """The same of a bias, which a recipe may be without."""
+    """As `use`, for an optional bias."""
     return None if parameter is None else use(parameter, dtype)
 
 
@@ -40,7 +40,7 @@ def normal(std: float) -> Initialiser:
 
 
 def truncated_normal(std: float) -> Initialiser:
-    """Cut at two standard deviations, scaled so that `std` is what comes out (as `variance_scaling` does)."""
+    """Draws from a normal truncated at two of its standard deviations; the result has standard deviation `std`."""
     return lambda key, shape: std / 0.87962566103423978 * jax.random.truncated_normal(key, -2, 2, shape, jnp.float32)
 
 
@@ -57,13 +57,13 @@ def ones(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 class Initialisers:
-    """The initialiser of each kind of weight under a recipe.
+    """The initialiser of each kind of weight in a recipe.
 
-    `t5` has T5X's standard deviations: query (d_model * head_dim)^-1/2, key and value d_model^-1/2, attention output
+    `t5` uses T5X's standard deviations: query (d_model * head_dim)^-1/2, key and value d_model^-1/2, attention output
     (heads * head_dim)^-1/2, MLP d_model^-1/2 in and d_ff^-1/2 out (truncated), head d_model^-1/2 (truncated), embedding
-    1, relative bias uniform with variance 1/fan_avg. `fan_in` has fan_in^-1/2 throughout, residual outputs divided by
-    sqrt(residual branches) (GPT-2), and embedding and head small enough that a fresh model is close to uniform. Biases
-    begin at zero.
+    1, relative bias uniform with variance 1/fan_avg. `fan_in` uses fan_in^-1/2 throughout, divided by sqrt(residual
+    branches) for residual outputs (GPT-2); embedding and head are so small that a fresh model's predictions are nearly
+    uniform. Biases are initialised to zero.
     """
 
     def __init__(self, recipe: Recipe, residual_branches: int):
@@ -89,11 +89,11 @@ class Initialisers:
     def embedding(self, d_model: int) -> Initialiser:
         if self.t5:
             return normal(1.0)
-        # A tied table is the head too, so it must keep fresh logits small.
+        # A tied table is also the head, so it must keep a fresh model's logits small.
         return normal(1.0 / d_model if self.tied else d_model**-0.5)
 
     def positions(self, d_model: int) -> Initialiser:
-        # On the embedding's scale, so that neither drowns the other.
+        # The embedding's scale, so that neither dominates their sum.
         return self.embedding(d_model)
 
     def head(self, d_model: int) -> Initialiser:

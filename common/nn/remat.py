@@ -1,4 +1,4 @@
-"""Rematerialisation by name: what of a layer is kept for the backward pass, and what is computed again."""
+"""Named rematerialisation policies: what the forward pass of a layer keeps, and what the backward pass recomputes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +10,8 @@ from common.kernels.visibility import ATTENTION
 from common.sharding.rules import on_mesh
 
 ENTERED = "entered"
-"""Name of the stream that enters a layer."""
-COSTS_NOTHING = {
+"""Checkpoint name of a layer's input."""
+CHEAP = {
     "broadcast_in_dim",
     "convert_element_type",
     "name",
@@ -20,18 +20,19 @@ COSTS_NOTHING = {
     "squeeze",
     "transpose",
 }
+"""Primitives whose results are recomputed rather than kept, even by `none`."""
 
 
 def rematerialised(body: Callable[..., Any], remat: str, *, in_loop: bool) -> Callable[..., Any]:
-    """`body(carry, x)` of one layer that keeps for its backward pass what `remat` (in Execution) specifies.
+    """Wraps `body(carry, x)` of one layer so that it keeps what `remat` (see Execution) specifies.
 
-    Even `none` keeps no parameter that was gathered for use: it is gathered again.
+    No policy keeps gathered parameters: the backward pass gathers them again.
     """
     match remat:
         case "none":
             if not on_mesh():
                 return body
-            policy: Any = _keep_what_costs
+            policy: Any = _keep_expensive
         case "dots":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         case "attention":
@@ -45,14 +46,14 @@ def rematerialised(body: Callable[..., Any], remat: str, *, in_loop: bool) -> Ca
                 offload_src="device",
                 offload_dst="pinned_host",
             )
-    # A loop's body is compiled apart from its backward pass, so that nothing need be done against merging the two.
+    # A loop compiles its body separately for both passes, so nothing has to prevent their merging (CSE).
     return jax.checkpoint(body, policy=policy, prevent_cse=not in_loop)
 
 
-def entering(stream: Any) -> Any:
-    """A layer's input under the name by which `offload` finds it."""
+def mark_input(stream: Any) -> Any:
+    """Marks a layer's input with the name that `offload` looks for."""
     return jax.tree.map(lambda x: checkpoint_name(x, ENTERED), stream)
 
 
-def _keep_what_costs(primitive: Any, *_: Any, **__: Any) -> bool:
-    return primitive.name not in COSTS_NOTHING
+def _keep_expensive(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name not in CHEAP

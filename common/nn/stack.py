@@ -1,4 +1,4 @@
-"""Layers stored stacked `[N, ...]`, run in one scan or unrolled."""
+"""Layers stored stacked, `[N, ...]`, and run in one scan or unrolled."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,29 +8,29 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from common.nn.remat import entering, rematerialised
+from common.nn.remat import mark_input, rematerialised
 from common.recipe import Execution
 
 Layer = TypeVar("Layer", bound=nnx.Module)
 Layers = TypeVar("Layers")
-"""A stack, or a tuple of stacks that run side by side."""
+"""A stack, or a tuple of stacks that run in step."""
 Item = TypeVar("Item")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PerLayer(Generic[Item]):
-    """One item a layer, in place of one whose arrays lead with the layers axis.
+    """One item per layer, in place of a tree whose arrays have a leading layers axis.
 
-    What unrolled layers give back comes so, and parameters may come so: cutting a layer out of a stack, or putting it
-    back, copies it.
+    Unrolled layers return their outputs in this form, and accept parameters in it, because slicing a layer out of a
+    stack, or stacking it again, copies it.
     """
 
     items: tuple[Item, ...]
 
 
 def stack(num_layers: int, make: Callable[[nnx.Rngs], Layer], rngs: nnx.Rngs) -> Layer:
-    """`num_layers` layers as one module whose parameters lead with a "layers" axis, each initialised by its own key."""
+    """Makes `num_layers` layers, each with its own key, as one module whose parameters have a leading "layers" axis."""
 
     @nnx.split_rngs(splits=num_layers)
     @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
@@ -48,27 +48,27 @@ def run_layers(
     execution: Execution,
     last: Callable[[Layers, Any, Any], tuple[Any, Any]] | None = None,
 ) -> tuple[Any, Any]:
-    """`body(layer, carry, x) -> (carry, y)` over a stack's layers.
+    """Runs `body(layer, carry, x) -> (carry, y)` over a stack's layers; returns the last carry and all ys.
 
-    xs lead with the layers axis, or have PerLayer in place of arrays; so may the parameters. The returned ys are
-    PerLayer where layers are unrolled, and lead with the layers axis where they are scanned.
+    `xs` have a leading layers axis, or are PerLayer; so do the parameters. The returned ys are PerLayer if layers are
+    unrolled, and have a leading layers axis if they are scanned.
 
-    `last` replaces the body of the last layer, which then runs after the scan: a scan does in every turn what it does
-    in one, whether anything reads it or not. Its carry may have another form.
+    `last` replaces the body of the last layer, which then runs after the scan, and may return another form of carry.
+    It can omit what nothing reads after the last layer; a scan computes it in every iteration.
     """
     graphdef, parameters = nnx.split(layers)
 
-    def stepping(body: Callable[[Layers, Any, Any], tuple[Any, Any]], in_loop: bool) -> Callable[..., tuple[Any, Any]]:
+    def make_step(body: Callable[[Layers, Any, Any], tuple[Any, Any]], in_loop: bool) -> Callable[..., tuple[Any, Any]]:
         def step(carry: Any, layer_and_x: tuple[Any, Any]) -> tuple[Any, Any]:
             layer_parameters, x = layer_and_x
-            return body(nnx.merge(graphdef, layer_parameters), entering(carry), x)
+            return body(nnx.merge(graphdef, layer_parameters), mark_input(carry), x)
 
         return rematerialised(step, execution.remat, in_loop=in_loop)
 
-    step = stepping(body, in_loop=execution.scan_layers)
+    step = make_step(body, in_loop=execution.scan_layers)
     if execution.scan_layers and last is None:
         return jax.lax.scan(step, carry, (parameters, xs))
-    last_step = step if last is None else stepping(last, in_loop=False)
+    last_step = step if last is None else make_step(last, in_loop=False)
     if execution.scan_layers:
         before, at_last = _without_last((parameters, xs))
         carry, ys = jax.lax.scan(step, carry, before)
@@ -84,21 +84,21 @@ def run_layers(
 
 
 def per_layer(params: Any, logical_axes: Any, form: Callable[[jax.Array, tuple[str, ...]], Any]) -> Any:
-    """Parameters whose stacked leaves are PerLayer: what a program that runs unrolled layers often should be given.
+    """Converts stacked parameters to PerLayer, for programs that run unrolled layers many times.
 
-    `form` makes what is kept of one layer's array and the logical names of its dimensions.
+    `form(array, axes)` converts the array of one layer, whose dimensions have the logical names `axes`.
     """
 
-    def apart(x: jax.Array, axes: tuple[str, ...]) -> Any:
+    def split(x: jax.Array, axes: tuple[str, ...]) -> Any:
         return PerLayer(tuple(form(one, axes[1:]) for one in _unstack(x))) if axes[0] == "layers" else x
 
-    return jax.tree.map(apart, params, logical_axes)
+    return jax.tree.map(split, params, logical_axes)
 
 
 def unstack(tree: Any) -> list[Any]:
-    """A list over the leading axis of all leaves, or over the items where leaves are PerLayer.
+    """Splits a tree into a list of one tree per layer; leaves have a leading layers axis or are PerLayer.
 
-    The gradient is one `stack` a leaf, where plain indexing would pad and add N times.
+    The gradient is one `stack` per leaf; that of plain indexing would be N padded arrays and their sum.
     """
     leaves, treedef = jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, PerLayer))
     pieces = [leaf.items if isinstance(leaf, PerLayer) else _unstack(leaf) for leaf in leaves]
@@ -122,7 +122,7 @@ _unstack.defvjp(_unstack_forward, _unstack_backward)
 
 
 def _without_last(tree: Any) -> tuple[Any, Any]:
-    """All but the last along the leading axis of all leaves, and the last; the gradient is one `concatenate` a leaf."""
+    """Splits off the last layer; the gradient is one `concatenate` per leaf."""
     leaves, treedef = jax.tree.flatten(tree)
     pairs = [_split_last(leaf) for leaf in leaves]
     before, last = ([pair[side] for pair in pairs] for side in (0, 1))

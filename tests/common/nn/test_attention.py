@@ -11,7 +11,7 @@ from common.kernels import attention
 from common.kernels.bias import BiasTable, relative_bucket
 from common.kernels.choice import How
 from common.kernels.visibility import Visibility
-from common.nn.attention import KeysValues, _dropped
+from common.nn.attention import KeysValues, _drop_values
 from common.nn.positions import rope
 
 B, Q, K, H, G, C = 2, 6, 6, 4, 2, 8
@@ -213,7 +213,7 @@ def test_to_drop_values_is_to_drop_weights_for_all_queries(block: int | None) ->
     """Weights are read off one-hot values; those of the keys that were left out count nothing, the others more."""
     q, memory = inputs()
     rate, seen = 0.4, visibility()
-    v_BGKC = _dropped(memory.v_BGKC, rate, jax.random.key(1))
+    v_BGKC = _drop_values(memory.v_BGKC, rate, jax.random.key(1))
     kept_BGK = np.asarray((v_BGKC != 0).all(axis=-1))
     assert (kept_BGK == (np.asarray(v_BGKC) != 0).any(axis=-1)).all() and 0 < kept_BGK.mean() < 1
     one_hot = jnp.broadcast_to(jnp.eye(K, C), memory.v_BGKC.shape)
@@ -222,4 +222,6 @@ def test_to_drop_values_is_to_drop_weights_for_all_queries(block: int | None) ->
     expected = np.einsum("bqhk,bhk,bhkc->bqhc", weights_BQHK, kept_BHK / (1 - rate), v_BHKC)
     found = attend(q, KeysValues(memory.k_BGKC, v_BGKC), seen, scale=0.3, block=block)
     np.testing.assert_allclose(found, expected, atol=1e-6)
-    assert _dropped(memory.v_BGKC, rate, None) is memory.v_BGKC is _dropped(memory.v_BGKC, 0.0, jax.random.key(1))
+    assert (
+        _drop_values(memory.v_BGKC, rate, None) is memory.v_BGKC is _drop_values(memory.v_BGKC, 0.0, jax.random.key(1))
+    )

@@ -9,9 +9,9 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 from common.kernels.visibility import ATTENTION
-from common.nn.layers import in_pieces
+from common.nn.layers import map_in_chunks
 from common.nn.linear import linear
-from common.nn.remat import entering, rematerialised
+from common.nn.remat import mark_input, rematerialised
 from common.recipe import Execution
 from common.sharding.mesh import make_mesh
 from common.sharding.rules import all_gather_parameter, constrain
@@ -24,7 +24,7 @@ Weights = tuple[jax.Array, jax.Array]
 
 def layer(carry: jax.Array, w: Weights) -> tuple[jax.Array, None]:
     """A product, something named as attention, and a product; with parameters that are gathered."""
-    h_BLF = jnp.tanh(linear(entering(carry), all_gather_parameter(w[0], ("embed", "mlp"))))
+    h_BLF = jnp.tanh(linear(mark_input(carry), all_gather_parameter(w[0], ("embed", "mlp"))))
     h_BLF = checkpoint_name(jnp.sin(h_BLF), ATTENTION)
     return linear(jnp.cos(h_BLF), all_gather_parameter(w[1], ("mlp", "embed"))), None
 
@@ -78,7 +78,7 @@ def test_pieces_are_the_whole(chunk: int, length: int) -> None:
     x = jax.random.normal(jax.random.key(1), (B, length, D))
 
     def network(x: jax.Array, w: jax.Array, chunk: int | None) -> jax.Array:
-        return jnp.square(in_pieces(lambda x: jnp.tanh(x @ w), x, chunk)).sum()
+        return jnp.square(map_in_chunks(lambda x: jnp.tanh(x @ w), x, chunk)).sum()
 
     gradient = jax.value_and_grad(network, argnums=(0, 1))
     (value, grads), (expected, wanted) = gradient(x, w, chunk), gradient(x, w, None)
@@ -93,7 +93,7 @@ def test_pieces_over_devices_are_the_whole(chunk: int) -> None:
     x, w = jax.random.normal(jax.random.key(1), (B, 14, D)), operands()[1][0]
 
     def network(x: jax.Array, w: jax.Array, chunk: int | None) -> jax.Array:
-        return in_pieces(lambda x: jnp.tanh(constrain(x, "batch", "length", None) @ w), x, chunk)
+        return map_in_chunks(lambda x: jnp.tanh(constrain(x, "batch", "length", None) @ w), x, chunk)
 
     with jax.set_mesh(make_mesh(MeshShape(context=2))):
         found = jax.jit(network, static_argnums=2)(x, w, chunk)
@@ -108,7 +108,7 @@ def test_pieces_are_few_and_hardly_padded(length: int, chunk: int) -> None:
         seen.append(x.shape[1])
         return x
 
-    jax.eval_shape(lambda x: in_pieces(function, x, chunk), jax.ShapeDtypeStruct((1, length, 1), jnp.float32))
+    jax.eval_shape(lambda x: map_in_chunks(function, x, chunk), jax.ShapeDtypeStruct((1, length, 1), jnp.float32))
     piece = seen[0]
     pieces, least = -(-length // piece), -(-length // chunk)
     assert piece <= chunk and least <= pieces < 2 * least
@@ -121,7 +121,7 @@ def test_a_piece_is_all_that_exists(long: int) -> None:
         shapes = (jax.ShapeDtypeStruct((1, long, D), jnp.float32), jax.ShapeDtypeStruct((D, 4096), jnp.float32))
 
         def network(x: jax.Array, w: jax.Array) -> jax.Array:
-            return in_pieces(lambda x: jnp.tanh(x @ w) @ w.T, x, chunk).sum()
+            return map_in_chunks(lambda x: jnp.tanh(x @ w) @ w.T, x, chunk).sum()
 
         return jax.jit(jax.grad(network)).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
