@@ -1,4 +1,4 @@
-"""What a model computes (Recipe) and how it is computed (Execution): plain configs, no JAX needed to read them."""
+"""What a model computes (Recipe), and how it is computed (Execution): plain configs that need no JAX."""
 
 import dataclasses
 from typing import Annotated, Literal, Protocol
@@ -9,7 +9,7 @@ from common.ranges import Range, Tiny, Tokens, check_ranges
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The options that every family understands in the same way; a controlled comparison gives all arms one recipe."""
+    """Options with the same meaning in every family; a controlled comparison uses one recipe for all arms."""
 
     positions: Literal["rope", "t5_bias", "learned"] = "rope"
     """`learned` adds a table of absolute positions to the embeddings (GPT-2)."""
@@ -17,27 +17,31 @@ class Recipe:
     mlp: Literal["relu", "gelu", "geglu", "swiglu"] = "swiglu"
     """GELU is the tanh approximation; the GLU variants multiply by a second, linear projection (arXiv 2002.05202)."""
     biases: bool = False
-    """On every projection of attention and MLP."""
+    """Whether every projection of attention and MLP has a bias."""
     tied_embeddings: bool = False
     scale_embeddings: bool = False
-    """Multiply embedded tokens by sqrt(d_model) (arXiv 1706.03762, section 3.4)."""
+    """Whether to multiply embedded tokens by sqrt(d_model) (arXiv 1706.03762, section 3.4)."""
     scale_logits: bool = False
-    """Divide hidden states by sqrt(d_model) before the head, as T5 does with tied embeddings."""
+    """Whether to divide hidden states by sqrt(d_model) before the head, as T5 does with tied embeddings."""
     init: Literal["t5", "fan_in"] = "fan_in"
-    """`t5`: T5X's values. `fan_in`: variance 1/fan_in, residual outputs divided by sqrt(branches), small embeddings."""
+    """`t5`: T5X's values. `fan_in`: variance 1/fan_in, with smaller residual outputs and embeddings. See
+    `common.nn.parameters.Initialisers`."""
     scale_attention: bool = True
-    """Divide attention logits by sqrt(head_dim); T5 does not (its query initialiser carries the factor)."""
+    """Whether to divide attention logits by sqrt(head_dim). T5 does not: its query initialiser includes the factor."""
     qk_norm: bool = False
-    """RMSNorm over each head's queries and keys, before RoPE (arXiv 2302.05442)."""
+    """Whether to apply RMSNorm to each head's queries and keys, before RoPE (arXiv 2302.05442)."""
     dropout: Annotated[float, Range(0, 1, "[)")] = 0.0
     z_loss: Annotated[float, Range(0, 1000)] = 0.0
     """Weight of log(Z)^2 in the loss."""
     norm_epsilon: Tiny = 1e-6
     rope_theta: Annotated[float, Range(1, 1e12)] = 10_000.0
     relative_buckets: Annotated[int, Range(4, 2**16)] = 32
+    """Buckets of T5's relative bias, a multiple of 4."""
     relative_max_distance: Tokens = 128
+    """Distance from which on all keys share the last bucket."""
     relative_sides: Literal["as_seen", "one", "two"] = "as_seen"
-    """Whether a stack's buckets tell keys ahead from keys behind; `as_seen`: where it sees keys ahead."""
+    """`two`: buckets distinguish keys after a query from keys before it. `as_seen`: only in stacks that see
+    keys after a query."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -55,7 +59,7 @@ class Recipe:
 
 
 T5_V1_1 = Recipe(positions="t5_bias", mlp="geglu", init="t5", scale_attention=False, z_loss=1e-4)
-"""T5X's t5_1_1 network (pretraining: no dropout)."""
+"""The network of T5X's t5_1_1, as pretrained: without dropout."""
 
 T5_V1_0 = dataclasses.replace(T5_V1_1, mlp="relu", tied_embeddings=True, scale_logits=True)
 """The network of arXiv 1910.10683."""
@@ -63,33 +67,34 @@ T5_V1_0 = dataclasses.replace(T5_V1_1, mlp="relu", tied_embeddings=True, scale_l
 LLAMA = Recipe(positions="rope", mlp="swiglu", init="fan_in")
 
 GPT2 = Recipe(positions="learned", norm="layernorm", mlp="gelu", biases=True, tied_embeddings=True, norm_epsilon=1e-5)
-"""The network of GPT-2: LayerNorm, biases, learned positions, tied embeddings."""
+"""The network of GPT-2 (Radford et al. 2019)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:
-    """How the same mathematics is run; none of these changes a result beyond rounding."""
+    """How a model is computed; no option changes a result beyond rounding."""
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of activations and matrix products; parameters, norms, softmax and loss stay float32."""
+    """The dtype of activations and matrix products; parameters, norms, softmax and loss are always float32."""
     matmul_precision: Literal["default", "high", "highest"] = "default"
     scan_layers: bool = True
-    """One loop over stacked layers (quick to compile), or all layers unrolled (quicker to run on CPU)."""
+    """Whether to run layers in a scan (faster to compile) or unrolled (faster to run on a CPU)."""
     remat: Literal["none", "dots", "attention", "full", "offload"] = "none"
-    """What the backward pass of a layer finds: everything; its matrix products; the attention's outputs and its input;
-    its input alone; its input, put into the host's memory meanwhile. The rest is computed again."""
+    """What the forward pass of a layer keeps for its backward pass, which recomputes the rest. `none` (no
+    rematerialisation): everything. `dots`: matrix products. `attention`: its input and the attention's outputs. `full`:
+    its input only. `offload`: its input, moved to host memory in between."""
     attention: Literal["auto", "splash", "flash", "cudnn", "blocked", "plain"] = "auto"
-    """`plain`: all logits at once (what FLOPs are counted on). `blocked`: a block of queries at a time, computed again
-    in the backward pass. `splash`, and `flash` for T5's bias: TPU kernels. `cudnn`: NVIDIA's. Where the one named does
-    not serve, and with `auto`: the platform's kernel that does; `blocked` where there is none, as on a CPU."""
+    """`plain`: all logits at once; FLOPs are counted on it. `blocked`: a block of queries at a time, recomputed in the
+    backward pass. `splash`, and `flash` for T5's bias: TPU kernels. `cudnn`: NVIDIA's kernel. `auto`, or one that
+    does not support the call: the platform's kernel that does, or `blocked` if there is none, as on a CPU."""
     attention_block: Tokens = 64
-    """Queries in a block of `blocked`."""
+    """Queries per block of `blocked`."""
     attention_kernel_block: Annotated[int, Range(128, 2**16, unit="tokens")] = 512
-    """Queries and keys, at most, in a block of the TPU kernels; a multiple of 128."""
+    """Most queries and most keys in a block of the TPU kernels; a multiple of 128."""
     mlp_chunk: Tokens | None = None
-    """Positions of a row that go through an MLP at one time, forward and backward; None: all of them."""
+    """Most positions of a row that an MLP processes at a time, forward and backward; None: all of them."""
     loss_chunk: Annotated[int, Range(1, 2**31 - 1, unit="positions")] = 1024
-    """Target positions, of all rows of a device, whose logits exist at one time; at least one of each row."""
+    """Most target positions, over all rows of a device, whose logits exist at a time; but at least one per row."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -101,7 +106,7 @@ class Execution:
 
 
 class Widths(Protocol):
-    """The sizes of one layer, which the config of every family has."""
+    """The sizes of a layer: fields that the config of every family has."""
 
     @property
     def d_model(self) -> int: ...
@@ -120,13 +125,13 @@ class Widths(Protocol):
 
 
 def check_widths(model: Widths) -> None:
-    """Raises UserError for sizes that cannot make a transformer."""
+    """Raises UserError if the sizes are out of range or do not fit together."""
     check_ranges(model)
     positions, max_positions = model.recipe.positions, model.max_positions
     if (max_positions is not None) != (positions == "learned"):
         raise UserError(
             f"max_positions is {max_positions} with recipe.positions={positions!r}: "
-            "learned positions need a number, others take none"
+            "learned positions need a number, other schemes need null"
         )
     num_heads, num_kv_heads, head_dim = model.num_heads, model.num_kv_heads, model.head_dim
     if num_heads % num_kv_heads:
@@ -134,4 +139,4 @@ def check_widths(model: Widths) -> None:
         close = min(divisors, key=lambda n: abs(n - num_kv_heads))
         raise UserError(f"num_kv_heads is {num_kv_heads}: it must divide num_heads ({num_heads}); nearest: {close}")
     if positions == "rope" and head_dim % 2:
-        raise UserError(f"head_dim is {head_dim}: RoPE needs an even one; nearest: {head_dim + 1}")
+        raise UserError(f"head_dim is {head_dim}: RoPE needs an even number; nearest: {head_dim + 1}")

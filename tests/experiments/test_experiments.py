@@ -126,7 +126,7 @@ def test_first_light_is_fair() -> None:
         ),
         (
             "compare first_light arms.t5like.model.head_dim=33",
-            "arms.t5like.model: head_dim is 33: RoPE needs an even one; nearest: 34",
+            "arms.t5like.model: head_dim is 33: RoPE needs an even number; nearest: 34",
         ),
         (
             "plan first_light arms.gpt.model.vocab_size=512",
