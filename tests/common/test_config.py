@@ -1,3 +1,5 @@
+"""Configs as JSON and edited by overrides: exact round trips, and one clear line for what is refused."""
+
 import dataclasses
 import json
 import math
@@ -21,7 +23,7 @@ class AdamW:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lion:
-    """Its fields equal AdamW's."""
+    """Has the same fields as AdamW, so only `kind` distinguishes them."""
 
     kind: Literal["lion"] = "lion"
     learning_rate: float = 1e-3
@@ -89,7 +91,7 @@ def through_text(config: Any) -> Any:
 
 
 def edited(data: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """A deep copy with `value` at the path; `...` deletes."""
+    """Returns a deep copy with `value` at the path; `...` deletes the key."""
     data = json.loads(json.dumps(data))
     *parents, last = path.split(".")
     node = data
@@ -109,11 +111,11 @@ def test_round_trip_restores_equal_objects(config):
 
 
 @pytest.mark.parametrize("variant", [AdamW(), Lion(), Sgd(momentum=0.0)])
-def test_no_variant_turns_into_another(variant):
+def test_variants_keep_their_types(variant):
     assert type(through_text(Train(optimizer=variant)).optimizer) is type(variant)
 
 
-def test_a_variant_without_its_kind_is_refused():
+def test_a_variant_without_a_kind_is_refused():
     with pytest.raises(UserError, match="train.optimizer: 'kind' is missing; valid: adamw, lion, sgd"):
         from_json(Experiment, edited(to_json(BASE), "train.optimizer.kind", ...))
 
@@ -126,7 +128,7 @@ def test_floats_restore_to_the_bit(value):
     assert struct.pack("d", restored) == struct.pack("d", value)
 
 
-def test_integers_have_no_largest():
+def test_integers_of_any_size_are_restored():
     assert through_text(Train(steps=2**80)).steps == 2**80
 
 
@@ -210,7 +212,7 @@ def test_json_is_refused_in_one_clear_line(path, value, message):
         (['train.weights={"a":1}', "train.weights.a=0.5"], Train(weights={"a": 0.5})),
     ],
 )
-def test_overrides(overrides, expected):
+def test_overrides_of_training(overrides, expected):
     assert repr(apply_overrides(BASE, overrides)) == repr(dataclasses.replace(BASE, train=expected))
 
 
@@ -225,7 +227,7 @@ def test_overrides(overrides, expected):
         ('arms.small.name="512"', "name", "512"),
     ],
 )
-def test_overrides_reach_into_dicts_and_leave_the_rest(override, field, value):
+def test_overrides_change_one_entry_of_a_dict(override, field, value):
     result = apply_overrides(BASE, [override])
     assert result.arms["small"] == dataclasses.replace(BASE.arms["small"], **{field: value})
     assert result.arms["large"] == BASE.arms["large"] and result.train == BASE.train
@@ -277,7 +279,7 @@ def test_difference_names_paths_and_both_values():
     assert difference(to_json(BASE), to_json(BASE)) == []
 
 
-def test_difference_tells_absent_from_null_and_true_from_one():
+def test_difference_distinguishes_absent_from_null_and_true_from_one():
     changes = difference({"a": None, "b": 1, "c": []}, {"b": True, "c": [{}]})
     assert [str(change) for change in changes] == [
         "a: null -> (absent)",

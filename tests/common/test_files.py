@@ -1,4 +1,4 @@
-"""Files, their places and JSON at the boundary: what is written where, what is read, what is refused."""
+"""Files, paths, JSON and terminal text from users: what is written, read, escaped and refused."""
 
 import os
 import stat
@@ -28,12 +28,12 @@ SHOWN = {
 
 
 @pytest.mark.parametrize(("text", "shown"), SHOWN.items())
-def test_controls_are_spelt_out(text: str, shown: str) -> None:
+def test_control_characters_are_escaped(text: str, shown: str) -> None:
     assert harmless(text) == shown and harmless(shown) == shown
     assert marked_up(f"[red]{text}") == rf"\[red]{shown}"
 
 
-def test_json_made_harmless_is_the_same_json() -> None:
+def test_escaped_json_describes_the_same_value() -> None:
     text = "".join(SHOWN).replace("\ud800", "")
     written = harmless(f'"{text}"'.replace("\t", " ").replace("\n", " "))
     assert parse_json(written) == text.replace("\t", " ").replace("\n", " ")
@@ -58,7 +58,7 @@ def test_json_made_harmless_is_the_same_json() -> None:
     ],
     ids=range(13),
 )
-def test_json_that_is_refused(text: str | bytes, message: str, tmp_path: Path) -> None:
+def test_hostile_or_invalid_json_is_refused(text: str | bytes, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message) as refused:
         parse_json(text)
     assert len(str(refused.value)) < 200
@@ -68,7 +68,7 @@ def test_json_that_is_refused(text: str | bytes, message: str, tmp_path: Path) -
         read_json(path)
 
 
-def test_json_that_is_read() -> None:
+def test_json_up_to_the_limits_is_read() -> None:
     assert parse_json("[" * DEEPEST + "]" * DEEPEST) is not None
     assert parse_json("9" * MOST_DIGITS) == 10**MOST_DIGITS - 1
     text = "[" * 1000 + "9" * 5000 + "1e999"
@@ -77,29 +77,29 @@ def test_json_that_is_read() -> None:
     assert parse_json("[NaN, 1e999]", finite=False)[1] == float("inf")
 
 
-def test_a_pipe_is_written_to_and_stays(tmp_path: Path) -> None:
-    """So is a device, or anything else that is not a regular file."""
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    """A device or socket takes the same path: anything that is not a regular file."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     assert is_special(pipe)
     check_file(pipe, "--out")
-    heard: list[bytes] = []
-    reader = threading.Thread(target=lambda: heard.append(pipe.read_bytes()), daemon=True)
+    received: list[bytes] = []
+    reader = threading.Thread(target=lambda: received.append(pipe.read_bytes()), daemon=True)
     reader.start()
-    write_atomically(pipe, b"said")
+    write_atomically(pipe, b"written")
     reader.join(10)
-    assert heard == [b"said"] and stat.S_ISFIFO(pipe.stat().st_mode) and os.listdir(tmp_path) == ["pipe"]
+    assert received == [b"written"] and stat.S_ISFIFO(pipe.stat().st_mode) and os.listdir(tmp_path) == ["pipe"]
 
 
 def test_standard_output_is_written_to(capfd: pytest.CaptureFixture[str]) -> None:
     os.write(1, b"before\n")
     check_file(Path("/dev/stdout"), "--out")
-    write_atomically(Path("/dev/stdout"), b"said\n")
+    write_atomically(Path("/dev/stdout"), b"written\n")
     os.write(1, b"after\n")
-    assert capfd.readouterr().out == "before\nsaid\nafter\n"
+    assert capfd.readouterr().out == "before\nwritten\nafter\n"
 
 
-def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
+def test_a_symbolic_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     link, file = tmp_path / "link", tmp_path / "elsewhere" / "file"
     link.symlink_to(file)
@@ -109,14 +109,14 @@ def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
     assert os.listdir(file.parent) == ["file"]
 
 
-def test_the_longest_name_that_there_may_be_can_be_written(tmp_path: Path) -> None:
+def test_a_file_with_the_longest_possible_name_can_be_written(tmp_path: Path) -> None:
     path = tmp_path / ("x" * os.pathconf(tmp_path, "PC_NAME_MAX"))
     check_file(path, "--out")
     write_atomically(path, b"")
     assert path.exists()
 
 
-def test_a_device_without_an_end_is_not_read_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_device_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "MOST_PIPED", 1000)
     for read in (read_json, user_lines):
         with pytest.raises(UserError, match="/dev/zero is not a regular file"):
@@ -126,7 +126,7 @@ def test_a_device_without_an_end_is_not_read_for_ever(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("check", [check_file, check_folder])
-def test_a_place_where_this_user_may_not_write(
+def test_a_path_without_write_permission_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: Callable[[Path, str], None]
 ) -> None:
     check(tmp_path / "new" / "one", "--out")
@@ -139,7 +139,7 @@ def test_a_place_where_this_user_may_not_write(
         check(place, "--out")
 
 
-def test_a_home_is_filled_in_and_what_is_no_path_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_folder_is_expanded_and_invalid_paths_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     assert user_path("~/runs") == Path("/home/me/runs")
     wrong = {"~nosuchuser/x": "no user 'nosuchuser'", "\udcff": "UTF-8", "a\0": "NUL", "": "empty"}
@@ -148,16 +148,16 @@ def test_a_home_is_filled_in_and_what_is_no_path_is_named(monkeypatch: pytest.Mo
             user_path(text)
 
 
-def test_errors_of_the_system_are_the_users_where_they_are_about_a_path(tmp_path: Path) -> None:
-    def met(act: Callable[[], Any]) -> UserError | None:
-        with pytest.raises(OSError) as raised:  # noqa: PT011 (whichever it is)
+def test_system_errors_become_user_errors_if_they_are_about_a_users_path(tmp_path: Path) -> None:
+    def converted(act: Callable[[], Any]) -> UserError | None:
+        with pytest.raises(OSError) as raised:  # noqa: PT011 (any of them)
             act()
         return as_user_error(raised.value)
 
     (tmp_path / "file").write_text("")
-    assert str(met((tmp_path / "none").read_bytes)) == f"{tmp_path}/none: no such file or directory"
-    assert str(met((tmp_path / "file" / "x").mkdir)) == f"{tmp_path}/file/x: not a directory"
-    assert str(met(tmp_path.read_bytes)) == f"{tmp_path}: is a directory"
+    assert str(converted((tmp_path / "none").read_bytes)) == f"{tmp_path}/none: no such file or directory"
+    assert str(converted((tmp_path / "file" / "x").mkdir)) == f"{tmp_path}/file/x: not a directory"
+    assert str(converted(tmp_path.read_bytes)) == f"{tmp_path}: is a directory"
     assert "no space left" in str(as_user_error(OSError(28, "No space left on device")))
-    assert met(lambda: os.read(10**6, 1)) is None
-    assert met((Path(files.__file__).parent / "none.txt").read_bytes) is None
+    assert converted(lambda: os.read(10**6, 1)) is None
+    assert converted((Path(files.__file__).parent / "none.txt").read_bytes) is None

@@ -1,3 +1,5 @@
+"""Ranges of numbers in configs: which ends they include, messages, and where ranges are found in types."""
+
 import dataclasses
 import math
 from typing import Annotated
@@ -11,19 +13,19 @@ from common.ranges import Count, Range, check_ranges, ranges_of
 @pytest.mark.parametrize(
     ("ends", "inside"), [("[]", (0.0, 1.0)), ("[)", (0.0,)), ("(]", (1.0,)), ("()", ())], ids=["[]", "[)", "(]", "()"]
 )
-def test_brackets_say_which_ends_are_inside(ends, inside):
-    stated = Range(0, 1, ends)
+def test_square_brackets_include_an_end(ends, inside):
+    allowed = Range(0, 1, ends)
     for value in (0.0, 1.0):
         if value in inside:
-            stated.check("x", value)
+            allowed.check("x", value)
         else:
             with pytest.raises(UserError, match=f"^x is {value}: it must be"):
-                stated.check("x", value)
-    stated.check("x", 0.5)
+                allowed.check("x", value)
+    allowed.check("x", 0.5)
 
 
 @pytest.mark.parametrize(
-    ("stated", "value", "message"),
+    ("allowed", "value", "message"),
     [
         (Range(1, 2**20, unit="rows"), 2**40, "n is 1,099,511,627,776: it must be at most 1,048,576 rows"),
         (Range(1, 2**20, unit="rows"), 0, "n is 0: it must be 1 or more"),
@@ -33,9 +35,9 @@ def test_brackets_say_which_ends_are_inside(ends, inside):
     ],
     ids=range(5),
 )
-def test_the_message_says_what_is_wrong_and_what_is_valid(stated, value, message):
+def test_the_message_gives_the_number_and_the_valid_range(allowed, value, message):
     with pytest.raises(UserError) as caught:
-        stated.check("n", value)
+        allowed.check("n", value)
     assert str(caught.value) == message
 
 
@@ -56,7 +58,7 @@ class Derived(Base):
     weights: dict[str, Annotated[float, Range(0, 1)]] = dataclasses.field(default_factory=dict)
 
 
-def test_ranges_are_found_in_unions_tuples_dicts_and_bases():
+def test_ranges_are_found_in_unions_tuples_dicts_and_base_classes():
     assert list(ranges_of(Derived)) == ["layers", "chunk", "shares", "weights"]
     Derived(layers=1, shares=(0.0, 1.0), weights={"a": 0.5})
     for wrong in ({"layers": 0}, {"chunk": 0}, {"shares": (0.0, 1.5)}, {"weights": {"a": -1.0}}):

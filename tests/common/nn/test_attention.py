@@ -1,4 +1,4 @@
-"""Attention against NumPy in float64, and against keys that try to leak."""
+"""Attention against NumPy in float64, and with huge planted keys that must not leak."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ def inputs(seed: int = 0) -> tuple[jax.Array, KeysValues]:
 
 
 def attend(q: jax.Array, memory: KeysValues, seen: Visibility, *, scale: float, block: int | None) -> jax.Array:
-    """`block` queries at a time, or all logits at once."""
+    """Attends with `block` queries at a time, or with all logits at once if it is None."""
     how = How(kind="plain") if block is None else How(kind="blocked", block=block)
     return _attend(q, memory.k_BGKC, memory.v_BGKC, seen, scale=scale, how=how)
 
@@ -53,7 +53,7 @@ def visibility(causal: bool = True, prefix: int = 0, bias: BiasTable | None = No
 def reference(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, seen: np.ndarray, bias: np.ndarray, scale: float
 ) -> np.ndarray:
-    """Query by query, float64, from the definition."""
+    """Computes attention from its definition, query by query, in float64."""
     out = np.zeros(q.shape, np.float64)
     for b, i, h in np.ndindex(B, Q, H):
         keys = np.flatnonzero(seen[b, i])
@@ -71,7 +71,7 @@ BLOCKS = pytest.mark.parametrize("block", [None, 2, 4, 64])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("prefix", [0, 3])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_attend_is_the_definition(causal: bool, prefix: int, with_bias: bool, block: int | None) -> None:
+def test_attention_equals_its_definition(causal: bool, prefix: int, with_bias: bool, block: int | None) -> None:
     q, memory = inputs()
     table = BiasTable(
         table_HR=jax.random.normal(jax.random.key(5), (H, 32)), bidirectional=not causal, max_distance=128
@@ -92,7 +92,7 @@ def test_attend_is_the_definition(causal: bool, prefix: int, with_bias: bool, bl
 
 
 @BLOCKS
-def test_a_query_that_sees_nothing_is_zero_with_zero_gradient(block: int | None) -> None:
+def test_a_query_that_sees_no_key_returns_zero_with_zero_gradient(block: int | None) -> None:
     q, memory = inputs()
     blind = dataclasses.replace(visibility(), k_segments_BK=jnp.zeros_like(SEGMENTS))
     total, gradients = jax.value_and_grad(
@@ -104,7 +104,7 @@ def test_a_query_that_sees_nothing_is_zero_with_zero_gradient(block: int | None)
 
 @BLOCKS
 @pytest.mark.parametrize("size", [1e4, 1e18])
-def test_a_huge_key_of_a_stranger_changes_nothing(size: float, block: int | None) -> None:
+def test_a_huge_key_of_another_segment_has_no_effect(size: float, block: int | None) -> None:
     q, memory = inputs()
 
     def output(planted: jax.Array) -> jax.Array:
@@ -113,19 +113,19 @@ def test_a_huge_key_of_a_stranger_changes_nothing(size: float, block: int | None
             q, KeysValues(k, memory.v_BGKC.at[:, :, 0].set(planted)), visibility(False), scale=1.0, block=block
         )
 
-    strangers = np.asarray(SEGMENTS) != 1
+    others = np.asarray(SEGMENTS) != 1
     planted = jnp.full((B, G, C), size)
     plain, changed = output(jnp.ones((B, G, C))), output(planted)
-    assert (np.asarray(plain)[strangers] == np.asarray(changed)[strangers]).all()
-    assert not np.allclose(np.asarray(plain)[~strangers], np.asarray(changed)[~strangers])
-    gradient = jax.grad(lambda p: jnp.where(jnp.array(strangers)[..., None, None], output(p), 0).sum())(planted)
+    assert (np.asarray(plain)[others] == np.asarray(changed)[others]).all()
+    assert not np.allclose(np.asarray(plain)[~others], np.asarray(changed)[~others])
+    gradient = jax.grad(lambda p: jnp.where(jnp.array(others)[..., None, None], output(p), 0).sum())(planted)
     assert (np.asarray(gradient) == 0).all()
 
 
 @pytest.mark.parametrize("block", [2, 4, 64])
 @pytest.mark.parametrize("causal", [False, True])
-def test_blocks_change_no_gradient(causal: bool, block: int) -> None:
-    """Of queries, keys, values and the bias table, against automatic differentiation of the plain implementation."""
+def test_gradients_are_the_same_in_blocks(causal: bool, block: int) -> None:
+    """Compares gradients of queries, keys, values and bias table with automatic ones of the plain implementation."""
     q, memory = inputs()
     table = jax.random.normal(jax.random.key(5), (H, 32))
     weights = jax.random.normal(jax.random.key(6), (B, Q, H, C))
@@ -161,20 +161,20 @@ def test_rope_depends_on_distance_only() -> None:
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_buckets_are_those_of_t5(bidirectional: bool) -> None:
-    """Against the published rule, written here with plain integers and floats (T5, mesh_tensorflow)."""
+def test_buckets_equal_those_of_t5(bidirectional: bool) -> None:
+    """Compares with T5's published rule (mesh_tensorflow), written here with Python integers and floats."""
 
     def bucket(distance: int) -> int:
-        behind, buckets, offset = -distance, 32, 0
+        back, buckets, offset = -distance, 32, 0
         if bidirectional:
-            buckets, offset = 16, 16 if behind < 0 else 0
-            behind = abs(behind)
-        behind = max(behind, 0)
+            buckets, offset = 16, 16 if back < 0 else 0
+            back = abs(back)
+        back = max(back, 0)
         exact = buckets // 2
-        if behind < exact:
-            return offset + behind
+        if back < exact:
+            return offset + back
         eps = np.finfo(np.float32).eps
-        log = np.log(np.float32(behind) / np.float32(exact) + eps) / np.log(128 / exact) * (buckets - exact)
+        log = np.log(np.float32(back) / np.float32(exact) + eps) / np.log(128 / exact) * (buckets - exact)
         return offset + min(buckets - 1, exact + int(log))
 
     distances = np.arange(-300, 301)
@@ -184,8 +184,8 @@ def test_buckets_are_those_of_t5(bidirectional: bool) -> None:
 
 
 @pytest.mark.parametrize("block", [None, 2])
-def test_rows_of_queries_may_share_a_row_of_keys(block: int | None) -> None:
-    """As if the keys had been repeated: beams and their memory."""
+def test_several_rows_of_queries_may_share_a_row_of_keys(block: int | None) -> None:
+    """As beams share their memory; the result is that of repeated keys."""
     q, memory = inputs()
     times = 3
     many = jnp.concatenate([jnp.roll(q, i, axis=-1)[:, None] for i in range(times)], axis=1).reshape(-1, Q, H, C)
@@ -209,8 +209,8 @@ def test_rows_of_queries_may_share_a_row_of_keys(block: int | None) -> None:
 
 
 @pytest.mark.parametrize("block", [None, 4])
-def test_to_drop_values_is_to_drop_weights_for_all_queries(block: int | None) -> None:
-    """Weights are read off one-hot values; those of the keys that were left out count nothing, the others more."""
+def test_dropping_values_equals_dropping_weights_for_all_queries(block: int | None) -> None:
+    """One-hot values reveal the weights; those of dropped keys become 0, the others are scaled by 1 / (1 - rate)."""
     q, memory = inputs()
     rate, seen = 0.4, visibility()
     v_BGKC = _drop_values(memory.v_BGKC, rate, jax.random.key(1))
@@ -222,6 +222,5 @@ def test_to_drop_values_is_to_drop_weights_for_all_queries(block: int | None) ->
     expected = np.einsum("bqhk,bhk,bhkc->bqhc", weights_BQHK, kept_BHK / (1 - rate), v_BHKC)
     found = attend(q, KeysValues(memory.k_BGKC, v_BGKC), seen, scale=0.3, block=block)
     np.testing.assert_allclose(found, expected, atol=1e-6)
-    assert (
-        _drop_values(memory.v_BGKC, rate, None) is memory.v_BGKC is _drop_values(memory.v_BGKC, 0.0, jax.random.key(1))
-    )
+    assert _drop_values(memory.v_BGKC, rate, None) is memory.v_BGKC
+    assert _drop_values(memory.v_BGKC, 0.0, jax.random.key(1)) is memory.v_BGKC

@@ -1,4 +1,4 @@
-"""Matrices in blocks of columns, as decoding on a CPU takes them."""
+"""Matrices split into blocks of columns for decoding on a CPU."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,9 @@ from tests.helpers import close
         (("embed",), (8,), None),
     ],
 )
-def test_what_is_cut(axes: tuple[str, ...], shape: tuple[int, ...], blocks: list[tuple[int, ...]] | None) -> None:
+def test_which_matrices_are_split(
+    axes: tuple[str, ...], shape: tuple[int, ...], blocks: list[tuple[int, ...]] | None
+) -> None:
     w = jnp.zeros(shape)
     made = in_columns(w, axes)
     if blocks is None:

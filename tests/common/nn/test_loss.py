@@ -15,7 +15,7 @@ from tests.helpers import EIGHT_DEVICES
 B, T, D, V = 3, 11, 8, 40
 
 
-def case() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def operands() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     keys = jax.random.split(jax.random.key(0), 4)
     return (
         jax.random.normal(keys[0], (B, T, D)),
@@ -25,7 +25,7 @@ def case() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     )
 
 
-def plain(
+def plain_cross_entropy(
     h: jax.Array, w: jax.Array, targets: jax.Array, weights: jax.Array, z_loss: float
 ) -> tuple[jax.Array, jax.Array]:
     logits = h @ w
@@ -38,7 +38,7 @@ def plain(
 @pytest.mark.parametrize("unroll", [False, True])
 @pytest.mark.parametrize("z_loss", [0.0, 0.3])
 def test_values_and_gradients(chunk: int, unroll: bool, z_loss: float) -> None:
-    h, w, targets, weights = case()
+    h, w, targets, weights = operands()
 
     def ours(h: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
         return cross_entropy(h, w, targets, weights, z_loss, chunk, unroll)
@@ -47,7 +47,9 @@ def test_values_and_gradients(chunk: int, unroll: bool, z_loss: float) -> None:
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(x, np.float64)) for x in (h, w)]
         mask = jnp.asarray(np.asarray(weights, np.float64))
-        reference = jax.value_and_grad(lambda h, w: plain(h, w, targets, mask, z_loss), argnums=(0, 1), has_aux=True)
+        reference = jax.value_and_grad(
+            lambda h, w: plain_cross_entropy(h, w, targets, mask, z_loss), argnums=(0, 1), has_aux=True
+        )
         (expected, expected_ce), gradients = jax.tree.map(np.asarray, reference(*wide))
     assert float(total) == pytest.approx(float(expected), rel=1e-6)
     assert float(ce) == pytest.approx(float(expected_ce), rel=1e-6)
@@ -71,9 +73,9 @@ def test_logits_never_exist_for_all_positions(rows: int, length: int) -> None:
     [MeshShape(fsdp=8), MeshShape(tensor=8), EIGHT_DEVICES, MeshShape(replica=2, context=2, tensor=2)],
     ids=str,
 )
-def test_devices_of_a_mesh_share_the_work(mesh: MeshShape) -> None:
-    """The same sums and gradients, whatever axis the rows, the positions or the vocabulary lie along."""
-    h, w, targets, weights = (jnp.tile(x, (8, 2, 1)[: x.ndim]) if x.shape[0] == B else x for x in case())
+def test_results_on_a_mesh_equal_those_of_one_device(mesh: MeshShape) -> None:
+    """Sums and gradients are equal, whichever mesh axes shard rows, positions and vocabulary."""
+    h, w, targets, weights = (jnp.tile(x, (8, 2, 1)[: x.ndim]) if x.shape[0] == B else x for x in operands())
 
     def both(h: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
         return cross_entropy(h, w, targets, weights, 0.3, 12, False)

@@ -1,4 +1,4 @@
-"""What is kept for the backward pass changes no gradient, and is what its name says."""
+"""Rematerialisation changes no gradient, and each policy keeps what its name promises."""
 
 from typing import Any, get_args, get_type_hints
 
@@ -23,7 +23,7 @@ Weights = tuple[jax.Array, jax.Array]
 
 
 def layer(carry: jax.Array, w: Weights) -> tuple[jax.Array, None]:
-    """A product, something named as attention, and a product; with parameters that are gathered."""
+    """A product, an array with attention's checkpoint name, and a product; both weights are all-gathered."""
     h_BLF = jnp.tanh(linear(mark_input(carry), all_gather_parameter(w[0], ("embed", "mlp"))))
     h_BLF = checkpoint_name(jnp.sin(h_BLF), ATTENTION)
     return linear(jnp.cos(h_BLF), all_gather_parameter(w[1], ("mlp", "embed"))), None
@@ -35,8 +35,8 @@ def operands() -> tuple[jax.Array, Weights]:
     return jax.random.normal(keys[0], (B, L, D)), (w_DF, w_FD)
 
 
-def kept(remat: str, mesh: MeshShape) -> list[tuple[int, ...]]:
-    """Shapes of what the backward pass finds."""
+def residual_shapes(remat: str, mesh: MeshShape) -> list[tuple[int, ...]]:
+    """Returns the shapes of all residuals of the backward pass."""
     body = rematerialised(layer, remat, in_loop=True)
     with jax.set_mesh(make_mesh(mesh)):
         _, backward = jax.vjp(lambda *x: body(*x)[0], *operands())
@@ -59,12 +59,12 @@ def test_gradients_are_the_same(remat: str, scan: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("remat", "hidden"),  # of several elementwise steps, how many are kept is the automatic gradient's choice
+    ("remat", "hidden"),  # JAX's automatic gradient decides how many of several elementwise results to keep
     [("full", {0}), ("attention", {1}), ("dots", {1}), ("none", {3, 4, 5, 6, 7})],
 )
 def test_what_is_kept(remat: str, hidden: set[int]) -> None:
-    """The operands, so many arrays between, and never a parameter that was gathered beside the one that is stored."""
-    found = kept(remat, MeshShape(fsdp=2))
+    """Keeps the operands and `hidden` arrays of [B, L, F], but never both a stored parameter and its gathered copy."""
+    found = residual_shapes(remat, MeshShape(fsdp=2))
     assert set(found) <= {(B, L, D), (B, L, F), (B * L, D), (B * L, F), (D, F), (F, D)}
     assert found.count((D, F)) == found.count((F, D)) == 1
     assert found.count((B, L, F)) + found.count((B * L, F)) in hidden
@@ -72,8 +72,8 @@ def test_what_is_kept(remat: str, hidden: set[int]) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 2, 4, 6, 99])
 @pytest.mark.parametrize("length", [6, 13])
-def test_pieces_are_the_whole(chunk: int, length: int) -> None:
-    """Covers a length with divisors, and a prime one."""
+def test_chunks_equal_the_whole(chunk: int, length: int) -> None:
+    """One length has divisors, the other is prime."""
     w = operands()[1][0]
     x = jax.random.normal(jax.random.key(1), (B, length, D))
 
@@ -88,8 +88,8 @@ def test_pieces_are_the_whole(chunk: int, length: int) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 8, 12])
-def test_pieces_over_devices_are_the_whole(chunk: int) -> None:
-    """14 positions are 7 on each of two devices, which no number of pieces but 7 divides."""
+def test_chunks_of_a_sharded_row_equal_the_whole(chunk: int) -> None:
+    """Two devices have 7 of 14 positions each, and only 7 chunks need no padding."""
     x, w = jax.random.normal(jax.random.key(1), (B, 14, D)), operands()[1][0]
 
     def network(x: jax.Array, w: jax.Array, chunk: int | None) -> jax.Array:
@@ -101,7 +101,7 @@ def test_pieces_over_devices_are_the_whole(chunk: int) -> None:
 
 
 @pytest.mark.parametrize(("length", "chunk"), [(626, 256), (521, 256), (512, 256), (127, 20), (97, 1), (7, 8)])
-def test_pieces_are_few_and_hardly_padded(length: int, chunk: int) -> None:
+def test_chunks_are_few_and_have_little_padding(length: int, chunk: int) -> None:
     seen: list[int] = []
 
     def function(x: jax.Array) -> jax.Array:
@@ -109,15 +109,15 @@ def test_pieces_are_few_and_hardly_padded(length: int, chunk: int) -> None:
         return x
 
     jax.eval_shape(lambda x: map_in_chunks(function, x, chunk), jax.ShapeDtypeStruct((1, length, 1), jnp.float32))
-    piece = seen[0]
-    pieces, least = -(-length // piece), -(-length // chunk)
-    assert piece <= chunk and least <= pieces < 2 * least
-    assert pieces * piece - length < pieces, "less than a position a piece"
+    size = seen[0]
+    chunks, fewest = -(-length // size), -(-length // chunk)
+    assert size <= chunk and fewest <= chunks < 2 * fewest
+    assert chunks * size - length < chunks, "less than one position of padding per chunk"
 
 
 @pytest.mark.parametrize("long", [512, 521])
-def test_a_piece_is_all_that_exists(long: int) -> None:
-    def memory(chunk: int | None) -> Any:
+def test_hidden_features_exist_for_one_chunk_at_a_time(long: int) -> None:
+    def temporary_bytes(chunk: int | None) -> Any:
         shapes = (jax.ShapeDtypeStruct((1, long, D), jnp.float32), jax.ShapeDtypeStruct((D, 4096), jnp.float32))
 
         def network(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -125,4 +125,4 @@ def test_a_piece_is_all_that_exists(long: int) -> None:
 
         return jax.jit(jax.grad(network)).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
-    assert memory(32) < memory(None) / 4
+    assert temporary_bytes(32) < temporary_bytes(None) / 4

@@ -1,4 +1,4 @@
-"""The training step as it is after XLA's partitioner: what lies where, and what is sent between devices."""
+"""The training step after XLA's partitioner: the shapes on a device, and the collectives."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from tests.tiny import EXECUTION, jax_settings, setup, tiny, train_config
 
 ROWS, INPUTS, TARGETS, CHUNK = 24, 24, 48, 24
 WIDTHS = {"vocab_size": 1024, "d_model": 64, "num_heads": 4, "num_kv_heads": 4, "head_dim": 8, "d_ff": 176}
-"""No shape or size of an activation is that of a weight."""
+"""Chosen so that no activation has the shape or the number of elements of a weight."""
 LAYERS = 5
 MESHES = [MeshShape(data=2, fsdp=4), MeshShape(fsdp=4, tensor=2), MeshShape(fsdp=2, context=4)]
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?(%[\w.-]+) = (\w+)\[([\d,]*)\]\S* ([\w-]+)\((.*)$")
@@ -38,14 +38,15 @@ class Partitioned:
 
     instructions: tuple[Instruction, ...]
     stored: tuple[Shape, ...]
-    """What one device holds of each parameter."""
+    """Shape of each parameter's shard."""
     whole: tuple[Shape, ...]
+    """Shape of each parameter."""
 
     def users(self, name: str) -> list[Instruction]:
-        """Through what only renames or reshapes."""
+        """Returns the instructions that use a result, also through copies and reshapes."""
         found = [user for user in self.instructions if name in user.operands]
-        passed_on = [u for user in found if user.kind in ("bitcast", "copy", "reshape") for u in self.users(user.name)]
-        return passed_on + [user for user in found if user.kind not in ("bitcast", "copy", "reshape")]
+        through = [u for user in found if user.kind in ("bitcast", "copy", "reshape") for u in self.users(user.name)]
+        return through + [user for user in found if user.kind not in ("bitcast", "copy", "reshape")]
 
 
 @pytest.fixture(
@@ -66,7 +67,7 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     made = make_programs(made_of)
     folder = tmp_path_factory.mktemp("hlo")
     options = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True, "xla_dump_hlo_pass_re": "spmd-partitioning"}
-    with jax_settings({"jax_enable_compilation_cache": False}):  # what is taken from the cache is not dumped
+    with jax_settings({"jax_enable_compilation_cache": False}):  # a program from the cache is not dumped
         lower_step(made_of, made).compile(compiler_options=options)
     (path,) = folder.glob("*after_spmd-partitioning*")
     leaves = jax.tree.leaves(abstract_state(made.model, made.optimizer, made.shardings).params)
@@ -85,8 +86,8 @@ def _instructions(path: Path) -> Iterator[Instruction]:
             yield Instruction(name, shape, kind, tuple(re.findall(r"%[\w.-]+", rest.partition(")")[0])))
 
 
-def test_the_state_is_stored_in_parts(program: Partitioned) -> None:
-    """Parameters and both moments come in as each device's part; nothing is as large as a whole stack of layers."""
+def test_parameters_and_moments_are_sharded(program: Partitioned) -> None:
+    """A device's arguments are shards of the parameters and both moments; no array is a whole stack of layers."""
     parameters = [one.shape for one in program.instructions if one.kind == "parameter"]
     for stored, whole in zip(program.stored, program.whole, strict=True):
         assert math.prod(stored) < math.prod(whole)
@@ -95,8 +96,8 @@ def test_the_state_is_stored_in_parts(program: Partitioned) -> None:
             assert not [one for one in program.instructions if one.shape == whole]
 
 
-def test_gradients_are_asked_for_in_parts(program: Partitioned) -> None:
-    """What is summed over devices for a matrix is cut at once into the part that a device stores."""
+def test_gradients_are_reduce_scattered(program: Partitioned) -> None:
+    """A matrix gradient that is summed over devices is sliced immediately to the shard that the device stores."""
     parts = {math.prod(stored[1:]) for stored in program.stored if stored[0] == LAYERS and len(stored) > 2}
     sums = [
         one
@@ -110,8 +111,8 @@ def test_gradients_are_asked_for_in_parts(program: Partitioned) -> None:
             assert {user.kind for user in program.users(one.name)} == {"dynamic-slice"}, one
 
 
-def test_nothing_of_the_logits_size_exists(program: Partitioned) -> None:
-    """Logits of a chunk on a device's own rows, and nothing larger that has the vocabulary's length."""
+def test_logits_never_exist_for_all_rows(program: Partitioned) -> None:
+    """No array with the vocabulary's length is larger than the logits of one chunk of a device's own rows."""
     vocab, largest = WIDTHS["vocab_size"], max(map(math.prod, program.whole))
     with_vocab = [one for one in program.instructions if {vocab, vocab // 2} & set(one.shape)]
     assert with_vocab

@@ -1,4 +1,4 @@
-"""From logical names to mesh axes."""
+"""Logical axis names are mapped to mesh axes."""
 
 from collections.abc import Callable
 
@@ -55,7 +55,7 @@ def test_parameters_in_use_and_activations(axes: tuple[str | None, ...], spec: t
     assert compute_spec(*axes) == PartitionSpec(*spec)
 
 
-def test_a_strategy_holds_for_what_is_traced_within() -> None:
+def test_a_strategy_applies_inside_its_block() -> None:
     with strategy("sequence"):
         assert compute_spec("batch", "residual", None) == PartitionSpec(ROW_AXES, ("context", "tensor"), None)
     assert compute_spec("batch", "residual", None) == PartitionSpec(ROW_AXES, "context", None)
@@ -67,16 +67,16 @@ def test_an_unknown_logical_axis_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt", "t5like"])
-def test_every_parameter_has_an_axis_a_dimension(family: str) -> None:
+def test_every_dimension_of_a_parameter_has_a_logical_axis(family: str) -> None:
     made = make_programs(setup(tiny(family), train_config(mesh=MeshShape(data=2, fsdp=2, tensor=2))))
     shardings = jax.tree.leaves(parameter_shardings(made.mesh, made.model.logical_axes))
     shapes = jax.tree.leaves(made.model.shapes)
     assert all(len(s.spec) == len(x.shape) for s, x in zip(shardings, shapes, strict=True))
     parts = [x.size // np.prod(s.shard_shape(x.shape)) for s, x in zip(shardings, shapes, strict=True)]
-    assert set(parts) == {2, 4}  # norms are split over fsdp, matrices over fsdp and tensor: nothing lies whole
+    assert set(parts) == {2, 4}  # norms are sharded over fsdp, matrices over fsdp and tensor: nothing is replicated
 
 
-def test_constrain_pins_what_a_program_computes() -> None:
+def test_constrain_sets_the_sharding_of_a_result() -> None:
     x = np.ones((8, 4, 2), np.float32)
     assert constrain(x, "batch", None, "heads") is x
     with jax.set_mesh(make_mesh(MeshShape(data=2, fsdp=2, tensor=2))):
@@ -85,38 +85,40 @@ def test_constrain_pins_what_a_program_computes() -> None:
     assert y.addressable_shards[0].data.shape == (2, 4, 1)
 
 
-def test_what_does_not_divide_stays_whole() -> None:
-    """One token a row has no length that two devices could share."""
+def test_a_dimension_that_does_not_divide_is_not_sharded() -> None:
+    """Two devices cannot shard a length of one token."""
     with jax.set_mesh(make_mesh(MeshShape(fsdp=2, context=2, tensor=2))):
         x, one = (jax.jit(lambda x: constrain(x, "batch", "length", None))(np.ones((4, n, 3))) for n in (6, 1))
     assert x.addressable_shards[0].data.shape == (2, 3, 3) and one.addressable_shards[0].data.shape == (2, 1, 3)
 
 
 @pytest.mark.parametrize(
-    ("move", "to", "back"),
+    ("reshard", "after", "gradient_after"),
     [
         (all_gather_residual, "context", ("context", "tensor")),
         (reduce_scatter_residual, ("context", "tensor"), "context"),
     ],
 )
-def test_gradients_move_the_other_way(move: Callable[[jax.Array], jax.Array], to: object, back: object) -> None:
+def test_the_gradient_gets_the_sharding_of_the_operand(
+    reshard: Callable[[jax.Array], jax.Array], after: object, gradient_after: object
+) -> None:
     def both(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        y, pull = jax.vjp(move, x)
+        y, pull = jax.vjp(reshard, x)
         return y, pull(2 * y)[0]
 
     with jax.set_mesh(make_mesh(MeshShape(fsdp=2, context=2, tensor=2))), strategy("sequence"):
         y, gradient = jax.jit(both)(np.ones((4, 8, 3), np.float32))
-    assert (y.sharding.spec[1], gradient.sharding.spec[1]) == (to, back)
+    assert (y.sharding.spec[1], gradient.sharding.spec[1]) == (after, gradient_after)
     np.testing.assert_array_equal(gradient, 2 * np.ones((4, 8, 3)))
 
 
-def test_a_mesh_takes_the_first_devices() -> None:
+def test_a_mesh_uses_the_first_devices() -> None:
     mesh = make_mesh(MeshShape(fsdp=2, tensor=2))
     assert dict(mesh.shape) == {"replica": 1, "data": 1, "fsdp": 2, "context": 1, "tensor": 2}
     assert list(mesh.devices.flat) == jax.devices()[:4]
 
 
-def test_a_mesh_larger_than_the_machine() -> None:
+def test_a_mesh_of_too_many_devices_is_refused() -> None:
     with pytest.raises(UserError, match="data=4,fsdp=2,tensor=2 needs 16 devices, but there are 8 .*data=8"):
         make_mesh(MeshShape(data=4, fsdp=2, tensor=2))
 
@@ -129,6 +131,6 @@ def test_a_mesh_larger_than_the_machine() -> None:
     ],
     ids=["heads", "width"],
 )
-def test_a_mesh_that_does_not_divide_a_parameter(mesh: MeshShape, message: str) -> None:
+def test_a_mesh_that_does_not_divide_a_parameter_is_refused(mesh: MeshShape, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_programs(setup(tiny("gpt"), train_config(mesh=mesh)))
