@@ -1,4 +1,4 @@
-"""What processes know of each other, as JSON lines: `FLAGS OF launch.flags`."""
+"""Program of `test_hosts`: prints what a process computed as one JSON line; its arguments are `launch.flags`."""
 
 import errno
 import json
@@ -40,8 +40,8 @@ def mesh(shape: tuple[int, int, int], order: list[int]) -> Mesh:
     return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def fed(made: Mesh) -> dict[str, Any]:
-    """Which rows this process feeds, and whether the array that all make together is the whole one."""
+def feed(made: Mesh) -> dict[str, Any]:
+    """Returns the rows that this process feeds, and whether the array that all processes build is complete."""
     sharding = NamedSharding(made, PartitionSpec(("data", "fsdp")))
     try:
         rows = rows_here(sharding, ROWS)
@@ -60,8 +60,9 @@ def fed(made: Mesh) -> dict[str, Any]:
 
 
 def answers(made: Mesh) -> dict[str, Any]:
-    """Texts by beam search, and a model's scores, of which the mesh's devices hold a part each."""
-    from tests.common.infer.test_generate import LETTERS, MODEL, Rules, requests  # computes, so processes join first
+    """Returns texts of beam search, and scores of a model whose parameters are sharded over the mesh."""
+    # Imported here, because it runs programs, which must wait until processes have joined.
+    from tests.common.infer.test_generate import LETTERS, MODEL, Rules, requests
 
     rules, limits, rows = Rules(), Limits(max_new_tokens=6), made.size
     everywhere = NamedSharding(made, PartitionSpec())
@@ -80,12 +81,12 @@ def answers(made: Mesh) -> dict[str, Any]:
 
 def say() -> list[int]:
     if jax.process_index():
-        raise AssertionError("only the first is asked")
+        raise AssertionError("only the first process calls this")
     return [1, 2, 3]
 
 
 def fail() -> None:
-    raise UserError("a mistake, to be told to all: ü")
+    raise UserError("a mistake, for all processes: ü")
 
 
 def find_nothing() -> None:
@@ -94,19 +95,19 @@ def find_nothing() -> None:
 
 def main() -> None:
     n, index = jax.device_count(), jax.process_index()
-    in_order, dealt = list(range(n)), [*range(0, n, 2), *range(1, n, 2)]
+    in_order, interleaved = list(range(n)), [*range(0, n, 2), *range(1, n, 2)]
     meshes = {
         "data": mesh((n, 1, 1), in_order),
-        "dealt": mesh((n, 1, 1), dealt),
+        "interleaved": mesh((n, 1, 1), interleaved),
         "tensor": mesh((2, 1, n // 2), in_order),
         "across": mesh((1, 2, n // 2), in_order[::2] + in_order[1::2]),
-        "torn": mesh((n // 2, 1, 2), [0, 1, 2, 4, 3, *range(5, n)]),
+        "overlapping": mesh((n // 2, 1, 2), [0, 1, 2, 4, 3, *range(5, n)]),
         "half": mesh((n // 2, 1, 1), in_order[: n // 2]),
     }
-    found: dict[str, Any] = {name: fed(made) for name, made in meshes.items()}
+    found: dict[str, Any] = {name: feed(made) for name, made in meshes.items()}
     big = 2**128 - 1
     found["sum"] = start_sum([big if index == 0 else 0, index, 2**100 + index])()
-    found["said"] = on_first_process(say)
+    found["first"] = on_first_process(say)
     for name, mistaken in (("refused", fail), ("not found", find_nothing)):
         try:
             on_first_process(mistaken)

@@ -1,4 +1,4 @@
-"""Which rows a process feeds, and what processes tell each other: 2 and 4 real processes on this machine."""
+"""The rows that a process feeds, and collectives on host values, with 2 and 4 real processes on this machine."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.distributed.launch import flags, launched
 from tests.distributed.talk import ROWS, answers, fail
 
 
-def talked(count: int, devices: int, tmp_path: Path) -> list[dict[str, Any]]:
+def talk(count: int, devices: int, tmp_path: Path) -> list[dict[str, Any]]:
     arguments = flags(count)
     with launched(["tests.distributed.talk"], arguments, devices=devices, cache=tmp_path, logs=tmp_path) as job:
         assert job.wait() == [0] * count, job.everything()
@@ -25,29 +25,29 @@ def talked(count: int, devices: int, tmp_path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("count", "devices"), [(2, 4), pytest.param(4, 2, marks=pytest.mark.slow)])
-def test_processes_feed_the_rows_that_their_devices_hold(count: int, devices: int, tmp_path: Path) -> None:
-    """Also where the mesh deals devices out, so that rows are not contiguous, and where several hold the same rows."""
-    found, expected = talked(count, devices, tmp_path), answers(make_mesh(MeshShape()))
+def test_processes_feed_the_rows_on_their_devices(count: int, devices: int, tmp_path: Path) -> None:
+    """Covers meshes in which a process's rows are not contiguous, and in which several processes hold the same rows."""
+    found, expected = talk(count, devices, tmp_path), answers(make_mesh(MeshShape()))
     n = count * devices
     part = ROWS // n * devices // 2
-    torn = found[0]["torn"]
+    overlapping = found[0]["overlapping"]
     if count == 2:  # rows 0 to 11 and rows 4 to 15
-        assert all("hold only some of each other's rows" in each["torn"]["error"] for each in found)
-    for name in ("data", "dealt", "tensor", "across", *(() if "error" in torn else ("torn",))):
+        assert all("hold only some of each other's rows" in each["overlapping"]["error"] for each in found)
+    for name in ("data", "interleaved", "tensor", "across", *(() if "error" in overlapping else ("overlapping",))):
         of_all = [each[name] for each in found]
         assert all(each["whole"] and each["added"] == ROWS for each in of_all)
         counted = [row for each in of_all if each["counts"] for row in each["rows"]]
         assert sorted(counted) == list(range(ROWS)), "each row is counted once"
     assert [each["data"]["rows"] for each in found] == np.arange(ROWS).reshape(count, -1).tolist()
-    # Of devices 0, 2, 4, ... and then 1, 3, 5, ... in a row, process 0 has the first ones and some from the middle.
+    # The mesh orders devices 0, 2, 4, ..., 1, 3, 5, ...: process 0 has rows from the start and from the middle.
     half = ROWS // 2
-    assert found[0]["dealt"]["rows"] == [*range(part), *range(half, half + part)]
+    assert found[0]["interleaved"]["rows"] == [*range(part), *range(half, half + part)]
     assert [len(each["tensor"]["rows"]) for each in found] == [half] * count
     assert sum(each["tensor"]["counts"] for each in found) == 2
     for each in found:
         assert "takes no device of process" in each["half"]["error"]
         assert each["sum"] == [2**128 - 1, sum(range(count)), count * 2**100 + sum(range(count))]
-        assert each["said"] == [1, 2, 3] and each["refused"] == "a mistake, to be told to all: ü"
+        assert each["first"] == [1, 2, 3] and each["refused"] == "a mistake, for all processes: ü"
         assert each["not found"] == "runs/ü: no such file or directory"
         assert each["where"] == list(range(1, count))
         assert each["answers"]["texts"] == expected["texts"]
@@ -57,7 +57,7 @@ def test_processes_feed_the_rows_that_their_devices_hold(count: int, devices: in
 # --- One process
 
 
-def test_one_process_has_everything() -> None:
+def test_one_process_needs_no_collectives() -> None:
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "tensor"))
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     rows = rows_here(sharding, ROWS)
