@@ -1,17 +1,17 @@
-"""Sources: random access to text records, from TFDS or from files.
+"""Opens a source (random access to text records) by its name.
 
-A source is opened by name. `tfds:cldr_translate/SRC_DST` is built here from Unicode CLDR and `tfds:pydocs` from the
-running Python; any other `tfds:NAME` is read from `$TFDS_DATA_DIR` (or the cache) and downloaded where it can be.
-`corpus:NAME` is one of `common.data.corpora.table`. The other schemes name files:
+`tfds:cldr_translate/SRC_DST` is built here from Unicode CLDR, and `tfds:pydocs` from the running Python. Any other
+`tfds:NAME` is read from `$TFDS_DATA_DIR` (or the cache), and downloaded if it is missing. `corpus:NAME` is one of
+`common.data.corpora.table`. The other schemes name files:
 
-- `jsonl:PATH`, `tsv:PATH`, `text:PATH`: a record a line; a TSV file begins with the names of its columns, unless fields
-  are given by number;
-- `lines:PATH`: parallel text files, one for each field, whose name stands in place of `{field}` in the path;
+- `jsonl:PATH`, `tsv:PATH`, `text:PATH`: one record per line. The first line of a TSV file names its columns, unless the
+  fields are numbers.
+- `lines:PATH`: parallel text files, one for each field; PATH contains `{field}`.
 - `parquet:PATH`, `tfrecord:PATH`, `arrayrecord:PATH`: the last two hold tf.Example protos; PATH may be a folder.
 
-PATH may hold `{split}`, may be a glob, and may be an url (`gs://bucket/c4-train.*.jsonl.gz`), whose files are fetched
-into the cache once. Files that end in .gz, .bz2, .xz or .zst are unpacked there once. Splits may be sliced as in TFDS:
-"train[:1%]", "train[95%:]".
+PATH may contain `{split}`, and may be a glob or a url (`gs://bucket/c4-train.*.jsonl.gz`). Remote files are fetched
+into the cache once, and files that end in .gz, .bz2, .xz or .zst are unpacked there once. Splits can be sliced as in
+TFDS: "train[:1%]", "train[95%:]".
 """
 
 import dataclasses
@@ -46,10 +46,10 @@ TFDS_FOLDER = "TFDS_DATA_DIR"
 
 
 def open_source(config: SourceConfig, split: str, cache_dir: Path) -> Source:
-    """Opens one split, building, downloading, fetching, unpacking and indexing what is missing.
+    """Opens one split; builds, downloads, fetches, unpacks and indexes whatever is missing.
 
     Raises UserError, naming the nearest valid choice, for an unknown data set, split or field, and for a file that is
-    missing or of another format. A record that cannot be used is no such mistake: fields_id it gives a Problem.
+    missing or in another format. A record that cannot be used does not raise: reading it returns a Problem.
     """
     if config.held_out is None:
         source = open_fields(config.name, config.fields(), split, cache_dir, config.header)
@@ -60,16 +60,15 @@ def open_source(config: SourceConfig, split: str, cache_dir: Path) -> Source:
 
 
 def open_fields(name: str, fields: Mapping[str, str], split: str, cache_dir: Path, header: bool = True) -> Source:
-    """As `open_source`, for fields of any names.
+    """As `open_source`, but for any fields.
 
     Args:
       name: SCHEME:NAME.
-      fields: name of a field in our records -> its name in the data set's, or a path to it split by dots
-        ("answers.0.text"). "inputs", "targets" and "text" must be text there; others may be numbers and are written
-        out.
+      fields: our name of a field -> its name in the data set, or a path to it ("answers.0.text"). "inputs", "targets"
+        and "text" must be text; other fields may also be numbers, which become text.
       split: a split or a slice of one.
       cache_dir: the folder for everything that can be rebuilt.
-      header: `tsv:`, whether the first line names the columns.
+      header: whether the first line of a `tsv:` file names the columns.
     """
     scheme, _, rest = name.partition(":")
     match scheme:
@@ -84,7 +83,7 @@ def open_fields(name: str, fields: Mapping[str, str], split: str, cache_dir: Pat
 
 
 def downloaded(name: str) -> bool:
-    """Whether SCHEME:NAME is a data set of TFDS that is not made here, and no folder is named to find it in."""
+    """Returns whether SCHEME:NAME may be downloaded: a TFDS data set not built here, with TFDS_DATA_DIR unset."""
     scheme, _, rest = name.partition(":")
     made_here = rest.partition(":")[0].partition("/")[0] in BUILT_IN
     return scheme == "tfds" and not made_here and not os.environ.get(TFDS_FOLDER)
@@ -96,9 +95,9 @@ class TfdsSource(SourceBase):
 
     content_id: str
     records: Any
-    """TFDS's own data source, whose texts are bytes."""
+    """TFDS's data source, which returns text as bytes."""
     fields: dict[str, str]
-    """Name of a field in our records -> its name in the data set's."""
+    """Our name of a field -> its name in the data set."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -129,16 +128,16 @@ def _open_tfds(name: str, split: str, fields: dict[str, str], cache_dir: Path) -
     else:
         builder, made_by = _prepared_builder(name, Path(os.environ.get(TFDS_FOLDER) or cache_dir / "tfds")), ""
     if version and not builder.version.match(version):
-        raise UserError(f"tfds:{name} is made here, in version {builder.version} alone; leave out {':' + version!r}")
+        raise UserError(f"tfds:{name} is built here, only in version {builder.version}; remove {':' + version!r}")
     return tfds_source(builder, split, fields, made_by)
 
 
 def _may_have_path(features: Any, path: str) -> bool:
-    """Whether a path may lead to something; only the records show how long their lists are."""
+    """Returns whether records may have a value at `path`; features do not say how long lists are."""
     if path in features:
         return True
     for part in path.split("."):
-        inside = getattr(features, "feature", features)  # what a sequence is of
+        inside = getattr(features, "feature", features)  # the element of a sequence
         if not part.isdecimal():
             if not (hasattr(inside, "keys") and part in inside):
                 return False
@@ -148,7 +147,7 @@ def _may_have_path(features: Any, path: str) -> bool:
 
 
 def _feature_paths(features: Any) -> list[str]:
-    """The field_paths of all fields, without places in lists."""
+    """Returns the paths of all fields, without indices into lists."""
     names = []
     for name, feature in features.items():
         inside = getattr(feature, "feature", feature)
@@ -157,13 +156,15 @@ def _feature_paths(features: Any) -> list[str]:
 
 
 def tfds_source(builder: Any, split: str, fields: dict[str, str], made_by: str = "") -> TfdsSource:
-    """The split of a prepared TFDS builder.
+    """Opens a split of a prepared TFDS builder.
 
     Args:
-      builder: a `tfds.core.DatasetBuilder` whose data are there, in a format of random access.
+      builder: a `tfds.core.DatasetBuilder`, prepared in a format with random access.
       split: a split or a slice of one, for example "train[:1%]".
-      fields: name of a field in our records ("inputs", "targets", "text", "group") -> its name in the data set's.
-      made_by: what the content id adds to the builder's own version.
+      fields: our name of a field ("inputs", "targets", "text", "group") -> its name in the data set.
+      made_by: what the content id adds to the builder's version.
+
+    Raises UserError for an unknown field or split, and for a format without random access.
     """
     info = builder.info
     for ours, theirs in fields.items():
@@ -189,12 +190,12 @@ def tfds_source(builder: Any, split: str, fields: dict[str, str], made_by: str =
 
 
 def _prepared_builder(name: str, data_dir: Path) -> Any:
-    """The builder of a data set under `data_dir`, downloaded where it is not there yet."""
+    """Returns the builder of a data set in `data_dir`, after downloading the data if they are missing."""
     import tensorflow_datasets as tfds
 
     how = (
-        f"prepare it where TensorFlow and a network are: tfds build {name} --file_format=array_record "
-        f"--data_dir={data_dir} (fields_id it takes no TensorFlow)"
+        f"prepare it on a machine with TensorFlow and a network: tfds build {name} --file_format=array_record "
+        f"--data_dir={data_dir} (reading it needs no TensorFlow)"
     )
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
@@ -204,14 +205,14 @@ def _prepared_builder(name: str, data_dir: Path) -> Any:
             name.split("/")[0], [*BUILT_IN, *tfds.list_builders(with_community_datasets=False), *there], n=1, cutoff=0.8
         )
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"tfds:{name} is neither in {data_dir} nor can it be made here{hint}; or {how}") from error
-    except (ValueError, RuntimeError, ImportError, AssertionError) as error:  # the last for an unknown version
+        raise UserError(f"tfds:{name} is not in {data_dir} and cannot be built here{hint}; or {how}") from error
+    except (ValueError, RuntimeError, ImportError, AssertionError) as error:  # AssertionError: unknown version
         raise UserError(f"tfds:{name}: {first_line(error)}; {how}") from error
     if builder.is_prepared():
         return builder
     with locked(data_dir / f"{name.replace('/', '-')}"):
         try:
             builder.download_and_prepare(file_format="array_record")
-        except Exception as error:  # downloads fail in as many ways as there are data sets
+        except Exception as error:  # every data set's download fails in its own way
             raise UserError(f"tfds:{name} could not be prepared in {data_dir} ({first_line(error)}); {how}") from error
     return builder

@@ -1,4 +1,4 @@
-"""Parquet files: a row group at a time is decoded, and only the columns that were asked for."""
+"""Random access to Parquet files: decodes a row group at a time, and only the requested columns."""
 
 import dataclasses
 import functools
@@ -18,19 +18,19 @@ from common.errors import UserError
 
 FILES_OPEN = 64
 GROUPS_IN_MEMORY = 4
-"""Decoded row groups that a process keeps. Reading in order needs one; reading by chance decodes most anew."""
+"""Decoded row groups that a process keeps. Sequential reads need one; random reads decode a group for most rows."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParquetFile:
-    """One file; handles and decoded row groups are the process's, not the object's."""
+    """One file. Handles and decoded row groups belong to the process, so the object can be pickled and shared."""
 
     shown: str
     path: Path
     index: Index
-    """Its `starts` are the numbers of the first rows of the row groups, and of all rows."""
+    """Its `starts` are the numbers of the row groups' first rows, then the count of all rows."""
     wanted: tuple[str, ...]
-    """The columns that are read."""
+    """The columns to read."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -50,8 +50,8 @@ class ParquetFile:
             rows = [place for _, place in members]
             try:
                 table = _row_group(_FileVersion(self.path, self.index.folder, os.getpid()), group, self.wanted)
-            except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's errors are all three
-                if isinstance(error, OSError) and error.errno:  # a disk or a network, not the file
+            except (OSError, ValueError, NotImplementedError) as error:  # pyarrow raises all three for damage
+                if isinstance(error, OSError) and error.errno:  # the disk or network failed, the file is not damaged
                     raise
                 what = f"its row group cannot be read ({first_line(error)})"
                 found += [Problem(where=self.where(row), what=what) for row in rows]
@@ -64,12 +64,12 @@ class ParquetFile:
             return {name: _json_value(table[name][row - first].as_py()) for name in self.wanted}
         except UnicodeDecodeError as error:
             return Problem(where=self.where(row), what=f"byte {error.start + 1} of a field is not UTF-8")
-        except ValueError as error:  # two fields of a struct may have one name
+        except ValueError as error:  # two fields of a struct with one name
             return Problem(where=self.where(row), what=first_line(error))
 
 
 def open_parquet(file: PlainFile, fields: Mapping[str, str], cache_dir: Path) -> ParquetFile:
-    """Raises UserError where `file` is not a whole Parquet file."""
+    """Opens a Parquet file to read `fields` (our names -> columns). Raises UserError if the file is not whole."""
     index = open_index("parquet", file, cache_dir, _index_parquet)
     asked = {name for theirs in fields.values() for name in (theirs, theirs.split(".")[0])}
     wanted = tuple(name for name in dict.fromkeys(index.columns) if name in asked)
@@ -77,7 +77,7 @@ def open_parquet(file: PlainFile, fields: Mapping[str, str], cache_dir: Path) ->
 
 
 def _json_value(value: Any) -> Any:
-    """A value as JSON has it; pyarrow gives maps as lists of pairs."""
+    """Returns a value with maps as dicts, at every depth; pyarrow returns them as lists of pairs."""
     if isinstance(value, dict):
         return {name: _json_value(inner) for name, inner in value.items()}
     if isinstance(value, list):
@@ -87,6 +87,7 @@ def _json_value(value: Any) -> Any:
 
 
 def _index_parquet(file: PlainFile, starts: Path) -> IndexResult:
+    """Writes the number of each row group's first row, then the count of all rows, to `starts`."""
     import pyarrow.parquet
 
     try:
@@ -100,7 +101,7 @@ def _index_parquet(file: PlainFile, starts: Path) -> IndexResult:
 
 
 class _FileVersion(NamedTuple):
-    """Whose cached thing it is: of this process, and of the file before it changed."""
+    """The cache key of a reader: a changed file has another `content`, a forked process another `process`."""
 
     path: Path
     content: Path
@@ -120,12 +121,12 @@ def _cached_row_group(version: _FileVersion, group: int, columns: tuple[str, ...
 
 
 def _row_group(version: _FileVersion, group: int, columns: tuple[str, ...]) -> Any:
-    """A row group; one thread decodes it while the others wait for it, so that it is in memory once."""
+    """Returns a row group. One thread decodes it while the others wait, so that it is in memory once."""
     with _decoding_lock(version.process):
         return _cached_row_group(version, group, columns)
 
 
 @functools.lru_cache
 def _decoding_lock(process: int) -> threading.Lock:
-    """A lock that is free in a forked process, whatever held its parent's."""
+    """Returns the process's lock; a forked process gets a new one, since its parent's may be held."""
     return threading.Lock()

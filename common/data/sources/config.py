@@ -17,7 +17,7 @@ TFDS_VERSION = r"\d+\.(\d+|\*)\.(\d+|\*)"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Template:
-    """How a record is put to a model, in words: `{field}` stands for a field's text, `{{` for a brace.
+    """Text around a record's fields: `{field}` is replaced by a field's text, `{{` by a brace.
 
     >>> Template(inputs="{premise} Hence: {hypothesis}?", targets="{label}", words={"0": "yes"}).fields()
     ['hypothesis', 'label', 'premise']
@@ -28,17 +28,17 @@ class Template:
     inputs: str
     targets: str
     words: dict[str, str] = dataclasses.field(default_factory=dict)
-    """What stands for each value of the fields of `targets`; no words: the values themselves."""
+    """Value of a field in `targets` -> the word to write for it; empty: values are written as they are."""
 
     def __post_init__(self) -> None:
         self.fields()
 
     def fields(self) -> list[str]:
-        """The names that both sides use, sorted."""
+        """Returns the names of all fields that the template uses, sorted."""
         return sorted(_placeholders(self.inputs) | _placeholders(self.targets))
 
     def input_fields(self) -> set[str]:
-        """The names that the inputs use; where they use none, those of the targets."""
+        """Returns the names of the fields in `inputs`, or those in `targets` if `inputs` uses none."""
         return _placeholders(self.inputs) or _placeholders(self.targets)
 
 
@@ -49,53 +49,54 @@ def _placeholders(template: str) -> set[str]:
         raise UserError(f"template {template!r}: {error}") from None
     for _, name, form, conversion in pieces:
         if name is not None and (not name.isidentifier() or form or conversion):
-            raise UserError(f"template {template!r}: {name!r} must be the plain name of a field; a brace is {{{{")
+            raise UserError(f"template {template!r}: {name!r} must be a field's name alone; write {{{{ for a brace")
     return {name for _, name, _, _ in pieces if name is not None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """Where text comes from, and which fields of a record are read.
+    """A data set, and which fields of its records to read.
 
-    Raises UserError for an unknown scheme, or unless it names `inputs` and `targets`, or `text`, or `templates`.
+    Raises UserError for an unknown scheme, and unless exactly one is set of: `inputs` and `targets`, `text`,
+    `templates`.
     """
 
     kind: Literal["single"] = "single"
     name: str
     """`tfds:NAME` (`tfds:cldr_translate/en_de`, or with a version `tfds:c4/en:3.1.0`), `corpus:NAME`, or files:
-    `jsonl:PATH`, `tsv:PATH`, `text:PATH`, `lines:PATH` (parallel texts; PATH holds `{field}`), `parquet:PATH`,
-    `tfrecord:PATH` or `arrayrecord:PATH`. PATH may hold `{split}`, be a glob, an url (`gs://...`), and for the last
+    `jsonl:PATH`, `tsv:PATH`, `text:PATH`, `lines:PATH` (parallel texts; PATH contains `{field}`), `parquet:PATH`,
+    `tfrecord:PATH` or `arrayrecord:PATH`. PATH may contain `{split}`, be a glob or a url (`gs://...`), and for the last
     three a folder; text may be compressed."""
     inputs: FieldName | None
-    """Field that holds the inputs; None where records are plain text. A field is a name or a path of names, or of a
-    `tsv:` file without a header the number of a column, from 1: then the first line is a record too."""
+    """Field of the inputs; None if records are plain text. A field is a name or a path ("answers.0.text"). For a `tsv:`
+    file without a header it is the number of a column, from 1."""
     targets: FieldName | None
     text: FieldName | None = None
-    """Field that holds plain text, in place of `inputs` and `targets`."""
+    """Field of plain text, instead of `inputs` and `targets`."""
     templates: tuple[Template, ...] = ()
-    """Make inputs and targets of a record's fields; of several, one is drawn for each record."""
+    """Make inputs and targets from a record's fields; with several, one is drawn for each record."""
     group: FieldName | None = None
-    """Field by which scores are grouped (kind of phrase, task); not read by models."""
+    """Field to group scores by (kind of phrase, task); models do not read it."""
     train_split: str = "train"
     validation_split: str = "validation"
     held_out: Annotated[float, Range(1e-6, 0.49)] | None = None
-    """The share of records that become the split `validation`, and again the split `test`, by a hash of their inputs or
-    text; for files without `{split}` in their path. None: all records are `train`."""
+    """For files without `{split}` in their path: the share of records in the split `validation`, and as many in `test`,
+    chosen by a hash of their inputs or text. None: all records are `train`."""
     strict: bool = False
-    """Stop at a record that cannot be used; otherwise such records are skipped, counted and named."""
+    """Whether to stop at a record that cannot be used; otherwise such records are skipped, counted and reported."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
         scheme, _, rest = self.name.partition(":")
         if scheme not in SOURCE_SCHEMES or not rest:
             raise UserError(
-                f"name {self.name!r} must be SCHEME:NAME; scheme {scheme!r} is unknown or nothing follows it, "
+                f"name {self.name!r} must be SCHEME:NAME; scheme {scheme!r} is unknown or NAME is empty, "
                 + nearest(scheme, SOURCE_SCHEMES)
             )
         data_set, _, split = rest.partition(":")
         if scheme == "tfds" and split and not re.fullmatch(TFDS_VERSION, split):
             raise UserError(
-                f"name {self.name!r} holds a split, which has fields of its own; nearest: name=tfds:{data_set} "
+                f"name {self.name!r} contains a split, which belongs in train_split; nearest: name=tfds:{data_set} "
                 f"train_split={split}"
             )
         pair = self.inputs is not None and self.targets is not None
@@ -103,18 +104,18 @@ class SourceConfig:
         if (self.inputs is None) != (self.targets is None) or ways != 1:
             raise UserError("name either both inputs and targets, or text alone, or templates alone")
         if not self.header and (scheme != "tsv" or any(isinstance(name, str) for name in self._field_names().values())):
-            raise UserError("fields by number are for tsv files without a header, and then all must be numbers")
+            raise UserError("column numbers are for tsv files without a header, and then all fields must be numbers")
         if self.held_out is not None and (scheme in ("tfds", "corpus") or "{split}" in rest):
-            raise UserError(f"held_out divides files whose path holds no {{split}}, but {self.name!r} has splits")
+            raise UserError(f"held_out divides files without {{split}} in their path, but {self.name!r} has splits")
 
     def hashed_fields(self) -> tuple[str, ...]:
-        """Our names of the fields whose hash decides on a record's split: records that share them stay together."""
+        """Returns our names of the fields whose hash decides a record's split; records equal in them share one."""
         if self.templates:
             return tuple(sorted({name for template in self.templates for name in template.input_fields()}))
         return ("inputs",) if self.text is None else ("text",)
 
     def fields(self) -> dict[str, str]:
-        """What is read of a record: our name of a field -> the source's."""
+        """Returns the fields to read: our name -> the source's."""
         return {ours: str(theirs) for ours, theirs in self._field_names().items()}
 
     @property
@@ -130,7 +131,7 @@ class SourceConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ByRate:
-    """Each part as often as its rate says, beside the others'."""
+    """Draws each part in proportion to its rate."""
 
     kind: Literal["rate"] = "rate"
     rates: tuple[NotNegative, ...]
@@ -145,7 +146,7 @@ class BySize:
 
     kind: Literal["size"] = "size"
     temperature: Annotated[float, Range(0.01, 1e6)] = 1.0
-    """1: proportional to size; the higher, the more equal."""
+    """1 draws in proportion to size; higher values are closer to equal rates."""
     cap: Annotated[int, Range(1, 10**15, unit="examples")] | None = None
     """T5's artificial limit on a data set's size, in examples."""
 
@@ -155,7 +156,7 @@ class BySize:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
-    """From one step of a curriculum on, other rates hold."""
+    """A stage of a curriculum: its rates apply from a step on, until the next stage."""
 
     from_step: Steps
     rates: tuple[NotNegative, ...]
@@ -166,31 +167,32 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceMixture:
-    """Several sources, mixed by rate, by size or by a curriculum; each goes on through its own epochs.
+    """Several sources, mixed by rate, by size or by a curriculum; each has its own epochs.
 
-    Raises UserError for rates that are too few or too many or sum to nothing, and for steps that do not ascend.
+    Raises UserError unless there is one rate for each part and they have a positive sum, and for steps that do not
+    ascend.
     """
 
     kind: Literal["mixture"] = "mixture"
     parts: tuple[SourceConfig, ...]
     by: ByRate | BySize = BySize()
     curriculum: tuple[Stage, ...] = ()
-    """Before its first step, and on the validation split, what `by` says holds."""
+    """`by` applies before the first stage, and always to the validation split."""
 
     def __post_init__(self) -> None:
         if not self.parts:
-            raise UserError("parts are (): a mixture of nothing")
+            raise UserError("parts are (): a mixture needs at least one part")
         fixed = [self.by.rates] if isinstance(self.by, ByRate) else []
         for rates in [*fixed, *(stage.rates for stage in self.curriculum)]:
             if len(rates) != len(self.parts):
-                raise UserError(f"rates {list(rates)} are {len(rates)}, but there are {len(self.parts)} parts")
+                raise UserError(f"there are {len(rates)} rates {list(rates)}, but {len(self.parts)} parts")
             Mixing(rates=rates)
         steps = [0, *(stage.from_step for stage in self.curriculum)]
         if any(later <= earlier for earlier, later in itertools.pairwise(steps)):
             raise UserError(f"curriculum steps {steps[1:]} must ascend from 1 on")
 
     def rates(self, sizes: list[int]) -> tuple[float, ...]:
-        """Of the parts, of so many examples each, at the beginning."""
+        """Returns the initial rate of each part; `sizes` are the parts' numbers of examples."""
         match self.by:
             case ByRate(rates=rates):
                 return rates
@@ -202,4 +204,5 @@ Sources = SourceConfig | SourceMixture
 
 
 def parts_of(source: Sources) -> tuple[SourceConfig, ...]:
+    """Returns the parts of a mixture, or a single source alone."""
     return source.parts if isinstance(source, SourceMixture) else (source,)

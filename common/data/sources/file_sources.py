@@ -1,4 +1,4 @@
-"""Many files as one source: records numbered through all of them, slices, and the fields that were asked for."""
+"""Sources made of files: numbers records across files, slices them, and picks the requested fields."""
 
 import dataclasses
 import hashlib
@@ -31,18 +31,18 @@ from common.data.sources.tf_records import open_array_record, open_tf_record
 from common.errors import UserError, nearest
 
 RECORDS_CHECKED = 16
-"""So many records are read on opening, to see that fields are named as in the files."""
-HEADER_HINT = "; the first line names the columns: without such a line, give their numbers (inputs=1 targets=2)"
+"""How many records are read on opening, to check that the requested fields exist."""
+HEADER_HINT = "; the first line names the columns; if it does not, give their numbers (inputs=1 targets=2)"
 FOLDER_NAME_PARTS = {
     "parquet": (".parquet",),
     "tfrecord": ("tfrecord",),
     "arrayrecord": ("array_record", "arrayrecord"),
 }
-"""What the names of a folder's data files hold, where a folder may be named."""
+"""Formats that can be read by folder -> what the names of the folder's data files contain."""
 
 
 class DataFile(Protocol):
-    """One file of a format: its records as they are stored."""
+    """One file of some format, whose records are read as stored."""
 
     @property
     def shown(self) -> str:
@@ -54,33 +54,36 @@ class DataFile(Protocol):
 
     @property
     def columns(self) -> tuple[str, ...] | None:
-        """The names of all fields; None where every record has its own."""
+        """The field names of all records; None if every record has its own."""
         ...
 
     def __len__(self) -> int: ...
 
     def read(self, places: Sequence[int]) -> list[dict[str, Any] | Problem]:
-        """Records by their number in this file."""
+        """Returns the records with these numbers in this file."""
         ...
 
     def where(self, place: int) -> str:
-        """A record as a person would look for it."""
+        """Returns where to look for a record, for messages."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class FileSource(SourceBase):
-    """The records of some files in a row, or a slice of them."""
+    """The records of several files, one file after another, or a slice of them."""
 
     content_id: str
     files: tuple[DataFile, ...]
     ends: tuple[int, ...]
-    """How many records there are up to the end of each file."""
+    """Running totals: the number of records up to the end of each file."""
     low: int
-    """Where the slice starts, and where it ends (`high`)."""
+    """First record of the slice."""
     high: int
+    """End of the slice."""
     fields: Mapping[str, str]
     """Our name of a field -> its name in the files."""
+
+    # R records of one read; a place numbers records across all files.
 
     def __len__(self) -> int:
         return self.high - self.low
@@ -92,7 +95,7 @@ class FileSource(SourceBase):
         ]
 
     def raw(self, indices: Sequence[int]) -> list[dict[str, Any] | Problem]:
-        """Records as the files have them."""
+        """Returns records as stored, in the order of `indices`; each file is read once, in ascending order."""
         check_range(indices, len(self))
         found: list[Any] = [None] * len(indices)
         place_R = np.asarray(indices, np.int64) + self.low
@@ -106,7 +109,7 @@ class FileSource(SourceBase):
         return found
 
     def _file_and_start(self, number: int) -> tuple[DataFile, int]:
-        """A file, and the number of its first record."""
+        """Returns a file, and the place of its first record."""
         return self.files[number], self.ends[number - 1] if number else 0
 
     def _pick(self, raw: dict[str, Any], index: int) -> Record | Problem:
@@ -119,7 +122,7 @@ class FileSource(SourceBase):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class ParallelSource(SourceBase):
-    """A field from each of several sources of equal length."""
+    """Several sources of equal length, each of which gives one field."""
 
     content_id: str
     sources: tuple[FileSource, ...]
@@ -143,7 +146,7 @@ def _merge_fields(parts: Sequence[Record | Problem]) -> Record | Problem:
 def open_files(
     scheme: str, pattern: str, split: str, fields: Mapping[str, str], cache_dir: Path, header: bool = True
 ) -> FileSource:
-    """Opens `scheme:pattern`, indexing what was not yet. Raises UserError as `open_source` says."""
+    """Opens `scheme:pattern`, indexing new files. Raises UserError as `open_source` does."""
     base, start, stop = parse_split(split)
     found = find_files(scheme, pattern, base, FOLDER_NAME_PARTS.get(scheme, ()))
 
@@ -181,9 +184,9 @@ def _open_data_file(scheme: str, file: PlainFile, fields: Mapping[str, str], cac
 
 
 def open_parallel(pattern: str, split: str, fields: Mapping[str, str], cache_dir: Path) -> ParallelSource:
-    """Opens `lines:pattern`, whose "{field}" stands for a field's name. Raises UserError as `open_source` says."""
+    """Opens `lines:pattern`, replacing "{field}" by each field's name. Raises UserError as `open_source` does."""
     if "{field}" not in pattern:
-        raise UserError(f"lines:{pattern} must hold {{field}}, for example lines:/data/{{split}}.{{field}}.gz")
+        raise UserError(f"lines:{pattern} must contain {{field}}, for example lines:/data/{{split}}.{{field}}.gz")
     of_split = pattern.replace("{split}", parse_split(split)[0])
     there = placeholder_values(of_split, "{field}")
     for ours, theirs in fields.items():
@@ -199,7 +202,7 @@ def open_parallel(pattern: str, split: str, fields: Mapping[str, str], cache_dir
         torn = next((f"; {f.shown}: {f.index.torn}" for s in sources.values() for f in s.files if f.index.torn), "")
         raise UserError(
             f"lines:{of_split}: field {fields[one]!r} has {counts[one]} lines, but field {fields[other]!r} has "
-            f"{counts[other]}; both must have as many{torn}"
+            f"{counts[other]}; they must be equal{torn}"
         )
     digests = [f.index.digest for ours, source in sources.items() if ours != "group" for f in source.files]
     name = os.path.basename(of_split)
@@ -210,20 +213,21 @@ def open_parallel(pattern: str, split: str, fields: Mapping[str, str], cache_dir
 
 
 def fields_id(fields: Mapping[str, str]) -> str:
-    """The part of a content id that says what is read; a group is no part of what models read."""
+    """Returns the part of a content id that names the fields read, without "group", which models do not read."""
     read = {ours: theirs for ours, theirs in fields.items() if ours != "group"}
     numbers = f":numbers-{NUMBER_TEXT_VERSION}" if read.keys() - set(TEXT_FIELDS) else ""
     return ",".join(f"{ours}={theirs}" for ours, theirs in read.items()) + numbers
 
 
 def _joint_digest(digests: Sequence[str]) -> str:
+    """Returns one hash of several files' hashes; that of a single file is its own."""
     if len(digests) == 1:
         return digests[0]
     return hashlib.blake2b(" ".join(digests).encode(), digest_size=16).hexdigest()
 
 
 def _check_fields(source: FileSource, column_hint: str) -> None:
-    """Raises UserError for a field that is not one of a file's columns, or in none of the first records."""
+    """Raises UserError for a field that is no column of a file, or that none of the first records has."""
     for file in source.files:
         for ours, theirs in source.fields.items():
             if file.columns is None:
@@ -242,7 +246,7 @@ def _check_fields(source: FileSource, column_hint: str) -> None:
 
 
 def _may_have(raw: Mapping[str, Any], path: str) -> bool:
-    """False where a name is missing; what a null or a short list would hold cannot be told."""
+    """Returns False if a name of `path` is missing; True even if null or a short list ends the path early."""
     if path in raw:
         return True
     value: Any = raw

@@ -1,4 +1,4 @@
-"""Which files a source's name means: splits and their slices, globs, folders, buckets, and sets that are whole."""
+"""Finds the files that a source's name means: splits, slices, globs, folders, buckets, complete sets of shards."""
 
 import contextlib
 import fnmatch
@@ -13,20 +13,20 @@ from common.errors import UserError, nearest
 
 ONLY_SPLIT = "train"
 STAMPS = ("generation", "etag", "ETag", "mtime", "updated", "LastModified", "last_modified", "modified", "created")
-"""What file systems call the things that change when a file does."""
+"""Names that file systems give to whatever changes when a file's content does."""
 MISSING_SHOWN = 5
 SHARD_NAME = re.compile(r"(.*?)(\d+)-of-(\d+)(.*)")
 
 
 class FoundFile(NamedTuple):
-    """A file as it was found, before it is fetched or unpacked."""
+    """A file before it is fetched or unpacked."""
 
     shown: str
     """Path or url, for messages."""
     size: int | None
-    """In bytes; None where a server does not say."""
+    """In bytes; None if the server does not report it."""
     stamp: str
-    """Differs when the content does, as far as can be told without reading it."""
+    """Changes with the content, as far as the file system can tell without reading it."""
 
     @property
     def name(self) -> str:
@@ -34,12 +34,12 @@ class FoundFile(NamedTuple):
 
 
 def parse_split(split: str) -> tuple[str, str, str]:
-    """A split's name and the bounds of its slice, as written.
+    """Returns a split's name and the bounds of its slice, as written.
 
     >>> parse_split("train[:95%]"), parse_split("test")
     (('train', '', '95%'), ('test', '', ''))
 
-    Raises UserError for what is neither a name nor a slice of one.
+    Raises UserError for anything but a name or a slice of one.
     """
     match = re.fullmatch(r"(\w[\w.-]*)(?:\[(-?\d*%?):(-?\d*%?)\])?", split)
     bounds = match.groups("")[1:] if match else ()
@@ -49,7 +49,7 @@ def parse_split(split: str) -> tuple[str, str, str]:
 
 
 def slice_bounds(start: str, stop: str, count: int) -> tuple[int, int]:
-    """First record and the one behind the last, by TFDS's rules (percentages round to the closest record).
+    """Returns the slice's first record and its end, by TFDS's rules (percentages round to the closest record).
 
     >>> slice_bounds("", "1%", 250), slice_bounds("-10", "", 250), slice_bounds("90%", "999", 250)
     ((0, 2), (240, 250), (225, 250))
@@ -66,20 +66,21 @@ def slice_bounds(start: str, stop: str, count: int) -> tuple[int, int]:
 
 
 def find_files(scheme: str, pattern: str, split: str, in_folder: Sequence[str] = ()) -> list[FoundFile]:
-    """The files of a split, sorted by name; at least one.
+    """Returns the files of a split, sorted by name; at least one.
 
     Args:
-      scheme: for messages.
-      pattern: a path or an url; it may hold "{split}" and be a glob.
+      scheme: the source's scheme, for messages.
+      pattern: a path or url, which may contain "{split}" and be a glob.
       split: the split's name, without a slice.
-      in_folder: where `pattern` is a folder, its files whose names hold one of these are meant; none: no folders.
+      in_folder: if `pattern` is a folder, selects its files whose names contain one of these; empty for formats that
+        are not read by folder.
 
-    Raises UserError, naming the nearest choice, where there is no such file or split, where members of a set
-    "NAME-00003-of-00010" are missing, and where a bucket cannot be read.
+    Raises UserError, naming the nearest choice, if there is no such file or split, if shards of a set
+    "NAME-00003-of-00010" are missing, or if a bucket cannot be read.
     """
     if "{split}" not in pattern and split != ONLY_SPLIT:
         raise UserError(
-            f"{scheme}:{pattern} names no split, so its only split is {ONLY_SPLIT!r}, not {split!r}; "
+            f"{scheme}:{pattern} has no {{split}} in its path, so its only split is {ONLY_SPLIT!r}, not {split!r}; "
             f"slice it (for example {ONLY_SPLIT + '[95%:]'!r}) or put {{split}} into the path"
         )
     path = pattern.replace("{split}", split)
@@ -98,16 +99,25 @@ def find_files(scheme: str, pattern: str, split: str, in_folder: Sequence[str] =
     return found
 
 
-def placeholder_values(pattern: str, hole: str, find: Callable[[str], list[FoundFile]] | None = None) -> list[str]:
-    """What stands in place of `hole` in the names of the files that are there, for example their splits."""
+def placeholder_values(
+    pattern: str, placeholder: str, find: Callable[[str], list[FoundFile]] | None = None
+) -> list[str]:
+    """Returns what existing files have in place of a placeholder, for example the names of their splits.
+
+    Args:
+      pattern: a path or url that contains `placeholder`; each occurrence must have the same value.
+      placeholder: for example "{split}".
+      find: lists the files of a glob; by default on the pattern's own file system.
+    """
     pattern = pattern if "://" in pattern else os.path.expanduser(pattern)
     shape = re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")
-    shape = shape.replace(re.escape(hole), r"([\w.-]+?)", 1).replace(re.escape(hole), r"\1")
-    there = (find or _storage(pattern).find)(pattern.replace(hole, "*"))
+    shape = shape.replace(re.escape(placeholder), r"([\w.-]+?)", 1).replace(re.escape(placeholder), r"\1")
+    there = (find or _storage(pattern).find)(pattern.replace(placeholder, "*"))
     return sorted({match[1] for file in there if (match := re.fullmatch(shape, file.shown))})
 
 
 def _no_such_file(scheme: str, pattern: str, split: str, path: str, find: Callable[[str], list[FoundFile]]) -> str:
+    """Returns the message for a missing file or split, with the nearest one that exists."""
     if "{split}" in pattern:
         splits = placeholder_values(pattern, "{split}", find) or placeholder_values(
             pattern.rstrip("/") + "/*", "{split}", find
@@ -119,7 +129,7 @@ def _no_such_file(scheme: str, pattern: str, split: str, path: str, find: Callab
 
 
 def _check_shards_complete(scheme: str, wanted: str, found: Sequence[FoundFile]) -> None:
-    """A glob that names every member of a set must find every member."""
+    """Raises UserError if a shard that `wanted` matches is missing; `wanted` is the last part of a path or glob."""
     sets: dict[tuple[str, str, int, str, str], set[int]] = {}
     for file in found:
         folder, _, name = file.shown.rpartition("/")
@@ -139,7 +149,7 @@ def _check_shards_complete(scheme: str, wanted: str, found: Sequence[FoundFile])
 
 
 class _LocalFiles:
-    """Files on this machine's file systems."""
+    """The local file systems."""
 
     def find(self, path: str) -> list[FoundFile]:
         here = os.path.expanduser(path)
@@ -155,7 +165,7 @@ class _LocalFiles:
 
 
 class _RemoteFiles:
-    """Files of anything that fsspec knows."""
+    """A remote file system, through fsspec."""
 
     def __init__(self, url: str) -> None:
         self._system = file_system(url)
@@ -183,7 +193,7 @@ def _storage(path: str) -> _LocalFiles | _RemoteFiles:
 
 
 def file_system(url: str) -> Any:
-    """The fsspec file system that `url`, PROTOCOL://PATH, lies in. Raises UserError where there is none for it."""
+    """Returns the fsspec file system of `url`, PROTOCOL://PATH. Raises UserError if none is known or installed."""
     import fsspec
 
     protocol = url.partition("://")[0]
@@ -191,14 +201,14 @@ def file_system(url: str) -> Any:
         return fsspec.filesystem(protocol)
     except ImportError as error:
         missing = getattr(error.__cause__ or error, "name", None) or str(error)
-        raise UserError(f"{url}: reading {protocol}:// needs a package: pip install {missing}") from error
+        raise UserError(f"{url}: {protocol}:// needs a package: pip install {missing}") from error
     except ValueError as error:
         raise UserError(f"{url}: unknown protocol; {nearest(protocol, fsspec.available_protocols())}") from error
 
 
 @contextlib.contextmanager
 def reading(url: str) -> Iterator[None]:
-    """Turns whatever a file system raises into a UserError; every one has errors of its own."""
+    """Turns any error of a file system into a UserError, since each file system raises its own types."""
     try:
         yield
     except Exception as error:

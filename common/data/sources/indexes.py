@@ -1,4 +1,4 @@
-"""What is kept of a data file so that it need not be read again: where its records start, and a hash of its bytes."""
+"""Cached indexes of data files: where the records start, and a hash of the file's bytes."""
 
 import functools
 import hashlib
@@ -17,7 +17,7 @@ from common.data.sources.packed_files import PlainFile, file_key
 T = TypeVar("T")
 R = TypeVar("R")
 FORMAT = 1
-"""Part of the cache's key: raise it with any change of what is stored."""
+"""Part of the cache's key: raise it with any change of what an index stores."""
 THREADS = 16
 MAPS_KEPT = 4096
 STARTS = "starts.npy"
@@ -25,26 +25,26 @@ ABOUT = "about.json"
 
 
 class Index(NamedTuple):
-    """What is kept of one file."""
+    """The cached index of one file."""
 
     folder: Path
     records: int
-    """How many, the one that stands for a tear included."""
+    """How many, including the one that stands for a tear."""
     digest: str
-    """BLAKE2b of the file's bytes; differs too where it is torn."""
+    """BLAKE2b of the file's bytes and of `torn`."""
     torn: str
-    """Why the last record cannot be read: the file ends in the middle of it. Empty where the file is whole."""
+    """Why the last record cannot be read (the file ends in the middle of it); "" if the file is whole."""
     columns: tuple[str, ...]
-    """Names of all fields, where the file says them once for all records."""
+    """The names of all fields, if the file names them once for all records."""
 
     @property
     def starts(self) -> np.ndarray:
-        """Where records start, int64, memory map_integers; in which unit is the format's own."""
+        """int64, memory-mapped: where records start, in the unit of the file's format."""
         return map_integers(self.folder / STARTS)
 
 
 class IndexResult(NamedTuple):
-    """What indexing a file finds out, besides what it writes."""
+    """What indexing a file returns; the fields are those of `Index`."""
 
     records: int
     digest: str
@@ -53,7 +53,7 @@ class IndexResult(NamedTuple):
 
 
 def open_index(kind: str, file: PlainFile, cache_dir: Path, build: Callable[[PlainFile, Path], IndexResult]) -> Index:
-    """The index of a file: from the cache, or made by `build(file, path of starts.npy)`."""
+    """Returns the cached index of a file, or makes it with `build(file, path of starts.npy)`."""
 
     def make(part: Path) -> None:
         part.mkdir()
@@ -66,7 +66,7 @@ def open_index(kind: str, file: PlainFile, cache_dir: Path, build: Callable[[Pla
 
 
 def write_integers(path: Path, parts: Iterable[np.ndarray]) -> int:
-    """Writes int64 pieces into one flat .npy file, a piece in memory at a time, and returns how many numbers."""
+    """Writes int64 arrays to one flat .npy file, one array in memory at a time. Returns how many numbers it wrote."""
     count = 0
     with open(path, "wb") as file:
         _write_npy_header(file, 0)
@@ -76,19 +76,20 @@ def write_integers(path: Path, parts: Iterable[np.ndarray]) -> int:
             count += len(part)
         file.seek(0)
         _write_npy_header(file, count)
-        # NumPy leaves room in a header for the first axis to grow; were that to end, the file would be torn.
+        # NumPy leaves room in the header for a longer shape; without it the second header would overwrite data.
         assert file.tell() == start
     return count
 
 
 def file_digest(path: Path, torn: str = "") -> str:
+    """Returns the hexadecimal BLAKE2b hash of `torn` and a file's bytes."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, lambda: hashlib.blake2b(torn.encode(), digest_size=16))
     return digest.hexdigest()
 
 
 def map_in_threads(function: Callable[[T], R], items: Sequence[T], title: str) -> list[R]:
-    """`function` of every item, in order, under a progress bar. The first to fail ends it."""
+    """Returns `function(item)` for each item, in order, with a progress bar. The first error cancels the rest."""
     with ThreadPoolExecutor(min(THREADS, max(len(items), 1))) as pool:
         futures = [pool.submit(function, item) for item in items]
         try:
@@ -99,8 +100,8 @@ def map_in_threads(function: Callable[[T], R], items: Sequence[T], title: str) -
 
 @functools.lru_cache(MAPS_KEPT)
 def map_integers(path: Path) -> np.ndarray:
-    """The memory-map_integers array that `write_integers` wrote."""
-    # A plain view slices faster than np.memmap does.
+    """Returns the memory-mapped array that `write_integers` wrote."""
+    # Slicing a plain view is faster than slicing an np.memmap.
     return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
 
 

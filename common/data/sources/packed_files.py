@@ -1,4 +1,4 @@
-"""Files as plain bytes on this machine: fetched from buckets and unpacked into the cache, once."""
+"""Fetches remote files and unpacks compressed ones into the cache, once."""
 
 import bz2
 import contextlib
@@ -19,25 +19,28 @@ from common.errors import UserError
 CHUNK_BYTES = 1 << 20
 ZSTD_CHUNK_BYTES = 1 << 16
 FORMAT = 1
-"""Part of the cache's keys: raise it with any change of what is stored."""
+"""Part of the cache's keys: raise it with any change of what the cache stores."""
 UNPACKED_FORMAT = 2
-"""The same for what unpacking writes."""
+"""As `FORMAT`, for unpacked files alone."""
 MEMORY_BYTES = 1 << 28
-"""The memory that unpacking a file may take; `xz -9` needs a quarter. zstd has its own limit, a window of 128 MiB."""
+"""The most memory that unpacking a file may take; `xz -9` needs a quarter of it. zstd limits its window to 128 MiB."""
 
 
 class PlainFile(NamedTuple):
-    """A file whose bytes can be read where they lie."""
+    """A local, uncompressed file."""
 
     shown: str
-    """As it was found, for messages."""
+    """Path or url of the original file, for messages."""
     path: Path
     torn: str
-    """How a packed file ended too early; empty where it is whole."""
+    """How the packed file ended too early; "" if it is whole."""
 
 
 def plain_file(found: FoundFile, cache_dir: Path) -> PlainFile:
-    """Fetches and unpacks what needs it. Raises UserError where a file cannot be fetched or is not packed at all."""
+    """Fetches and unpacks a file if necessary.
+
+    Raises UserError if it cannot be fetched, or is not packed as its name says.
+    """
     path = _fetch(found, cache_dir) if "://" in found.shown else Path(found.shown).absolute()
     suffix = os.path.splitext(found.name)[1]
     if suffix not in UNPACKERS:
@@ -52,7 +55,7 @@ def plain_file(found: FoundFile, cache_dir: Path) -> PlainFile:
 
 
 def file_key(path: Path) -> str:
-    """Names a file on this machine with this size and time of change."""
+    """Returns a cache key of a local file: a hash of its path, size and modification time."""
     stat = path.stat()
     return _cache_key(str(path.absolute()), stat.st_size, stat.st_mtime_ns)
 
@@ -62,6 +65,8 @@ def _cache_key(*parts: object) -> str:
 
 
 def _fetch(found: FoundFile, cache_dir: Path) -> Path:
+    """Returns the local copy of a remote file, downloading it if it is not in the cache."""
+
     def fetch(part: Path) -> None:
         with reading(found.shown):
             file_system(found.shown).get_file(found.shown, str(part))
@@ -72,7 +77,7 @@ def _fetch(found: FoundFile, cache_dir: Path) -> Path:
 
 
 def _unpack(shown: str, chunks: Iterator[bytes], folder: Path) -> None:
-    """Writes what can be unpacked to `folder`/data, and to `folder`/torn why that is not all."""
+    """Writes what can be unpacked to `folder`/data, and why the rest cannot to `folder`/torn (empty if all can)."""
     folder.mkdir()
     torn = ""
     with open(folder / "data", "wb") as out:
@@ -84,29 +89,30 @@ def _unpack(shown: str, chunks: Iterator[bytes], folder: Path) -> None:
                 raise UserError(f"{shown} cannot be unpacked into {folder.parent}: {error}") from error
             if any(words in str(error) for words in TOO_LARGE):
                 raise UserError(
-                    f"{shown} was packed with so long a window that unpacking it takes more than "
-                    f"{MEMORY_BYTES >> 20} MiB of memory ({error}); pack it again, by zstd without --long or by xz -9"
+                    f"{shown}: unpacking takes more than {MEMORY_BYTES >> 20} MiB of memory, since its window is too "
+                    f"long ({error}); pack it again, with zstd without --long or with xz -9"
                 ) from error
             early = isinstance(error, EOFError) or "Truncated" in str(error)
             if not early and not out.tell():
-                raise UserError(f"{shown} is not packed as its name says, or damaged: {error}") from error
+                raise UserError(f"{shown} is damaged, or not packed as its name says: {error}") from error
             torn = f"the packed file ends in the middle of its data, or is damaged there ({error})"
     (folder / "torn").write_text(torn)
 
 
 def _unpack_gzip(packed: BinaryIO) -> Iterator[bytes]:
     with gzip.open(packed) as file:
-        while chunk := file.read1(CHUNK_BYTES):  # read() would lose what stands before a tear
+        while chunk := file.read1(CHUNK_BYTES):  # read() would lose the data before a tear
             yield chunk
 
 
 def _unpack_streams(new: Callable[[], Any], packed: BinaryIO) -> Iterator[bytes]:
-    """All of a file of one stream after another, with or without zero bytes between them.
+    """Unpacks a file of several streams, with or without zero bytes between them.
 
-    `bz2.open` and `lzma.open` take a later stream that begins damaged, and padding, for the end of the file.
+    `bz2.open` and `lzma.open` take padding, or a later stream with a damaged head, for the end of the file.
 
     Args:
-      new: makes what unpacks one stream, a `BZ2Decompressor` or its like.
+      new: makes the decompressor of one stream, for example a `BZ2Decompressor`.
+      packed: the packed file.
     """
     rest = packed.read(CHUNK_BYTES)
     while rest:
@@ -129,7 +135,7 @@ def _unpack_zstd(packed: BinaryIO) -> Iterator[bytes]:
             yield chunk
             done += len(chunk)
         return
-    # The call that failed at a tear lost what it had unpacked, so the second time the last part goes byte by byte.
+    # The failed call lost the data that it had unpacked. Start again: skip what was yielded, then go byte by byte.
     with _zstd_stream(packed) as stream:
         while done:
             done -= len(stream.read(min(done, ZSTD_CHUNK_BYTES)))
@@ -144,13 +150,13 @@ def _zstd_stream(packed: BinaryIO) -> Any:
 
 
 UNPACKING_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
-"""The errors that unpackers raise for a damaged file, and for a disk or a network that fails."""
+"""What unpackers raise for a damaged file; an OSError with an errno means a failing disk or network instead."""
 TOO_LARGE = ("Memory usage limit", "too much memory")
-"""Parts of the messages of liblzma and zstd for a window that exceeds the memory limit."""
+"""What liblzma and zstd write when a window exceeds the memory limit."""
 UNPACKERS: dict[str, Callable[[BinaryIO], Iterator[bytes]]] = {
     ".gz": _unpack_gzip,
     ".bz2": functools.partial(_unpack_streams, bz2.BZ2Decompressor),
     ".xz": functools.partial(_unpack_streams, functools.partial(lzma.LZMADecompressor, memlimit=MEMORY_BYTES)),
     ".zst": _unpack_zstd,
 }
-"""A name's ending -> the content of a file, in pieces; its reading is done when the last piece is taken."""
+"""Suffix of a file's name -> the function that yields its content in pieces, reading the file as it goes."""

@@ -1,4 +1,4 @@
-"""What a source is: records by number, some of which may turn out to be unusable."""
+"""The protocol of a source (records by number), and how the fields of a raw record become text."""
 
 import abc
 import math
@@ -13,64 +13,64 @@ Record = dict[str, str]
 """Our name of a field -> its text."""
 
 TEXT_FIELDS = ("inputs", "targets", "text")
-"""Our fields that must be text; all others may be numbers too, and are written by `number_text`."""
+"""Our fields that must be text; all others may also be numbers, which `number_text` writes."""
 RECORD_BYTES = 1 << 25
-"""The longest record of a file that is read: memory holds some of them several times over, as text and as tokens."""
+"""Longer records are not read: memory holds several copies of some records, as text and as tokens."""
 BATCH_CHARACTERS = 1 << 22
-"""Characters after which a batch of records is full."""
+"""A batch of records is full once it has this many characters."""
 RECORDS_PER_READ = 64
 NO_GROUP = "(none)"
 INTEGERS_BELOW = 1e16
-"""Larger floats are written as powers of ten."""
+"""Larger floats are written with an exponent."""
 NUMBER_TEXT_VERSION = 2
-"""Part of content ids: raise it with any change of how numbers are written."""
+"""Part of content ids: raise it with any change of how `number_text` writes numbers."""
 
 
 class Problem(NamedTuple):
-    """Why a record cannot be used. Its reader decides whether to stop or to go on and say so."""
+    """Why a record cannot be used. The reader decides whether to stop, or to skip and report it."""
 
     where: str
-    """Source and record, as a person would look for it."""
+    """Source and record, as a person would look them up."""
     what: str
+    """What is wrong with the record."""
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}"
 
 
 class Source(Protocol):
-    """Records by number; each has the fields that were asked for, as text.
+    """Records by number; each maps our field names to text.
 
-    Objects can be copied to other processes, and read there and from several threads.
+    Sources can be pickled to other processes and read from several threads.
     """
 
     @property
     def content_id(self) -> str:
-        """Differs whenever the records may: it holds name, version, split, the fields read, and the version of whatever
-        made the records."""
+        """Differs whenever the records may differ: it names the data set and its version, the split, the fields read,
+        and the version of the code that made the records."""
         ...
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Record:
-        """Raises UserError where the record cannot be used."""
+        """Returns one record. Raises UserError if it cannot be used."""
         ...
 
     def read(self, indices: Sequence[int]) -> list[Record | Problem]:
-        """Several records at once, which is many times faster than one by one, and for indices in ascending order
-        fastest."""
+        """Returns several records, much faster than one by one, and fastest for ascending indices."""
         ...
 
 
 class FeatureValues(list[Any]):
-    """The values of one tf.Example feature, where one value looks the same as a list of one."""
+    """The values of one tf.Example feature, which stores one value and a list of one value alike."""
 
 
 class UnusableRecord(ValueError):
-    """Raised inside a source: what is wrong with one record. Readers see it as a Problem."""
+    """Raised inside a source for a record that cannot be used; readers get a Problem instead."""
 
 
 class SourceBase(abc.ABC):
-    """What all sources do alike, on top of their `read`."""
+    """Implements `source[i]` by `read`."""
 
     @abc.abstractmethod
     def read(self, indices: Sequence[int]) -> list[Record | Problem]: ...
@@ -83,14 +83,14 @@ class SourceBase(abc.ABC):
 
 
 def too_long_reason(size: int) -> str:
-    """Why a record of so many bytes is not read; empty where it is."""
+    """Returns why a record of `size` bytes is not read; "" if it is not too long."""
     if size <= RECORD_BYTES:
         return ""
-    return f"it has {size:,} bytes, of which a record may have {RECORD_BYTES >> 20} MiB; divide it into several"
+    return f"it has {size:,} bytes, but the limit is {RECORD_BYTES >> 20} MiB; divide it into several"
 
 
 def in_batches(source: Source, indices: Sequence[int], most: int) -> Iterator[list[Record | Problem]]:
-    """The records in order, at most `most` at once and fewer where they are long, so that memory stays flat."""
+    """Yields the records in batches of at most `most`; batches of long records are smaller, which bounds memory."""
     batch: list[Record | Problem] = []
     characters, start, step = 0, 0, RECORDS_PER_READ
     while start < len(indices):
@@ -108,29 +108,29 @@ def in_batches(source: Source, indices: Sequence[int], most: int) -> Iterator[li
 
 
 def first_line(error: BaseException) -> str:
-    """What a library has to say, for a message of one line."""
+    """Returns the first line of an error's message, or the name of its type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def check_range(indices: Sequence[int], count: int) -> None:
-    """Raises IndexError unless all indices lie in 0..count-1."""
+    """Raises IndexError unless all indices are in 0..count-1."""
     if len(indices) and not (min(indices) >= 0 and max(indices) < count):
         outside = next(index for index in indices if not 0 <= index < count)
         raise IndexError(f"record {outside} of {count}")
 
 
 def pick_fields(raw: Mapping[str, Any], fields: Mapping[str, str]) -> Record:
-    """The fields that were asked for, as text.
+    """Returns the requested fields as text.
 
     >>> raw = {"en": "a", "n": 3, "answers": [{"text": b"b"}]}
     >>> pick_fields(raw, {"inputs": "en", "targets": "answers.0.text", "id": "n"})
     {'inputs': 'a', 'targets': 'b', 'id': '3'}
 
     Args:
-      raw: a record as it is stored: names -> text, bytes, numbers, and dicts and lists of them.
-      fields: our name -> its name there, which may be a path into dicts and lists, split by dots.
+      raw: the stored record: names -> text, bytes, numbers, and dicts and lists of these.
+      fields: our name of a field -> its name in `raw`, or a path into dicts and lists ("answers.0.text").
 
-    Raises UnusableRecord.
+    Raises UnusableRecord for a field that is missing or no text.
     """
     return {ours: _field_or_group(raw, ours, theirs) for ours, theirs in fields.items()}
 
@@ -139,13 +139,13 @@ def _field_or_group(raw: Mapping[str, Any], ours: str, theirs: str) -> str:
     try:
         return _field_text(look_up_field(raw, ours, theirs), ours, theirs)
     except UnusableRecord:
-        if ours == "group":  # no part of what models read, so that which records there are must not hang on it
+        if ours == "group":  # models do not read it, so it must not decide which records are used
             return NO_GROUP
         raise
 
 
 def look_up_field(raw: Mapping[str, Any], ours: str, theirs: str) -> Any:
-    """What `raw` has under a name or a path. Raises UnusableRecord where there is nothing."""
+    """Returns the value at a name or path. Raises UnusableRecord if there is none."""
     if theirs in raw:
         return raw[theirs]
     value: Any = raw
@@ -160,32 +160,32 @@ def look_up_field(raw: Mapping[str, Any], ours: str, theirs: str) -> Any:
 
 
 def is_list(value: Any) -> bool:
-    """Whether a path may go on with a number."""
+    """Whether the next part of a path can be a number."""
     return isinstance(value, list) or (isinstance(value, np.ndarray) and value.ndim > 0)
 
 
 def number_text(value: Any) -> str:
-    """A number as text: a whole one without a point, whatever its column's type, any other in the fewest digits.
+    """Returns a number as text: integers without a point, even from a float column; others in the fewest digits.
 
     >>> number_text(1.0), number_text(np.float32(0.1)), number_text(float(np.float32(0.1))), number_text(True)
     ('1', '0.1', '0.1', 'True')
 
-    Raises UnusableRecord for NaN, which stands for no value, and for infinity.
+    Raises UnusableRecord for NaN and infinity.
     """
     if not isinstance(value, float | np.floating):
         return str(value)
     number = float(value)
     if not math.isfinite(number):
-        raise UnusableRecord(f"{value} is no value")
+        raise UnusableRecord(f"{value} is not a finite number")
     if number.is_integer() and abs(number) < INTEGERS_BELOW:
         return str(int(number))
     with np.errstate(over="ignore", under="ignore"):
-        single = np.float32(number)  # many files hold such numbers, which readers widen
+        single = np.float32(number)  # many files store float32, which readers widen
     return str(single) if float(single) == number else str(number)
 
 
 def field_paths(raw: Mapping[str, Any]) -> list[str]:
-    """All names in a record that can be asked for.
+    """Returns the paths of all fields of a record; of a list, those of the first two items.
 
     >>> field_paths({"q": "x", "answers": [{"text": "a"}, {"text": "b"}]})
     ['q', 'answers.0.text', 'answers.1.text']
@@ -204,6 +204,7 @@ def _paths_below(path: str, value: Any) -> list[str]:
 
 
 def _field_text(value: Any, ours: str, theirs: str) -> str:
+    """Returns a field's value as text. Raises UnusableRecord if it is not text, nor a number where ours may be one."""
     if isinstance(value, FeatureValues) and len(value) == 1:
         (value,) = value
     if isinstance(value, bytes):
@@ -217,7 +218,7 @@ def _field_text(value: Any, ours: str, theirs: str) -> str:
                 value.encode("utf-8")
             except UnicodeEncodeError as error:
                 what = f"character {error.start + 1} is half of a surrogate pair"
-                raise UnusableRecord(f"field {theirs!r} (source.{ours}): {what}, which is no text") from error
+                raise UnusableRecord(f"field {theirs!r} (source.{ours}): {what}, which is not text") from error
         return value
     if ours not in TEXT_FIELDS and (isinstance(value, int | float) or getattr(value, "shape", None) == ()):
         try:

@@ -1,4 +1,4 @@
-"""Records put in words: inputs and targets made of any fields by templates."""
+"""Sources on top of others: inputs and targets from templates, and several sources end to end."""
 
 import dataclasses
 import hashlib
@@ -15,8 +15,10 @@ from common.data.sources.records import Problem, Record, Source, SourceBase
 
 @dataclasses.dataclass(frozen=True)
 class TemplatedSource(SourceBase):
-    """A source whose records have "inputs" and "targets" by a template, which is drawn for each record by its number,
-    the same in every epoch and on every machine."""
+    """A source that makes "inputs" and "targets" from templates.
+
+    Each record's number decides its template, so the choice is the same in every epoch and on every machine.
+    """
 
     records: Source
     templates: tuple[Template, ...]
@@ -34,6 +36,7 @@ class TemplatedSource(SourceBase):
         return [record if isinstance(record, Problem) else self._render(record, index) for record, index in found]
 
     def _render(self, record: Record, index: int) -> Record | Problem:
+        """Fills a template with a record's fields; a Problem if a target value has no word."""
         drawn = int(draw_bits(0, np.array([index]), 1)[0, 0]) % len(self.templates)
         template = self.templates[drawn]
         targets = dict(record)
@@ -52,7 +55,7 @@ class TemplatedSource(SourceBase):
 
 @dataclasses.dataclass(frozen=True)
 class JoinedSource(SourceBase):
-    """Several sources as one: all records of the first, then of the second, and so on."""
+    """Several sources end to end: all records of the first, then of the second, and so on."""
 
     sources: tuple[Source, ...]
 
@@ -69,6 +72,7 @@ class JoinedSource(SourceBase):
         return [record for source, run in runs for record in source.read([within for _, within in run])]
 
     def _locate(self, index: int) -> tuple[Source, int]:
+        """Returns the source of a record, and the record's number in it."""
         within = index
         for source in self.sources:
             if within < len(source):

@@ -1,13 +1,12 @@
-"""TFRecord and ArrayRecord files of serialized tf.Example protos, read without TensorFlow.
+"""Random access to TFRecord and ArrayRecord files of serialized tf.Example protos, without TensorFlow.
 
-A TFRecord file is a row of records: length (uint64), its masked CRC-32C (uint32), data, their masked CRC-32C (uint32),
-all little-endian. Records count from 0.
+A TFRecord file is a sequence of records: length (uint64), masked CRC-32C of the length (uint32), data, masked CRC-32C
+of the data (uint32), all little-endian. Messages number records from 0.
 """
 
 import array
 import dataclasses
 import functools
-import itertools
 import mmap
 import os
 import struct
@@ -19,26 +18,26 @@ import numpy as np
 
 from common.data.sources.crc32c import masked_crc32c, masked_crc32c_of_rows
 from common.data.sources.indexes import Index, IndexResult, file_digest, open_index, write_integers
-from common.data.sources.line_files import consecutive_runs
 from common.data.sources.packed_files import PlainFile
-from common.data.sources.records import FeatureValues, Problem, first_line, too_long_reason
+from common.data.sources.record_spans import read_spans
+from common.data.sources.records import FeatureValues, Problem, first_line
 from common.errors import UserError
 
 HEAD_BYTES, TAIL_BYTES = 12, 4
 CHECKED_AT_ONCE = 1 << 16
 READERS_OPEN = 256
 BUFFER_BYTES = 1 << 15
-"""Of an ArrayRecord reader, which jumps about."""
+"""Buffer of an ArrayRecord reader; small, since most reads are at random places."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TfRecordFile:
-    """One file; every read opens it, so that threads and processes may share it."""
+    """One file. Every read opens it, so threads and processes can share the object."""
 
     shown: str
     path: Path
     index: Index
-    """Its `starts` are the places of the whole records, and of the byte behind the last."""
+    """Its `starts` are the byte offsets of the whole records, and the end of the last one."""
     columns: None = None
 
     def __len__(self) -> int:
@@ -48,23 +47,13 @@ class TfRecordFile:
         return f"{self.shown} record {place}"
 
     def read(self, places: Sequence[int]) -> list[dict[str, Any] | Problem]:
-        starts = self.index.starts
-        found: list[dict[str, Any] | Problem] = []
-        with open(self.path, "rb") as file:
-            for low, high in consecutive_runs(places):
-                bounds = starts[low : high + 1].tolist()  # one fewer where `places` includes the torn record
-                file.seek(bounds[0])
-                for place, (begin, end) in enumerate(itertools.pairwise(bounds), low):
-                    if what := too_long_reason(end - begin):
-                        found.append(Problem(where=self.where(place), what=what))
-                        file.seek(end)
-                    else:
-                        found.append(self._record(file.read(end - begin), place))
-                if high == len(starts):
-                    found.append(Problem(where=self.where(high - 1), what=self.index.torn))
-        return found
+        spans = read_spans(self.path, self.index.starts, places, self.index.torn)
+        return [self._record(framed, place) for place, framed in spans]
 
-    def _record(self, framed: bytes, place: int) -> dict[str, Any] | Problem:
+    def _record(self, framed: bytes | str, place: int) -> dict[str, Any] | Problem:
+        """Checks and parses a record; text instead of bytes is the reason that it was not read."""
+        if isinstance(framed, str):
+            return Problem(where=self.where(place), what=framed)
         data = framed[HEAD_BYTES:-TAIL_BYTES]
         if masked_crc32c(data) != int.from_bytes(framed[-TAIL_BYTES:], "little"):
             return Problem(where=self.where(place), what="its bytes do not match their checksum")
@@ -73,7 +62,7 @@ class TfRecordFile:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArrayRecordFile:
-    """One file; readers are the process's, not the object's."""
+    """One file. Readers belong to the process, so the object can be pickled and shared."""
 
     shown: str
     path: Path
@@ -90,7 +79,7 @@ class ArrayRecordFile:
         reader = _cached_array_reader(self.path, self.index.folder, os.getpid())
         try:
             found = reader.read(list(places))
-        except RuntimeError as error:  # of many records one may be damaged
+        except RuntimeError as error:  # one of several records may be damaged: read them one by one
             if len(places) == 1:
                 return [Problem(where=self.where(places[0]), what=first_line(error))]
             return [record for place in places for record in self.read([place])]
@@ -98,17 +87,19 @@ class ArrayRecordFile:
 
 
 def open_tf_record(file: PlainFile, cache_dir: Path) -> TfRecordFile:
+    """Opens a TFRecord file, indexing it first if necessary."""
     index = open_index("tfrecord", file, cache_dir, _index_tf_record)
     return TfRecordFile(shown=file.shown, path=file.path, index=index)
 
 
 def open_array_record(file: PlainFile, cache_dir: Path) -> ArrayRecordFile:
-    """Raises UserError where `file` is not a whole ArrayRecord file."""
+    """Opens an ArrayRecord file, indexing it first if necessary. Raises UserError if `file` is not a whole one."""
     index = open_index("arrayrecord", file, cache_dir, _index_array_record)
     return ArrayRecordFile(shown=file.shown, path=file.path, index=index)
 
 
 def _index_tf_record(file: PlainFile, starts: Path) -> IndexResult:
+    """Writes the start of every whole record, and the end of the last, to `starts`."""
     places, torn, wrong = array.array("q", [0]), file.torn, None
     if size := file.path.stat().st_size:
         with open(file.path, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -120,7 +111,7 @@ def _index_tf_record(file: PlainFile, starts: Path) -> IndexResult:
             wrong = _first_wrong_length(data, places, size)
     if wrong is not None:
         del places[wrong + 1 :]
-        torn = "its length does not match its checksum, so that it and all behind it in the file cannot be found"
+        torn = "its length does not match its checksum, so it and all records after it are lost"
     elif places[-1] != size:
         torn = torn or "the file ends in the middle of it"
     write_integers(starts, [np.frombuffer(places, np.int64)])
@@ -128,7 +119,10 @@ def _index_tf_record(file: PlainFile, starts: Path) -> IndexResult:
 
 
 def _first_wrong_length(data: mmap.mmap, places: array.array, size: int) -> int | None:
-    """The first record whose length is damaged; the last place is one too, if a head fits in."""
+    """Returns the number of the first record whose length is damaged; None if there is none.
+
+    The last entry of `places` counts as a record if `size` leaves room for its head.
+    """
     heads = np.frombuffer(places, np.int64)
     heads = heads[heads + HEAD_BYTES <= size]
     for first in range(0, len(heads), CHECKED_AT_ONCE):
@@ -144,13 +138,13 @@ def _first_wrong_length(data: mmap.mmap, places: array.array, size: int) -> int 
 def _index_array_record(file: PlainFile, starts: Path) -> IndexResult:
     reader = _open_array_reader(file.path)
     if not reader.ok():
-        raise UserError(f"{file.shown} is not a whole ArrayRecord file; it may have been cut off on its way here")
+        raise UserError(f"{file.shown} is not a whole ArrayRecord file; a copy may have been cut short")
     return IndexResult(records=reader.num_records(), digest=file_digest(file.path))
 
 
 @functools.lru_cache(READERS_OPEN)
 def _cached_array_reader(path: Path, version: Path, process: int) -> Any:
-    """Its threads do not survive a fork, so it belongs to one process; `version` differs where the file has changed."""
+    """Returns this process's reader, whose threads would not survive a fork; a changed file has another `version`."""
     return _open_array_reader(path)
 
 
@@ -168,7 +162,10 @@ def _example_class() -> Any:
 
 
 def _parse_example(data: bytes, where: str) -> dict[str, Any] | Problem:
-    """A tf.Example's features by name; TFDS's names of nested ones ("answers/text") are paths too."""
+    """Returns the features of a serialized tf.Example by name.
+
+    TFDS names nested features "answers/text"; these also become nested dicts, so that "answers.text" finds them.
+    """
     from google.protobuf.message import DecodeError
 
     try:

@@ -92,11 +92,11 @@ def test_mistakes_are_named(tmp_path):
     name = write(tmp_path, [("a", "b")])
     with pytest.raises(UserError, match="held_out makes no split 'valid'; did you mean 'validation'"):
         open_source(config(name), "valid", tmp_path / "cache")
-    with pytest.raises(UserError, match="held_out=1e-05 of 1 records leaves none in 'test'"):
+    with pytest.raises(UserError, match="held_out=1e-05 of 1 records leaves split 'test' empty"):
         open_source(config(name, held_out=1e-5), "test", tmp_path / "cache")
     for wrong in (0, -0.1, 0.5, 2):
         with pytest.raises(UserError, match="held_out"):
             config(name, held_out=wrong)
     for wrong in ("tsv:a/{split}.tsv", "tfds:pydocs", "corpus:sst2"):
-        with pytest.raises(UserError, match="held_out divides files whose path holds no {split}"):
+        with pytest.raises(UserError, match="held_out divides files without {split} in their path"):
             SourceConfig(name=wrong, inputs=None, targets=None, text="text", held_out=0.1)

@@ -134,7 +134,7 @@ def test_a_label_that_is_no_value_is_left_out_and_named(tmp_path, kind, value):
     assert source[0] == {"text": "one", "label": "1"}
     problem = source.read([1])[0]
     assert isinstance(problem, Problem) and "field 'label' (source.label)" in problem.what
-    assert ("must be text, not null" if value is None else f"{value} is no value") in problem.what
+    assert ("must be text, not null" if value is None else f"{value} is not a finite number") in problem.what
 
 
 @pytest.mark.parametrize("group", [None, float("nan"), ["a"], "absent"])
@@ -199,5 +199,5 @@ def test_a_data_set_pinned_to_a_version_is_read(tmp_path, monkeypatch, nested):
     assert len(ids) == 1 and "nested/1.2.3" in ids.pop()
     with pytest.raises(UserError, match="tfds:nested:9.9.9: .*only: 1.2.3"):
         open_fields("tfds:nested:9.9.9", fields, "train", tmp_path)
-    with pytest.raises(UserError, match="holds a split.*name=tfds:nested train_split=test"):
+    with pytest.raises(UserError, match="contains a split.*name=tfds:nested train_split=test"):
         SourceConfig(name="tfds:nested:test", inputs=None, targets=None, text="t.en")

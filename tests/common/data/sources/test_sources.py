@@ -74,7 +74,7 @@ def test_a_table_without_a_header_has_columns_by_number(tmp_path, ending):
     assert source.read(range(len(source))) == expected("tsv")
     assert source.content_id != open_fields(f"tsv:{path}", {"inputs": "one"}, "train", tmp_path).content_id
     with pytest.raises(
-        UserError, match="no field 'en'.*the first line names the columns: without such a line, give their numbers"
+        UserError, match="no field 'en'.*the first line names the columns; if it does not, give their numbers"
     ):
         open_source(config(f"tsv:{path}"), "train", tmp_path / "cache")
     with pytest.raises(UserError, match="no field '3'.*valid: 1, 2"):
@@ -88,7 +88,7 @@ def test_a_table_without_a_header_has_columns_by_number(tmp_path, ending):
     path.write_bytes(b"")
     assert len(open_source(config(f"tsv:{path}", inputs=1, targets=2), "train", tmp_path)) == 0
     for name, fields in (("jsonl:a", {"inputs": 1, "targets": 2}), ("tsv:a", {"inputs": 1}), ("tsv:a", {"group": 3})):
-        with pytest.raises(UserError, match="fields by number are for tsv files without a header"):
+        with pytest.raises(UserError, match="column numbers are for tsv files without a header"):
             config(name, **fields)
     with pytest.raises(UserError, match="inputs is 0: it must be 1 or more"):
         config("tsv:a", inputs=0, targets=1)
