@@ -105,7 +105,7 @@ class Gpt(nnx.Module):
         """Reads the inputs once; the cache has room for `max_new_tokens` decoder inputs behind them."""
         segments_BI, positions_BI = prompt.segments_BI(), prompt.positions_BI()
         visibility = self._visibility(segments_BI, positions_BI, positions_BI.shape[1], consecutive=True)
-        visibility = dataclasses.replace(visibility, at_left=True)
+        visibility = dataclasses.replace(visibility, one_segment=True)
 
         def layer(layer: Layer, x_BID: jax.Array, _: None) -> tuple[jax.Array, KeysValues]:
             x_BID, seen = layer(x_BID, visibility)

@@ -169,7 +169,7 @@ class T5Like(nnx.Module):
     def prefill(self, prompt: Prompt, max_new_tokens: int) -> Cache:
         """Encodes the inputs once, and projects them once for every decoder layer."""
         segments_BI, positions_BI = prompt.segments_BI(), prompt.positions_BI()
-        within = dataclasses.replace(self._input_visibility(segments_BI, positions_BI), at_left=True)
+        within = dataclasses.replace(self._input_visibility(segments_BI, positions_BI), one_segment=True)
         x_BID = self._embed(prompt.inputs_BI, positions_BI)
         extra = max_new_tokens if self.merged else 0
 

@@ -1,20 +1,22 @@
-"""Attention: the choice among implementations, and on a mesh each device's part of it.
+"""Attention by the implementation that fits the call; on a mesh, each device computes its own shard.
 
 Legend: B batch rows, Q query length, K key length, H heads, G key-value heads, C head dim, R relative buckets.
 """
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from common.kernels.blocked import blocked
-from common.kernels.choice import Case, How, Kind, choose
+from common.kernels.choice import AttentionCall, Implementation, Kind, choose
 from common.kernels.cudnn import cudnn
 from common.kernels.flash import flash
 from common.kernels.plain import plain
-from common.kernels.splash import Part, splash
+from common.kernels.splash import QueryShard, splash
 from common.kernels.visibility import Visibility
 from common.sharding.rules import compute_spec, num_shards, on_mesh
 
@@ -26,18 +28,19 @@ def attend(
     visibility: Visibility,
     *,
     scale: float,
-    how: How,
+    implementation: Implementation,
 ) -> jax.Array:
-    """out_BQHC in the dtype of `q`; logits and softmax in float32.
+    """Returns out_BQHC in the dtype of `q`; logits and softmax are float32.
 
-    A query that sees no key gets exactly 0, with gradient 0. Masked logits are replaced, never added to, so that no key
-    of a stranger, however large, can leak. `how` names the implementation; decoding takes the plain one, which holds
-    all logits at once. Several rows of queries in turn may share a row of keys, as the beams of a prompt do; then
-    nothing may be causal.
+    A query that sees no key gets exactly 0, with gradient 0. Masked logits are replaced, never added to: no key of
+    another segment, however large, can leak. Decoding always takes the plain implementation, which holds all logits at
+    once. `q` may have more rows than `k` and `v`: consecutive rows of queries then share a row of keys, as the beams of
+    one prompt do, and nothing may be causal.
 
-    On a mesh every other implementation computes on each device its own rows, heads and queries: rows and heads as the
-    rules deal them out, queries along `length`, against keys and values gathered along it. The plain one, and what does
-    not divide by the mesh, is left to the compiler. Raises UserError where `how` wants what these devices cannot run.
+    On a mesh every implementation but the plain one runs on each device for its own rows, heads and queries: rows and
+    heads are sharded as the rules say, queries along `length`, and keys and values are all-gathered along it. The plain
+    one, and sizes that do not divide over the mesh, are left to the compiler. Raises UserError if these devices cannot
+    run `implementation`.
     """
     if q_BQHC.shape[0] != k_BGKC.shape[0]:
         rows = k_BGKC.shape[0]
@@ -45,24 +48,25 @@ def attend(
             q_BQHC.reshape(rows, -1, *q_BQHC.shape[2:]),
             k_BGKC,
             v_BGKC,
-            visibility.gathered(rows),
+            visibility.fold_rows(rows),
             scale=scale,
-            how=how,
+            implementation=implementation,
         )
         return out_BQHC.reshape(q_BQHC.shape)
     if 0 in (q_BQHC.shape[1], k_BGKC.shape[2]):
         return jnp.zeros_like(q_BQHC)
     divides = _divides(q_BQHC, k_BGKC)
-    kind = choose(how, _case(q_BQHC, visibility, divides=divides))
+    kind = choose(implementation, _describe(q_BQHC, visibility, divides=divides))
     if kind == "plain":
         return plain(q_BQHC * scale, k_BGKC, v_BGKC, visibility)
+    attend_on_device = partial(_on_one_device, kind, implementation, scale)
     if on_mesh() and divides:
-        return _on_devices(kind, how, scale, q_BQHC, k_BGKC, v_BGKC, visibility)
-    return _here(kind, how, scale, q_BQHC, k_BGKC, v_BGKC, visibility)
+        return _on_every_device(attend_on_device, q_BQHC, k_BGKC, v_BGKC, visibility)
+    return attend_on_device(q_BQHC, k_BGKC, v_BGKC, visibility)
 
 
-def _case(q_BQHC: jax.Array, visibility: Visibility, *, divides: bool) -> Case:
-    return Case(
+def _describe(q_BQHC: jax.Array, visibility: Visibility, *, divides: bool) -> AttentionCall:
+    return AttentionCall(
         platform=_platform(),
         dtype=q_BQHC.dtype.name,
         head_dim=q_BQHC.shape[3],
@@ -70,83 +74,90 @@ def _case(q_BQHC: jax.Array, visibility: Visibility, *, divides: bool) -> Case:
         biased=visibility.bias is not None,
         consecutive=visibility.consecutive,
         prefix=visibility.prefix_length > 0,
-        placed=visibility.placed or not visibility.causal,
-        one_segment=visibility.at_left
+        static_index=visibility.static_index or not visibility.causal,
+        one_segment=visibility.one_segment
         and (not visibility.causal or (visibility.q_offset == 0 and num_shards("length") == 1)),
         divides=divides,
     )
 
 
 def _platform() -> str:
-    """Of the devices that the program is traced for: the mesh's, which need not be here, else the default ones."""
+    """The platform that the program is traced for: that of the mesh, which need not be here, else the default one."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
-def _here(
+def _on_one_device(
     kind: Kind,
-    how: How,
+    implementation: Implementation,
     scale: float,
     q_BQHC: jax.Array,
     k_BGKC: jax.Array,
     v_BGKC: jax.Array,
     visibility: Visibility,
-    part: Part | None = None,
+    shard: QueryShard | None = None,
 ) -> jax.Array:
-    """By one device, of which these queries may be a `part`."""
+    """Attention on one device; `shard` says which of a longer sequence's queries it holds (None: all)."""
     operands = q_BQHC, k_BGKC, v_BGKC
+    block, interpret = implementation.kernel_block, implementation.interpret
     if kind == "splash":
-        return splash(*operands, visibility, scale=scale, block=how.kernel_block, part=part, interpret=how.interpret)
-    if part is not None:
-        visibility = dataclasses.replace(visibility, q_start=part.index * q_BQHC.shape[1])
+        return splash(*operands, visibility, scale=scale, block=block, shard=shard, interpret=interpret)
+    if shard is not None:
+        visibility = dataclasses.replace(visibility, q_start=shard.index * q_BQHC.shape[1])
     if kind == "flash":
-        return flash(*operands, visibility, scale=scale, block=how.kernel_block, interpret=how.interpret)
+        return flash(*operands, visibility, scale=scale, block=block, interpret=interpret)
     if kind == "cudnn":
         return cudnn(*operands, visibility, scale=scale)
     assert kind == "blocked"
-    return blocked(q_BQHC * scale, k_BGKC, v_BGKC, visibility, how.block)
+    return blocked(q_BQHC * scale, k_BGKC, v_BGKC, visibility, implementation.block)
 
 
-def _on_devices(
-    kind: Kind, how: How, scale: float, q_BQHC: jax.Array, k_BGKC: jax.Array, v_BGKC: jax.Array, visibility: Visibility
+def _on_every_device(
+    attend_on_device: Callable[..., jax.Array],
+    q_BQHC: jax.Array,
+    k_BGKC: jax.Array,
+    v_BGKC: jax.Array,
+    visibility: Visibility,
 ) -> jax.Array:
-    """By every device of the mesh: its rows, heads and queries against all keys of these rows and heads."""
-    queries, keys = compute_spec("batch", "length"), compute_spec("batch", None)
+    """Attention on every device of the mesh: its rows, heads and queries against all keys of these rows and heads."""
+    per_query, per_key = compute_spec("batch", "length"), compute_spec("batch", None)
     rows = q_BQHC.shape[0]
-    spread = dataclasses.replace(
+    visibility = dataclasses.replace(
         visibility,
-        q_segments_BQ=_rows(visibility.q_segments_BQ, rows),
-        k_segments_BK=_rows(visibility.k_segments_BK, rows),
-        q_positions_BQ=_rows(visibility.q_positions_BQ, rows),
-        k_positions_BK=_rows(visibility.k_positions_BK, rows),
+        q_segments_BQ=_broadcast_rows(visibility.q_segments_BQ, rows),
+        k_segments_BK=_broadcast_rows(visibility.k_segments_BK, rows),
+        q_positions_BQ=_broadcast_rows(visibility.q_positions_BQ, rows),
+        k_positions_BK=_broadcast_rows(visibility.k_positions_BK, rows),
     )
     specs: dict[str, Any] = {
-        "q_segments_BQ": queries,
-        "k_segments_BK": keys,
-        "q_positions_BQ": queries,
-        "k_positions_BK": keys,
+        "q_segments_BQ": per_query,
+        "k_segments_BK": per_key,
+        "q_positions_BQ": per_query,
+        "k_positions_BK": per_key,
         "q_start": jax.tree.map(lambda _: compute_spec(), visibility.q_start),
         "bias": jax.tree.map(lambda _: compute_spec("heads", None), visibility.bias),
     }
-    of_queries = compute_spec("batch", "length", "heads", None)
-    of_keys = compute_spec("batch", "kv_heads", None, None)
-    lengths, length_axis = num_shards("length"), compute_spec("length")[0]
+    q_spec = compute_spec("batch", "length", "heads", None)
+    kv_spec = compute_spec("batch", "kv_heads", None, None)
+    length_shards, length_axis = num_shards("length"), compute_spec("length")[0]
 
     def local(q_BQHC: jax.Array, k_BGKC: jax.Array, v_BGKC: jax.Array, visibility: Visibility) -> jax.Array:
-        part = None if lengths == 1 else Part(index=jax.lax.axis_index(length_axis), parts=lengths)
-        return _here(kind, how, scale, q_BQHC, k_BGKC, v_BGKC, visibility, part)
+        shard = None if length_shards == 1 else QueryShard(index=jax.lax.axis_index(length_axis), count=length_shards)
+        return attend_on_device(q_BQHC, k_BGKC, v_BGKC, visibility, shard)
 
-    # Unchecked, as splash attention does not say over which axes its results vary. Each result varies over all axes,
-    # so the gradient of what is whole along one, keys and the table of the bias, is the sum over it.
-    in_specs = (of_queries, of_keys, of_keys, dataclasses.replace(visibility, **specs))
-    sharded = jax.shard_map(local, in_specs=in_specs, out_specs=of_queries, check_vma=False)
-    return sharded(q_BQHC, k_BGKC, v_BGKC, spread)
+    # check_vma=False, since splash attention does not declare over which mesh axes its results vary. Each result varies
+    # over all of them, so gradients of operands that are replicated along an axis (keys, the bias's table) are summed
+    # along it.
+    in_specs = (q_spec, kv_spec, kv_spec, dataclasses.replace(visibility, **specs))
+    attend_on_shards = jax.shard_map(local, in_specs=in_specs, out_specs=q_spec, check_vma=False)
+    return attend_on_shards(q_BQHC, k_BGKC, v_BGKC, visibility)
 
 
 def _divides(q_BQHC: jax.Array, k_BGKC: jax.Array) -> bool:
+    """Whether rows, queries and heads divide over the mesh."""
     sizes = zip((*q_BQHC.shape[:3], k_BGKC.shape[1]), ("batch", "length", "heads", "kv_heads"), strict=True)
     return all(size % num_shards(name) == 0 for size, name in sizes)
 
 
-def _rows(x_BL: jax.Array, rows: int) -> jax.Array:
+def _broadcast_rows(x_BL: jax.Array, rows: int) -> jax.Array:
     return jnp.broadcast_to(x_BL, (rows, x_BL.shape[1]))

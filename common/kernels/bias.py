@@ -1,4 +1,4 @@
-"""T5's relative-position bias as a description that attention implementations expand where they need it.
+"""T5's relative-position bias: its buckets, and a table that attention implementations expand as they need.
 
 Legend: B batch rows (or 1), Q query length, K key length, H heads, R relative buckets.
 """
@@ -11,9 +11,10 @@ import jax.numpy as jnp
 
 
 def relative_bucket(distance: jax.Array, *, bidirectional: bool, buckets: int, max_distance: int) -> jax.Array:
-    """T5's bucket of `distance` = key position - query position (int32, any shape); arXiv 1910.10683, section 2.1.
+    """Returns T5's bucket for `distance` = key position - query position (int32, any shape).
 
-    Half of the buckets (per direction) are exact, the rest grow logarithmically up to `max_distance`.
+    arXiv 1910.10683, section 2.1: half of the buckets of each direction hold one distance each, the others grow
+    logarithmically up to `max_distance`. With `bidirectional`, keys after the query use the upper half of the buckets.
 
     >>> import jax.numpy as jnp
     >>> relative_bucket(jnp.array([-200, -9, -1, 0, 1, 9]), bidirectional=True, buckets=32, max_distance=128).tolist()
@@ -22,32 +23,32 @@ def relative_bucket(distance: jax.Array, *, bidirectional: bool, buckets: int, m
     [31, 9, 1, 0, 0, 0]
     """
     offset = jnp.zeros_like(distance)
-    behind = -distance
+    back = -distance
     if bidirectional:
         buckets //= 2
-        offset = jnp.where(behind < 0, buckets, 0)
-        behind = jnp.abs(behind)
+        offset = jnp.where(back < 0, buckets, 0)
+        back = jnp.abs(back)
     else:
-        behind = jnp.maximum(behind, 0)
+        back = jnp.maximum(back, 0)
     exact = buckets // 2
-    ratio = jnp.maximum(behind, exact).astype(jnp.float32) / exact
-    # The epsilon (float32's, as in T5's code) decides exact powers at the bucket borders.
+    ratio = jnp.maximum(back, exact).astype(jnp.float32) / exact
+    # The epsilon (float32's, as in T5's code) decides into which bucket distances at a border fall.
     steps = jnp.log(ratio + jnp.finfo(jnp.float32).eps) / math.log(max_distance / exact) * (buckets - exact)
     far = jnp.minimum(exact + steps.astype(jnp.int32), buckets - 1)
-    return offset + jnp.where(behind < exact, behind, far)
+    return offset + jnp.where(back < exact, back, far)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BiasTable:
-    """T5's relative bias as a description: an attention implementation expands it where it needs it."""
+    """T5's relative bias as a table of buckets; an attention implementation expands what it needs of it."""
 
     table_HR: jax.Array
     bidirectional: bool = dataclasses.field(metadata={"static": True})
     max_distance: int = dataclasses.field(metadata={"static": True})
 
     def expand(self, q_positions_BQ: jax.Array, k_positions_BK: jax.Array) -> jax.Array:
-        """bias_BHQK (float32) to add to the attention logits."""
+        """Returns bias_BHQK (float32), to add to the attention logits."""
         bucket_BQK = relative_bucket(
             k_positions_BK[:, None, :] - q_positions_BQ[:, :, None],
             bidirectional=self.bidirectional,

@@ -1,4 +1,4 @@
-"""Attention for a block of queries at a time, in plain XLA.
+"""Attention for one block of queries at a time, in plain XLA.
 
 Legend: B batch rows, Q query length, K key length, H heads, G key-value heads, M = H/G queries a key-value head, C head
 dim, R relative buckets, X = M * Q.
@@ -12,15 +12,16 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from common.kernels.plain import head_major, masked_logits, or_one, weighted
+from common.kernels.plain import grouped_einsum, head_major, masked_logits, nonzero
 from common.kernels.visibility import ATTENTION, Visibility
 
 
 def blocked(q_BQHC: jax.Array, k_BGKC: jax.Array, v_BGKC: jax.Array, visibility: Visibility, block: int) -> jax.Array:
-    """A block of queries at a time against the keys it can reach; the backward pass recomputes the weights.
+    """Returns out_BQHC, computed for `block` queries at a time against the keys they can see; `q` is already scaled.
 
-    The memory-saving scheme of FlashAttention (arXiv 2205.14135) over query blocks: kept for the backward pass are the
-    output and one log-sum a query. Causal attention skips the keys behind each block, about half of them.
+    Saves memory as FlashAttention does (arXiv 2205.14135), over query blocks: only the output and one log-sum per query
+    are kept for the backward pass, which recomputes the weights. Causal attention skips the keys after each block,
+    about half of all.
     """
     table_HR = None if visibility.bias is None else visibility.bias.table_HR
     out_BGMQC = _blocked(head_major(q_BQHC, k_BGKC.shape[1]), k_BGKC, v_BGKC, table_HR, visibility, block)
@@ -41,13 +42,13 @@ def _blocked(
 
 def _blocked_forward(q, k, v, table_HR, visibility, block):  # type: ignore[no-untyped-def]
     outs, log_sums = [], []
-    for begin, end, last in _blocks(visibility, q.shape[3], block):
-        here = visibility.block(begin, end, last)
-        logits, mask = masked_logits(q[..., begin:end, :], k[:, :, :last], here)
+    for begin, end, k_end in _blocks(visibility, q.shape[3], block):
+        visible = visibility.block(begin, end, k_end)
+        logits, mask = masked_logits(q[..., begin:end, :], k[:, :, :k_end], visible)
         peak = logits.max(axis=-1, keepdims=True)
         weights = jnp.where(mask, jnp.exp(logits - peak), 0.0)
-        total = or_one(weights.sum(axis=-1, keepdims=True))
-        out = weighted("BGXK,BGKC->BGXC", weights.astype(q.dtype), v[:, :, :last])
+        total = nonzero(weights.sum(axis=-1, keepdims=True))
+        out = grouped_einsum("BGXK,BGKC->BGXC", weights.astype(q.dtype), v[:, :, :k_end])
         outs.append(out / total.astype(q.dtype))
         log_sums.append(peak + jnp.log(total))
     out, log_sum = (checkpoint_name(jnp.concatenate(x, axis=3), ATTENTION) for x in (outs, log_sums))
@@ -59,20 +60,20 @@ def _blocked_backward(block, residuals, dout):  # type: ignore[no-untyped-def]
     delta = (dout * out).astype(jnp.float32).sum(axis=-1, keepdims=True)
     dq_blocks, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     dtable: Any = None if table_HR is None else jnp.zeros_like(table_HR)
-    for begin, end, last in _blocks(visibility, q.shape[3], block):
-        here, rows = visibility.block(begin, end, last), (..., slice(begin, end), slice(None))
-        k_here, v_here = k[:, :, :last], v[:, :, :last]
-        logits, mask = masked_logits(q[rows], k_here, here)
+    for begin, end, k_end in _blocks(visibility, q.shape[3], block):
+        visible, rows = visibility.block(begin, end, k_end), (..., slice(begin, end), slice(None))
+        k_block, v_block = k[:, :, :k_end], v[:, :, :k_end]
+        logits, mask = masked_logits(q[rows], k_block, visible)
         weights = jnp.where(mask, jnp.exp(logits - log_sum[rows]), 0.0)
-        dweights = weighted("BGXC,BGKC->BGXK", dout[rows], v_here, jnp.float32)
+        dweights = grouped_einsum("BGXC,BGKC->BGXK", dout[rows], v_block, jnp.float32)
         dlogits = weights * (dweights - delta[rows])
         if table_HR is not None:
-            dtable += _table_gradient(here, dlogits)
+            dtable += _table_gradient(visible, dlogits)
         weights, dlogits = weights.astype(q.dtype), dlogits.astype(q.dtype)
-        dq_blocks.append(weighted("BGXK,BGKC->BGXC", dlogits, k_here))
-        behind = ((0, 0), (0, 0), (0, k.shape[2] - last), (0, 0))
-        dk += jnp.pad(_over_queries(dlogits, q[rows]), behind)
-        dv += jnp.pad(_over_queries(weights, dout[rows]), behind)
+        dq_blocks.append(grouped_einsum("BGXK,BGKC->BGXC", dlogits, k_block))
+        unseen = ((0, 0), (0, 0), (0, k.shape[2] - k_end), (0, 0))
+        dk += jnp.pad(_over_queries(dlogits, q[rows]), unseen)
+        dv += jnp.pad(_over_queries(weights, dout[rows]), unseen)
     return jnp.concatenate(dq_blocks, axis=3), dk.astype(k.dtype), dv.astype(v.dtype), dtable, None
 
 
@@ -80,17 +81,18 @@ _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
 def _blocks(visibility: Visibility, queries: int, block: int) -> list[tuple[int, int, int]]:
-    """(first query, end of queries, end of the keys they can reach) of each block."""
+    """(first query, end of queries, end of the keys they may see) of each block."""
     ends = [min(begin + block, queries) for begin in range(0, queries, block)]
-    return [(begin, end, visibility.last_key(end)) for begin, end in zip(range(0, queries, block), ends, strict=True)]
+    return [(begin, end, visibility.keys_end(end)) for begin, end in zip(range(0, queries, block), ends, strict=True)]
 
 
 def _over_queries(x_BGMQK: jax.Array, y_BGMQC: jax.Array) -> jax.Array:
-    """sum over [M, Q]: [B, G, K, C] in float32."""
+    """The product summed over [M, Q], [B, G, K, C] in float32."""
     return jnp.einsum("BGMQK,BGMQC->BGKC", x_BGMQK, y_BGMQC, preferred_element_type=jnp.float32)
 
 
 def _table_gradient(visibility: Visibility, dlogits_BGMQK: jax.Array) -> jax.Array:
+    """dtable_HR: the gradient of the bias's table, through its expansion for this block."""
     bias = visibility.bias
     assert bias is not None
     B, G, M, Q, K = dlogits_BGMQK.shape

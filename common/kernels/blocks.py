@@ -1,14 +1,14 @@
-"""How lengths are cut into the blocks of a TPU kernel."""
+"""Cuts lengths into the blocks of a TPU kernel."""
 
 import jax
 import jax.numpy as jnp
 
 SUBLANES, LANES = 8, 128
-"""Rows and columns of a TPU's vector registers."""
+"""Rows and columns of a TPU's vector register."""
 
 
 def even_block(length: int, block: int) -> int:
-    """The smallest block that cuts `length` into no more pieces than `block` does.
+    """Returns the smallest block that cuts `length` into as few pieces as `block` does, so that little is padded.
 
     >>> [even_block(length, 512) for length in (1, 128, 512, 640, 4096)]
     [128, 128, 512, 384, 512]
@@ -18,16 +18,16 @@ def even_block(length: int, block: int) -> int:
     return -(-length // (pieces * step)) * step
 
 
-def multiple(length: int, block: int) -> int:
-    """The smallest multiple of `block` that is not less.
+def round_up(length: int, block: int) -> int:
+    """Returns the smallest multiple of `block` that is at least `length`.
 
-    >>> multiple(640, 384)
+    >>> round_up(640, 384)
     768
     """
     return -(-length // block) * block
 
 
-def padded(x: jax.Array, length: int, axis: int, value: int = 0) -> jax.Array:
-    """With `value` behind, along one axis, up to `length`."""
-    behind = [(0, length - size if i == axis % x.ndim else 0) for i, size in enumerate(x.shape)]
-    return jnp.pad(x, behind, constant_values=value)
+def pad_to(x: jax.Array, length: int, axis: int, value: int = 0) -> jax.Array:
+    """Appends `value` along one axis up to `length`."""
+    widths = [(0, length - size if i == axis % x.ndim else 0) for i, size in enumerate(x.shape)]
+    return jnp.pad(x, widths, constant_values=value)

@@ -1,4 +1,4 @@
-"""Which implementation attends, and under which conditions."""
+"""Chooses the implementation of attention for a call."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -11,100 +11,106 @@ Kind = Literal["auto", "splash", "flash", "cudnn", "blocked", "plain"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class How:
-    """Which implementation is wanted, and in what blocks."""
+class Implementation:
+    """The implementation that the config names, and its block sizes."""
 
     kind: Kind = "auto"
     block: int = 64
     """Queries that `blocked` takes at a time."""
     kernel_block: int = 512
-    """Queries and keys that a TPU kernel takes at a time, at most."""
+    """The most queries and keys that a TPU kernel takes at a time."""
     interpret: bool = False
-    """Kernels run without a TPU, slowly: for tests."""
+    """Runs TPU kernels without a TPU, slowly: for tests."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """What an implementation has to serve."""
+class AttentionCall:
+    """What the choice depends on: one call of attention and the devices it runs on."""
 
     platform: str
-    """`tpu`, `gpu` (`cuda`, `rocm`) or `cpu`: of the devices that the program is compiled for."""
+    """`tpu`, `gpu` (or `cuda`, `rocm`) or `cpu`: what the program is compiled for."""
     dtype: str
     head_dim: int
     queries: int
     biased: bool
+    """Whether logits get a relative bias."""
     consecutive: bool
+    """See `Visibility.consecutive`."""
     prefix: bool
-    placed: bool
-    """Every query's index is known beforehand, or does not matter."""
+    """Whether queries see a prefix bidirectionally."""
+    static_index: bool
+    """Whether every query's index is known when the program is traced, or does not matter."""
     one_segment: bool
-    """Every row is one segment at its begin, and its first query, where causal, stands at its first key."""
+    """Whether each row is one segment at its start and, if causal, its first query has the index of its first key."""
     divides: bool
-    """Rows, queries and heads divide over the devices (or there is one)."""
+    """Whether rows, queries and heads divide over the devices, or there is only one."""
 
     @property
-    def whole(self) -> bool:
-        """Not decoding, which takes all logits at once."""
-        return self.queries > 1 and self.placed
+    def whole_sequence(self) -> bool:
+        """False when decoding, for which only the plain implementation serves."""
+        return self.queries > 1 and self.static_index
 
 
-SERVES: Mapping[Kind, Callable[[Case], bool]] = {
-    "splash": lambda case: case.whole and case.divides and not case.biased and not case.prefix,
-    "flash": lambda case: case.whole and case.divides and (case.consecutive or not case.biased),
-    "cudnn": lambda case: (
-        case.whole
-        and case.divides
-        and case.one_segment
-        and not (case.biased or case.prefix)
-        and case.dtype in ("bfloat16", "float16")
-        and case.head_dim % 8 == 0
-        and case.head_dim <= 128
+SERVES: Mapping[Kind, Callable[[AttentionCall], bool]] = {
+    "splash": lambda call: call.whole_sequence and call.divides and not call.biased and not call.prefix,
+    "flash": lambda call: call.whole_sequence and call.divides and (call.consecutive or not call.biased),
+    "cudnn": lambda call: (
+        call.whole_sequence
+        and call.divides
+        and call.one_segment
+        and not (call.biased or call.prefix)
+        and call.dtype in ("bfloat16", "float16")
+        and call.head_dim % 8 == 0
+        and call.head_dim <= 128
     ),
-    "blocked": lambda case: case.whole,
-    "plain": lambda case: True,
+    "blocked": lambda call: call.whole_sequence,
+    "plain": lambda call: True,
 }
-"""Under which conditions each implementation is right. cuDNN knows lengths of rows, but no segments."""
+"""The calls that each implementation computes correctly. cuDNN takes row lengths, but no segments."""
 
 _PREFERRED: Mapping[str, tuple[Kind, ...]] = {
     "tpu": ("splash", "flash", "blocked", "plain"),
     "gpu": ("cudnn", "blocked", "plain"),
     "cpu": ("blocked", "plain"),
 }
-"""The first that serves is taken; a platform that is not here goes by `cpu`."""
+"""Best first; other platforms use `cpu`'s."""
 
 _RUNS_ON: Mapping[Kind, str] = {"splash": "tpu", "flash": "tpu", "cudnn": "gpu"}
 
 
-def choose(how: How, case: Case) -> Kind:
-    """The implementation wanted where it serves, else the first of the platform's that does.
+def choose(implementation: Implementation, call: AttentionCall) -> Kind:
+    """Returns the named implementation if it serves the call, else the platform's best one that does.
 
-    Raises UserError where the one wanted runs on other devices than these.
+    Raises UserError if the named one runs on other devices only.
 
-    >>> whole = Case(platform="tpu", dtype="bfloat16", head_dim=128, queries=512, biased=False, consecutive=False,
-    ...              prefix=False, placed=True, one_segment=False, divides=True)
+    >>> whole = AttentionCall(platform="tpu", dtype="bfloat16", head_dim=128, queries=512, biased=False,
+    ...     consecutive=False, prefix=False, static_index=True, one_segment=False, divides=True)
     >>> biased = dataclasses.replace(whole, biased=True)
-    >>> choose(How(), whole), choose(How(), biased), choose(How(), dataclasses.replace(biased, consecutive=True))
-    ('splash', 'blocked', 'flash')
-    >>> choose(How(kind="plain"), whole), choose(How(kind="blocked"), dataclasses.replace(whole, queries=1))
-    ('plain', 'plain')
+    >>> packed = dataclasses.replace(biased, consecutive=True)
+    >>> [choose(Implementation(), call) for call in (whole, biased, packed)]
+    ['splash', 'blocked', 'flash']
+    >>> choose(Implementation(kind="blocked"), whole)
+    'blocked'
+    >>> choose(Implementation(kind="blocked"), dataclasses.replace(whole, queries=1))  # decoding
+    'plain'
     """
-    platform = {"cuda": "gpu", "rocm": "gpu"}.get(case.platform, case.platform)
-    needs = _RUNS_ON.get(how.kind)
-    if needs is not None and needs != platform and not how.interpret:
+    platform = {"cuda": "gpu", "rocm": "gpu"}.get(call.platform, call.platform)
+    named = implementation.kind
+    needs = _RUNS_ON.get(named)
+    if needs is not None and needs != platform and not implementation.interpret:
         raise UserError(
-            f"execution.attention is {how.kind!r}, which runs on {needs}, but this program is for {platform}; "
+            f"execution.attention is {named!r}, which runs on {needs}, but this program is for {platform}; "
             "nearest: auto"
         )
-    wanted = _preferred(platform, case.head_dim)
-    if how.kind != "auto":
-        wanted = (how.kind, *wanted)
-    return next(kind for kind in wanted if SERVES[kind](case))
+    best_first = _preferred(platform, call.head_dim)
+    candidates = best_first if named == "auto" else (named, *best_first)
+    return next(kind for kind in candidates if SERVES[kind](call))
 
 
 def _preferred(platform: str, head_dim: int) -> tuple[Kind, ...]:
     kinds = _PREFERRED.get(platform, _PREFERRED["cpu"])
     if head_dim % LANES:
-        # What splash attention reads and writes ends in the head dimension, which a TPU would pad to its lanes in
-        # memory; of `flash` it ends in the length.
+        # Splash attention's operands have the head dimension last, which a TPU would pad to its lanes in memory;
+        # `flash` has the length last.
         return tuple(kind for kind in kinds if kind != "splash")
     return kinds

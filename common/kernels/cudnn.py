@@ -1,4 +1,4 @@
-"""cuDNN's fused attention, for rows that are one segment each.
+"""cuDNN's fused attention, for rows of one segment each.
 
 Legend: B batch rows, Q query length, K key length, H heads, G key-value heads, C head dim.
 """
@@ -20,17 +20,17 @@ def cudnn(
     scale: float,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
-    """out_BQHC in the dtype of `q`, as `attention.attend` defines it.
+    """Returns out_BQHC in the dtype of `q`, as `attention.attend` defines it.
 
-    cuDNN knows lengths, but neither segments nor masks that select: `visibility.at_left` has to hold. Where an
-    `implementation` is named, that one takes the same arguments in cuDNN's place.
+    cuDNN takes lengths, but neither segments nor arbitrary masks: `visibility.one_segment` must hold. Tests without a
+    GPU pass `implementation="xla"`, which takes the same arguments.
     """
-    assert visibility.at_left and visibility.bias is None and not visibility.prefix_length
-    assert not visibility.causal or (visibility.placed and visibility.q_offset == 0)
-    real_BQ, real_BK = visibility.q_segments_BQ != 0, visibility.k_segments_BK != 0
-    queries_B, keys_B = (real.sum(axis=1, dtype=jnp.int32) for real in (real_BQ, real_BK))
-    seeing_BQ = real_BQ & (keys_B > 0)[:, None]
-    # Of no keys there is no mean: a row without any sees its first, and what comes of it is not used.
+    assert visibility.one_segment and visibility.bias is None and not visibility.prefix_length
+    assert not visibility.causal or (visibility.static_index and visibility.q_offset == 0)
+    is_query_BQ, is_key_BK = visibility.q_segments_BQ != 0, visibility.k_segments_BK != 0
+    queries_B, keys_B = (real.sum(axis=1, dtype=jnp.int32) for real in (is_query_BQ, is_key_BK))
+    sees_key_BQ = is_query_BQ & (keys_B > 0)[:, None]
+    # A softmax over no keys is undefined: a row without any sees its first key, and its output is replaced by 0.
     out_BQHC = jax.nn.dot_product_attention(
         q_BQHC,
         k_BGKC.swapaxes(1, 2),
@@ -41,4 +41,4 @@ def cudnn(
         key_value_seq_lengths=jnp.maximum(keys_B, 1),
         implementation=implementation,
     )
-    return jnp.where(seeing_BQ[:, :, None, None], out_BQHC, 0)
+    return jnp.where(sees_key_BQ[:, :, None, None], out_BQHC, 0)

@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from common.kernels import flash_kernels as kernels
 from common.kernels.bias import BiasTable, relative_bucket
-from common.kernels.blocks import LANES, SUBLANES, even_block, multiple, padded
+from common.kernels.blocks import LANES, SUBLANES, even_block, pad_to, round_up
 from common.kernels.flash_kernels import Blocks, Cotangents, Inputs
 from common.kernels.visibility import ATTENTION, Visibility
 
@@ -63,8 +63,8 @@ def flash(
     fitting = GROUP_BYTES // (H // G * C * q_BQHC.dtype.itemsize) // LANES * LANES
     block_q, block_k = even_block(Q, min(block, max(fitting, LANES))), even_block(K, block)
     blocks = Blocks(
-        queries=multiple(Q, block_q),
-        keys=multiple(K, block_k),
+        queries=round_up(Q, block_q),
+        keys=round_up(K, block_k),
         block_q=block_q,
         block_k=block_k,
         causal=visibility.causal,
@@ -75,12 +75,12 @@ def flash(
     q_BGMCQ = jnp.moveaxis((q_BQHC * scale).reshape(B, Q, G, H // G, C), 1, 4)
     bias = visibility.bias
     inputs = Inputs(
-        q=padded(q_BGMCQ, blocks.queries, axis=-1),
-        k=padded(k_BGKC.swapaxes(2, 3), blocks.keys, axis=-1),
-        v=padded(v_BGKC.swapaxes(2, 3), blocks.keys, axis=-1),
+        q=pad_to(q_BGMCQ, blocks.queries, axis=-1),
+        k=pad_to(k_BGKC.swapaxes(2, 3), blocks.keys, axis=-1),
+        v=pad_to(v_BGKC.swapaxes(2, 3), blocks.keys, axis=-1),
         bias=None if bias is None else bias_by_distance(bias, blocks, start).reshape(G, H // G, 1, -1),
-        q_segments=padded(visibility.q_segments_BQ[:, None], blocks.queries, axis=-1),
-        k_segments=padded(visibility.k_segments_BK[:, None], blocks.keys, axis=-1),
+        q_segments=pad_to(visibility.q_segments_BQ[:, None], blocks.queries, axis=-1),
+        k_segments=pad_to(visibility.k_segments_BK[:, None], blocks.keys, axis=-1),
     )
     out_BGMCQ = _flash(start[None], inputs, blocks)
     return jnp.moveaxis(out_BGMCQ[..., :Q], 4, 1).reshape(B, Q, H, C)

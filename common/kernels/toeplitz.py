@@ -25,7 +25,7 @@ def toeplitz_tile(vector_1W: jax.Array, keys: int) -> jax.Array:
     16, ... until there are enough or 128. Rows beyond 128 are the same strip read 128 columns further left, which costs
     nothing. (A strided rotate would do the same, but not every TPU has it.)
 
-    >>> tile_KQ = toeplitz_tile(jnp.arange(16.0)[None], 8)
+    >>> tile_KQ = jax.jit(toeplitz_tile, static_argnums=1)(jnp.arange(16.0)[None], 8)
     >>> tile_KQ[0].tolist(), tile_KQ[3].tolist()
     ([8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0], [5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0])
     """
@@ -45,7 +45,7 @@ def diagonal_sums(tile_KQ: jax.Array) -> jax.Array:
     Undoes the steps of `toeplitz_tile` from the last to the first: adds the strips of 128 rows, folds rows in halves
     down to eight, then rolls these back and adds them up.
 
-    >>> diagonal_sums(jnp.ones((8, 8)))[0].tolist()
+    >>> jax.jit(diagonal_sums)(jnp.ones((8, 8)))[0].tolist()
     [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
     """
     keys, queries = tile_KQ.shape

@@ -1,4 +1,4 @@
-"""Which keys a query may see: what every attention implementation takes in place of a dense mask.
+"""Which keys a query may see: what every attention implementation takes instead of a dense mask.
 
 Legend: B batch rows, Q query length, K key length, H heads.
 """
@@ -11,21 +11,21 @@ import jax.numpy as jnp
 from common.kernels.bias import BiasTable
 
 MASKED = float(jnp.finfo(jnp.float32).min)
-"""Replaces the logits of keys that are not seen; finite, so that a row without keys has no NaN on its way to zero."""
+"""Replaces the logits of unseen keys. It is finite, so that a query that sees no key does not produce NaN."""
 
 ATTENTION = "attention"
-"""Name under which rematerialisation finds what the backward pass needs of the forward pass: output and log-sums."""
+"""The checkpoint name of what the backward pass needs from the forward pass: output and log-sums."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Visibility:
-    """Which keys a query may see, and at what distance they stand; never a dense mask, so that kernels can choose.
+    """Describes which keys each query sees, and the distances between them, without a dense mask.
 
-    A query sees a key when both have the same non-zero segment id and, where `causal`, the key's index is not after the
-    query's, or is below `prefix_length` together with the query's. Index means place in the sequence: query i stands at
-    key `q_offset + i`, and where a cache decides, `q_start` further. Position means place in the text, and is what RoPE
-    and relative bias use.
+    A query sees a key if both have the same non-zero segment id and, where `causal`, the key's index is not after the
+    query's, or both indices are below `prefix_length`. An *index* is a place in the row: query i has index
+    `q_offset + i`, plus `q_start` if that is known only when the program runs (a cache's length, a device's shard). A
+    *position* is a place in the text; RoPE and the relative bias use it.
     """
 
     q_segments_BQ: jax.Array
@@ -38,26 +38,25 @@ class Visibility:
     q_start: jax.Array | None = None
     bias: BiasTable | None = None
     consecutive: bool = dataclasses.field(default=False, metadata={"static": True})
-    """Within a segment positions count up by one with the index: key j and query i stand `j - i - q_offset` apart.
-    Positions are known only when the program runs, so whoever makes the description vouches for it."""
-    at_left: bool = dataclasses.field(default=False, metadata={"static": True})
-    """Queries and keys of a row are each one segment, the same, at the row's begin; behind it is padding. Vouched for
-    likewise."""
+    """Promises that positions count up by one with the index within each segment: key j and query i are
+    `j - i - q_offset` apart. Positions are known only when the program runs, so this cannot be checked."""
+    one_segment: bool = dataclasses.field(default=False, metadata={"static": True})
+    """Promises likewise that each row is one segment, the same for queries and keys, at its start, then padding."""
 
     @property
-    def placed(self) -> bool:
-        """Whether the index of every query is known before anything runs."""
+    def static_index(self) -> bool:
+        """Whether the index of every query is known when the program is traced."""
         return self.q_start is None
 
-    def last_key(self, q_end: int) -> int:
-        """Keys from this index on are seen by no query before `q_end`, as far as is known beforehand."""
+    def keys_end(self, q_end: int) -> int:
+        """Returns the end of the keys that queries `0..q_end-1` may see, as far as tracing can tell."""
         keys = self.k_segments_BK.shape[1]
-        if not (self.causal and self.placed):
+        if not (self.causal and self.static_index):
             return keys
         return min(keys, max(self.q_offset + q_end, self.prefix_length))
 
     def block(self, q_begin: int, q_end: int, k_end: int) -> "Visibility":
-        """The description of queries `q_begin..q_end-1` and keys `0..k_end-1` alone."""
+        """Returns the description of queries `q_begin..q_end-1` and keys `0..k_end-1`."""
         return dataclasses.replace(
             self,
             q_segments_BQ=self.q_segments_BQ[:, q_begin:q_end],
@@ -67,8 +66,8 @@ class Visibility:
             q_offset=self.q_offset + q_begin,
         )
 
-    def gathered(self, rows: int) -> "Visibility":
-        """The description of the same queries, in so many rows: consecutive rows of queries see one row of keys."""
+    def fold_rows(self, rows: int) -> "Visibility":
+        """Returns the same queries in fewer rows: consecutive rows, which share a row of keys, become one."""
         assert not self.causal and self.bias is None
         return dataclasses.replace(
             self,
@@ -77,6 +76,7 @@ class Visibility:
         )
 
     def mask_BQK(self) -> jax.Array:
+        """Returns the dense mask: True where a query sees a key."""
         same = self.q_segments_BQ[:, :, None] == self.k_segments_BK[:, None, :]
         mask = same & (self.k_segments_BK != 0)[:, None, :]
         if not self.causal:
@@ -85,7 +85,7 @@ class Visibility:
         if self.q_start is not None:
             q_index += self.q_start
         k_index = jnp.arange(self.k_segments_BK.shape[1], dtype=jnp.int32)[None, :]
-        seen = k_index <= q_index
+        causal = k_index <= q_index
         if self.prefix_length:
-            seen |= jnp.maximum(k_index, q_index) < self.prefix_length
-        return mask & seen[None]
+            causal |= jnp.maximum(k_index, q_index) < self.prefix_length
+        return mask & causal[None]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from common.kernels.attention import attend
-from common.kernels.choice import How
+from common.kernels.choice import Implementation
 from common.kernels.visibility import Visibility
 from common.nn.layers import RMSNorm, bias
 from common.nn.linear import project, unproject
@@ -60,7 +60,7 @@ class Attention(nnx.Module):
         self.rope_theta = recipe.rope_theta if recipe.positions == "rope" else None
         self.scale = head_dim**-0.5 if recipe.scale_attention else 1.0
         self.dropout_rate = recipe.dropout
-        self.how = How(
+        self.implementation = Implementation(
             kind=execution.attention, block=execution.attention_block, kernel_block=execution.attention_kernel_block
         )
         D, H, G, C = d_model, num_heads, num_kv_heads, head_dim
@@ -109,7 +109,7 @@ class Attention(nnx.Module):
             _drop_values(memory.v_BGKC, self.dropout_rate, dropout_key),
             visibility,
             scale=self.scale,
-            how=self.how,
+            implementation=self.implementation,
         )
         y_BQD = unproject(out_BQHC, use(self.out_HCD, x_BQD.dtype), use_bias(self.out_bias_D, x_BQD.dtype))
         return reduce_scatter_residual(y_BQD)

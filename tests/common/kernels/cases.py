@@ -11,7 +11,7 @@ import numpy as np
 
 from common.kernels import attention
 from common.kernels.bias import BiasTable, relative_bucket
-from common.kernels.choice import How
+from common.kernels.choice import Implementation
 from common.kernels.visibility import Visibility
 
 SCALE = 0.3
@@ -86,7 +86,7 @@ def reference(case: Case, q: Any, k: Any, v: Any, table: Any) -> np.ndarray:
 
 
 def plain(case: Case, q: jax.Array, k: jax.Array, v: jax.Array, table: jax.Array) -> jax.Array:
-    return attention.attend(q, k, v, case.visibility(table), scale=SCALE, how=How(kind="plain"))
+    return attention.attend(q, k, v, case.visibility(table), scale=SCALE, implementation=Implementation(kind="plain"))
 
 
 def outcome(attend: Callable[..., jax.Array], case: Case, operands: Operands) -> tuple[jax.Array, dict[str, jax.Array]]:

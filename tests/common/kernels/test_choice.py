@@ -13,13 +13,13 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 from common.errors import UserError
 from common.kernels.attention import attend
-from common.kernels.choice import Case, How, Kind, choose
+from common.kernels.choice import AttentionCall, Implementation, Kind, choose
 from common.kernels.visibility import ATTENTION
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
 from tests.common.kernels import cases
 
-WHOLE = Case(
+WHOLE = AttentionCall(
     platform="tpu",
     dtype="bfloat16",
     head_dim=128,
@@ -27,7 +27,7 @@ WHOLE = Case(
     biased=False,
     consecutive=True,
     prefix=False,
-    placed=True,
+    static_index=True,
     one_segment=False,
     divides=True,
 )
@@ -46,27 +46,23 @@ WHOLE = Case(
         ({"biased": True, "consecutive": False}, "blocked", "blocked", "blocked"),
         ({"divides": False, "one_segment": True}, "blocked", "blocked", "blocked"),
         ({"queries": 1}, "plain", "plain", "plain"),
-        ({"placed": False}, "plain", "plain", "plain"),
+        ({"static_index": False}, "plain", "plain", "plain"),
     ],
     ids=str,
 )
 def test_auto(change: dict[str, Any], tpu: Kind, gpu: Kind, cpu: Kind) -> None:
-    case = dataclasses.replace(WHOLE, **change)
-    assert [choose(How(), dataclasses.replace(case, platform=name)) for name in ("tpu", "gpu", "cpu")] == [
-        tpu,
-        gpu,
-        cpu,
-    ]
+    calls = (dataclasses.replace(WHOLE, **change, platform=name) for name in ("tpu", "gpu", "cpu"))
+    assert [choose(Implementation(), call) for call in calls] == [tpu, gpu, cpu]
 
 
 def test_a_name_is_taken_where_it_serves() -> None:
     """Else what `auto` takes."""
-    assert choose(How(kind="flash"), WHOLE) == "flash"
-    assert choose(How(kind="splash"), dataclasses.replace(WHOLE, biased=True)) == "flash"
-    assert all(choose(How(kind=kind), WHOLE) == kind for kind in ("blocked", "plain"))
-    assert choose(How(kind="cudnn"), dataclasses.replace(WHOLE, platform="cuda")) == "blocked"
+    assert choose(Implementation(kind="flash"), WHOLE) == "flash"
+    assert choose(Implementation(kind="splash"), dataclasses.replace(WHOLE, biased=True)) == "flash"
+    assert all(choose(Implementation(kind=kind), WHOLE) == kind for kind in ("blocked", "plain"))
+    assert choose(Implementation(kind="cudnn"), dataclasses.replace(WHOLE, platform="cuda")) == "blocked"
     with pytest.raises(UserError, match="attention is 'cudnn', which runs on gpu, but this program is for tpu"):
-        choose(How(kind="cudnn"), WHOLE)
+        choose(Implementation(kind="cudnn"), WHOLE)
 
 
 def test_auto_on_a_cpu_is_what_blocked_was() -> None:
@@ -74,7 +70,8 @@ def test_auto_on_a_cpu_is_what_blocked_was() -> None:
     case = cases.Case()
     q, k, v, table = case.operands()
     auto, blocked = (
-        attend(q, k, v, case.visibility(table), scale=0.3, how=how) for how in (How(), How(kind="blocked", block=64))
+        attend(q, k, v, case.visibility(table), scale=0.3, implementation=implementation)
+        for implementation in (Implementation(), Implementation(kind="blocked", block=64))
     )
     assert (auto == blocked).all()
 
@@ -98,12 +95,12 @@ def counted(jaxpr: Any) -> Counter[str]:
 def test_what_is_kept_by_name_is_not_computed_again(kind: Kind, counts: str, once: int, mesh: MeshShape | None) -> None:
     """Of all that `counts`, a program that may keep nothing has the forward pass's once more."""
     case = cases.Case(bias=kind == "flash", causal=True, rows=4)
-    how = How(kind=kind, block=128, kernel_block=128, interpret=True)
+    implementation = Implementation(kind=kind, block=128, kernel_block=128, interpret=True)
 
     def attention(*operands: jax.Array) -> jax.Array:
         q, k, v, table = operands
         # As in a layer, what attention reads and what reads it has to be computed too.
-        return jnp.sin(attend(jnp.sin(q), k, v, case.visibility(table), scale=0.3, how=how))
+        return jnp.sin(attend(jnp.sin(q), k, v, case.visibility(table), scale=0.3, implementation=implementation))
 
     def number(policy: Any) -> int:
         kept = jax.checkpoint(attention, policy=policy)

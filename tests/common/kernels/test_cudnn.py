@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from common.kernels.attention import attend
-from common.kernels.choice import How
+from common.kernels.choice import Implementation
 from common.kernels.cudnn import cudnn
 from common.kernels.visibility import Visibility
 from tests.common.kernels.cases import error, jit
@@ -26,7 +26,7 @@ def test_lengths_are_segments(name: str, causal: bool) -> None:
         q_positions_BQ=at,
         k_positions_BK=at,
         causal=causal,
-        at_left=True,
+        one_segment=True,
     )
     keys = jax.random.split(jax.random.key(0), 4)
     q, weights = (jax.random.normal(key, (B, L, H, C)) for key in keys[:2])
@@ -36,7 +36,7 @@ def test_lengths_are_segments(name: str, causal: bool) -> None:
         if of_xla:
             out = cudnn(*operands, seen, scale=0.3, implementation="xla")
         else:
-            out = attend(*operands, seen, scale=0.3, how=How(kind="plain"))
+            out = attend(*operands, seen, scale=0.3, implementation=Implementation(kind="plain"))
         return (out * weights).sum(), out
 
     (found, of_found), (expected, of_expected) = (

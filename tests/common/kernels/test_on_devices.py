@@ -11,18 +11,18 @@ import pytest
 from common.errors import UserError
 from common.kernels.attention import attend
 from common.kernels.bias import BiasTable
-from common.kernels.choice import How
+from common.kernels.choice import Implementation
 from common.kernels.visibility import Visibility
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
 from tests.common.kernels.cases import Operands, error, jit
 
 B, H, G, C = 4, 4, 2, 16
-PLAIN = How(kind="plain")
-HOWS = {
-    "flash": How(kind="flash", kernel_block=16, interpret=True),
-    "splash": How(kind="splash", kernel_block=128, interpret=True),
-    "blocked": How(kind="blocked", block=8),
+PLAIN = Implementation(kind="plain")
+IMPLEMENTATIONS = {
+    "flash": Implementation(kind="flash", kernel_block=16, interpret=True),
+    "splash": Implementation(kind="splash", kernel_block=128, interpret=True),
+    "blocked": Implementation(kind="blocked", block=8),
 }
 
 
@@ -74,12 +74,12 @@ CASES = {
 }
 
 
-def outcome(how: How, case: Case, mesh: MeshShape | None) -> tuple[Any, ...]:
+def outcome(implementation: Implementation, case: Case, mesh: MeshShape | None) -> tuple[Any, ...]:
     """Output, and under random weights for it the gradients of queries, keys, values and table."""
     weights = jax.random.normal(jax.random.key(6), (B, case.queries, H, C))
 
     def total(*operands: jax.Array) -> tuple[jax.Array, jax.Array]:
-        out = attend(*operands[:3], case.visibility(operands[3]), scale=0.3, how=how)
+        out = attend(*operands[:3], case.visibility(operands[3]), scale=0.3, implementation=implementation)
         return (out * weights).sum(), out
 
     program = jit(jax.grad(total, argnums=(0, 1, 2, 3), has_aux=True))
@@ -104,15 +104,15 @@ MESHES = [
     ("kind", "name", "mesh"),
     [
         (kind, *on)
-        for kind in HOWS
+        for kind in IMPLEMENTATIONS
         for on in MESHES
         if kind != "splash" or not (CASES[on[0]].bias or CASES[on[0]].prefix)
     ],
     ids=str,
 )
 def test_a_mesh_changes_neither_output_nor_gradients(kind: str, name: str, mesh: MeshShape) -> None:
-    how, case = HOWS[kind], CASES[name]
-    found, expected = outcome(how, case, mesh), outcome(PLAIN, case, None)
+    implementation, case = IMPLEMENTATIONS[kind], CASES[name]
+    found, expected = outcome(implementation, case, mesh), outcome(PLAIN, case, None)
     assert all(error(x, y) <= 1e-5 for x, y in zip(found, expected, strict=True))
     blind = np.asarray(case.visibility(case.operands()[3]).mask_BQK()).sum(axis=-1) == 0
     assert blind.any() and (np.asarray(found[0])[blind] == 0).all() and (np.asarray(found[1])[blind] == 0).all()
@@ -122,4 +122,4 @@ def test_a_mesh_changes_neither_output_nor_gradients(kind: str, name: str, mesh:
 def test_a_kernel_that_these_devices_cannot_run_is_an_error(kind: Any) -> None:
     q, k, v, table = CASES["causal"].operands()
     with pytest.raises(UserError, match=f"attention is '{kind}'.*nearest: auto"):
-        attend(q, k, v, CASES["causal"].visibility(table), scale=1.0, how=How(kind=kind))
+        attend(q, k, v, CASES["causal"].visibility(table), scale=1.0, implementation=Implementation(kind=kind))

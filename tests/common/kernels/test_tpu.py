@@ -27,7 +27,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from common.kernels.attention import attend
 from common.kernels.bias import BiasTable
-from common.kernels.choice import How
+from common.kernels.choice import Implementation
 from common.kernels.visibility import Visibility
 from common.sharding.rules import compute_spec
 from common.sharding.shape import MESH_AXES, MeshShape
@@ -49,7 +49,7 @@ def attention(q, k, v, table, segments):
     seen = Visibility(q_segments_BQ=segments, k_segments_BK=segments, q_positions_BQ=positions,
                       k_positions_BK=positions, causal=case["causal"], prefix_length=case["prefix"], bias=bias,
                       consecutive=True)
-    return attend(q, k, v, seen, scale=1.0, how=How(kind=case["kind"]))
+    return attend(q, k, v, seen, scale=1.0, implementation=Implementation(kind=case["kind"]))
 
 def backward(q, k, v, table, segments, dout):
     return jax.vjp(lambda *x: attention(*x, segments), q, k, v, table)[1](dout)

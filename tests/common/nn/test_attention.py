@@ -9,7 +9,7 @@ import pytest
 
 from common.kernels import attention
 from common.kernels.bias import BiasTable, relative_bucket
-from common.kernels.choice import How
+from common.kernels.choice import Implementation
 from common.kernels.visibility import Visibility
 from common.nn.attention import KeysValues, _drop_values
 from common.nn.positions import rope
@@ -30,11 +30,11 @@ def inputs(seed: int = 0) -> tuple[jax.Array, KeysValues]:
 
 def attend(q: jax.Array, memory: KeysValues, seen: Visibility, *, scale: float, block: int | None) -> jax.Array:
     """Attends with `block` queries at a time, or with all logits at once if it is None."""
-    how = How(kind="plain") if block is None else How(kind="blocked", block=block)
-    return _attend(q, memory.k_BGKC, memory.v_BGKC, seen, scale=scale, how=how)
+    implementation = Implementation(kind="plain") if block is None else Implementation(kind="blocked", block=block)
+    return _attend(q, memory.k_BGKC, memory.v_BGKC, seen, scale=scale, implementation=implementation)
 
 
-_attend = jax.jit(attention.attend, static_argnames=("scale", "how"))
+_attend = jax.jit(attention.attend, static_argnames=("scale", "implementation"))
 
 
 def visibility(causal: bool = True, prefix: int = 0, bias: BiasTable | None = None) -> Visibility:
