@@ -8,7 +8,6 @@ takes at a time differs. All arms share the config `train`, so one choice is mad
 
 import dataclasses
 import itertools
-import math
 import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,19 +17,15 @@ from rich.console import Console
 from rich.table import Table
 
 from common.compute.aot import Compiled
-from common.compute.ledger import attention_parameters, mlp_parameters
-from common.compute.length_sums import LengthSums
-from common.compute.roofline import Estimate
 from common.compute.topology import Topology
 from common.errors import UserError
 from common.recipe import Execution
 from common.sharding.shape import MESH_AXES, MeshShape
 from common.terminal import marked_up
-from common.train.config import AdamW
-from experiments.config import Arm, Experiment
+from experiments.config import Experiment
+from experiments.planning.guess import Guess, guess
 from experiments.planning.jobs import Job, compile_all
 from experiments.planning.table import outlook
-from gpt.config import GptConfig
 
 MORE_MESHES = 2
 """Candidates that are compiled with the remat policy that proved best, beside the first mesh with each policy."""
@@ -39,14 +34,6 @@ MOST_TENSOR = 8
 ROOM = 0.9
 """Share of a device's memory that the simple model may fill."""
 REMATS: tuple[Any, ...] = typing.get_args(typing.get_type_hints(Execution)["remat"])
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Guess:
-    """What the simple model says of one arm."""
-
-    bytes: float
-    time: Estimate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,52 +167,6 @@ def overrides(base: Experiment, changed: Experiment) -> str:
     return " ".join(words) or "as the experiment has it"
 
 
-def guess(experiment: Experiment, topology: Topology, arm: str) -> Guess:
-    """The simple model, of one device: state and gradients divided by fsdp and tensor, what remat keeps of each layer,
-    one layer's weights, keys, values and logits at work; weights gathered for every pass, gradients scattered and
-    summed, the residual stream summed along tensor, keys and values gathered along context. Padding, copies and the
-    compiler's choices are not in it."""
-    model, train, chip = experiment.arms[arm].model, experiment.train, topology.facts
-    mesh, remat = train.mesh, train.execution.remat
-    fsdp, data, context, tensor = mesh.fsdp, mesh.data, mesh.context, mesh.tensor
-    recompute = 0 if remat in ("none", "dots") else 1
-    rows, inputs, targets = experiment.row_slots()
-    at_once = rows / mesh.row_parts / train.accumulation
-    passes = train.accumulation * (2 + recompute)
-    parameters = model.param_count() / tensor
-    state = 4 + (8 if isinstance(train.optimizer, AdamW) else 0) + 4 * (1 + (train.accumulation > 1))
-    stacks = _stacks(experiment.arms[arm], inputs, targets)
-    tokens = at_once * sum(layers * slots for layers, slots in stacks) / context
-    kept, whole = _activation_bytes(experiment.arms[arm], tensor)
-    seen = 4 * model.num_kv_heads * model.head_dim / tensor  # a token's keys and values in a layer, bf16
-    layer = (attention_parameters(model) + mlp_parameters(model)) / tensor
-    logits = min(train.execution.loss_chunk, at_once * targets / context) * model.vocab_size / tensor
-    queries = min(train.execution.attention_block, inputs / context)
-    scores = at_once * model.num_heads / tensor * queries * (inputs + targets)
-    # Without rematerialisation what lies between the products is kept too.
-    held = tokens * {"none": 3 * whole, "dots": whole, "attention": 2 * kept, "full": kept, "offload": 0}[remat]
-    work = 4 * layer + 8 * scores + 8 * logits + at_once * max(slots for _, slots in stacks) * seen
-    head = model.d_model * model.vocab_size / tensor
-    flops = model.flops(LengthSums.of_rows(rows, inputs, targets)).of_slowest(context).train_hardware(train.execution)
-    sent = 2 * parameters * (passes + train.accumulation) * (fsdp - 1) / fsdp / _links(fsdp, topology)
-    for summed in (data, context):
-        sent += 4 * parameters / fsdp * (summed - 1) / summed / _links(summed, topology)
-    sent += passes * tokens * seen * (context - 1) / _links(context, topology)
-    sums = (4 + 2 * recompute) * train.accumulation * tokens * model.d_model * 2
-    sent += sums * 2 * (tensor - 1) / tensor / _links(tensor, topology)
-    between = 4 * parameters / fsdp * (topology.slices - 1) / topology.slices
-    moved = 4 * parameters * passes + (6 + 2 * recompute) * train.accumulation * tokens * whole
-    return Guess(
-        bytes=state * parameters / fsdp + held + work + 4 * head,
-        time=Estimate(
-            compute=flops / topology.devices / chip.flops_per_second,
-            memory=(moved + 2 * state * parameters / fsdp) / chip.hbm_bytes_per_second,
-            links=sent * chip.devices_per_chip / chip.link_bytes_per_second,
-            data_centre=between * chip.devices_per_chip / chip.dcn_bytes_per_second,
-        ),
-    )
-
-
 def _candidates(experiment: Experiment, topology: Topology, mesh: MeshShape | None) -> Iterator[Experiment]:
     for shape, remat in itertools.product([mesh] if mesh else _meshes(experiment, topology), REMATS):
         share = experiment.data.rows // shape.row_parts
@@ -258,32 +199,6 @@ def _meshes(experiment: Experiment, topology: Topology) -> Iterator[MeshShape]:
 
 def _divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
-
-
-def _stacks(arm: Arm, inputs: int, targets: int) -> list[tuple[int, int]]:
-    """(layers, slots that pass them) of each stack."""
-    model = arm.model
-    if isinstance(model, GptConfig):
-        return [(model.num_layers, inputs + targets)]
-    return [(model.encoder_layers, inputs), (model.decoder_layers, targets)]
-
-
-def _activation_bytes(arm: Arm, tensor: int) -> tuple[int, int]:
-    """Of one token in one layer, in bf16: the stream that enters it, and the results of all its matrix products."""
-    model = arm.model
-    heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    mlp = (2 if model.recipe.gated_mlp else 1) * model.d_ff
-    return 2 * model.d_model, 2 * (3 * model.d_model + (heads + mlp) // tensor)
-
-
-def _links(size: int, topology: Topology) -> float:
-    """How many links carry a ring of so many devices: two for each direction that it needs."""
-    chips = math.ceil(size / topology.facts.devices_per_chip)
-    directions = 0
-    for side in sorted(topology.grid):
-        if chips > 1:
-            chips, directions = math.ceil(chips / side), directions + 1
-    return 2.0 * max(directions, 1)
 
 
 def _compiled_gib(compiled: dict[str, Compiled]) -> str:

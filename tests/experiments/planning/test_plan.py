@@ -21,6 +21,7 @@ from common.errors import UserError
 from common.sharding.shape import MeshShape
 from experiments.config import Experiment
 from experiments.planning import jobs, plan, search, table
+from experiments.planning.guess import guess
 from experiments.planning.jobs import Job
 from experiments.planning.plan import Target, on_mesh
 from experiments.registry import load
@@ -209,7 +210,7 @@ def test_the_simple_model_keeps_less_with_more_rematerialisation_and_less_of_a_s
     def gib(**execution) -> float:
         train = dataclasses.replace(xl.train, execution=dataclasses.replace(xl.train.execution, **execution))
         changed = dataclasses.replace(xl, train=train)
-        return search.guess(changed, parse_topology("v5e:16x16"), "t5like").bytes / 2**30
+        return guess(changed, parse_topology("v5e:16x16"), "t5like").bytes / 2**30
 
     sizes = [gib(remat=remat) for remat in ("offload", "full", "attention", "dots", "none")]
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
@@ -217,7 +218,7 @@ def test_the_simple_model_keeps_less_with_more_rematerialisation_and_less_of_a_s
         dataclasses.replace(xl, train=dataclasses.replace(xl.train, mesh=mesh))
         for mesh in (MeshShape(fsdp=256), MeshShape(data=256))
     )
-    bytes_ = [search.guess(one, parse_topology("v5e:16x16"), "t5like").bytes for one in (split, whole)]
+    bytes_ = [guess(one, parse_topology("v5e:16x16"), "t5like").bytes for one in (split, whole)]
     state = 8 * xl.arms["t5like"].model.param_count()  # parameters and gradients; Adafactor keeps next to nothing
     assert bytes_[1] - bytes_[0] == pytest.approx(state * 255 / 256)
 
