@@ -15,7 +15,7 @@ from common.recipe import Execution
 from common.sharding.shape import MeshShape
 from common.train.config import AdamW, Cosine
 from experiments.config import Arm, Experiment
-from experiments.planning.jobs import Job, compile_all
+from experiments.planning.compiling import PlannedProgram, compile_all
 from experiments.planning.table import outlook
 from experiments.xl import xl
 from gpt.config import SIZES, GptConfig
@@ -67,7 +67,7 @@ def estimates(console: Console) -> Iterator[tuple[str, tuple[float, float]]]:
     """MFU by causal-half FLOPs of each case, from nothing that is sent hidden behind computing to all of it."""
     for name, case in CASES.items():
         topology, experiment = parse_topology(case.topology), _experiment(case)
-        (compiled,) = compile_all([Job(experiment=experiment, arm=ARM, topology=topology)], console)
+        (compiled,) = compile_all([PlannedProgram(experiment=experiment, arm=ARM, topology=topology)], console)
         yield name, outlook(experiment, topology, ARM, compiled).mfu_causal_half
 
 

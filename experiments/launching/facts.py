@@ -10,8 +10,7 @@ from rich.console import Console
 from common.errors import UserError
 from experiments.config import Experiment
 from experiments.launching.job import Job
-from experiments.planning.jobs import Job as Step
-from experiments.planning.jobs import compile_all
+from experiments.planning.compiling import PlannedProgram, compile_all
 
 GIB = 2**30
 SECONDS = 60
@@ -40,7 +39,7 @@ def fit(job: Job, experiment: Experiment, console: Console) -> str:
     command = shlex.join(["twinstack", "plan", *job.configured, "--topology", str(job.topology)])
     if not has_compiler():
         return f"unknown: pip install 'twinstack[plan]', then {command}"
-    steps = [Step(experiment=experiment, arm=arm, topology=job.topology) for arm in arms]
+    steps = [PlannedProgram(experiment=experiment, arm=arm, topology=job.topology) for arm in arms]
     try:
         compiled = compile_all(steps, console)
     except UserError as error:

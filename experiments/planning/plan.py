@@ -1,4 +1,4 @@
-"""`twinstack plan`: what an experiment costs and whether it fits, here or on a TPU slice that is elsewhere."""
+"""`twinstack plan`: what an experiment costs and whether it fits, on this machine or on a TPU slice elsewhere."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from common.terminal import harmless, marked_up
 from common.train.programs import check_rows
 from experiments.config import Experiment
 from experiments.models.initial import check_initial
-from experiments.planning.jobs import Job, compile_all
+from experiments.planning.compiling import PlannedProgram, compile_all
 from experiments.planning.search import candidates_table, search
 from experiments.planning.table import advice, plan_table
 from experiments.running.comparison import check_devices, prepare_jax
@@ -30,7 +30,7 @@ from experiments.running.pipeline import compiled_step, make_setup
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
-    """Where a plan is for, as the command line has it."""
+    """The hardware to plan for, as given on the command line."""
 
     topology: str
     slices: int = 1
@@ -41,35 +41,35 @@ class Target:
 
 
 def plan(experiment: Experiment, console: Console, target: Target | None = None) -> None:
-    """Prints every arm's size, cost and memory; compiles the step for this machine or the target, trains nothing."""
+    """Prints each arm's size, cost and memory; compiles the training step for `target` (None: this machine) only."""
     experiment.check_arms(experiment.arms)
     if target is None:
         _plan_here(experiment, console)
     else:
-        _plan_there(experiment, console, target)
+        _plan_for_target(experiment, console, target)
     for line in experiment.remarks():
         console.print(marked_up(f"warning: {line}"))
 
 
-def _plan_there(experiment: Experiment, console: Console, target: Target) -> None:
+def _plan_for_target(experiment: Experiment, console: Console, target: Target) -> None:
     topology = parse_topology(target.topology, target.slices)
     if target.price is not None and not target.price > 0:
         raise UserError(f"--price is {target.price:g}: it must be more than 0, in USD a chip-hour")
     if target.search:
-        found = search(experiment, topology, console, _given_mesh(target.mesh, topology))
+        found = search(experiment, topology, console, _parse_mesh(target.mesh, topology))
         console.print(candidates_table(experiment, found, topology))
         return
-    experiment = on_mesh(experiment, topology, _given_mesh(target.mesh, topology))
+    experiment = on_mesh(experiment, topology, _parse_mesh(target.mesh, topology))
     compiled = _compile(experiment, topology, console)
     console.print(plan_table(experiment, topology, compiled, target.price))
-    for line in [*advice(experiment, topology, compiled), *_what_fits(experiment, topology, compiled, console)]:
+    for line in [*advice(experiment, topology, compiled), *_try_smaller(experiment, topology, compiled, console)]:
         console.print(marked_up(line))
 
 
 def on_mesh(experiment: Experiment, topology: Topology, mesh: MeshShape | None) -> Experiment:
-    """The experiment on `mesh`, else on its own mesh where that has the topology's devices, else on fsdp alone.
+    """Returns the experiment on `mesh`, else on its own mesh if that has the topology's devices, else on fsdp alone.
 
-    Raises UserError where its rows do not divide over the mesh.
+    Raises UserError if its rows do not divide over the mesh.
     """
     own = experiment.train.mesh
     if mesh is None:
@@ -81,8 +81,8 @@ def on_mesh(experiment: Experiment, topology: Topology, mesh: MeshShape | None) 
     return changed
 
 
-def _given_mesh(text: str | None, topology: Topology) -> MeshShape | None:
-    """`data=2,fsdp=8` as a mesh of all the topology's devices; slices need not be named."""
+def _parse_mesh(text: str | None, topology: Topology) -> MeshShape | None:
+    """Parses a mesh such as `data=2,fsdp=8`, which must have the topology's devices; `replica` need not be named."""
     if text is None:
         return None
     sizes = {"replica": topology.slices}
@@ -107,27 +107,27 @@ def _given_mesh(text: str | None, topology: Topology) -> MeshShape | None:
 
 
 def _compile(experiment: Experiment, topology: Topology, console: Console) -> dict[str, Compiled]:
-    jobs = [Job(experiment=experiment, arm=arm, topology=topology) for arm in experiment.arms]
-    return dict(zip(experiment.arms, compile_all(jobs, console), strict=True))
+    programs = [PlannedProgram(experiment=experiment, arm=arm, topology=topology) for arm in experiment.arms]
+    return dict(zip(experiment.arms, compile_all(programs, console), strict=True))
 
 
-def _what_fits(
+def _try_smaller(
     experiment: Experiment, topology: Topology, compiled: dict[str, Compiled], console: Console
 ) -> list[str]:
-    """Of arms that have no room: the first change, of those that keep the batch, with which all of them compile."""
-    tight = [arm for arm, answer in compiled.items() if answer.no_room]
-    if not tight:
+    """If some arms do not fit, compiles smaller variants until one fits for all of them; returns a line about it."""
+    too_large = [arm for arm, answer in compiled.items() if answer.no_room]
+    if not too_large:
         return []
-    only = dataclasses.replace(experiment, arms={arm: experiment.arms[arm] for arm in tight})
-    for changed, words in _smaller(only):
+    only = dataclasses.replace(experiment, arms={arm: experiment.arms[arm] for arm in too_large})
+    for changed, words in _smaller_variants(only):
         console.print(marked_up(f"trying {words}"))
         if not any(answer.no_room for answer in _compile(changed, topology, console).values()):
-            return [f"With {words} {' and '.join(tight)} would fit."]
-    return ["None of what was tried fits: try --search for other meshes, or take more chips or fewer data.rows."]
+            return [f"With {words} {' and '.join(too_large)} would fit."]
+    return ["None of these variants fits: try --search for other meshes, or take more chips or fewer data.rows."]
 
 
-def _smaller(experiment: Experiment) -> Sequence[tuple[Experiment, str]]:
-    """Changes that need less memory and leave the batch as it is, and the overrides that make them."""
+def _smaller_variants(experiment: Experiment) -> Sequence[tuple[Experiment, str]]:
+    """Variants that need less memory for the same batch, each with the overrides that make it."""
     train, rows = experiment.train, experiment.data.rows
     execution = dataclasses.replace(train.execution, remat="full")
     found = []
@@ -178,7 +178,7 @@ def _plan_here(experiment: Experiment, console: Console) -> None:
         table.add_row(label, *(column[label] for column in columns.values()))
     console.print(table)
     console.print(
-        "FLOPs: full attention, padding included, unless named otherwise. Memory is per device, as XLA plans it."
+        "FLOPs count full attention and padding, unless named otherwise. Memory is per device, as XLA plans it."
     )
     config = json.dumps(to_json(experiment), indent=2, ensure_ascii=False)
     console.print(JSONHighlighter()(harmless(config)), soft_wrap=True)

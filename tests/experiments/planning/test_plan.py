@@ -20,9 +20,9 @@ from common.config import from_json, to_json
 from common.errors import UserError
 from common.sharding.shape import MeshShape
 from experiments.config import Experiment
-from experiments.planning import jobs, plan, search, table
+from experiments.planning import compiling, plan, search, table
+from experiments.planning.compiling import PlannedProgram
 from experiments.planning.guess import guess
-from experiments.planning.jobs import Job
 from experiments.planning.plan import Target, on_mesh
 from experiments.registry import load
 from experiments.running import pipeline
@@ -53,11 +53,11 @@ NO_ROOM = dataclasses.replace(FITS, memory=None, no_room=NoRoom(needed=47 * 2**3
 class Compiler:
     """Stands for the processes; remembers what it was asked."""
 
-    def __init__(self, answer: Callable[[Job], Compiled]):
+    def __init__(self, answer: Callable[[PlannedProgram], Compiled]):
         self.answer = answer
-        self.jobs: list[Job] = []
+        self.jobs: list[PlannedProgram] = []
 
-    def __call__(self, jobs: list[Job], console: Console) -> list[Compiled]:
+    def __call__(self, jobs: list[PlannedProgram], console: Console) -> list[Compiled]:
         self.jobs += jobs
         return [self.answer(job) for job in jobs]
 
@@ -68,7 +68,10 @@ def experiment(tmp_path: Path) -> Experiment:
 
 
 def planned(
-    monkeypatch: pytest.MonkeyPatch, experiment: Experiment, target: Target, answer: Callable[[Job], Compiled]
+    monkeypatch: pytest.MonkeyPatch,
+    experiment: Experiment,
+    target: Target,
+    answer: Callable[[PlannedProgram], Compiled],
 ) -> tuple[str, Compiler]:
     compiler, out = Compiler(answer), io.StringIO()
     monkeypatch.setattr(plan, "compile_all", compiler)
@@ -113,7 +116,7 @@ def test_memory_is_told_in_parts(monkeypatch, experiment) -> None:
 
 
 def test_where_there_is_no_room_what_makes_room_is_found_by_compiling(monkeypatch, experiment) -> None:
-    def answer(job: Job) -> Compiled:
+    def answer(job: PlannedProgram) -> Compiled:
         train = job.experiment.train
         roomy = train.execution.remat == "full" and train.accumulation == 2
         return FITS if roomy or job.arm == "gpt" else NO_ROOM
@@ -139,7 +142,7 @@ def test_a_mesh_may_be_what_makes_room(monkeypatch, experiment) -> None:
 
 def test_where_nothing_fits_it_says_so(monkeypatch, experiment) -> None:
     text, _ = planned(monkeypatch, experiment, Target(topology="v5e:2x2"), lambda job: NO_ROOM)
-    assert "None of what was tried fits" in text
+    assert "None of these variants fits" in text
     assert "step" not in cells(text) and "days" not in cells(text)
 
 
@@ -147,7 +150,7 @@ def test_a_search_compiles_a_few_and_names_the_best(monkeypatch, experiment) -> 
     """`dots` and `full` fit, and data parallelism is quickest: that is what is named, as overrides."""
     experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, rows=32))
 
-    def answer(job: Job) -> Compiled:
+    def answer(job: PlannedProgram) -> Compiled:
         train = job.experiment.train
         if train.execution.remat == "none":
             return NO_ROOM
@@ -262,13 +265,13 @@ def test_what_cannot_be_planned_is_one_line(monkeypatch, experiment, target, mes
 def test_without_libtpu_one_line_says_what_to_install(monkeypatch, experiment) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install"):
-        jobs.compile_all([Job(experiment=experiment, arm="gpt", topology=V5E)], Console())
+        compiling.compile_all([PlannedProgram(experiment=experiment, arm="gpt", topology=V5E)], Console())
 
 
 def test_an_answer_is_kept_for_what_it_depends_on(monkeypatch, experiment) -> None:
     """Names and data sources change nothing; sizes, topology and versions do."""
-    monkeypatch.setattr(jobs.importlib.metadata, "version", lambda name: "1")
-    job = Job(experiment=experiment, arm="gpt", topology=V5E)
+    monkeypatch.setattr(compiling.importlib.metadata, "version", lambda name: "1")
+    job = PlannedProgram(experiment=experiment, arm="gpt", topology=V5E)
     renamed = dataclasses.replace(experiment, name="other", question="?")
     assert dataclasses.replace(job, experiment=renamed).key() == job.key()
     others = [
@@ -281,19 +284,19 @@ def test_an_answer_is_kept_for_what_it_depends_on(monkeypatch, experiment) -> No
             job, experiment=dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, accumulation=2))
         ),
     ]
-    monkeypatch.setattr(jobs.importlib.metadata, "version", lambda name: "1")
+    monkeypatch.setattr(compiling.importlib.metadata, "version", lambda name: "1")
     keys = {job.key(), *(other.key() for other in others)}
-    monkeypatch.setattr(jobs.importlib.metadata, "version", lambda name: "2")
+    monkeypatch.setattr(compiling.importlib.metadata, "version", lambda name: "2")
     assert len(keys | {job.key()}) == 6
 
 
 def test_an_answer_depends_on_every_module_that_makes_it() -> None:
     """Whatever of this project the tests have loaded, and with it all that such a process loads."""
     loaded = {Path(found) for module in list(sys.modules.values()) if (found := getattr(module, "__file__", None))}
-    packages = [jobs.ROOT / name for name in ("common", "experiments", "gpt", "t5like")]
+    packages = [compiling.ROOT / name for name in ("common", "experiments", "gpt", "t5like")]
     ours = {file for file in loaded if any(file.is_relative_to(package) for package in packages)}
     assert Path(pipeline.__file__) in ours
-    assert ours <= set(jobs._source_files())
+    assert ours <= set(compiling._source_files())
 
 
 def test_answers_survive_json() -> None:

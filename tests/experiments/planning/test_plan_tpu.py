@@ -21,7 +21,7 @@ from common.recipe import Execution
 from common.sharding.shape import MeshShape
 from common.train.config import Anomalies
 from experiments.config import Experiment
-from experiments.planning.jobs import Job, compile_all
+from experiments.planning.compiling import PlannedProgram, compile_all
 from experiments.registry import load
 from experiments.running.pipeline import make_setup
 from tests.experiments.tiny_experiment import tiny_experiment
@@ -47,7 +47,7 @@ def on(tmp_path: Path, mesh: MeshShape) -> Experiment:
 
 def compiled(experiment: Experiment, arm: str, topology: str) -> tuple[Compiled, str]:
     out = io.StringIO()
-    job = Job(experiment=experiment, arm=arm, topology=parse_topology(topology))
+    job = PlannedProgram(experiment=experiment, arm=arm, topology=parse_topology(topology))
     return compile_all([job], Console(file=out, width=200))[0], out.getvalue()
 
 
