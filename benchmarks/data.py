@@ -21,7 +21,7 @@ from common.data.packing import RowPlans
 from common.data.sources.config import SourceConfig
 from common.data.sources.records import Record
 from common.data.tokenized.prepare import prepare
-from common.data.tokenized.shards import Job
+from common.data.tokenized.shards import ShardTask
 from common.data.tokenized.token_store import ShardWriter, TokenStream
 from common.data.tokenizers.sentence_piece import SentencePieceTokenizer, train_model
 
@@ -143,13 +143,13 @@ def time_tokenizing(rounds: int, advance: Callable[[int], None]) -> Tokenizing:
     source = _Texts()
     model = train_model(source.texts[:5000], SentencePieceConfig(vocab_size=2048))
     tokenizer = SentencePieceTokenizer(model)
-    job = Job(source=source, fields=("text",), tokenizer=tokenizer, end_each=False, strict=True)  # type: ignore[arg-type]
+    task = ShardTask(source=source, fields=("text",), tokenizer=tokenizer, end_each=False, strict=True)  # type: ignore[arg-type]
     characters = sum(map(len, source.texts))
     ours, alone = [], []
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
             begin = time.perf_counter()
-            prepare(job, Path(folder) / "tokens", workers=1)
+            prepare(task, Path(folder) / "tokens", workers=1)
             ours.append(characters / (time.perf_counter() - begin))
         begin = time.perf_counter()
         for first in range(0, TEXTS, 512):

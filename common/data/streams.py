@@ -25,7 +25,7 @@ from common.data.sources.templates import JoinedSource
 from common.data.tokenized.origins import keep_source, keep_tokenizer, kept_source, kept_tokenizer
 from common.data.tokenized.prepare import open_tokenized, warn_of_problems
 from common.data.tokenized.prepared import VARIABLE, Prepared
-from common.data.tokenized.shards import Job
+from common.data.tokenized.shards import ShardTask
 from common.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, mode_ids, open_tokenizer
 from common.errors import UserError
 from common.terminal import harmless
@@ -108,9 +108,9 @@ def _say_kept(name: str, why: str) -> None:
     _log.warning("%s is known from $%s alone: %s", name, VARIABLE, why)
 
 
-def jobs(
+def shard_tasks(
     config: DataConfig, tokenizer: Tokenizer, cache_dir: Path, more_splits: Sequence[str] = ()
-) -> list[tuple[str, Job]]:
+) -> list[tuple[str, ShardTask]]:
     """All that streams of a config read tokenised, each once, with its split's name (of a mixture, and its part's).
 
     Args:
@@ -119,7 +119,7 @@ def jobs(
     Raises UserError as opening the streams does.
     """
     config.check_sentinels(tokenizer.sentinels)
-    found: dict[str, tuple[str, Job]] = {}
+    found: dict[str, tuple[str, ShardTask]] = {}
     parts = parts_of(config.source)
     objective = config.objective
     ways: list[Single] = [part.objective for part in raw_parts(objective)]
@@ -129,8 +129,8 @@ def jobs(
         for split in dict.fromkeys((part.train_split, part.validation_split, *more_splits)):
             source = _open(part, split, cache_dir)
             for way in ways:
-                job = _job(part, source, way, tokenizer)
-                found.setdefault(job.key(), (split if len(parts) == 1 else f"{split} of {part.name}", job))
+                task = _task(part, source, way, tokenizer)
+                found.setdefault(task.key(), (split if len(parts) == 1 else f"{split} of {part.name}", task))
     return list(found.values())
 
 
@@ -283,16 +283,16 @@ def _examples(
     if isinstance(objective, Supervised | CausalLM):
         return _records(config, part, source, tokenizer, cache_dir, seed, mixed).examples
     denoisers = raw_parts(objective)
-    jobs = [_job(part, source, denoiser.objective, tokenizer) for denoiser in denoisers]
-    prepared = {key: _prepared(job, cache_dir) for key, job in {job.key(): job for job in jobs}.items()}
+    tasks = [_task(part, source, denoiser.objective, tokenizer) for denoiser in denoisers]
+    prepared = {key: _prepared(task, cache_dir) for key, task in {task.key(): task for task in tasks}.items()}
     apart = len(denoisers) > 1
     made: list[Examples] = []
-    for number, (denoiser, job) in enumerate(zip(denoisers, jobs, strict=True)):
+    for number, (denoiser, task) in enumerate(zip(denoisers, tasks, strict=True)):
         mode = mode_ids(tokenizer, denoiser.mode)
         # A mode takes input slots from the piece, so that what fitted may fit no more.
         needs = fitted_needs(denoiser.objective, config.input_length - len(mode), config.target_length)
         examples = PieceExamples(
-            prepared[job.key()].fields["text"],
+            prepared[task.key()].fields["text"],
             piece=needs.piece,
             objective=denoiser.objective,
             seed=seed + (number << 32),  # and so do objectives
@@ -315,7 +315,7 @@ def _records(
     mixed: bool,
 ) -> Records:
     assert isinstance(config.objective, Supervised | CausalLM)
-    prepared = _prepared(_job(part, source, config.objective, tokenizer), cache_dir)
+    prepared = _prepared(_task(part, source, config.objective, tokenizer), cache_dir)
     examples = RecordExamples(
         prepared.fields,
         objective=config.objective,
@@ -327,15 +327,15 @@ def _records(
     return Records(source=source, prepared=prepared, examples=examples)
 
 
-def _job(part: SourceConfig, source: Source, objective: Single, tokenizer: Tokenizer) -> Job:
+def _task(part: SourceConfig, source: Source, objective: Single, tokenizer: Tokenizer) -> ShardTask:
     """What an objective reads of a source."""
     ends = isinstance(objective, FullLM)
-    return Job(source=source, fields=fields(objective), tokenizer=tokenizer, end_each=ends, strict=part.strict)
+    return ShardTask(source=source, fields=fields(objective), tokenizer=tokenizer, end_each=ends, strict=part.strict)
 
 
-def _prepared(job: Job, cache_dir: Path) -> Prepared:
-    prepared = open_tokenized(job, cache_dir)
-    warn_of_problems(job, prepared)
+def _prepared(task: ShardTask, cache_dir: Path) -> Prepared:
+    prepared = open_tokenized(task, cache_dir)
+    warn_of_problems(task, prepared)
     return prepared
 
 

@@ -12,12 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from common.data.cache import default_cache_dir
-from common.data.streams import jobs, keep_origins, open_tokenizer_of, open_training_text
+from common.data.streams import keep_origins, open_tokenizer_of, open_training_text, shard_tasks
 from common.data.tokenized.beam import parse_options, prepare_with_beam
 from common.data.tokenized.prepare import make, open_tokenized, write_all
 from common.data.tokenized.prepared import PROBLEMS, VARIABLE
 from common.data.tokenized.remote import check_destination, destination
-from common.data.tokenized.shards import Job
+from common.data.tokenized.shards import ShardTask
 from common.terminal import harmless, marked_up
 from experiments.config import Experiment
 
@@ -62,10 +62,10 @@ def prepare_data(
     tokenizer = open_tokenizer_of(config, source, cache_dir)
     console.print(f"tokenizer: {tokenizer.vocab_size:,} ids, hash {tokenizer.content_hash}", highlight=False)
     made = []
-    for split, job in jobs(config, tokenizer, cache_dir, experiment.evaluation.splits):
+    for split, task in shard_tasks(config, tokenizer, cache_dir, experiment.evaluation.splits):
         begin = time.perf_counter()
-        manifest, where = _prepare(job, cache_dir, workers, to, beam)
-        name = f"{split}, eos behind each" if job.end_each else split
+        manifest, where = _prepare(task, cache_dir, workers, to, beam)
+        name = f"{split}, eos behind each" if task.end_each else split
         made.append(Made(split=name, manifest=manifest, where=where, seconds=time.perf_counter() - begin))
     shown = table(made)
     shown.width = console.measure(shown, options=console.options.update(max_width=WIDEST)).maximum
@@ -106,13 +106,13 @@ def table(made: Sequence[Made]) -> Table:
 
 
 def _prepare(
-    job: Job, cache_dir: Path, workers: int | None, to: str | None, beam: Sequence[str] | None
+    task: ShardTask, cache_dir: Path, workers: int | None, to: str | None, beam: Sequence[str] | None
 ) -> tuple[dict, str]:
     """The manifest, and the folder or url that it lies in."""
     if to is None:
-        prepared = open_tokenized(job, cache_dir, workers)
+        prepared = open_tokenized(task, cache_dir, workers)
         return prepared.manifest, str(prepared.where)
-    there = destination(to, job)
+    there = destination(to, task)
     if beam is None:
-        return make(job, there, functools.partial(write_all, workers=workers)), str(there)
-    return prepare_with_beam(job, there, beam), str(there)
+        return make(task, there, functools.partial(write_all, workers=workers)), str(there)
+    return prepare_with_beam(task, there, beam), str(there)

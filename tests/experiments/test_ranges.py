@@ -10,7 +10,7 @@ import pytest
 
 from common.config import apply_overrides
 from common.data.config import BytePairConfig, SentencePieceConfig
-from common.data.objectives.config import BertStyle, IidDenoising, Mixture, Part, SpanCorruption
+from common.data.objectives.config import BertStyle, IidDenoising, Mixture, MixturePart, SpanCorruption
 from common.data.sources.config import ByRate, BySize, SourceConfig, SourceMixture, Stage
 from common.errors import UserError
 from common.infer.config import Beam, Greedy, Limits, Sample
@@ -23,7 +23,7 @@ from tests.tiny import tiny
 
 FIRST_LIGHT = load("first_light")
 SOURCE = SourceConfig(name="text:a", inputs=None, targets=None, text="text")
-PART = Part(objective=SpanCorruption())
+PART = MixturePart(objective=SpanCorruption())
 EXAMPLES = [
     FIRST_LIGHT,
     *(SentencePieceConfig(), BytePairConfig()),
@@ -42,7 +42,7 @@ PROBES = (-1, 0, math.nan, math.inf, -math.inf, 2**110, 1e300)
 
 ZEROS = """
     Adafactor.min_factored AdamW.b1 AdamW.b2 AdamW.weight_decay BertStyle.random_share Beam.length_penalty
-    ByRate.rates Stage.rates Part.rate Stage.from_step Limits.min_new_tokens SentencePieceConfig.sentinels
+    ByRate.rates Stage.rates MixturePart.rate Stage.from_step Limits.min_new_tokens SentencePieceConfig.sentinels
     BytePairConfig.sentinels Linear.warmup_steps Cosine.warmup_steps WSD.warmup_steps Constant.warmup_steps
     Linear.final_fraction Cosine.final_fraction WSD.final_fraction Recipe.dropout Recipe.z_loss
     DataConfig.seed TrainConfig.seed Job.seed

@@ -110,7 +110,7 @@ RawText = FullLM | SpanCorruption | IidDenoising | BertStyle | Deshuffling | Pre
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Part:
+class MixturePart:
     """One objective of a mixture."""
 
     objective: RawText
@@ -132,7 +132,7 @@ class Mixture:
     """
 
     kind: Literal["mixture"] = "mixture"
-    parts: tuple[Part, ...]
+    parts: tuple[MixturePart, ...]
 
     def __post_init__(self) -> None:
         Mixing(rates=tuple(part.rate for part in self.parts))
@@ -205,7 +205,7 @@ def needs_of(objective: RawText, input_length: int, target_length: int) -> Needs
             return Needs(piece=shorter, targets=shorter, sentinels=0)
 
 
-def raw_parts(objective: Objective) -> tuple[Part, ...]:
+def raw_parts(objective: Objective) -> tuple[MixturePart, ...]:
     """What an objective over pieces of text consists of; nothing where it reads whole records."""
     match objective:
         case Supervised() | CausalLM():
@@ -217,7 +217,7 @@ def raw_parts(objective: Objective) -> tuple[Part, ...]:
         case UL2R():
             return _UL2R
         case _:
-            return (Part(objective=objective),)
+            return (MixturePart(objective=objective),)
 
 
 def has_inputs(objective: Objective) -> bool:
@@ -240,21 +240,21 @@ def mode_names(objective: Objective) -> tuple[str, ...]:
     return tuple(dict.fromkeys(modes))
 
 
-def _denoisers(mode: str, rate: float, *shapes: tuple[float, float]) -> tuple[Part, ...]:
+def _denoisers(mode: str, rate: float, *shapes: tuple[float, float]) -> tuple[MixturePart, ...]:
     """A part for each (density, mean span), of equal rates that sum to `rate`."""
     return tuple(
-        Part(objective=SpanCorruption(density=density, mean_span=span), rate=rate / len(shapes), mode=mode)
+        MixturePart(objective=SpanCorruption(density=density, mean_span=span), rate=rate / len(shapes), mode=mode)
         for density, span in shapes
     )
 
 
 _UL2 = (
     *_denoisers("[NLU]", 0.33, (0.15, 3.0), (0.15, 8.0)),
-    Part(objective=PrefixLM(), rate=0.34, mode="[S2S]"),
+    MixturePart(objective=PrefixLM(), rate=0.34, mode="[S2S]"),
     *_denoisers("[NLG]", 0.33, (0.5, 3.0), (0.5, 8.0), (0.15, 64.0), (0.5, 64.0)),
 )
 _UL2R = (
     *_denoisers("[NLU]", 0.25, (0.15, 3.0)),
     *_denoisers("[NLG]", 0.25, (0.15, 32.0), (0.5, 3.0)),
-    Part(objective=PrefixLM(), rate=0.5, mode="[S2S]"),
+    MixturePart(objective=PrefixLM(), rate=0.5, mode="[S2S]"),
 )

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from common.data.tokenized.prepare import Destination, make
-from common.data.tokenized.shards import Job, ShardReport
+from common.data.tokenized.shards import ShardReport, ShardTask
 from common.errors import UserError, nearest
 
 COUNTERS = ("records", "kept", "problems")
@@ -21,17 +21,17 @@ COUNTERS = ("records", "kept", "problems")
 _log = logging.getLogger(__name__)
 
 
-def prepare_with_beam(job: Job, destination: Destination, options: Sequence[str]) -> dict:
+def prepare_with_beam(task: ShardTask, destination: Destination, options: Sequence[str]) -> dict:
     """The manifest of what lies at the destination; where there is none, a pipeline makes the shards that are missing.
 
     Args:
       options: Beam's own, each as "--name=value" or "--name", for example "--runner=DataflowRunner".
 
     Raises UserError where Beam is not installed, for an option that Beam does not know, where the pipeline fails, and
-    for a record that cannot be used where the job is strict.
+    for a record that cannot be used where the task is strict.
     """
     parsed = parse_options(options)
-    return make(job, destination, lambda job, destination: _run(job, destination, parsed))
+    return make(task, destination, lambda task, destination: _run(task, destination, parsed))
 
 
 def parse_options(options: Sequence[str]) -> Any:
@@ -57,30 +57,30 @@ def parse_options(options: Sequence[str]) -> Any:
     return PipelineOptions(list(options))
 
 
-def _run(job: Job, destination: Destination, options: Any) -> list[ShardReport]:
+def _run(task: ShardTask, destination: Destination, options: Any) -> list[ShardReport]:
     import apache_beam as beam
 
-    numbers = range(job.shards())
+    numbers = range(task.shards())
     try:
         pipeline = beam.Pipeline(options=options)
         shards = pipeline | "shards" >> beam.Create(numbers) | "apart" >> beam.Reshuffle()
         # Bound: Beam checks arguments of a Map against their annotations, which no Protocol can stand.
-        _ = shards | "tokenise" >> beam.Map(functools.partial(_write, job=job, destination=destination))
+        _ = shards | "tokenise" >> beam.Map(functools.partial(_write, task=task, destination=destination))
         result = pipeline.run()
         result.wait_until_finish()
     except Exception as error:  # every runner has errors of its own
         raise UserError(f"the Beam pipeline failed: {_cause(error)}") from error
     counts = {found.key.metric.name: found.result for found in result.metrics().query()["counters"]}
     _log.info("Beam counted %s", ", ".join(f"{counts.get(name, 0)} {name}" for name in COUNTERS))
-    return [destination.write(number, job, lambda done: None) for number in numbers]  # which reads their reports
+    return [destination.write(number, task, lambda done: None) for number in numbers]  # which reads their reports
 
 
-def _write(number: int, job: Job, destination: Destination) -> None:
+def _write(number: int, task: ShardTask, destination: Destination) -> None:
     """On a worker."""
     from apache_beam.metrics import Metrics
 
     records, kept, problems = (Metrics.counter("twinstack", name) for name in COUNTERS)
-    report = destination.write(number, job, records.inc)
+    report = destination.write(number, task, records.inc)
     kept.inc(report.kept)
     problems.inc(len(report.problems))
 

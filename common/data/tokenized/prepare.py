@@ -28,7 +28,7 @@ from common.data.tokenized.prepared import (
     as_written,
     find_elsewhere,
 )
-from common.data.tokenized.shards import REPORT, Job, ShardReport, write_shard
+from common.data.tokenized.shards import REPORT, ShardReport, ShardTask, write_shard
 from common.errors import UserError
 from common.files import read_json, write_json
 from common.terminal import harmless
@@ -53,11 +53,11 @@ class Destination(Protocol):
         """Keeps others from making the same."""
         ...
 
-    def write(self, number: int, job: Job, tick: Callable[[int], None]) -> ShardReport:
+    def write(self, number: int, task: ShardTask, tick: Callable[[int], None]) -> ShardReport:
         """Puts shard `number` there, unless it is there already."""
         ...
 
-    def finish(self, job: Job, reports: Sequence[ShardReport]) -> None:
+    def finish(self, task: ShardTask, reports: Sequence[ShardReport]) -> None:
         """Makes all shards into one whole."""
         ...
 
@@ -87,12 +87,12 @@ class Folder:
             say_damage(self.path)
             yield
 
-    def write(self, number: int, job: Job, tick: Callable[[int], None]) -> ShardReport:
+    def write(self, number: int, task: ShardTask, tick: Callable[[int], None]) -> ShardReport:
         self._part.mkdir(parents=True, exist_ok=True)
-        return write_shard(number, job, self._part, tick)
+        return write_shard(number, task, self._part, tick)
 
-    def finish(self, job: Job, reports: Sequence[ShardReport]) -> None:
-        finish(job, self._part, reports)
+    def finish(self, task: ShardTask, reports: Sequence[ShardReport]) -> None:
+        finish(task, self._part, reports)
         put(self._part, self.path)
 
     @property
@@ -100,24 +100,24 @@ class Folder:
         return self.path.parent / f".{self.path.name}.part"
 
 
-def open_tokenized(job: Job, cache_dir: Path, workers: int | None = None) -> Prepared:
+def open_tokenized(task: ShardTask, cache_dir: Path, workers: int | None = None) -> Prepared:
     """The tokenised source: from the cache, from `$TWINSTACK_PREPARED`, or made now in the cache.
 
-    Raises UserError for a record that cannot be used where the job is strict.
+    Raises UserError for a record that cannot be used where the task is strict.
     """
-    folder = cache_dir / "tokenized" / job.key()
+    folder = cache_dir / "tokenized" / task.key()
     if not folder.exists():
-        if prepared := find_elsewhere(job.key(), job.identity(), cache_dir):
-            _check(job, prepared.manifest)
+        if prepared := find_elsewhere(task.key(), task.identity(), cache_dir):
+            _check(task, prepared.manifest)
             return prepared
         if elsewhere := os.environ.get(VARIABLE):
-            absent = harmless(f"{job.shown} is not in {elsewhere}")
-            _log.warning("%s and is tokenised here; its key is %s", absent, job.key())
-    make(job, Folder(folder), functools.partial(write_all, workers=workers))
+            absent = harmless(f"{task.shown} is not in {elsewhere}")
+            _log.warning("%s and is tokenised here; its key is %s", absent, task.key())
+    make(task, Folder(folder), functools.partial(write_all, workers=workers))
     return Prepared.open(folder)
 
 
-def prepare(job: Job, folder: Path, workers: int | None = None) -> Prepared:
+def prepare(task: ShardTask, folder: Path, workers: int | None = None) -> Prepared:
     """The tokenised source in `folder`: as it lies there, or made now.
 
     Shards that a killed process finished are kept. Records that cannot be used are left out, counted and named in
@@ -126,18 +126,20 @@ def prepare(job: Job, folder: Path, workers: int | None = None) -> Prepared:
     Args:
       workers: processes; None: as many as there are cores, where there are several shards.
 
-    Raises UserError for a record that cannot be used where the job is strict.
+    Raises UserError for a record that cannot be used where the task is strict.
     """
-    make(job, Folder(folder), functools.partial(write_all, workers=workers))
+    make(task, Folder(folder), functools.partial(write_all, workers=workers))
     prepared = Prepared.open(folder)
-    warn_of_problems(job, prepared)
+    warn_of_problems(task, prepared)
     return prepared
 
 
-def make(job: Job, destination: Destination, write: Callable[[Job, Destination], Sequence[ShardReport]]) -> dict:
+def make(
+    task: ShardTask, destination: Destination, write: Callable[[ShardTask, Destination], Sequence[ShardReport]]
+) -> dict:
     """The manifest of what lies at the destination; what is not there yet is made by `write`, such as `write_all`.
 
-    Raises UserError for a record that cannot be used where the job is strict.
+    Raises UserError for a record that cannot be used where the task is strict.
     """
     _refuse_to_wait_for_itself()
     manifest = destination.manifest()
@@ -145,41 +147,41 @@ def make(job: Job, destination: Destination, write: Callable[[Job, Destination],
         with destination.alone():
             manifest = destination.manifest()
             if manifest is None:
-                destination.finish(job, write(job, destination))
+                destination.finish(task, write(task, destination))
                 manifest = destination.manifest()
     assert manifest is not None
-    _check(job, manifest)
+    _check(task, manifest)
     return manifest
 
 
-def write_all(job: Job, destination: Destination, workers: int | None = None) -> list[ShardReport]:
+def write_all(task: ShardTask, destination: Destination, workers: int | None = None) -> list[ShardReport]:
     """Every shard, by so many processes on this machine; None: as many as there are cores."""
-    shards = job.shards()
+    shards = task.shards()
     workers = min(shards, workers or os.cpu_count() or 1)
-    with counter("tokenising", len(job.source)) as tick:
+    with counter("tokenising", len(task.source)) as tick:
         if workers == 1:
-            return [destination.write(number, job, tick) for number in range(shards)]
+            return [destination.write(number, task, tick) for number in range(shards)]
         # Not by fork: a process with JAX's threads in it cannot be forked safely.
         context = multiprocessing.get_context("spawn")
         reports = []
-        with concurrent.futures.ProcessPoolExecutor(workers, context, _begin_worker, (job, destination)) as pool:
+        with concurrent.futures.ProcessPoolExecutor(workers, context, _begin_worker, (task, destination)) as pool:
             for report in pool.map(_in_worker, range(shards)):
                 tick(report.records)
                 reports.append(report)
         return reports
 
 
-def warn_of_problems(job: Job, prepared: Prepared) -> None:
+def warn_of_problems(task: ShardTask, prepared: Prepared) -> None:
     """Where records were left out."""
     if problems := prepared.manifest["problems"]:
         _log.warning(
             "%d of %d records of %s cannot be used and are left out (source.strict=true stops instead): %s; all: %s",
-            *(problems["count"], prepared.manifest["records"], harmless(job.shown)),
+            *(problems["count"], prepared.manifest["records"], harmless(task.shown)),
             *(harmless("; ".join(problems["first"])), harmless(f"{prepared.where}/{PROBLEMS}")),
         )
 
 
-def finish(job: Job, folder: Path, reports: Sequence[ShardReport]) -> None:
+def finish(task: ShardTask, folder: Path, reports: Sequence[ShardReport]) -> None:
     """Writes the manifest and the list of problems, and removes such reports as lie beside them."""
     problems = [problem for report in reports for problem in report.problems]
     lines = "".join(json.dumps({"problem": problem}, ensure_ascii=False) + "\n" for problem in problems)
@@ -189,11 +191,11 @@ def finish(job: Job, folder: Path, reports: Sequence[ShardReport]) -> None:
         for report in reports
     ]
     manifest = {
-        **dict(zip(IDENTITY, job.identity(), strict=True)),
+        **dict(zip(IDENTITY, task.identity(), strict=True)),
         "records": sum(report.records for report in reports),
         "kept": sum(report.kept for report in reports),
         "empty": sum(report.empty for report in reports),
-        "tokens": {field: sum(report.tokens[field] for report in reports) for field in job.fields},
+        "tokens": {field: sum(report.tokens[field] for report in reports) for field in task.fields},
         "bytes": sum(report.bytes for report in reports),
         "problems": {"count": len(problems), "first": problems[:NAMED]} if problems else {},
         "shards": shards,
@@ -203,12 +205,12 @@ def finish(job: Job, folder: Path, reports: Sequence[ShardReport]) -> None:
         (folder / REPORT.format(number=number)).unlink(missing_ok=True)
 
 
-def _check(job: Job, manifest: dict) -> None:
+def _check(task: ShardTask, manifest: dict) -> None:
     problems = manifest["problems"]
-    if problems and job.strict:
+    if problems and task.strict:
         raise UserError(problems["first"][0])
     if problems and not manifest["kept"]:
-        raise UserError(f"none of {job.shown}'s {manifest['records']} records can be used; {problems['first'][0]}")
+        raise UserError(f"none of {task.shown}'s {manifest['records']} records can be used; {problems['first'][0]}")
 
 
 def _refuse_to_wait_for_itself() -> None:
@@ -220,16 +222,16 @@ def _refuse_to_wait_for_itself() -> None:
         )
 
 
-_work: tuple[Job, Destination] | None = None
+_work: tuple[ShardTask, Destination] | None = None
 """Of a worker process: sent once, not with every shard."""
 
 
-def _begin_worker(job: Job, destination: Destination) -> None:
+def _begin_worker(task: ShardTask, destination: Destination) -> None:
     global _work
-    _work = job, destination
+    _work = task, destination
 
 
 def _in_worker(number: int) -> ShardReport:
     assert _work is not None
-    job, destination = _work
-    return destination.write(number, job, lambda done: None)
+    task, destination = _work
+    return destination.write(number, task, lambda done: None)

@@ -10,7 +10,7 @@ from common.data.sources.files import file_system
 from common.data.tokenized.prepare import Destination, Folder, finish
 from common.data.tokenized.prepared import MANIFEST, PROBLEMS
 from common.data.tokenized.remote_folder import RemoteFolder
-from common.data.tokenized.shards import REPORT, Job, ShardReport, write_shard
+from common.data.tokenized.shards import REPORT, ShardReport, ShardTask, write_shard
 from common.files import read_json
 from common.paths import check_folder, user_path
 
@@ -31,7 +31,7 @@ class Remote:
         """Nobody is kept out: two that make the same send the same bytes."""
         return contextlib.nullcontext()
 
-    def write(self, number: int, job: Job, tick: Callable[[int], None]) -> ShardReport:
+    def write(self, number: int, task: ShardTask, tick: Callable[[int], None]) -> ShardReport:
         name = REPORT.format(number=number)
         if (there := self.folder.read_json(name)) is not None:
             report = ShardReport(**there)
@@ -39,28 +39,28 @@ class Remote:
             return report
         with tempfile.TemporaryDirectory() as temporary:
             here = Path(temporary)
-            report = write_shard(number, job, here, tick)
+            report = write_shard(number, task, here, tick)
             self.folder.make()
             for file in report.hashes:
                 self.folder.send(here / file)
         self.folder.send_json(name, dataclasses.asdict(report))
         return report
 
-    def finish(self, job: Job, reports: Sequence[ShardReport]) -> None:
+    def finish(self, task: ShardTask, reports: Sequence[ShardReport]) -> None:
         with tempfile.TemporaryDirectory() as temporary:
             here = Path(temporary)
-            finish(job, here, reports)
+            finish(task, here, reports)
             self.folder.send(here / PROBLEMS)
             self.folder.send_json(MANIFEST, read_json(here / MANIFEST))
         for number in range(len(reports)):
             self.folder.remove(REPORT.format(number=number))
 
 
-def destination(to: str, job: Job) -> Destination:
-    """The job's own folder in `to`, a folder here or an url."""
+def destination(to: str, task: ShardTask) -> Destination:
+    """The task's own folder in `to`, a folder here or an url."""
     if "://" in to:
-        return Remote(RemoteFolder(f"{to.rstrip('/')}/{job.key()}"))
-    return Folder(user_path(to) / job.key())
+        return Remote(RemoteFolder(f"{to.rstrip('/')}/{task.key()}"))
+    return Folder(user_path(to) / task.key())
 
 
 def check_destination(to: str) -> None:

@@ -28,7 +28,7 @@ REPORT = "{number:05d}.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
+class ShardTask:
     """What to tokenise, and how; can be sent to other processes."""
 
     source: Source
@@ -80,7 +80,9 @@ class ShardReport:
     """Of these files."""
 
 
-def write_shard(number: int, job: Job, folder: Path, tick: Callable[[int], None] = lambda done: None) -> ShardReport:
+def write_shard(
+    number: int, task: ShardTask, folder: Path, tick: Callable[[int], None] = lambda done: None
+) -> ShardReport:
     """Tokenises shard `number` into `folder`, unless its report and the files that it lists are already there.
 
     The report is written last, so a shard without one is begun anew. `tick` hears of every batch of records.
@@ -89,13 +91,13 @@ def write_shard(number: int, job: Job, folder: Path, tick: Callable[[int], None]
     if (there := _finished(path)) is not None:
         tick(there.records)
         return there
-    writers = {field: ShardWriter(folder, number, field, job.tokenizer.vocab_size) for field in job.fields}
+    writers = {field: ShardWriter(folder, number, field, task.tokenizer.vocab_size) for field in task.fields}
     kept: list[Sequence[int]] = []
     problems: list[str] = []
     empty = 0
-    indices = job.records(number)
+    indices = task.records(number)
     with concurrent.futures.ThreadPoolExecutor(THREADS) as ahead:
-        for made in _in_turn(ahead, job, indices):
+        for made in _in_turn(ahead, task, indices):
             problems += made.problems
             kept.append(made.kept)
             lengths = [writer.append(made.ids[field]) for field, writer in writers.items()]
@@ -142,12 +144,12 @@ class _Encoded(NamedTuple):
     """By field."""
 
 
-def _in_turn(ahead: concurrent.futures.Executor, job: Job, indices: range) -> Iterator[_Encoded]:
+def _in_turn(ahead: concurrent.futures.Executor, task: ShardTask, indices: range) -> Iterator[_Encoded]:
     """What `_encode` makes of each batch, the next ones being made meanwhile."""
     waiting: collections.deque[concurrent.futures.Future[_Encoded]] = collections.deque()
     begin = indices.start
-    for found in in_batches(job.source, indices, RECORDS_AT_ONCE):
-        waiting.append(ahead.submit(_encode, job, range(begin, begin + len(found)), found))
+    for found in in_batches(task.source, indices, RECORDS_AT_ONCE):
+        waiting.append(ahead.submit(_encode, task, range(begin, begin + len(found)), found))
         begin += len(found)
         if len(waiting) > THREADS:
             yield waiting.popleft().result()
@@ -155,36 +157,36 @@ def _in_turn(ahead: concurrent.futures.Executor, job: Job, indices: range) -> It
         yield waiting.popleft().result()
 
 
-def _encode(job: Job, indices: range, found: list[Record | Problem]) -> _Encoded:
-    """A strict job ends at the first record that cannot be used."""
+def _encode(task: ShardTask, indices: range, found: list[Record | Problem]) -> _Encoded:
+    """A strict task ends at the first record that cannot be used."""
     try:
-        ids = _ids(job, found)
+        ids = _ids(task, found)
     except (TypeError, UserError):  # a Problem has no fields; or a text is not valid Unicode
-        found = [_checked(job, record, index) for record, index in zip(found, indices, strict=True)]
-        ids = _ids(job, [record for record in found if not isinstance(record, Problem)])
+        found = [_checked(task, record, index) for record, index in zip(found, indices, strict=True)]
+        ids = _ids(task, [record for record in found if not isinstance(record, Problem)])
     problems = [str(record) for record in found if isinstance(record, Problem)]
-    if problems and job.strict:
+    if problems and task.strict:
         raise UserError(problems[0])
     usable = zip(indices, found, strict=True)
     kept = [i for i, record in usable if not isinstance(record, Problem)] if problems else indices
     return _Encoded(kept=kept, problems=problems, ids=ids)
 
 
-def _ids(job: Job, records: Sequence[Any]) -> dict[str, list[np.ndarray]]:
-    ids = {field: job.tokenizer.encode_batch([record[field] for record in records]) for field in job.fields}
-    if job.end_each:
-        end = np.array([job.tokenizer.eos_id], np.int32)
+def _ids(task: ShardTask, records: Sequence[Any]) -> dict[str, list[np.ndarray]]:
+    ids = {field: task.tokenizer.encode_batch([record[field] for record in records]) for field in task.fields}
+    if task.end_each:
+        end = np.array([task.tokenizer.eos_id], np.int32)
         ids = {field: [np.concatenate([a, end]) for a in arrays] for field, arrays in ids.items()}
     return ids
 
 
-def _checked(job: Job, record: Record | Problem, index: int) -> Record | Problem:
+def _checked(task: ShardTask, record: Record | Problem, index: int) -> Record | Problem:
     """The record, or what is wrong with it."""
     if isinstance(record, Problem):
         return record
-    for field in job.fields:
+    for field in task.fields:
         try:
             record[field].encode()
         except UnicodeEncodeError:
-            return Problem(f"{job.shown} record {index}", f"field {field!r} is not valid Unicode (a lone surrogate)")
+            return Problem(f"{task.shown} record {index}", f"field {field!r} is not valid Unicode (a lone surrogate)")
     return record

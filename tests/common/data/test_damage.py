@@ -19,7 +19,7 @@ from common.data.streams import Host, open_training, open_training_text, open_va
 from common.data.tokenized.prepare import Folder, finish
 from common.data.tokenized.prepare import prepare as prepared_in
 from common.data.tokenized.prepared import MANIFEST, VARIABLE, find_elsewhere
-from common.data.tokenized.shards import REPORT, Job, write_shard
+from common.data.tokenized.shards import REPORT, ShardTask, write_shard
 from common.data.tokenizers.tokenizer import Tokenizer, open_tokenizer
 from common.errors import UserError
 from tests.common.data.memory_source import MemorySource
@@ -135,76 +135,80 @@ def test_what_an_earlier_version_wrote_is_made_anew(tmp_path: Path, capsys: pyte
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Job:
+def task(tmp_path: Path) -> ShardTask:
     source = MemorySource([{"text": f"number {n} of many"} for n in range(40)])
     config = BytePairConfig(vocab_size=270)
     tokenizer: Tokenizer = open_tokenizer(config, source, tmp_path)
-    return Job(source=source, fields=("text",), tokenizer=tokenizer, end_each=True, strict=False, records_a_shard=10)
+    return ShardTask(
+        source=source, fields=("text",), tokenizer=tokenizer, end_each=True, strict=False, records_a_shard=10
+    )
 
 
-def test_shards_of_a_killed_process_are_kept_only_if_they_are_whole(job: Job, tmp_path: Path) -> None:
+def test_shards_of_a_killed_process_are_kept_only_if_they_are_whole(task: ShardTask, tmp_path: Path) -> None:
     folder = Folder(tmp_path / "tokens")
-    whole_one = prepared_in(job, tmp_path / "expected", workers=1)
+    whole_one = prepared_in(task, tmp_path / "expected", workers=1)
     for number in range(3):
-        folder.write(number, job, lambda done: None)
+        folder.write(number, task, lambda done: None)
     part = folder._part
     flip(part / "00000.text.tokens.npy")
     (part / "00001.text.offsets.npy").unlink()
     flip(part / REPORT.format(number=2), 0.0)
-    made = prepared_in(job, tmp_path / "tokens", workers=1)
+    made = prepared_in(task, tmp_path / "tokens", workers=1)
     assert made.manifest == whole_one.manifest
     for record in range(40):
         np.testing.assert_array_equal(made.fields["text"][record], whole_one.fields["text"][record])
 
 
-def test_a_whole_folder_that_was_not_moved_is_checked(job: Job, tmp_path: Path) -> None:
+def test_a_whole_folder_that_was_not_moved_is_checked(task: ShardTask, tmp_path: Path) -> None:
     for damaged in (False, True):
         folder = Folder(tmp_path / f"tokens {damaged}")
         folder._part.mkdir(parents=True)
-        reports = [write_shard(number, job, folder._part) for number in range(job.shards())]
-        finish(job, folder._part, reports)
+        reports = [write_shard(number, task, folder._part) for number in range(task.shards())]
+        finish(task, folder._part, reports)
         if damaged:
             flip(folder._part / "00003.text.tokens.npy")
-        before = job.source.reads  # type: ignore[attr-defined]
-        made = prepared_in(job, folder.path, workers=1)
-        assert (job.source.reads > before) == damaged  # type: ignore[attr-defined]
-        assert job.tokenizer.decode(made.fields["text"][39]) == "number 39 of many"
+        before = task.source.reads  # type: ignore[attr-defined]
+        made = prepared_in(task, folder.path, workers=1)
+        assert (task.source.reads > before) == damaged  # type: ignore[attr-defined]
+        assert task.tokenizer.decode(made.fields["text"][39]) == "number 39 of many"
 
 
-def test_tokens_of_an_earlier_version_are_taken_where_their_hashes_are_right(job: Job, tmp_path: Path) -> None:
+def test_tokens_of_an_earlier_version_are_taken_where_their_hashes_are_right(task: ShardTask, tmp_path: Path) -> None:
     for damaged in (False, True):
-        made = prepared_in(job, tmp_path / "tokens", workers=1)
+        made = prepared_in(task, tmp_path / "tokens", workers=1)
         for hidden in tmp_path.glob(".tokens.sums*"):
             hidden.unlink()
         if damaged:
             flip(tmp_path / "tokens" / "00001.text.tokens.npy")
-        before = job.source.reads  # type: ignore[attr-defined]
-        again = prepared_in(job, tmp_path / "tokens", workers=1)
-        assert (job.source.reads > before) == damaged  # type: ignore[attr-defined]
+        before = task.source.reads  # type: ignore[attr-defined]
+        again = prepared_in(task, tmp_path / "tokens", workers=1)
+        assert (task.source.reads > before) == damaged  # type: ignore[attr-defined]
         assert again.manifest == made.manifest and whole(tmp_path / "tokens")
 
 
 @pytest.mark.parametrize("name", ["00002.text.tokens.npy", "00002.text.offsets.npy"])
 def test_prepared_data_that_are_damaged_are_named(
-    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    task: ShardTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setenv(VARIABLE, str(tmp_path / "elsewhere"))
-    prepared_in(job, tmp_path / "elsewhere" / job.key(), workers=1)
-    flip(tmp_path / "elsewhere" / job.key() / name)
-    found = find_elsewhere(job.key(), job.identity(), tmp_path / "cache")
+    prepared_in(task, tmp_path / "elsewhere" / task.key(), workers=1)
+    flip(tmp_path / "elsewhere" / task.key() / name)
+    found = find_elsewhere(task.key(), task.identity(), tmp_path / "cache")
     assert found is not None
-    assert job.tokenizer.decode(found.fields["text"][0]) == "number 0 of many"
+    assert task.tokenizer.decode(found.fields["text"][0]) == "number 0 of many"
     with pytest.raises(UserError, match=f"{name} is damaged"):
         found.fields["text"][20]
 
 
-def test_a_manifest_that_counts_wrong_is_noticed(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_manifest_that_counts_wrong_is_noticed(
+    task: ShardTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(VARIABLE, str(tmp_path))
-    prepared_in(job, tmp_path / job.key(), workers=1)
-    manifest = json.loads((tmp_path / job.key() / MANIFEST).read_text())
+    prepared_in(task, tmp_path / task.key(), workers=1)
+    manifest = json.loads((tmp_path / task.key() / MANIFEST).read_text())
     manifest["shards"][0]["kept"] -= 1
-    (tmp_path / job.key() / MANIFEST).write_text(json.dumps(manifest))
-    found = find_elsewhere(job.key(), job.identity(), tmp_path / "cache")
+    (tmp_path / task.key() / MANIFEST).write_text(json.dumps(manifest))
+    found = find_elsewhere(task.key(), task.identity(), tmp_path / "cache")
     assert found is not None
     with pytest.raises(UserError, match="offsets.npy does not hold the 10 numbers"):
         found.fields["text"][0]

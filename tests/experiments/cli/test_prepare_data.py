@@ -172,14 +172,14 @@ from experiments.cli.prepare_data import prepare_data
 from experiments.running.scored_splits import open_tests
 from tests.experiments.tiny_experiment import tiny_experiment
 
-def slowly(number, job, folder, tick, write=prepare.write_shard):
-    report = write(number, job, folder, tick)
+def slowly(number, task, folder, tick, write=prepare.write_shard):
+    report = write(number, task, folder, tick)
     print(number, flush=True)
     time.sleep(0.2)
     return report
 
 prepare.write_shard = slowly
-prepare.Job.shards = lambda job: 8
+prepare.ShardTask.shards = lambda task: 8
 prepare_data(tiny_experiment(Path(sys.argv[1])), Console(stderr=True), workers=1)
 """
 
@@ -192,13 +192,13 @@ def test_a_killed_one_goes_on(experiment: Experiment, tmp_path: Path, monkeypatc
         assert process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.wait()
-    monkeypatch.setattr(module.Job, "shards", lambda job: 8)
+    monkeypatch.setattr(module.ShardTask, "shards", lambda task: 8)
     made: list[tuple[int, bool]] = []
     write = module.write_shard
 
-    def seen(number: int, job: module.Job, folder: Path, *rest: object) -> module.ShardReport:
+    def seen(number: int, task: module.ShardTask, folder: Path, *rest: object) -> module.ShardReport:
         made.append((number, (folder / f"{number:05d}.json").exists()))
-        return write(number, job, folder, *rest)  # type: ignore[arg-type]
+        return write(number, task, folder, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "write_shard", seen)
     shown(experiment, workers=1)

@@ -15,7 +15,7 @@ from common.data.objectives.config import (
     FullLM,
     IidDenoising,
     Mixture,
-    Part,
+    MixturePart,
     PrefixLM,
     RawText,
     Single,
@@ -234,7 +234,7 @@ def test_ul2r_is_smaller() -> None:
 
 
 def test_a_mixture_of_nothing_is_refused() -> None:
-    for parts in ((), (Part(objective=PrefixLM(), rate=0.0),)):
+    for parts in ((), (MixturePart(objective=PrefixLM(), rate=0.0),)):
         with pytest.raises(UserError, match="mixture of nothing"):
             Mixture(parts=parts)
 

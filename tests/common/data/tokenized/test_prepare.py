@@ -18,7 +18,7 @@ from common.data.tokenized import prepare as module
 from common.data.tokenized import shards
 from common.data.tokenized.prepare import prepare
 from common.data.tokenized.prepared import Prepared
-from common.data.tokenized.shards import Job, write_shard
+from common.data.tokenized.shards import ShardTask, write_shard
 from common.data.tokenizers.sentence_piece import SentencePieceTokenizer, train_model
 from common.errors import UserError
 from tests.common.data.memory_source import MemorySource
@@ -38,10 +38,12 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 TEXTS = ["", "one", "x" * 40, "größer “ok” 日本", *(f"{n} is less" for n in range(96))]
 
 
-def job_of(tokenizer: SentencePieceTokenizer, records: list[Record | Problem] | None = None, **change: bool) -> Job:
+def task_of(
+    tokenizer: SentencePieceTokenizer, records: list[Record | Problem] | None = None, **change: bool
+) -> ShardTask:
     source = MemorySource([{"text": text} for text in TEXTS] if records is None else records)
     given = {"end_each": False, "strict": False, **change}
-    return Job(source=source, fields=("text",), tokenizer=tokenizer, records_a_shard=16, **given)
+    return ShardTask(source=source, fields=("text",), tokenizer=tokenizer, records_a_shard=16, **given)
 
 
 def tokens(prepared: Prepared) -> list[list[int]]:
@@ -57,13 +59,13 @@ def digest(folder: Path) -> dict[str, str]:
 def test_shards_hold_every_record_and_are_made_once(
     tmp_path: Path, tokenizer: SentencePieceTokenizer, end_each: bool
 ) -> None:
-    job = job_of(tokenizer, end_each=end_each)
-    assert job.shards() == 7
+    task = task_of(tokenizer, end_each=end_each)
+    assert task.shards() == 7
     expected = [[*tokenizer.encode(text).tolist(), *([1] if end_each else [])] for text in TEXTS]
     for _ in range(2):
-        prepared = prepare(job, tmp_path / "a", workers=1)
+        prepared = prepare(task, tmp_path / "a", workers=1)
         assert tokens(prepared) == expected
-    assert job.source.reads == len(TEXTS), "read from disk the second time"  # type: ignore[attr-defined]
+    assert task.source.reads == len(TEXTS), "read from disk the second time"  # type: ignore[attr-defined]
     manifest = prepared.manifest
     assert (manifest["records"], manifest["kept"], manifest["empty"]) == (100, 100, 0 if end_each else 1)
     assert manifest["tokens"] == {"text": sum(map(len, expected))} and not manifest["problems"]
@@ -74,17 +76,17 @@ def test_shards_hold_every_record_and_are_made_once(
 
 
 def test_processes_write_the_same_bytes(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
-    job = job_of(tokenizer)
+    task = task_of(tokenizer)
     for folder, workers in (("one", 1), ("two", 2)):
-        prepare(job, tmp_path / folder, workers)
+        prepare(task, tmp_path / folder, workers)
     assert digest(tmp_path / "one") == digest(tmp_path / "two")
 
 
 def test_a_killed_one_goes_on(
     tmp_path: Path, tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = job_of(tokenizer)
-    whole = prepare(job, tmp_path / "whole", workers=1)
+    task = task_of(tokenizer)
+    whole = prepare(task, tmp_path / "whole", workers=1)
     write = module.write_shard
 
     def dies(number: int, *rest: object) -> object:
@@ -95,12 +97,12 @@ def test_a_killed_one_goes_on(
 
     monkeypatch.setattr(module, "write_shard", dies)
     with pytest.raises(KeyboardInterrupt):
-        prepare(job, tmp_path / "a", workers=1)
+        prepare(task, tmp_path / "a", workers=1)
     assert not (tmp_path / "a").exists()
     monkeypatch.setattr(module, "write_shard", write)
-    job.source.reads = 0  # type: ignore[misc]
-    assert tokens(prepare(job, tmp_path / "a", workers=1)) == tokens(whole)
-    assert job.source.reads == len(TEXTS) - 4 * len(TEXTS) // 7, "four shards were there"  # type: ignore[attr-defined]
+    task.source.reads = 0  # type: ignore[misc]
+    assert tokens(prepare(task, tmp_path / "a", workers=1)) == tokens(whole)
+    assert task.source.reads == len(TEXTS) - 4 * len(TEXTS) // 7, "four shards were there"  # type: ignore[attr-defined]
     assert digest(tmp_path / "a") == digest(tmp_path / "whole")
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".part"] == []
 
@@ -112,9 +114,9 @@ def test_records_that_cannot_be_used_are_named(
     records[3] = Problem("x.jsonl line 4", "not JSON")
     records[40] = {"text": "half a \ud83d"}
     records[99] = Problem("x.jsonl line 100", "byte 7 is not UTF-8")
-    job = job_of(tokenizer, records)
+    task = task_of(tokenizer, records)
     with caplog.at_level(logging.WARNING):
-        prepared = prepare(job, tmp_path / "a", workers=1)
+        prepared = prepare(task, tmp_path / "a", workers=1)
     good = [i for i in range(100) if i not in (3, 40, 99)]
     assert tokens(prepared) == [tokenizer.encode(TEXTS[i]).tolist() for i in good]
     assert [prepared.source_index(place) for place in range(97)] == good
@@ -124,7 +126,7 @@ def test_records_that_cannot_be_used_are_named(
     assert [line.getMessage()[:60] for line in caplog.records] == [
         "3 of 100 records of memory 1 cannot be used and are left out"
     ]
-    strict = dataclasses.replace(job, strict=True)
+    strict = dataclasses.replace(task, strict=True)
     for folder in ("a", "b"):  # prepared before, or now
         with pytest.raises(UserError, match="x.jsonl line 4: not JSON"):
             prepare(strict, tmp_path / folder, workers=1)
@@ -132,10 +134,10 @@ def test_records_that_cannot_be_used_are_named(
 
 
 def test_a_source_of_which_nothing_can_be_used_is_refused(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
-    job = job_of(tokenizer, [Problem("x.jsonl line 1", "not JSON"), Problem("x.jsonl line 2", "not JSON")])
+    task = task_of(tokenizer, [Problem("x.jsonl line 1", "not JSON"), Problem("x.jsonl line 2", "not JSON")])
     for _ in range(2):  # made now, or found
         with pytest.raises(UserError, match="none of memory 1's 2 records can be used; x.jsonl line 1: not JSON"):
-            prepare(job, tmp_path / "a", workers=1)
+            prepare(task, tmp_path / "a", workers=1)
 
 
 def test_a_script_without_a_guard_is_told(tmp_path: Path) -> None:
@@ -147,14 +149,14 @@ import dataclasses, sys
 from pathlib import Path
 from common.data.sources.by_name import open_fields
 from common.data.tokenized.prepare import prepare
-from common.data.tokenized.shards import Job
+from common.data.tokenized.shards import ShardTask
 from common.data.config import SentencePieceConfig
 from common.data.tokenizers.sentence_piece import SentencePieceTokenizer, train_model
 here = Path(__file__).parent
 source = open_fields(f"text:{here}/a.txt", {"text": "text"}, "train", here / "cache")
 tokenizer = SentencePieceTokenizer(train_model(["line 1 2 3"] * 9, SentencePieceConfig(vocab_size=267)))
-job = Job(source=source, fields=("text",), tokenizer=tokenizer, end_each=False, strict=False, records_a_shard=10)
-prepare(job, here / "tokens", workers=2)
+task = ShardTask(source=source, fields=("text",), tokenizer=tokenizer, end_each=False, strict=False, records_a_shard=10)
+prepare(task, here / "tokens", workers=2)
 """
     (tmp_path / "script.py").write_text(script)
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
@@ -166,7 +168,7 @@ prepare(job, here / "tokens", workers=2)
 
 @pytest.mark.parametrize("records", [[], [{"text": ""}] * 3])
 def test_sources_without_a_token(tmp_path: Path, tokenizer: SentencePieceTokenizer, records: list) -> None:
-    prepared = prepare(job_of(tokenizer, records), tmp_path / "a", workers=1)
+    prepared = prepare(task_of(tokenizer, records), tmp_path / "a", workers=1)
     assert tokens(prepared) == [[]] * len(records) and prepared.fields["text"].tokens == 0
 
 
@@ -175,29 +177,29 @@ def test_large_documents_and_large_vocabularies(tmp_path: Path, tokenizer: Sente
     text = "12 is 13 less one " * 60_000
     for each in (tokenizer, wide):
         folder = tmp_path / each.content_hash
-        prepared = prepare(job_of(each, [{"text": text}, {"text": "5"}]), folder, workers=1)
+        prepared = prepare(task_of(each, [{"text": text}, {"text": "5"}]), folder, workers=1)
         assert tokens(prepared) == [each.encode(text).tolist(), each.encode("5").tolist()]
         assert prepared.fields["text"].shards[0].tokens_P.dtype == (np.uint16 if each is tokenizer else np.int32)
 
 
 def test_whatever_the_tokens_depend_on_is_another_folder(tokenizer: SentencePieceTokenizer) -> None:
-    job = job_of(tokenizer)
+    task = task_of(tokenizer)
     other = SentencePieceTokenizer(tokenizer.serialized(), sentinels=1)
-    jobs = [
-        job,
-        dataclasses.replace(job, tokenizer=other),
-        dataclasses.replace(job, end_each=True),
-        dataclasses.replace(job, source=MemorySource([], content_id="memory 2")),
-        dataclasses.replace(job, fields=("inputs", "targets")),
+    tasks = [
+        task,
+        dataclasses.replace(task, tokenizer=other),
+        dataclasses.replace(task, end_each=True),
+        dataclasses.replace(task, source=MemorySource([], content_id="memory 2")),
+        dataclasses.replace(task, fields=("inputs", "targets")),
     ]
-    assert len({each.key() for each in jobs}) == len(jobs)
-    assert dataclasses.replace(job, strict=True).key() == job.key()
+    assert len({each.key() for each in tasks}) == len(tasks)
+    assert dataclasses.replace(task, strict=True).key() == task.key()
 
 
 def test_a_shard_with_a_report_is_left_alone(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
-    job = job_of(tokenizer)
-    first = write_shard(2, job, tmp_path)
-    before, reads = digest(tmp_path), job.source.reads  # type: ignore[attr-defined]
+    task = task_of(tokenizer)
+    first = write_shard(2, task, tmp_path)
+    before, reads = digest(tmp_path), task.source.reads  # type: ignore[attr-defined]
     seen: list[int] = []
-    assert write_shard(2, job, tmp_path, seen.append) == first
-    assert (digest(tmp_path), job.source.reads, sum(seen)) == (before, reads, first.records)  # type: ignore[attr-defined]
+    assert write_shard(2, task, tmp_path, seen.append) == first
+    assert (digest(tmp_path), task.source.reads, sum(seen)) == (before, reads, first.records)  # type: ignore[attr-defined]

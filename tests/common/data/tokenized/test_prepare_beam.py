@@ -12,7 +12,7 @@ from common.data.tokenized import prepare as module
 from common.data.tokenized.beam import parse_options, prepare_with_beam
 from common.data.tokenized.prepare import Folder, prepare
 from common.data.tokenized.remote import destination
-from common.data.tokenized.shards import Job
+from common.data.tokenized.shards import ShardTask
 from common.data.tokenizers.sentence_piece import SentencePieceTokenizer, train_model
 from common.errors import UserError
 from tests.common.data.memory_source import MemorySource
@@ -20,12 +20,12 @@ from tests.common.data.memory_source import MemorySource
 HERE = ("--runner=DirectRunner",)
 
 
-def job_of(strict: bool = False) -> Job:
+def task_of(strict: bool = False) -> ShardTask:
     lines = [f"{n} is {n + 1} less one" for n in range(300)]
     records: list[Record | Problem] = [{"text": line} for line in lines]
     records[3], records[150] = Problem("x.jsonl line 4", "not JSON"), {"text": ""}
     tokenizer = SentencePieceTokenizer(train_model(lines, SentencePieceConfig(vocab_size=277)))
-    return Job(
+    return ShardTask(
         source=MemorySource(records),
         fields=("text",),
         tokenizer=tokenizer,
@@ -42,7 +42,7 @@ def here(folder: Path) -> dict[str, bytes]:
 def test_without_beam_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "apache_beam.options.pipeline_options", None)
     with pytest.raises(UserError, match="Apache Beam is not installed: pip install apache-beam"):
-        prepare_with_beam(job_of(), Folder(tmp_path / "a"), HERE)
+        prepare_with_beam(task_of(), Folder(tmp_path / "a"), HERE)
     assert not list(tmp_path.iterdir())
 
 
@@ -53,29 +53,29 @@ class TestWithBeam:
 
     @pytest.mark.parametrize("protocol", ["", "file://"])
     def test_the_same_bytes(self, tmp_path: Path, protocol: str, caplog: pytest.LogCaptureFixture) -> None:
-        job = job_of()
-        prepare(job, tmp_path / "here", workers=1)
-        there = destination(f"{protocol}{tmp_path}/there", job)
+        task = task_of()
+        prepare(task, tmp_path / "here", workers=1)
+        there = destination(f"{protocol}{tmp_path}/there", task)
         with caplog.at_level(logging.INFO, logger="common.data.tokenized.beam"):
-            manifest = prepare_with_beam(job, there, HERE)
-        assert here(tmp_path / "there" / job.key()) == here(tmp_path / "here")
+            manifest = prepare_with_beam(task, there, HERE)
+        assert here(tmp_path / "there" / task.key()) == here(tmp_path / "here")
         assert (manifest["records"], manifest["kept"], manifest["empty"]) == (300, 299, 1)
         assert "Beam counted 300 records, 299 kept, 1 problems" in caplog.messages
         caplog.clear()
-        assert prepare_with_beam(job, there, HERE) == manifest and not caplog.messages, "all is there"
+        assert prepare_with_beam(task, there, HERE) == manifest and not caplog.messages, "all is there"
 
     def test_it_goes_on_with_what_this_machine_began(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        job, there = job_of(), Folder(tmp_path / "there")
+        task, there = task_of(), Folder(tmp_path / "there")
         for number in (0, 4):
-            there.write(number, job, lambda done: None)
-        job.source.reads = 0  # type: ignore[misc]
-        prepare_with_beam(job, there, HERE)
+            there.write(number, task, lambda done: None)
+        task.source.reads = 0  # type: ignore[misc]
+        prepare_with_beam(task, there, HERE)
         monkeypatch.setattr(module, "write_shard", None)
-        assert prepare(job, tmp_path / "there").manifest["kept"] == 299
+        assert prepare(task, tmp_path / "there").manifest["kept"] == 299
 
     def test_a_record_that_cannot_be_used_stops_a_strict_job(self, tmp_path: Path) -> None:
         with pytest.raises(UserError) as stopped:
-            prepare_with_beam(job_of(strict=True), Folder(tmp_path / "a"), HERE)
+            prepare_with_beam(task_of(strict=True), Folder(tmp_path / "a"), HERE)
         assert str(stopped.value) == "the Beam pipeline failed: x.jsonl line 4: not JSON"
         assert not (tmp_path / "a").exists()
 
@@ -98,4 +98,4 @@ class TestWithBeam:
 
     def test_a_runner_that_cannot_start(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="the Beam pipeline failed: "):
-            prepare_with_beam(job_of(), Folder(tmp_path / "a"), ["--runner=nosuch.Runner"])
+            prepare_with_beam(task_of(), Folder(tmp_path / "a"), ["--runner=nosuch.Runner"])

@@ -22,20 +22,20 @@ from common.data.objectives.config import (
     CausalLM,
     FullLM,
     Mixture,
+    MixturePart,
     Objective,
-    Part,
     SpanCorruption,
     Supervised,
 )
 from common.data.sources.config import SourceConfig, SourceMixture
 from common.data.sources.records import Problem, Record
-from common.data.streams import Host, jobs, open_records, open_training, open_validation
+from common.data.streams import Host, open_records, open_training, open_validation, shard_tasks
 from common.data.tokenized import prepare as module
 from common.data.tokenized.prepare import make, open_tokenized, prepare, write_all
 from common.data.tokenized.prepared import VARIABLE
 from common.data.tokenized.remote import Remote, check_destination, destination
 from common.data.tokenized.remote_folder import RemoteFolder
-from common.data.tokenized.shards import Job
+from common.data.tokenized.shards import ShardTask
 from common.data.tokenizers.sentence_piece import SentencePieceTokenizer, train_model
 from common.errors import UserError
 from tests.common.data.memory_source import MemorySource
@@ -72,21 +72,23 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return seen
 
 
-def job_of(
+def task_of(
     tokenizer: SentencePieceTokenizer, records: list[Record | Problem] | None = None, strict: bool = False
-) -> Job:
+) -> ShardTask:
     source = MemorySource([{"text": text} for text in TEXTS] if records is None else records)
-    return Job(source=source, fields=("text",), tokenizer=tokenizer, end_each=False, strict=False, records_a_shard=16)
+    return ShardTask(
+        source=source, fields=("text",), tokenizer=tokenizer, end_each=False, strict=False, records_a_shard=16
+    )
 
 
-def send(job: Job, base: str = BASE, workers: int = 1) -> dict:
-    return make(job, destination(base, job), lambda job, to: write_all(job, to, workers))
+def send(task: ShardTask, base: str = BASE, workers: int = 1) -> dict:
+    return make(task, destination(base, task), lambda task, to: write_all(task, to, workers))
 
 
-def at(base: str, job: Job) -> dict[str, bytes]:
+def at(base: str, task: ShardTask) -> dict[str, bytes]:
     """All files that lie at an url."""
     system = fsspec.filesystem(base.partition(":")[0])
-    return {name.rsplit("/", 1)[1]: system.cat_file(name) for name in system.find(f"{base}/{job.key()}")}
+    return {name.rsplit("/", 1)[1]: system.cat_file(name) for name in system.find(f"{base}/{task.key()}")}
 
 
 def here(folder: Path) -> dict[str, bytes]:
@@ -99,14 +101,14 @@ def test_the_same_bytes_lie_at_an_url(
 ) -> None:
     records: list[Record | Problem] = [{"text": text} for text in TEXTS]
     records[40] = Problem("x.jsonl line 41", "not JSON")
-    job = job_of(tokenizer, records)
+    task = task_of(tokenizer, records)
     base = BASE if protocol == "memory" else f"file://{tmp_path}/there"
-    prepare(job, tmp_path / "here", workers=1)
-    manifest = send(job, base, workers)
-    assert at(base, job) == here(tmp_path / "here")
+    prepare(task, tmp_path / "here", workers=1)
+    manifest = send(task, base, workers)
+    assert at(base, task) == here(tmp_path / "here")
     assert manifest == json.loads((tmp_path / "here" / "manifest.json").read_text())
-    job.source.reads = 0  # type: ignore[misc]
-    assert send(job, base) == manifest and job.source.reads == 0, "all is there"  # type: ignore[attr-defined]
+    task.source.reads = 0  # type: ignore[misc]
+    assert send(task, base) == manifest and task.source.reads == 0, "all is there"  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("dies_at", ["00004.text.offsets.npy", "00004.json", "problems.jsonl", "manifest.json"])
@@ -117,8 +119,8 @@ def test_an_upload_that_was_killed_goes_on(
     bucket: MemoryFileSystem,
     dies_at: str,
 ) -> None:
-    job = job_of(tokenizer)
-    prepare(job, tmp_path / "here", workers=1)
+    task = task_of(tokenizer)
+    prepare(task, tmp_path / "here", workers=1)
     monkeypatch.setenv(VARIABLE, BASE)
     send_file, send_json = RemoteFolder.send, RemoteFolder.send_json
 
@@ -136,38 +138,38 @@ def test_an_upload_that_was_killed_goes_on(
     monkeypatch.setattr(RemoteFolder, "send", dying)
     monkeypatch.setattr(RemoteFolder, "send_json", dying_json)
     with pytest.raises(KeyboardInterrupt):
-        send(job)
-    assert module.find_elsewhere(job.key(), job.identity(), tmp_path) is None, "no manifest, no corpus"
+        send(task)
+    assert module.find_elsewhere(task.key(), task.identity(), tmp_path) is None, "no manifest, no corpus"
     monkeypatch.setattr(RemoteFolder, "send", send_file)
     monkeypatch.setattr(RemoteFolder, "send_json", send_json)
-    job.source.reads = 0  # type: ignore[misc]
-    send(job)
+    task.source.reads = 0  # type: ignore[misc]
+    send(task)
     read = len(TEXTS) - 4 * len(TEXTS) // SHARDS if dies_at.startswith("00004") else 0
-    assert job.source.reads == read, "shards whose reports were there are not made again"  # type: ignore[attr-defined]
-    assert at(BASE, job) == here(tmp_path / "here")
+    assert task.source.reads == read, "shards whose reports were there are not made again"  # type: ignore[attr-defined]
+    assert at(BASE, task) == here(tmp_path / "here")
 
 
 def test_only_what_is_read_is_fetched(
     tmp_path: Path, tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch, fetched: Counter[str]
 ) -> None:
-    job = job_of(tokenizer)
+    task = task_of(tokenizer)
     records = [tokenizer.encode(text).tolist() for text in TEXTS]
-    send(job)
+    send(task)
     monkeypatch.setenv(VARIABLE, BASE)
-    stream = open_tokenized(job, tmp_path).fields["text"]
+    stream = open_tokenized(task, tmp_path).fields["text"]
     assert (len(stream), stream.tokens) == (len(TEXTS), sum(map(len, records)))
     assert not fetched, "counts are the manifest's"
     joined = [token for record in records for token in record]
-    first = sum(map(len, records[: job.records(3).start]))
+    first = sum(map(len, records[: task.records(3).start]))
     assert stream.slice(first + 2, first + 9).tolist() == joined[first + 2 : first + 9]
     assert fetched == {"00003.text.tokens.npy": 1}
     assert stream.slice(first - 4, first + 9).tolist() == joined[first - 4 : first + 9]
     assert fetched == {"00003.text.tokens.npy": 1, "00002.text.tokens.npy": 1}
-    last = job.records(6)
+    last = task.records(6)
     assert stream.lengths(np.array(last)).tolist() == [len(records[i]) for i in last]
     assert stream[last.start].tolist() == records[last.start]
     assert fetched.total() == 4 and {"00006.text.offsets.npy", "00006.text.tokens.npy"} <= set(fetched)
-    again = open_tokenized(job, tmp_path).fields["text"]
+    again = open_tokenized(task, tmp_path).fields["text"]
     assert [again[i].tolist() for i in range(len(TEXTS))] == records
     assert set(fetched.values()) == {1} and fetched.total() == 2 * SHARDS, "what was fetched is kept"
 
@@ -179,10 +181,10 @@ def test_threads_fetch_a_file_once(
     fetched: Counter[str],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    job = job_of(tokenizer)
-    send(job)
+    task = task_of(tokenizer)
+    send(task)
     monkeypatch.setenv(VARIABLE, BASE)
-    streams = [open_tokenized(job, tmp_path).fields["text"] for _ in range(2)]
+    streams = [open_tokenized(task, tmp_path).fields["text"] for _ in range(2)]
     together = threading.Barrier(8)
 
     def read(number: int) -> list[int]:
@@ -200,23 +202,23 @@ def test_threads_fetch_a_file_once(
 def test_what_arrives_damaged_is_refused(
     tmp_path: Path, tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch, damage: Any
 ) -> None:
-    job = job_of(tokenizer)
-    send(job)
+    task = task_of(tokenizer)
+    send(task)
     monkeypatch.setenv(VARIABLE, BASE)
-    url = f"{BASE}/{job.key()}/00002.text.tokens.npy"
+    url = f"{BASE}/{task.key()}/00002.text.tokens.npy"
     system = fsspec.filesystem("memory")
     whole = system.cat_file(url)
     system.pipe_file(url, damage(whole))
-    stream = open_tokenized(job, tmp_path).fields["text"]
+    stream = open_tokenized(task, tmp_path).fields["text"]
     for _ in range(2):
         with pytest.raises(UserError, match=f"{url} is damaged"):
-            stream[job.records(2).start + 1]
+            stream[task.records(2).start + 1]
     kept = [path.name[33:] for path in (tmp_path / "prepared").glob("*/*.npy")]
     assert "00002.text.tokens.npy" not in kept, "what is damaged is not kept"
     system.pipe_file(url, whole)
-    place = job.records(2).start + 1
+    place = task.records(2).start + 1
     assert stream[place].tolist() == tokenizer.encode(TEXTS[place]).tolist()
-    system.rm_file(f"{BASE}/{job.key()}/00000.text.tokens.npy")
+    system.rm_file(f"{BASE}/{task.key()}/00000.text.tokens.npy")
     with pytest.raises(UserError, match="00000.text.tokens.npy cannot be read"):
         stream[1]
 
@@ -225,14 +227,14 @@ def test_what_arrives_damaged_is_refused(
 def test_what_lies_ready_is_not_made(
     tmp_path: Path, tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    job = job_of(tokenizer)
+    task = task_of(tokenizer)
     base = BASE if kind == "url" else str(tmp_path / "ready")
-    send(job, base)
+    send(task, base)
     monkeypatch.setenv(VARIABLE, base)
-    job.source.reads = 0  # type: ignore[misc]
-    prepared = open_tokenized(job, tmp_path / "cache")
-    assert job.source.reads == 0 and not (tmp_path / "cache" / "tokenized").exists()  # type: ignore[attr-defined]
-    assert str(prepared.where) == f"{base}/{job.key()}"
+    task.source.reads = 0  # type: ignore[misc]
+    prepared = open_tokenized(task, tmp_path / "cache")
+    assert task.source.reads == 0 and not (tmp_path / "cache" / "tokenized").exists()  # type: ignore[attr-defined]
+    assert str(prepared.where) == f"{base}/{task.key()}"
     stream = prepared.fields["text"]
     assert [stream[i].tolist() for i in range(len(stream))] == [tokenizer.encode(text).tolist() for text in TEXTS]
     assert any((tmp_path / "cache").rglob("*.npy")) == (kind == "url"), "a folder is read in place"
@@ -244,14 +246,14 @@ def test_what_does_not_lie_ready_is_made_and_that_is_said(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    job = job_of(tokenizer)
+    task = task_of(tokenizer)
     monkeypatch.setenv(VARIABLE, BASE)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            prepared = open_tokenized(job, tmp_path, workers=1)
-    assert prepared.where == tmp_path / "tokenized" / job.key()
+            prepared = open_tokenized(task, tmp_path, workers=1)
+    assert prepared.where == tmp_path / "tokenized" / task.key()
     assert [line.getMessage() for line in caplog.records] == [
-        f"memory 1 is not in {BASE} and is tokenised here; its key is {job.key()}"
+        f"memory 1 is not in {BASE} and is tokenised here; its key is {task.key()}"
     ], "once: later it is in the cache"
 
 
@@ -260,39 +262,39 @@ def test_records_left_out_are_known_from_afar(
 ) -> None:
     records: list[Record | Problem] = [{"text": text} for text in TEXTS]
     records[3], records[40] = Problem("x.jsonl line 4", "not JSON"), Problem("x.jsonl line 41", "not JSON")
-    job = job_of(tokenizer, records)
-    send(job)
+    task = task_of(tokenizer, records)
+    send(task)
     monkeypatch.setenv(VARIABLE, BASE)
-    prepared = open_tokenized(job, tmp_path)
+    prepared = open_tokenized(task, tmp_path)
     good = [i for i in range(100) if i not in (3, 40)]
     assert [prepared.source_index(place) for place in range(98)] == good
     assert fetched == {"00000.kept.npy": 1, "00002.kept.npy": 1}
-    strict = dataclasses.replace(job, strict=True)
+    strict = dataclasses.replace(task, strict=True)
     with pytest.raises(UserError, match="x.jsonl line 4: not JSON"):
         open_tokenized(strict, tmp_path)
     with pytest.raises(UserError, match="x.jsonl line 4: not JSON"):
         send(strict)
 
 
-def rewritten(job: Job, **change: object) -> bytes:
-    return json.dumps(json.loads(at(BASE, job)["manifest.json"]) | change).encode()
+def rewritten(task: ShardTask, **change: object) -> bytes:
+    return json.dumps(json.loads(at(BASE, task)["manifest.json"]) | change).encode()
 
 
 @pytest.mark.parametrize(
     ("manifest", "message"),
     [
-        (lambda job: b"{", "manifest.json cannot be read: Expecting"),
-        (lambda job: b"[]", "manifest.json is damaged"),
-        (lambda job: rewritten(job, source="memory 2"), "manifest.json tells of another source"),
-        (lambda job: rewritten(job, format=1), "manifest.json tells of another source, tokenizer or format"),
-        (lambda job: rewritten(job, shards=[{}]), "manifest.json is damaged"),
-        (lambda job: rewritten(job, shards=3), "manifest.json is damaged"),
+        (lambda task: b"{", "manifest.json cannot be read: Expecting"),
+        (lambda task: b"[]", "manifest.json is damaged"),
+        (lambda task: rewritten(task, source="memory 2"), "manifest.json tells of another source"),
+        (lambda task: rewritten(task, format=1), "manifest.json tells of another source, tokenizer or format"),
+        (lambda task: rewritten(task, shards=[{}]), "manifest.json is damaged"),
+        (lambda task: rewritten(task, shards=3), "manifest.json is damaged"),
         (
-            lambda job: rewritten(job, shards=[{"hashes": {"x.npy": "../" * 9}, "kept": 1, "tokens": {"text": 1}}]),
+            lambda task: rewritten(task, shards=[{"hashes": {"x.npy": "../" * 9}, "kept": 1, "tokens": {"text": 1}}]),
             "manifest.json is damaged",
         ),
         (
-            lambda job: rewritten(job, shards=[{"hashes": {"/../x": "0" * 32}, "kept": 1, "tokens": {"text": 1}}]),
+            lambda task: rewritten(task, shards=[{"hashes": {"/../x": "0" * 32}, "kept": 1, "tokens": {"text": 1}}]),
             "manifest.json names '/../x', which is outside its folder",
         ),
     ],
@@ -300,25 +302,25 @@ def rewritten(job: Job, **change: object) -> bytes:
 def test_a_manifest_of_something_else(
     tmp_path: Path, tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch, manifest: Any, message: str
 ) -> None:
-    job = job_of(tokenizer)
-    send(job)
+    task = task_of(tokenizer)
+    send(task)
     monkeypatch.setenv(VARIABLE, BASE)
-    fsspec.filesystem("memory").pipe_file(f"{BASE}/{job.key()}/manifest.json", manifest(job))
+    fsspec.filesystem("memory").pipe_file(f"{BASE}/{task.key()}/manifest.json", manifest(task))
     with pytest.raises(UserError, match=message):
-        open_tokenized(job, tmp_path)
+        open_tokenized(task, tmp_path)
 
 
 def test_a_folder_that_is_wrong(
     tmp_path: Path, tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job, base = job_of(tokenizer), tmp_path / "ready"
+    task, base = task_of(tokenizer), tmp_path / "ready"
     monkeypatch.setenv(VARIABLE, str(base))
     with pytest.raises(UserError, match=f"{VARIABLE} is {base}: no such folder"):
-        open_tokenized(job, tmp_path)
-    send(job, str(base))
-    (base / job.key() / "00003.text.offsets.npy").unlink()
+        open_tokenized(task, tmp_path)
+    send(task, str(base))
+    (base / task.key() / "00003.text.offsets.npy").unlink()
     with pytest.raises(UserError, match="00003.text.offsets.npy is missing"):
-        open_tokenized(job, tmp_path)
+        open_tokenized(task, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -340,7 +342,7 @@ def test_a_bucket_that_refuses(tokenizer: SentencePieceTokenizer, monkeypatch: p
 
     monkeypatch.setattr(MemoryFileSystem, "put_file", refuses)
     with pytest.raises(UserError, match=r"00000.text.offsets.npy cannot be written: 403: you may not$"):
-        send(job_of(tokenizer))
+        send(task_of(tokenizer))
 
 
 def text(folder: Path, name: str = "lines") -> SourceConfig:
@@ -359,7 +361,10 @@ def config_of(source: SourceConfig | SourceMixture, objective: Objective, input_
 
 
 BOTH = Mixture(
-    parts=(Part(objective=FullLM(), rate=0.5, mode="a"), Part(objective=SpanCorruption(), rate=0.5, mode="b"))
+    parts=(
+        MixturePart(objective=FullLM(), rate=0.5, mode="a"),
+        MixturePart(objective=SpanCorruption(), rate=0.5, mode="b"),
+    )
 )
 STREAMS: dict[str, Any] = {
     "supervised": lambda folder: config_of(
@@ -405,10 +410,10 @@ def test_batches_do_not_tell_where_tokens_lie(
     """Made when they are read, or ahead: in the cache, in a folder, at an url; and ahead means all of it."""
     config = STREAMS[name](folder)
     lazily = batches(config, tokenizer, folder / "lazily")
-    for _, job in jobs(config, tokenizer, folder / "ahead"):
-        open_tokenized(job, folder / "ahead", workers=1)
+    for _, task in shard_tasks(config, tokenizer, folder / "ahead"):
+        open_tokenized(task, folder / "ahead", workers=1)
         for base in (BASE, str(folder / "ready")):
-            send(job, base)
+            send(task, base)
 
     def refuses(number: int, *rest: object) -> None:
         raise AssertionError(f"shard {number} was not made ahead")
@@ -426,7 +431,7 @@ def test_batches_do_not_tell_where_tokens_lie(
 
 def test_jobs_are_all_splits_of_all_parts_once(folder: Path, tokenizer: SentencePieceTokenizer) -> None:
     def names(name: str, *more: str) -> list[str]:
-        return [split for split, _ in jobs(STREAMS[name](folder), tokenizer, folder, more)]
+        return [split for split, _ in shard_tasks(STREAMS[name](folder), tokenizer, folder, more)]
 
     assert names("supervised", "validation") == ["train", "validation"]
     assert names("supervised", "train[:10]") == ["train", "validation", "train[:10]"]
@@ -438,17 +443,17 @@ def test_jobs_are_all_splits_of_all_parts_once(folder: Path, tokenizer: Sentence
         names("supervised", "tset")
     few = SentencePieceTokenizer(tokenizer.serialized())
     with pytest.raises(UserError, match="needs 3 sentinels"):
-        jobs(STREAMS["spans"](folder), few, folder)
+        shard_tasks(STREAMS["spans"](folder), few, folder)
 
 
 def test_texts_of_scored_splits_are_found(
     folder: Path, tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = STREAMS["supervised"](folder)
-    for _, job in jobs(config, tokenizer, folder / "ahead", ("train[10:20]",)):
-        send(job)
+    for _, task in shard_tasks(config, tokenizer, folder / "ahead", ("train[10:20]",)):
+        send(task)
     monkeypatch.setenv(VARIABLE, BASE)
     records = open_records(config, config.source, "train[10:20]", tokenizer, folder / "here")
-    assert isinstance(records.prepared.where, RemoteFolder) and isinstance(destination(BASE, job), Remote)
+    assert isinstance(records.prepared.where, RemoteFolder) and isinstance(destination(BASE, task), Remote)
     assert [records.text(i)["targets"] for i in range(10)] == [f"is {n}" for n in range(10, 20)]
     assert tokenizer.decode(records.examples.make(np.array([4]))[0].targets_T) == "is 14"
