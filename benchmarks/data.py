@@ -13,12 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.decoder import Spread
-from common.data.config import DataConfig, SentencePieceConfig
+from common.data.config import SentencePieceConfig
 from common.data.examples import PieceExamples
 from common.data.loader import Loader
 from common.data.objectives.config import FullLM, RawText, SpanCorruption, needs_of
 from common.data.packing import RowPlans
-from common.data.sources.config import SourceConfig
 from common.data.sources.records import Record
 from common.data.tokenized.prepare import prepare
 from common.data.tokenized.shards import ShardTask
@@ -88,14 +87,6 @@ def _loader(folder: Path, objective: RawText, rows: int, input_length: int, targ
     for _ in range(CORPUS_TOKENS >> 20):
         writer.append([rng.integers(3, VOCAB - 100, 1 << 20)])
     writer.close()
-    config = DataConfig(
-        source=SourceConfig(name="text:random", inputs=None, targets=None, text="text"),
-        tokenizer=SentencePieceConfig(path="random", sentinels=100),
-        objective=objective,
-        rows=rows,
-        input_length=input_length,
-        target_length=target_length,
-    )
     ids = types.SimpleNamespace(
         eos_id=1,
         pad_id=0,
@@ -114,7 +105,7 @@ def _loader(folder: Path, objective: RawText, rows: int, input_length: int, targ
         source_content_id="random",
     )
     plans = RowPlans(examples, input_limit=input_length, target_limit=target_length, seed=0, cache_dir=None)
-    return Loader(examples, config, plans)
+    return Loader(examples, plans, rows=rows)
 
 
 class _Texts:

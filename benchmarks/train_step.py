@@ -89,7 +89,7 @@ def _random_loader(experiment: Experiment, folder: Path) -> Loader:
         seed=config.seed,
         cache_dir=folder,
     )
-    return Loader(examples, config, plans)
+    return Loader(examples, plans, rows=config.rows)
 
 
 def time_arm(

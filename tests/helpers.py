@@ -15,8 +15,8 @@ import pytest
 from flax import nnx
 
 from common.data.batch import Batch
+from common.data.block_layout import build_batch
 from common.data.examples import RecordExamples
-from common.data.loader import build_batch
 from common.data.objectives.config import Supervised
 from common.data.tokenized.token_store import TokenStream
 from common.model import skeleton

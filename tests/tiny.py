@@ -11,12 +11,10 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from common.config import to_json
-from common.data.config import DataConfig
 from common.data.examples import RecordExamples
 from common.data.loader import Loader
 from common.data.objectives.config import Supervised
 from common.data.packing import RowPlans
-from common.data.sources.config import SourceConfig
 from common.data.tokenized.token_store import TokenStream
 from common.recipe import Recipe
 from common.sharding.shape import MeshShape
@@ -101,13 +99,7 @@ def loader(
         source_content_id=content_id,
     )
     plans = RowPlans(made, input_limit=INPUTS, target_limit=TARGETS, seed=order, cache_dir=None)
-    config = DataConfig(
-        source=SourceConfig(name="jsonl:x", inputs="a", targets="b"),
-        rows=ROWS,
-        input_length=INPUTS,
-        target_length=TARGETS,
-    )
-    return Loader(made, config, plans)
+    return Loader(made, plans, rows=ROWS)
 
 
 def task(family: str, stream: Stream | None = None, data: dict[str, str] | None = None, **train: Any) -> Task:

@@ -1,12 +1,12 @@
 """The layouts that every family reads: a training batch (block order), and a prompt to continue.
 
-Legend: B rows, I input slots, T target slots, W slots of decoder inputs.
+A row holds several packed examples in two blocks, `[inputs of all its examples | shifted targets of all its examples]`.
+Segment ids (1, 2, ... in each row; 0 is padding), positions and loss weights are explicit. Nothing is derived from
+token values, so token id 0 may occur in a text, and inputs or targets may be empty. An example's target positions
+continue from its input positions. Decoder inputs are its targets shifted right after a start token, so that every
+family predicts `targets[j]` from `(inputs, targets[<j])`. `common.data.block_layout` shows a worked example.
 
-A batch row holds several packed examples in two blocks, `[inputs of all its examples | shifted targets of all its
-examples]`. Segment ids (1, 2, ... per row; 0 is padding), positions and loss weights are explicit: nothing is ever
-derived from token values, so token id 0 may stand inside a text and inputs or targets may be empty. An example's target
-positions continue from its input positions, and its targets are shifted right after a start token, so every family
-predicts `targets[j]` from `(inputs, targets[<j])`.
+Legend: B rows, I input slots, T target slots, W slots of decoder inputs.
 """
 
 import dataclasses
@@ -18,13 +18,13 @@ import jax.numpy as jnp
 from common.compute.length_sums import LengthSums
 
 Array = Any
-"""A NumPy array on the host, a `jax.Array` in a program."""
+"""A NumPy array on the host, a `jax.Array` on devices."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One step's rows; integer arrays are int32, weights float32."""
+    """The rows of one step. Integer arrays are int32, weights float32."""
 
     inputs_BI: Array
     input_segments_BI: Array
@@ -38,14 +38,14 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HostBatch:
-    """A batch on the host with what the ledgers need of it."""
+    """A batch on the host, with the counts that the ledgers need."""
 
     batch: Batch
     fingerprint: int
-    """Sum over rows, modulo 2**128, of each row's seeded hash: commutative, so hosts may add their shares."""
+    """The sum, modulo 2**128, of the rows' seeded hashes. Sums commute, so hosts add those of their own rows."""
     examples: int
     length_sums: LengthSums
-    """Of the real (unpadded) examples in the batch."""
+    """Sums over the examples in the batch, without padding."""
     loss_tokens: int
     """Target tokens with non-zero weight."""
 
@@ -53,16 +53,17 @@ class HostBatch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """Where decoding begins: one example a row, inputs at the left, `lengths_B` of them real (0 is legal); int32."""
+    """Where decoding begins, int32: one example a row, its inputs at the left, `lengths_B` of them real (0 is legal)."""
 
     inputs_BI: jax.Array
     lengths_B: jax.Array
     starts_B: jax.Array
-    """Each row's next decoder input: the start token, or, for a language model whose inputs and targets are one text,
-    the prompt's last token (its inputs are then the prompt without it)."""
+    """The next decoder input of each row: the start token or, for a language model whose inputs and targets are one text,
+    the last token of the prompt, which is then left out of its inputs."""
     written_BW: jax.Array | None = None
-    """Decoder inputs before that one, at the left; None where no row has any."""
+    """The decoder inputs before it, at the left; None if no row has any."""
     written_lengths_B: jax.Array | None = None
+    """How many of them are real."""
 
     def positions_BI(self) -> jax.Array:
         B, I = self.inputs_BI.shape  # noqa: E741 (a shape letter)

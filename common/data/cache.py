@@ -1,5 +1,4 @@
-"""The one folder for everything that can be rebuilt: a thing in it is built exactly once, and used only if it is what
-was written."""
+"""The cache: one folder for everything that can be rebuilt. An entry is built once and checked before use."""
 
 import contextlib
 import fcntl
@@ -15,7 +14,7 @@ from common.terminal import harmless
 
 
 def default_cache_dir() -> Path:
-    """`$TWINSTACK_CACHE`, or the folder `twinstack` in the platform's own place for caches."""
+    """Returns `$TWINSTACK_CACHE`, or else the folder `twinstack` where the platform keeps caches."""
     if named := os.environ.get("TWINSTACK_CACHE"):
         return user_path(named, "$TWINSTACK_CACHE")
     if sys.platform == "darwin":
@@ -25,30 +24,29 @@ def default_cache_dir() -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock between processes, on a file beside `path`; the system frees it when its holder dies."""
+    """Holds a lock on `path` that excludes other processes; the system releases it if its holder dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.parent / f".{path.name}.lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(harmless(f"waiting for another process that makes {path}"), file=sys.stderr)
+            print(harmless(f"waiting for another process that is making {path}"), file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def build_once(path: Path, build: Callable[[Path], None]) -> Path:
-    """Makes the file or folder `path` unless it is there and is what was written, and returns it.
+    """Builds the file or folder `path` unless it is there and undamaged, and returns `path`.
 
-    `build` is given a path in the same folder at which it makes the file or folder; that is moved into place when it is
-    whole. So `path` is either absent or complete, whichever process dies when. Of several processes that need it one
-    builds and the others wait. The next process removes what a killed one left; damaged files are named on standard
-    error and rebuilt.
+    `build` makes the file or folder at a temporary path in the same folder, which is then renamed. So `path` is either
+    absent or complete, whenever a process dies. If several processes need it, one builds and the others wait. The next
+    process removes what a killed one left. Damaged entries are named on standard error and rebuilt.
     """
     if whole(path):
         return path
     with locked(path):
         if not whole(path):
-            say_damage(path)
+            warn_of_damage(path)
             part = path.parent / f".{path.name}.part"
             _remove(part)
             build(part)
@@ -57,19 +55,19 @@ def build_once(path: Path, build: Callable[[Path], None]) -> Path:
 
 
 def whole(path: Path) -> bool:
-    """Whether `path` is there and is what `put` put there."""
+    """Returns whether `path` is there with the contents that `put` recorded."""
     return path.exists() and damage(path, _sums(path)) is None
 
 
-def say_damage(path: Path) -> None:
-    """Names what is there, but is not what was written."""
+def warn_of_damage(path: Path) -> None:
+    """Prints a warning if `path` is there with other contents than were recorded."""
     if path.exists() and (why := damage(path, _sums(path))):
-        said = f"{path} in the cache is damaged, or an earlier version's ({why}): it is made anew"
-        print(harmless(said), file=sys.stderr)
+        warning = f"{path} in the cache is damaged, or from an earlier version ({why}): it is rebuilt"
+        print(harmless(warning), file=sys.stderr)
 
 
 def put(part: Path, path: Path) -> None:
-    """Moves a file or folder that is complete from `part` to `path`, in the place of one that is damaged."""
+    """Moves a complete file or folder from `part` to `path`, replacing a damaged one, and records its hashes."""
     write_sums(part, _sums(path))
     old = path.parent / f".{path.name}.old"
     _remove(old)
@@ -82,12 +80,12 @@ def put(part: Path, path: Path) -> None:
 
 
 def adopt(path: Path) -> None:
-    """Takes what an earlier version put there and whose bytes are known to be right by other means."""
+    """Records the hashes of an entry of an earlier version, whose contents the caller has checked otherwise."""
     write_sums(path, _sums(path))
 
 
 def listed(path: Path) -> bool:
-    """Whether sizes and hashes of `path` were written; an earlier version wrote none."""
+    """Returns whether the hashes of `path` are recorded; earlier versions recorded none."""
     return _sums(path).exists()
 
 

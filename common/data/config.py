@@ -1,7 +1,6 @@
-"""What a run reads: source, tokenizer, objective and the shape of its rows.
+"""Configs of what a run reads: source, tokenizer, objective and the shape of its rows.
 
-Everything here is checked when it is made, so a wrong value is one clear line before any work starts. Defaults live
-here and nowhere else.
+Configs are checked when they are made, so a wrong value is one clear line before any work starts.
 """
 
 import dataclasses
@@ -26,36 +25,35 @@ from common.ranges import Count, Range, Rows, Tokens, Width, check_ranges
 MODEL_TYPES = ("unigram", "bpe")
 Sentinels = Annotated[int, Range(0, 2**16)]
 MOST_SLOTS = 2**28
-"""A few times as many tokens a step as the largest published runs have."""
+"""The most slots in a step: a few times as many tokens as in the largest published runs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SentencePieceConfig:
-    """A SentencePiece model: loaded from a file, or trained on the run's own training split.
+    """A SentencePiece model, loaded from a file or trained on the run's own training split.
 
-    Trained models use pad 0, eos 1, unk 2; a loaded model keeps its own. Sentinels are ids on top of the pieces. The
-    fields from `vocab_size` to `training_records` say how to train and are not read where `path` is given, except
-    `sentinels`, which holds for both.
+    Trained models use pad 0, eos 1, unk 2; a loaded model keeps its own ids. Sentinels are ids after the pieces. The
+    fields from `vocab_size` to `training_records` are for training and ignored if `path` is given.
     """
 
     kind: Literal["sentencepiece"] = "sentencepiece"
     path: str | None = None
     """A SentencePiece `.model` file; None trains one."""
     sentinels: Sentinels = 0
-    """Extra ids on top, that stand for spans cut out of a text (T5: 100)."""
+    """Extra ids after the pieces, which replace spans cut out of a text (T5: 100)."""
     vocab_size: Width = 1024
     """Pieces and sentinels together."""
     model_type: Literal["unigram", "bpe"] = "unigram"
     split_digits: bool = True
-    """Every digit is a piece of its own."""
+    """Make every digit a piece by itself."""
     byte_fallback: bool = True
-    """Spend 256 ids on single bytes, so that every text can be written and read back; without them a character that the
+    """Spend 256 ids on single bytes, so that every text can be encoded and decoded; without them, a character that the
     training text lacks becomes `unk`."""
     character_coverage: Annotated[float, Range(0.9, 1)] = 0.9995
-    """Share of the training text's characters that get a piece of their own. The rest is written in bytes, so without
-    `byte_fallback` it must be 1."""
+    """Share of the training text's characters that get pieces. Bytes encode the others, so it must be 1 without
+    `byte_fallback`."""
     training_records: Count = 50_000
-    """At most that many records, evenly spaced over the training split, are trained on."""
+    """The most records to train on, evenly spaced over the training split."""
 
     def __post_init__(self) -> None:
         if self.model_type not in MODEL_TYPES:
@@ -68,30 +66,29 @@ class SentencePieceConfig:
 
 
 BYTE_PAIR_LEAST = 3 + 256
-"""Pad, eos and unk, and a token for every byte."""
+"""The smallest vocabulary: pad, eos, unk and a token for every byte."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BytePairConfig:
-    """Byte-level byte-pair encoding: loaded from files, or trained on the run's own training split.
+    """A byte-level byte-pair encoding, loaded from files or trained on the run's own training split.
 
-    Trained ones use pad 0, eos 1, unk 2 and can write every text. A loaded one keeps its ids, and may be anything that
-    a `tokenizer.json` describes. `vocab_size` and `training_records` say how to train and are not read where `path` is
-    given.
+    Trained ones use pad 0, eos 1, unk 2 and can encode every text. A loaded one keeps its ids, and may be anything that
+    a `tokenizer.json` describes. `vocab_size` and `training_records` are for training and ignored if `path` is given.
     """
 
     kind: Literal["byte_pair"] = "byte_pair"
     path: str | None = None
-    """A `tokenizer.json`, or a folder that holds one, or that holds `vocab.json` and `merges.txt`; None trains one."""
+    """A `tokenizer.json`, or a folder with one or with `vocab.json` and `merges.txt`; None trains one."""
     eos: str | None = None
-    """Name of the token that ends a text, in a loaded tokenizer; None takes what `tokenizer_config.json` beside it
-    says, or else a well-known name."""
+    """Name of the token that ends a text in a loaded tokenizer; None reads it from `tokenizer_config.json` in the same
+    folder, or else tries well-known names."""
     sentinels: Sentinels = 0
-    """Extra ids on top, that stand for spans cut out of a text; a loaded tokenizer may have its own."""
+    """Extra ids after the others, which replace spans cut out of a text; a loaded tokenizer may have its own."""
     vocab_size: Width = 1024
     """Special tokens, bytes, merges and sentinels together."""
     training_records: Count = 50_000
-    """At most that many records, evenly spaced over the training split, are trained on."""
+    """The most records to train on, evenly spaced over the training split."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -107,9 +104,9 @@ TokenizerConfig = SentencePieceConfig | BytePairConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """One stream of batches: `rows` packed rows of `input_length` + `target_length` slots a step.
+    """A stream of batches, each of `rows` packed rows of `input_length` + `target_length` slots.
 
-    Raises UserError for sizes that cannot hold anything and for an objective whose fields the source does not name.
+    Raises UserError for rows too short for any example, and for an objective whose fields the source does not name.
     """
 
     source: Sources
@@ -118,11 +115,11 @@ class DataConfig:
     rows: Rows
     """Rows a step, over all hosts."""
     input_length: Annotated[int, Range(0, 2**24, unit="tokens")]
-    """Input slots a row, in tokens."""
+    """Input slots in a row."""
     target_length: Tokens
-    """Target slots a row, in tokens."""
+    """Target slots in a row."""
     seed: Annotated[int, Range(0, 2**48 - 1)] = 0
-    """The seed of example order, packing and objectives; initialisation and dropout use `train.seed`."""
+    """Seeds example order, packing and objectives; `train.seed` seeds initialisation and dropout."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -130,7 +127,7 @@ class DataConfig:
         if self.input_length < least:
             raise UserError(f"input_length is {self.input_length}: it must be {least} or more")
         if (slots := self.rows * (self.input_length + self.target_length)) > MOST_SLOTS:
-            raise UserError(f"rows is {self.rows}: that makes {slots:,} slots a step; at most {MOST_SLOTS:,} are made")
+            raise UserError(f"rows is {self.rows}: that makes {slots:,} slots a step; the most is {MOST_SLOTS:,}")
         for source in parts_of(self.source):
             if isinstance(self.objective, Supervised) == (source.text is not None):
                 wanted = "inputs and targets" if isinstance(self.objective, Supervised) else "text"
@@ -138,7 +135,7 @@ class DataConfig:
         self._check_pieces()
 
     def _check_pieces(self) -> None:
-        """What an objective over pieces of text asks of rows and tokenizer."""
+        """Raises UserError where an objective over pieces of text does not fit rows, source or tokenizer."""
         pairs = isinstance(self.objective, PrefixLM) and self.objective.complementary
         if pairs and self.input_length != self.target_length:
             raise UserError(
@@ -155,7 +152,7 @@ class DataConfig:
             self.check_sentinels(self.tokenizer.sentinels)
 
     def check_sentinels(self, sentinels: int) -> None:
-        """Raises UserError where the objective needs more sentinels than the tokenizer has."""
+        """Raises UserError if the objective needs more sentinels than the tokenizer's `sentinels`."""
         for part in raw_parts(self.objective):
             needed = needs_of(part.objective, self.input_length, self.target_length).sentinels
             if needed > sentinels:
@@ -166,7 +163,7 @@ class DataConfig:
 
 
 def fitted_needs(objective: RawText, input_length: int, target_length: int) -> Needs:
-    """As `needs_of`. Raises UserError where no whole piece of text fits such rows."""
+    """Computes `needs_of`. Raises UserError if no whole piece of text fits such rows."""
     needs = needs_of(objective, input_length, target_length)
     if needs.piece < SHORTEST_PIECE:
         raise UserError(f"target_length is {target_length}: it must be {SHORTEST_INPUTS} or more")

@@ -1,9 +1,18 @@
-"""Examples without end: of any number, what it is made of, how long it is, and itself.
+"""An infinite, indexable sequence of examples: the lengths and the tokens of example n, for any n.
 
-Examples of one source, or of a mixture, are numbered from 0 on through all epochs. What an example is follows from its
-number alone, and so do its random draws: a text that comes again in a later epoch is corrupted anew.
+An example follows from its number alone, and so do its random draws: a text that returns in a later epoch is corrupted
+anew. Four index spaces lie between a batch and its source; each has one word, which means nothing else in this package:
 
-Legend: E examples, L tokens of a piece, M a mode's tokens.
+    word    counts                                      range           how to reach it
+    row     packed rows of the stream, over all epochs  0, 1, 2, ...    in step r // B, for B rows a step
+    number  examples, over all epochs                   0, 1, 2, ...    `RowPlans.row(row)`: the numbers in a row
+    index   examples within one epoch                   0 to size - 1   number % size; the epoch is number // size
+    place   tokenised records, or pieces of text        0 to size - 1   `Order.place(number)`: the index, or a shuffle
+
+A record that cannot be used has no place; `Prepared.source_record` maps a place to the source's own record. A mixture
+has numbers of its own: its example n is an example of one part, whose number in that part `MixedExamples` works out.
+
+Legend: E examples, L tokens of a piece.
 """
 
 import dataclasses
@@ -22,61 +31,69 @@ from common.data.objectives.spans import SHORTEST_PIECE
 from common.data.tokenized.token_store import TokenStream
 
 PLANNED_TOGETHER = 1 << 20
-"""A source of more examples is shuffled by a formula instead of by the plan of its rows, so that memory stays small."""
+"""The largest epoch that one packing plan covers. The plan shuffles it; larger epochs are shuffled by a formula, which
+keeps memory small."""
 WINDOW = 1 << 17
+"""Examples in a plan where an epoch is larger than that."""
 MIXED_WINDOW = 1 << 14
+"""Examples in a plan of a mixture."""
 
 
 class Examples(Protocol):
-    """Every arm that reads the same `content` reads the same examples."""
+    """An infinite sequence of examples. Equal `content` means equal examples, in every arm of a comparison."""
 
     tokenizer: SpecialIds
     content: str
-    """What the examples are: source, tokenizer and objective. Fingerprints are seeded with it."""
+    """Describes source, tokenizer and objective; seeds fingerprints."""
     size: int
     """Examples an epoch."""
     window: int
-    """How many are planned into rows together."""
+    """Consecutive examples that one packing plan covers."""
     together: int
-    """Examples whose numbers differ only in the remainder by this share a row."""
+    """This many consecutive examples always share a row."""
 
     def lengths(self, number_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Input and target lengths, int64 [E]."""
+        """Returns input and target lengths, int64 [E] each."""
         ...
 
-    def make(self, number_E: np.ndarray) -> list[Example]: ...
+    def make(self, number_E: np.ndarray) -> list[Example]:
+        """Returns the examples of these numbers, in this order."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """Which of `size` things each number stands for: all of them in every epoch.
+    """Maps the numbers of examples to places in a source of `size` places: every epoch visits each place once.
 
-    Few things come in their own order, since the plan that packs a whole epoch shuffles them; many in a shuffled one.
+    A small source keeps its order here, since the packing plan of a whole epoch shuffles it; a large one is shuffled.
     """
 
     size: int
     seed: int
     mixed: bool = False
-    """Shuffle in any case: the examples are planned together with others."""
+    """Shuffle small sources too: no plan covers an epoch of a mixture's part."""
 
     @property
     def window(self) -> int:
+        """Examples that one packing plan covers."""
         return self.size if self.size <= PLANNED_TOGETHER else WINDOW
 
     def place(self, number_E: np.ndarray) -> np.ndarray:
-        """int64 [E].
+        """Returns the place of each number, int64 [E].
 
         >>> Order(3, seed=0).place(np.arange(7)).tolist()
         [0, 1, 2, 0, 1, 2, 0]
+        >>> Order(3, seed=0, mixed=True).place(np.arange(9)).reshape(3, 3).tolist()
+        [[2, 1, 0], [0, 2, 1], [2, 0, 1]]
         """
-        epoch_E, within_E = np.divmod(number_E, self.size)
+        epoch_E, index_E = np.divmod(number_E, self.size)
         if self.size <= PLANNED_TOGETHER and not self.mixed:
-            return within_E
-        return shuffled(within_E, self.size, self.seed, epoch_E)
+            return index_E
+        return shuffled(index_E, self.size, self.seed, epoch_E)
 
 
 class RecordExamples:
-    """One example a record."""
+    """One example for each record; a place is a record."""
 
     together = 1
 
@@ -115,9 +132,23 @@ class RecordExamples:
 
 
 class PieceExamples:
-    """One example a piece of text: all records end to end, cut into pieces of equal length.
+    """One example for each piece of text: all records are joined end to end and cut into pieces of equal length.
 
-    A last piece that is shorter is an example too, unless it is too short for the objective, or lacks its pair.
+    Place p holds tokens p * piece to (p + 1) * piece - 1 of the joined text. A shorter last piece is an example too,
+    unless it is too short for the objective. Complementary pairs take whole pieces only, and an even count of them:
+    examples 2n and 2n + 1 are a pair, share a row (`together`) and lie in one window.
+
+    Ten tokens in pieces of four are three places; number 5 is index 2 of epoch 1:
+
+    >>> import types
+    >>> from common.data.objectives.config import FullLM
+    >>> ids = types.SimpleNamespace(eos_id=1, pad_id=0, start_id=0, content_hash="")
+    >>> text = TokenStream.of([[10, 11, 12, 13, 14, 15], [16, 17, 18, 19]])
+    >>> examples = PieceExamples(text, piece=4, objective=FullLM(), seed=0, tokenizer=ids, source_content_id="")
+    >>> examples.size, examples.lengths(np.array([0, 1, 2, 5]))[1].tolist()
+    (3, [4, 4, 2, 2])
+    >>> [example.targets_T.tolist() for example in examples.make(np.array([1, 5]))]
+    [[14, 15, 16, 17], [18, 19]]
     """
 
     def __init__(
@@ -132,7 +163,7 @@ class PieceExamples:
         mode: Sequence[int] = (),
         mixed: bool = False,
     ) -> None:
-        """`mode` stands before all inputs."""
+        """`mode` holds token ids that begin every example's inputs."""
         self._text, self._piece, self._objective, self._seed = text, piece, objective, seed
         self._mode, self.tokenizer = tuple(mode), tokenizer
         pairs = isinstance(objective, PrefixLM) and objective.complementary
@@ -147,7 +178,7 @@ class PieceExamples:
         inputs_E, targets_E = np.empty(len(number_E), np.int64), np.empty(len(number_E), np.int64)
         for length, members in self._by_length(self.order.place(number_E)):
             inputs_E[members], targets_E[members] = objectives.piece_lengths(
-                self._objective, length, seed=self._seed, index_E=number_E[members], ids=self.tokenizer
+                self._objective, length, seed=self._seed, number_E=number_E[members], ids=self.tokenizer
             )
         return inputs_E + len(self._mode), targets_E
 
@@ -162,7 +193,7 @@ class PieceExamples:
                 self._objective,
                 tokens_EL,
                 seed=self._seed,
-                index_E=number_E[members],
+                number_E=number_E[members],
                 ids=self.tokenizer,
                 mode=self._mode,
             )
@@ -171,24 +202,39 @@ class PieceExamples:
         return [example for example in out if example is not None]
 
     def _by_length(self, place_E: np.ndarray) -> list[tuple[int, np.ndarray]]:
-        """(length, which of the pieces have it): the last piece may be short."""
+        """Groups pieces by length, as (length, positions in `place_E`): all are equal but perhaps the last one."""
         length_E = np.minimum(self._piece, self._text.tokens - place_E * self._piece)
         return [(length, np.flatnonzero(length_E == length)) for length in np.unique(length_E).tolist()]
 
 
 class Unread(NamedTuple):
-    """Examples of a part that nothing was made of yet: those of `numbers` come first, then all from `then` on."""
+    """The examples of a part that no batch has consumed: first those of `numbers`, then all from number `then` on."""
 
     numbers: np.ndarray
     """int64."""
     then: int
+
+    def numbers_of(self, rank_E: np.ndarray) -> np.ndarray:
+        """Returns the numbers, int64 [E], of the unread examples of these ranks (0 is the first to be read).
+
+        >>> Unread(np.array([4, 7]), 9).numbers_of(np.arange(5)).tolist()
+        [4, 7, 9, 10, 11]
+        """
+        number_E = self.then + rank_E - len(self.numbers)
+        (early,) = np.nonzero(rank_E < len(self.numbers))
+        number_E[early] = self.numbers[rank_E[early]]
+        return number_E
 
 
 ALL = Unread(np.zeros(0, np.int64), 0)
 
 
 class MixedExamples:
-    """Several kinds of examples by rate; each goes on through its own epochs."""
+    """Interleaves the examples of several parts at given rates; each part runs through its own epochs.
+
+    `Mixing` maps a number of the mixture to a part and a rank, which counts the part's examples in the mixture. What is
+    `unread` of the part maps that rank to a number in the part.
+    """
 
     together = 1
     window = MIXED_WINDOW
@@ -196,7 +242,7 @@ class MixedExamples:
     def __init__(
         self, parts: Sequence[Examples], rates: Sequence[float], seed: int, unread: Sequence[Unread] | None = None
     ) -> None:
-        """`unread`: what there is of each part; None: all."""
+        """`unread`: the examples of each part that remain; None: all."""
         assert all(part.together == 1 for part in parts)
         self._mixing, self._parts = Mixing(rates=tuple(rates), seed=seed), parts
         self._unread = [ALL] * len(parts) if unread is None else list(unread)
@@ -206,48 +252,38 @@ class MixedExamples:
 
     def lengths(self, number_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         inputs_E, targets_E = np.empty(len(number_E), np.int64), np.empty(len(number_E), np.int64)
-        for part, members, within in self._split(number_E):
-            inputs_E[members], targets_E[members] = part.lengths(within)
+        for part, members, rank_E in self._by_part(number_E):
+            numbers = self._unread[part].numbers_of(rank_E)
+            inputs_E[members], targets_E[members] = self._parts[part].lengths(numbers)
         return inputs_E, targets_E
 
     def make(self, number_E: np.ndarray) -> list[Example]:
         out: list[Example | None] = [None] * len(number_E)
-        for part, members, within in self._split(number_E):
-            for member, example in zip(members.tolist(), part.make(within), strict=True):
+        for part, members, rank_E in self._by_part(number_E):
+            made = self._parts[part].make(self._unread[part].numbers_of(rank_E))
+            for member, example in zip(members.tolist(), made, strict=True):
                 out[member] = example
         return [example for example in out if example is not None]
 
-    def rest(self, number: int, skipped_E: np.ndarray) -> list[Unread]:
-        """The unread rest of each part after the examples before `number`, except `skipped_E` (ascending), are read."""
-        skipped = {part: place_E for part, _, place_E in self._by_part(skipped_E)}
-        rest = []
-        for part, (unread, read) in enumerate(zip(self._unread, self._mixing.counts(number), strict=True)):
-            before_E = _numbers(unread, skipped.get(part, np.zeros(0, np.int64)))
-            numbers_E = np.concatenate([before_E, unread.numbers[read:]])
-            rest.append(Unread(numbers_E, unread.then + max(0, read - len(unread.numbers))))
-        return rest
-
-    def _split(self, number_E: np.ndarray) -> list[tuple[Examples, np.ndarray, np.ndarray]]:
-        """(part, which of the examples are its, their numbers within it)."""
-        split = self._by_part(number_E)
-        return [(self._parts[part], members, _numbers(self._unread[part], place_E)) for part, members, place_E in split]
+    def unread_after(self, end: int, pending_E: np.ndarray) -> list[Unread]:
+        """Returns what remains of each part once all examples before number `end` are read, but for `pending_E`
+        (ascending)."""
+        pending = {part: rank_E for part, _, rank_E in self._by_part(pending_E)}
+        remaining = []
+        for part, (unread, read) in enumerate(zip(self._unread, self._mixing.counts(end), strict=True)):
+            pending_numbers = unread.numbers_of(pending.get(part, np.zeros(0, np.int64)))
+            numbers = np.concatenate([pending_numbers, unread.numbers[read:]])
+            remaining.append(Unread(numbers, unread.then + max(0, read - len(unread.numbers))))
+        return remaining
 
     def _by_part(self, number_E: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
-        """(part, which of the examples are its, their places among what is unread of it)."""
-        part_E, place_E = self._mixing.find(number_E)
-        found = []
+        """Groups examples by part, as (part, positions in `number_E`, ranks in the part)."""
+        part_E, rank_E = self._mixing.find(number_E)
+        groups = []
         for part in np.unique(part_E).tolist():
             (members,) = np.nonzero(part_E == part)
-            found.append((part, members, place_E[members]))
-        return found
-
-
-def _numbers(unread: Unread, place_E: np.ndarray) -> np.ndarray:
-    """Numbers within a part, int64 [E], of the examples at these places among its unread ones."""
-    number_E = unread.then + place_E - len(unread.numbers)
-    (early,) = np.nonzero(place_E < len(unread.numbers))
-    number_E[early] = unread.numbers[place_E[early]]
-    return number_E
+            groups.append((part, members, rank_E[members]))
+        return groups
 
 
 def _content(source: str, tokenizer: SpecialIds, objective: object, mode: Sequence[int] = ()) -> str:

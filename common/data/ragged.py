@@ -1,6 +1,6 @@
-"""Many token sequences of different lengths in two arrays.
+"""Token sequences of different lengths, in two arrays.
 
-Legend: P tokens of all sequences in a row, E sequences.
+Legend: P tokens of all sequences end to end, E sequences.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ragged:
-    """Many arrays of token ids end to end."""
+    """Arrays of token ids, end to end."""
 
     tokens_P: np.ndarray
     """int32."""
@@ -20,7 +20,7 @@ class Ragged:
 
     @classmethod
     def of(cls, arrays: Iterable[Iterable[int]]) -> "Ragged":
-        """From lists of ids.
+        """Makes one from lists of ids.
 
         >>> Ragged.of([[5, 6], [], [7]])[2].tolist()
         [7]
@@ -40,20 +40,20 @@ class Ragged:
         """int64 [E]."""
         return np.diff(self.offsets)
 
-    def framed(self, before: Sequence[int], behind: Sequence[int]) -> "Ragged":
-        """With the same ids before and behind every array.
+    def framed(self, before: Sequence[int], after: Sequence[int]) -> "Ragged":
+        """Adds the same ids before and after every array.
 
         >>> [array.tolist() for array in map(Ragged.of([[5, 6], []]).framed([8], [1]).__getitem__, range(2))]
         [[8, 5, 6, 1], [8, 1]]
         """
-        added = len(before) + len(behind)
+        added = len(before) + len(after)
         first, last = self.offsets[0], self.offsets[-1]
         offsets = self.offsets - first + added * np.arange(len(self.offsets))
         out_P = np.empty(offsets[-1], np.int32)
-        ours = np.ones(len(out_P), bool)
-        for place, token in enumerate(before):
-            out_P[offsets[:-1] + place], ours[offsets[:-1] + place] = token, False
-        for place, token in enumerate(reversed(behind), start=1):
-            out_P[offsets[1:] - place], ours[offsets[1:] - place] = token, False
-        out_P[ours] = self.tokens_P[first:last]
+        old = np.ones(len(out_P), bool)
+        for i, token in enumerate(before):
+            out_P[offsets[:-1] + i], old[offsets[:-1] + i] = token, False
+        for i, token in enumerate(reversed(after), start=1):
+            out_P[offsets[1:] - i], old[offsets[1:] - i] = token, False
+        out_P[old] = self.tokens_P[first:last]
         return Ragged(tokens_P=out_P, offsets=offsets)

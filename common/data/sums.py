@@ -1,4 +1,4 @@
-"""Whether files are what was written: their sizes and hashes stand beside them, and are compared once a machine."""
+"""Detects damaged files: their sizes and hashes are stored with them and checked once on each machine."""
 
 import contextlib
 import hashlib
@@ -14,17 +14,17 @@ from common.files import read_json, write_json
 
 THREADS = 8
 SHOWN_BYTES = 1 << 28
-"""Reading more than that is worth a word."""
+"""Files of more bytes in total show a progress message while they are hashed."""
 
 
 def file_hash(path: Path) -> str:
-    """BLAKE2b, 128 bits, as hexadecimal digits."""
+    """Returns a file's BLAKE2b, 128 bits in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def write_sums(path: Path, sums: Path) -> None:
-    """Brings the file `path`, or all files of that folder, onto the disk; writes their sizes and hashes to `sums`."""
+    """Syncs the file `path`, or all files of that folder, to disk, and writes their sizes and hashes to `sums`."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     for each in {*files, *(file.parent for file in files)}:
         sync(each)
@@ -34,14 +34,14 @@ def write_sums(path: Path, sums: Path) -> None:
 
 
 def damage(path: Path, sums: Path) -> str | None:
-    """How the file or folder `path` differs from what `write_sums` saw; None where it does not.
+    """Returns how the file or folder `path` differs from the record of `write_sums`; None if it does not.
 
-    A file is not read again that is, by its times, size and inode, the one that was found right on this machine.
+    A file is not hashed again if its times, size and inode are those of the file that passed on this machine.
     """
     try:
         expected = {path / name: (int(size), str(digest)) for name, (size, digest) in read_json(sums).items()}
     except (UserError, AttributeError, TypeError, ValueError):
-        return f"{sums} cannot be read" if sums.exists() else "there is no list of its hashes"
+        return f"{sums} cannot be read" if sums.exists() else "it has no list of hashes"
     known = _read_stamp(sums)
     for file, (size, _) in expected.items():
         if not file.is_file():
@@ -51,30 +51,30 @@ def damage(path: Path, sums: Path) -> str | None:
     unknown = [file for file in expected if known.get(str(file)) != _state(file)]
     for file, digest in zip(unknown, _hashes(unknown), strict=True):
         if digest != expected[file][1]:
-            return f"{file} holds other bytes"
+            return f"{file} has another hash"
     if unknown:
         remember(expected, sums)
     return None
 
 
 def is_right(file: Path, digest: str, stamp: Path) -> bool:
-    """Whether a file's hash is `digest`; remembers that beside `stamp`, which need not exist."""
+    """Returns whether a file's hash is `digest`; remembers a match in a file next to `stamp`, which need not exist."""
     if _read_stamp(stamp).get(str(file)) == _state(file):
         return True
-    right = file_hash(file) == digest
-    if right:
+    matches = file_hash(file) == digest
+    if matches:
         remember([file], stamp)
-    return right
+    return matches
 
 
 def remember(files: Iterable[Path], sums: Path) -> None:
-    """Records, for this machine, that these files are right as they are now; does nothing in a read-only cache."""
+    """Records that these files, as they are now, have passed on this machine; does nothing in a read-only cache."""
     with contextlib.suppress(OSError):
         write_json(_stamp(sums), {str(file): _state(file) for file in files})
 
 
 def sync(path: Path) -> None:
-    """Brings a file, or a folder's list of names, onto the disk."""
+    """Syncs a file, or a folder's list of names, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -90,12 +90,13 @@ def _hashes(files: list[Path]) -> list[str]:
 
 
 def _state(file: Path) -> list[int]:
-    """Changes with every write: the time of the last change of a file's entry cannot be set."""
+    """Returns values that change with every write: a program cannot set the inode's change time."""
     stat = file.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
 def _stamp(sums: Path) -> Path:
+    """Returns the path of this machine's record of files that have passed."""
     return sums.with_name(f"{sums.name}-{socket.gethostname()}")
 
 

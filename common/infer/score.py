@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from common.data.batch import Batch
-from common.data.loader import lay_out
+from common.data.block_layout import lay_out
 from common.data.objectives.apply import Example
 from common.data.packing import plan_epoch
 from common.errors import UserError

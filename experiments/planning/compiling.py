@@ -24,7 +24,7 @@ from rich.status import Status
 from common.compute.aot import Compiled, compile_step, devices_of, environment
 from common.compute.topology import Topology
 from common.config import from_json, to_json
-from common.data.cache import default_cache_dir, put, say_damage, whole
+from common.data.cache import default_cache_dir, put, warn_of_damage, whole
 from common.errors import UserError
 from common.files import read_json, write_json
 from common.terminal import marked_up
@@ -66,7 +66,7 @@ def compile_all(programs: Sequence[PlannedProgram], console: Console) -> list[Co
     paths = [default_cache_dir() / "plans" / f"{program.key()}.json" for program in programs]
     missing = [(program, path) for program, path in zip(programs, paths, strict=True) if not whole(path)]
     for _, path in missing:
-        say_damage(path)
+        warn_of_damage(path)
     if missing:
         _compile_missing(missing, console)
     return [from_json(Compiled, read_json(path)) for path in paths]

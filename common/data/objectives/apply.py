@@ -1,10 +1,11 @@
-"""Pretraining objectives: how tokens become inputs, targets and loss weights. No model is known here.
+"""Applies pretraining objectives: turns tokens into inputs, targets and loss weights. No model is known here.
 
-An objective is a pure function of (seed, index, tokens), so any example can be made again by anyone at any time.
-Inputs and targets may be empty, and id 0 may stand anywhere: lengths are explicit. Objectives over raw text take pieces
-of it, many at once; what they do is in `common.data.objectives.denoising`.
+An objective is a pure function of (seed, example number, tokens), so any process can make any example again. Inputs
+and targets may be empty, and token id 0 may occur anywhere: lengths are explicit. Objectives over raw text work on many
+pieces at once, in `common.data.objectives.denoising`.
 
-Legend: I an example's input tokens, T its target tokens (both without padding), E examples, L tokens of a piece.
+Legend: I an example's input tokens, T its target tokens (both without padding), E examples, L tokens of a piece, P
+tokens of many examples end to end, S sentinels.
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ from common.data.objectives.spans import count_noise
 from common.data.ragged import Ragged
 
 PIECES_AT_ONCE = 1024
+"""Blank pieces whose lengths are drawn at a time, which bounds memory."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,11 +42,11 @@ class Example:
     targets_T: np.ndarray
     """int32, not shifted."""
     weights_T: np.ndarray
-    """float32; the loss is a mean over tokens by these weights."""
+    """float32; the loss is the mean over target tokens with these weights."""
 
 
 class SpecialIds(Protocol):
-    """What examples and batches need of a tokenizer."""
+    """The part of a tokenizer that examples and batches use."""
 
     eos_id: int
     pad_id: int
@@ -59,7 +61,7 @@ class SpecialIds(Protocol):
 
 
 def fields(objective: object) -> tuple[str, ...]:
-    """The fields of a record that the objective reads.
+    """Returns the names of the fields of a record that the objective reads.
 
     >>> fields(CausalLM())
     ('text',)
@@ -68,7 +70,7 @@ def fields(objective: object) -> tuple[str, ...]:
 
 
 def of_record(objective: Supervised | CausalLM, tokens: Mapping[str, np.ndarray], eos_id: int) -> Example:
-    """The example of a record whose fields hold int32 `tokens`.
+    """Makes the example of one record, whose fields hold int32 `tokens`.
 
     >>> record = {"inputs": np.array([7, 0], np.int32), "targets": np.array([], np.int32)}
     >>> example = of_record(Supervised(), record, eos_id=1)
@@ -77,17 +79,17 @@ def of_record(objective: Supervised | CausalLM, tokens: Mapping[str, np.ndarray]
     """
     match objective:
         case Supervised():
-            inputs_I = _ended(tokens["inputs"], eos_id, objective.eos_after_inputs)
-            targets_T = _ended(tokens["targets"], eos_id, objective.eos_after_targets)
+            inputs_I = _with_eos(tokens["inputs"], eos_id, objective.eos_after_inputs)
+            targets_T = _with_eos(tokens["targets"], eos_id, objective.eos_after_targets)
         case CausalLM():
-            inputs_I, targets_T = np.zeros(0, np.int32), _ended(tokens["text"], eos_id, objective.eos)
+            inputs_I, targets_T = np.zeros(0, np.int32), _with_eos(tokens["text"], eos_id, objective.eos)
     return Example(inputs_I, targets_T, np.ones(len(targets_T), np.float32))
 
 
 def record_lengths(
     objective: Supervised | CausalLM, token_lengths: Mapping[str, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Input and target lengths int64 [E] of examples, from the token lengths of their records' fields.
+    """Computes input and target lengths, int64 [E] each, from the token lengths of the records' fields.
 
     >>> record_lengths(CausalLM(), {"text": np.array([0, 4])})
     (array([0, 0]), array([1, 5]))
@@ -102,17 +104,17 @@ def record_lengths(
 
 
 def of_pieces(
-    objective: RawText, tokens_EL: np.ndarray, *, seed: int, index_E: np.ndarray, ids: SpecialIds, mode: Sequence[int]
+    objective: RawText, tokens_EL: np.ndarray, *, seed: int, number_E: np.ndarray, ids: SpecialIds, mode: Sequence[int]
 ) -> list[Example]:
-    """The examples of pieces of one length, int32 [E, L]; `mode` stands before all inputs.
+    """Makes the examples of pieces of equal length, int32 [E, L]. The ids of `mode` begin all inputs.
 
     >>> import types
-    >>> made = of_pieces(FullLM(), np.array([[5, 6]]), seed=0, index_E=np.array([0]), ids=None, mode=())
+    >>> made = of_pieces(FullLM(), np.array([[5, 6]]), seed=0, number_E=np.array([0]), ids=None, mode=())
     >>> made[0].inputs_I.tolist(), made[0].targets_T.tolist()
     ([], [5, 6])
     """
-    inputs, targets = _denoise(objective, tokens_EL, seed, index_E, ids)
-    if _ends(objective):
+    inputs, targets = _denoise(objective, tokens_EL, seed, number_E, ids)
+    if _eos_ends(objective):
         inputs, targets = inputs.framed((), (ids.eos_id,)), targets.framed((), (ids.eos_id,))
     if len(mode):
         inputs = inputs.framed(mode, ())
@@ -122,27 +124,27 @@ def of_pieces(
 
 
 def piece_lengths(
-    objective: RawText, length: int, *, seed: int, index_E: np.ndarray, ids: SpecialIds
+    objective: RawText, length: int, *, seed: int, number_E: np.ndarray, ids: SpecialIds
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Input and target lengths int64 [E] of what becomes of pieces of `length` tokens, without a mode.
+    """Computes input and target lengths, int64 [E] each, of the examples of pieces of `length` tokens.
 
-    They depend on draws at most, never on tokens: blank pieces have the same.
+    Mode ids are not counted. Lengths may depend on an example's draws but never on its tokens, so blank pieces serve.
     """
     same = not isinstance(objective, PrefixLM | IidDenoising)
-    wanted = index_E[:1] if same else index_E
+    wanted = number_E[:1] if same else number_E
     inputs_E, targets_E = np.zeros(len(wanted), np.int64), np.zeros(len(wanted), np.int64)
     for first in range(0, len(wanted), PIECES_AT_ONCE):
         chunk = slice(first, first + PIECES_AT_ONCE)
         blank_EL = np.zeros((len(wanted[chunk]), length), np.int32)
         made = _denoise(objective, blank_EL, seed, wanted[chunk], ids)
-        inputs_E[chunk], targets_E[chunk] = (side.lengths + _ends(objective) for side in made)
+        inputs_E[chunk], targets_E[chunk] = (side.lengths + _eos_ends(objective) for side in made)
     if same:
-        return np.repeat(inputs_E, len(index_E)), np.repeat(targets_E, len(index_E))
+        return np.repeat(inputs_E, len(number_E)), np.repeat(targets_E, len(number_E))
     return inputs_E, targets_E
 
 
-def _ends(objective: RawText) -> bool:
-    """Whether eos ends both sides, as in T5's pretraining."""
+def _eos_ends(objective: RawText) -> bool:
+    """Returns whether eos ends inputs and targets, as in T5's pretraining."""
     match objective:
         case FullLM():
             return False
@@ -153,42 +155,43 @@ def _ends(objective: RawText) -> bool:
 
 
 def _denoise(
-    objective: RawText, tokens_EL: np.ndarray, seed: int, index_E: np.ndarray, ids: SpecialIds
+    objective: RawText, tokens_EL: np.ndarray, seed: int, number_E: np.ndarray, ids: SpecialIds
 ) -> denoising.Pairs:
-    """(inputs, targets), without eos."""
+    """Returns (inputs, targets), without eos and mode."""
     match objective:
         case FullLM():
             return denoising.full_lm(tokens_EL)
         case SpanCorruption(density=density, mean_span=mean_span):
             spans = count_noise(tokens_EL.shape[1], density, mean_span).spans
             return denoising.span_corruption(
-                tokens_EL, seed, index_E, density=density, mean_span=mean_span, sentinels_S=_sentinels(ids, spans)
+                tokens_EL, seed, number_E, density=density, mean_span=mean_span, sentinels_S=_sentinels(ids, spans)
             )
         case IidDenoising(density=density):
             sentinels_S = _sentinels(ids, ids.sentinels)
-            return denoising.iid_denoising(tokens_EL, seed, index_E, density=density, sentinels_S=sentinels_S)
+            return denoising.iid_denoising(tokens_EL, seed, number_E, density=density, sentinels_S=sentinels_S)
         case BertStyle(density=density, random_share=random_share):
             return denoising.bert_style(
                 tokens_EL,
                 seed,
-                index_E,
+                number_E,
                 density=density,
                 random_share=random_share,
                 mask_id=ids.sentinel_id(0),
                 ordinary_X=ids.ordinary_ids,
             )
         case Deshuffling():
-            return denoising.deshuffling(tokens_EL, seed, index_E)
+            return denoising.deshuffling(tokens_EL, seed, number_E)
         case PrefixLM(complementary=complementary):
-            return denoising.prefix_lm(tokens_EL, seed, index_E, complementary=complementary)
+            return denoising.prefix_lm(tokens_EL, seed, number_E, complementary=complementary)
 
 
 def _sentinels(ids: SpecialIds, count: int) -> np.ndarray:
     return np.array([ids.sentinel_id(k) for k in range(count)], np.int32)
 
 
-def _ended(tokens: np.ndarray, eos_id: int, ended: bool) -> np.ndarray:
-    if not ended:
+def _with_eos(tokens: np.ndarray, eos_id: int, add: bool) -> np.ndarray:
+    """Returns int32 tokens, with eos appended if `add`."""
+    if not add:
         return np.asarray(tokens, np.int32)
     out = np.empty(len(tokens) + 1, np.int32)
     out[:-1] = tokens

@@ -1,6 +1,6 @@
-"""Which pretraining objective a run has, and what it asks of rows and tokenizer.
+"""Configs of pretraining objectives, and what each requires of rows and tokenizer.
 
-Everything is checked when it is made; what the objectives do is in `common.data.objectives.apply`.
+Configs are checked when they are made. `common.data.objectives.apply` does what they describe.
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ Density = Annotated[float, Range(0, 1, "()")]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Supervised:
-    """Inputs and targets as the source gives them, loss on all target tokens.
+    """Inputs and targets as they are in the source, loss on all target tokens.
 
-    T5's convention (seqio's `append_eos`) ends both sides with eos.
+    By default eos ends both, which is T5's convention (seqio's `append_eos`).
     """
 
     kind: Literal["supervised"] = "supervised"
@@ -30,18 +30,18 @@ class Supervised:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CausalLM:
-    """Each text on its own as targets behind empty inputs, loss on every token; a text must fit a row."""
+    """A language model over whole texts: each text is an example's targets, with empty inputs, and must fit a row."""
 
     kind: Literal["causal_lm"] = "causal_lm"
     eos: bool = True
-    """End each text with eos."""
+    """Whether eos ends each text."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FullLM:
-    """A plain language model over text of any length: eos behind each text, all joined, cut into rows of targets.
+    """A language model over texts of any length, joined with an eos after each and cut into rows of targets.
 
-    T5's language modelling objective for a decoder (section 3.2.3), and how decoder-only models are pretrained.
+    Decoder-only models are pretrained this way; in T5's paper it is language modelling (section 3.2.3).
     """
 
     kind: Literal["full_lm"] = "full_lm"
@@ -49,16 +49,16 @@ class FullLM:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpanCorruption:
-    """Spans cut out of a text are its targets: T5's objective (arXiv 1910.10683, section 3.1.4).
+    """Cuts spans out of a text and makes them its targets: T5's objective (arXiv 1910.10683, section 3.1.4).
 
-    All texts are joined end to end, as T5 joins them, and cut into the longest pieces whose inputs fit a row.
+    All texts are joined end to end, as in T5, and cut into the longest pieces whose inputs fit a row.
     """
 
     kind: Literal["span_corruption"] = "span_corruption"
     density: Density = 0.15
     """Share of tokens that are noise."""
     mean_span: Annotated[float, Range(1, 2**20, unit="tokens")] = 3.0
-    """Tokens a span, on average."""
+    """Mean tokens in a span."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -66,7 +66,7 @@ class SpanCorruption:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IidDenoising:
-    """As span corruption, with every token noise or not by its own draw (section 3.3.2); pieces as long as inputs."""
+    """Span corruption that draws for each token whether it is noise (section 3.3.2); pieces fill the input slots."""
 
     kind: Literal["iid_denoising"] = "iid_denoising"
     density: Density = 0.15
@@ -77,12 +77,12 @@ class IidDenoising:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BertStyle:
-    """A text with masked tokens, to the whole text (section 3.3.1); without random tokens, its MASS style."""
+    """Restores a text some of whose tokens are masked (section 3.3.1); without random tokens, T5's MASS style."""
 
     kind: Literal["bert_style"] = "bert_style"
     density: Density = 0.15
     random_share: Share = 0.1
-    """Share of the masked tokens that become random ones; the rest become sentinel 0."""
+    """Share of the masked tokens that random ones replace; sentinel 0 replaces the others."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -90,19 +90,19 @@ class BertStyle:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Deshuffling:
-    """A text's tokens in any order, to the text (section 3.3.1)."""
+    """Restores the order of a text's shuffled tokens (section 3.3.1)."""
 
     kind: Literal["deshuffling"] = "deshuffling"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefixLM:
-    """A piece of text cut at a random place: what stands before it are inputs, what follows targets (section 3.3.1)."""
+    """Continues a piece of text from a random cut: inputs are before it, targets after it (section 3.3.1)."""
 
     kind: Literal["prefix_lm"] = "prefix_lm"
     complementary: bool = False
-    """Cut pieces in pairs, the one behind s tokens and the other behind L - s: each pair fills a row of L + L slots,
-    and no family has padding (Wang et al. 2022, arXiv 2204.05832). No eos is added."""
+    """Cut pieces in pairs, one after s tokens and the other after L - s: each pair fills a row of L + L slots, and no
+    family has padding (Wang et al. 2022, arXiv 2204.05832). No eos is added."""
 
 
 RawText = FullLM | SpanCorruption | IidDenoising | BertStyle | Deshuffling | PrefixLM
@@ -115,10 +115,10 @@ class MixturePart:
 
     objective: RawText
     rate: NotNegative = 1.0
-    """How often, beside the other parts' rates."""
+    """How often it is used, relative to the other parts' rates."""
     mode: str = ""
-    """Text in front of the inputs that says which objective this is. Capital letters in square brackets, as UL2's
-    `[S2S]`, are one token of a tokenizer that is trained for the run; everything else is spelled as any text is."""
+    """Text that begins the inputs and names this objective to the model. Capital letters in square brackets, like UL2's
+    `[S2S]`, are one token of a tokenizer trained for the run; any other mode is tokenised as ordinary text."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -126,9 +126,9 @@ class MixturePart:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """Several objectives over the same text, each over pieces of its own length: UL2 (arXiv 2205.05131) is one.
+    """Several objectives over the same text, each with its own length of piece; UL2 (arXiv 2205.05131) is one.
 
-    Raises UserError for rates that sum to nothing.
+    Raises UserError for rates that sum to 0 and for complementary pairs.
     """
 
     kind: Literal["mixture"] = "mixture"
@@ -145,7 +145,7 @@ class Mixture:
 class UL2:
     """UL2's seven denoisers with their mode tokens (arXiv 2205.05131, section 3.1 and table 1).
 
-    Two public implementations give the fourth X-denoiser density 0.15; only 0.5 fits the paper's own definition of one.
+    Two public implementations use density 0.15 for the fourth X-denoiser; only 0.5 fits the paper's definition of one.
     """
 
     kind: Literal["ul2"] = "ul2"
@@ -153,10 +153,10 @@ class UL2:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UL2R:
-    """The smaller mixture with which a trained language model goes on (arXiv 2210.11399).
+    """A smaller mixture for the continued training of a language model (arXiv 2210.11399).
 
-    Denoisers as in Levanter's implementation, half of the examples prefix language modelling; these rates were not
-    checked against the paper. Its S-denoiser cuts at a place drawn evenly, without sentinels.
+    Denoisers and rates are those of Levanter's implementation, not checked against the paper; half of the examples are
+    prefix language modelling, which cuts a text at a uniform random token and uses no sentinels.
     """
 
     kind: Literal["ul2r"] = "ul2r"
@@ -168,17 +168,18 @@ Objective = Single | Mixture | UL2 | UL2R
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What an objective over pieces of text asks of rows and tokenizer."""
+    """What an objective over pieces of text requires of rows and tokenizer."""
 
     piece: int
-    """Tokens of text an example is made of."""
+    """Tokens of text in an example."""
     targets: int
-    """Target slots without which no whole piece fits."""
+    """The fewest target slots of a row that can hold a whole piece."""
     sentinels: int
+    """Sentinels that the tokenizer must have."""
 
 
 def needs_of(objective: RawText, input_length: int, target_length: int) -> Needs:
-    """Of rows of so many slots.
+    """Computes the needs of `objective` in rows of `input_length` + `target_length` slots.
 
     >>> needs_of(SpanCorruption(), 512, 114)
     Needs(piece=568, targets=114, sentinels=28)
@@ -193,8 +194,8 @@ def needs_of(objective: RawText, input_length: int, target_length: int) -> Needs
         case IidDenoising():
             piece, density = input_length - 1, objective.density
             noise, spans = piece * density, piece * density * (1 - density)
-            # As many spans as there are on average, what more there may be is left as it is; and targets so long that
-            # four standard deviations (of noise and spans as if they went together) are none too many.
+            # Sentinels for the mean number of spans; noise in further spans stays in the inputs. Target slots for four
+            # standard deviations above the mean, as if noise and spans were perfectly correlated.
             targets = noise + spans + 1 + 4 * (math.sqrt(noise * (1 - density)) + math.sqrt(spans) / 2)
             return Needs(piece=piece, targets=math.ceil(targets), sentinels=math.ceil(spans) + 1)
         case BertStyle():
@@ -206,7 +207,7 @@ def needs_of(objective: RawText, input_length: int, target_length: int) -> Needs
 
 
 def raw_parts(objective: Objective) -> tuple[MixturePart, ...]:
-    """What an objective over pieces of text consists of; nothing where it reads whole records."""
+    """Returns the parts of an objective over pieces of text; none for an objective that reads whole records."""
     match objective:
         case Supervised() | CausalLM():
             return ()
@@ -221,7 +222,7 @@ def raw_parts(objective: Objective) -> tuple[MixturePart, ...]:
 
 
 def has_inputs(objective: Objective) -> bool:
-    """Whether examples have inputs; a language model's are targets alone.
+    """Returns whether examples have inputs; those of a language model have targets only.
 
     >>> has_inputs(Supervised()), has_inputs(CausalLM()), has_inputs(FullLM()), has_inputs(UL2())
     (True, False, False, True)
@@ -231,7 +232,7 @@ def has_inputs(objective: Objective) -> bool:
 
 
 def mode_names(objective: Objective) -> tuple[str, ...]:
-    """The modes that a tokenizer trained for the objective has a token for.
+    """Returns the modes that are one token each of a tokenizer trained for the objective.
 
     >>> mode_names(UL2()), mode_names(SpanCorruption())
     (('[NLU]', '[S2S]', '[NLG]'), ())
@@ -241,7 +242,7 @@ def mode_names(objective: Objective) -> tuple[str, ...]:
 
 
 def _denoisers(mode: str, rate: float, *shapes: tuple[float, float]) -> tuple[MixturePart, ...]:
-    """A part for each (density, mean span), of equal rates that sum to `rate`."""
+    """Returns one part for each (density, mean span), with equal rates that sum to `rate`."""
     return tuple(
         MixturePart(objective=SpanCorruption(density=density, mean_span=span), rate=rate / len(shapes), mode=mode)
         for density, span in shapes

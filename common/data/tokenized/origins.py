@@ -1,7 +1,8 @@
-"""Descriptions of the sources of prepared tokens, so that a run needs neither the source files nor their text.
+"""Keeps the tokenizer and descriptions of the sources with prepared tokens, so that a run needs no source files.
 
-Beside the tokens lie `tokenizers/KEY.json`, the tokenizer's own files, and for every split `sources/KEY.json`: content
-id, number of records and, where texts are scored, the records. Keys come from configs, which a run knows without files.
+The folder of prepared tokens also has `tokenizers/KEY.json`, with the tokenizer's own files, and for every split
+`sources/KEY.json`: its content id, number of records and, if its texts are scored, the records. Keys are hashes of
+configs, which a run has without any file.
 """
 
 import base64
@@ -32,24 +33,24 @@ RECORDS_AT_ONCE = 512
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class KeptSource(SourceBase):
-    """A split whose files are not here."""
+    """A split whose files are not on this machine."""
 
     name: str
     content_id: str
     records: int
     texts: Sequence[Record | None] | None
-    """None for a record that cannot be used; None altogether where only tokens were kept."""
+    """The records, with None for one that cannot be used; None if only tokens were kept."""
 
     def __len__(self) -> int:
         return self.records
 
     def read(self, indices: Sequence[int]) -> list[Record | Problem]:
-        """Raises UserError where only tokens were kept."""
+        """Reads records. Raises UserError if only tokens were kept."""
         check_range(indices, len(self))
         if self.texts is None:
             raise UserError(
                 f"{self.name}: its text is needed, but ${VARIABLE} has only its tokens, and its files are not "
-                "here; prepare it with this same experiment"
+                "on this machine; prepare it with this same experiment"
             )
         found = [self.texts[index] for index in indices]
         return [
@@ -61,56 +62,53 @@ class KeptSource(SourceBase):
 
 
 def keep_source(to: str, part: SourceConfig, split: str, source: Source, *, with_text: bool) -> None:
-    """Describes one split in `to`, a folder or an url; texts that lie there already remain."""
-    there, name = _folder(to, "sources"), f"{_source_key(part, split)}.json"
-    before = _described(there, name)
+    """Writes the description of one split to `to`, a folder or URL. Texts in an earlier description are kept."""
+    folder, name = _folder(to, "sources"), f"{_source_key(part, split)}.json"
+    before = _read_description(folder, name)
     if before is not None and before["content_id"] == source.content_id and (before["texts"] or not with_text):
         return
     texts = _texts(source) if with_text else None
-    described = {"content_id": source.content_id, "records": len(source), "texts": texts}
-    there.make()
-    there.send_json(name, {"hash": _hash(described), **described})
+    description = {"content_id": source.content_id, "records": len(source), "texts": texts}
+    folder.make()
+    folder.send_json(name, {"hash": _hash(description), **description})
 
 
 def keep_tokenizer(
     to: str, config: TokenizerConfig, content_id: str, modes: Sequence[str], tokenizer: Tokenizer
 ) -> None:
-    """Puts the tokenizer's files in `to`, a folder or an url."""
-    there = _folder(to, "tokenizers")
+    """Writes the tokenizer's files to `to`, a folder or URL."""
+    folder = _folder(to, "tokenizers")
     files = {name: base64.b64encode(content).decode() for name, content in saved_files(tokenizer).items()}
-    there.make()
-    there.send_json(f"{_tokenizer_key(config, content_id, modes)}.json", files)
+    folder.make()
+    folder.send_json(f"{_tokenizer_key(config, content_id, modes)}.json", files)
 
 
 def kept_source(part: SourceConfig, split: str, where: str | None = None) -> KeptSource | None:
-    """One split, as `where` (None: `$TWINSTACK_PREPARED`) describes it; None where nothing does.
+    """Opens one split from its description in `where` (None: `$TWINSTACK_PREPARED`); None if there is none.
 
     Raises UserError for a damaged description.
     """
     if not (where := where or os.environ.get(VARIABLE)):
         return None
-    there, name = _folder(where, "sources"), f"{_source_key(part, split)}.json"
-    described = _described(there, name)
-    if described is None:
-        return None
-    return KeptSource(name=f"{part.name} {split}", **described)
+    description = _read_description(_folder(where, "sources"), f"{_source_key(part, split)}.json")
+    return None if description is None else KeptSource(name=f"{part.name} {split}", **description)
 
 
 def has_tokenizer(config: TokenizerConfig, modes: Sequence[str], where: str) -> bool:
-    """Whether `where`, a folder or an url, has the tokenizer of a config that names its file."""
+    """Returns whether `where`, a folder or URL, has the tokenizer of a config that names a file."""
     assert config.path is not None
     return _folder(where, "tokenizers").read_json(f"{_tokenizer_key(config, '', modes)}.json") is not None
 
 
 def kept_tokenizer(config: TokenizerConfig, content_id: str, modes: Sequence[str], cache_dir: Path) -> Tokenizer | None:
-    """The tokenizer that `$TWINSTACK_PREPARED` has of this config and training text; None where it has none.
+    """Opens the tokenizer of this config and training text from `$TWINSTACK_PREPARED`; None if it has none.
 
     Raises UserError for a damaged one.
     """
     if not (where := os.environ.get(VARIABLE)):
         return None
-    there, key = _folder(where, "tokenizers"), _tokenizer_key(config, content_id, modes)
-    files = there.read_json(f"{key}.json")
+    folder, key = _folder(where, "tokenizers"), _tokenizer_key(config, content_id, modes)
+    files = folder.read_json(f"{key}.json")
     if files is None:
         return None
 
@@ -119,43 +117,44 @@ def kept_tokenizer(config: TokenizerConfig, content_id: str, modes: Sequence[str
         for name, content in contents.items():
             (part / name).write_bytes(content)
 
-    shown = there.at(f"{key}.json")
+    shown = folder.at(f"{key}.json")
     try:
         contents = {plain_name(name, shown): base64.b64decode(text, validate=True) for name, text in files.items()}
     except (AttributeError, TypeError, ValueError):
         raise UserError(f"{shown} is damaged; delete it and prepare the data anew") from None
-    found = hashlib.blake2b(json.dumps(files, sort_keys=True).encode(), digest_size=16).hexdigest()
-    return load_saved(build_once(cache_dir / "prepared" / "tokenizers" / found, build))
+    return load_saved(build_once(cache_dir / "prepared" / "tokenizers" / _hash(files), build))
 
 
-def _described(there: RemoteFolder, name: str) -> dict[str, Any] | None:
-    found = there.read_json(name)
+def _read_description(folder: RemoteFolder, name: str) -> dict[str, Any] | None:
+    """Reads the description of a split; None if there is none. Raises UserError for a damaged one."""
+    found = folder.read_json(name)
     if found is None:
         return None
     if not isinstance(found, dict) or found.pop("hash", None) != _hash(found):
-        raise UserError(f"{there.at(name)} is damaged; delete it and prepare the data anew")
+        raise UserError(f"{folder.at(name)} is damaged; delete it and prepare the data anew")
     return found
 
 
 def _texts(source: Source) -> list[Record | None]:
+    """Reads all records, with None for one that cannot be used."""
     batches = in_batches(source, range(len(source)), RECORDS_AT_ONCE)
     return [None if isinstance(record, Problem) else record for batch in batches for record in batch]
 
 
 def _folder(base: str, name: str) -> RemoteFolder:
-    """Folders here are urls too."""
+    """Opens the folder `name` in a local folder or URL."""
     url = base if "://" in base else f"file://{user_path(base, f'${VARIABLE}').absolute()}"
     return RemoteFolder(f"{url.rstrip('/')}/{name}")
 
 
 def _source_key(part: SourceConfig, split: str) -> str:
-    """The hash of the config fields that determine the records."""
-    decides = dataclasses.replace(part, train_split="", validation_split="", strict=False)
-    return _hash([FORMAT, to_json(decides), split])
+    """Hashes the config fields that determine the records."""
+    determining = dataclasses.replace(part, train_split="", validation_split="", strict=False)
+    return _hash([FORMAT, to_json(determining), split])
 
 
 def _tokenizer_key(config: TokenizerConfig, content_id: str, modes: Sequence[str]) -> str:
-    """A loaded one does not depend on the text."""
+    """Hashes what determines a tokenizer; one loaded from a file does not depend on the training text."""
     return _hash([FORMAT, to_json(config), content_id if config.path is None else "", *modes])
 
 

@@ -1,7 +1,7 @@
-"""Tokenising a source into shards: over several processes, going on where a killed one stopped, with a manifest.
+"""Tokenises a source into shards with a manifest, over several processes; resumes where a killed one stopped.
 
-A shard is a range of records. Writing one (`common.data.tokenized.shards`) is all of the work wherever it runs: in this
-process, in several, or in an Apache Beam pipeline (`common.data.tokenized.beam`).
+A shard is a range of records. All of the work is to write one (`common.data.tokenized.shards`), in this process, in
+several, or in an Apache Beam pipeline (`common.data.tokenized.beam`).
 """
 
 import concurrent.futures
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from common.data.cache import adopt, listed, locked, put, say_damage, whole
+from common.data.cache import adopt, listed, locked, put, warn_of_damage, whole
 from common.data.progress import counter
 from common.data.tokenized.prepared import (
     IDENTITY,
@@ -34,37 +34,37 @@ from common.files import read_json, write_json
 from common.terminal import harmless
 
 NAMED = 3
-"""Problems that a warning names; all are in the file."""
+"""Problems that a warning names; the file `PROBLEMS` has all of them."""
 
 _log = logging.getLogger(__name__)
 
 
 class Destination(Protocol):
-    """Where a tokenised source is put: a folder here, or an url (`common.data.tokenized.remote`).
+    """Where a tokenised source is written: a local folder, or a URL (`common.data.tokenized.remote`).
 
-    Objects can be sent to other processes.
+    Processes can send it to each other.
     """
 
     def manifest(self) -> dict | None:
-        """None unless all is there."""
+        """Returns the manifest; None unless the source is complete."""
         ...
 
-    def alone(self) -> contextlib.AbstractContextManager[None]:
-        """Keeps others from making the same."""
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        """Keeps other processes from writing the same source, where that is possible."""
         ...
 
-    def write(self, number: int, task: ShardTask, tick: Callable[[int], None]) -> ShardReport:
-        """Puts shard `number` there, unless it is there already."""
+    def write(self, shard: int, task: ShardTask, tick: Callable[[int], None]) -> ShardReport:
+        """Writes one shard, unless it is there already."""
         ...
 
     def finish(self, task: ShardTask, reports: Sequence[ShardReport]) -> None:
-        """Makes all shards into one whole."""
+        """Completes the source after all shards are written."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """On this machine; it appears when it is whole."""
+    """A local folder, which appears at `path` when it is complete."""
 
     path: Path
 
@@ -75,21 +75,21 @@ class Folder:
         return read_json(self.path / MANIFEST) if whole(self.path) else None
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         with locked(self.path):
             if (self._part / MANIFEST).exists():
-                if as_written(self._part):  # only the move was missing
+                if as_written(self._part):  # an earlier process died just before the move
                     put(self._part, self.path)
                 else:
                     shutil.rmtree(self._part)
             if self.path.exists() and not listed(self.path) and as_written(self.path):
                 adopt(self.path)
-            say_damage(self.path)
+            warn_of_damage(self.path)
             yield
 
-    def write(self, number: int, task: ShardTask, tick: Callable[[int], None]) -> ShardReport:
+    def write(self, shard: int, task: ShardTask, tick: Callable[[int], None]) -> ShardReport:
         self._part.mkdir(parents=True, exist_ok=True)
-        return write_shard(number, task, self._part, tick)
+        return write_shard(shard, task, self._part, tick)
 
     def finish(self, task: ShardTask, reports: Sequence[ShardReport]) -> None:
         finish(task, self._part, reports)
@@ -101,9 +101,9 @@ class Folder:
 
 
 def open_tokenized(task: ShardTask, cache_dir: Path, workers: int | None = None) -> Prepared:
-    """The tokenised source: from the cache, from `$TWINSTACK_PREPARED`, or made now in the cache.
+    """Opens the tokenised source from the cache or from `$TWINSTACK_PREPARED`, or makes it in the cache.
 
-    Raises UserError for a record that cannot be used where the task is strict.
+    Raises UserError for a record that a strict task cannot use.
     """
     folder = cache_dir / "tokenized" / task.key()
     if not folder.exists():
@@ -112,21 +112,21 @@ def open_tokenized(task: ShardTask, cache_dir: Path, workers: int | None = None)
             return prepared
         if elsewhere := os.environ.get(VARIABLE):
             absent = harmless(f"{task.shown} is not in {elsewhere}")
-            _log.warning("%s and is tokenised here; its key is %s", absent, task.key())
+            _log.warning("%s and is tokenised on this machine; its key is %s", absent, task.key())
     make(task, Folder(folder), functools.partial(write_all, workers=workers))
     return Prepared.open(folder)
 
 
 def prepare(task: ShardTask, folder: Path, workers: int | None = None) -> Prepared:
-    """The tokenised source in `folder`: as it lies there, or made now.
+    """Opens the tokenised source in `folder`, after making what is missing.
 
-    Shards that a killed process finished are kept. Records that cannot be used are left out, counted and named in
-    `problems.jsonl`, and a warning says so.
+    Shards that a killed process finished are kept. Records that cannot be used are skipped, counted, listed in
+    `problems.jsonl` and named in a warning.
 
     Args:
-      workers: processes; None: as many as there are cores, where there are several shards.
+      workers: processes; None: one for each core.
 
-    Raises UserError for a record that cannot be used where the task is strict.
+    Raises UserError for a record that a strict task cannot use.
     """
     make(task, Folder(folder), functools.partial(write_all, workers=workers))
     prepared = Prepared.open(folder)
@@ -137,14 +137,15 @@ def prepare(task: ShardTask, folder: Path, workers: int | None = None) -> Prepar
 def make(
     task: ShardTask, destination: Destination, write: Callable[[ShardTask, Destination], Sequence[ShardReport]]
 ) -> dict:
-    """The manifest of what lies at the destination; what is not there yet is made by `write`, such as `write_all`.
+    """Returns the manifest of the source at the destination; if that is not complete, `write` (such as `write_all`)
+    writes its shards first.
 
-    Raises UserError for a record that cannot be used where the task is strict.
+    Raises UserError for a record that a strict task cannot use.
     """
-    _refuse_to_wait_for_itself()
+    _check_not_importing_main()
     manifest = destination.manifest()
     if manifest is None:
-        with destination.alone():
+        with destination.locked():
             manifest = destination.manifest()
             if manifest is None:
                 destination.finish(task, write(task, destination))
@@ -155,13 +156,13 @@ def make(
 
 
 def write_all(task: ShardTask, destination: Destination, workers: int | None = None) -> list[ShardReport]:
-    """Every shard, by so many processes on this machine; None: as many as there are cores."""
+    """Writes every shard, with `workers` processes on this machine (None: one for each core)."""
     shards = task.shards()
     workers = min(shards, workers or os.cpu_count() or 1)
     with counter("tokenising", len(task.source)) as tick:
         if workers == 1:
-            return [destination.write(number, task, tick) for number in range(shards)]
-        # Not by fork: a process with JAX's threads in it cannot be forked safely.
+            return [destination.write(shard, task, tick) for shard in range(shards)]
+        # A process that has JAX's threads cannot be forked safely.
         context = multiprocessing.get_context("spawn")
         reports = []
         with concurrent.futures.ProcessPoolExecutor(workers, context, _begin_worker, (task, destination)) as pool:
@@ -172,17 +173,17 @@ def write_all(task: ShardTask, destination: Destination, workers: int | None = N
 
 
 def warn_of_problems(task: ShardTask, prepared: Prepared) -> None:
-    """Where records were left out."""
+    """Logs a warning if records were skipped."""
     if problems := prepared.manifest["problems"]:
         _log.warning(
-            "%d of %d records of %s cannot be used and are left out (source.strict=true stops instead): %s; all: %s",
+            "%d of %d records of %s cannot be used and are skipped (source.strict=true stops instead): %s; all: %s",
             *(problems["count"], prepared.manifest["records"], harmless(task.shown)),
             *(harmless("; ".join(problems["first"])), harmless(f"{prepared.where}/{PROBLEMS}")),
         )
 
 
 def finish(task: ShardTask, folder: Path, reports: Sequence[ShardReport]) -> None:
-    """Writes the manifest and the list of problems, and removes such reports as lie beside them."""
+    """Writes the manifest and the list of problems to `folder`, and removes the shards' reports there."""
     problems = [problem for report in reports for problem in report.problems]
     lines = "".join(json.dumps({"problem": problem}, ensure_ascii=False) + "\n" for problem in problems)
     (folder / PROBLEMS).write_text(lines, encoding="utf-8")
@@ -201,11 +202,12 @@ def finish(task: ShardTask, folder: Path, reports: Sequence[ShardReport]) -> Non
         "shards": shards,
     }
     write_json(folder / MANIFEST, manifest)
-    for number in range(len(reports)):
-        (folder / REPORT.format(number=number)).unlink(missing_ok=True)
+    for shard in range(len(reports)):
+        (folder / REPORT.format(shard=shard)).unlink(missing_ok=True)
 
 
 def _check(task: ShardTask, manifest: dict) -> None:
+    """Raises UserError if a strict task has problems, or no record can be used."""
     problems = manifest["problems"]
     if problems and task.strict:
         raise UserError(problems["first"][0])
@@ -213,17 +215,17 @@ def _check(task: ShardTask, manifest: dict) -> None:
         raise UserError(f"none of {task.shown}'s {manifest['records']} records can be used; {problems['first'][0]}")
 
 
-def _refuse_to_wait_for_itself() -> None:
-    """Raises RuntimeError in a worker that is still importing the main script: it would wait for its own parent."""
+def _check_not_importing_main() -> None:
+    """Raises RuntimeError in a worker that is still importing the main script: it would wait for its parent's lock."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise RuntimeError(
-            "tokenising starts processes, and each imports the script that was started: "
+            "tokenising starts processes, and each imports the main script: "
             'put what that script does under `if __name__ == "__main__":`'
         )
 
 
 _work: tuple[ShardTask, Destination] | None = None
-"""Of a worker process: sent once, not with every shard."""
+"""Set in worker processes: sent once, not with every shard."""
 
 
 def _begin_worker(task: ShardTask, destination: Destination) -> None:
@@ -231,7 +233,7 @@ def _begin_worker(task: ShardTask, destination: Destination) -> None:
     _work = task, destination
 
 
-def _in_worker(number: int) -> ShardReport:
+def _in_worker(shard: int) -> ShardReport:
     assert _work is not None
     task, destination = _work
-    return destination.write(number, task, lambda done: None)
+    return destination.write(shard, task, lambda done: None)

@@ -1,4 +1,4 @@
-"""A tokenised source that lies ready, in a folder or at an url: its manifest, and its files when they are needed."""
+"""Opens a tokenised source that is already complete, in a folder or at a URL. Files are read when they are needed."""
 
 import dataclasses
 import os
@@ -18,69 +18,70 @@ from common.paths import user_path
 
 MANIFEST, PROBLEMS = "manifest.json", "problems.jsonl"
 IDENTITY = ("format", "source", "tokenizer", "fields", "eos_behind_every_record")
-"""Fields of a manifest that say what was tokenised, and how."""
+"""Fields of a manifest that identify what was tokenised, and how."""
 VARIABLE = "TWINSTACK_PREPARED"
+"""The environment variable that names a folder or URL with prepared data."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A tokenised source."""
+    """A complete tokenised source."""
 
     where: Path | RemoteFolder
-    """The folder, for messages."""
-    place: Callable[[str], Path]
-    """Where a file of that name lies on this machine; fetches it first where it is elsewhere."""
+    """Its folder, for messages."""
+    local_path: Callable[[str], Path]
+    """Maps a file's name to its path on this machine, fetching the file if necessary."""
     fields: dict[str, TokenStream]
     manifest: dict
 
     @classmethod
     def open(cls, folder: Path, stamps: Path | None = None) -> "Prepared":
-        """Reads where it lies. Raises UserError for a file that is missing.
+        """Opens a folder in place. Raises UserError for a missing file.
 
         Args:
-          stamps: a folder that keeps which files were found right; each is compared with its hash before it is first
-            read. None: whoever opens it has done so.
+          stamps: checks each file's hash before its first read, and records in this folder which files have passed.
+            None: the caller has checked the hashes.
         """
         manifest = read_json(folder / MANIFEST)
         missing = [name for name in _hashes(manifest, str(folder / MANIFEST)) if not (folder / name).exists()]
         if missing:
             raise UserError(
-                f"{folder / missing[0]} is missing, which {MANIFEST} tells of; delete the folder and prepare it anew"
+                f"{folder / missing[0]} is missing, though {MANIFEST} lists it; delete the folder and prepare it anew"
             )
-        place = folder.joinpath if stamps is None else _checking(folder, manifest, stamps)
-        return cls(where=folder, place=place, fields=_streams(manifest, place), manifest=manifest)
+        local_path = folder.joinpath if stamps is None else _checked_paths(folder, manifest, stamps)
+        return cls(where=folder, local_path=local_path, fields=_streams(manifest, local_path), manifest=manifest)
 
     @classmethod
     def remote(cls, remote: RemoteFolder, manifest: dict, fetched: Path) -> "Prepared":
-        """Files come one by one into the folder `fetched`, when they are first read."""
+        """Opens a folder at a URL. Each file is fetched into the folder `fetched` before its first read."""
         hashes = _hashes(manifest, remote.at(MANIFEST))
 
-        def place(name: str) -> Path:
+        def local_path(name: str) -> Path:
             return remote.fetched(name, hashes[name], fetched)
 
-        return cls(where=remote, place=place, fields=_streams(manifest, place), manifest=manifest)
+        return cls(where=remote, local_path=local_path, fields=_streams(manifest, local_path), manifest=manifest)
 
-    def source_index(self, record: int) -> int:
-        """The number that a record has in the source, where some were left out."""
-        begin, first = 0, 0
-        for number, shard in enumerate(self.manifest["shards"]):
-            if record < first + shard["kept"]:
+    def source_record(self, place: int) -> int:
+        """Maps a place to the source's own record: records that cannot be used have no place."""
+        first_record, first_place = 0, 0  # of the shard
+        for i, shard in enumerate(self.manifest["shards"]):
+            if place < first_place + shard["kept"]:
                 if shard["kept"] == shard["records"]:
-                    return begin + record - first
-                kept = np.load(self.place(KEPT.format(number=number)), allow_pickle=False)
-                return begin + int(kept[record - first])
-            begin, first = begin + shard["records"], first + shard["kept"]
-        raise IndexError(f"record {record} of {first}")
+                    return first_record + place - first_place
+                kept = np.load(self.local_path(KEPT.format(shard=i)), allow_pickle=False)
+                return first_record + int(kept[place - first_place])
+            first_record, first_place = first_record + shard["records"], first_place + shard["kept"]
+        raise IndexError(f"place {place} of {first_place}")
 
 
 def find_elsewhere(key: str, identity: Sequence[object], cache_dir: Path) -> Prepared | None:
-    """What lies under `$TWINSTACK_PREPARED`, a folder or an url, in the folder `key`; None where nothing does.
+    """Opens the folder `key` under `$TWINSTACK_PREPARED`, a folder or URL; None if there is none.
 
     Args:
-      identity: what the manifest must say of itself.
-      cache_dir: where the files of an url are fetched to.
+      identity: the fields `IDENTITY` that the manifest must have.
+      cache_dir: receives the files of a URL.
 
-    Raises UserError where the folder is missing, or holds something else.
+    Raises UserError if the folder that the variable names is missing, or the manifest has another identity.
     """
     base = os.environ.get(VARIABLE)
     if not base:
@@ -102,7 +103,7 @@ def find_elsewhere(key: str, identity: Sequence[object], cache_dir: Path) -> Pre
 
 
 def as_written(folder: Path) -> bool:
-    """Whether a folder's files are those that its manifest records."""
+    """Returns whether a folder's files have the hashes that its manifest records."""
     try:
         hashes = _hashes(read_json(folder / MANIFEST), str(folder / MANIFEST))
         return all(file_hash(folder / name) == digest for name, digest in hashes.items())
@@ -110,18 +111,20 @@ def as_written(folder: Path) -> bool:
         return False
 
 
-def _checking(folder: Path, manifest: dict, stamps: Path) -> Callable[[str], Path]:
+def _checked_paths(folder: Path, manifest: dict, stamps: Path) -> Callable[[str], Path]:
+    """Returns a function that maps a file's name to its path, after a check of its hash."""
     hashes = _hashes(manifest, str(folder / MANIFEST))
 
-    def place(name: str) -> Path:
+    def local_path(name: str) -> Path:
         if name not in hashes or not is_right(folder / name, hashes[name], stamps / name):
-            raise UserError(f"{folder / name} is damaged: {MANIFEST} records other bytes; delete and prepare it anew")
+            raise UserError(f"{folder / name} is damaged: {MANIFEST} has another hash; delete and prepare it anew")
         return folder / name
 
-    return place
+    return local_path
 
 
 def _check(shown: str, manifest: Any, identity: Sequence[object]) -> None:
+    """Raises UserError, which begins with `shown`, for a manifest that is damaged or has another identity."""
     try:
         found = [manifest[name] for name in IDENTITY]
         digests = list(_hashes(manifest, shown).values())
@@ -130,20 +133,21 @@ def _check(shown: str, manifest: Any, identity: Sequence[object]) -> None:
         raise UserError(f"{shown} is damaged; delete its folder and prepare it anew") from None
     if found != list(identity):
         raise UserError(
-            f"{shown} tells of another source, tokenizer or format than its folder says; delete that and prepare anew"
+            f"{shown} is of another source, tokenizer or format than its folder's name; delete that and prepare it anew"
         )
-    if not all(re.fullmatch("[0-9a-f]+", digest) for digest in digests):  # which become names of files
+    if not all(re.fullmatch("[0-9a-f]+", digest) for digest in digests):  # they become names of files
         raise UserError(f"{shown} is damaged; delete its folder and prepare it anew")
 
 
 def _hashes(manifest: dict, shown: str) -> dict[str, str]:
-    """File name -> BLAKE2b of its bytes. Raises UserError, beginning with `shown`, for a name that is a path."""
+    """Returns each file's BLAKE2b by name. Raises UserError, which begins with `shown`, for a name that is a path."""
     pairs = [pair for shard in manifest["shards"] for pair in shard["hashes"].items()]
     return {plain_name(name, shown): digest for name, digest in pairs}
 
 
-def _streams(manifest: dict, place: Callable[[str], Path]) -> dict[str, TokenStream]:
-    return {
-        field: TokenStream.open(place, field, [(shard["kept"], shard["tokens"][field]) for shard in manifest["shards"]])
-        for field in manifest["fields"]
+def _streams(manifest: dict, local_path: Callable[[str], Path]) -> dict[str, TokenStream]:
+    """Opens each field's tokens."""
+    sizes = {
+        field: [(shard["kept"], shard["tokens"][field]) for shard in manifest["shards"]] for field in manifest["fields"]
     }
+    return {field: TokenStream.open(local_path, field, each) for field, each in sizes.items()}

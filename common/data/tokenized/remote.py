@@ -1,4 +1,4 @@
-"""Tokenised sources are put at an url: shard by shard, and the manifest last, so that a manifest means all is there."""
+"""Writes tokenised sources to a URL, shard by shard. The manifest comes last and marks the source as complete."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ from common.paths import check_folder, user_path
 
 @dataclasses.dataclass(frozen=True)
 class Remote:
-    """An url. A shard is written here, sent, and forgotten here; its report, sent last, says that it is there."""
+    """A folder at a URL. A shard is written locally, sent and removed; its report, sent last, marks it complete."""
 
     folder: RemoteFolder
 
@@ -27,44 +27,44 @@ class Remote:
     def manifest(self) -> dict | None:
         return self.folder.read_json(MANIFEST)
 
-    def alone(self) -> contextlib.AbstractContextManager[None]:
-        """Nobody is kept out: two that make the same send the same bytes."""
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        """Locks nothing: two processes that write the same source send the same bytes."""
         return contextlib.nullcontext()
 
-    def write(self, number: int, task: ShardTask, tick: Callable[[int], None]) -> ShardReport:
-        name = REPORT.format(number=number)
-        if (there := self.folder.read_json(name)) is not None:
-            report = ShardReport(**there)
+    def write(self, shard: int, task: ShardTask, tick: Callable[[int], None]) -> ShardReport:
+        name = REPORT.format(shard=shard)
+        if (finished := self.folder.read_json(name)) is not None:
+            report = ShardReport(**finished)
             tick(report.records)
             return report
         with tempfile.TemporaryDirectory() as temporary:
-            here = Path(temporary)
-            report = write_shard(number, task, here, tick)
+            local = Path(temporary)
+            report = write_shard(shard, task, local, tick)
             self.folder.make()
             for file in report.hashes:
-                self.folder.send(here / file)
+                self.folder.send(local / file)
         self.folder.send_json(name, dataclasses.asdict(report))
         return report
 
     def finish(self, task: ShardTask, reports: Sequence[ShardReport]) -> None:
         with tempfile.TemporaryDirectory() as temporary:
-            here = Path(temporary)
-            finish(task, here, reports)
-            self.folder.send(here / PROBLEMS)
-            self.folder.send_json(MANIFEST, read_json(here / MANIFEST))
-        for number in range(len(reports)):
-            self.folder.remove(REPORT.format(number=number))
+            local = Path(temporary)
+            finish(task, local, reports)
+            self.folder.send(local / PROBLEMS)
+            self.folder.send_json(MANIFEST, read_json(local / MANIFEST))
+        for shard in range(len(reports)):
+            self.folder.remove(REPORT.format(shard=shard))
 
 
 def destination(to: str, task: ShardTask) -> Destination:
-    """The task's own folder in `to`, a folder here or an url."""
+    """Returns the task's own folder in `to`, a local folder or a URL."""
     if "://" in to:
         return Remote(RemoteFolder(f"{to.rstrip('/')}/{task.key()}"))
     return Folder(user_path(to) / task.key())
 
 
 def check_destination(to: str) -> None:
-    """Raises UserError where nothing can be put in `to`, as far as can be told without trying."""
+    """Raises UserError if `to` is a URL of an unknown kind, or a folder that cannot be made."""
     if "://" in to:
         file_system(to)
         return

@@ -1,4 +1,4 @@
-"""A folder at an url: files are fetched from it when they are needed, and sent to it."""
+"""A folder at a URL: fetches its files when they are needed, and sends files to it."""
 
 import contextlib
 import json
@@ -15,11 +15,11 @@ from common.errors import UserError
 from common.json_text import parse_json
 
 _fetching: dict[Path, threading.Lock] = {}
-"""One thread at a time asks for a file: `build_once` would tell of another process."""
+"""A lock for each file that a thread fetches: `build_once` alone would print that another process is at work."""
 
 
 class RemoteFolder(NamedTuple):
-    """Files of anything that fsspec knows; can be sent to other processes."""
+    """A folder of any file system that fsspec knows. Processes can send it to each other."""
 
     url: str
 
@@ -27,10 +27,11 @@ class RemoteFolder(NamedTuple):
         return self.url
 
     def at(self, name: str) -> str:
+        """Returns the URL of a file."""
         return f"{self.url.rstrip('/')}/{name}"
 
     def read_json(self, name: str) -> Any | None:
-        """What a JSON file holds; None where there is no such file. Raises UserError for one that is not JSON."""
+        """Reads a JSON file; None if there is none. Raises UserError for a file that is not JSON."""
         with reading(self.at(name)):
             try:
                 return parse_json(file_system(self.url).cat_file(self.at(name)))
@@ -38,32 +39,34 @@ class RemoteFolder(NamedTuple):
                 return None
 
     def fetched(self, name: str, digest: str, folder: Path) -> Path:
-        """The file in `folder`, fetched where it is not there yet; two contents never share a place.
+        """Returns the path of a file in the local `folder`, after fetching it if necessary.
 
-        Raises UserError where it cannot be fetched, or its BLAKE2b is not `digest`.
+        The path contains the digest, so two versions of a file do not collide. Raises UserError if the file cannot be
+        fetched, or its BLAKE2b is not `digest`.
         """
         path = folder / f"{digest}.{name}"
         with _fetching.setdefault(path, threading.Lock()):
             return build_once(path, lambda part: self._fetch(name, digest, part))
 
     def send(self, path: Path) -> None:
-        """Copies a file there, under its own name. A killed one may leave half of it."""
+        """Copies a local file there, under its own name. A killed process may leave half of it."""
         with _writing(self.at(path.name)):
             file_system(self.url).put_file(str(path), self.at(path.name))
 
     def send_json(self, name: str, value: Any) -> None:
-        """Writes it whole or not at all."""
+        """Writes a JSON file there, whole or not at all."""
         system, part = file_system(self.url), self.at(f".{name}.part")
         with _writing(self.at(name)):
             system.pipe_file(part, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
             system.mv(part, self.at(name))
 
     def make(self) -> None:
-        """Where folders are things of their own; a bucket has none."""
+        """Makes the folder, if the file system has folders; a bucket has none."""
         with _writing(self.url):
             file_system(self.url).makedirs(self.url, exist_ok=True)
 
     def remove(self, name: str) -> None:
+        """Removes a file, if it is there."""
         with _writing(self.at(name)), contextlib.suppress(FileNotFoundError):
             file_system(self.url).rm_file(self.at(name))
 
@@ -73,13 +76,13 @@ class RemoteFolder(NamedTuple):
         if file_hash(part) != digest:
             part.unlink()
             raise UserError(
-                f"{self.at(name)} is damaged: its bytes are not those of its manifest; delete all and prepare it anew"
+                f"{self.at(name)} is damaged: its manifest has another hash; delete the folder and prepare it anew"
             )
 
 
 @contextlib.contextmanager
 def _writing(url: str) -> Iterator[None]:
-    """As `reading`."""
+    """Turns any error while `url` is written into a UserError, as `reading` does for reads."""
     try:
         yield
     except Exception as error:

@@ -1,6 +1,6 @@
-"""Tokenised text: the ids of every record, end to end, over any number of shards; on disk they are memory mapped.
+"""Stores tokenised text: the ids of all records, end to end, over any number of shards. Files are memory-mapped.
 
-Legend: E records, P tokens of all records in a row.
+Legend: E records, P tokens of all records end to end.
 """
 
 import dataclasses
@@ -13,18 +13,18 @@ import numpy as np
 from common.data.ragged import Ragged
 from common.errors import UserError
 
-TOKENS = "{number:05d}.{field}.tokens.npy"
-OFFSETS = "{number:05d}.{field}.offsets.npy"
-KEPT = "{number:05d}.kept.npy"
+TOKENS = "{shard:05d}.{field}.tokens.npy"
+OFFSETS = "{shard:05d}.{field}.offsets.npy"
+KEPT = "{shard:05d}.kept.npy"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredShard:
-    """One field of a shard that a `ShardWriter` wrote. Each of its files is opened when it is first read."""
+    """One field of a shard that a `ShardWriter` wrote. Each of its files is opened on first use."""
 
-    place: Callable[[str], Path]
-    """Where a file of that name lies on this machine; may have to fetch it first."""
-    number: int
+    local_path: Callable[[str], Path]
+    """Maps a file's name to its path on this machine, fetching the file if necessary."""
+    shard: int
     field: str
     records: int
     tokens: int
@@ -37,35 +37,35 @@ class StoredShard:
 
     @functools.cached_property
     def tokens_P(self) -> np.ndarray:
-        """uint16 or int32."""
+        """The ids of all records, uint16 or int32."""
         return self._mapped(TOKENS, self.tokens)
 
     @functools.cached_property
     def offsets(self) -> np.ndarray:
-        """As a `Ragged`'s."""
+        """int64 [E+1]: record i is `tokens_P[offsets[i]:offsets[i+1]]`."""
         return self._mapped(OFFSETS, self.records + 1)
 
     def _mapped(self, name: str, count: int) -> np.ndarray:
-        path = self.place(name.format(number=self.number, field=self.field))
+        path = self.local_path(name.format(shard=self.shard, field=self.field))
         try:
-            # A plain view slices faster than np.memmap does.
+            # A plain array over the mapped file slices faster than np.memmap.
             found = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
         except (ValueError, EOFError):
             found = np.zeros(0)
         if found.shape != (count,):
-            raise UserError(f"{path} does not hold the {count} numbers that its manifest records: it is damaged")
+            raise UserError(f"{path} is damaged: it does not hold the {count} numbers that its manifest records")
         return found
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenStream:
-    """One field of all records."""
+    """One field of all records, over all shards."""
 
     shards: tuple[Ragged | StoredShard, ...]
 
     @classmethod
     def of(cls, records: Iterable[Iterable[int]]) -> "TokenStream":
-        """From lists of ids, in memory.
+        """Makes a stream in memory from lists of ids.
 
         >>> stream = TokenStream.of([[5, 6], [], [7]])
         >>> len(stream), stream.tokens, stream.slice(1, 3).tolist(), stream.lengths(np.array([2, 0])).tolist()
@@ -74,16 +74,16 @@ class TokenStream:
         return cls((Ragged.of(records),))
 
     @classmethod
-    def open(cls, place: Callable[[str], Path], field: str, sizes: Sequence[tuple[int, int]]) -> "TokenStream":
-        """What `ShardWriter`s wrote; everything stays where it is until it is read.
+    def open(cls, local_path: Callable[[str], Path], field: str, sizes: Sequence[tuple[int, int]]) -> "TokenStream":
+        """Opens one field of the shards that `ShardWriter`s wrote. No file is opened before it is read.
 
         Args:
-          place: where a file of that name lies on this machine, for example `folder.joinpath`.
+          local_path: maps a file's name to its path on this machine, for example `folder.joinpath`.
           sizes: (records, tokens) of each shard.
         """
         shards = [
-            StoredShard(place=place, number=number, field=field, records=records, tokens=tokens)
-            for number, (records, tokens) in enumerate(sizes)
+            StoredShard(local_path=local_path, shard=shard, field=field, records=records, tokens=tokens)
+            for shard, (records, tokens) in enumerate(sizes)
         ]
         return cls(tuple(shards))
 
@@ -92,16 +92,16 @@ class TokenStream:
 
     @property
     def tokens(self) -> int:
-        """Of all records together."""
+        """Tokens of all records together."""
         return int(self._first_token[-1])
 
     def __getitem__(self, record: int) -> np.ndarray:
-        """The ids of one record."""
-        shard, within = _place(self._first_record, record)
+        """Returns the ids of one record."""
+        shard, within = _find_shard(self._first_record, record)
         return self.shards[shard][within]
 
     def lengths(self, records_E: np.ndarray) -> np.ndarray:
-        """Tokens of each record, int64 [E]."""
+        """Returns the token count of each record, int64 [E]."""
         shard_E = np.searchsorted(self._first_record, records_E, side="right") - 1
         out_E = np.empty(len(records_E), np.int64)
         for shard in np.unique(shard_E).tolist():
@@ -111,8 +111,8 @@ class TokenStream:
         return out_E
 
     def slice(self, start: int, stop: int) -> np.ndarray:
-        """Tokens `start` to `stop - 1` of all records end to end, whichever shards they are in."""
-        shard, within = _place(self._first_token, start)
+        """Returns tokens `start` to `stop - 1` of all records end to end, across shards."""
+        shard, within = _find_shard(self._first_token, start)
         found = self.shards[shard].tokens_P[within : within + stop - start]
         if len(found) == stop - start:
             return found
@@ -130,19 +130,19 @@ class TokenStream:
 
 
 class ShardWriter:
-    """Appends one field's ids to a flat .npy file whose length is known only at the end."""
+    """Writes one field of a shard: appends ids to a flat .npy file, whose header gets its length at the end."""
 
-    def __init__(self, folder: Path, number: int, field: str, vocab_size: int) -> None:
-        """Ids are less than `vocab_size`, which decides how many bytes each takes."""
-        self._path = folder / TOKENS.format(number=number, field=field)
-        self._offsets_path = folder / OFFSETS.format(number=number, field=field)
+    def __init__(self, folder: Path, shard: int, field: str, vocab_size: int) -> None:
+        """Ids are less than `vocab_size`, which determines their width: 2 or 4 bytes."""
+        self._path = folder / TOKENS.format(shard=shard, field=field)
+        self._offsets_path = folder / OFFSETS.format(shard=shard, field=field)
         self._dtype = "<u2" if vocab_size <= 1 << 16 else "<i4"
         self._file = self._path.open("wb")
         self._lengths: list[np.ndarray] = [np.zeros(1, np.int64)]
-        self._header(0)
+        self._write_header(0)
 
     def append(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        """Adds one record an array; returns their lengths, int64."""
+        """Appends one record for each array; returns their lengths, int64."""
         self._lengths.append(np.array([len(a) for a in arrays], np.int64))
         self._file.write(np.concatenate([np.zeros(0, np.int32), *arrays]).astype(self._dtype).tobytes())
         return self._lengths[-1]
@@ -153,20 +153,20 @@ class ShardWriter:
         np.save(self._offsets_path, offsets)
         size = self._file.tell()
         self._file.seek(0)
-        self._header(int(offsets[-1]))
+        self._write_header(int(offsets[-1]))
         self._file.close()
-        # NumPy leaves room in a header for the first axis to grow; were that to end, the file would be torn.
+        # NumPy pads headers so that the length may grow; a longer header would have overwritten data.
         assert np.load(self._path, mmap_mode="r").nbytes + self._data_start == size
         return int(offsets[-1])
 
-    def _header(self, length: int) -> None:
+    def _write_header(self, length: int) -> None:
         fields = {"descr": self._dtype, "fortran_order": False, "shape": (length,)}
         np.lib.format.write_array_header_1_0(self._file, fields)
         self._data_start = self._file.tell()
 
 
-def _place(firsts: np.ndarray, n: int) -> tuple[int, int]:
-    """(shard, number within it)."""
+def _find_shard(firsts: np.ndarray, n: int) -> tuple[int, int]:
+    """Returns (shard, offset in it) of record or token n. Shard i begins at `firsts[i]`."""
     shard = int(np.searchsorted(firsts, n, side="right")) - 1
     if not 0 <= shard < len(firsts) - 1:
         raise IndexError(f"{n} of {firsts[-1]}")

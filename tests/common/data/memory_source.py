@@ -1,4 +1,4 @@
-"""Records in memory as a source, which counts what is read of it; it can be sent to other processes."""
+"""A source of records in memory, which counts its reads and can be sent to other processes."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Damaged caches: what is not what was written is named and made anew, and no result depends on it."""
+"""Damaged caches: a damaged entry is named and rebuilt, and no result depends on it."""
 
 import gzip
 import json
@@ -35,7 +35,7 @@ def flip(path: Path, place: float = 0.5) -> None:
 
 
 def digests(config: DataConfig, cache_dir: Path) -> Iterator[str]:
-    """Everything that training reads, once more from the cache."""
+    """Hashes everything that training reads, read again from the cache."""
     indexes.map_integers.cache_clear()
     tokenizer = open_tokenizer(config.tokenizer, open_training_text(config, cache_dir), cache_dir)
     yield tokenizer.content_hash
@@ -78,14 +78,14 @@ def test_a_flipped_bit_anywhere_in_the_cache_changes_nothing(
         said = capsys.readouterr().err
         if path in entries:
             entry = cache_dir / "/".join(path.relative_to(cache_dir).parts[:2])
-            assert f"{entry} in the cache is damaged" in said and "made anew" in said
+            assert f"{entry} in the cache is damaged" in said and "rebuilt" in said
             assert whole(entry)
         assert list(digests(config, cache_dir)) == wanted
-        assert not capsys.readouterr().err, "it was made anew once"
+        assert not capsys.readouterr().err, "it was rebuilt once"
 
 
 @pytest.mark.parametrize("change", ["truncated", "missing", "empty"])
-def test_files_that_are_cut_or_missing_are_noticed(
+def test_truncated_and_missing_files_are_detected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str
 ) -> None:
     def build(folder: Path) -> None:
@@ -105,7 +105,7 @@ def test_files_that_are_cut_or_missing_are_noticed(
     assert sorted(each.name for each in tmp_path.iterdir() if not each.name.startswith(".")) == ["thing"]
 
 
-def test_a_file_is_hashed_once_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_hashed_once_on_each_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[Path] = []
     file_hash = sums.file_hash
 
@@ -125,10 +125,10 @@ def test_a_file_is_hashed_once_a_machine(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(hashed) == 2
 
 
-def test_what_an_earlier_version_wrote_is_made_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_entries_of_an_earlier_version_are_rebuilt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thing").write_text("old")
     assert build_once(tmp_path / "thing", lambda part: part.write_text("new")).read_text() == "new"
-    assert "an earlier version's" in capsys.readouterr().err
+    assert "from an earlier version" in capsys.readouterr().err
     (tmp_path / "part").write_text("newer")
     put(tmp_path / "part", tmp_path / "thing")
     assert whole(tmp_path / "thing") and (tmp_path / "thing").read_text() == "newer"
@@ -144,26 +144,26 @@ def task(tmp_path: Path) -> ShardTask:
     )
 
 
-def test_shards_of_a_killed_process_are_kept_only_if_they_are_whole(task: ShardTask, tmp_path: Path) -> None:
+def test_only_intact_shards_of_a_killed_process_are_kept(task: ShardTask, tmp_path: Path) -> None:
     folder = Folder(tmp_path / "tokens")
-    whole_one = prepared_in(task, tmp_path / "expected", workers=1)
-    for number in range(3):
-        folder.write(number, task, lambda done: None)
+    intact = prepared_in(task, tmp_path / "expected", workers=1)
+    for shard in range(3):
+        folder.write(shard, task, lambda done: None)
     part = folder._part
     flip(part / "00000.text.tokens.npy")
     (part / "00001.text.offsets.npy").unlink()
-    flip(part / REPORT.format(number=2), 0.0)
+    flip(part / REPORT.format(shard=2), 0.0)
     made = prepared_in(task, tmp_path / "tokens", workers=1)
-    assert made.manifest == whole_one.manifest
+    assert made.manifest == intact.manifest
     for record in range(40):
-        np.testing.assert_array_equal(made.fields["text"][record], whole_one.fields["text"][record])
+        np.testing.assert_array_equal(made.fields["text"][record], intact.fields["text"][record])
 
 
-def test_a_whole_folder_that_was_not_moved_is_checked(task: ShardTask, tmp_path: Path) -> None:
+def test_a_complete_folder_that_was_not_moved_is_checked(task: ShardTask, tmp_path: Path) -> None:
     for damaged in (False, True):
         folder = Folder(tmp_path / f"tokens {damaged}")
         folder._part.mkdir(parents=True)
-        reports = [write_shard(number, task, folder._part) for number in range(task.shards())]
+        reports = [write_shard(shard, task, folder._part) for shard in range(task.shards())]
         finish(task, folder._part, reports)
         if damaged:
             flip(folder._part / "00003.text.tokens.npy")
@@ -173,7 +173,7 @@ def test_a_whole_folder_that_was_not_moved_is_checked(task: ShardTask, tmp_path:
         assert task.tokenizer.decode(made.fields["text"][39]) == "number 39 of many"
 
 
-def test_tokens_of_an_earlier_version_are_taken_where_their_hashes_are_right(task: ShardTask, tmp_path: Path) -> None:
+def test_tokens_of_an_earlier_version_are_adopted_if_their_hashes_match(task: ShardTask, tmp_path: Path) -> None:
     for damaged in (False, True):
         made = prepared_in(task, tmp_path / "tokens", workers=1)
         for hidden in tmp_path.glob(".tokens.sums*"):
@@ -187,7 +187,7 @@ def test_tokens_of_an_earlier_version_are_taken_where_their_hashes_are_right(tas
 
 
 @pytest.mark.parametrize("name", ["00002.text.tokens.npy", "00002.text.offsets.npy"])
-def test_prepared_data_that_are_damaged_are_named(
+def test_damaged_prepared_data_are_named(
     task: ShardTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setenv(VARIABLE, str(tmp_path / "elsewhere"))
@@ -200,7 +200,7 @@ def test_prepared_data_that_are_damaged_are_named(
         found.fields["text"][20]
 
 
-def test_a_manifest_that_counts_wrong_is_noticed(
+def test_a_manifest_with_wrong_counts_is_detected(
     task: ShardTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(VARIABLE, str(tmp_path))
@@ -210,5 +210,5 @@ def test_a_manifest_that_counts_wrong_is_noticed(
     (tmp_path / task.key() / MANIFEST).write_text(json.dumps(manifest))
     found = find_elsewhere(task.key(), task.identity(), tmp_path / "cache")
     assert found is not None
-    with pytest.raises(UserError, match="offsets.npy does not hold the 10 numbers"):
+    with pytest.raises(UserError, match="offsets.npy is damaged: it does not hold the 10 numbers"):
         found.fields["text"][0]

@@ -1,4 +1,4 @@
-"""Examples by number: every epoch has each once, draws are fresh, and mixtures go on where they were."""
+"""Examples by number: every epoch has each once, draws are fresh, and mixtures continue where they stopped."""
 
 import tracemalloc
 import types
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from common.data import examples as module
+from common.data.block_layout import build_batch
 from common.data.examples import Examples, MixedExamples, Order, PieceExamples, RecordExamples
-from common.data.loader import build_batch
 from common.data.objectives.config import FullLM, PrefixLM, RawText, SpanCorruption, Supervised
 from common.data.objectives.draws import shuffled
 from common.data.packing import RowPlans
@@ -43,7 +43,7 @@ def test_the_shuffle_is_a_permutation_by_seed_and_epoch(size: int) -> None:
         assert abs(np.corrcoef(found[0], every)[0, 1]) < 4 / np.sqrt(size)
 
 
-def test_the_shuffle_of_a_corpus_that_fits_no_memory() -> None:
+def test_a_huge_corpus_is_shuffled_without_memory() -> None:
     size = 10**12 + 39
     numbers = np.array([0, 1, size - 1, size // 2])
     found = shuffled(numbers, size, 3, np.zeros(4, np.int64))
@@ -53,7 +53,7 @@ def test_the_shuffle_of_a_corpus_that_fits_no_memory() -> None:
 
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("most", [4, 1 << 20])
-def test_every_epoch_has_each_thing_once(monkeypatch: pytest.MonkeyPatch, mixed: bool, most: int) -> None:
+def test_every_epoch_visits_each_place_once(monkeypatch: pytest.MonkeyPatch, mixed: bool, most: int) -> None:
     monkeypatch.setattr(module, "PLANNED_TOGETHER", most)
     order = Order(size=10, seed=5, mixed=mixed)
     epochs = order.place(np.arange(40)).reshape(4, 10)
@@ -64,7 +64,7 @@ def test_every_epoch_has_each_thing_once(monkeypatch: pytest.MonkeyPatch, mixed:
     assert order.place(numbers).tolist() == epochs.ravel()[numbers].tolist()
 
 
-def test_pieces_are_the_text() -> None:
+def test_pieces_join_to_the_text() -> None:
     examples = pieces(FullLM())
     assert examples.size == 19 and examples.window == 19
     found = [token for _, targets in tokens_of(examples, np.arange(19)) for token in targets]
@@ -72,7 +72,7 @@ def test_pieces_are_the_text() -> None:
     assert examples.lengths(np.arange(19))[1].tolist() == [8] * 18 + [6]
 
 
-def test_texts_over_shards_are_the_same_text() -> None:
+def test_a_text_is_the_same_over_any_shards() -> None:
     records = [TEXT[i] for i in range(len(TEXT))]
     for cuts in ([3], [1, 2], [0, 0, 4], [6]):
         groups = [records[a:b] for a, b in zip([0, *cuts], [*cuts, len(records)], strict=True)]
@@ -120,7 +120,7 @@ def test_a_text_shorter_than_a_piece_is_one_piece() -> None:
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
-    """Rows from all over 8 billion tokens (a sparse file): only they and one window's plan are held."""
+    """Rows from all over 8 billion tokens (a sparse file) need memory only for themselves and one window's plan."""
     tokens, records_E = 1 << 33, np.array([0, 1 << 33])
     path = tmp_path / "00000.text.tokens.npy"
     with path.open("wb") as file:
@@ -146,7 +146,7 @@ def records(count: int, first: int, name: str) -> RecordExamples:
     return RecordExamples({"inputs": texts, "targets": texts}, **given)
 
 
-def test_mixed_parts_go_on_through_their_own_epochs() -> None:
+def test_parts_of_a_mixture_run_through_their_own_epochs() -> None:
     parts = [records(5, 10, "a"), records(40, 100, "b")]
     mixed = MixedExamples(parts, (1.0, 3.0), seed=0)
     found = [made[0][0] for made in tokens_of(mixed, np.arange(160))]
@@ -158,15 +158,15 @@ def test_mixed_parts_go_on_through_their_own_epochs() -> None:
     assert mixed.lengths(order)[0].tolist() == [2] * 160
 
 
-def test_a_mixture_goes_on_where_another_stopped() -> None:
+def test_a_mixture_continues_where_another_stopped() -> None:
     parts = [records(50, 10, "a"), records(60, 100, "b")]
     first = MixedExamples(parts, (1.0, 1.0), seed=0)
-    skipped = np.array([3, 4, 11, 19])
-    read = np.setdiff1d(np.arange(20), skipped)
-    second = MixedExamples(parts, (1.0, 4.0), seed=0, unread=first.rest(20, skipped))
-    third = MixedExamples(parts, (0.0, 1.0), seed=0, unread=second.rest(30, np.array([0, 29])))
+    pending = np.array([3, 4, 11, 19])
+    read = np.setdiff1d(np.arange(20), pending)
+    second = MixedExamples(parts, (1.0, 4.0), seed=0, unread=first.unread_after(20, pending))
+    third = MixedExamples(parts, (0.0, 1.0), seed=0, unread=second.unread_after(30, np.array([0, 29])))
     then = np.arange(1, 29)
-    fourth = MixedExamples(parts, (1.0, 1.0), seed=0, unread=third.rest(1, np.zeros(0, np.int64)))
+    fourth = MixedExamples(parts, (1.0, 1.0), seed=0, unread=third.unread_after(1, np.zeros(0, np.int64)))
     seen = tokens_of(first, read) + tokens_of(second, then) + tokens_of(third, np.arange(1))
     before = [inputs[0] for inputs, _ in seen]
     assert len(set(before)) == len(before) == 16 + 28 + 1, "no record twice"

@@ -1,3 +1,5 @@
+"""Batches: their layout by hand, the same stream for any threads and processes, and their fingerprints."""
+
 import dataclasses
 import hashlib
 import itertools
@@ -10,16 +12,14 @@ import pytest
 
 from common.compute.length_sums import LengthSums
 from common.data.batch import Batch, HostBatch
-from common.data.config import DataConfig
+from common.data.block_layout import build_batch
 from common.data.examples import RecordExamples
-from common.data.loader import Loader, build_batch, chain
+from common.data.loader import Loader, chain
 from common.data.objectives.apply import Example
 from common.data.objectives.config import CausalLM, Supervised
 from common.data.packing import RowPlans
-from common.data.sources.config import SourceConfig
 from common.data.tokenized.token_store import TokenStream
 
-SOURCE = SourceConfig(name="jsonl:x", inputs="a", targets="b")
 ROWS, INPUTS, TARGETS = 4, 24, 30
 BARE = Supervised(eos_after_inputs=False, eos_after_targets=False)
 
@@ -50,13 +50,12 @@ EXAMPLES = examples_of(random_pairs())
 
 
 def loader_of(examples: RecordExamples = EXAMPLES, share: Sequence[int] | None = None, rows: int = ROWS) -> Loader:
-    config = DataConfig(source=SOURCE, rows=rows, input_length=INPUTS, target_length=TARGETS)
     plans = RowPlans(examples, input_limit=INPUTS, target_limit=TARGETS, seed=0, cache_dir=None)
-    return Loader(examples, config, plans, share=share)
+    return Loader(examples, plans, rows=rows, share=share)
 
 
 def dealt(count: int) -> list[list[int]]:
-    """Contiguous shares of a batch's rows."""
+    """Divides a batch's rows into contiguous shares."""
     return [share.tolist() for share in np.split(np.arange(ROWS), count)]
 
 
@@ -65,7 +64,7 @@ def arrays(batch: Batch) -> dict[str, np.ndarray]:
 
 
 def digest(made: HostBatch) -> str:
-    """Of everything in a batch, by other means than its own fingerprint."""
+    """Hashes everything in a batch, independently of its own fingerprint."""
     parts = [f"{name}{a.dtype}{a.shape}".encode() + a.tobytes() for name, a in arrays(made.batch).items()]
     counted = repr((made.fingerprint, made.examples, made.length_sums, made.loss_tokens)).encode()
     return hashlib.sha256(b"".join([*parts, counted])).hexdigest()
@@ -95,7 +94,7 @@ def test_two_packed_examples_by_hand() -> None:
 
 
 def test_empty_inputs_empty_targets_and_id_zero_by_hand() -> None:
-    """Four examples in one row; neither an empty side nor a token 0 (also pad and start here) moves a segment."""
+    """Four examples in one row: neither an empty side nor a token 0 (here also pad and start) shifts a segment."""
     pairs: list[tuple[list[int], list[int]]] = [([0, 8, 0], [5]), ([6, 7], []), ([], [0, 4]), ([9], [0])]
     made = build_batch(examples_of(pairs), [np.array([0, 1, 2, 3])], input_length=8, target_length=5)
     expected = {
@@ -116,7 +115,7 @@ def test_empty_inputs_empty_targets_and_id_zero_by_hand() -> None:
 
 
 def test_no_input_slots_by_hand() -> None:
-    """A language model's row: no inputs at all; the second row is empty."""
+    """Rows of a language model have no inputs; here the second row is empty too."""
     records = {"text": TokenStream.of([[5, 6], [7]])}
     examples = RecordExamples(records, objective=CausalLM(), seed=0, tokenizer=special_ids(), source_content_id="s")
     rows = [np.array([1, 0]), np.array([], np.int64)]
@@ -129,7 +128,7 @@ def test_no_input_slots_by_hand() -> None:
 
 
 def unpack(batch: Batch) -> list[tuple[list[int], list[int]]]:
-    """Slot by slot, by segments alone: what was packed, with the checks that every slot owes its example."""
+    """Reads the packed examples back from segments alone, and checks every slot of each."""
     b = arrays(batch)
     found = []
     for r in range(len(b["inputs_BI"])):
@@ -148,10 +147,10 @@ def unpack(batch: Batch) -> list[tuple[list[int], list[int]]]:
     return found
 
 
-def test_an_epoch_holds_every_example_once() -> None:
+def test_an_epoch_has_every_example_once() -> None:
     loader = loader_of()
     found = [pair for made in loader.validation_batches() for pair in unpack(made.batch)]
-    # An example without any token takes no slot, so only its count shows.
+    # An example without any token takes no slot, so only the count shows it.
     assert sorted(pair for pair in found if any(pair)) == sorted(pair for pair in random_pairs() if any(pair))
     assert sum(made.examples for made in loader.validation_batches()) == EXAMPLES.size
 
@@ -172,12 +171,12 @@ def test_threads_and_buffers_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("start", [0, 1, 7, 19, 20])
-def test_resume_is_the_tail(start: int) -> None:
+def test_a_resumed_stream_is_the_tail_of_the_whole(start: int) -> None:
     whole = digests(loader_of().iterate(0, 20))
     assert digests(loader_of().iterate(start, 20)) == whole[start:]
 
 
-def test_budgets_beyond_one_epoch() -> None:
+def test_a_budget_may_exceed_one_epoch() -> None:
     loader = loader_of()
     rows = sum(1 for _ in loader.validation_batches()) * ROWS
     steps = 5 * rows // ROWS
@@ -203,7 +202,7 @@ def test_processes_share_the_rows(count: int) -> None:
         assert sum(share.loss_tokens for share in shares) == whole.loss_tokens
 
 
-def test_each_process_reads_its_share_alone() -> None:
+def test_each_process_reads_only_its_share() -> None:
     class Watched(RecordExamples):
         def make(self, number_E: np.ndarray) -> list[Example]:
             self.read = [*getattr(self, "read", []), *number_E.tolist()]
@@ -221,7 +220,7 @@ def test_each_process_reads_its_share_alone() -> None:
 
 
 def test_a_share_need_not_be_contiguous() -> None:
-    """Devices lie in a mesh as their links do, so that the rows of one process may be any."""
+    """The mesh follows the devices' links, so a process may hold any rows."""
     whole, share = loader_of().batch(3), [0, 3]
     for name, found in arrays(loader_of(share=share).batch(3).batch).items():
         np.testing.assert_array_equal(found, arrays(whole.batch)[name][share])
@@ -276,7 +275,7 @@ def fingerprint(examples: RecordExamples, rows: list[list[int]]) -> int:
 PAIRS: list[tuple[list[int], list[int]]] = [([7, 8], [5, 6]), ([9], [4]), ([3], []), ([], [2]), ([7, 8], [5, 6])]
 
 
-def test_fingerprint_ignores_the_order_of_rows_only() -> None:
+def test_fingerprint_ignores_nothing_but_the_order_of_rows() -> None:
     base = fingerprint(examples_of(PAIRS), [[0, 1], [2], [3]])
     assert 0 < base < 2**128
     for rows in itertools.permutations([[0, 1], [2], [3]]):
@@ -307,8 +306,8 @@ def test_fingerprint_depends_on_content_and_on_every_token() -> None:
     assert len({fingerprint(examples, [[0, 1]]) for examples in variants}) == len(variants)
 
 
-def test_objective_counts_even_where_tokens_agree() -> None:
-    """Without any eos to add, these two objectives make the same tokens of no inputs; the fingerprints differ still."""
+def test_fingerprint_depends_on_the_objective_even_if_tokens_agree() -> None:
+    """Without eos, these two objectives make the same tokens from empty inputs, yet their fingerprints differ."""
     one = examples_of([([], [5, 6])], BARE)
     records = {"text": TokenStream.of([[5, 6]])}
     other = RecordExamples(

@@ -1,4 +1,4 @@
-"""Mixtures of data: rates kept in every stretch, and any example found without those before it."""
+"""Mixtures: every stretch keeps the rates, and any example is found without the earlier ones."""
 
 import numpy as np
 import pytest
@@ -18,17 +18,17 @@ mixtures = pytest.mark.parametrize("mixture", MIXTURES, ids=str)
 
 @mixtures
 def test_counts_are_those_of_the_examples(mixture: Mixing) -> None:
-    component, number = mixture.take(0, 5000)
+    component, rank = mixture.take(0, 5000)
     for n in (0, 1, 2, 777, 4999, 5000):
         seen = np.bincount(component[:n], minlength=len(mixture.rates))
         assert mixture.counts(n) == seen.tolist()
     for m in range(len(mixture.rates)):
-        assert number[component == m].tolist() == list(range((component == m).sum()))
+        assert rank[component == m].tolist() == list(range((component == m).sum()))
 
 
 @mixtures
 @pytest.mark.parametrize("start", [0, 1, 4242, 10**12 + 7])
-def test_any_stretch_is_the_same_however_it_is_reached(mixture: Mixing, start: int) -> None:
+def test_a_stretch_does_not_depend_on_where_reading_starts(mixture: Mixing, start: int) -> None:
     whole = mixture.take(start, start + 100)
     for begin, end in ((0, 1), (13, 50), (99, 100)):
         for a, b in zip(mixture.take(start + begin, start + end), whole, strict=True):
@@ -38,8 +38,8 @@ def test_any_stretch_is_the_same_however_it_is_reached(mixture: Mixing, start: i
 @mixtures
 def test_examples_are_found_in_any_order(mixture: Mixing) -> None:
     numbers = np.array([7, 123_456, 0, 5000, 7, 123_455, 4096, 4095])
-    component, within = mixture.find(numbers)
-    for n, m, k in zip(numbers.tolist(), component.tolist(), within.tolist(), strict=True):
+    component, rank = mixture.find(numbers)
+    for n, m, k in zip(numbers.tolist(), component.tolist(), rank.tolist(), strict=True):
         assert [[m], [k]] == [a.tolist() for a in mixture.take(n, n + 1)]
 
 
@@ -53,7 +53,7 @@ def test_rates_are_kept_in_every_stretch(mixture: Mixing) -> None:
     assert (np.array(mixture.counts(10**6))[shares == 0] == 0).all()
 
 
-def test_seeds_differ() -> None:
+def test_seeds_give_different_mixtures() -> None:
     first, other = (Mixing(rates=(1.0, 1.0), seed=seed).take(0, 64)[0].tolist() for seed in (0, 1))
     assert first != other
 
@@ -72,12 +72,12 @@ def test_rates_by_size(sizes: list[int], how: dict[str, float], rates: tuple[flo
 
 
 @pytest.mark.parametrize("rates", [(), (0.0, 0.0), (1.0, -1.0), (float("nan"),), (float("inf"),)])
-def test_mixtures_of_nothing_are_refused(rates: tuple[float, ...]) -> None:
+def test_mixtures_without_a_positive_rate_are_refused(rates: tuple[float, ...]) -> None:
     with pytest.raises(UserError, match="mixture of nothing|it must be"):
         Mixing(rates=rates)
 
 
 @pytest.mark.parametrize("sizes", [[], [0]])
-def test_sizes_of_nothing_are_refused(sizes: list[int]) -> None:
+def test_sizes_without_a_positive_one_are_refused(sizes: list[int]) -> None:
     with pytest.raises(UserError):
         rates_by_size(sizes)

@@ -1,3 +1,5 @@
+"""Packing: every example once within both limits, and rows found in any order."""
+
 import dataclasses
 import logging
 from pathlib import Path
@@ -68,7 +70,7 @@ def test_long_examples_go_first_where_it_saves_rows() -> None:
         assert lengths[plan.row(r)].sum() <= 10
 
 
-def test_same_seed_and_epoch_same_plan_else_another() -> None:
+def test_a_plan_depends_on_seed_and_epoch() -> None:
     inputs, targets = np.full(200, 3), np.full(200, 4)
 
     def rows(seed: int, epoch: int) -> list[list[int]]:
@@ -82,13 +84,13 @@ def test_same_seed_and_epoch_same_plan_else_another() -> None:
 
 
 def test_the_plan_is_pinned() -> None:
-    """A change here changes every stream: raise the version in `packing.ALGORITHM` with it."""
+    """Any change here changes every stream: raise the version in `packing.ALGORITHM` together with it."""
     plan = plan_epoch(np.arange(8), np.arange(8)[::-1], input_limit=10, target_limit=10, seed=0, epoch=0)
     assert rows_of(plan) == [[0, 7], [3, 5], [2, 4], [1, 6]]
 
 
 def test_row_order_is_shuffled() -> None:
-    """First-fit leaves later rows emptier; the order of rows in an epoch must not show it."""
+    """First-fit leaves later rows emptier; shuffled rows must not show it."""
     rng = np.random.default_rng(1)
     lengths = rng.integers(1, 60, 5000)
     plan = plan_epoch(lengths, lengths, input_limit=64, target_limit=64, seed=0, epoch=0)
@@ -97,7 +99,7 @@ def test_row_order_is_shuffled() -> None:
 
 
 @pytest.mark.parametrize(("lengths", "message"), [([9, 12], "none of 2.*shortest has 9 and 9"), ([], "no examples")])
-def test_nothing_to_pack(lengths: list[int], message: str) -> None:
+def test_an_epoch_without_a_fitting_example_is_refused(lengths: list[int], message: str) -> None:
     with pytest.raises(UserError, match=message):
         plan_epoch(np.array(lengths), np.array(lengths), input_limit=8, target_limit=8, seed=0, epoch=0)
 
@@ -109,11 +111,11 @@ def test_too_long_examples_are_named_once(caplog: pytest.LogCaptureFixture) -> N
         for row in range(5):
             assert sorted(plans.row(row) % 4) == [0, 2]
     assert [record.getMessage() for record in caplog.records] == [
-        "2 of 4 examples are longer than a row (8 input, 8 target tokens) and are left out: 1, 3"
+        "2 of 4 examples are longer than a row (8 input, 8 target tokens) and are skipped: 1, 3"
     ]
 
 
-def test_plans_are_files(tmp_path: Path) -> None:
+def test_a_plan_survives_its_file(tmp_path: Path) -> None:
     plan = plan_epoch(*random_lengths(0), input_limit=40, target_limit=40, seed=0, epoch=0)
     save_plan(plan, tmp_path / "plan")
     loaded = load_plan(tmp_path / "plan")
@@ -121,7 +123,7 @@ def test_plans_are_files(tmp_path: Path) -> None:
         np.testing.assert_array_equal(getattr(loaded, field.name), getattr(plan, field.name))
 
 
-def test_cached_plans_are_told_apart_by_all_they_depend_on(tmp_path: Path) -> None:
+def test_the_cache_distinguishes_everything_a_plan_depends_on(tmp_path: Path) -> None:
     lengths = np.full(50, 3)
     base = {"examples": Fixed(lengths, lengths), "input_limit": 9, "target_limit": 9, "seed": 0}
     other = lengths.copy()
@@ -138,11 +140,11 @@ def test_cached_plans_are_told_apart_by_all_they_depend_on(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("order", ["forward", "backward", "random"])
-def test_rows_run_through_epochs_in_any_order_of_asking(order: str) -> None:
+def test_rows_are_found_through_epochs_in_any_order(order: str) -> None:
     inputs, targets = random_lengths(5)
     limits = {"input_limit": 40, "target_limit": 40, "seed": 2}
     epochs = [rows_of(plan_epoch(inputs, targets, **limits, epoch=epoch)) for epoch in range(4)]
-    assert len({len(rows) for rows in epochs}) > 1, "epochs of unequal numbers of rows are what makes this hard"
+    assert len({len(rows) for rows in epochs}) > 1, "epochs have unequal numbers of rows, which makes this hard"
     expected = [(epoch, number, row) for epoch, rows in enumerate(epochs) for number, row in enumerate(rows)]
     numbers = np.arange(len(expected))
     if order != "forward":
@@ -172,13 +174,13 @@ def test_a_landmark_spares_the_windows_before_it() -> None:
         asked.clear()
         assert plans.row(row).tolist() == whole.row(row).tolist() and plans.locate(row) == (window, within)
         assert min(asked) >= window - 1, "the window that the row before is in"
-        assert plans.row(1).tolist() == whole.row(1).tolist(), "earlier rows are found all the same"
+        assert plans.row(1).tolist() == whole.row(1).tolist(), "earlier rows are still found"
         assert plans.locate(end + 99) == whole.locate(end + 99)
 
 
 @pytest.mark.parametrize("odd", [None, 0, 1, 2, 7])
 def test_pieces_of_one_length_are_packed_as_first_fit_packs_them(odd: int | None) -> None:
-    """Whatever place a shorter last piece has after the shuffle; without one the rows are the very same."""
+    """Wherever the shuffle puts a shorter last piece; without one, rows are identical."""
     inputs, targets = np.full(11, 3), np.full(11, 5)
     if odd is not None:
         inputs[odd], targets[odd] = 2, 1
@@ -202,7 +204,7 @@ def test_pieces_of_one_length_are_packed_as_first_fit_packs_them(odd: int | None
     ],
 )
 def test_an_odd_example_shares_a_row_where_it_fits(lengths: list[int], limit: int, rows: int) -> None:
-    for seed in range(6):  # it may come first, last or between
+    for seed in range(6):  # it may come first, last or in between
         both = np.array(lengths), np.array(lengths)
         plan = plan_epoch(*both, input_limit=limit, target_limit=limit, seed=seed, epoch=0)
         assert len(plan) == rows
@@ -210,7 +212,7 @@ def test_an_odd_example_shares_a_row_where_it_fits(lengths: list[int], limit: in
         assert all(sum(lengths[i] for i in row) <= limit for row in rows_of(plan))
 
 
-def test_examples_that_belong_together_share_a_row() -> None:
+def test_a_pair_of_examples_shares_a_row() -> None:
     lengths = np.array([1, 4, 2, 3, 4, 1])
     plans = RowPlans(Fixed(lengths, 5 - lengths, together=2), input_limit=5, target_limit=5, seed=0, cache_dir=None)
     rows = [plans.row(row).tolist() for row in range(6)]

@@ -1,4 +1,4 @@
-"""Objectives over raw text against T5's numbers, and against what must hold of every example."""
+"""Objectives over raw text: T5's published counts, invariants of every example, and distributions."""
 
 import itertools
 from collections import Counter
@@ -17,7 +17,7 @@ from common.data.objectives.spans import Noise, corrupt, count_noise, draw_masks
 SENTINELS = np.arange(999, 799, -1, dtype=np.int32)
 VOCAB = 800
 TEXTS = np.random.default_rng(0).integers(0, VOCAB, (40, 57)).astype(np.int32)
-INDEX = np.arange(100, 140)
+NUMBERS = np.arange(100, 140)
 
 OBJECTIVES: dict[str, Callable[..., Pairs]] = {
     "spans": partial(span_corruption, density=0.15, mean_span=3.0, sentinels_S=SENTINELS),
@@ -32,7 +32,7 @@ objectives = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJEC
 
 
 def restored(inputs: np.ndarray, targets: np.ndarray) -> list[int]:
-    """The text, from what span corruption made of it: what follows a sentinel in the targets takes its place."""
+    """Restores a text from its corrupted inputs and targets: tokens after a sentinel in the targets replace it."""
     spans: dict[int, list[int]] = {}
     for token in targets.tolist():
         if token >= VOCAB:
@@ -60,17 +60,17 @@ def restored(inputs: np.ndarray, targets: np.ndarray) -> list[int]:
         (2048, 0.15, 3.0, 2274, 456, 341, 114),
     ],
 )
-def test_raw_lengths_are_those_of_t5(
+def test_counts_equal_those_of_t5(
     inputs: int, density: float, mean_span: float, raw: int, targets: int, noise: int, spans: int
 ) -> None:
-    """What T5's and UL2's published code computes."""
+    """The expected counts are those of T5's and UL2's published code."""
     found = fit_inputs(inputs, density, mean_span)
     assert found == Noise(raw, noise, spans)
     assert found.targets == targets and found.inputs <= inputs
 
 
 @pytest.mark.parametrize(("density", "mean_span"), [(0.15, 3.0), (0.5, 3.0), (0.5, 64.0), (0.01, 1.0), (0.99, 1.0)])
-def test_counts_can_always_be_met(density: float, mean_span: float) -> None:
+def test_counts_are_always_possible(density: float, mean_span: float) -> None:
     for length in range(2, 200):
         found = count_noise(length, density, mean_span)
         assert 1 <= found.spans <= found.noise <= length - 1
@@ -78,48 +78,48 @@ def test_counts_can_always_be_met(density: float, mean_span: float) -> None:
 
 
 def test_halves_are_rounded_to_even_exactly() -> None:
-    """0.15 is not a binary number: products with floats fall on either side of a half."""
+    """0.15 has no exact binary form, so products of floats fall on either side of a half."""
     assert [count_noise(n, 0.15, 3.0).noise for n in (10, 30, 50, 190, 350, 390, 670)] == [2, 4, 8, 28, 52, 58, 100]
 
 
-# --- What every example keeps
+# --- Invariants
 
 
 @objectives
-def test_an_example_depends_on_seed_index_and_tokens_alone(objective: Callable[..., Pairs]) -> None:
-    together = objective(TEXTS, 3, INDEX)
+def test_an_example_depends_only_on_seed_number_and_tokens(objective: Callable[..., Pairs]) -> None:
+    together = objective(TEXTS, 3, NUMBERS)
     for row in (0, 17, 39):
         rows = slice(row, row + 2) if row % 2 == 0 else slice(row, row + 1)
-        alone = objective(TEXTS[rows], 3, INDEX[rows])
+        alone = objective(TEXTS[rows], 3, NUMBERS[rows])
         for all_of_them, one in zip(together, alone, strict=True):
             np.testing.assert_array_equal(one[0], all_of_them[row])
-    other = objective(TEXTS, 4, INDEX)
+    other = objective(TEXTS, 4, NUMBERS)
     assert any(a[i].tolist() != b[i].tolist() for a, b in zip(together, other, strict=True) for i in range(40))
 
 
 @objectives
-def test_arrays_are_int32_and_texts_are_left_alone(objective: Callable[..., Pairs]) -> None:
+def test_arrays_are_int32_and_texts_are_not_modified(objective: Callable[..., Pairs]) -> None:
     before = TEXTS.copy()
-    for made in objective(TEXTS, 0, INDEX):
+    for made in objective(TEXTS, 0, NUMBERS):
         assert made.tokens_P.dtype == np.int32 and made.offsets.dtype == np.int64
         assert len(made) == len(TEXTS) and made.offsets[-1] == len(made.tokens_P)
     np.testing.assert_array_equal(TEXTS, before)
 
 
 @pytest.mark.parametrize("name", ["spans", "long-spans", "iid"])
-def test_nothing_is_lost(name: str) -> None:
-    inputs, targets = OBJECTIVES[name](TEXTS, 0, INDEX)
+def test_no_token_is_lost(name: str) -> None:
+    inputs, targets = OBJECTIVES[name](TEXTS, 0, NUMBERS)
     for i, text in enumerate(TEXTS):
         if inputs[i][0] < VOCAB:  # i.i.d. noise may begin a text, and targets then begin with it
             assert restored(inputs[i], targets[i]) == text.tolist()
 
 
 @pytest.mark.parametrize("name", ["spans", "long-spans"])
-def test_spans_are_laid_out_as_t5_lays_them(name: str) -> None:
-    """Lengths are exact; a text begins with a kept token and ends with noise; sentinels count down from the first."""
+def test_spans_are_laid_out_as_in_t5(name: str) -> None:
+    """Lengths are exact, a text begins with a kept token and ends with noise, and sentinels come in order."""
     how: Any = OBJECTIVES[name]
     counts = count_noise(TEXTS.shape[1], how.keywords["density"], how.keywords["mean_span"])
-    inputs, targets = how(TEXTS, 0, INDEX)
+    inputs, targets = how(TEXTS, 0, NUMBERS)
     assert set(inputs.lengths) == {counts.inputs - 1} and set(targets.lengths) == {counts.targets - 1}
     expected = SENTINELS[: counts.spans].tolist()
     for i in range(len(TEXTS)):
@@ -129,17 +129,17 @@ def test_spans_are_laid_out_as_t5_lays_them(name: str) -> None:
         assert [x for x in targets[i].tolist() if x >= VOCAB] == expected
 
 
-def test_too_few_sentinels_are_noticed() -> None:
+def test_too_few_sentinels_are_an_error() -> None:
     mask = np.array([[False, True, False, True]])
-    with pytest.raises(AssertionError, match="an id for every span"):
+    with pytest.raises(AssertionError, match="more spans than sentinels"):
         corrupt(TEXTS[:1, :4], mask, SENTINELS[:1])
 
 
 @pytest.mark.parametrize("sentinels", [1, 2, 3, 10])
-def test_noise_that_no_sentinel_is_left_for_stays_text(sentinels: int) -> None:
-    """Also where the text begins with noise, or ends with what is kept, which takes a sentinel of its own."""
-    inputs, targets = iid_denoising(TEXTS, 0, INDEX, density=0.5, sentinels_S=SENTINELS[:sentinels])
-    full, _ = iid_denoising(TEXTS, 0, INDEX, density=0.5, sentinels_S=SENTINELS)
+def test_noise_beyond_the_last_sentinel_stays_in_the_inputs(sentinels: int) -> None:
+    """Also if the text begins with noise or ends with kept tokens, which need one more sentinel."""
+    inputs, targets = iid_denoising(TEXTS, 0, NUMBERS, density=0.5, sentinels_S=SENTINELS[:sentinels])
+    full, _ = iid_denoising(TEXTS, 0, NUMBERS, density=0.5, sentinels_S=SENTINELS)
     for i, text in enumerate(TEXTS.tolist()):
         both = [*inputs[i].tolist(), *targets[i].tolist()]
         assert sorted(token for token in both if token < VOCAB) == sorted(text)
@@ -151,40 +151,40 @@ def test_noise_that_no_sentinel_is_left_for_stays_text(sentinels: int) -> None:
 
 
 def uniform(counts: Counter, cases: int) -> None:
-    """A chi-square test that all `cases` are as likely; a right generator fails once in a million seeds."""
+    """Asserts by a chi-square test that all `cases` are equally likely; a correct generator fails once in a million."""
     assert len(counts) == cases
     assert stats.chisquare(list(counts.values())).pvalue > 1e-6
 
 
-def test_every_mask_is_as_likely() -> None:
-    """6 kept tokens in 3 spans can be cut in 10 ways, 5 corrupted ones in 6."""
+def test_masks_are_equally_likely() -> None:
+    """6 kept tokens can be cut into 3 spans in 10 ways, 5 corrupted ones in 6."""
     masks = draw_masks(Noise(11, 5, 3), 0, np.arange(30_000))
     assert (masks.sum(axis=1) == 5).all() and not masks[:, 0].any() and masks[:, -1].all()
     uniform(Counter(map(bytes, masks)), 60)
 
 
-def test_every_order_and_every_place_is_as_likely() -> None:
-    text, index = np.broadcast_to(np.arange(4, dtype=np.int32), (24_000, 4)), np.arange(24_000)
-    shuffled = deshuffling(text, 0, index)[0]
+def test_orders_and_cuts_are_equally_likely() -> None:
+    text, numbers = np.broadcast_to(np.arange(4, dtype=np.int32), (24_000, 4)), np.arange(24_000)
+    shuffled = deshuffling(text, 0, numbers)[0]
     uniform(Counter(map(bytes, shuffled.tokens_P.reshape(-1, 4))), 24)
     for complementary in (False, True):
-        inputs, _ = prefix_lm(text, 0, index, complementary=complementary)
+        inputs, _ = prefix_lm(text, 0, numbers, complementary=complementary)
         uniform(Counter(inputs.lengths.tolist()), 3)
 
 
-def test_subsets_and_bits() -> None:
-    index = np.arange(20_000)
-    uniform(Counter(map(bytes, draw_subset(draw_bits(1, index, 5), 2))), 10)
-    assert not draw_subset(draw_bits(1, index, 5), 0).any()
-    values = draw_uniform(0, index, 8)
+def test_subsets_and_bits_are_uniform() -> None:
+    numbers = np.arange(20_000)
+    uniform(Counter(map(bytes, draw_subset(draw_bits(1, numbers, 5), 2))), 10)
+    assert not draw_subset(draw_bits(1, numbers, 5), 0).any()
+    values = draw_uniform(0, numbers, 8)
     assert stats.kstest(values.ravel(), "uniform").pvalue > 1e-6
     neighbours = np.corrcoef(np.concatenate([values[:-1].T, values[1:].T]))
     assert np.abs(neighbours - np.eye(16)).max() < 0.04
-    assert not np.isin(draw_bits(1, index[:100], 8), draw_bits(0, index, 8)).any()
+    assert not np.isin(draw_bits(1, numbers[:100], 8), draw_bits(0, numbers, 8)).any()
 
 
 def test_complementary_pairs_fill_both_sides() -> None:
-    inputs, targets = OBJECTIVES["pairs"](TEXTS, 0, INDEX)
+    inputs, targets = OBJECTIVES["pairs"](TEXTS, 0, NUMBERS)
     for first in range(0, len(TEXTS), 2):
         assert inputs.lengths[first : first + 2].sum() == targets.lengths[first : first + 2].sum() == TEXTS.shape[1]
     for i, text in enumerate(TEXTS):

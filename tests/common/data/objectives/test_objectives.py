@@ -1,3 +1,5 @@
+"""Objectives and data configs: examples worked by hand, lengths without tokens, and refused configs."""
+
 import types
 from typing import Any
 
@@ -48,11 +50,11 @@ OBJECTIVES: list[Single] = [
 ]
 
 
-def make(objective: Single, tokens: dict[str, list[int]], index: int = 0) -> Example:
+def make(objective: Single, tokens: dict[str, list[int]], number: int = 0) -> Example:
     arrays = {field: np.array(ids, np.int32) for field, ids in tokens.items()}
     if isinstance(objective, Supervised | CausalLM):
         return of_record(objective, arrays, IDS.eos_id)
-    return of_pieces(objective, arrays["text"][None], seed=0, index_E=np.array([index]), ids=IDS, mode=())[0]
+    return of_pieces(objective, arrays["text"][None], seed=0, number_E=np.array([number]), ids=IDS, mode=())[0]
 
 
 @pytest.mark.parametrize(
@@ -89,21 +91,21 @@ def test_lengths_are_those_of_the_examples(objective: Single) -> None:
         found = list(zip(*record_lengths(objective, lengths), strict=True))
     else:
         found = [
-            tuple(side[0] for side in piece_lengths(objective, length, seed=0, index_E=np.array([i]), ids=IDS))
+            tuple(side[0] for side in piece_lengths(objective, length, seed=0, number_E=np.array([i]), ids=IDS))
             for i, length in enumerate(lengths["text"].tolist())
         ]
     assert found == [(len(example.inputs_I), len(example.targets_T)) for example in made]
 
 
 @pytest.mark.parametrize("objective", [one for one in OBJECTIVES if isinstance(one, RawText)], ids=str)
-def test_many_pieces_at_once_are_each_what_they_are_alone(objective: RawText) -> None:
+def test_a_piece_gives_the_same_example_alone_and_among_others(objective: RawText) -> None:
     tokens_EL = np.random.default_rng(0).integers(0, 90, (6, 17)).astype(np.int32)
-    index_E = np.array([4, 9, 2, 3, 100, 7])
+    number_E = np.array([4, 9, 2, 3, 100, 7])
     for mode in ((), (55, 66)):
-        together = of_pieces(objective, tokens_EL, seed=5, index_E=index_E, ids=IDS, mode=mode)
-        inputs_E, targets_E = piece_lengths(objective, 17, seed=5, index_E=index_E, ids=IDS)
+        together = of_pieces(objective, tokens_EL, seed=5, number_E=number_E, ids=IDS, mode=mode)
+        inputs_E, targets_E = piece_lengths(objective, 17, seed=5, number_E=number_E, ids=IDS)
         for e, found in enumerate(together):
-            alone = of_pieces(objective, tokens_EL[[e]], seed=5, index_E=index_E[[e]], ids=IDS, mode=mode)[0]
+            alone = of_pieces(objective, tokens_EL[[e]], seed=5, number_E=number_E[[e]], ids=IDS, mode=mode)[0]
             assert found.inputs_I.tolist() == alone.inputs_I.tolist()
             assert found.targets_T.tolist() == alone.targets_T.tolist()
             assert found.inputs_I[: len(mode)].tolist() == list(mode)
@@ -120,11 +122,11 @@ def test_examples_do_not_alter_the_record() -> None:
         assert tokens["inputs"].tolist() == [7, 8] and tokens["targets"].tolist() == [9]
 
 
-def test_text_of_every_piece_comes_back() -> None:
-    """Inputs and targets of a denoised piece hold its tokens, sentinels and an eos each, and nothing else."""
+def test_an_example_holds_the_tokens_of_its_piece() -> None:
+    """Inputs and targets together hold the piece's tokens, sentinels and an eos each, and nothing else."""
     text = np.arange(2, 42).tolist()
     for objective in (SpanCorruption(), SpanCorruption(density=0.5), IidDenoising(), PrefixLM()):
-        example = make(objective, {"text": text}, index=3)
+        example = make(objective, {"text": text}, number=3)
         assert example.inputs_I[-1] == example.targets_T[-1] == 1
         both = [*example.inputs_I[:-1].tolist(), *example.targets_T[:-1].tolist()]
         assert sorted(token for token in both if token < 100) == text
@@ -174,14 +176,14 @@ PIECES = SentencePieceConfig(sentinels=100, vocab_size=2000)
     ids=str,
 )
 def test_whole_pieces_fit(objective: RawText, target_length: int, piece: int) -> None:
-    """Whatever is drawn; i.i.d. denoising's targets, which have no bound, hardly ever exceed what is asked for."""
+    """Whatever is drawn. Targets of i.i.d. denoising have no bound, but hardly ever exceed the required slots."""
     change = {"objective": objective, "target_length": target_length, "tokenizer": PIECES}
     config = DataConfig(**RAW | change | ({"input_length": 0} if objective == FullLM() else {}))
     assert needs_of(objective, config.input_length, config.target_length).piece == piece
     ids = types.SimpleNamespace(
         eos_id=1, ordinary_ids=np.arange(3, 1900), sentinels=100, sentinel_id=lambda k: 1999 - k
     )
-    inputs_E, targets_E = piece_lengths(objective, piece, seed=0, index_E=np.arange(300), ids=ids)
+    inputs_E, targets_E = piece_lengths(objective, piece, seed=0, number_E=np.arange(300), ids=ids)
     assert inputs_E.max() <= 512
     assert targets_E.max() <= target_length
 
@@ -206,15 +208,15 @@ def test_whole_pieces_fit(objective: RawText, target_length: int, piece: int) ->
         ({"source": PAIRS}, "reads text"),
     ],
 )
-def test_what_cannot_work_is_refused_at_once(change: dict[str, Any], message: str) -> None:
+def test_impossible_configs_are_refused(change: dict[str, Any], message: str) -> None:
     valid = {**RAW, "objective": SpanCorruption(), "tokenizer": PIECES}
     DataConfig(**valid)
     with pytest.raises(UserError, match=message):
         DataConfig(**{**valid, **change})
 
 
-def test_ul2_is_what_the_paper_says() -> None:
-    """Seven denoisers; pieces of their own lengths; 128 sentinels at 512 slots, which T5's 100 cannot serve."""
+def test_ul2_has_the_denoisers_of_the_paper() -> None:
+    """Seven denoisers, each with its own length of piece; 512 slots need 128 sentinels, and T5 has only 100."""
     parts = raw_parts(UL2())
     assert sum(part.rate for part in parts) == pytest.approx(1.0)
     pieces = [needs_of(part.objective, 512, 512).piece for part in parts]
@@ -227,7 +229,7 @@ def test_ul2_is_what_the_paper_says() -> None:
         DataConfig(**{**config, "target_length": 511}, tokenizer=PIECES)
 
 
-def test_ul2r_is_smaller() -> None:
+def test_ul2r_has_four_denoisers() -> None:
     parts = raw_parts(UL2R())
     assert sum(part.rate for part in parts) == pytest.approx(1.0)
     assert [needs_of(part.objective, 512, 512).piece for part in parts] == [568, 598, 766, 512]
@@ -248,7 +250,7 @@ def test_a_mixture_of_nothing_is_refused() -> None:
         (BertStyle, {"random_share": 1.5}, "random_share is 1.5"),
     ],
 )
-def test_objectives_refuse_what_is_no_share(kind: Any, values: dict[str, float], message: str) -> None:
+def test_objectives_refuse_values_out_of_range(kind: Any, values: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
         kind(**values)
 

@@ -1,4 +1,4 @@
-"""Tokenising into shards: the same bytes by any route, kept over a kill, and nothing left out in silence."""
+"""Tokenising into shards: the same bytes by any route, resumed after a kill, and no record skipped silently."""
 
 import dataclasses
 import hashlib
@@ -82,18 +82,18 @@ def test_processes_write_the_same_bytes(tmp_path: Path, tokenizer: SentencePiece
     assert digest(tmp_path / "one") == digest(tmp_path / "two")
 
 
-def test_a_killed_one_goes_on(
+def test_a_killed_process_is_resumed(
     tmp_path: Path, tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = task_of(tokenizer)
     whole = prepare(task, tmp_path / "whole", workers=1)
     write = module.write_shard
 
-    def dies(number: int, *rest: object) -> object:
-        if number == 4:
+    def dies(shard: int, *rest: object) -> object:
+        if shard == 4:
             (tmp_path / ".a.part" / "00004.text.tokens.npy").write_bytes(b"half a sh")
             raise KeyboardInterrupt
-        return write(number, *rest)  # type: ignore[arg-type]
+        return write(shard, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "write_shard", dies)
     with pytest.raises(KeyboardInterrupt):
@@ -107,7 +107,7 @@ def test_a_killed_one_goes_on(
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".part"] == []
 
 
-def test_records_that_cannot_be_used_are_named(
+def test_unusable_records_are_named(
     tmp_path: Path, tokenizer: SentencePieceTokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     records: list[Record | Problem] = [{"text": text} for text in TEXTS]
@@ -119,12 +119,12 @@ def test_records_that_cannot_be_used_are_named(
         prepared = prepare(task, tmp_path / "a", workers=1)
     good = [i for i in range(100) if i not in (3, 40, 99)]
     assert tokens(prepared) == [tokenizer.encode(TEXTS[i]).tolist() for i in good]
-    assert [prepared.source_index(place) for place in range(97)] == good
+    assert [prepared.source_record(place) for place in range(97)] == good
     rows = [json.loads(line)["problem"] for line in (tmp_path / "a" / "problems.jsonl").read_text().splitlines()]
     lone = "memory 1 record 40: field 'text' is not valid Unicode (a lone surrogate)"
     assert rows == ["x.jsonl line 4: not JSON", lone, "x.jsonl line 100: byte 7 is not UTF-8"]
-    assert [line.getMessage()[:60] for line in caplog.records] == [
-        "3 of 100 records of memory 1 cannot be used and are left out"
+    assert [line.getMessage()[:59] for line in caplog.records] == [
+        "3 of 100 records of memory 1 cannot be used and are skipped"
     ]
     strict = dataclasses.replace(task, strict=True)
     for folder in ("a", "b"):  # prepared before, or now
@@ -133,15 +133,15 @@ def test_records_that_cannot_be_used_are_named(
     assert not (tmp_path / "b").exists()
 
 
-def test_a_source_of_which_nothing_can_be_used_is_refused(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
+def test_a_source_without_a_usable_record_is_refused(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
     task = task_of(tokenizer, [Problem("x.jsonl line 1", "not JSON"), Problem("x.jsonl line 2", "not JSON")])
     for _ in range(2):  # made now, or found
         with pytest.raises(UserError, match="none of memory 1's 2 records can be used; x.jsonl line 1: not JSON"):
             prepare(task, tmp_path / "a", workers=1)
 
 
-def test_a_script_without_a_guard_is_told(tmp_path: Path) -> None:
-    """Its workers would import it, and each wait for the lock that their parent holds."""
+def test_a_script_without_a_main_guard_is_refused(tmp_path: Path) -> None:
+    """Its workers would import it, and each wait for the lock that its parent holds."""
     lines = "".join(f"line {n}\n" for n in range(40))
     (tmp_path / "a.txt").write_text(lines)
     script = """
@@ -167,12 +167,12 @@ prepare(task, here / "tokens", workers=2)
 
 
 @pytest.mark.parametrize("records", [[], [{"text": ""}] * 3])
-def test_sources_without_a_token(tmp_path: Path, tokenizer: SentencePieceTokenizer, records: list) -> None:
+def test_sources_may_have_no_token(tmp_path: Path, tokenizer: SentencePieceTokenizer, records: list) -> None:
     prepared = prepare(task_of(tokenizer, records), tmp_path / "a", workers=1)
     assert tokens(prepared) == [[]] * len(records) and prepared.fields["text"].tokens == 0
 
 
-def test_large_documents_and_large_vocabularies(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
+def test_documents_and_vocabularies_may_be_large(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
     wide = SentencePieceTokenizer(tokenizer.serialized(), sentinels=70_000)
     text = "12 is 13 less one " * 60_000
     for each in (tokenizer, wide):
@@ -182,7 +182,7 @@ def test_large_documents_and_large_vocabularies(tmp_path: Path, tokenizer: Sente
         assert prepared.fields["text"].shards[0].tokens_P.dtype == (np.uint16 if each is tokenizer else np.int32)
 
 
-def test_whatever_the_tokens_depend_on_is_another_folder(tokenizer: SentencePieceTokenizer) -> None:
+def test_the_key_depends_on_everything_the_tokens_depend_on(tokenizer: SentencePieceTokenizer) -> None:
     task = task_of(tokenizer)
     other = SentencePieceTokenizer(tokenizer.serialized(), sentinels=1)
     tasks = [
@@ -196,7 +196,7 @@ def test_whatever_the_tokens_depend_on_is_another_folder(tokenizer: SentencePiec
     assert dataclasses.replace(task, strict=True).key() == task.key()
 
 
-def test_a_shard_with_a_report_is_left_alone(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
+def test_a_shard_with_a_report_is_not_written_again(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
     task = task_of(tokenizer)
     first = write_shard(2, task, tmp_path)
     before, reads = digest(tmp_path), task.source.reads  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Apache Beam makes the same files as this machine's own processes do."""
+"""Apache Beam makes the same files as the processes of one machine."""
 
 import logging
 import sys
@@ -39,7 +39,7 @@ def here(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_without_beam_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_error_without_beam_names_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "apache_beam.options.pipeline_options", None)
     with pytest.raises(UserError, match="Apache Beam is not installed: pip install apache-beam"):
         prepare_with_beam(task_of(), Folder(tmp_path / "a"), HERE)
@@ -62,18 +62,18 @@ class TestWithBeam:
         assert (manifest["records"], manifest["kept"], manifest["empty"]) == (300, 299, 1)
         assert "Beam counted 300 records, 299 kept, 1 problems" in caplog.messages
         caplog.clear()
-        assert prepare_with_beam(task, there, HERE) == manifest and not caplog.messages, "all is there"
+        assert prepare_with_beam(task, there, HERE) == manifest and not caplog.messages, "everything is there"
 
-    def test_it_goes_on_with_what_this_machine_began(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_it_continues_what_one_machine_began(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         task, there = task_of(), Folder(tmp_path / "there")
-        for number in (0, 4):
-            there.write(number, task, lambda done: None)
+        for shard in (0, 4):
+            there.write(shard, task, lambda done: None)
         task.source.reads = 0  # type: ignore[misc]
         prepare_with_beam(task, there, HERE)
         monkeypatch.setattr(module, "write_shard", None)
         assert prepare(task, tmp_path / "there").manifest["kept"] == 299
 
-    def test_a_record_that_cannot_be_used_stops_a_strict_job(self, tmp_path: Path) -> None:
+    def test_an_unusable_record_stops_a_strict_task(self, tmp_path: Path) -> None:
         with pytest.raises(UserError) as stopped:
             prepare_with_beam(task_of(strict=True), Folder(tmp_path / "a"), HERE)
         assert str(stopped.value) == "the Beam pipeline failed: x.jsonl line 4: not JSON"
@@ -83,12 +83,12 @@ class TestWithBeam:
         ("options", "message"),
         [
             (["--runnr=DirectRunner"], "Beam has no option --runnr; did you mean 'runner'?"),
-            (["--runner"], "options of Beam's: argument --runner: expected one argument"),
-            (["--runner=DirectRunner", "data.rows=4"], "'data.rows=4' is no option of Beam's"),
+            (["--runner"], "Beam's options: argument --runner: expected one argument"),
+            (["--runner=DirectRunner", "data.rows=4"], "'data.rows=4' is not an option of Beam"),
             (["--xyzxyz"], "Beam has no option --xyzxyz"),
         ],
     )
-    def test_options_that_beam_does_not_know(
+    def test_unknown_options_are_refused(
         self, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         with pytest.raises(UserError) as refused:
@@ -96,6 +96,6 @@ class TestWithBeam:
         assert str(refused.value).startswith(message) and len(str(refused.value)) < 200
         assert not capsys.readouterr().err
 
-    def test_a_runner_that_cannot_start(self, tmp_path: Path) -> None:
+    def test_a_runner_that_cannot_start_is_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="the Beam pipeline failed: "):
             prepare_with_beam(task_of(), Folder(tmp_path / "a"), ["--runner=nosuch.Runner"])
