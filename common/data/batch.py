@@ -1,6 +1,6 @@
 """The layouts that every family reads: a training batch (block order), and a prompt to continue.
 
-A row holds several packed examples in two blocks, `[inputs of all its examples | shifted targets of all its examples]`.
+A batch row holds several packed examples in two blocks, [all their inputs | all their shifted targets].
 Segment ids (1, 2, ... in each row; 0 is padding), positions and loss weights are explicit. Nothing is derived from
 token values, so token id 0 may occur in a text, and inputs or targets may be empty. An example's target positions
 continue from its input positions. Decoder inputs are its targets shifted right after a start token, so that every
@@ -53,21 +53,23 @@ class HostBatch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """Where decoding begins, int32: one example a row, its inputs at the left, `lengths_B` of them real (0 is legal)."""
+    """Where decoding begins, int32. A row has one example: inputs at the left, `lengths_B` of them real (maybe 0)."""
 
     inputs_BI: jax.Array
     lengths_B: jax.Array
     starts_B: jax.Array
-    """The next decoder input of each row: the start token or, for a language model whose inputs and targets are one text,
-    the last token of the prompt, which is then left out of its inputs."""
+    """The next decoder input of each row: the start token, or the last token of the prompt for a language model whose
+    inputs and targets are one text (its inputs are then the prompt without that token)."""
     written_BW: jax.Array | None = None
     """The decoder inputs before it, at the left; None if no row has any."""
     written_lengths_B: jax.Array | None = None
     """How many of them are real."""
 
     def positions_BI(self) -> jax.Array:
+        """The position of each input slot."""
         B, I = self.inputs_BI.shape  # noqa: E741 (a shape letter)
         return jnp.broadcast_to(jnp.arange(I, dtype=jnp.int32)[None], (B, I))
 
     def segments_BI(self) -> jax.Array:
+        """Segment ids: 1 for inputs, 0 for padding."""
         return (self.positions_BI() < self.lengths_B[:, None]).astype(jnp.int32)
