@@ -1,4 +1,4 @@
-"""What each command of the command line takes."""
+"""The options of each command, and their help texts."""
 
 import argparse
 import re
@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from common.errors import UserError, nearest
 from common.ranges import Range, Rows
-from experiments.cli.options import AsPath, Lengths, real, whole
+from experiments.cli.options import AsDataAction, AsExperiment, AsLengths, AsPath, real, whole
 
 RUNS = Path("runs")
 PROFILE_STEPS = 5
@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The command line's parser, and each command's by its name."""
+    """Returns the parser of the command line, and those of its commands by name."""
     parser = Parser(prog="twinstack", description="Trains sibling model families side by side.", allow_abbrev=False)
     parser.add_argument("--version", action="store_true", help="print the version and stop")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -34,53 +34,67 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     add("list", "print the experiments and the question that each asks")
     plan = add("plan", "print every arm's cost and memory, here or on a TPU slice; trains nothing")
     _add_plan(plan)
-    data = add("data", "print what a model is trained on: `data show NAME`; or make it: `data prepare NAME`")
+    data = add(
+        "data", "print the data of training: `data show NAME`; or tokenize them ahead of a run: `data prepare NAME`"
+    )
     _add_data(data)
-    train = add("train", "train one arm, or go on with it where it stopped")
+    train = add("train", "train one arm, or resume it where it stopped")
     compare = add("compare", "train all arms, print them side by side and write the report")
-    launch = add("launch", "train on Cloud TPU: write what SkyPilot or gcloud needs, with --go submit it")
-    report = add("report", "write report.html from what a run directory holds")
+    launch = add("launch", "train on Cloud TPU: write the files for SkyPilot or gcloud, and with --go submit them")
+    report = add("report", "write report.html from the results in a run directory")
     for command in (plan, data, train, compare, launch):
-        command.add_argument("name", metavar="NAME", help="an experiment of `twinstack list`")
-        command.add_argument("overrides", metavar="path.to.field=value", nargs="*", help="replaces a config's field")
+        command.add_argument("name", action=AsExperiment, metavar="NAME", help="an experiment of `twinstack list`")
+        command.add_argument(
+            "overrides", metavar="path.to.field=value", nargs="*", help="replaces a field of the config"
+        )
         command.add_argument("--print-config", action="store_true", help="print the resolved config as JSON and stop")
     for command in (plan, train, compare, launch):
         command.add_argument(
-            "--match", metavar="ARM", help="give the other arms the d_ff with which they take as many FLOPs as this one"
+            "--match", metavar="ARM", help="give each other arm the d_ff at which it takes as many FLOPs as this arm"
         )
     for command in (train, compare):
         _add_training(command)
     train.add_argument("--arm", required=True, metavar="ARM", help="which arm; `twinstack plan NAME` names them")
     _add_launch(launch)
-    _add_convert(add("convert", "turn a foreign checkpoint into a model folder, or a model folder into another"))
-    _add_score(add("score", "log-likelihoods of a file's texts under a trained model"))
-    _add_generate(add("generate", "text from a trained model: shown as it is made, or many as JSON lines"))
+    _add_convert(
+        add(
+            "convert",
+            "convert a foreign checkpoint or a run into a model folder, or a model folder into another format",
+        )
+    )
+    _add_score(add("score", "score the texts of a file: their log-likelihoods under a trained model"))
+    _add_generate(add("generate", "generate text from a trained model: one text is streamed, several are JSON lines"))
     report.add_argument(
         "source", action=AsPath, metavar="NAME_OR_RUN_DIR", help=f"an experiment under {RUNS}/, or a run directory"
     )
-    report.add_argument("--figure", action=AsPath, metavar="FILE", help="write the drawing of all arms too, as SVG")
+    report.add_argument("--figure", action=AsPath, metavar="FILE", help="also write a figure of all arms, as SVG")
     return parser, commands
 
 
 def _add_data(data: argparse.ArgumentParser) -> None:
-    data.add_argument("action", metavar="ACTION", help="show: rows as both families read them; prepare: ahead of a run")
     data.add_argument(
-        "--rows", action=whole(Range(1, 10**4, unit="rows")), default=2, metavar="N", help="show: how many rows (2)"
+        "action",
+        action=AsDataAction,
+        metavar="ACTION",
+        help="show: print rows as both families read them; prepare: tokenize the data before a run",
+    )
+    data.add_argument(
+        "--rows", action=whole(Range(1, 10**4, unit="rows")), default=2, metavar="N", help="show: number of rows (2)"
     )
     data.add_argument(
         "--workers",
         action=whole(Range(1, 4096, unit="processes")),
         metavar="N",
-        help="prepare: processes (as many as there are cores)",
+        help="prepare: number of processes (default: one per core)",
     )
     data.add_argument(
-        "--to", metavar="FOLDER_OR_URL", help="prepare: put tokens there, for $TWINSTACK_PREPARED to name"
+        "--to", metavar="FOLDER_OR_URL", help="prepare: where tokens go; runs find them there by $TWINSTACK_PREPARED"
     )
     data.add_argument(
         "--beam",
         nargs=argparse.REMAINDER,
         metavar="--OPTION=VALUE",
-        help="prepare: by Apache Beam, to which all that follows goes (--runner=DataflowRunner ...)",
+        help="prepare: use Apache Beam; all further arguments are Beam's (--runner=DataflowRunner ...)",
     )
 
 
@@ -89,8 +103,8 @@ def _add_training(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--init-from",
         metavar="MODEL",
-        help="begin with the parameters of a model folder or of another run (DIR, DIR@STEP; arm by arm where it is "
-        "a whole comparison's); arms.ARM.init.rules says what becomes of parameters that differ",
+        help="start from the parameters of a model folder or of another run (DIR, DIR@STEP; each arm from its own arm "
+        "if the run is a comparison); arms.ARM.init.rules sets how parameters that differ are loaded",
     )
     command.add_argument(
         "--profile",
@@ -99,15 +113,15 @@ def _add_training(command: argparse.ArgumentParser) -> None:
         const=PROFILE_STEPS,
         default=0,
         metavar="STEPS",
-        help=f"trace some steps ({PROFILE_STEPS}) of each launch into DIR/ARM/profile, for XProf or TensorBoard",
+        help=f"trace STEPS steps ({PROFILE_STEPS}) of each launch into DIR/ARM/profile, for XProf or TensorBoard",
     )
     command.add_argument(
         "--coordinator",
         metavar="HOST:PORT",
-        help="where process 0 of several listens; Cloud TPU, GKE, SLURM and Open MPI need none of these three",
+        help="address of process 0; Cloud TPU, GKE, SLURM and Open MPI need none of these three options",
     )
-    command.add_argument("--processes", action=whole(), metavar="N", help="how many there are; 1: this one is alone")
-    command.add_argument("--process", action=whole(), metavar="I", help="which one this is, 0 to N-1")
+    command.add_argument("--processes", action=whole(), metavar="N", help="number of processes; 1: this one is alone")
+    command.add_argument("--process", action=whole(), metavar="I", help="index of this process, 0 to N-1")
 
 
 def _add_launch(launch: argparse.ArgumentParser) -> None:
@@ -115,7 +129,7 @@ def _add_launch(launch: argparse.ArgumentParser) -> None:
         "--topology",
         metavar="TPU",
         required=True,
-        help="one slice by its grid of chips, v5p:4x4x8, or by its accelerator type, v5p-256",
+        help="a slice by its chip grid, v5p:4x4x8, or by its accelerator type, v5p-256",
     )
     launch.add_argument(
         "--slices",
@@ -126,45 +140,56 @@ def _add_launch(launch: argparse.ArgumentParser) -> None:
     )
     launch.add_argument("--engine", default="sky", metavar="ENGINE", help="sky (default): SkyPilot; or gcloud")
     launch.add_argument("--zone", metavar="ZONE", help="such as us-east5-a (default: the engine's)")
-    launch.add_argument("--spot", action="store_true", help="capacity that may be taken away; asked for again then")
-    launch.add_argument("--bucket", required=True, metavar="GS_URL", help="gs://BUCKET[/FOLDER] for all that must last")
     launch.add_argument(
-        "--run", dest="run_name", metavar="NAME", help="the run's name: launched again, it goes on (default: from NAME)"
+        "--spot", action="store_true", help="use preemptible capacity; it is requested again after a preemption"
+    )
+    launch.add_argument(
+        "--bucket",
+        required=True,
+        metavar="GS_URL",
+        help="gs://BUCKET[/FOLDER] for everything that must outlive the slice",
+    )
+    launch.add_argument(
+        "--run",
+        metavar="NAME",
+        help="the run's name; launching it again resumes it (default: made from the experiment's)",
     )
     launch.add_argument(
         "--env",
         action="append",
         default=[],
         metavar="NAME[=VALUE]",
-        help="a variable for the hosts, with its value here or another; it is written into files: no place for secrets",
+        help="an environment variable for the hosts, by default with its value here; no secrets: files hold it",
     )
     launch.add_argument(
         "--hours",
         action=whole(Range(1, 24 * 365, unit="hours")),
         metavar="N",
-        help="with --engine gcloud: slices that are so old save and are given back, whatever they do (168)",
+        help="with --engine gcloud: after so many hours a slice saves and is deleted, finished or not (168)",
     )
-    launch.add_argument("--arm", metavar="ARM", help="train this arm alone (default: compare all)")
+    launch.add_argument("--arm", metavar="ARM", help="train only this arm (default: compare all)")
     launch.add_argument("--out", action=AsPath, metavar="DIR", help=f"where files go (default: {RUNS}/launch/RUN)")
-    launch.add_argument("--go", action="store_true", help="submit it; without, nothing leaves this machine")
+    launch.add_argument("--go", action="store_true", help="submit the job; without it nothing leaves this machine")
 
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument(
-        "--topology", metavar="TPU", help="compile for it instead: v5p:4x4x8, v5e-256, 2*v6e:16x16 (no TPU is needed)"
+        "--topology", metavar="TPU", help="compile for this slice: v5p:4x4x8, v5e-256, 2*v6e:16x16 (no TPU is needed)"
     )
     plan.add_argument(
         "--slices",
         action=whole(Range(1, 4096, unit="slices")),
         metavar="N",
-        help="with --topology: so many of it, joined by DCN (1)",
+        help="with --topology: number of slices, connected by DCN (1)",
     )
-    plan.add_argument("--mesh", metavar="AXIS=N,...", help="with --topology: data=, fsdp=, tensor= and others")
+    plan.add_argument(
+        "--mesh", metavar="AXIS=N,...", help="with --topology: sizes of data, fsdp, tensor and other axes"
+    )
     plan.add_argument(
         "--price",
         action=real(Range(0, 10**6, "(]", "USD")),
         metavar="USD",
-        help="with --topology: of a chip-hour, not the list price",
+        help="with --topology: the price of a chip-hour (default: list price)",
     )
     plan.add_argument("--search", action="store_true", help="with --topology: find the best mesh, remat and rows")
 
@@ -174,13 +199,17 @@ def _add_convert(convert: argparse.ArgumentParser) -> None:
         "source", action=AsPath, metavar="SOURCE", help="Hugging Face folder, T5X checkpoint, model folder, run"
     )
     convert.add_argument("destination", action=AsPath, metavar="DESTINATION", help="a folder that does not exist yet")
-    convert.add_argument("--to", metavar="FORM", help="what it becomes beyond a model folder: hf, gpt or t5like")
     convert.add_argument(
-        "--rung", action=whole(Range(0, 4)), metavar="N", help="with --to t5like: 0 (default) to 4 of the ladder"
+        "--to", metavar="FORM", help="convert further: to hf (Hugging Face), or to the other family, gpt or t5like"
     )
-    convert.add_argument("--config", metavar="SIZE", help="the size of a T5X checkpoint, where shapes are not enough")
     convert.add_argument(
-        "--tokenizer", action=AsPath, metavar="FILE", help="the SentencePiece model of a T5X checkpoint"
+        "--rung", action=whole(Range(0, 4)), metavar="N", help="with --to t5like: rung of the ladder, 0 (default) to 4"
+    )
+    convert.add_argument(
+        "--config", metavar="SIZE", help="the size's name, for a T5X checkpoint whose shapes do not determine it"
+    )
+    convert.add_argument(
+        "--tokenizer", action=AsPath, metavar="FILE", help="the SentencePiece model for a T5X checkpoint"
     )
 
 
@@ -191,15 +220,18 @@ def _add_score(score: argparse.ArgumentParser) -> None:
         action=AsPath,
         required=True,
         metavar="JSONL",
-        help="a line each: {inputs, targets}, {context, continuation} or {text}, of text or of token ids",
+        help="each line {inputs, targets}, {context, continuation} or {text}, each a text or a list of token ids",
     )
     score.add_argument("--out", action=AsPath, required=True, metavar="JSONL", help="the same lines with their scores")
-    score.add_argument("--eos", action="store_true", help="score the end of each text too")
+    score.add_argument("--eos", action="store_true", help="also score the end token of each text")
     score.add_argument(
-        "--rows", action=whole(Rows), default=8, metavar="N", help="packed rows at a time on each device (8)"
+        "--rows", action=whole(Rows), default=8, metavar="N", help="packed rows per device and batch (8)"
     )
     score.add_argument(
-        "--lengths", action=Lengths, metavar="N,N", help="tokens that a row may hold; the last bounds a text"
+        "--lengths",
+        action=AsLengths,
+        metavar="N,N",
+        help="allowed lengths of rows in tokens; the longest limits a text",
     )
     score.add_argument("--dtype", default="float32", metavar="DTYPE", help="float32 (default) or bfloat16")
 
@@ -207,32 +239,45 @@ def _add_score(score: argparse.ArgumentParser) -> None:
 def _add_generate(generate: argparse.ArgumentParser) -> None:
     generate.add_argument("model", metavar="MODEL", help="a model folder, or an arm's run directory (DIR, DIR@STEP)")
     source = generate.add_mutually_exclusive_group()
-    source.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
+    source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; repeatable")
     source.add_argument(
         "--file",
         action=AsPath,
         metavar="FILE",
-        help="a prompt a line, or JSON lines with `prompt`; without --prompt and --file lines of standard input",
+        help="one prompt per line, or JSON lines with `prompt`; without --prompt and --file: lines of standard input",
     )
-    generate.add_argument("--out", action=AsPath, metavar="JSONL", help="write there; the same command resumes")
-    generate.add_argument("--max-new-tokens", action=whole(), default=128, metavar="N", help="end token included (128)")
-    generate.add_argument("--min-new-tokens", action=whole(), default=0, metavar="N", help="before an end token (0)")
     generate.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable"
+        "--out", action=AsPath, metavar="JSONL", help="write JSON lines there; the same command resumes"
     )
-    generate.add_argument("--temperature", action=real(), metavar="T", help="draw at this temperature; 0 is greedy")
-    generate.add_argument("--top-k", action=whole(), metavar="K", help="draw among the K likeliest tokens")
-    generate.add_argument("--top-p", action=real(), metavar="P", help="draw among the likeliest tokens of this mass")
+    generate.add_argument(
+        "--max-new-tokens", action=whole(), default=128, metavar="N", help="including the end token (128)"
+    )
+    generate.add_argument(
+        "--min-new-tokens", action=whole(), default=0, metavar="N", help="before the end token is allowed (0)"
+    )
+    generate.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="stop before this text; repeatable"
+    )
+    generate.add_argument("--temperature", action=real(), metavar="T", help="sample at this temperature; 0 is greedy")
+    generate.add_argument("--top-k", action=whole(), metavar="K", help="sample among the K likeliest tokens")
+    generate.add_argument(
+        "--top-p", action=real(), metavar="P", help="sample among the likeliest tokens with this probability mass"
+    )
     generate.add_argument("--beams", action=whole(), metavar="N", help="beam search")
-    generate.add_argument("--length-penalty", action=real(), metavar="A", help="of beam search, as T5's (0.6)")
-    generate.add_argument("--samples", action=whole(), default=1, metavar="N", help="texts for each prompt (1)")
-    generate.add_argument("--seed", action=whole(), default=0, metavar="N", help="of what is drawn (0)")
-    generate.add_argument("--rows", action=whole(), default=8, metavar="N", help="prompts at a time on each device (8)")
+    generate.add_argument(
+        "--length-penalty", action=real(), metavar="A", help="length penalty of beam search, as in T5 (0.6)"
+    )
+    generate.add_argument("--samples", action=whole(), default=1, metavar="N", help="texts per prompt (1)")
+    generate.add_argument("--seed", action=whole(), default=0, metavar="N", help="seed of sampling (0)")
+    generate.add_argument("--rows", action=whole(), default=8, metavar="N", help="prompts per device and batch (8)")
     generate.add_argument("--dtype", metavar="DTYPE", help="float32 or bfloat16 (default: float32 on CPU only)")
 
 
 def take_late_overrides(options: argparse.Namespace, rest: list[str], command: argparse.ArgumentParser) -> None:
-    """Adds overrides that follow an option, where argparse no longer looks for them; refuses anything else."""
+    """Adds the overrides that follow an option, which argparse returns as unknown.
+
+    Raises UserError for unknown options, and for arguments of a command that takes no overrides.
+    """
     for argument in rest:
         if argument.startswith("-"):
             valid = set(re.findall(r"--[a-z-]+", command.format_help()))

@@ -29,8 +29,8 @@ from experiments.running.console import Progress
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
-    """What is to be made of each prompt."""
+class GenerateRequest:
+    """What to generate for each prompt."""
 
     method: Method
     limits: Limits
@@ -49,31 +49,54 @@ class Job:
 
 
 def generate(
-    model: str,
-    prompts: Sequence[str],
-    job: Job,
     *,
-    execution: Execution,
+    model: str,
+    prompt: Sequence[str] | None,
+    file: Path | None,
     out: Path | None,
-    stdout: TextIO | None = None,
+    max_new_tokens: int,
+    min_new_tokens: int,
+    stop: Sequence[str],
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    beams: int | None,
+    length_penalty: float | None,
+    samples: int,
+    seed: int,
+    rows: int,
+    dtype: str | None,
 ) -> None:
-    """One prompt's text goes to `stdout` as it is made; many become JSON lines there, or in `out`.
+    request = GenerateRequest(
+        method=method_of(temperature=temperature, top_k=top_k, top_p=top_p, beams=beams, length_penalty=length_penalty),
+        limits=Limits(max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, stop=tuple(stop)),
+        seed=seed,
+        samples=samples,
+        rows=rows,
+    )
+    prompts = prompt or read_prompts(file, sys.stdin)
+    generate_texts(model, prompts, request, execution=execution_here(dtype), out=out)
 
-    `out` has the prompts' order. Until it is whole, what is done lies beside it, and the same call goes on from there.
-    Raises UserError where `out` holds something else.
+
+def generate_texts(
+    model: str, prompts: Sequence[str], request: GenerateRequest, *, execution: Execution, out: Path | None
+) -> None:
+    """Prints the text of a single prompt while it is generated; several texts become JSON lines in `out`, or printed.
+
+    `out` has the order of the prompts. Until all are done, finished texts are kept in a file beside it, and the same
+    call resumes from there. Raises UserError where `out` holds something else.
     """
     if out is not None:
         check_file(out, "--out")
     prepare_jax()
-    stdout = stdout or sys.stdout
     progress = Progress(Console(stderr=True))
-    many = out is not None or len(prompts) != 1 or job.samples > 1
+    many = out is not None or len(prompts) != 1 or request.samples > 1
     found = find_model(model)
     text = found.open_text()
     encoded = [encode_prompt(prompt, text) for prompt in prompts]
     partial = None
     if out is not None and not is_special(out):
-        partial = _Partial(out, _settings(found, text, prompts, job, execution), len(prompts) * job.samples)
+        partial = _Partial(out, _settings(found, text, prompts, request, execution), len(prompts) * request.samples)
     if partial is not None and partial.whole:
         progress.console.print(marked_up(f"{out} is whole already"))
         return
@@ -85,16 +108,16 @@ def generate(
         loaded.params,
         loaded.mesh,
         loaded.text,
-        method=job.method,
-        limits=job.limits,
-        rows=job.rows * devices,
-        seed=job.seed,
+        method=request.method,
+        limits=request.limits,
+        rows=request.rows * devices,
+        seed=request.seed,
     )
     if not many:
-        _show(generator, encoded[0], stdout)
+        _show(generator, encoded[0], sys.stdout)
         return
     done = {} if partial is None else partial.done()
-    for row in _make(generator, prompts, encoded, job, done, progress):
+    for row in _make(generator, prompts, encoded, request, done, progress):
         done[row["index"]] = row
         if partial is not None:
             partial.add(row)
@@ -104,32 +127,32 @@ def generate(
     elif out is not None:
         write_rows(out, rows)
     else:
-        stdout.writelines(harmless(json.dumps(row, ensure_ascii=False)) + "\n" for row in rows)
+        sys.stdout.writelines(harmless(json.dumps(row, ensure_ascii=False)) + "\n" for row in rows)
 
 
 def _make(
     generator: Generator,
     prompts: Sequence[str],
     encoded: Sequence[EncodedPrompt],
-    job: Job,
+    request: GenerateRequest,
     done: dict[int, Any],
     progress: Progress,
 ) -> Iterable[dict[str, Any]]:
     """Rows as they are finished; a row's index counts the samples of all prompts before it."""
-    drawn = job.samples if isinstance(job.method, Sample) else 1
-    kept = job.samples // drawn
+    drawn = request.samples if isinstance(request.method, Sample) else 1
+    kept = request.samples // drawn
     wanted = [
         (prompt, sample)
         for prompt in range(len(prompts))
         for sample in range(drawn)
-        if any(prompt * job.samples + sample + place not in done for place in range(kept))
+        if any(prompt * request.samples + sample + place not in done for place in range(kept))
     ]
     requests = [Request(prompt=encoded[prompt], sample=sample) for prompt, sample in wanted]
     with progress.bar("generating", len(requests)) as advance:
         for i, completions in generator.complete(requests):
             prompt, sample = wanted[i]
             for place, completion in enumerate(completions[:kept]):
-                yield {"index": prompt * job.samples + sample + place, **_row(prompts[prompt], completion)}
+                yield {"index": prompt * request.samples + sample + place, **_row(prompts[prompt], completion)}
             advance(1)
 
 
@@ -216,14 +239,14 @@ def read_prompts(path: Path | None, stdin: TextIO) -> list[str]:
     return [row["prompt"] for row in rows]
 
 
-def _settings(found: Found, text: Text, prompts: Sequence[str], job: Job, execution: Execution) -> str:
+def _settings(found: Found, text: Text, prompts: Sequence[str], request: GenerateRequest, execution: Execution) -> str:
     """Changes with whatever changes the texts, beyond rounding."""
     described = {
         "model": to_json(found.config),
         "parameters": found.parameters.content(),
         "text": [conventions_of(text), text.add_bos, tokenizer_of(text).content_hash],
         "prompts": list(prompts),
-        "job": to_json(dataclasses.replace(job, rows=1)),
+        "job": to_json(dataclasses.replace(request, rows=1)),
         "precision": [execution.dtype, execution.matmul_precision],
     }
     return hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=8).hexdigest()

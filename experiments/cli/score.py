@@ -19,9 +19,10 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from common.errors import UserError
+from common.errors import UserError, nearest
 from common.files import user_rows, write_rows
-from common.infer.score import Pair, Score, continuation, pair, refuse_long, score
+from common.infer import score as scoring
+from common.infer.score import Pair, Score, continuation, pair
 from common.infer.texts import framed
 from common.paths import check_file, is_special
 from common.recipe import Execution
@@ -35,15 +36,19 @@ from experiments.running.console import Progress
 FORMS = (("inputs", "targets"), ("context", "continuation"), ("text",))
 
 
-def score_file(
-    model: str, file: Path, out: Path, *, execution: Execution, rows: int, lengths: Sequence[int], eos: bool
+def score(
+    *, model: str, file: Path, out: Path, eos: bool, rows: int, lengths: Sequence[int] | None, dtype: str
 ) -> None:
     """Writes each line of `file` to `out` with `log_likelihood` (nats), `tokens`, `is_greedy` and `log_probs` added.
 
-    `rows` rows of packed examples, or as many as there are examples, are scored at a time on each device, each of one
-    of `lengths`; with `eos` the end of a text is scored as well. Raises UserError naming the line that cannot be read
-    or scored, and where `out` can be no file, before anything is written.
+    Each device scores up to `rows` packed rows at a time; a row has one of `lengths`. With `eos` the end token of a
+    text is scored too. Raises UserError naming the line that cannot be read or scored, or where `out` cannot be a
+    file; nothing is written then.
     """
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype {dtype}: {nearest(dtype, ('float32', 'bfloat16'))}")
+    execution = Execution(dtype=dtype)  # type: ignore[arg-type]
+    lengths = scoring.LENGTHS if lengths is None else lengths
     check_file(out, "--out")
     if out.exists() and not is_special(out) and file.exists() and out.samefile(file):
         raise UserError(f"--out {out} is --file itself, which is not written over: give another name")
@@ -55,11 +60,11 @@ def score_file(
     for number, record in enumerate(records, 1):
         try:
             pairs.append(to_pair(record, loaded.text, loaded.config.vocab_size, eos=eos))
-            refuse_long("it", pairs[-1], max(lengths), loaded.model)
+            scoring.refuse_long("it", pairs[-1], max(lengths), loaded.model)
         except UserError as error:
             raise UserError(f"{file}, line {number}: {error}") from None
     with Progress(Console(stderr=True)).bar(f"scoring with {loaded.origin}", len(pairs)) as advance:
-        scores = score(
+        scores = scoring.score(
             loaded.model,
             loaded.params,
             loaded.mesh,

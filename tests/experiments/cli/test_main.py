@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 import json
 import os
 import subprocess
@@ -11,7 +12,8 @@ from rich.console import Console
 
 from common.errors import UserError
 from experiments import registry
-from experiments.cli.main import main
+from experiments.cli.arguments import parsers
+from experiments.cli.main import COMMANDS, function, main
 from experiments.planning import plan
 from experiments.running import comparison
 
@@ -252,14 +254,29 @@ def test_jax_is_told_where_no_tpu_is(calls, monkeypatch, tmp_path, vendors, inst
     assert os.environ == told
 
 
-def test_help_and_version_import_nothing_heavy():
-    heavy = {"jax", "numpy", "pydantic", "rich", "flax", "matplotlib"}
+def test_every_command_is_a_function_of_its_options():
+    _, parsers_of = parsers()
+    assert list(COMMANDS) == list(parsers_of)
+    for command, parser in parsers_of.items():
+        options = {action.dest for action in parser._actions} - {"help"}
+        assert options == inspect.signature(function(command)).parameters.keys()
+
+
+def test_help_and_version_import_few_modules_and_none_of_other_packages():
     code = (
-        "import sys; from experiments.cli.main import main\n"
+        "import json, sys\n"
+        "before = set(sys.modules)\n"
+        "from experiments.cli.main import main\n"
         "main(['--version'])\n"
         "try: main(['--help'])\n"
-        f"except SystemExit as end: sys.exit(end.code or sorted({heavy} & set(sys.modules)) or 0)"
+        "except SystemExit as end: assert not end.code\n"
+        "print(json.dumps(sorted(set(sys.modules) - before)))"
     )
     process = in_new_process("-c", code)
     assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith("twinstack ") and "compare" in process.stdout
+    *shown, modules = process.stdout.splitlines()
+    assert shown[0].startswith("twinstack ") and any("compare" in line for line in shown)
+    imported = json.loads(modules)
+    ours = [name for name in imported if name.partition(".")[0] in ("common", "experiments")]
+    others = {name.partition(".")[0] for name in imported} - sys.stdlib_module_names - {"common", "experiments"}
+    assert not others and len(ours) <= 20 and len(imported) <= 200

@@ -1,0 +1,31 @@
+"""`twinstack train`: trains and scores one arm."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.train.distributed import joined
+from experiments.cli.chosen import choose, print_resolved, run_directory
+from experiments.running import comparison
+
+
+def train(
+    *,
+    name: str,
+    overrides: Sequence[str],
+    print_config: bool,
+    match: str | None,
+    init_from: str | None,
+    arm: str,
+    run_dir: Path | None,
+    profile: int,
+    coordinator: str | None,
+    processes: int | None,
+    process: int | None,
+) -> None:
+    experiment = choose(name, overrides, arm=arm, match=match, init_from=init_from).experiment
+    if print_config:
+        print_resolved(experiment)
+        return
+    results = run_directory(name, run_dir)
+    with joined(coordinator, processes, process):
+        comparison.train(experiment, arm, results, profile_steps=profile)
