@@ -12,8 +12,8 @@ from typing import Any, Literal
 import numpy as np
 
 from common.errors import UserError
-from common.recipe import GPT2, LLAMA, T5_V1_1, Recipe
-from common.weights.mapping import Extra, Rule, Table, TensorInfo
+from common.nn.recipe import GPT2, LLAMA, T5_V1_1, Recipe
+from common.weights.mapping import Extra, LoadRule, Table, TensorInfo
 from common.weights.settings import Settings
 from common.weights.t5x_shapes import count_layers, matrix_shape
 from gpt.config import GptConfig
@@ -60,76 +60,78 @@ def _sizes(config: GptConfig) -> dict[str, int]:
     }
 
 
-def _gpt2(config: GptConfig) -> tuple[Rule, ...]:
+def _gpt2(config: GptConfig) -> tuple[LoadRule, ...]:
     """Conv1D weights are (in, out), query, key and value side by side."""
     layer = "transformer.h.{layer}."
     return (
         *_head(config, EMBEDDING["gpt2"]),
-        Rule("positions/table_SD", "transformer.wpe.weight", "S D"),
-        Rule("layers/attention_norm/scale_D", f"{layer}ln_1.weight", "D"),
-        Rule("layers/attention_norm/bias_D", f"{layer}ln_1.bias", "D"),
-        Rule("layers/attention/query_DHC", f"{layer}attn.c_attn.weight", "D (H C)", part=0),
-        Rule("layers/attention/key_DGC", f"{layer}attn.c_attn.weight", "D (G C)", part=1),
-        Rule("layers/attention/value_DGC", f"{layer}attn.c_attn.weight", "D (G C)", part=2),
-        Rule("layers/attention/query_bias_HC", f"{layer}attn.c_attn.bias", "(H C)", part=0),
-        Rule("layers/attention/key_bias_GC", f"{layer}attn.c_attn.bias", "(G C)", part=1),
-        Rule("layers/attention/value_bias_GC", f"{layer}attn.c_attn.bias", "(G C)", part=2),
-        Rule("layers/attention/out_HCD", f"{layer}attn.c_proj.weight", "(H C) D"),
-        Rule("layers/attention/out_bias_D", f"{layer}attn.c_proj.bias", "D"),
-        Rule("layers/mlp_norm/scale_D", f"{layer}ln_2.weight", "D"),
-        Rule("layers/mlp_norm/bias_D", f"{layer}ln_2.bias", "D"),
-        Rule("layers/mlp/in_DF", f"{layer}mlp.c_fc.weight", "D F"),
-        Rule("layers/mlp/in_bias_F", f"{layer}mlp.c_fc.bias", "F"),
-        Rule("layers/mlp/out_FD", f"{layer}mlp.c_proj.weight", "F D"),
-        Rule("layers/mlp/out_bias_D", f"{layer}mlp.c_proj.bias", "D"),
-        Rule("final_norm/scale_D", "transformer.ln_f.weight", "D"),
-        Rule("final_norm/bias_D", "transformer.ln_f.bias", "D"),
+        LoadRule("positions/table_SD", "transformer.wpe.weight", "S D"),
+        LoadRule("layers/attention_norm/scale_D", f"{layer}ln_1.weight", "D"),
+        LoadRule("layers/attention_norm/bias_D", f"{layer}ln_1.bias", "D"),
+        LoadRule("layers/attention/query_DHC", f"{layer}attn.c_attn.weight", "D (H C)", part=0),
+        LoadRule("layers/attention/key_DGC", f"{layer}attn.c_attn.weight", "D (G C)", part=1),
+        LoadRule("layers/attention/value_DGC", f"{layer}attn.c_attn.weight", "D (G C)", part=2),
+        LoadRule("layers/attention/query_bias_HC", f"{layer}attn.c_attn.bias", "(H C)", part=0),
+        LoadRule("layers/attention/key_bias_GC", f"{layer}attn.c_attn.bias", "(G C)", part=1),
+        LoadRule("layers/attention/value_bias_GC", f"{layer}attn.c_attn.bias", "(G C)", part=2),
+        LoadRule("layers/attention/out_HCD", f"{layer}attn.c_proj.weight", "(H C) D"),
+        LoadRule("layers/attention/out_bias_D", f"{layer}attn.c_proj.bias", "D"),
+        LoadRule("layers/mlp_norm/scale_D", f"{layer}ln_2.weight", "D"),
+        LoadRule("layers/mlp_norm/bias_D", f"{layer}ln_2.bias", "D"),
+        LoadRule("layers/mlp/in_DF", f"{layer}mlp.c_fc.weight", "D F"),
+        LoadRule("layers/mlp/in_bias_F", f"{layer}mlp.c_fc.bias", "F"),
+        LoadRule("layers/mlp/out_FD", f"{layer}mlp.c_proj.weight", "F D"),
+        LoadRule("layers/mlp/out_bias_D", f"{layer}mlp.c_proj.bias", "D"),
+        LoadRule("final_norm/scale_D", "transformer.ln_f.weight", "D"),
+        LoadRule("final_norm/bias_D", "transformer.ln_f.bias", "D"),
     )
 
 
-def _llama(config: GptConfig) -> tuple[Rule, ...]:
+def _llama(config: GptConfig) -> tuple[LoadRule, ...]:
     """Linear weights are (out, in); RoPE turns the halves of a head, as ours does."""
     layer = "model.layers.{layer}."
     return (
         *_head(config, EMBEDDING["llama"]),
-        Rule("layers/attention_norm/scale_D", f"{layer}input_layernorm.weight", "D"),
-        Rule("layers/attention/query_DHC", f"{layer}self_attn.q_proj.weight", "(H C) D"),
-        Rule("layers/attention/key_DGC", f"{layer}self_attn.k_proj.weight", "(G C) D"),
-        Rule("layers/attention/value_DGC", f"{layer}self_attn.v_proj.weight", "(G C) D"),
-        Rule("layers/attention/out_HCD", f"{layer}self_attn.o_proj.weight", "D (H C)"),
-        Rule("layers/mlp_norm/scale_D", f"{layer}post_attention_layernorm.weight", "D"),
-        Rule("layers/mlp/in_DF", f"{layer}mlp.gate_proj.weight", "F D"),
-        Rule("layers/mlp/linear_DF", f"{layer}mlp.up_proj.weight", "F D"),
-        Rule("layers/mlp/out_FD", f"{layer}mlp.down_proj.weight", "D F"),
-        Rule("final_norm/scale_D", "model.norm.weight", "D"),
+        LoadRule("layers/attention_norm/scale_D", f"{layer}input_layernorm.weight", "D"),
+        LoadRule("layers/attention/query_DHC", f"{layer}self_attn.q_proj.weight", "(H C) D"),
+        LoadRule("layers/attention/key_DGC", f"{layer}self_attn.k_proj.weight", "(G C) D"),
+        LoadRule("layers/attention/value_DGC", f"{layer}self_attn.v_proj.weight", "(G C) D"),
+        LoadRule("layers/attention/out_HCD", f"{layer}self_attn.o_proj.weight", "D (H C)"),
+        LoadRule("layers/mlp_norm/scale_D", f"{layer}post_attention_layernorm.weight", "D"),
+        LoadRule("layers/mlp/in_DF", f"{layer}mlp.gate_proj.weight", "F D"),
+        LoadRule("layers/mlp/linear_DF", f"{layer}mlp.up_proj.weight", "F D"),
+        LoadRule("layers/mlp/out_FD", f"{layer}mlp.down_proj.weight", "D F"),
+        LoadRule("final_norm/scale_D", "model.norm.weight", "D"),
     )
 
 
-def _head(config: GptConfig, embedding: str) -> tuple[Rule, ...]:
+def _head(config: GptConfig, embedding: str) -> tuple[LoadRule, ...]:
     if config.recipe.tied_embeddings:
-        return (Rule("embedding/table_VD", embedding, "V D", aliases=(HEAD,)),)
-    return (Rule("embedding/table_VD", embedding, "V D"), Rule("output/weight_DV", HEAD, "V D"))
+        return (LoadRule("embedding/table_VD", embedding, "V D", aliases=(HEAD,)),)
+    return (LoadRule("embedding/table_VD", embedding, "V D"), LoadRule("output/weight_DV", HEAD, "V D"))
 
 
-def _t5x(config: GptConfig) -> tuple[Rule, ...]:
+def _t5x(config: GptConfig) -> tuple[LoadRule, ...]:
     """Kernels are (in, out), heads merged."""
     layer = "decoder/layers_{layer}/"
     gated = config.recipe.gated_mlp
-    head = () if config.recipe.tied_embeddings else (Rule("output/weight_DV", "decoder/logits_dense/kernel", "D V"),)
-    linear = (Rule("layers/mlp/linear_DF", f"{layer}mlp/wi_1/kernel", "D F"),) if gated else ()
+    head = (
+        () if config.recipe.tied_embeddings else (LoadRule("output/weight_DV", "decoder/logits_dense/kernel", "D V"),)
+    )
+    linear = (LoadRule("layers/mlp/linear_DF", f"{layer}mlp/wi_1/kernel", "D F"),) if gated else ()
     return (
-        Rule("embedding/table_VD", "decoder/token_embedder/embedding", "V D"),
-        Rule("relative_bias/table_HR", "decoder/relpos_bias/rel_embedding", "H R"),
-        Rule("layers/attention_norm/scale_D", f"{layer}pre_self_attention_layer_norm/scale", "D"),
-        Rule("layers/attention/query_DHC", f"{layer}self_attention/query/kernel", "D (H C)"),
-        Rule("layers/attention/key_DGC", f"{layer}self_attention/key/kernel", "D (G C)"),
-        Rule("layers/attention/value_DGC", f"{layer}self_attention/value/kernel", "D (G C)"),
-        Rule("layers/attention/out_HCD", f"{layer}self_attention/out/kernel", "(H C) D"),
-        Rule("layers/mlp_norm/scale_D", f"{layer}pre_mlp_layer_norm/scale", "D"),
-        Rule("layers/mlp/in_DF", f"{layer}mlp/{'wi_0' if gated else 'wi'}/kernel", "D F"),
+        LoadRule("embedding/table_VD", "decoder/token_embedder/embedding", "V D"),
+        LoadRule("relative_bias/table_HR", "decoder/relpos_bias/rel_embedding", "H R"),
+        LoadRule("layers/attention_norm/scale_D", f"{layer}pre_self_attention_layer_norm/scale", "D"),
+        LoadRule("layers/attention/query_DHC", f"{layer}self_attention/query/kernel", "D (H C)"),
+        LoadRule("layers/attention/key_DGC", f"{layer}self_attention/key/kernel", "D (G C)"),
+        LoadRule("layers/attention/value_DGC", f"{layer}self_attention/value/kernel", "D (G C)"),
+        LoadRule("layers/attention/out_HCD", f"{layer}self_attention/out/kernel", "(H C) D"),
+        LoadRule("layers/mlp_norm/scale_D", f"{layer}pre_mlp_layer_norm/scale", "D"),
+        LoadRule("layers/mlp/in_DF", f"{layer}mlp/{'wi_0' if gated else 'wi'}/kernel", "D F"),
         *linear,
-        Rule("layers/mlp/out_FD", f"{layer}mlp/wo/kernel", "F D"),
-        Rule("final_norm/scale_D", "decoder/decoder_norm/scale", "D"),
+        LoadRule("layers/mlp/out_FD", f"{layer}mlp/wo/kernel", "F D"),
+        LoadRule("final_norm/scale_D", "decoder/decoder_norm/scale", "D"),
         *head,
     )
 

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from common.errors import UserError
-from common.recipe import T5_V1_0, T5_V1_1, Recipe
-from common.weights.mapping import Extra, Rule, Table, TensorInfo
+from common.nn.recipe import T5_V1_0, T5_V1_1, Recipe
+from common.weights.mapping import Extra, LoadRule, Table, TensorInfo
 from common.weights.settings import Settings, shown
 from common.weights.t5x_shapes import count_layers, matrix_shape
 from t5like.config import T5LikeConfig
@@ -60,92 +60,92 @@ def table(config: T5LikeConfig, format: Format) -> Table:
     return Table(rules=rules, sizes=sizes, layers=layers, extras=() if format == "t5x" else (unused,))
 
 
-def _hugging_face(config: T5LikeConfig) -> tuple[Rule, ...]:
+def _hugging_face(config: T5LikeConfig) -> tuple[LoadRule, ...]:
     """Linear weights are (out, in)."""
     tied = config.recipe.tied_embeddings
-    head = () if tied else (Rule("output/weight_DV", HEAD, "V D"),)
+    head = () if tied else (LoadRule("output/weight_DV", HEAD, "V D"),)
     encoder, decoder = "encoder.block.{layer}.layer.", "decoder.block.{layer}.layer."
     bias = "layer.0.SelfAttention.relative_attention_bias.weight"
     return (
-        Rule("embedding/table_VD", EMBEDDING, "V D", aliases=(*COPIES, HEAD) if tied else COPIES),
-        Rule("encoder_bias/table_HR", f"encoder.block.0.{bias}", "R H"),
-        Rule("decoder_bias/table_HR", f"decoder.block.0.{bias}", "R H"),
-        Rule("encoder/attention_norm/scale_D", f"{encoder}0.layer_norm.weight", "D"),
+        LoadRule("embedding/table_VD", EMBEDDING, "V D", aliases=(*COPIES, HEAD) if tied else COPIES),
+        LoadRule("encoder_bias/table_HR", f"encoder.block.0.{bias}", "R H"),
+        LoadRule("decoder_bias/table_HR", f"decoder.block.0.{bias}", "R H"),
+        LoadRule("encoder/attention_norm/scale_D", f"{encoder}0.layer_norm.weight", "D"),
         *_attention("encoder/attention", f"{encoder}0.SelfAttention."),
-        Rule("encoder/mlp_norm/scale_D", f"{encoder}1.layer_norm.weight", "D"),
+        LoadRule("encoder/mlp_norm/scale_D", f"{encoder}1.layer_norm.weight", "D"),
         *_mlp(config, "encoder/mlp", f"{encoder}1.DenseReluDense."),
-        Rule("encoder_norm/scale_D", "encoder.final_layer_norm.weight", "D"),
-        Rule("decoder/attention_norm/scale_D", f"{decoder}0.layer_norm.weight", "D"),
+        LoadRule("encoder_norm/scale_D", "encoder.final_layer_norm.weight", "D"),
+        LoadRule("decoder/attention_norm/scale_D", f"{decoder}0.layer_norm.weight", "D"),
         *_attention("decoder/attention", f"{decoder}0.SelfAttention."),
-        Rule("decoder/cross_norm/scale_D", f"{decoder}1.layer_norm.weight", "D"),
+        LoadRule("decoder/cross_norm/scale_D", f"{decoder}1.layer_norm.weight", "D"),
         *_attention("decoder/cross_attention", f"{decoder}1.EncDecAttention."),
-        Rule("decoder/mlp_norm/scale_D", f"{decoder}2.layer_norm.weight", "D"),
+        LoadRule("decoder/mlp_norm/scale_D", f"{decoder}2.layer_norm.weight", "D"),
         *_mlp(config, "decoder/mlp", f"{decoder}2.DenseReluDense."),
-        Rule("decoder_norm/scale_D", "decoder.final_layer_norm.weight", "D"),
+        LoadRule("decoder_norm/scale_D", "decoder.final_layer_norm.weight", "D"),
         *head,
     )
 
 
-def _attention(ours: str, theirs: str) -> tuple[Rule, ...]:
+def _attention(ours: str, theirs: str) -> tuple[LoadRule, ...]:
     return (
-        Rule(f"{ours}/query_DHC", f"{theirs}q.weight", "(H C) D"),
-        Rule(f"{ours}/key_DGC", f"{theirs}k.weight", "(G C) D"),
-        Rule(f"{ours}/value_DGC", f"{theirs}v.weight", "(G C) D"),
-        Rule(f"{ours}/out_HCD", f"{theirs}o.weight", "D (H C)"),
+        LoadRule(f"{ours}/query_DHC", f"{theirs}q.weight", "(H C) D"),
+        LoadRule(f"{ours}/key_DGC", f"{theirs}k.weight", "(G C) D"),
+        LoadRule(f"{ours}/value_DGC", f"{theirs}v.weight", "(G C) D"),
+        LoadRule(f"{ours}/out_HCD", f"{theirs}o.weight", "D (H C)"),
     )
 
 
-def _mlp(config: T5LikeConfig, ours: str, theirs: str) -> tuple[Rule, ...]:
+def _mlp(config: T5LikeConfig, ours: str, theirs: str) -> tuple[LoadRule, ...]:
     gated = config.recipe.gated_mlp
-    linear = (Rule(f"{ours}/linear_DF", f"{theirs}wi_1.weight", "F D"),) if gated else ()
+    linear = (LoadRule(f"{ours}/linear_DF", f"{theirs}wi_1.weight", "F D"),) if gated else ()
     return (
-        Rule(f"{ours}/in_DF", f"{theirs}{'wi_0' if gated else 'wi'}.weight", "F D"),
+        LoadRule(f"{ours}/in_DF", f"{theirs}{'wi_0' if gated else 'wi'}.weight", "F D"),
         *linear,
-        Rule(f"{ours}/out_FD", f"{theirs}wo.weight", "D F"),
+        LoadRule(f"{ours}/out_FD", f"{theirs}wo.weight", "D F"),
     )
 
 
-def _t5x(config: T5LikeConfig) -> tuple[Rule, ...]:
+def _t5x(config: T5LikeConfig) -> tuple[LoadRule, ...]:
     """Kernels are (in, out), heads merged."""
     tied = config.recipe.tied_embeddings
-    head = () if tied else (Rule("output/weight_DV", "decoder/logits_dense/kernel", "D V"),)
+    head = () if tied else (LoadRule("output/weight_DV", "decoder/logits_dense/kernel", "D V"),)
     encoder, decoder = "encoder/layers_{layer}/", "decoder/layers_{layer}/"
     return (
-        Rule("embedding/table_VD", "token_embedder/embedding", "V D"),
-        Rule("encoder_bias/table_HR", "encoder/relpos_bias/rel_embedding", "H R"),
-        Rule("decoder_bias/table_HR", "decoder/relpos_bias/rel_embedding", "H R"),
-        Rule("encoder/attention_norm/scale_D", f"{encoder}pre_attention_layer_norm/scale", "D"),
+        LoadRule("embedding/table_VD", "token_embedder/embedding", "V D"),
+        LoadRule("encoder_bias/table_HR", "encoder/relpos_bias/rel_embedding", "H R"),
+        LoadRule("decoder_bias/table_HR", "decoder/relpos_bias/rel_embedding", "H R"),
+        LoadRule("encoder/attention_norm/scale_D", f"{encoder}pre_attention_layer_norm/scale", "D"),
         *_t5x_attention("encoder/attention", f"{encoder}attention"),
-        Rule("encoder/mlp_norm/scale_D", f"{encoder}pre_mlp_layer_norm/scale", "D"),
+        LoadRule("encoder/mlp_norm/scale_D", f"{encoder}pre_mlp_layer_norm/scale", "D"),
         *_t5x_mlp(config, "encoder/mlp", f"{encoder}mlp"),
-        Rule("encoder_norm/scale_D", "encoder/encoder_norm/scale", "D"),
-        Rule("decoder/attention_norm/scale_D", f"{decoder}pre_self_attention_layer_norm/scale", "D"),
+        LoadRule("encoder_norm/scale_D", "encoder/encoder_norm/scale", "D"),
+        LoadRule("decoder/attention_norm/scale_D", f"{decoder}pre_self_attention_layer_norm/scale", "D"),
         *_t5x_attention("decoder/attention", f"{decoder}self_attention"),
-        Rule("decoder/cross_norm/scale_D", f"{decoder}pre_cross_attention_layer_norm/scale", "D"),
+        LoadRule("decoder/cross_norm/scale_D", f"{decoder}pre_cross_attention_layer_norm/scale", "D"),
         *_t5x_attention("decoder/cross_attention", f"{decoder}encoder_decoder_attention"),
-        Rule("decoder/mlp_norm/scale_D", f"{decoder}pre_mlp_layer_norm/scale", "D"),
+        LoadRule("decoder/mlp_norm/scale_D", f"{decoder}pre_mlp_layer_norm/scale", "D"),
         *_t5x_mlp(config, "decoder/mlp", f"{decoder}mlp"),
-        Rule("decoder_norm/scale_D", "decoder/decoder_norm/scale", "D"),
+        LoadRule("decoder_norm/scale_D", "decoder/decoder_norm/scale", "D"),
         *head,
     )
 
 
-def _t5x_attention(ours: str, theirs: str) -> tuple[Rule, ...]:
+def _t5x_attention(ours: str, theirs: str) -> tuple[LoadRule, ...]:
     return (
-        Rule(f"{ours}/query_DHC", f"{theirs}/query/kernel", "D (H C)"),
-        Rule(f"{ours}/key_DGC", f"{theirs}/key/kernel", "D (G C)"),
-        Rule(f"{ours}/value_DGC", f"{theirs}/value/kernel", "D (G C)"),
-        Rule(f"{ours}/out_HCD", f"{theirs}/out/kernel", "(H C) D"),
+        LoadRule(f"{ours}/query_DHC", f"{theirs}/query/kernel", "D (H C)"),
+        LoadRule(f"{ours}/key_DGC", f"{theirs}/key/kernel", "D (G C)"),
+        LoadRule(f"{ours}/value_DGC", f"{theirs}/value/kernel", "D (G C)"),
+        LoadRule(f"{ours}/out_HCD", f"{theirs}/out/kernel", "(H C) D"),
     )
 
 
-def _t5x_mlp(config: T5LikeConfig, ours: str, theirs: str) -> tuple[Rule, ...]:
+def _t5x_mlp(config: T5LikeConfig, ours: str, theirs: str) -> tuple[LoadRule, ...]:
     gated = config.recipe.gated_mlp
-    linear = (Rule(f"{ours}/linear_DF", f"{theirs}/wi_1/kernel", "D F"),) if gated else ()
+    linear = (LoadRule(f"{ours}/linear_DF", f"{theirs}/wi_1/kernel", "D F"),) if gated else ()
     return (
-        Rule(f"{ours}/in_DF", f"{theirs}/{'wi_0' if gated else 'wi'}/kernel", "D F"),
+        LoadRule(f"{ours}/in_DF", f"{theirs}/{'wi_0' if gated else 'wi'}/kernel", "D F"),
         *linear,
-        Rule(f"{ours}/out_FD", f"{theirs}/wo/kernel", "F D"),
+        LoadRule(f"{ours}/out_FD", f"{theirs}/wo/kernel", "F D"),
     )
 
 

@@ -4,7 +4,7 @@ A leaf's name ends in its axes, one letter each (`query_DHC`), so a table needs 
 every shape on both sides. A rule's layout says how the foreign tensor orders and merges the same axes:
 
 >>> table = Table(
-...     rules=(Rule("layers/attention/query_DHC", "model.layers.{layer}.self_attn.q_proj.weight", "(H C) D"),),
+...     rules=(LoadRule("layers/attention/query_DHC", "model.layers.{layer}.self_attn.q_proj.weight", "(H C) D"),),
 ...     sizes={"D": 6, "H": 2, "C": 4},
 ...     layers={"layers": 3},
 ... )
@@ -29,7 +29,7 @@ LISTED = 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class LoadRule:
     """One line of a key table: a leaf of ours and where a foreign checkpoint keeps it."""
 
     leaf: str
@@ -51,7 +51,7 @@ class Rule:
     def groups(self) -> tuple[str, ...]:
         """The letters of each foreign axis.
 
-        >>> Rule("query_DHC", "q", "(H C) D").groups
+        >>> LoadRule("query_DHC", "q", "(H C) D").groups
         ('HC', 'D')
         """
         return tuple(group.replace(" ", "").strip("()") for group in re.findall(r"\([^)]*\)|\w", self.layout))
@@ -95,7 +95,7 @@ class Checkpoint(Protocol):
 class Piece:
     """The part of a stored tensor that is one leaf's (at one layer of it)."""
 
-    rule: Rule
+    rule: LoadRule
     layer: int | None
     sizes: Mapping[str, int]
     offset: int
@@ -151,7 +151,7 @@ class StoredTensor:
 class Table:
     """A checkpoint format at given sizes."""
 
-    rules: tuple[Rule, ...]
+    rules: tuple[LoadRule, ...]
     sizes: Mapping[str, int]
     """By axis letter."""
     layers: Mapping[str, int]
@@ -188,7 +188,7 @@ class Table:
     def extra(self, name: str) -> Extra | None:
         return next((extra for extra in self.extras if re.fullmatch(extra.pattern, name)), None)
 
-    def _stack(self, rule: Rule) -> tuple[int, ...]:
+    def _stack(self, rule: LoadRule) -> tuple[int, ...]:
         return (self.layers[rule.leaf.partition("/")[0]],) if "{layer}" in rule.key else ()
 
 

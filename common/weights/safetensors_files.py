@@ -34,7 +34,7 @@ SHARD_BYTES = 5 * 10**9
 """Larger models are written as several files."""
 
 
-class Stored(NamedTuple):
+class TensorEntry(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype
     file: str
@@ -85,7 +85,7 @@ class SafetensorsFolder:
             for name, (header, _) in self._headers.items()
         ]
 
-    def _contents(self, name: str) -> Iterator[tuple[str, Stored]]:
+    def _contents(self, name: str) -> Iterator[tuple[str, TensorEntry]]:
         header, begin = self._headers[name]
         for key, about in header.items():
             if key == "__metadata__":
@@ -95,7 +95,7 @@ class SafetensorsFolder:
                     f"{self.folder / name}: {key} is {about['dtype']} (quantised?); readable: {', '.join(DTYPES)}"
                 )
             dtype = np.dtype(DTYPES[about["dtype"]])
-            yield key, Stored(tuple(about["shape"]), dtype, name, begin + about["data_offsets"][0])
+            yield key, TensorEntry(tuple(about["shape"]), dtype, name, begin + about["data_offsets"][0])
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
@@ -124,7 +124,7 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
     return weight_map
 
 
-class Planned(NamedTuple):
+class TensorToWrite(NamedTuple):
     """A tensor that is going to be written."""
 
     key: str
@@ -139,7 +139,7 @@ class Planned(NamedTuple):
 class SafetensorsFile:
     """A file whose tensors are written one after the other, each from blocks of its rows."""
 
-    def __init__(self, file: BinaryIO, tensors: Sequence[Planned], metadata: Mapping[str, str] | None):
+    def __init__(self, file: BinaryIO, tensors: Sequence[TensorToWrite], metadata: Mapping[str, str] | None):
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         end = 0
         for tensor in tensors:
@@ -151,7 +151,7 @@ class SafetensorsFile:
         self._file = file
         file.write(len(text).to_bytes(8, "little") + text)
 
-    def write(self, tensor: Planned, blocks: Iterator[np.ndarray]) -> None:
+    def write(self, tensor: TensorToWrite, blocks: Iterator[np.ndarray]) -> None:
         written = 0
         for block in blocks:
             assert block.dtype == tensor.dtype, f"{tensor.key}: {block.dtype} for {tensor.dtype}"
@@ -160,12 +160,12 @@ class SafetensorsFile:
         assert written == tensor.nbytes, f"{tensor.key}: {written} bytes for {tensor.nbytes}"
 
 
-def plan_files(tensors: Sequence[Planned]) -> tuple[list[tuple[str, list[Planned]]], dict[str, Any] | None]:
+def plan_files(tensors: Sequence[TensorToWrite]) -> tuple[list[tuple[str, list[TensorToWrite]]], dict[str, Any] | None]:
     """(file name, its tensors) and the index, None for a single file.
 
     Wide dtypes come first in a file, so that every tensor is aligned.
     """
-    shards: list[list[Planned]] = [[]]
+    shards: list[list[TensorToWrite]] = [[]]
     for tensor in tensors:
         if shards[-1] and sum(other.nbytes for other in shards[-1]) + tensor.nbytes > SHARD_BYTES:
             shards.append([])

@@ -10,8 +10,8 @@ import tensorstore
 from common.errors import UserError
 from common.trees import flatten
 from common.weights.folder import DTYPES, SOURCE, FolderWriter, LeafInfo, leaf_shapes, read_leaf, write_chunk
-from common.weights.mapping import Checkpoint, Match, Piece, StoredTensor, Table, refuse_keys
-from common.weights.safetensors_files import Planned, SafetensorsFile, SafetensorsFolder, plan_files
+from common.weights.mapping import Checkpoint, Match, Piece, StoredTensor, Table, flatten, refuse_keys
+from common.weights.safetensors_files import SafetensorsFile, SafetensorsFolder, TensorToWrite, plan_files
 
 BLOCK_BYTES = 128 * 2**20
 """Read at a time; a transposed copy and what is being written come on top."""
@@ -150,7 +150,7 @@ def _where(piece: Piece, start: int, stop: int) -> tuple[Any, ...]:
 
 
 def _rows(
-    planned: Planned, tensor: StoredTensor, handles: Mapping[str, tensorstore.TensorStore]
+    planned: TensorToWrite, tensor: StoredTensor, handles: Mapping[str, tensorstore.TensorStore]
 ) -> Iterator[np.ndarray]:
     for start, stop in _blocks(tensor, planned.dtype.itemsize):
         parts = [
@@ -166,7 +166,9 @@ def _rows(
 def _import_extras(table: Table, names: Sequence[str], checkpoint: Checkpoint, writer: FolderWriter) -> None:
     if not names:
         return
-    planned = [Planned(name, tuple(checkpoint.tensors[name].shape), checkpoint.tensors[name].dtype) for name in names]
+    planned = [
+        TensorToWrite(name, tuple(checkpoint.tensors[name].shape), checkpoint.tensors[name].dtype) for name in names
+    ]
     (writer.path / SOURCE / EXTRAS).mkdir(parents=True)
     with (writer.path / SOURCE / EXTRAS / "model.safetensors").open("wb") as out:
         file = SafetensorsFile(out, planned, None)
@@ -189,12 +191,12 @@ class _Extras:
     def __contains__(self, name: str) -> bool:
         return self._file is not None and name in self._file.tensors
 
-    def plan(self, name: str) -> Planned:
+    def plan(self, name: str) -> TensorToWrite:
         assert self._file is not None, f"{name} was looked for"
         stored = self._file.tensors[name]
-        return Planned(name, stored.shape, stored.dtype)
+        return TensorToWrite(name, stored.shape, stored.dtype)
 
-    def blocks(self, planned: Planned) -> Iterator[np.ndarray]:
+    def blocks(self, planned: TensorToWrite) -> Iterator[np.ndarray]:
         assert self._file is not None, f"{planned.key} was planned"
         yield self._file.read(planned.key)
 
@@ -222,10 +224,10 @@ def _plan(
     tensors: Mapping[str, StoredTensor],
     extras: _Extras,
     source: Mapping[str, Any],
-) -> tuple[list[tuple[str, list[Planned]]], dict[str, Mapping[str, str]], dict[str, Any] | None]:
+) -> tuple[list[tuple[str, list[TensorToWrite]]], dict[str, Mapping[str, str]], dict[str, Any] | None]:
     """(files and their tensors, each file's metadata, the index)."""
     if "files" not in source:
-        fresh = [Planned(t.key, t.shape, _widest(t, leaves)) for t in table.tensors().values()]
+        fresh = [TensorToWrite(t.key, t.shape, _widest(t, leaves)) for t in table.tensors().values()]
         files, index = plan_files(fresh)
         # Readers of the format ask for this note on who wrote it.
         return files, {name: {"format": "pt"} for name, _ in files}, index
@@ -233,12 +235,12 @@ def _plan(
     _check_names(table, recorded, tensors, extras)
     made = _recorded_leaf_dtypes(recorded, tensors)
 
-    def plan(key: str) -> Planned:
+    def plan(key: str) -> TensorToWrite:
         if key in extras:
             return extras.plan(key)
         # A leaf in another dtype than was made of the source has been trained since: nothing of it is rounded away.
         kept = all(made[piece.rule.leaf] == leaves[piece.rule.leaf].dtype for piece in tensors[key].pieces)
-        return Planned(key, tensors[key].shape, recorded[key] if kept else _widest(tensors[key], leaves))
+        return TensorToWrite(key, tensors[key].shape, recorded[key] if kept else _widest(tensors[key], leaves))
 
     files = [(file["name"], [plan(key) for key, _ in file["tensors"]]) for file in source["files"]]
     return files, {file["name"]: file["metadata"] or {} for file in source["files"]}, None

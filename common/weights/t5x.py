@@ -24,7 +24,7 @@ SCAN_AXIS = 1
 _STACKED = re.compile(r"((?:^|.*/)(encoder|decoder))/\2/(.+)")
 
 
-class Stored(NamedTuple):
+class T5XArray(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype
     name: str
@@ -33,7 +33,7 @@ class Stored(NamedTuple):
     """Which slice of a stacked array; None where layers are apart."""
 
 
-class T5xCheckpoint:
+class T5XCheckpoint:
     """The parameters of a T5X checkpoint, optimizer state left out; a `common.weights.mapping.Checkpoint`.
 
     Raises:
@@ -71,18 +71,18 @@ class T5xCheckpoint:
         except ValueError as error:
             raise UserError(f"{self.where}: {name} cannot be read ({str(error)[:200]})") from None
 
-    def _contents(self) -> Iterator[tuple[str, Stored]]:
+    def _contents(self) -> Iterator[tuple[str, T5XArray]]:
         for name, value in self._target.items():
             shape, dtype = self._shape(name, value)
             stacked = _STACKED.fullmatch(name)
             if stacked is None:
-                yield name, Stored(shape, dtype, name, None)
+                yield name, T5XArray(shape, dtype, name, None)
                 continue
             if len(shape) <= SCAN_AXIS:
                 raise UserError(f"{self.where}: {name} is {list(shape)}: layers should be stacked on axis {SCAN_AXIS}")
             one = (*shape[:SCAN_AXIS], *shape[SCAN_AXIS + 1 :])
             for layer in range(shape[SCAN_AXIS]):
-                yield f"{stacked[1]}/layers_{layer}/{stacked[3]}", Stored(one, dtype, name, layer)
+                yield f"{stacked[1]}/layers_{layer}/{stacked[3]}", T5XArray(one, dtype, name, layer)
 
     def _shape(self, name: str, value: Any) -> tuple[tuple[int, ...], np.dtype]:
         if not isinstance(value, _Spec):

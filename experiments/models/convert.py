@@ -15,7 +15,7 @@ from common.weights.folder import FolderWriter, scratch_folder, write_folder
 from common.weights.mapping import Checkpoint, Table, match
 from common.weights.safetensors_files import INDEX, SINGLE, SafetensorsFolder
 from common.weights.stream import import_weights, same_bytes
-from common.weights.t5x import T5xCheckpoint, is_checkpoint
+from common.weights.t5x import T5XCheckpoint, is_checkpoint
 from common.weights.text import CARRIED, native_text, sentence_piece, start_token_text
 from experiments.config import ModelConfig
 from experiments.models.convert_out import HUGGING_FACE, convert_folder, hugging_face_table, summary
@@ -183,7 +183,7 @@ def _is_tied(checkpoint: Checkpoint, table: str | None, head: str) -> bool:
 def _from_t5x(
     source: Path, destination: Path, progress: Progress, config_name: str | None, tokenizer: Path | None
 ) -> list[str]:
-    checkpoint = T5xCheckpoint(source)
+    checkpoint = T5XCheckpoint(source)
     decoder_only = "token_embedder/embedding" not in checkpoint.tensors
     remarks = ["layers are stacked (scanned)"] if checkpoint.scanned else []
     config: ModelConfig

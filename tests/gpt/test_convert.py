@@ -129,7 +129,7 @@ def test_a_model_without_a_counterpart_names_the_field(config, field):
         convert.write_config(config)
 
 
-class Stored:
+class InMemory:
     where = "folder"
 
     def __init__(self, tensors):
@@ -143,7 +143,7 @@ def test_gpt2s_constant_buffers_are_known_and_checked():
     table = convert.table(read(GPT2, tied=True), "gpt2")
     mask = np.tri(16, dtype=np.uint8)[None, None]
     names = {"transformer.h.0.attn.bias": mask, "transformer.h.1.attn.masked_bias": np.float32(-1e4)}
-    assert set(match(table, Stored(gpt2() | names)).extras) == set(names)
+    assert set(match(table, InMemory(gpt2() | names)).extras) == set(names)
     assert all(table.extra(name).check(name, np.asarray(value)) is None for name, value in names.items())
     name = "transformer.h.0.attn.bias"
     assert "causal" in table.extra(name).check(name, mask * 0 + 1)

@@ -2,24 +2,24 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from common.weights.mapping import LISTED, Rule, Table, match
+from common.weights.mapping import LISTED, LoadRule, Table, flatten, match, nest
 
 SIZES = {"D": 6, "H": 2, "G": 2, "C": 4, "V": 5}
 TABLE = Table(
     rules=(
-        Rule("embedding/table_VD", "embed", "V D", aliases=("head",)),
-        Rule("layers/query_DHC", "block.{layer}.q", "(H C) D"),
-        Rule("layers/key_DGC", "block.{layer}.fused", "D (G C)", part=0),
-        Rule("layers/out_HCD", "block.{layer}.fused", "D (H C)", part=1),
-        Rule("layers/bias_HC", "block.{layer}.bias", "(H C)", part=0),
-        Rule("layers/second_GC", "block.{layer}.bias", "(G C)", part=1),
+        LoadRule("embedding/table_VD", "embed", "V D", aliases=("head",)),
+        LoadRule("layers/query_DHC", "block.{layer}.q", "(H C) D"),
+        LoadRule("layers/key_DGC", "block.{layer}.fused", "D (G C)", part=0),
+        LoadRule("layers/out_HCD", "block.{layer}.fused", "D (H C)", part=1),
+        LoadRule("layers/bias_HC", "block.{layer}.bias", "(H C)", part=0),
+        LoadRule("layers/second_GC", "block.{layer}.bias", "(G C)", part=1),
     ),
     sizes=SIZES,
     layers={"layers": 2},
 )
 
 
-class Stored:
+class InMemory:
     where = "folder"
 
     def __init__(self, shapes):
@@ -65,7 +65,7 @@ def test_all_keys_are_named_at_once():
     del found["block.1.q"], found["embed"]
     found |= {"block.0.q": (6, 8), "block.2.q": (8, 6), "extra": (1,)}
     with pytest.raises(UserError) as error:
-        match(TABLE, Stored(found))
+        match(TABLE, InMemory(found))
     assert str(error.value) == (
         "folder does not have this model's keys; 2 missing: block.1.q, embed; 2 superfluous: block.2.q, extra; "
         "1 of another shape: block.0.q is [6, 8], expected [8, 6]"
@@ -75,7 +75,7 @@ def test_all_keys_are_named_at_once():
 def test_long_lists_are_cut_with_a_count():
     names = [f"x{i:03}" for i in range(LISTED + 7)]
     with pytest.raises(UserError) as error:
-        match(TABLE, Stored(shapes() | dict.fromkeys(names, (1,))))
+        match(TABLE, InMemory(shapes() | dict.fromkeys(names, (1,))))
     message = str(error.value)
     assert f"{LISTED + 7} superfluous: x000, x001" in message
     assert "x019, and 7 more" in message
@@ -86,11 +86,16 @@ def test_long_lists_are_cut_with_a_count():
 def test_any_name_of_a_tensor_will_do(names, read, aliases):
     found = shapes()
     size = found.pop("embed")
-    assert match(TABLE, Stored(found | dict.fromkeys(names, size))).tensors[read].key == "embed"
+    assert match(TABLE, InMemory(found | dict.fromkeys(names, size))).tensors[read].key == "embed"
 
 
 def test_copies_are_known():
-    found = match(TABLE, Stored(shapes() | {"head": (5, 6)}))
+    found = match(TABLE, InMemory(shapes() | {"head": (5, 6)}))
     assert found.aliases == {"head": "embed"}
     with pytest.raises(UserError, match=r"head is \[6, 5\]"):
-        match(TABLE, Stored(shapes() | {"head": (6, 5)}))
+        match(TABLE, InMemory(shapes() | {"head": (6, 5)}))
+
+
+def test_nest_and_flatten_are_inverses():
+    flat = {"a/b/c": 1, "a/d": 2, "e": 3}
+    assert flatten(nest(flat)) == flat

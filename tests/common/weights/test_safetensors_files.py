@@ -6,7 +6,7 @@ from safetensors.numpy import load_file, save_file
 
 from common.errors import UserError
 from common.weights import safetensors_files
-from common.weights.safetensors_files import INDEX, Planned, SafetensorsFile, SafetensorsFolder, plan_files
+from common.weights.safetensors_files import INDEX, SafetensorsFile, SafetensorsFolder, TensorToWrite, plan_files
 from tests.common.weights.foreign import BF16
 
 TENSORS = {
@@ -34,7 +34,7 @@ def test_reads_slices_with_dtypes(tmp_path):
 def test_writes_the_bytes_that_the_library_writes(tmp_path, metadata):
     save_file(TENSORS, tmp_path / "model.safetensors", metadata=metadata)
     order = SafetensorsFolder(tmp_path).files()[0]["tensors"]
-    planned = [Planned(name, TENSORS[name].shape, TENSORS[name].dtype) for name, _ in order]
+    planned = [TensorToWrite(name, TENSORS[name].shape, TENSORS[name].dtype) for name, _ in order]
     with (tmp_path / "ours.safetensors").open("wb") as out:
         file = SafetensorsFile(out, planned, metadata)
         for one in planned:
@@ -45,7 +45,7 @@ def test_writes_the_bytes_that_the_library_writes(tmp_path, metadata):
 
 def test_large_models_are_several_files(tmp_path, monkeypatch):
     monkeypatch.setattr(safetensors_files, "SHARD_BYTES", 60)
-    planned = [Planned(name, value.shape, value.dtype) for name, value in TENSORS.items()]
+    planned = [TensorToWrite(name, value.shape, value.dtype) for name, value in TENSORS.items()]
     files, index = plan_files(planned)
     assert index is not None
     assert [name for name, _ in files] == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -62,7 +62,7 @@ def test_large_models_are_several_files(tmp_path, monkeypatch):
 
 
 def test_a_wide_dtype_comes_first():
-    narrow, wide = Planned("a", (3,), np.dtype("float16")), Planned("b", (3,), np.dtype("float32"))
+    narrow, wide = TensorToWrite("a", (3,), np.dtype("float16")), TensorToWrite("b", (3,), np.dtype("float32"))
     assert plan_files([narrow, wide])[0] == [("model.safetensors", [wide, narrow])]
 
 

@@ -3,7 +3,7 @@ import pytest
 from flax import serialization
 
 from common.errors import UserError
-from common.weights.t5x import T5xCheckpoint, is_checkpoint
+from common.weights.t5x import T5XCheckpoint, is_checkpoint
 from tests.common.weights.foreign import scanned, t5x, write_t5x
 
 TENSORS = t5x(tied=False, gated=True)
@@ -20,7 +20,7 @@ def same(checkpoint):
 
 @pytest.mark.parametrize("old", [False, True])
 def test_layers_apart(tmp_path, old):
-    checkpoint = T5xCheckpoint(write_t5x(tmp_path / "c", TENSORS, old=old))
+    checkpoint = T5XCheckpoint(write_t5x(tmp_path / "c", TENSORS, old=old))
     assert is_checkpoint(tmp_path / "c")
     assert not checkpoint.scanned
     assert same(checkpoint)
@@ -30,7 +30,7 @@ def test_layers_apart(tmp_path, old):
 
 @pytest.mark.parametrize("inline", [0, 1000])
 def test_stacked_layers_look_like_layers_apart(tmp_path, inline):
-    checkpoint = T5xCheckpoint(write_t5x(tmp_path / "c", scanned(TENSORS), inline=inline))
+    checkpoint = T5XCheckpoint(write_t5x(tmp_path / "c", scanned(TENSORS), inline=inline))
     assert checkpoint.scanned
     assert same(checkpoint)
     name = "decoder/layers_2/mlp/wo/kernel"
@@ -41,7 +41,7 @@ def test_arrays_without_an_index(tmp_path):
     folder = write_t5x(tmp_path / "c", TENSORS, inline=0)
     (folder / "checkpoint").unlink()
     assert is_checkpoint(folder)
-    assert same(T5xCheckpoint(folder))
+    assert same(T5XCheckpoint(folder))
 
 
 def spec(path, driver="zarr"):
@@ -62,4 +62,4 @@ def spec(path, driver="zarr"):
 def test_what_is_none_is_refused(tmp_path, contents, message):
     (tmp_path / "checkpoint").write_bytes(contents)
     with pytest.raises(UserError, match=message):
-        T5xCheckpoint(tmp_path)
+        T5XCheckpoint(tmp_path)
