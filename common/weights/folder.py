@@ -1,11 +1,11 @@
-"""The model folder: weights, config and what their text is written in, on disk.
+"""The model folder: a model's weights, config, tokenizer and text conventions on disk.
 
     FOLDER/model.json      schema version, the model's config as JSON, text conventions, where the weights come from
-    FOLDER/parameters/     one tensorstore (zarr3) array for each leaf, `layers.attention.query_DHC/`, chunked by layer
-    FOLDER/source/         files carried along as they are: config.json, tokenizers, tensors that are no parameters
+    FOLDER/parameters/     one tensorstore (zarr3) array per leaf, `layers.attention.query_DHC/`, chunked by layer
+    FOLDER/source/         files kept unchanged: config.json, tokenizers, tensors that are not parameters
 
-Folders are written under a temporary name and renamed when they are whole. Neither reading nor writing needs more
-memory than a chunk: `read_leaf` gives a handle that reads slices, as `jax.make_array_from_callback` wants them.
+Folders are written under a temporary name and renamed when complete. Reading and writing need no more memory than one
+chunk: `read_leaf` returns a handle that reads slices, as `jax.make_array_from_callback` needs them.
 """
 
 import contextlib
@@ -34,12 +34,12 @@ MANIFEST = "model.json"
 PARAMETERS = "parameters"
 SOURCE = "source"
 PART, LOCK = ".twinstack-part", ".lock"
-"""How the name of a folder ends that is being made, and the file in it that its maker holds a lock on."""
+"""Suffix of an unfinished folder's name, and the file in it that the process writing it holds a lock on."""
 CHUNK_BYTES = 64 * 2**20
-"""A layer larger than this is stored in several chunks."""
+"""Largest chunk; a larger layer is stored in several."""
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 STORED_DTYPES = tuple(CODES.values())
-"""Dtypes of tensors in files that weights come from; tensors that are no parameters may have any of them."""
+"""Dtypes that tensors of a source file may have; parameters are limited to `DTYPES`."""
 
 
 class LeafInfo(NamedTuple):
@@ -56,19 +56,23 @@ class FolderWriter:
     def manifest(self, *, model: dict[str, Any], text: dict[str, Any], source: dict[str, Any]) -> None:
         """Writes model.json.
 
-        `model` is a config as `common.config.to_json` gives it. `text` has `tokenizer` (an object with `kind` and
-        files relative to the folder, or None), `alignment` ("start_token" | "native"), `start_id`, `eos_ids`,
-        `bos_id`, and maybe `prompts`: "targets" where inputs were always empty in training, so that a prompt stands
-        after the start token; absent, it is "inputs"; and `eos_after_inputs`: whether inputs end with an end token;
-        absent, they do. `source` records what the weights were made from: `format`, a run's `row_length`, and the
-        files that can be written again.
+        Args:
+            model: a config, from `common.config.to_json`.
+            text: `tokenizer` (an object with `kind` and file names relative to the folder, or None), `alignment`
+                ("start_token" | "native"), `start_id`, `eos_ids`, `bos_id`. Optional: `prompts` ("inputs" by default;
+                "targets" if inputs were always empty in training, so that a prompt follows the start token) and
+                `eos_after_inputs` (whether inputs end with an end token; true by default).
+            source: what the weights were made from: `format`, a run's `row_length`, and the files to reproduce.
         """
         value = {"schema_version": SCHEMA_VERSION, "model": model, "text": text, "source": source}
         write_json(self.path / MANIFEST, value)
 
     def create(self, leaf: str, shape: tuple[int, ...], dtype: np.dtype, *, stacked: bool) -> tensorstore.TensorStore:
-        """An array to write slices into; `leaf` is a path with slashes, `stacked` one with layers in front."""
-        assert dtype.name in DTYPES, f"{leaf}: parameters are not kept as {dtype}"
+        """Creates an array and returns a handle that slices can be written to.
+
+        `leaf` is a path with slashes; `stacked` means that the first axis is layers.
+        """
+        assert dtype.name in DTYPES, f"{leaf}: parameters cannot be stored as {dtype}"
         metadata = {
             "data_type": dtype.name,
             "shape": list(shape),
@@ -78,13 +82,13 @@ class FolderWriter:
         return tensorstore.open(spec, create=True).result()
 
     def copy(self, file: Path, name: str | None = None) -> None:
-        """Carries a file along unchanged."""
+        """Copies a file, unchanged, into `source/`."""
         (self.path / SOURCE).mkdir(exist_ok=True)
         shutil.copyfile(file, self.path / SOURCE / (name or file.name))
 
     def write_tree(self, tree: Mapping[str, Any], stacked: tuple[str, ...]) -> None:
-        """All leaves of a nested dict of arrays; those under a name of `stacked` have layers in front."""
-        for leaf, value in flatten(tree, "/").items():
+        """Writes a nested dict of arrays; `stacked` lists top-level names whose arrays have layers as first axis."""
+        for leaf, value in flatten(tree).items():
             array = np.asarray(value)
             handle = self.create(leaf, array.shape, array.dtype, stacked=leaf.partition("/")[0] in stacked)
             handle.write(array).result()
@@ -92,10 +96,10 @@ class FolderWriter:
 
 @contextlib.contextmanager
 def new_folder(destination: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `destination` at the end, or is removed.
+    """Yields a temporary folder that is renamed to `destination` at the end of the block, or removed on an error.
 
     Raises:
-        UserError: where something is there already, another process is making it, or its parent cannot be written.
+        UserError: if `destination` exists, another process is writing it, or its parent is not writable.
     """
     if destination.exists() or destination.is_symlink():
         raise UserError(f"{destination} exists: name a folder that does not")
@@ -107,19 +111,19 @@ def new_folder(destination: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch_folder(destination: Path) -> Iterator[Path]:
-    """A temporary folder beside `destination` that is removed at the end, unless it is somewhere else by then.
+    """Yields a temporary folder next to `destination`, and removes it at the end unless it has been renamed.
 
-    Those that killed processes left in the same place are removed first: whoever is alive holds a lock on its own.
-    Raises UserError as `new_folder` does.
+    First removes what killed processes left there: temporary folders on which no process holds a lock.
+    Raises UserError if another process is writing `destination`, or its parent is not writable.
     """
     temporary = destination.with_name(f".{destination.name}{PART}")
     with contextlib.ExitStack() as hold:
         try:
             destination.parent.mkdir(parents=True, exist_ok=True)
             for left in destination.parent.glob(f".*{PART}"):
-                _remove_left(left)
+                _remove_abandoned(left)
             if temporary.exists():
-                raise UserError(f"{destination} is being made by another process")
+                raise UserError(f"{destination} is being written by another process")
             temporary.mkdir()
             hold.enter_context(_locked(temporary))
         except OSError as error:
@@ -132,21 +136,21 @@ def scratch_folder(destination: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Raises OSError where another process holds it. A hold ends with its process."""
+    """Holds the folder's lock; raises OSError if another process does. The system releases it when the process dies."""
     with (folder / LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
 
 
-def _remove_left(folder: Path) -> None:
-    """Removes a temporary folder, unless the process that fills it is alive."""
+def _remove_abandoned(folder: Path) -> None:
+    """Removes a temporary folder, unless the process that writes it is alive."""
     with contextlib.suppress(OSError), _locked(folder):
         shutil.rmtree(folder)
 
 
 @contextlib.contextmanager
 def write_folder(destination: Path) -> Iterator[FolderWriter]:
-    """A writer whose folder appears at `destination` when the block ends well, and never otherwise.
+    """Yields a writer whose folder appears at `destination` if the block succeeds, and only then.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as name:
@@ -163,17 +167,18 @@ def write_folder(destination: Path) -> Iterator[FolderWriter]:
 
 
 def is_folder(path: Path) -> bool:
+    """Whether `path` is a model folder."""
     return (path / MANIFEST).is_file()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What model.json says: `model`, `text`, `source`.
+    """The contents of model.json: `model`, `text`, `source`.
 
     Raises:
-        UserError: where `folder` is no model folder, or one of another schema.
+        UserError: if `folder` is not a model folder, or has another schema version.
     """
     if not is_folder(folder):
-        raise UserError(f"{folder} is no model folder: it has no {MANIFEST}; `twinstack convert` makes one")
+        raise UserError(f"{folder} is not a model folder: it has no {MANIFEST}; `twinstack convert` makes one")
     manifest = read_json(folder / MANIFEST)
     schema = manifest.get("schema_version") if isinstance(manifest, dict) else None
     if schema != SCHEMA_VERSION:
@@ -190,12 +195,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _SourceFile:
-    """The record in `source.files` of a file that weights came from."""
+    """An entry of `source.files`: a file that the weights came from."""
 
     name: str
     metadata: dict[str, str] | None
     tensors: tuple[tuple[str, str], ...]
-    """Names and dtypes."""
+    """(name, dtype) of each tensor."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,22 +209,22 @@ class _SourceFiles:
 
 
 def _check_source(source: Mapping[str, Any]) -> None:
-    """Files of that name are written when the weights become what they were."""
+    """Raises UserError for an invalid `source`; its file names are written to when the files are reproduced."""
     length = source.get("row_length")
     if length is not None and (type(length) is not int or length < 1):
-        raise UserError(f"row_length is {length!r}, which is no number of slots")
+        raise UserError(f"row_length is {length!r}, which is not a number of slots")
     if ("files" in source) != ("model_type" in source):
         raise UserError("files and model_type go together")
     if "files" not in source:
         return
     if not isinstance(source["model_type"], str):
-        raise UserError(f"model_type is {source['model_type']!r}, which is no text")
+        raise UserError(f"model_type is {source['model_type']!r}, which is not a string")
     files = from_json(_SourceFiles, {"files": source["files"]}).files
     names = [plain_name(file.name, "files") for file in files]
     tensors = [tensor for file in files for tensor, _ in file.tensors]
     for what in (names, tensors):
         if len(set(what)) < len(what):
-            raise UserError(f"{next(name for name in what if what.count(name) > 1)!r} stands in files twice")
+            raise UserError(f"{next(name for name in what if what.count(name) > 1)!r} is listed twice in files")
     if wrong := [name for name in names if not name.endswith(".safetensors")]:
         raise UserError(f"{wrong[0]!r} is not the name of a safetensors file")
     for tensor, dtype in (pair for file in files for pair in file.tensors):
@@ -228,7 +233,7 @@ def _check_source(source: Mapping[str, Any]) -> None:
 
 
 def leaf_shapes(folder: Path) -> dict[str, Any]:
-    """Nested dict, as the model's parameters are, of (shape, dtype)."""
+    """(shape, dtype) of every leaf, in a nested dict like the model's parameters."""
     names = sorted(path.name for path in (folder / PARAMETERS).glob("*") if (path / "zarr.json").is_file())
     leaves = [name.replace(".", "/") for name in names]
     handles = {leaf: read_leaf(folder, leaf) for leaf in leaves}
@@ -236,10 +241,12 @@ def leaf_shapes(folder: Path) -> dict[str, Any]:
 
 
 def read_leaf(folder: Path, leaf: str) -> tensorstore.TensorStore:
-    """A handle on one array; `handle[slices].read().result()` is numpy, and a torn file an error, never zeros.
+    """A handle on one array: `handle[slices].read().result()` is a NumPy array.
+
+    Reading a missing or damaged chunk raises ValueError; it never returns zeros.
 
     Raises:
-        UserError: where the leaf is not there or cannot be read.
+        UserError: if the leaf does not exist or cannot be read.
     """
     try:
         return tensorstore.open(_spec(folder, leaf) | {"fill_missing_data_reads": False}, open=True).result()
@@ -248,20 +255,20 @@ def read_leaf(folder: Path, leaf: str) -> tensorstore.TensorStore:
 
 
 def write_chunk(handle: tensorstore.TensorStore) -> tuple[int, ...]:
-    """Shape of the pieces in which an array is stored: slices that hold whole ones are the quickest to move."""
+    """Shape of an array's chunks; slices of whole chunks are the fastest to read and write."""
     shape = handle.chunk_layout.write_chunk.shape
-    assert shape is not None, "arrays of model folders have a regular grid"
+    assert shape is not None, "arrays of model folders have a regular chunk grid"
     return tuple(int(size or 1) for size in shape)
 
 
 def copy_leaf(origin: tensorstore.TensorStore, target: tensorstore.TensorStore) -> None:
-    """Fills `target` with what `origin` holds, one stored piece at a time: of a slice across them all would be read."""
-    steps = [range(0, size, piece) for size, piece in zip(target.shape, write_chunk(target), strict=True)]
+    """Copies an array one chunk at a time: reading across chunks would read each of them in full."""
+    steps = [range(0, size, chunk) for size, chunk in zip(target.shape, write_chunk(target), strict=True)]
     for corner in itertools.product(*steps):
-        piece = tuple(
+        chunk = tuple(
             slice(start, min(start + step.step, step.stop)) for start, step in zip(corner, steps, strict=True)
         )
-        target[piece].write(origin[piece].read().result()).result()
+        target[chunk].write(origin[chunk].read().result()).result()
 
 
 def _spec(folder: Path, leaf: str) -> dict[str, Any]:
@@ -270,7 +277,7 @@ def _spec(folder: Path, leaf: str) -> dict[str, Any]:
 
 
 def _chunk(shape: tuple[int, ...], dtype: np.dtype, stacked: bool) -> list[int]:
-    """One layer, halved along its longest axis until it is small enough."""
+    """Chunk shape: one layer, halved along its longest axis until it is at most `CHUNK_BYTES`."""
     chunk = [1, *shape[1:]] if stacked else list(shape)
     while math.prod(chunk) * dtype.itemsize > CHUNK_BYTES:
         longest = chunk.index(max(chunk))

@@ -1,7 +1,8 @@
-"""Which stored tensor holds which parameter: tables of rules that serve reading and writing alike.
+"""Maps the tensors of a foreign checkpoint to our parameters, by tables that serve both reading and writing.
 
-A leaf's name ends in its axes, one letter each (`query_DHC`), so a table needs only the sizes of the letters to know
-every shape on both sides. A rule's layout says how the foreign tensor orders and merges the same axes:
+"Leaf" is one of our parameters, named by its path with slashes. A leaf's name ends in its axes, one letter each
+(`query_DHC`), so a table needs only the size of each letter to know every shape on both sides. A rule's layout states
+how the foreign tensor orders and merges the same axes:
 
 >>> table = Table(
 ...     rules=(LoadRule("layers/attention/query_DHC", "model.layers.{layer}.self_attn.q_proj.weight", "(H C) D"),),
@@ -25,26 +26,27 @@ import numpy as np
 from common.errors import UserError
 
 LISTED = 20
-"""So many keys are spelt out in an error message; of the others it says how many."""
+"""How many keys an error message lists; it counts the rest."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadRule:
-    """One line of a key table: a leaf of ours and where a foreign checkpoint keeps it."""
+    """One line of a key table: a leaf, and the foreign tensor that holds it."""
 
     leaf: str
-    """Path with slashes; the letters after the last underscore are its axes, without that of stacked layers."""
+    """Path with slashes. The letters after the last underscore are its axes, without the axis of stacked layers."""
     key: str
-    """Name of the foreign tensor; `{layer}` where there is one for each layer."""
+    """Name of the foreign tensor; contains `{layer}` if there is one tensor per layer."""
     layout: str
-    """The foreign tensor's axes in the leaf's letters; `(H C)` is one axis, head-major."""
+    """Axes of the foreign tensor in the leaf's letters; `(H C)` is one axis, head-major."""
     aliases: tuple[str, ...] = ()
-    """Further names under which a checkpoint may hold the same tensor, instead or besides."""
+    """Other names under which a checkpoint may hold the same tensor, instead of `key` or in addition to it."""
     part: int | None = None
-    """Where several leaves lie in one tensor, side by side along its last axis: this one's place among them."""
+    """Position of this leaf in a tensor that several leaves share, side by side along its last axis."""
 
     @property
     def letters(self) -> str:
+        """The leaf's axes, without the axis of stacked layers."""
         return self.leaf.rpartition("_")[2]
 
     @property
@@ -59,15 +61,17 @@ class LoadRule:
 
 @dataclasses.dataclass(frozen=True)
 class Extra:
-    """A stored tensor that is no parameter: kept and written again as it is."""
+    """A stored tensor that is not a parameter, such as a constant mask; it is kept and written back unchanged."""
 
     pattern: str
-    """Regular expression for the whole name."""
+    """Regular expression that matches the whole name."""
     check: Callable[[str, np.ndarray], str | None] = lambda name, value: None
-    """What is wrong with it, given its name and value; None where nothing is."""
+    """Returns what is wrong with the tensor, given its name and value; None if nothing is."""
 
 
 class TensorInfo(Protocol):
+    """Shape and dtype of a stored tensor."""
+
     @property
     def shape(self) -> tuple[int, ...]: ...
 
@@ -76,11 +80,11 @@ class TensorInfo(Protocol):
 
 
 class Checkpoint(Protocol):
-    """Stored tensors by name, read in parts."""
+    """The stored tensors of a checkpoint, by name, read in blocks of rows."""
 
     @property
     def where(self) -> str:
-        """What messages call it."""
+        """What error messages call the checkpoint."""
         ...
 
     @property
@@ -93,37 +97,37 @@ class Checkpoint(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """The part of a stored tensor that is one leaf's (at one layer of it)."""
+    """The part of a stored tensor that belongs to one leaf, or to one layer of a stacked leaf."""
 
     rule: LoadRule
     layer: int | None
     sizes: Mapping[str, int]
     offset: int
-    """First column of the last foreign axis; not zero only where several leaves share a tensor."""
+    """First column along the last foreign axis; nonzero only if several leaves share the tensor."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """In the foreign layout."""
+        """Shape in the foreign layout."""
         return tuple(math.prod(self.sizes[letter] for letter in group) for group in self.rule.groups)
 
     @property
     def row_size(self) -> int:
-        """Foreign rows that belong to one entry of the first row letter."""
+        """How many foreign rows one entry of the first row letter covers: C for rows `(H C)`, 1 for rows `D`."""
         return math.prod(self.sizes[letter] for letter in self.rule.groups[0][1:])
 
     @property
     def row_axis(self) -> int:
-        """The axis of the leaf (without layers) whose entries follow each other in the foreign rows."""
+        """The axis of the leaf (not counting layers) that the foreign rows run along."""
         return self.rule.letters.index(self.rule.groups[0][0])
 
-    def ours(self, block: np.ndarray) -> np.ndarray:
-        """Foreign rows, whole entries of the first row letter, as the leaf has them."""
+    def to_leaf(self, block: np.ndarray) -> np.ndarray:
+        """Reorders foreign rows into the leaf's axes; `block` holds whole entries of the first row letter."""
         order = "".join(self.rule.groups)
         sizes = [-1, *(self.sizes[letter] for letter in order[1:])]
         return block.reshape(sizes).transpose([order.index(letter) for letter in self.rule.letters])
 
-    def foreign(self, block: np.ndarray) -> np.ndarray:
-        """The inverse of `ours`."""
+    def to_foreign(self, block: np.ndarray) -> np.ndarray:
+        """The inverse of `to_leaf`."""
         order = "".join(self.rule.groups)
         block = block.transpose([self.rule.letters.index(letter) for letter in order])
         return block.reshape(-1, *self.shape[1:])
@@ -131,7 +135,7 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """One tensor that a checkpoint should have."""
+    """A tensor that a checkpoint should have, with the leaves that it holds."""
 
     key: str
     aliases: tuple[str, ...]
@@ -149,24 +153,24 @@ class StoredTensor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-    """A checkpoint format at given sizes."""
+    """All tensors of a checkpoint format, for a model of given sizes."""
 
     rules: tuple[LoadRule, ...]
     sizes: Mapping[str, int]
-    """By axis letter."""
+    """Size of each axis letter."""
     layers: Mapping[str, int]
-    """How many, by the first part of a leaf's path, for leaves that stack layers in front."""
+    """Number of layers, by the first component of a leaf's path, for leaves with layers stacked in front."""
     extras: tuple[Extra, ...] = ()
 
     def leaves(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every leaf."""
-        return {rule.leaf: (*self._stack(rule), *(self.sizes[x] for x in rule.letters)) for rule in self.rules}
+        """The shape of every leaf."""
+        return {rule.leaf: (*self._layers(rule), *(self.sizes[x] for x in rule.letters)) for rule in self.rules}
 
     def tensors(self) -> dict[str, StoredTensor]:
-        """By key, leaf after leaf and layer after layer."""
+        """Every tensor by key, in the order of the rules, then of the layers."""
         pieces: dict[tuple[str, tuple[str, ...]], list[Piece]] = {}
         for rule in self.rules:
-            for layer in range(*self._stack(rule)) if self._stack(rule) else (None,):
+            for layer in range(*self._layers(rule)) if self._layers(rule) else (None,):
                 key, *aliases = (name.format(layer=layer) for name in (rule.key, *rule.aliases))
                 sharing = pieces.setdefault((key, tuple(aliases)), [])
                 assert (rule.part or 0) == len(sharing), f"parts of {key} are out of order"
@@ -174,7 +178,7 @@ class Table:
         return {key: StoredTensor(key, aliases, tuple(shared)) for (key, aliases), shared in pieces.items()}
 
     def without_prefix(self, prefix: str) -> "Table":
-        """The same table for a checkpoint whose names lack `prefix`."""
+        """This table for a checkpoint whose names lack `prefix`."""
         rules = (
             dataclasses.replace(
                 rule,
@@ -186,20 +190,22 @@ class Table:
         return dataclasses.replace(self, rules=tuple(rules))
 
     def extra(self, name: str) -> Extra | None:
+        """The entry of `extras` that matches `name`, if any."""
         return next((extra for extra in self.extras if re.fullmatch(extra.pattern, name)), None)
 
-    def _stack(self, rule: LoadRule) -> tuple[int, ...]:
+    def _layers(self, rule: LoadRule) -> tuple[int, ...]:
+        """(number of layers,) for a stacked leaf, else ()."""
         return (self.layers[rule.leaf.partition("/")[0]],) if "{layer}" in rule.key else ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Match:
-    """What each name of a checkpoint is."""
+    """What each name in a checkpoint stands for."""
 
     tensors: dict[str, StoredTensor]
-    """By the name that is read."""
+    """By the name to read."""
     aliases: dict[str, str]
-    """Names of further copies, and of what."""
+    """Names of additional copies, and the name of what each one copies."""
     extras: tuple[str, ...]
 
 
@@ -207,7 +213,7 @@ def match(table: Table, checkpoint: Checkpoint) -> Match:
     """Finds the table's tensors in a checkpoint.
 
     Raises:
-        UserError: listing every missing, superfluous and wrongly shaped key.
+        UserError: listing every missing, unexpected and wrongly shaped key.
     """
     found = checkpoint.tensors
     tensors: dict[str, StoredTensor] = {}
@@ -225,15 +231,15 @@ def match(table: Table, checkpoint: Checkpoint) -> Match:
                 misshapen.append(f"{name} is {list(found[name].shape)}, expected {list(tensor.shape)}")
     rest = [name for name in found if name not in tensors and name not in aliases]
     extras = tuple(name for name in rest if table.extra(name))
-    superfluous = [name for name in rest if name not in extras]
-    refuse_keys(checkpoint.where, missing, superfluous, misshapen)
+    unexpected = [name for name in rest if name not in extras]
+    refuse_keys(checkpoint.where, missing, unexpected, misshapen)
     return Match(tensors=tensors, aliases=aliases, extras=extras)
 
 
-def refuse_keys(where: str, missing: Sequence[str], superfluous: Sequence[str], misshapen: Sequence[str]) -> None:
-    """Raises UserError that lists them, sorted, unless there are none."""
+def refuse_keys(where: str, missing: Sequence[str], unexpected: Sequence[str], misshapen: Sequence[str]) -> None:
+    """Raises UserError that lists the keys, sorted, unless there are none."""
     parts = []
-    for names, what in ((missing, "missing"), (superfluous, "superfluous"), (misshapen, "of another shape")):
+    for names, what in ((missing, "missing"), (unexpected, "unexpected"), (misshapen, "of another shape")):
         if names:
             more = f", and {len(names) - LISTED} more" if len(names) > LISTED else ""
             parts.append(f"{len(names)} {what}: {', '.join(sorted(names)[:LISTED])}{more}")

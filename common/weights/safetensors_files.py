@@ -1,6 +1,7 @@
-"""Safetensors in a folder: one file, or several named by an index. Read by slices, written a block at a time.
+"""Reads and writes safetensors files in a folder: a single file, or several files with an index.
 
-Format: eight bytes with the header's length, a JSON header of names, dtypes, shapes and offsets, then the tensors.
+A file is eight bytes with the header's length, a JSON header of names, dtypes, shapes and offsets, then the tensors.
+Tensors are read by slices of rows and written a block at a time.
 """
 
 import json
@@ -28,64 +29,67 @@ DTYPES = {
     "U8": "uint8",
     "BOOL": "bool",
 }
-"""The format's names of those that models use, and numpy's."""
-_NAMES = {name: code for code, name in DTYPES.items()}
+"""NumPy's name of each dtype of the format that models use."""
+_CODES = {name: code for code, name in DTYPES.items()}
 SHARD_BYTES = 5 * 10**9
-"""Larger models are written as several files."""
+"""Most bytes of tensors in one file; larger models are written as several files."""
 
 
 class TensorEntry(NamedTuple):
+    """Where a tensor is stored, from a file's header."""
+
     shape: tuple[int, ...]
     dtype: np.dtype
     file: str
     offset: int
-    """Where it begins in the file, in bytes."""
+    """Its first byte in the file."""
 
 
 class SafetensorsFolder:
     """The tensors of a folder; a `common.weights.mapping.Checkpoint`.
 
     Raises:
-        UserError: where a file is absent or broken, the index and the files disagree, or a dtype is none that
-            parameters are kept in.
+        UserError: if a file is missing or broken, the index and the files disagree, or a dtype is not one of `DTYPES`.
     """
 
     def __init__(self, folder: Path):
         self.folder, self.where = folder, str(folder)
         weight_map = _weight_map(folder)
         names = sorted(set(weight_map.values())) if weight_map else [SINGLE]
-        self._headers = {name: _header(folder / name) for name in names}
+        self._headers = {name: _read_header(folder / name) for name in names}
         contents = [item for name in names for item in self._contents(name)]
         self.tensors = dict(contents)
         if weight_map is not None:
-            held = {(key, stored.file) for key, stored in contents}
-            if differing := sorted(held ^ set(weight_map.items())):
+            in_files = {(key, entry.file) for key, entry in contents}
+            if differing := sorted(in_files ^ set(weight_map.items())):
                 listed = ", ".join(f"{key} ({file})" for key, file in differing[:20])
-                raise UserError(f"{folder / INDEX} does not say what the files hold; {len(differing)} differ: {listed}")
+                raise UserError(f"{folder / INDEX} does not match the files; {len(differing)} differ: {listed}")
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        stored = self.tensors[name]
-        rows = stored.shape[0] if stored.shape else 1
+        """Rows `start:stop` of the first axis."""
+        entry = self.tensors[name]
+        rows = entry.shape[0] if entry.shape else 1
         stop = rows if stop is None else min(stop, rows)
-        row = math.prod(stored.shape[1:])
+        row_elements = math.prod(entry.shape[1:])
         # The library would read the whole tensor for a slice of it.
-        offset = stored.offset + start * row * stored.dtype.itemsize
-        flat = np.fromfile(self.folder / stored.file, stored.dtype, (stop - start) * row, offset=offset)
-        return flat.reshape((stop - start, *stored.shape[1:]) if stored.shape else ())
+        offset = entry.offset + start * row_elements * entry.dtype.itemsize
+        flat = np.fromfile(self.folder / entry.file, entry.dtype, (stop - start) * row_elements, offset=offset)
+        return flat.reshape((stop - start, *entry.shape[1:]) if entry.shape else ())
 
     def files(self) -> list[dict[str, Any]]:
-        """Each file's name, metadata and tensors in the order in which they lie, with dtypes: plain JSON."""
-        lying = sorted(self.tensors.items(), key=lambda item: item[1].offset)
+        """Name, metadata and tensors of each file, as JSON; tensors are (name, dtype) in the order of their offsets."""
+        by_offset = sorted(self.tensors.items(), key=lambda item: item[1].offset)
         return [
             {
                 "name": name,
                 "metadata": header.get("__metadata__"),
-                "tensors": [[key, stored.dtype.name] for key, stored in lying if stored.file == name],
+                "tensors": [[key, entry.dtype.name] for key, entry in by_offset if entry.file == name],
             }
             for name, (header, _) in self._headers.items()
         ]
 
     def _contents(self, name: str) -> Iterator[tuple[str, TensorEntry]]:
+        """Yields the tensors of one file."""
         header, begin = self._headers[name]
         for key, about in header.items():
             if key == "__metadata__":
@@ -98,8 +102,8 @@ class SafetensorsFolder:
             yield key, TensorEntry(tuple(about["shape"]), dtype, name, begin + about["data_offsets"][0])
 
 
-def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header, and where the first tensor begins."""
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header, and the offset at which the tensors begin."""
     try:
         with safetensors.safe_open(path, framework="np"):  # checks that sizes and offsets fit the file
             pass
@@ -112,7 +116,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _weight_map(folder: Path) -> dict[str, str] | None:
-    """Which file has which tensor; None where there is one file only."""
+    """The file of each tensor, from the index; None if there is a single file."""
     if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
         return None
     index = read_json(folder / INDEX)
@@ -125,7 +129,7 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
 
 
 class TensorToWrite(NamedTuple):
-    """A tensor that is going to be written."""
+    """Name, shape and dtype of a tensor in a file to be written."""
 
     key: str
     shape: tuple[int, ...]
@@ -137,14 +141,14 @@ class TensorToWrite(NamedTuple):
 
 
 class SafetensorsFile:
-    """A file whose tensors are written one after the other, each from blocks of its rows."""
+    """Writes a file: the header when constructed, then the tensors one by one, each from blocks of its rows."""
 
     def __init__(self, file: BinaryIO, tensors: Sequence[TensorToWrite], metadata: Mapping[str, str] | None):
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         end = 0
         for tensor in tensors:
             start, end = end, end + tensor.nbytes
-            code = _NAMES[tensor.dtype.name]
+            code = _CODES[tensor.dtype.name]
             header[tensor.key] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
@@ -152,6 +156,7 @@ class SafetensorsFile:
         file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, tensor: TensorToWrite, blocks: Iterator[np.ndarray]) -> None:
+        """Appends one tensor; call in the order of the header."""
         written = 0
         for block in blocks:
             assert block.dtype == tensor.dtype, f"{tensor.key}: {block.dtype} for {tensor.dtype}"
@@ -161,9 +166,9 @@ class SafetensorsFile:
 
 
 def plan_files(tensors: Sequence[TensorToWrite]) -> tuple[list[tuple[str, list[TensorToWrite]]], dict[str, Any] | None]:
-    """(file name, its tensors) and the index, None for a single file.
+    """Divides tensors over files: (file name, its tensors) for each file, and the index (None for a single file).
 
-    Wide dtypes come first in a file, so that every tensor is aligned.
+    Within a file wider dtypes come first, so that every tensor is aligned.
     """
     shards: list[list[TensorToWrite]] = [[]]
     for tensor in tensors:

@@ -1,4 +1,4 @@
-"""A foreign config.json, read field by field: what is not understood is refused by name."""
+"""Reads a foreign config.json field by field, and refuses by name what it does not support."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -8,11 +8,12 @@ from common.errors import UserError
 _REQUIRED: Any = object()
 LARGEST = 2**31 - 1
 SHOWN = 80
-"""Characters of a value that a message repeats."""
+"""How many characters of a value an error message repeats."""
 
 
 class Settings:
-    """
+    """The fields of a JSON object; every method raises UserError naming a field with an unsupported value.
+
     >>> settings = Settings({"d_model": 512, "act": "tanh"}, where="config.json")
     >>> settings.integer("d_model", "hidden_size"), settings.integer("heads", default=8)
     (512, 8)
@@ -26,13 +27,14 @@ class Settings:
         self.values, self.where = values, where
 
     def integer(self, *names: str, default: Any = _REQUIRED) -> Any:
-        """The first of `names` that is there and not null: a size."""
+        """A size: the value of the first of `names` that is present and not null."""
         name, value = self._first(names, default)
         if value is not default and not (type(value) is int and 0 < value <= LARGEST):
             raise self.refusal(name, value, f"a whole number from 1 to {LARGEST}")
         return value
 
     def number(self, *names: str, default: Any = _REQUIRED) -> Any:
+        """As `integer`, for a number that is not negative; returned as a float."""
         name, value = self._first(names, default)
         if value is not default and not (type(value) in (int, float) and 0 <= value <= LARGEST):
             raise self.refusal(name, value, f"a number from 0 to {LARGEST}")
@@ -51,15 +53,16 @@ class Settings:
         return value
 
     def only(self, name: str, supported: Iterable[Any], default: Any) -> Any:
-        """The field's value, which must be one of `supported`; `default` where it is absent."""
+        """The field's value, or `default` if it is absent; must be one of `supported`."""
         supported = list(supported)
         value = self.values.get(name, default)
-        # True == 1 in Python, not in JSON
+        # True == 1 in Python, but not in JSON.
         if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in supported):
             raise self.refusal(name, value, ", ".join(map(repr, supported)))
         return value
 
     def refusal(self, name: str, value: Any, supported: str) -> UserError:
+        """The error for an unsupported value; `supported` lists what would be valid."""
         return UserError(f"{self.where}: {name} is {shown(value)}, which is not supported; supported: {supported}")
 
     def _first(self, names: tuple[str, ...], default: Any) -> tuple[str, Any]:
@@ -72,7 +75,7 @@ class Settings:
 
 
 def shown(value: Any) -> str:
-    """The value as shown in messages.
+    """The value as error messages show it, cut to `SHOWN` characters.
 
     >>> shown("a" * 100)[-5:]
     'aa...'
@@ -82,7 +85,9 @@ def shown(value: Any) -> str:
 
 
 def token_ids(value: Any, where: str) -> list[int]:
-    """One id, several or none, as a list.
+    """Token ids as a list, from one id, a list of ids or None.
+
+    Raises UserError, which calls the value `where`, if any is not a token id.
 
     >>> token_ids(1, ""), token_ids([2, 3], ""), token_ids(None, "")
     ([1], [2, 3], [])

@@ -1,5 +1,6 @@
-"""Moves weights between a foreign checkpoint and a model folder, a block of rows at a time."""
+"""Copies weights between a foreign checkpoint and a model folder, a block of rows at a time."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,24 @@ from common.weights.mapping import Checkpoint, Match, Piece, StoredTensor, Table
 from common.weights.safetensors_files import SafetensorsFile, SafetensorsFolder, TensorToWrite, plan_files
 
 BLOCK_BYTES = 128 * 2**20
-"""Read at a time; a transposed copy and what is being written come on top."""
+"""Bytes read at a time; the transposed copy and the write buffer need as much again."""
 EXTRAS = "extras"
-"""The folder under `source/` that keeps tensors which are no parameters, as safetensors."""
+"""The folder under `source/` that keeps tensors which are not parameters, as safetensors."""
 
 Advance = Callable[[int], None]
 
 
 def import_weights(table: Table, found: Match, checkpoint: Checkpoint, writer: FolderWriter, advance: Advance) -> None:
-    """Writes every leaf of `table`; calls `advance(1)` after each stored tensor.
+    """Writes every leaf of `table` to a model folder; calls `advance(1)` after each stored tensor.
 
-    A leaf whose layers are stored in different dtypes gets one that holds them all exactly.
+    A leaf whose layers are stored in different dtypes gets a dtype that represents all of them exactly.
 
     Raises:
-        UserError: where an alias differs from what it names, or a tensor that is no parameter is not what it should be.
+        UserError: if an alias differs from the tensor that it copies, or an extra tensor fails its check.
     """
     for alias, name in found.aliases.items():
         if not same_bytes(checkpoint, alias, name):
-            raise UserError(f"{checkpoint.where}: {alias} should be {name} once more, but differs from it")
+            raise UserError(f"{checkpoint.where}: {alias} should be a copy of {name}, but differs from it")
     _import_extras(table, found.extras, checkpoint, writer)
     dtypes = _leaf_dtypes(found, checkpoint)
     shapes, handles = table.leaves(), {}
@@ -45,8 +46,8 @@ def import_weights(table: Table, found: Match, checkpoint: Checkpoint, writer: F
             block = checkpoint.read(name, start, stop)
             for piece in tensor.pieces:
                 columns = block[..., piece.offset : piece.offset + piece.shape[-1]]
-                part = piece.ours(columns).astype(dtypes[piece.rule.leaf], copy=False)
-                handles[piece.rule.leaf][_where(piece, start, stop)].write(part).result()
+                part = piece.to_leaf(columns).astype(dtypes[piece.rule.leaf], copy=False)
+                handles[piece.rule.leaf][_leaf_slice(piece, start, stop)].write(part).result()
         advance(1)
 
 
@@ -55,29 +56,29 @@ def export_weights(
 ) -> dict[str, Any] | None:
     """Writes a model folder's leaves as safetensors into `destination`; calls `advance(1)` after each tensor.
 
-    Where `source` (of model.json) names the files that the leaves came from, they are written again: the same names,
-    order, dtypes, aliases and tensors that are no parameters. Returns the index of the files if it has to be written.
+    If `source` (of model.json) lists the files that the leaves came from, those files are reproduced: the same names,
+    order, dtypes, aliases and extra tensors. Returns the index of the files if the caller must write one.
 
     Raises:
-        UserError: listing leaves that are missing, superfluous or of a wrong shape.
+        UserError: listing leaves that are missing, unexpected or of a wrong shape.
     """
     leaves = check_leaves(folder, table)
     tensors = {name: tensor for tensor in table.tensors().values() for name in tensor.names}
     extras = _Extras(folder)
-    files, metadata, index = _plan(table, leaves, tensors, extras, source)
+    files, metadata, index = _plan_files(table, leaves, tensors, extras, source)
     handles = {leaf: read_leaf(folder, leaf) for leaf in leaves}
     for name, planned in files:
         with (destination / name).open("wb") as out:
             file = SafetensorsFile(out, planned, metadata.get(name))
             for one in planned:
-                blocks = extras.blocks(one) if one.key in extras else _rows(one, tensors[one.key], handles)
+                blocks = extras.blocks(one) if one.key in extras else _foreign_rows(one, tensors[one.key], handles)
                 file.write(one, blocks)
                 advance(1)
     return index
 
 
 def same_bytes(checkpoint: Checkpoint, one: str, other: str) -> bool:
-    """Whether two stored tensors are equal, bit by bit."""
+    """Whether two stored tensors have equal dtypes, shapes and bytes."""
     a, b = checkpoint.tensors[one], checkpoint.tensors[other]
     if a.dtype != b.dtype or tuple(a.shape) != tuple(b.shape):
         return False
@@ -90,7 +91,7 @@ def same_bytes(checkpoint: Checkpoint, one: str, other: str) -> bool:
 
 
 def common_dtype(dtypes: Sequence[np.dtype]) -> np.dtype:
-    """The narrowest dtype that holds every value of all of them.
+    """The narrowest floating-point dtype that represents every value of all `dtypes` exactly.
 
     >>> common_dtype([np.dtype("float16"), np.dtype("float16")])
     dtype('float16')
@@ -111,22 +112,22 @@ def _leaf_dtypes(found: Match, checkpoint: Checkpoint) -> dict[str, np.dtype]:
             raise UserError(f"{checkpoint.where}: {name} is {dtype.name}; parameters may be {', '.join(DTYPES)}")
         for piece in tensor.pieces:
             dtypes.setdefault(piece.rule.leaf, []).append(dtype)
-    return {leaf: common_dtype(of) for leaf, of in dtypes.items()}
+    return {leaf: common_dtype(stored) for leaf, stored in dtypes.items()}
 
 
 def _row_elements(shape: Sequence[int]) -> int:
-    elements = 1
-    for size in shape[1:]:
-        elements *= size
-    return elements
+    return math.prod(shape[1:])
 
 
 def _blocks(
     tensor: StoredTensor, itemsize: int, handles: Mapping[str, tensorstore.TensorStore] | None = None
 ) -> Iterator[tuple[int, int]]:
-    """Ranges of foreign rows, each a whole number of the leaf's entries, and of its chunks where that is possible."""
+    """Yields ranges of foreign rows of about `BLOCK_BYTES` each.
+
+    Each range covers a whole number of the leaf's entries and, given the leaves' `handles`, of its stored chunks.
+    """
     piece, shape = tensor.pieces[0], tensor.shape
-    if len(tensor.pieces) > 1 and len(shape) == 1:  # parts side by side along the only axis
+    if len(tensor.pieces) > 1 and len(shape) == 1:  # parts lie side by side along the only axis
         yield 0, shape[0]
         return
     row_bytes = max(1, itemsize * _row_elements(shape) * piece.row_size)
@@ -140,8 +141,8 @@ def _blocks(
         yield start, min(start + step, shape[0])
 
 
-def _where(piece: Piece, start: int, stop: int) -> tuple[Any, ...]:
-    """The slice of a leaf that foreign rows `start:stop` fill."""
+def _leaf_slice(piece: Piece, start: int, stop: int) -> tuple[Any, ...]:
+    """The slice of a leaf that foreign rows `start:stop` correspond to."""
     layer = () if piece.layer is None else (piece.layer,)
     before = (slice(None),) * piece.row_axis
     if piece.rule.part is not None and len(piece.shape) == 1:
@@ -149,21 +150,23 @@ def _where(piece: Piece, start: int, stop: int) -> tuple[Any, ...]:
     return (*layer, *before, slice(start // piece.row_size, stop // piece.row_size))
 
 
-def _rows(
+def _foreign_rows(
     planned: TensorToWrite, tensor: StoredTensor, handles: Mapping[str, tensorstore.TensorStore]
 ) -> Iterator[np.ndarray]:
+    """Yields the rows of a foreign tensor in blocks, put together from the leaves that it holds."""
     for start, stop in _blocks(tensor, planned.dtype.itemsize):
         parts = [
-            piece.foreign(handles[piece.rule.leaf][_where(piece, start, stop)].read().result())
+            piece.to_foreign(handles[piece.rule.leaf][_leaf_slice(piece, start, stop)].read().result())
             for piece in tensor.pieces
         ]
         yield np.concatenate([part.astype(planned.dtype, copy=False) for part in parts], axis=-1)
 
 
-# Tensors that are no parameters.
+# Extra tensors, which are not parameters.
 
 
 def _import_extras(table: Table, names: Sequence[str], checkpoint: Checkpoint, writer: FolderWriter) -> None:
+    """Checks the extra tensors and keeps them in the model folder."""
     if not names:
         return
     planned = [
@@ -175,14 +178,14 @@ def _import_extras(table: Table, names: Sequence[str], checkpoint: Checkpoint, w
         for one in planned:
             value = checkpoint.read(one.key)
             extra = table.extra(one.key)
-            assert extra is not None, f"{one.key} was matched"
+            assert extra is not None, f"{one.key} matches no extra"
             if complaint := extra.check(one.key, value):
                 raise UserError(f"{checkpoint.where}: {one.key} {complaint}")
             file.write(one, iter([value]))
 
 
 class _Extras:
-    """What `_import_extras` kept."""
+    """The tensors that `_import_extras` kept in a model folder; empty if there are none."""
 
     def __init__(self, folder: Path):
         path = folder / SOURCE / EXTRAS
@@ -192,21 +195,21 @@ class _Extras:
         return self._file is not None and name in self._file.tensors
 
     def plan(self, name: str) -> TensorToWrite:
-        assert self._file is not None, f"{name} was looked for"
-        stored = self._file.tensors[name]
-        return TensorToWrite(name, stored.shape, stored.dtype)
+        assert self._file is not None, f"{name} is not kept"
+        entry = self._file.tensors[name]
+        return TensorToWrite(name, entry.shape, entry.dtype)
 
     def blocks(self, planned: TensorToWrite) -> Iterator[np.ndarray]:
-        assert self._file is not None, f"{planned.key} was planned"
+        assert self._file is not None, f"{planned.key} is not kept"
         yield self._file.read(planned.key)
 
 
-# What to write.
+# Planning the files to write.
 
 
 def check_leaves(folder: Path, table: Table) -> dict[str, LeafInfo]:
-    """The leaves of a model folder. Raises UserError listing those that are not as the table has them."""
-    leaves: dict[str, LeafInfo] = flatten(leaf_shapes(folder), "/")
+    """The leaves of a model folder; raises UserError listing those that do not match the table."""
+    leaves: dict[str, LeafInfo] = flatten(leaf_shapes(folder))  # type: ignore[assignment]
     expected = table.leaves()
     misshapen = [
         f"{leaf} is {list(leaves[leaf].shape)}, expected {list(shape)}"
@@ -218,29 +221,30 @@ def check_leaves(folder: Path, table: Table) -> dict[str, LeafInfo]:
     return leaves
 
 
-def _plan(
+def _plan_files(
     table: Table,
     leaves: Mapping[str, LeafInfo],
     tensors: Mapping[str, StoredTensor],
     extras: _Extras,
     source: Mapping[str, Any],
 ) -> tuple[list[tuple[str, list[TensorToWrite]]], dict[str, Mapping[str, str]], dict[str, Any] | None]:
-    """(files and their tensors, each file's metadata, the index)."""
+    """Returns (files and their tensors, each file's metadata, the index)."""
     if "files" not in source:
-        fresh = [TensorToWrite(t.key, t.shape, _widest(t, leaves)) for t in table.tensors().values()]
+        fresh = [TensorToWrite(t.key, t.shape, _leaves_dtype(t, leaves)) for t in table.tensors().values()]
         files, index = plan_files(fresh)
-        # Readers of the format ask for this note on who wrote it.
+        # Transformers refuses files without this entry.
         return files, {name: {"format": "pt"} for name, _ in files}, index
     recorded = {key: np.dtype(dtype) for file in source["files"] for key, dtype in file["tensors"]}
     _check_names(table, recorded, tensors, extras)
-    made = _recorded_leaf_dtypes(recorded, tensors)
+    imported = _recorded_leaf_dtypes(recorded, tensors)
 
     def plan(key: str) -> TensorToWrite:
         if key in extras:
             return extras.plan(key)
-        # A leaf in another dtype than was made of the source has been trained since: nothing of it is rounded away.
-        kept = all(made[piece.rule.leaf] == leaves[piece.rule.leaf].dtype for piece in tensors[key].pieces)
-        return TensorToWrite(key, tensors[key].shape, recorded[key] if kept else _widest(tensors[key], leaves))
+        # A leaf whose dtype is not the one it was imported with has been trained since; keep its full precision.
+        unchanged = all(imported[piece.rule.leaf] == leaves[piece.rule.leaf].dtype for piece in tensors[key].pieces)
+        dtype = recorded[key] if unchanged else _leaves_dtype(tensors[key], leaves)
+        return TensorToWrite(key, tensors[key].shape, dtype)
 
     files = [(file["name"], [plan(key) for key, _ in file["tensors"]]) for file in source["files"]]
     return files, {file["name"]: file["metadata"] or {} for file in source["files"]}, None
@@ -249,12 +253,14 @@ def _plan(
 def _check_names(
     table: Table, recorded: Mapping[str, np.dtype], tensors: Mapping[str, StoredTensor], extras: _Extras
 ) -> None:
+    """Raises UserError unless the recorded files hold exactly the table's tensors and the kept extras."""
     missing = [t.key for t in table.tensors().values() if not any(name in recorded for name in t.names)]
-    superfluous = [name for name in recorded if name not in tensors and name not in extras]
-    refuse_keys("the source recorded in model.json", missing, superfluous, [])
+    unexpected = [name for name in recorded if name not in tensors and name not in extras]
+    refuse_keys("the source recorded in model.json", missing, unexpected, [])
 
 
-def _widest(tensor: StoredTensor, leaves: Mapping[str, LeafInfo]) -> np.dtype:
+def _leaves_dtype(tensor: StoredTensor, leaves: Mapping[str, LeafInfo]) -> np.dtype:
+    """The dtype that represents all leaves of a tensor exactly."""
     return common_dtype([leaves[piece.rule.leaf].dtype for piece in tensor.pieces])
 
 
@@ -264,4 +270,4 @@ def _recorded_leaf_dtypes(recorded: Mapping[str, np.dtype], tensors: Mapping[str
     for key, dtype in recorded.items():
         for piece in tensors[key].pieces if key in tensors else ():
             dtypes.setdefault(piece.rule.leaf, []).append(dtype)
-    return {leaf: common_dtype(of) for leaf, of in dtypes.items()}
+    return {leaf: common_dtype(stored) for leaf, stored in dtypes.items()}

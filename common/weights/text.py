@@ -1,7 +1,7 @@
-"""What a foreign folder says of its text: tokenizer files, special ids, and how targets follow inputs.
+"""Text conventions of a foreign folder: tokenizer files, special ids, and how targets follow inputs.
 
-The result is the section `text` of model.json (see `common.weights.folder`). `alignment` is "start_token" where a
-decoder's first input is `start_id`, "native" where it is the last token of the text before.
+The result is the section `text` of model.json (see `common.weights.folder`). `alignment` is "start_token" if the first
+decoder input is `start_id`, "native" if it is the last token of the preceding text.
 """
 
 import dataclasses
@@ -28,14 +28,16 @@ CARRIED = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""Files of a foreign folder that are kept unchanged."""
+"""Files of a foreign folder that a model folder keeps unchanged."""
 TOKENIZER = "tokenizer.json"
 MOST_SENTINELS = 2**16
 
 
 def start_token_text(folder: Path, config: dict[str, Any], *, sentinels: int) -> tuple[dict[str, Any], list[str]]:
-    """The text settings of an encoder-decoder, and remarks; `sentinels` is how many extra ids its tokenizer has if the
-    folder does not specify it."""
+    """The text conventions of an encoder-decoder, and remarks for the user.
+
+    `sentinels` is the number of extra ids on top of the SentencePiece model, if the folder does not specify it.
+    """
     ids = config | _json(folder / "generation_config.json")
     starts = [*token_ids(ids.get("decoder_start_token_id"), "decoder_start_token_id")]
     starts += token_ids(ids.get("pad_token_id"), "pad_token_id")
@@ -59,15 +61,17 @@ def start_token_text(folder: Path, config: dict[str, Any], *, sentinels: int) ->
         text["eos_after_inputs"] = False
         remarks.append(f"inputs end without an end token, as {TOKENIZER} says")
     elif [frame.ids.get(name) for name in frame.after] != text["eos_ids"][:1]:
-        remarks.append(frame.not_followed("behind", frame.after))
+        remarks.append(frame.not_followed("after", frame.after))
     return text, remarks
 
 
 def native_text(
     folder: Path, config: dict[str, Any], *, bos: int, eos: int, adds_bos: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """The text settings of a decoder-only model, and remarks; ids and `adds_bos` are its architecture's defaults, used
-    if the folder does not specify them."""
+    """The text conventions of a decoder-only model, and remarks for the user.
+
+    `bos`, `eos` and `adds_bos` are defaults of the architecture, used if the folder does not specify them.
+    """
     ids = config | _json(folder / "generation_config.json")
     bos_ids = token_ids(ids.get("bos_token_id", bos), "bos_token_id")
     eos_ids = token_ids(ids.get("eos_token_id", eos), "eos_token_id")
@@ -84,7 +88,7 @@ def native_text(
         if from_template and len(frame.before) > 1:
             remarks.append(frame.not_followed("before", frame.before))
         if frame.after:
-            remarks.append(f"{frame.not_followed('behind', frame.after)}, since a text goes on where its prompt ends")
+            remarks.append(f"{frame.not_followed('after', frame.after)}, since a completion continues its prompt")
     text = {
         "tokenizer": tokenizer,
         "alignment": "native",
@@ -97,30 +101,30 @@ def native_text(
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """The special tokens that a tokenizer's own rules put around every text, by name."""
+    """The special tokens that tokenizer.json adds around every text, by name."""
 
     before: list[str]
     after: list[str]
     ids: dict[str, int]
-    """The ids that the rules state."""
+    """Ids of the special tokens, if tokenizer.json states them."""
 
     @property
     def bos_id(self) -> int | None:
-        """The id of the one token before a text."""
+        """The id of the token before a text; None unless there is exactly one."""
         return self.ids.get(self.before[0]) if len(self.before) == 1 else None
 
     def not_followed(self, side: str, names: list[str]) -> str:
-        return f"{TOKENIZER} puts {' '.join(names)} {side} every text, which is not followed"
+        return f"{TOKENIZER} puts {' '.join(names)} {side} every text, which is ignored"
 
 
 def read_frame(folder: Path) -> Frame | None:
-    """The frame that the post-processor in a folder's `tokenizer.json` adds; None if it adds no tokens."""
+    """The special tokens that the post-processor of a folder's tokenizer.json adds; None if it has none."""
     post = _json(folder / TOKENIZER).get("post_processor")
     steps = post.get("processors", [post]) if isinstance(post, dict) else []
     for step in steps if isinstance(steps, list) else []:
         match step:
             case {"type": "TemplateProcessing", "single": [*parts]}:
-                return _of_template(parts, step.get("special_tokens"))
+                return _read_template(parts, step.get("special_tokens"))
             case {
                 "type": "RobertaProcessing" | "BertProcessing",
                 "cls": [str(first), int(first_id)],
@@ -130,8 +134,9 @@ def read_frame(folder: Path) -> Frame | None:
     return None
 
 
-def _of_template(parts: list[Any], described: Any) -> Frame:
-    names: list[str | None] = []
+def _read_template(parts: list[Any], special_tokens: Any) -> Frame:
+    """The frame of a TemplateProcessing step: the special tokens before and after its first `Sequence`."""
+    names: list[str | None] = []  # None stands for the text
     for part in parts:
         match part:
             case {"SpecialToken": {"id": str(name)}}:
@@ -140,7 +145,7 @@ def _of_template(parts: list[Any], described: Any) -> Frame:
                 names.append(None)
     place = names.index(None) if None in names else len(names)
     ids = {}
-    for name, token in described.items() if isinstance(described, dict) else ():
+    for name, token in special_tokens.items() if isinstance(special_tokens, dict) else ():
         match token:
             case {"ids": [int(only)]} if only >= 0:
                 ids[name] = only
@@ -148,10 +153,10 @@ def _of_template(parts: list[Any], described: Any) -> Frame:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """Empty where there is no such file. Raises UserError for one that is no JSON object."""
+    """The file's JSON object; empty if there is no such file. Raises UserError if it is not an object."""
     value = read_json(path) if path.is_file() else {}
     if not isinstance(value, dict):
-        raise UserError(f"{path} is no JSON object")
+        raise UserError(f"{path} is not a JSON object")
     return value
 
 
@@ -162,12 +167,12 @@ def _sentence_piece(folder: Path, name: str, sentinels: int) -> dict[str, Any] |
 
 
 def sentence_piece(name: str, sentinels: int) -> dict[str, Any]:
-    """The entry of a SentencePiece model that is carried along as `name`."""
+    """The `tokenizer` entry of model.json for a SentencePiece model kept as `name`."""
     return {"kind": "sentencepiece", "file": f"{SOURCE}/{name}", "sentinels": sentinels}
 
 
 def byte_pair(sentinels: int) -> dict[str, Any]:
-    """The entry of a `tokenizer.json` that is carried along; `sentinels` are those that lie on top of its tokens."""
+    """The `tokenizer` entry of model.json for a tokenizer.json, with `sentinels` extra ids on top of its tokens."""
     return {"kind": "byte_pair", "file": f"{SOURCE}/tokenizer.json", "sentinels": sentinels}
 
 
@@ -180,12 +185,12 @@ def _byte_pair(folder: Path) -> dict[str, Any] | None:
 
 
 def _sentinels(folder: Path, default: int) -> int:
-    """Extra ids that lie on top of the SentencePiece model's own pieces."""
+    """The number of extra ids on top of the SentencePiece model's own pieces."""
     path = folder / "tokenizer_config.json"
     described = _json(path)
     if (stated := described.get("extra_ids")) is not None:
         if type(stated) is not int or not 0 <= stated <= MOST_SENTINELS:
-            raise UserError(f"{path}: extra_ids is {shown(stated)}: it is a number from 0 to {MOST_SENTINELS}")
+            raise UserError(f"{path}: extra_ids is {shown(stated)}: it must be a number from 0 to {MOST_SENTINELS}")
         return stated
     named = described.get("additional_special_tokens") or described.get("extra_special_tokens")
     if not isinstance(named, list):

@@ -1,4 +1,4 @@
-"""Small checkpoints as other programs write them: spelt out here, apart from the tables that read them."""
+"""Small checkpoints as other programs write them, spelled out independently of the tables that read them."""
 
 import json
 from collections.abc import Mapping
@@ -138,7 +138,7 @@ def llama(c: Mapping[str, Any] = LLAMA, dtype: Any = np.float32) -> Tensors:
 def write_hugging_face(
     folder: Path, config: Mapping[str, Any], tensors: Tensors, shards: int = 1, files: Mapping[str, str] | None = None
 ) -> Path:
-    """config.json, safetensors (several files with an index where `shards` > 1) and further small files."""
+    """Writes config.json, safetensors (several files and an index if `shards` > 1) and other small files."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     for name, text in (files or {}).items():
@@ -159,7 +159,7 @@ def write_hugging_face(
 
 
 def read_hugging_face(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """Every tensor's dtype, shape and bytes, by a reader of its own (header, then bytes at offsets)."""
+    """Every tensor's dtype, shape and bytes, read independently of the package (header, then bytes at offsets)."""
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
         data = file.read_bytes()
@@ -176,7 +176,7 @@ def read_hugging_face(folder: Path) -> dict[str, tuple[str, tuple[int, ...], byt
 def t5x(
     vocab: int = 40, d: int = 12, heads: int = 5, size: int = 4, f: int = 20, *, tied: bool, gated: bool
 ) -> Tensors:
-    """An encoder of 2 and a decoder of 3 layers, layers apart."""
+    """An encoder of 2 and a decoder of 3 layers, each layer stored by itself."""
     attention = {"query": (d, heads * size), "key": (d, heads * size), "value": (d, heads * size)}
     attention |= {"out": (heads * size, d)}
     shapes: dict[str, tuple[int, ...]] = {"token_embedder/embedding": (vocab, d)}
@@ -204,7 +204,7 @@ def t5x(
 
 
 def scanned(tensors: Tensors) -> Tensors:
-    """The same with layers stacked on axis 1 of `encoder/encoder/...`, `decoder/decoder/...`."""
+    """The same tensors with layers stacked on axis 1 of `encoder/encoder/...`, `decoder/decoder/...`."""
     stacked: dict[str, list[np.ndarray]] = {}
     rest = {}
     for name, value in tensors.items():
@@ -217,9 +217,9 @@ def scanned(tensors: Tensors) -> Tensors:
 
 
 def write_t5x(folder: Path, tensors: Tensors, *, inline: int = 16, chunk: int = 5, old: bool = False) -> Path:
-    """As T5X's checkpointer does: leaves of more than `inline` elements are gzipped zarr arrays, others in the index.
+    """Writes a checkpoint as T5X does: leaves of more than `inline` elements as gzipped zarr, others in the index.
 
-    `old`: specs as older versions wrote them to a bucket.
+    `old`: writes specs as older versions wrote them to a bucket.
     """
     folder.mkdir(parents=True)
     target: dict[str, Any] = {}

@@ -24,7 +24,7 @@ def write(path):
     return path
 
 
-def test_what_was_written_is_read(tmp_path):
+def test_a_written_folder_reads_back(tmp_path):
     path = write(tmp_path / "deep" / "model")
     manifest = read_manifest(path)
     assert (manifest["model"], manifest["source"]) == ({"kind": "tiny"}, {"format": "none"})
@@ -36,7 +36,7 @@ def test_what_was_written_is_read(tmp_path):
     assert [entry.name for entry in (tmp_path / "deep").iterdir()] == ["model"]
 
 
-def test_layers_are_chunks_and_large_layers_several(tmp_path, monkeypatch):
+def test_a_layer_is_one_chunk_and_a_large_layer_several(tmp_path, monkeypatch):
     monkeypatch.setattr(folder, "CHUNK_BYTES", 100)
     with write_folder(tmp_path / "model") as writer:
         small = writer.create("layers/a_D", (3, 20), np.dtype("float32"), stacked=True)
@@ -45,7 +45,7 @@ def test_layers_are_chunks_and_large_layers_several(tmp_path, monkeypatch):
     assert (write_chunk(small), write_chunk(large), write_chunk(plain)) == ((1, 20), (1, 4, 4), (7, 2))
 
 
-def test_a_broken_block_leaves_nothing(tmp_path):
+def test_an_error_in_the_block_leaves_nothing(tmp_path):
     def broken():
         with write_folder(tmp_path / "model") as writer:
             writer.write_tree(TREE, stacked=("layers",))
@@ -66,34 +66,34 @@ with write_folder(pathlib.Path(sys.argv[1])) as writer:
 """
 
 
-def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
-    """Whatever the next one is called; one that is still at work is left alone, and named."""
+def test_the_next_writer_removes_what_a_killed_process_left(tmp_path):
+    """Whatever its name. A folder whose writer is alive stays, and the error names it."""
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "killed")], check=False)
     (left,) = tmp_path.iterdir()
     assert killed.returncode == -signal.SIGKILL and (left / "model.json").is_file()
     with new_folder(tmp_path / "slow") as slow:
         write(tmp_path / "model")
         assert not left.exists() and slow.is_dir()
-        with pytest.raises(UserError, match="slow is being made by another process"), new_folder(tmp_path / "slow"):
-            pytest.fail("was entered")
+        with pytest.raises(UserError, match="slow is being written by another process"), new_folder(tmp_path / "slow"):
+            pytest.fail("the block was entered")
     assert {path.name for path in tmp_path.iterdir()} == {"model", "slow"}
     assert list((tmp_path / "slow").iterdir()) == []
 
 
-def test_an_existing_folder_is_not_touched(tmp_path):
+def test_an_existing_folder_is_refused(tmp_path):
     (tmp_path / "model").mkdir()
     with pytest.raises(UserError, match="exists"), new_folder(tmp_path / "model"):
-        pytest.fail("was entered")
+        pytest.fail("the block was entered")
 
 
-def test_an_unwritable_place_is_a_users_error(tmp_path):
+def test_an_unwritable_parent_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"), new_folder(tmp_path / "file" / "model"):
-        pytest.fail("was entered")
+        pytest.fail("the block was entered")
 
 
-def test_other_folders_are_refused(tmp_path):
-    with pytest.raises(UserError, match="no model folder"):
+def test_a_damaged_or_missing_manifest_is_refused(tmp_path):
+    with pytest.raises(UserError, match="not a model folder"):
         read_manifest(tmp_path)
     for text, message in [
         ("{", "cannot be read"),

@@ -31,7 +31,7 @@ def test_reads_slices_with_dtypes(tmp_path):
 
 
 @pytest.mark.parametrize("metadata", [{"format": "pt"}, None])
-def test_writes_the_bytes_that_the_library_writes(tmp_path, metadata):
+def test_writes_the_same_bytes_as_the_library(tmp_path, metadata):
     save_file(TENSORS, tmp_path / "model.safetensors", metadata=metadata)
     order = SafetensorsFolder(tmp_path).files()[0]["tensors"]
     planned = [TensorToWrite(name, TENSORS[name].shape, TENSORS[name].dtype) for name, _ in order]
@@ -43,7 +43,7 @@ def test_writes_the_bytes_that_the_library_writes(tmp_path, metadata):
     assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
 
 
-def test_large_models_are_several_files(tmp_path, monkeypatch):
+def test_large_models_are_written_as_several_files(tmp_path, monkeypatch):
     monkeypatch.setattr(safetensors_files, "SHARD_BYTES", 60)
     planned = [TensorToWrite(name, value.shape, value.dtype) for name, value in TENSORS.items()]
     files, index = plan_files(planned)
@@ -61,7 +61,7 @@ def test_large_models_are_several_files(tmp_path, monkeypatch):
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in TENSORS.values())
 
 
-def test_a_wide_dtype_comes_first():
+def test_wider_dtypes_come_first():
     narrow, wide = TensorToWrite("a", (3,), np.dtype("float16")), TensorToWrite("b", (3,), np.dtype("float32"))
     assert plan_files([narrow, wide])[0] == [("model.safetensors", [wide, narrow])]
 
@@ -79,7 +79,7 @@ def test_a_wide_dtype_comes_first():
         ({"a": "absent.safetensors"}, "absent.safetensors cannot be read"),
     ],
 )
-def test_an_index_that_does_not_fit_is_refused(tmp_path, weight_map, message):
+def test_an_index_that_does_not_match_the_files_is_refused(tmp_path, weight_map, message):
     save_file({name: TENSORS[name] for name in "ab"}, tmp_path / "part.safetensors")
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(UserError, match=message):
@@ -96,8 +96,8 @@ def test_broken_files_and_quantised_weights_are_refused(tmp_path):
         SafetensorsFolder(tmp_path)
 
 
-def test_a_name_that_a_file_has_twice_is_refused(tmp_path):
-    """Readers differ in which of the two they take."""
+def test_a_name_twice_in_a_header_is_refused(tmp_path):
+    """Readers disagree on which of the two counts."""
     about = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
     first, second = json.dumps(about), json.dumps(about | {"data_offsets": [4, 8]})
     header = f'{{"a": {first}, "a": {second}, "b": {first}}}'.encode()

@@ -9,7 +9,7 @@ from tests.common.weights.foreign import scanned, t5x, write_t5x
 TENSORS = t5x(tied=False, gated=True)
 
 
-def same(checkpoint):
+def equals_tensors(checkpoint):
     return set(checkpoint.tensors) == set(TENSORS) and all(
         np.array_equal(checkpoint.read(name), value)
         and checkpoint.tensors[name].shape == value.shape
@@ -19,20 +19,20 @@ def same(checkpoint):
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_layers_apart(tmp_path, old):
+def test_layers_stored_one_by_one(tmp_path, old):
     checkpoint = T5XCheckpoint(write_t5x(tmp_path / "c", TENSORS, old=old))
     assert is_checkpoint(tmp_path / "c")
     assert not checkpoint.scanned
-    assert same(checkpoint)
+    assert equals_tensors(checkpoint)
     rows = checkpoint.read("token_embedder/embedding", 3, 7)
     assert np.array_equal(rows, TENSORS["token_embedder/embedding"][3:7])
 
 
 @pytest.mark.parametrize("inline", [0, 1000])
-def test_stacked_layers_look_like_layers_apart(tmp_path, inline):
+def test_stacked_layers_are_read_one_by_one(tmp_path, inline):
     checkpoint = T5XCheckpoint(write_t5x(tmp_path / "c", scanned(TENSORS), inline=inline))
     assert checkpoint.scanned
-    assert same(checkpoint)
+    assert equals_tensors(checkpoint)
     name = "decoder/layers_2/mlp/wo/kernel"
     assert np.array_equal(checkpoint.read(name, 5, 9), TENSORS[name][5:9])
 
@@ -41,7 +41,7 @@ def test_arrays_without_an_index(tmp_path):
     folder = write_t5x(tmp_path / "c", TENSORS, inline=0)
     (folder / "checkpoint").unlink()
     assert is_checkpoint(folder)
-    assert same(T5XCheckpoint(folder))
+    assert equals_tensors(T5XCheckpoint(folder))
 
 
 def spec(path, driver="zarr"):
@@ -51,15 +51,15 @@ def spec(path, driver="zarr"):
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        (b"\x80\x04pickle", "no T5X index"),
+        (b"\x80\x04pickle", "not a T5X index"),
         (serialization.msgpack_serialize({"target": {}}), "no optimizer/target"),
         (serialization.msgpack_serialize({"optimizer": {"target": {"a": spec("../a")}}}), "outside its folder"),
         (serialization.msgpack_serialize({"optimizer": {"target": {"a": spec("/etc")}}}), "outside its folder"),
-        (serialization.msgpack_serialize({"optimizer": {"target": {"a": spec("a", "n5")}}}), "no zarr array"),
+        (serialization.msgpack_serialize({"optimizer": {"target": {"a": spec("a", "n5")}}}), "not a zarr array"),
         (serialization.msgpack_serialize({"optimizer": {"target": {"a": spec("target.a")}}}), "cannot be read"),
     ],
 )
-def test_what_is_none_is_refused(tmp_path, contents, message):
+def test_a_damaged_checkpoint_is_refused(tmp_path, contents, message):
     (tmp_path / "checkpoint").write_bytes(contents)
     with pytest.raises(UserError, match=message):
         T5XCheckpoint(tmp_path)

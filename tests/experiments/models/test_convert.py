@@ -166,7 +166,7 @@ def test_a_copy_that_differs_is_an_error(tmp_path):
     tensors = foreign.t5()
     tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"] + 1
     source = foreign.write_hugging_face(tmp_path / "in", T5, tensors)
-    with pytest.raises(UserError, match=r"encoder.embed_tokens.weight should be shared.weight once more"):
+    with pytest.raises(UserError, match=r"encoder.embed_tokens.weight should be a copy of shared.weight"):
         run(source, tmp_path / "ours")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
@@ -237,7 +237,7 @@ def test_wrong_keys_end_with_status_2_and_nothing_behind(tmp_path, capsys):
     assert main(["convert", str(source), str(tmp_path / "ours")]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "2 missing: model.layers.1.mlp.up_proj.weight, model.norm.weight;" in line
-    assert "1 superfluous: model.layers.3.mlp.up_proj.weight;" in line
+    assert "1 unexpected: model.layers.3.mlp.up_proj.weight;" in line
     assert "model.layers.0.mlp.up_proj.weight is [12, 20], expected [20, 12]" in line
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
