@@ -232,7 +232,7 @@ def _plan_files(
     if "files" not in source:
         fresh = [TensorToWrite(t.key, t.shape, _leaves_dtype(t, leaves)) for t in table.tensors().values()]
         files, index = plan_files(fresh)
-        # Transformers refuses files without this entry.
+        # Transformers expects this entry, which names the framework that wrote the file.
         return files, {name: {"format": "pt"} for name, _ in files}, index
     recorded = {key: np.dtype(dtype) for file in source["files"] for key, dtype in file["tensors"]}
     _check_names(table, recorded, tensors, extras)

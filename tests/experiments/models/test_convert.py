@@ -391,8 +391,8 @@ NESTED = tokenizers.processors.Sequence([tokenizers.processors.ByteLevel(), temp
         (NESTED, "inputs begin with <s> (id 3), as tokenizer.json says"),
         (ROBERTA, "inputs begin with <s> (id 3), as tokenizer.json says"),
         (template("$A"), "inputs end without an end token, as tokenizer.json says"),
-        (template("<s> <sep> $A </s>"), "tokenizer.json puts <s> <sep> before every text, which is not followed"),
-        (template("$A <sep> </s>"), "tokenizer.json puts <sep> </s> behind every text, which is not followed"),
+        (template("<s> <sep> $A </s>"), "tokenizer.json puts <s> <sep> before every text, which is ignored"),
+        (template("$A <sep> </s>"), "tokenizer.json puts <sep> </s> after every text, which is ignored"),
     ],
     ids=["none", "t5", "start", "nested", "roberta", "no-end", "two-before", "two-behind"],
 )
@@ -410,7 +410,7 @@ def test_a_tokenizers_own_rules_for_inputs_are_followed_or_remarked_upon(tmp_pat
     ("single", "expected", "remark"),
     [
         ("<s> $A", [3, 5, 6], "texts begin with <s> (id 3), as tokenizer.json says"),
-        ("$A </s>", [5, 6], "tokenizer.json puts </s> behind every text, which is not followed, since a text goes on"),
+        ("$A </s>", [5, 6], "tokenizer.json puts </s> after every text, which is ignored, since a completion continues"),
         ("$A", [5, 6], None),
     ],
 )
