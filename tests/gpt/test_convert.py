@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -7,14 +8,22 @@ from common.errors import UserError
 from common.recipe import GPT2 as GPT2_RECIPE
 from common.recipe import LLAMA as LLAMA_RECIPE
 from common.weights.mapping import match
-from gpt import convert
+from common.weights.settings import Settings
 from gpt.config import SIZES
+from gpt.convert.formats import FORMATS, write_config
 from tests.common.weights.foreign import GPT2, LLAMA, fill, gpt2, llama
 from tests.helpers import gpt
 
+HUGGING_FACE = {format.model_type: format for format in FORMATS.hugging_face}
+TABLES = {name: format.table for name, format in HUGGING_FACE.items()} | {"t5x": FORMATS.t5x.table}
+
+
+def read_with_remarks(values, tied=False, **change):
+    return HUGGING_FACE[values["model_type"]].read_config(Settings(values | change, "config.json"), tied)
+
 
 def read(values, tied=False, **change):
-    return convert.read_config(values | change, "config.json", tied=tied)[0]
+    return read_with_remarks(values, tied, **change)[0]
 
 
 def test_every_field_of_gpt2_is_read():
@@ -70,13 +79,13 @@ def test_defaults_of_absent_fields():
         (LLAMA, {"intermediate_size": None}, "intermediate_size is missing"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(values, change, named):
+def test_an_unsupported_field_is_refused_by_name(values, change, named):
     with pytest.raises(UserError, match=named):
         read(values, **change)
 
 
-def test_one_dropout_rate_is_taken_and_said():
-    config, remarks = convert.read_config(GPT2 | {"resid_pdrop": 0.2}, "", tied=True)
+def test_one_of_several_dropout_rates_is_used_with_a_remark():
+    config, remarks = read_with_remarks(GPT2, tied=True, resid_pdrop=0.2)
     assert config.recipe.dropout == 0.2
     assert "resid_pdrop's 0.2" in remarks[0]
 
@@ -84,28 +93,27 @@ def test_one_dropout_rate_is_taken_and_said():
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
 def test_gpt2s_table_has_every_key_with_its_shape(prefix):
     tensors = gpt2(prefix=prefix)
-    table = convert.table(read(GPT2, tied=True), "gpt2", tensors)
+    table = TABLES["gpt2"](read(GPT2, tied=True), tensors)
     assert {key: tensor.shape for key, tensor in table.tensors().items()} == {k: v.shape for k, v in tensors.items()}
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_llamas_table_has_every_key_with_its_shape(tied):
     tensors = llama(LLAMA | {"tie_word_embeddings": tied})
-    table = convert.table(read(LLAMA, tied=tied), "llama", tensors)
+    table = TABLES["llama"](read(LLAMA, tied=tied), tensors)
     assert {key: tensor.shape for key, tensor in table.tensors().items()} == {k: v.shape for k, v in tensors.items()}
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_tables_count_the_parameters_of_the_named_sizes(size):
-    format = {"gpt2": "gpt2", "llama": "llama", "t5x": "t5x"}[size.partition("-")[0]]
-    shapes = convert.table(SIZES[size], format).leaves().values()
-    assert sum(int(np.prod(shape)) for shape in shapes) == SIZES[size].param_count()
+    shapes = TABLES[size.partition("-")[0]](SIZES[size]).leaves().values()
+    assert sum(map(math.prod, shapes)) == SIZES[size].param_count()
 
 
 @pytest.mark.parametrize("size", [size for size in SIZES if not size.startswith("t5x")])
 def test_a_written_config_reads_back(size):
     config = SIZES[size]
-    assert read(convert.write_config(config), tied=config.recipe.tied_embeddings) == config
+    assert read(write_config(config), tied=config.recipe.tied_embeddings) == config
 
 
 @pytest.mark.parametrize(
@@ -126,7 +134,7 @@ def test_a_written_config_reads_back(size):
 )
 def test_a_model_without_a_counterpart_names_the_field(config, field):
     with pytest.raises(UserError, match=field):
-        convert.write_config(config)
+        write_config(config)
 
 
 class InMemory:
@@ -140,7 +148,7 @@ class InMemory:
 
 
 def test_gpt2s_constant_buffers_are_known_and_checked():
-    table = convert.table(read(GPT2, tied=True), "gpt2")
+    table = TABLES["gpt2"](read(GPT2, tied=True))
     mask = np.tri(16, dtype=np.uint8)[None, None]
     names = {"transformer.h.0.attn.bias": mask, "transformer.h.1.attn.masked_bias": np.float32(-1e4)}
     assert set(match(table, InMemory(gpt2() | names)).extras) == set(names)
@@ -153,7 +161,7 @@ def test_gpt2s_constant_buffers_are_known_and_checked():
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_llamas_frequencies_are_known_and_checked(dtype):
-    table = convert.table(read(LLAMA), "llama")
+    table = TABLES["llama"](read(LLAMA))
     name = "model.layers.1.self_attn.rotary_emb.inv_freq"
     right = np.array([500000.0 ** -(2 * i / 4) for i in range(2)]).astype(dtype)
     assert table.extra(name).check(name, right) is None
@@ -176,9 +184,10 @@ def test_t5x_decoder_only_is_read_from_shapes():
     shapes |= {"decoder/decoder_norm/scale": (d,)}
     shapes |= {f"decoder/layers_{i}/{name}": shape for i in range(3) for name, shape in layer.items()}
     tensors = fill(shapes)
-    config, _ = convert.read_t5x(tensors, "checkpoint")
+    assert FORMATS.t5x.fits(tensors)
+    config, _ = FORMATS.t5x.read_config(tensors, "checkpoint")
     assert config.recipe == SIZES["t5x-decoder-base"].recipe
     assert (config.num_layers, config.num_heads, config.head_dim, config.d_ff) == (3, 5, 4, 20)
-    table = convert.table(config, "t5x")
+    table = FORMATS.t5x.table(config)
     assert {key: tensor.shape for key, tensor in table.tensors().items()} == shapes
     assert config.param_count() == sum(value.size for value in tensors.values())

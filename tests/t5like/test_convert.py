@@ -1,18 +1,27 @@
 import dataclasses
+import math
 
 import numpy as np
 import pytest
 
 from common.errors import UserError
-from common.recipe import T5_V1_0
-from t5like import convert
+from common.nn.recipe import T5_V1_0
+from common.weights.settings import Settings
 from t5like.config import SIZES
+from t5like.convert.formats import FORMATS
 from tests.common.weights.foreign import T5, T5_V1_1, t5, t5x
 from tests.helpers import t5like
 
+HUGGING_FACE = {format.model_type: format for format in FORMATS.hugging_face}
+
+
+def read_config(values, tied=True):
+    format = HUGGING_FACE.get(values["model_type"], HUGGING_FACE["t5"])
+    return format.read_config(Settings(values, "config.json"), tied)[0]
+
 
 def read(tied=True, **change):
-    return convert.read_config(T5 | change, "config.json", tied=tied)
+    return read_config(T5 | change, tied)
 
 
 def test_every_field_is_read():
@@ -76,7 +85,7 @@ def test_the_config_scales_and_the_file_ties(change, scaled, tied):
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(change, named):
+def test_an_unsupported_field_is_refused_by_name(change, named):
     with pytest.raises(UserError, match=named):
         read(**change)
 
@@ -84,14 +93,15 @@ def test_what_is_not_supported_is_refused_by_name(change, named):
 @pytest.mark.parametrize("values", [T5, T5_V1_1])
 def test_the_table_has_every_key_with_its_shape(values):
     tied = values is T5
-    table = convert.table(convert.read_config(values, "", tied=tied), "t5")
+    table = HUGGING_FACE["t5"].table(read_config(values, tied), ())
     assert {key: tensor.shape for key, tensor in table.tensors().items()} == {k: v.shape for k, v in t5(values).items()}
 
 
 @pytest.mark.parametrize(("tied", "gated"), [(True, False), (False, True)])
 def test_sizes_are_read_from_t5x_shapes(tied, gated):
     tensors = t5x(tied=tied, gated=gated)
-    config, assumed = convert.read_t5x(tensors, "checkpoint")
+    assert FORMATS.t5x.fits(tensors)
+    config, assumed = FORMATS.t5x.read_config(tensors, "checkpoint")
     assert (config.vocab_size, config.d_model, config.num_heads, config.head_dim, config.d_ff) == (40, 12, 5, 4, 20)
     assert (config.encoder_layers, config.decoder_layers, config.recipe.relative_buckets) == (2, 3, 8)
     assert (config.recipe.tied_embeddings, config.recipe.scale_logits, config.recipe.mlp) == (
@@ -100,7 +110,7 @@ def test_sizes_are_read_from_t5x_shapes(tied, gated):
         "geglu" if gated else "relu",
     )
     assert "assumed" in assumed[0]
-    table = convert.table(config, "t5x")
+    table = FORMATS.t5x.table(config)
     assert {key: tensor.shape for key, tensor in table.tensors().items()} == {k: v.shape for k, v in tensors.items()}
     assert config.param_count() == sum(value.size for value in tensors.values())
 
@@ -108,20 +118,19 @@ def test_sizes_are_read_from_t5x_shapes(tied, gated):
 def test_a_bias_for_each_layer_is_refused():
     tensors = t5x(tied=True, gated=True) | {"encoder/layers_0/relpos_bias/rel_embedding": np.zeros((5, 8))}
     with pytest.raises(UserError, match="one bias for each layer"):
-        convert.read_t5x(tensors, "checkpoint")
+        FORMATS.t5x.read_config(tensors, "checkpoint")
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_tables_count_the_parameters_of_the_named_sizes(size):
-    for format in ("t5", "t5x"):
-        shapes = convert.table(SIZES[size], format).leaves().values()
-        assert sum(int(np.prod(shape)) for shape in shapes) == SIZES[size].param_count()
+    for table in (HUGGING_FACE["t5"].table(SIZES[size], ()), FORMATS.t5x.table(SIZES[size])):
+        assert sum(map(math.prod, table.leaves().values())) == SIZES[size].param_count()
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_written_config_reads_back(size):
     config = SIZES[size]
-    back = convert.read_config(convert.write_config(config), "", tied=config.recipe.tied_embeddings)
+    back = read_config(FORMATS.write_config(config, None), config.recipe.tied_embeddings)
     recipe = dataclasses.replace(back.recipe, z_loss=config.recipe.z_loss)
     assert dataclasses.replace(back, recipe=recipe) == config
 
@@ -142,7 +151,7 @@ def test_a_written_config_reads_back(size):
         ({"recipe": {"tied_embeddings": False}}, "model.recipe.scale_logits"),
     ],
 )
-def test_a_model_that_no_t5_is_names_the_field(change, field):
+def test_a_model_without_a_counterpart_names_the_field(change, field):
     recipe = dataclasses.replace(T5_V1_0, **change.get("recipe", {}))
     with pytest.raises(UserError, match=field):
-        convert.write_config(t5like(**{"num_kv_heads": 4, **change, "recipe": recipe}))
+        FORMATS.write_config(t5like(**{"num_kv_heads": 4, **change, "recipe": recipe}), None)

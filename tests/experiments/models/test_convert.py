@@ -410,7 +410,11 @@ def test_a_tokenizers_own_rules_for_inputs_are_followed_or_remarked_upon(tmp_pat
     ("single", "expected", "remark"),
     [
         ("<s> $A", [3, 5, 6], "texts begin with <s> (id 3), as tokenizer.json says"),
-        ("$A </s>", [5, 6], "tokenizer.json puts </s> after every text, which is ignored, since a completion continues"),
+        (
+            "$A </s>",
+            [5, 6],
+            "tokenizer.json puts </s> after every text, which is ignored, since a completion continues",
+        ),
         ("$A", [5, 6], None),
     ],
 )
