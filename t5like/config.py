@@ -1,4 +1,4 @@
-"""Sizes of the encoder-decoder family, its ladder of switches, and exact parameter and FLOP counts."""
+"""The config of the encoder-decoder family: its four switches, exact parameter and FLOP counts, published sizes."""
 
 import dataclasses
 from typing import Any, Literal
@@ -8,15 +8,15 @@ from common.compute.ledger import ForwardFlops
 from common.compute.length_sums import LengthSums
 from common.errors import UserError
 from common.ranges import Layers, Tokens, Width
-from common.recipe import T5_V1_0, T5_V1_1, Recipe, check_widths
+from common.sizes import block_sizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class T5LikeConfig:
-    """An encoder and a decoder that reads it; the default recipe is T5 v1.1 (arXiv 1910.10683, T5X).
+    """An encoder, and a decoder that reads it; the default recipe is T5 v1.1 (arXiv 1910.10683, T5X).
 
-    Four switches, each by itself, remove what tells it from a decoder-only model; with all four removed it is one
-    (Hyung Won Chung, Stanford CS25, 2024).
+    Four independent switches (`cross_attention`, `parameters`, `memory`, `input_attention`) each remove one difference
+    from a decoder-only model. With all four removed it is one (Hyung Won Chung, Stanford CS25, 2024).
     """
 
     kind: Literal["t5like"] = "t5like"
@@ -30,13 +30,13 @@ class T5LikeConfig:
     head_dim: Width
     d_ff: Width
     max_positions: Tokens | None = None
-    """Rows of the table of learned positions, where the recipe has one; encoder and decoder share it."""
+    """Rows of the table of learned positions, if the recipe has one; encoder and decoder share it."""
     cross_attention: Literal["separate", "merged"] = "separate"
     """Merged: self-attention reads [memory ; decoder states] in one softmax."""
     parameters: Literal["separate", "shared"] = "separate"
-    """Shared: the decoder's layers and final norm are the encoder's too."""
+    """Shared: encoder and decoder use the same layers and final norm."""
     memory: Literal["final", "layerwise"] = "final"
-    """What decoder layer l reads: the encoder's final-normed output, or the stream that enters encoder layer l."""
+    """What decoder layer l reads: the encoder's final-normed output, or the stream entering encoder layer l."""
     input_attention: Literal["bidirectional", "causal"] = "bidirectional"
     recipe: Recipe = T5_V1_1
 
@@ -45,20 +45,24 @@ class T5LikeConfig:
         if (self.parameters, self.memory) != ("separate", "final") and self.encoder_layers != self.decoder_layers:
             raise UserError(
                 f"encoder_layers is {self.encoder_layers} and decoder_layers {self.decoder_layers}: shared parameters "
-                f"and layerwise memory need as many of both; nearest: {self.decoder_layers}"
+                f"and layerwise memory need equally many of both; nearest: {self.decoder_layers}"
             )
 
     @property
     def reuses_keys_values(self) -> bool:
-        """Whether decoder layers read the very keys and values that encoder layers attend to."""
+        """Whether decoder layers read the same keys and values that encoder layers attend to."""
         return (self.cross_attention, self.parameters, self.memory) == ("merged", "shared", "layerwise")
 
     @property
     def reads_incrementally(self) -> bool:
-        """Only where targets' keys and values would be the same as inputs, and no input sees a later one."""
+        """Whether a cache stays valid when more text follows.
+
+        For that a token's keys and values must be the same as an input and as a target, and no input sees a later one.
+        """
         return self.reuses_keys_values and self.input_attention == "causal"
 
     def param_count(self) -> int:
+        """Exact number of parameters."""
         attention, mlp, norm = (
             count(self) for count in (ledger.attention_parameters, ledger.mlp_parameters, ledger.norm_parameters)
         )
@@ -71,15 +75,15 @@ class T5LikeConfig:
         return tables + encoder + decoder + (norm if self.memory == "final" else 0)
 
     def flops(self, text: LengthSums) -> ForwardFlops:
-        """A forward pass over `text`: encoder and memory's keys and values on inputs, the rest on targets.
+        """Exact FLOPs of a forward pass over `text`: encoder and memory's keys, values on inputs, the rest on targets.
 
-        Nothing reads the last encoder layer where memory is layerwise, so that layer does not run. Separate
-        cross-attention does not run where there are no inputs at all.
+        With layerwise memory nothing reads the last encoder layer, so it does not run. Without any inputs, separate
+        cross-attention does not run.
         """
         query_out, key_value = ledger.query_out_matrices(self), ledger.key_value_matrices(self)
         mlp, pair = ledger.mlp_matrices(self), ledger.pair_flops(self)
         encoder_layers = self.encoder_layers - (self.memory == "layerwise")
-        # Where they are reused, memory's keys and values are the encoder's, and only the last layer's are extra.
+        # Reused keys and values come from the encoder; only the last layer's are computed in addition.
         memory_layers = 1 if self.reuses_keys_values else self.decoder_layers
         attentions = 2 if self.cross_attention == "separate" and text.inputs else 1
         per_input = encoder_layers * (query_out + key_value + mlp) + memory_layers * key_value
@@ -106,21 +110,42 @@ RUNGS: tuple[dict[str, Any], ...] = (
     {"cross_attention": "merged", "parameters": "shared", "memory": "layerwise"},
     {"cross_attention": "merged", "parameters": "shared", "memory": "layerwise", "input_attention": "causal"},
 )
-"""The talk's path from an encoder-decoder to a decoder-only model: the switches of rung 0, 1, ... 4."""
+"""The ladder: the talk's path from an encoder-decoder (rung 0) to a decoder-only model (rung 4), as switches."""
 
 
-def _t5(recipe: Recipe, layers: int, d_model: int, num_heads: int, d_ff: int, head_dim: int = 64) -> T5LikeConfig:
+def sized(
+    *,
+    width: int,
+    layers: int,
+    vocab_size: int,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    d_ff: int | None = None,
+    max_positions: int | None = None,
+    cross_attention: Literal["separate", "merged"] = "separate",
+    parameters: Literal["separate", "shared"] = "separate",
+    memory: Literal["final", "layerwise"] = "final",
+    input_attention: Literal["bidirectional", "causal"] = "bidirectional",
+    recipe: Recipe = T5_V1_1,
+) -> T5LikeConfig:
+    """A model of a width and a depth, `layers` a stack; `common.sizes.block_sizes` completes what is not given."""
     return T5LikeConfig(
-        vocab_size=32128,
+        vocab_size=vocab_size,
         encoder_layers=layers,
         decoder_layers=layers,
-        d_model=d_model,
-        num_heads=num_heads,
-        num_kv_heads=num_heads,
-        head_dim=head_dim,
-        d_ff=d_ff,
+        **block_sizes(width, heads=heads, kv_heads=kv_heads, head_dim=head_dim, d_ff=d_ff),
+        max_positions=max_positions,
+        cross_attention=cross_attention,
+        parameters=parameters,
+        memory=memory,
+        input_attention=input_attention,
         recipe=recipe,
     )
+
+
+def _t5(recipe: Recipe, layers: int, width: int, heads: int, d_ff: int, head_dim: int = 64) -> T5LikeConfig:
+    return sized(width=width, layers=layers, heads=heads, head_dim=head_dim, d_ff=d_ff, vocab_size=32128, recipe=recipe)
 
 
 SIZES = {
@@ -137,3 +162,4 @@ SIZES = {
     "t5-v1.1-xl": _t5(T5_V1_1, 24, 2048, 32, 5120),
     "t5-v1.1-xxl": _t5(T5_V1_1, 24, 4096, 64, 10240),
 }
+"""Published models by name."""

@@ -232,5 +232,5 @@ def test_relaxed_costs_what_the_decoder_only_model_costs() -> None:
 
 @pytest.mark.parametrize("switches", [{"parameters": "shared"}, {"memory": "layerwise"}], ids=["shared", "layerwise"])
 def test_switches_need_equal_depth(switches: dict[str, str]) -> None:
-    with pytest.raises(UserError, match="need as many of both; nearest: 2"):
+    with pytest.raises(UserError, match="need equally many of both; nearest: 2"):
         T5LikeConfig(**{**dataclasses.asdict(t5like()), "recipe": ROPE, "encoder_layers": 1, **switches})
