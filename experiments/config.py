@@ -14,10 +14,7 @@ from common.files import plain_name
 from common.infer.config import NewTokens
 from common.ranges import MOST_STEPS, Count, Range, Rows, check_ranges
 from common.train.config import InitFrom, InverseSqrt, TrainConfig
-from gpt.config import GptConfig
-from t5like.config import T5LikeConfig
-
-ModelConfig = T5LikeConfig | GptConfig
+from experiments.families import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

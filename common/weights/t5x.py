@@ -21,6 +21,9 @@ from common.trees import flatten
 
 INDEX = "checkpoint"
 SCAN_AXIS = 1
+"""Where scanned models stack their layers."""
+SENTINELS = 100
+"""Extra ids on top of the SentencePiece model that T5X trains with."""
 _STACKED = re.compile(r"((?:^|.*/)(encoder|decoder))/\2/(.+)")
 
 

@@ -12,22 +12,19 @@ from common.files import read_json
 from common.train.run_files import RunFiles
 from common.weights import folder as model_folder
 from common.weights.folder import FolderWriter, scratch_folder, write_folder
+from common.weights.formats import HEAD, HuggingFaceFormat
 from common.weights.mapping import Checkpoint, Table, match
 from common.weights.safetensors_files import INDEX, SINGLE, SafetensorsFolder
+from common.weights.settings import Settings
 from common.weights.stream import import_weights, same_bytes
-from common.weights.t5x import T5XCheckpoint, is_checkpoint
-from common.weights.text import CARRIED, native_text, sentence_piece, start_token_text
-from experiments.config import ModelConfig
-from experiments.models.convert_out import HUGGING_FACE, convert_folder, hugging_face_table, summary
+from common.weights.t5x import SENTINELS, T5XCheckpoint, is_checkpoint
+from common.weights.text import CARRIED, sentence_piece
+from experiments.families import FAMILIES, Family, ModelConfig
+from experiments.models.convert_out import HUGGING_FACE, convert_folder, hugging_face_formats, summary
 from experiments.models.run_folder import folder_from_run
 from experiments.running.console import Progress
-from gpt import convert as gpt
-from gpt.config import SIZES as GPT_SIZES
-from gpt.config import GptConfig
-from t5like import convert as t5like
-from t5like.config import SIZES as T5LIKE_SIZES
 
-TARGETS = ("hf", "gpt", "t5like")
+TARGETS = ("hf", *(family.kind for family in FAMILIES))
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 T5X = "t5x"
 """Value of `format` in a model folder's source."""
@@ -126,44 +123,37 @@ def _from_hugging_face(source: Path, destination: Path, progress: Progress) -> l
     values = read_json(source / "config.json")
     if not isinstance(values, dict):
         raise UserError(f"{where} is no JSON object")
+    formats = hugging_face_formats()
     model_type = str(values.get("model_type"))
-    if model_type not in (*gpt.HUGGING_FACE, *t5like.HUGGING_FACE):
-        raise UserError(
-            f"{where}: model_type {model_type!r}: {nearest(model_type, (*gpt.HUGGING_FACE, *t5like.HUGGING_FACE))}"
-        )
+    if model_type not in formats:
+        raise UserError(f"{where}: model_type {model_type!r}: {nearest(model_type, formats)}")
+    format = formats[model_type]
     checkpoint = SafetensorsFolder(source)
-    config, text, remarks = _read_hugging_face(source, values, where, checkpoint)
-    table = hugging_face_table(config, model_type, checkpoint.tensors)
+    config, remarks = _read_config(format, values, where, checkpoint)
+    text, text_remarks = format.read_text(source, values)
     origin = {"format": HUGGING_FACE, "model_type": model_type, "files": checkpoint.files()}
     with write_folder(destination) as writer:
-        _import(table, checkpoint, writer, progress)
+        _import(format.table(config, checkpoint.tensors), checkpoint, writer, progress)
         for name in (*CARRIED, INDEX):
             if (source / name).is_file():
                 writer.copy(source / name)
         writer.manifest(model=to_json(config), text=text, source=origin)
-    return [*remarks, summary(config, destination)]
+    return [*remarks, *text_remarks, summary(config, destination)]
 
 
-def _read_hugging_face(
-    source: Path, values: dict[str, Any], where: str, checkpoint: SafetensorsFolder
-) -> tuple[ModelConfig, dict[str, Any], list[str]]:
-    """(config, text conventions, remarks)."""
-    model_type = values["model_type"]
-    if model_type in t5like.HUGGING_FACE:
-        table = next((name for name in (t5like.EMBEDDING, *t5like.COPIES) if name in checkpoint.tensors), None)
-        with _blaming(where):
-            config = t5like.read_config(values, where, tied=_is_tied(checkpoint, table, t5like.HEAD))
-        return config, *start_token_text(source, values, sentinels=t5like.SENTINELS[model_type])
-    names = (gpt.EMBEDDING[model_type], gpt.EMBEDDING[model_type].removeprefix(gpt.PREFIX[model_type]))
-    table = next((name for name in names if name in checkpoint.tensors), None)
+def _read_config(
+    format: HuggingFaceFormat, values: dict[str, Any], where: str, checkpoint: Checkpoint
+) -> tuple[ModelConfig, list[str]]:
+    """(config, remarks) of a Hugging Face folder with that config.json and those tensors."""
+    settings = Settings(values, where)
+    embedding = next((name for name in format.embeddings if name in checkpoint.tensors), None)
     with _blaming(where):
-        wants_tied = gpt.wants_tied(values, where)
-        tied = wants_tied and _is_tied(checkpoint, table, gpt.HEAD)
-        decoder, remarks = gpt.read_config(values, where, tied=tied)
+        wants_tied = None if format.wants_tied is None else format.wants_tied(settings)
+        tied = wants_tied is not False and _is_tied(checkpoint, embedding)
+        config, remarks = format.read_config(settings, tied)
     if wants_tied and not tied:
-        remarks.append(f"{gpt.HEAD} differs from {table}, so embeddings are not tied, whatever config.json says")
-    text, of_text = native_text(source, values, **gpt.TEXT[model_type])
-    return decoder, text, [*remarks, *of_text]
+        remarks.append(f"{HEAD} differs from {embedding}, so embeddings are not tied, whatever config.json says")
+    return config, remarks
 
 
 @contextlib.contextmanager
@@ -175,50 +165,42 @@ def _blaming(where: str) -> Iterator[None]:
         raise UserError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
 
 
-def _is_tied(checkpoint: Checkpoint, table: str | None, head: str) -> bool:
+def _is_tied(checkpoint: Checkpoint, embedding: str | None) -> bool:
     """Whether the head is the token table: it is not stored, or stored as a copy."""
-    return table is None or head not in checkpoint.tensors or same_bytes(checkpoint, head, table)
+    return embedding is None or HEAD not in checkpoint.tensors or same_bytes(checkpoint, HEAD, embedding)
 
 
 def _from_t5x(
     source: Path, destination: Path, progress: Progress, config_name: str | None, tokenizer: Path | None
 ) -> list[str]:
     checkpoint = T5XCheckpoint(source)
-    decoder_only = "token_embedder/embedding" not in checkpoint.tensors
+    family = next(family for family in FAMILIES if family.load_formats().t5x.fits(checkpoint.tensors))
+    format = family.load_formats().t5x
     remarks = ["layers are stacked (scanned)"] if checkpoint.scanned else []
     config: ModelConfig
     if config_name is not None:
-        config = _named(config_name, "gpt" if decoder_only else "t5like")
+        config = _named(config_name, family)
     else:
-        config, assumed = (gpt if decoder_only else t5like).read_t5x(checkpoint.tensors, str(source))
+        config, assumed = format.read_config(checkpoint.tensors, str(source))
         sizes = {name: value for name, value in to_json(config).items() if isinstance(value, int)}
         remarks += [f"read from shapes: {', '.join(f'{name}={value}' for name, value in sizes.items())}", *assumed]
-    table = gpt.table(config, "t5x") if isinstance(config, GptConfig) else t5like.table(config, "t5x")
     if tokenizer is None:
         remarks.append("T5X keeps no tokenizer with its checkpoints: --tokenizer FILE adds its SentencePiece model")
     elif not tokenizer.is_file():
         raise UserError(f"--tokenizer {tokenizer} is no file")
-    text = {
-        "tokenizer": tokenizer and sentence_piece(tokenizer.name, t5like.SENTINELS["t5"]),
-        "alignment": "native" if decoder_only else "start_token",
-        "start_id": 0,
-        "eos_ids": [1],
-        "bos_id": 0 if decoder_only else None,
-    }
+    text = {"tokenizer": tokenizer and sentence_piece(tokenizer.name, SENTINELS), **format.text}
     with write_folder(destination) as writer:
-        _import(table, checkpoint, writer, progress)
+        _import(format.table(config), checkpoint, writer, progress)
         if tokenizer is not None:
             writer.copy(tokenizer)
         writer.manifest(model=to_json(config), text=text, source={"format": T5X, "scanned": checkpoint.scanned})
     return [*remarks, summary(config, destination)]
 
 
-def _named(name: str, kind: str) -> ModelConfig:
-    sizes: dict[str, ModelConfig] = {**GPT_SIZES, **T5LIKE_SIZES}
-    fitting = [size for size, config in sizes.items() if config.kind == kind]
-    if name not in fitting:
-        raise UserError(f"--config {name!r} names no size of a {kind}: {nearest(name, fitting)}")
-    return sizes[name]
+def _named(name: str, family: Family[Any]) -> ModelConfig:
+    if name not in family.sizes:
+        raise UserError(f"--config {name!r} names no size of a {family.kind}: {nearest(name, family.sizes)}")
+    return family.sizes[name]
 
 
 def _import(table: Table, checkpoint: Checkpoint, writer: FolderWriter, progress: Progress) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import shutil
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +13,22 @@ from common.files import read_json, write_json
 from common.trees import flatten
 from common.weights import folder as model_folder
 from common.weights.folder import copy_leaf, leaf_shapes, new_folder, read_leaf, write_folder
-from common.weights.mapping import Table
+from common.weights.formats import HuggingFaceFormat
+from common.weights.mapping import flatten
 from common.weights.safetensors_files import INDEX
+from common.weights.settings import Settings
 from common.weights.stream import EXTRAS, check_leaves, export_weights
-from experiments.config import ModelConfig
+from experiments.families import FAMILIES, ModelConfig, family_of
 from experiments.models.finding import FolderDescription, describe_folder
-from experiments.models.weight_maps import RELAXED, gpt_config, t5like_config, t5like_leaves
 from experiments.running.console import Progress
-from gpt import convert as gpt
-from gpt.config import GptConfig
-from t5like import convert as t5like
-from t5like.config import T5LikeConfig
 
 HUGGING_FACE = "hugging_face"
 """Value of `format` in a model folder's source."""
 
 
-def hugging_face_table(config: ModelConfig, model_type: str, names: Iterable[str] = ()) -> Table:
-    match config, model_type:
-        case T5LikeConfig(), "t5" | "mt5":
-            return t5like.table(config, model_type)
-        case GptConfig(), "gpt2" | "llama":
-            return gpt.table(config, model_type, names)
-    raise UserError(f"a {config.kind} cannot be a {model_type}")
+def hugging_face_formats() -> dict[str, HuggingFaceFormat]:
+    """The formats of all families by `model_type`."""
+    return {format.model_type: format for family in FAMILIES for format in family.load_formats().hugging_face}
 
 
 def convert_folder(source: Path, destination: Path, progress: Progress, to: str, rung: int | None) -> list[str]:
@@ -49,11 +42,13 @@ def convert_folder(source: Path, destination: Path, progress: Progress, to: str,
         return _to_hugging_face(source, destination, progress, described)
     if to == config.kind:
         raise UserError(f"--to {to}: the model is a {to} already")
-    if isinstance(config, GptConfig):
-        changed: ModelConfig = t5like_config(config, rung or 0)
-    else:
-        changed = gpt_config(config)
-    _rename(source, destination, progress, config, changed, manifest)
+    changes = family_of(config).changes
+    if to not in changes:
+        raise UserError(f"--to {to}: a {config.kind} becomes {', '.join(sorted(changes))} only")
+    change = changes[to]
+    changed: ModelConfig = change.config(config, rung or 0)
+    leaves: dict[str, Any] = flatten(leaf_shapes(source))
+    _rename(source, destination, progress, change.origins(leaves, changed), changed, manifest)
     return [summary(changed, destination)]
 
 
@@ -63,7 +58,7 @@ def _to_hugging_face(source: Path, destination: Path, progress: Progress, descri
     written = None if origin else _config_json(described)
     model_type = str((written or origin)["model_type"])
     names = [key for file in origin.get("files", ()) for key, _ in file["tensors"]]
-    table = hugging_face_table(config, model_type, names)
+    table = hugging_face_formats()[model_type].table(config, names)
     check_leaves(source, table)
     total = len(names) or len(table.tensors())
     with new_folder(destination) as temporary, progress.bar("writing tensors", total) as advance:
@@ -87,7 +82,8 @@ def _read_ids(described: FolderDescription) -> list[str]:
     ends = text.eos_after_inputs and bool(text.eos_ids)
     inputs = ["the inputs", *([f"{text.eos_ids[0]} (end token)"] if ends else [])] if text.prompts == "inputs" else []
     targets = [f"{text.start_id} (start token)", "the targets"]
-    if isinstance(config, GptConfig):
+    one_sequence = not family_of(config).encodes_inputs
+    if one_sequence:
         remarks = [f"the model reads one sequence of ids: {', '.join((*inputs, *targets))}"]
     else:
         read = ", ".join(inputs) or "nothing"
@@ -95,7 +91,7 @@ def _read_ids(described: FolderDescription) -> list[str]:
     if isinstance(described.tokenizer, SentencePieceConfig):
         name = Path(described.tokenizer.path or "").name
         theirs = "folds spaces and has no bytes for unknown characters: where that matters,"
-        if isinstance(config, GptConfig):
+        if one_sequence:
             theirs = f"reads no {name} for this kind of model:"
         remarks.append(f"Transformers {theirs} encode with {name} and the library sentencepiece")
     elif described.tokenizer is not None:
@@ -111,13 +107,10 @@ def _is_what_it_was(source: Path, config: ModelConfig, origin: dict[str, Any]) -
     model_type, tied, values = origin["model_type"], config.recipe.tied_embeddings, read_json(path)
     if not isinstance(values, dict):
         raise UserError(f"{path} is no JSON object")
-    if (model_type in gpt.HUGGING_FACE) != isinstance(config, GptConfig):
+    formats = {format.model_type: format for format in family_of(config).load_formats().hugging_face}
+    if model_type not in formats:
         return False
-    before: ModelConfig
-    if model_type in gpt.HUGGING_FACE:
-        before, _ = gpt.read_config(values, str(path), tied=tied)
-    else:
-        before = t5like.read_config(values, str(path), tied=tied)
+    before, _ = formats[model_type].read_config(Settings(values, str(path)), tied)
     trained_with = {name: getattr(config.recipe, name) for name in ("dropout", "z_loss", "init")}
     recipe = dataclasses.replace(before.recipe, **trained_with)
     return dataclasses.replace(before, recipe=recipe) == config
@@ -126,30 +119,22 @@ def _is_what_it_was(source: Path, config: ModelConfig, origin: dict[str, Any]) -
 def _config_json(described: FolderDescription) -> dict[str, Any]:
     config, text = described.model, described.text
     ids: dict[str, Any] = {"eos_token_id": text.eos_ids[0] if len(text.eos_ids) == 1 else list(text.eos_ids) or None}
-    if isinstance(config, GptConfig):
-        written = gpt.write_config(config, positions=described.manifest["source"].get("row_length"))
-        begins = text.alignment == "start_token" and text.prompts == "targets"  # with nothing else before it
-        return written | ids | {"bos_token_id": text.start_id if begins else text.bos_id}
-    written = t5like.write_config(config)
-    start = {"decoder_start_token_id": text.start_id, "pad_token_id": text.start_id}
-    return written | ids | {"bos_token_id": text.bos_id} | start
+    formats = family_of(config).load_formats()
+    written = formats.write_config(config, described.manifest["source"].get("row_length"))
+    return written | ids | formats.special_ids(text)
 
 
 def _rename(
     source: Path,
     destination: Path,
     progress: Progress,
-    old: ModelConfig,
+    origins: Mapping[str, str],
     new: ModelConfig,
     manifest: dict[str, Any],
 ) -> None:
     """Writes the same arrays under the other family's names."""
-    leaves: dict[str, Any] = flatten(leaf_shapes(source), "/")
-    if isinstance(new, T5LikeConfig):
-        origins = t5like_leaves(leaves, new)
-    else:
-        origins = {_gpt_leaf(leaf): leaf for leaf in leaves}
-    stacked = ("layers", "encoder", "decoder")
+    leaves: dict[str, Any] = flatten(leaf_shapes(source))
+    stacked = family_of(new).stacked
     with write_folder(destination) as writer, progress.bar("copying arrays", len(origins)) as advance:
         for leaf, origin in origins.items():
             info = leaves[origin]
@@ -163,11 +148,6 @@ def _rename(
                 (writer.path / model_folder.SOURCE / inner).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, writer.path / model_folder.SOURCE / inner)
         writer.manifest(model=to_json(new), text=manifest["text"], source=manifest["source"])
-
-
-def _gpt_leaf(leaf: str) -> str:
-    name, slash, rest = leaf.partition("/")
-    return RELAXED[name] + slash + rest
 
 
 def summary(config: ModelConfig, destination: Path) -> str:

@@ -14,12 +14,11 @@ from common.data.tokenizers.sentence_piece import SentencePieceTokenizer
 from common.files import json_bytes, write_atomically
 from common.weights.folder import SOURCE, FolderWriter, write_folder
 from common.weights.text import byte_pair, sentence_piece
+from experiments.families import family_of
 from experiments.models.finding import Found, Text, conventions_of, find_model
 from experiments.running.console import Progress
 
 TOKENIZER = "spiece.model"
-STACKS = ("layers", "encoder", "decoder")
-"""Top-level names whose arrays have layers in front."""
 
 
 def folder_from_run(source: str, destination: Path, progress: Progress) -> list[str]:
@@ -40,12 +39,13 @@ def folder_from_run(source: str, destination: Path, progress: Progress) -> list[
 
 def _copy_parameters(found: Found, writer: FolderWriter, progress: Progress) -> None:
     """One array at a time, as saved."""
+    stacked_names = family_of(found.config).stacked
     sharding = SingleDeviceSharding(jax.devices()[0])
     with progress.bar("reading parameters", len(found.parameters.shapes)) as advance:
         for name, shape in found.parameters.shapes.items():
             wanted = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
             array = np.asarray(found.parameters.read({name: wanted})[name])
-            stacked = name.partition(".")[0] in STACKS
+            stacked = name.partition(".")[0] in stacked_names
             handle = writer.create(name.replace(".", "/"), shape, array.dtype, stacked=stacked)
             handle.write(array).result()
             advance(1)

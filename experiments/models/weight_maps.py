@@ -1,16 +1,17 @@
-"""Between the families: a decoder-only model's weights as an encoder-decoder's, and back.
+"""Changes between the families: a decoder-only model's weights as an encoder-decoder's, and back.
 
-With all four switches of the ladder removed the two are one model under two sets of names, so the map is exact. Above
-that the encoder starts as a copy of the decoder, and cross-attention as one of self-attention: adaptation as in
-T5Gemma (Zhang et al. 2025, "Encoder-Decoder Gemma", https://arxiv.org/abs/2504.06225, section 3).
+With all four switches of the ladder removed the two families are the same model under two sets of names, so the map is
+exact. On the other rungs the encoder starts as a copy of the decoder, and cross-attention as a copy of self-attention:
+adaptation as in T5Gemma (Zhang et al. 2025, "Encoder-Decoder Gemma", https://arxiv.org/abs/2504.06225, section 3).
+
+"Leaf" is a parameter, named by its path with slashes.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from common.errors import UserError
-from common.trees import flatten, nest
 from gpt.config import GptConfig
 from t5like.config import RUNGS, T5LikeConfig
 
@@ -22,19 +23,29 @@ RELAXED = {
     "decoder_norm": "final_norm",
     "output": "output",
 }
-"""t5like's names and gpt's, where t5like's parameters are shared and its attention merged."""
+"""t5like's names and gpt's, if t5like's parameters are shared and its attention merged."""
 ENCODER = {"encoder_bias": "relative_bias", "encoder": "layers"}
-"""What it has besides where parameters are separate ..."""
+"""Further names with separate parameters ..."""
 ENCODER_NORM = {"encoder_norm": "final_norm"}
-"""... and memory is the encoder's output."""
+"""... and with memory that is the encoder's output."""
 CROSS = {"decoder/cross_norm": "layers/attention_norm", "decoder/cross_attention": "layers/attention"}
-"""Where cross-attention is separate."""
+"""Further names with separate cross-attention."""
 
 Tree = Mapping[str, Any]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FamilyChange:
+    """How a model of one family becomes a model of another."""
+
+    config: Callable[[Any, int], Any]
+    """(config, rung of the ladder) -> config in the other family; UserError if there is none."""
+    origins: Callable[[Iterable[str], Any], dict[str, str]]
+    """(this family's leaves, the other family's config) -> the leaf that each of the other's leaves is copied from."""
+
+
 def relaxed_from_gpt(tree: Tree) -> dict[str, Any]:
-    """The parameters of a fully relaxed t5like (or of a three-switch one, for a prefix LM) from gpt's; same arrays."""
+    """gpt's parameters as those of a fully relaxed t5like (or of rung 3, for a prefix LM); same arrays."""
     return _renamed(tree, {theirs: ours for ours, theirs in RELAXED.items()})
 
 
@@ -49,18 +60,12 @@ def _renamed(tree: Tree, names: Mapping[str, str]) -> dict[str, Any]:
     return {names[name]: value for name, value in tree.items()}
 
 
-def t5like_from_gpt(tree: Tree, config: T5LikeConfig) -> dict[str, Any]:
-    """Parameters for `config`, one of the ladder's rungs, from gpt's; copies are the same arrays."""
-    leaves = flatten(tree, "/")
-    return nest({ours: leaves[theirs] for ours, theirs in t5like_leaves(leaves, config).items()}, "/")
-
-
-def t5like_leaves(gpt_leaves: Iterable[str], config: T5LikeConfig) -> dict[str, str]:
-    """Which of gpt's leaves each of t5like's is copied from.
+def t5like_origins(gpt_leaves: Iterable[str], config: T5LikeConfig) -> dict[str, str]:
+    """The leaf of gpt that each of t5like's leaves is copied from.
 
     >>> from t5like.config import SIZES
-    >>> list(t5like_leaves(["final_norm/scale_D"], SIZES["t5-v1.1-small"]))
-    ['decoder_norm/scale_D', 'encoder_norm/scale_D']
+    >>> t5like_origins(["final_norm/scale_D"], SIZES["t5-v1.1-small"])
+    {'decoder_norm/scale_D': 'final_norm/scale_D', 'encoder_norm/scale_D': 'final_norm/scale_D'}
     """
     names = dict(RELAXED)
     if config.parameters == "separate":
@@ -76,11 +81,24 @@ def t5like_leaves(gpt_leaves: Iterable[str], config: T5LikeConfig) -> dict[str, 
     }
 
 
+def gpt_origins(relaxed_leaves: Iterable[str]) -> dict[str, str]:
+    """The leaf of a relaxed t5like that each of gpt's leaves is copied from.
+
+    >>> gpt_origins(["decoder_norm/scale_D"])
+    {'final_norm/scale_D': 'decoder_norm/scale_D'}
+    """
+    origins = {}
+    for leaf in relaxed_leaves:
+        name, slash, rest = leaf.partition("/")
+        origins[RELAXED[name] + slash + rest] = leaf
+    return origins
+
+
 def t5like_config(config: GptConfig, rung: int) -> T5LikeConfig:
-    """The ladder's rung (0: an encoder-decoder, 4: the same model) at gpt's sizes.
+    """The t5like at a rung of the ladder (0: an encoder-decoder, 4: the same model) with gpt's sizes.
 
     Raises:
-        UserError: for a rung that does not exist, or whose inputs see less than the gpt's do.
+        UserError: for a rung that does not exist, or whose inputs see less than gpt's do.
     """
     if not 0 <= rung < len(RUNGS):
         raise UserError(f"rung {rung} does not exist; valid: 0 to {len(RUNGS) - 1}")
@@ -90,7 +108,7 @@ def t5like_config(config: GptConfig, rung: int) -> T5LikeConfig:
         raise UserError(f"rung {rung} reads inputs causally, the model reads them both ways; nearest: {rung - 1}")
     recipe = config.recipe
     if not causal and config.input_attention == "causal" and recipe.relative_sides == "as_seen":
-        # Buckets learned looking back keep their meaning; keys ahead share the bucket of distance 0.
+        # Buckets trained on keys behind keep their meaning; keys ahead share the bucket of distance 0.
         recipe = dataclasses.replace(recipe, relative_sides="one")
     return T5LikeConfig(
         vocab_size=config.vocab_size,
@@ -108,10 +126,10 @@ def t5like_config(config: GptConfig, rung: int) -> T5LikeConfig:
 
 
 def gpt_config(config: T5LikeConfig) -> GptConfig:
-    """The gpt that a relaxed t5like is.
+    """The gpt that is the same model as a relaxed t5like.
 
     Raises:
-        UserError: naming a switch that still tells them apart.
+        UserError: naming a switch that is not removed.
     """
     for field, value in RUNGS[3].items():
         if getattr(config, field) != value:
@@ -131,3 +149,9 @@ def gpt_config(config: T5LikeConfig) -> GptConfig:
         input_attention=config.input_attention,
         recipe=config.recipe,
     )
+
+
+TO_T5LIKE = FamilyChange(config=t5like_config, origins=t5like_origins)
+TO_GPT = FamilyChange(
+    config=lambda config, rung: gpt_config(config), origins=lambda leaves, config: gpt_origins(leaves)
+)

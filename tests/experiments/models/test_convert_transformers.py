@@ -16,7 +16,8 @@ from common.sharding.shape import MeshShape
 from common.trees import flatten
 from common.weights.folder import leaf_shapes, read_leaf, read_manifest, write_folder
 from experiments.config import ModelConfig
-from experiments.models.convert import convert, hugging_face_table
+from experiments.models.convert import convert
+from experiments.models.convert_out import hugging_face_formats
 from experiments.models.finding import open_model
 from experiments.running.console import Progress
 from tests.helpers import F32, gpt, t5like
@@ -121,7 +122,7 @@ def write_random(folder, config, model_type, text):
     rng = np.random.default_rng(0)
     with write_folder(folder) as writer:
         writer.manifest(model=to_json(config), text=text, source={"format": "run"})
-        for leaf, shape in hugging_face_table(config, model_type).leaves().items():
+        for leaf, shape in hugging_face_formats()[model_type].table(config, ()).leaves().items():
             value = rng.standard_normal(shape).astype(np.float32)
             stacked = leaf.partition("/")[0] in ("layers", "encoder", "decoder")
             writer.create(leaf, value.shape, value.dtype, stacked=stacked).write(value).result()
