@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from flax import nnx
 
     from common.model import Model
-    from common.nn.recipe import Execution
+    from common.recipe import Execution
     from common.weights.formats import Formats
 
 ModelConfig = T5LikeConfig | GptConfig

@@ -7,6 +7,7 @@ from common.compute import ledger
 from common.compute.ledger import ForwardFlops
 from common.compute.length_sums import LengthSums
 from common.ranges import Layers, Tokens, Width
+from common.recipe import GPT2, LLAMA, T5_V1_1, Recipe, check_widths
 from common.sizes import block_sizes
 
 

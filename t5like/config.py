@@ -8,6 +8,7 @@ from common.compute.ledger import ForwardFlops
 from common.compute.length_sums import LengthSums
 from common.errors import UserError
 from common.ranges import Layers, Tokens, Width
+from common.recipe import T5_V1_0, T5_V1_1, Recipe, check_widths
 from common.sizes import block_sizes
 
 

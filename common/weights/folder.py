@@ -88,7 +88,7 @@ class FolderWriter:
 
     def write_tree(self, tree: Mapping[str, Any], stacked: tuple[str, ...]) -> None:
         """Writes a nested dict of arrays; `stacked` lists top-level names whose arrays have layers as first axis."""
-        for leaf, value in flatten(tree).items():
+        for leaf, value in flatten(tree, "/").items():
             array = np.asarray(value)
             handle = self.create(leaf, array.shape, array.dtype, stacked=leaf.partition("/")[0] in stacked)
             handle.write(array).result()

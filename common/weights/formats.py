@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from common.errors import UserError
-from common.nn.recipe import Recipe
+from common.recipe import Recipe
 from common.weights.mapping import Table, TensorInfo
 from common.weights.settings import Settings
 

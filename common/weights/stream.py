@@ -11,7 +11,7 @@ import tensorstore
 from common.errors import UserError
 from common.trees import flatten
 from common.weights.folder import DTYPES, SOURCE, FolderWriter, LeafInfo, leaf_shapes, read_leaf, write_chunk
-from common.weights.mapping import Checkpoint, Match, Piece, StoredTensor, Table, flatten, refuse_keys
+from common.weights.mapping import Checkpoint, Match, Piece, StoredTensor, Table, refuse_keys
 from common.weights.safetensors_files import SafetensorsFile, SafetensorsFolder, TensorToWrite, plan_files
 
 BLOCK_BYTES = 128 * 2**20
@@ -209,7 +209,7 @@ class _Extras:
 
 def check_leaves(folder: Path, table: Table) -> dict[str, LeafInfo]:
     """The leaves of a model folder; raises UserError listing those that do not match the table."""
-    leaves: dict[str, LeafInfo] = flatten(leaf_shapes(folder))  # type: ignore[assignment]
+    leaves: dict[str, LeafInfo] = flatten(leaf_shapes(folder), "/")
     expected = table.leaves()
     misshapen = [
         f"{leaf} is {list(leaves[leaf].shape)}, expected {list(shape)}"

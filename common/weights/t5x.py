@@ -45,7 +45,7 @@ class T5XCheckpoint:
 
     def __init__(self, folder: Path):
         self.folder, self.where = folder, str(folder)
-        self._target = flatten(_read_target(folder))
+        self._target = flatten(_read_target(folder), "/")
         self._handles: dict[str, tensorstore.TensorStore] = {}
         self.tensors = dict(self._contents())
         self._last_stacked: tuple[str, np.ndarray] | None = None

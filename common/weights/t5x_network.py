@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from common.errors import UserError
-from common.nn.recipe import T5_V1_1, Recipe
+from common.recipe import T5_V1_1, Recipe
 from common.weights.mapping import LoadRule, TensorInfo
 
 _HEAD = "decoder/logits_dense/kernel"

@@ -14,7 +14,6 @@ from common.trees import flatten
 from common.weights import folder as model_folder
 from common.weights.folder import copy_leaf, leaf_shapes, new_folder, read_leaf, write_folder
 from common.weights.formats import HuggingFaceFormat
-from common.weights.mapping import flatten
 from common.weights.safetensors_files import INDEX
 from common.weights.settings import Settings
 from common.weights.stream import EXTRAS, check_leaves, export_weights
@@ -47,7 +46,7 @@ def convert_folder(source: Path, destination: Path, progress: Progress, to: str,
         raise UserError(f"--to {to}: a {config.kind} becomes {', '.join(sorted(changes))} only")
     change = changes[to]
     changed: ModelConfig = change.config(config, rung or 0)
-    leaves: dict[str, Any] = flatten(leaf_shapes(source))
+    leaves: dict[str, Any] = flatten(leaf_shapes(source), "/")
     _rename(source, destination, progress, change.origins(leaves, changed), changed, manifest)
     return [summary(changed, destination)]
 
@@ -133,7 +132,7 @@ def _rename(
     manifest: dict[str, Any],
 ) -> None:
     """Writes the same arrays under the other family's names."""
-    leaves: dict[str, Any] = flatten(leaf_shapes(source))
+    leaves: dict[str, Any] = flatten(leaf_shapes(source), "/")
     stacked = family_of(new).stacked
     with write_folder(destination) as writer, progress.bar("copying arrays", len(origins)) as advance:
         for leaf, origin in origins.items():

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
-from common.nn.recipe import GPT2
+from common.recipe import GPT2
 from common.weights.formats import TANH_GELU, HuggingFaceFormat
 from common.weights.mapping import Extra, LoadRule, Table
 from common.weights.settings import Settings

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from common.errors import UserError
-from common.nn.recipe import Recipe
+from common.recipe import Recipe
 from common.weights.formats import HEAD, axis_sizes, require_recipe
 from common.weights.mapping import Extra, LoadRule, Table
 from gpt.config import GptConfig

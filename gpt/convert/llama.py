@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
-from common.nn.recipe import LLAMA
+from common.recipe import LLAMA
 from common.weights.formats import HuggingFaceFormat
 from common.weights.mapping import Extra, LoadRule, Table
 from common.weights.settings import Settings

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from common.errors import UserError
-from common.nn.recipe import T5_V1_0
+from common.recipe import T5_V1_0
 from common.weights.formats import HEAD, TANH_GELU, HuggingFaceFormat, axis_sizes, require_recipe
 from common.weights.mapping import Extra, LoadRule, Table
 from common.weights.settings import Settings, shown

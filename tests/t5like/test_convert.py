@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from common.nn.recipe import T5_V1_0
+from common.recipe import T5_V1_0
 from common.weights.settings import Settings
 from t5like.config import SIZES
 from t5like.convert.formats import FORMATS

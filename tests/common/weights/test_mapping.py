@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from common.weights.mapping import LISTED, LoadRule, Table, flatten, match, nest
+from common.weights.mapping import LISTED, LoadRule, Table, match
 
 SIZES = {"D": 6, "H": 2, "G": 2, "C": 4, "V": 5}
 TABLE = Table(
@@ -94,8 +94,3 @@ def test_copies_of_a_tensor_are_aliases():
     assert found.aliases == {"head": "embed"}
     with pytest.raises(UserError, match=r"head is \[6, 5\]"):
         match(TABLE, InMemory(shapes() | {"head": (6, 5)}))
-
-
-def test_nest_and_flatten_are_inverses():
-    flat = {"a/b/c": 1, "a/d": 2, "e": 3}
-    assert flatten(nest(flat)) == flat
