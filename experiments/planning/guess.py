@@ -15,7 +15,7 @@ from common.compute.topology import Topology
 from common.sharding.shape import MeshShape
 from common.train.config import AdamW, TrainConfig
 from experiments.config import Experiment, ModelConfig
-from gpt.config import GptConfig
+from experiments.families import Stack, family_of
 
 BF16, FLOAT32 = 2, 4
 """Bytes of a number."""
@@ -56,8 +56,7 @@ class _Step:
     """Of one micro-batch on one device."""
     inputs: int
     targets: int
-    stacks: list[tuple[int, int]]
-    """(layers, slots that pass through them) of each stack."""
+    stacks: tuple[Stack, ...]
 
     @property
     def mesh(self) -> MeshShape:
@@ -85,7 +84,7 @@ class _Step:
     @property
     def layer_tokens(self) -> float:
         """Tokens of a micro-batch on this device, counted once for each layer they pass through."""
-        return self.rows * sum(layers * slots for layers, slots in self.stacks) / self.mesh.context
+        return self.rows * sum(stack.layers * stack.slots for stack in self.stacks) / self.mesh.context
 
     @property
     def state_bytes(self) -> int:
@@ -131,14 +130,8 @@ def _step(experiment: Experiment, arm: str) -> _Step:
         rows=rows / train.mesh.row_parts / train.accumulation,
         inputs=inputs,
         targets=targets,
-        stacks=_stacks(model, inputs, targets),
+        stacks=family_of(model).stacks(model, inputs, targets),
     )
-
-
-def _stacks(model: ModelConfig, inputs: int, targets: int) -> list[tuple[int, int]]:
-    if isinstance(model, GptConfig):
-        return [(model.num_layers, inputs + targets)]
-    return [(model.encoder_layers, inputs), (model.decoder_layers, targets)]
 
 
 def _memory(step: _Step) -> dict[str, float]:
@@ -174,7 +167,7 @@ def _working_memory(step: _Step) -> float:
     scores = step.rows * model.num_heads / mesh.tensor * queries * (step.inputs + step.targets)
     loss_tokens = min(execution.loss_chunk, step.rows * step.targets / mesh.context)
     logits = loss_tokens * model.vocab_size / mesh.tensor
-    longest = max(slots for _, slots in step.stacks)
+    longest = max(stack.slots for stack in step.stacks)
     return (
         2 * BF16 * layer  # the layer's weights, gathered, and their gradient
         + 2 * FLOAT32 * scores  # attention scores of one block of queries, and their gradient
