@@ -1,8 +1,8 @@
-"""Adafactor with statistics by logical axes, each layer of a stacked parameter for itself.
+"""Adafactor that factors by logical axes and treats each layer of a stacked parameter separately.
 
 Source: Shazeer & Stern 2018 (arXiv 1804.04235), in T5X's form: no momentum, decay 1 - (t + 1)^-0.8, factoring by named
-axes. Optax's `adafactor` factors the two largest dimensions of a leaf and takes its root mean squares over all of it,
-which mixes the layers of a stacked leaf, and heads with layers.
+axes. Optax's `adafactor` factors the two largest dimensions of a leaf and takes its root mean squares over the whole
+leaf, which mixes the layers of a stacked leaf, and heads with layers.
 """
 
 import dataclasses
@@ -27,31 +27,34 @@ ROLES: dict[str, Role] = {
     "kv_heads": "column",
     "head_dim": "column",
 }
-"""T5X's standard factor rules; heads and head_dim are one axis there and are averaged over together here. A parameter
-with any other axis keeps its statistics whole."""
+"""T5X's standard factor rules. Heads and head_dim are one axis there, and are averaged over together here. A parameter
+with any other axis is not factored."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Factored:
-    """Second moments of a matrix as means over its columns and over its rows; what is averaged away has size 1."""
+    """Second moments of a matrix, as means over its columns and over its rows; averaged axes have size 1.
+
+    For a matrix [rows, columns] stacked over layers: `row` [layers, rows, 1] and `column` [layers, 1, columns].
+    """
 
     row: Any
     column: Any
 
 
 class FactoredMoments(NamedTuple):
-    """State: updates so far, and for each parameter its second moments, `Factored` or an array of its shape."""
+    """Optimizer state: updates so far, and each parameter's second moments, `Factored` or an array of its shape."""
 
     updates: jax.Array
     moments: Any
 
 
 def make_adafactor(config: Adafactor, schedule: optax.Schedule, logical_axes: Any) -> optax.GradientTransformation:
-    """Adafactor over a tree of parameters whose logical axes are known.
+    """Returns Adafactor for parameters with these logical axes.
 
-    An update is `rate * max(RMS(parameter), min_scale)` long at most (in root mean square, with `clip_update_rms` 1),
-    both RMS taken of one layer's one matrix or vector.
+    With `clip_update_rms` 1, the RMS of an update is at most `rate * max(RMS(parameter), min_scale)`. Both are root
+    mean squares over one matrix or vector of one layer.
     """
     steps = [
         _scale_by_moments(config, logical_axes),
@@ -65,7 +68,7 @@ def make_adafactor(config: Adafactor, schedule: optax.Schedule, logical_axes: An
 
 
 def moment_axes(moment: Any, axes: Axes) -> Any:
-    """Logical axes of a parameter's second moments, None where a dimension has been averaged away.
+    """Returns the logical axes of a parameter's second moments, with None for an axis that is averaged over.
 
     >>> moment_axes(Factored(row=0, column=0), ("layers", "embed", "heads", "head_dim"))
     Factored(row=('layers', 'embed', None, None), column=('layers', None, 'heads', 'head_dim'))
@@ -83,13 +86,13 @@ def _dims(axes: Axes, role: Role) -> tuple[int, ...]:
 
 
 def _is_factored(axes: Axes, shape: tuple[int, ...], least: int) -> bool:
-    """Whether all axes have roles and there are at least so many rows and so many columns."""
+    """Returns whether all axes have roles and there are at least `least` rows and `least` columns."""
     sizes = [math.prod(shape[i] for i in _dims(axes, role)) if _dims(axes, role) else 0 for role in ("row", "column")]
     return all(axis in ROLES for axis in axes) and min(sizes) >= least
 
 
-def _map(function: Any, logical_axes: Any, *trees: Any) -> Any:
-    """Over parameters; `function` gets a parameter's axes first."""
+def _map_parameters(function: Any, logical_axes: Any, *trees: Any) -> Any:
+    """Applies `function(axes, ...)` to each parameter's logical axes and its leaves of `trees`."""
     return jax.tree.map(function, logical_axes, *trees, is_leaf=lambda x: isinstance(x, tuple))
 
 
@@ -103,13 +106,13 @@ def _scale_by_moments(config: Adafactor, logical_axes: Any) -> optax.GradientTra
             return jnp.zeros(param.shape, jnp.float32)
         kept = moment_axes(Factored(0, 0), axes)
         shapes = [
-            tuple(1 if axis is None else n for axis, n in zip(of, param.shape, strict=True))
-            for of in (kept.row, kept.column)
+            tuple(1 if axis is None else size for axis, size in zip(kept_axes, param.shape, strict=True))
+            for kept_axes in (kept.row, kept.column)
         ]
         return Factored(*(jnp.zeros(shape, jnp.float32) for shape in shapes))
 
     def init(params: Any) -> FactoredMoments:
-        # By path, since optax inspects a state by making one of a placeholder.
+        # By path, since optax also calls this with a tree of placeholders, to inspect the state.
         return FactoredMoments(updates=jnp.int32(0), moments=jax.tree.map_with_path(zeros, params))
 
     def update(grads: Any, state: FactoredMoments, params: Any = None) -> tuple[Any, FactoredMoments]:
@@ -123,14 +126,14 @@ def _scale_by_moments(config: Adafactor, logical_axes: Any) -> optax.GradientTra
                 new = Factored(*means)
             return jax.tree.map(lambda a, b: decay * a + (1.0 - decay) * b, old, new)
 
-        moments = _map(advance, logical_axes, grads, state.moments)
-        scaled = _map(_divided, logical_axes, grads, moments)
+        moments = _map_parameters(advance, logical_axes, grads, state.moments)
+        scaled = _map_parameters(_divide_by_root, logical_axes, grads, moments)
         return scaled, FactoredMoments(updates=optax.safe_increment(state.updates), moments=moments)
 
     return optax.GradientTransformation(init, update)
 
 
-def _divided(axes: Axes, grad: jax.Array, moment: Any) -> jax.Array:
+def _divide_by_root(axes: Axes, grad: jax.Array, moment: Any) -> jax.Array:
     if not isinstance(moment, Factored):
         return grad * jax.lax.rsqrt(moment)
     mean = moment.row.mean(_dims(axes, "row"), keepdims=True)
@@ -138,15 +141,15 @@ def _divided(axes: Axes, grad: jax.Array, moment: Any) -> jax.Array:
 
 
 def _each_layer(stateless: optax.GradientTransformation, logical_axes: Any) -> optax.GradientTransformation:
-    """A transformation that works parameter by parameter, on each layer of a stacked one for itself."""
+    """Applies a stateless, per-parameter transformation to each layer of a stacked parameter separately."""
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
-        def one(axes: Axes, update: jax.Array, param: jax.Array) -> jax.Array:
-            def apply(u: jax.Array, p: jax.Array) -> jax.Array:
-                return stateless.update(u, state, p)[0]
+        def transform(layer_update: jax.Array, layer_param: jax.Array) -> jax.Array:
+            return stateless.update(layer_update, state, layer_param)[0]
 
-            return (jax.vmap(apply) if axes[0] == "layers" else apply)(update, param)
+        def each(axes: Axes, update: jax.Array, param: jax.Array) -> jax.Array:
+            return (jax.vmap(transform) if axes[0] == "layers" else transform)(update, param)
 
-        return _map(one, logical_axes, updates, params), state
+        return _map_parameters(each, logical_axes, updates, params), state
 
     return optax.GradientTransformation(stateless.init, update)

@@ -1,4 +1,4 @@
-"""How a run trains: budget, optimizer, schedule, mesh, checkpoints. Plain configs, no JAX needed to read them."""
+"""How a run trains: budget, optimizer, schedule, mesh, checkpoints. Plain configs that need no JAX."""
 
 import dataclasses
 import math
@@ -49,10 +49,11 @@ class WSD:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InverseSqrt:
-    """T5's pretraining schedule: base / sqrt(max(step, warmup_steps)), flat at first, without a rise.
+    """T5's pretraining schedule: base / sqrt(max(step, warmup_steps)), constant during warm-up.
 
-    With the defaults and a learning rate (the base) of 1.0 it is 0.01 for 10,000 steps (arXiv 1910.10683, section
-    3.1.2; T5X's `constant * rsqrt_decay`). It is made for Adafactor, whose rates are relative to the parameters.
+    The learning rate is the base. With a base of 1.0 and the defaults, the rate is 0.01 for the first 10,000 steps
+    (arXiv 1910.10683, section 3.1.2; T5X's `constant * rsqrt_decay`). The schedule suits Adafactor, whose rates are
+    relative to the parameters.
     """
 
     kind: Literal["inverse_sqrt"] = "inverse_sqrt"
@@ -64,7 +65,7 @@ class InverseSqrt:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Constant:
-    """Warm-up, then the peak to the end: how T5 is fine-tuned (at 0.001, without warm-up)."""
+    """Warm-up, then the peak until the end; T5 is fine-tuned this way (at 0.001, without warm-up)."""
 
     kind: Literal["constant"] = "constant"
     warmup_steps: Steps = 0
@@ -77,12 +78,12 @@ Schedule = Linear | Cosine | WSD | InverseSqrt | Constant
 
 
 Average = Annotated[float, Range(0, 1, "[)")]
-"""The share of itself that a running average keeps at each step."""
+"""Decay factor of a running average: the share of itself that it keeps at each step."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdamW:
-    """AdamW (arXiv 1711.05101) with global-norm clipping; decay acts on matrices, not on norms and biases."""
+    """AdamW (arXiv 1711.05101) with clipping by global norm; weight decay applies to matrices, not norms and biases."""
 
     kind: Literal["adamw"] = "adamw"
     b1: Average = 0.9
@@ -90,7 +91,7 @@ class AdamW:
     epsilon: Tiny = 1e-8
     weight_decay: Annotated[float, Range(0, 1000)] = 0.1
     clip_norm: Positive | None = 1.0
-    """The gradient norm over all parameters; None: it is not clipped."""
+    """Clips the gradient's norm over all parameters; None for no clipping."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -98,23 +99,24 @@ class AdamW:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adafactor:
-    """Adafactor (arXiv 1804.04235) as T5X has it: no momentum, no weight decay, rates relative to each parameter's RMS.
+    """Adafactor (arXiv 1804.04235) as in T5X: no momentum, no weight decay, rates relative to each parameter's RMS.
 
-    Second moments of matrices are kept as row and column means, by logical axes and for each layer apart.
+    Second moments of matrices are kept as row and column means, by logical axes and separately for each layer.
     """
 
     kind: Literal["adafactor"] = "adafactor"
     decay_exponent: Annotated[float, Range(0, 1, "(]")] = 0.8
     """Second moments decay by 1 - (t + 1)^-decay_exponent at step t = 0, 1, ..."""
     clip_update_rms: Positive = 1.0
+    """Scales down an update whose RMS, before the learning rate, is larger."""
     epsilon: Tiny = 1e-30
     """Added to squared gradients."""
     min_scale: Tiny = 1e-3
-    """Least RMS that a parameter counts as having."""
+    """A parameter whose RMS is smaller counts as having this one."""
     min_factored: Annotated[int, Range(0, 10**9)] = 128
-    """Matrices with fewer rows or columns keep their second moments whole."""
+    """Matrices with fewer rows or columns than this are not factored."""
     clip_norm: Positive | None = None
-    """Of the gradient over all parameters; T5 has none."""
+    """Clips the gradient's norm over all parameters; None for no clipping, as in T5."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -125,18 +127,18 @@ Optimizer = AdamW | Adafactor
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How long to train; every arm of a comparison takes the same number of steps."""
+    """How long to train; every arm of a comparison trains for the same number of steps."""
 
     unit: Literal["steps", "tokens", "flops"]
-    """`tokens` are slots of input and target, as batch size x length is usually counted; `flops` are training FLOPs of
-    the arm that costs most (full attention, padding included)."""
+    """`tokens` are input and target slots, as in batch size x length; `flops` are the training FLOPs of the most
+    expensive arm (full attention, padding included)."""
     amount: Annotated[float, Range(0, 1e30, "(]")]
 
     def __post_init__(self) -> None:
         check_ranges(self)
 
     def steps(self, tokens_per_step: int, flops_per_step: int) -> int:
-        """Whole steps that the budget pays for, at least one."""
+        """Returns how many whole steps the budget pays for, at least one."""
         match self.unit:
             case "steps":
                 return math.ceil(self.amount)
@@ -148,11 +150,11 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fresh:
-    """These parameters begin as a new model's do, whether the source has them or not."""
+    """These parameters are initialised, whether the source has them or not."""
 
     kind: Literal["fresh"] = "fresh"
     leaves: str
-    """Pattern of the new model's parameters, as `output.*`; `*` also stands for dots."""
+    """Pattern of the new model's parameters, such as `output.*`; `*` matches dots too."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,17 +165,19 @@ class Rename:
     leaves: str
     """Pattern of the new model's parameters, with at most one `*`."""
     source: str
-    """Their names in the source; its `*` stands for what that of `leaves` stands for."""
+    """Their names in the source; its `*` stands for whatever the `*` of `leaves` matched."""
 
     def __post_init__(self) -> None:
         if self.leaves.count("*") > 1 or self.leaves.count("*") != self.source.count("*"):
-            raise UserError(f"rename {self.leaves!r} from {self.source!r}: both take one '*', or neither has any")
+            raise UserError(f"rename {self.leaves!r} from {self.source!r}: both must have one '*', or neither")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Resize:
-    """These parameters have another length along one axis: what both have is taken from the source, the first rows of a
-    larger table for example; what the new model has beyond that begins fresh, what the source has is left.
+    """These parameters have another length along one axis in the source.
+
+    The overlap is copied, for example the first rows of a larger table. What the new model has beyond it is
+    initialised; what the source has beyond it is not used.
     """
 
     kind: Literal["resize"] = "resize"
@@ -188,35 +192,35 @@ InitRule = Fresh | Rename | Resize
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InitFrom:
-    """What a new run's parameters begin as: those of a checkpoint, by name, with rules for what differs."""
+    """Loads a new run's parameters from a checkpoint, by name, with rules for those that differ."""
 
     path: str
-    """A model folder, or a run: an arm's directory, `DIRECTORY@STEP`, or a checkpoint's directory."""
+    """A model folder, an arm's run directory, `DIRECTORY@STEP`, or a checkpoint's directory."""
     rules: tuple[InitRule, ...] = ()
     tokenizer: Literal["same", "any"] = "same"
-    """`same` refuses a model whose tokenizer is another one, unless all its tables begin fresh; `any` takes them."""
+    """`same` refuses a model with another tokenizer, unless all its tables are initialised; `any` accepts it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Anomalies:
-    """What becomes of a step whose loss or gradient is not finite, or whose loss leaps.
+    """What to do about a step whose loss or gradient is not finite, or whose loss is a spike.
 
-    `stop` ends the run. `skip` leaves the parameters as they were, and goes on with the next batch. `roll_back` goes
-    back to the last checkpoint from before the batches that are to be left out, and passes over them on the way (arXiv
-    2204.02311, section 5.1). No batch that was left out enters the chained fingerprint.
+    `stop` ends the run. `skip` leaves the parameters unchanged and continues with the next batch. `roll_back` restores
+    the last checkpoint from before the batches to skip, and skips them when training gets there again (arXiv
+    2204.02311, section 5.1). Skipped batches do not enter the chained fingerprint.
     """
 
     on_nonfinite: Literal["stop", "skip", "roll_back"] = "stop"
     on_spike: Literal["ignore", "stop", "skip", "roll_back"] = "ignore"
     spike_deviations: Positive = 10.0
-    """A loss is a spike above the median of those before it by this many standard deviations (1.4826 times the median
-    absolute deviation, which is the standard deviation of normal numbers and takes no notice of spikes)."""
+    """A loss is a spike if it is more than this many standard deviations above the median of the losses before it. The
+    standard deviation is estimated as 1.4826 times the median absolute deviation, which ignores earlier spikes."""
     spike_window: Annotated[int, Range(1, 10**6, unit="steps")] = 100
-    """How many losses before it are looked at; as long as there are fewer nothing is a spike."""
+    """How many earlier losses to compare with; while there are fewer, no loss is a spike."""
     rolled_back: Count = 1
-    """Batches that `roll_back` leaves out, the one that was noticed the last; PaLM's authors took 200 to 500."""
+    """How many batches `roll_back` skips, the last of them the anomalous one; PaLM's authors skipped 200 to 500."""
     max_in_a_row: Count = 10
-    """The run stops before it leaves out more batches than this without one in between that was learnt from."""
+    """The run stops rather than skip more consecutive batches than this."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -231,32 +235,34 @@ class Anomalies:
 
     @property
     def guards_step(self) -> bool:
-        """Whether the step itself has to keep the parameters as they were."""
+        """Whether the step itself must be able to keep the parameters unchanged."""
         return "skip" in (self.on_nonfinite, self.on_spike)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Patience:
-    """How long a run waits for the world outside, in seconds; no result depends on it."""
+    """How long a run waits, in seconds, for what it does not control; no result depends on it."""
 
     storage_seconds: Seconds = 600.0
-    """A full disk or a bucket that refuses is tried again, ever less often, for so long."""
+    """How long to retry, with growing pauses, when a full disk or a busy bucket refuses."""
     stall_seconds: Seconds = 1800.0
-    """Longer than compiling, restoring, a step, a validation or a save may take; a run that hangs so long is ended."""
+    """A run without progress for this long is ended. Compiling, restoring, a step, a validation or a save must each
+    take less."""
     preemption_seconds: Seconds = 25.0
-    """From SIGTERM to the end, whether the step at hand could be saved or not; clouds give 30."""
+    """From SIGTERM until the process is ended, whether the current step could be saved or not; clouds allow 30."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if self.stall_seconds <= self.storage_seconds:  # which would be taken for a stall
+        if self.stall_seconds <= self.storage_seconds:  # or waiting for storage would count as a stall
             raise UserError(f"stall_seconds is {self.stall_seconds}: it must be more than storage_seconds")
 
 
 def only_how(path: str) -> bool:
-    """Whether a field of a resolved config, by its dotted path, says only how the same training is computed.
+    """Returns whether the field at a dotted path of a resolved config only decides how the same training is computed.
 
-    A later launch of a run may have another value, as for other devices than before, and a comparison's arms may: what
-    differs is rounding and, where `accumulation` moves, which units dropout leaves out. Precision is no such field.
+    A later launch of a run may change such a field, for example for other devices, and the arms of a comparison may
+    differ in it. The results then differ by rounding and, if `accumulation` changes, in which units dropout drops.
+    Precision is no such field.
 
     >>> [only_how(path) for path in ("train.mesh.fsdp", "train.execution.remat", "train.execution.dtype", "train.seed")]
     [True, True, False, False]
@@ -267,23 +273,25 @@ def only_how(path: str) -> bool:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
+    """Everything that decides how a model is trained, except for the data and the learning rate."""
+
     budget: Budget
     optimizer: Optimizer = AdamW()
     schedule: Schedule
     accumulation: Count = 1
-    """Micro-batches a step; the gradient is that of the whole batch, weighed by loss weights."""
+    """Micro-batches per step; the gradient is that of the whole batch, weighted by the loss weights."""
     seed: Seed = 0
-    """The seed of initialisation and dropout. Data order uses `data.seed`: a repetition that shares nothing by chance
-    with another run moves both."""
+    """Seed of initialisation and dropout. The data's order has `data.seed`; an independent repetition changes both."""
     validate_every: Every
-    """Steps between validation losses; one is always taken at the end."""
+    """Steps between validation losses; there is always one after the last step."""
     checkpoint_every: Every
+    """Steps between checkpoints; there is always one after the last step."""
     keep_last: Count = 2
-    """Checkpoints kept beside the best one."""
+    """How many of the newest checkpoints to keep, besides the best one."""
     mesh: MeshShape = MeshShape()
     sharding: Literal["fsdp", "sequence"] = "fsdp"
-    """The table by which arrays lie on the mesh (`common.sharding.rules`); `sequence` divides what lies between a
-    layer's products by `tensor` too: less memory, the same traffic."""
+    """The sharding rules (`common.sharding.rules`). `sequence` also shards activations between a layer's matrix
+    products over `tensor`: less memory, the same traffic."""
     execution: Execution = Execution()
     anomalies: Anomalies = Anomalies()
     patience: Patience = Patience()

@@ -1,6 +1,6 @@
-"""Joining the processes of one job: from flags, or from what Cloud TPU, GKE, SLURM and Open MPI tell their processes.
+"""Joins the processes of one job, by flags or by the environment that Cloud TPU, GKE, SLURM and Open MPI set up.
 
-Where one of them is lost the others stop, since none can go on without it; they leave the checkpoints as they are.
+If a process is lost the others stop, since none can continue without it; checkpoints stay as they are.
 """
 
 import contextlib
@@ -18,12 +18,13 @@ import jax
 from common.errors import UserError
 
 HEARTBEAT_SECONDS = 60
-"""A process that has not been heard of for so long is lost."""
+"""A process without a heartbeat for this long counts as lost."""
 SHUTDOWN_SECONDS = 30
-"""How long a process that has ended waits for the others to end."""
+"""How long a finished process waits for the others to finish."""
 START_SECONDS = 300
+"""How long to wait for the other processes to join."""
 COLLECTIVES = ("Gloo", "NCCL")
-"""Words in the errors of collectives whose other side has gone."""
+"""Words in the errors of collectives that lost another process."""
 
 
 @contextlib.contextmanager
@@ -32,14 +33,15 @@ def joined(
     processes: int | None = None,
     process: int | None = None,
 ) -> Iterator[None]:
-    """Within, this process is one of its job's; it must be entered before anything asks JAX for devices.
+    """Makes this process one of its job's while the context lasts; enter it before anything asks JAX for devices.
 
-    With all three given it is process `process` of `processes`, of which number 0 listens at `coordinator` (HOST:PORT);
-    with `processes=1` it is alone. With none it is what the environment says, and alone where that says nothing: then
-    nothing is waited for or contacted. Raises UserError for anything else, and where the others cannot be reached.
+    With all three arguments, this is process `process` of `processes`, and process 0 listens at `coordinator`
+    (HOST:PORT). With `processes=1` it is alone. With none the environment decides, and if it names no job the process
+    is alone; a process that is alone contacts nobody and waits for nobody. Raises UserError for any other combination,
+    and if the other processes cannot be reached.
 
-    Where another process is lost, this one is ended within `HEARTBEAT_SECONDS` and little more, and the last line on
-    its standard error says which one it was, where that can be known.
+    If another process is lost, this one is ended shortly after `HEARTBEAT_SECONDS`, and the last line on its standard
+    error says which one was lost, as far as JAX knows.
     """
     given = _from_flags(coordinator, processes, process)
     if given == {} or (given is None and not _several(os.environ)):
@@ -60,16 +62,16 @@ def joined(
         yield
     except jax.errors.JaxRuntimeError as error:
         if any(word in str(error) for word in COLLECTIVES):
-            # Whoever watches over the job ends this process as soon as it knows who is lost.
-            print(f"twinstack: the exchange with the other processes broke off ({error})", file=sys.stderr, flush=True)
+            # JAX ends this process as soon as it knows which one is lost, and then `lost.py` reports it.
+            print(f"twinstack: lost the connection to the other processes ({error})", file=sys.stderr, flush=True)
             time.sleep(HEARTBEAT_SECONDS + SHUTDOWN_SECONDS)
         raise
-    # After an error the end of the process does this: it waits for the others, and until then nothing would be printed.
+    # Not after an error: this waits for the other processes, and the error would be printed only then.
     jax.distributed.shutdown()
 
 
 def _from_flags(coordinator: str | None, processes: int | None, process: int | None) -> dict[str, Any] | None:
-    """Arguments of `jax.distributed.initialize`; empty: alone; None: nothing was given."""
+    """Returns the arguments of `jax.distributed.initialize`; empty for one process, None without any flags."""
     given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     if all(value is None for value in given.values()):
         return None
@@ -77,11 +79,11 @@ def _from_flags(coordinator: str | None, processes: int | None, process: int | N
         raise UserError(f"--processes is {processes}: it must be 1 or more")
     if processes == 1:
         if process not in (None, 0):
-            raise UserError(f"--process is {process}; of one process it is 0")
+            raise UserError(f"--process is {process}: with one process it is 0")
         return {}
     if missing := [flag for flag, value in given.items() if value is None]:
         raise UserError(
-            f"several processes need {', '.join(missing)} too: --coordinator HOST:PORT (of process 0), "
+            f"several processes need {', '.join(missing)} too: --coordinator HOST:PORT (where process 0 listens), "
             "--processes N and --process I, which is 0 to N-1"
         )
     assert coordinator is not None and processes is not None and process is not None
@@ -89,14 +91,14 @@ def _from_flags(coordinator: str | None, processes: int | None, process: int | N
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(f"--coordinator {coordinator!r} must be HOST:PORT, such as 10.0.0.1:8476")
     if not 0 <= process < processes:
-        raise UserError(f"--process is {process}: of {processes} processes it is 0 to {processes - 1}")
+        raise UserError(f"--process is {process}: with {processes} processes it is 0 to {processes - 1}")
     return {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
 
 
 def _several(environment: Mapping[str, str]) -> bool:
-    """Whether this process was started as one of several, by the variables that `jax.distributed` goes by.
+    """Returns whether this process was started as one of several, by the variables that `jax.distributed` reads.
 
-    On a Cloud TPU machine that GKE has not started only its metadata server knows; JAX asks it.
+    On a Cloud TPU machine outside GKE only the metadata server knows, and JAX asks it; then this returns True.
 
     >>> _several({"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"})
     True
@@ -117,7 +119,7 @@ def _several(environment: Mapping[str, str]) -> bool:
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
         if importlib.util.find_spec("kubernetes") is None:
             raise UserError(
-                "this pod is one of an indexed Job, and the package `kubernetes`, by which JAX finds the others, is "
+                "this pod belongs to an indexed Job, and the package `kubernetes`, with which JAX finds the others, is "
                 "not installed: pip install kubernetes, or give --coordinator, --processes and --process"
             )
         return True
@@ -125,6 +127,7 @@ def _several(environment: Mapping[str, str]) -> bool:
 
 
 def _on_cloud_tpu(environment: Mapping[str, str]) -> bool:
+    """Returns whether JAX will use a Cloud TPU and may ask the machine's metadata server."""
     platforms = environment.get("JAX_PLATFORMS") or "tpu"
     if "tpu" not in platforms.split(",") or "TPU_SKIP_MDS_QUERY" in environment:
         return False
@@ -139,9 +142,9 @@ def _advice(given: dict[str, Any] | None) -> str:
 
 
 def _watch_standard_error() -> None:
-    """Passes standard error through `common.train.lost`, which has the last word where this process is ended.
+    """Pipes standard error through `common.train.lost`, which can still report when this process has been ended.
 
-    JAX ends it from a thread of its own, at once; nothing of ours could say anything any more.
+    When another process is lost, JAX ends this one from a thread, at once, and no Python code here runs any more.
     """
     sys.stderr.flush()
     lost = Path(__file__).with_name("lost.py")

@@ -1,6 +1,6 @@
-"""A new run's parameters from stored ones: by name, with rules for whatever differs.
+"""Loads a new run's parameters from stored ones: by name, with rules for those that differ.
 
-Every parameter of the new model is accounted for: it is loaded, or a rule says that it begins fresh.
+Every parameter of the new model is accounted for: it is loaded, or a rule says that it is initialised ("fresh").
 """
 
 import dataclasses
@@ -24,20 +24,21 @@ from common.trees import flatten, nest
 
 Shape = tuple[int, ...]
 LISTED = 4
-"""So many parameters that do not fit are named in a message."""
+"""How many parameters that do not fit a message lists."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadPlan:
-    """What becomes of each parameter."""
+    """Where each parameter of the new model comes from."""
 
     sources: dict[str, str]
-    """New name to stored name, of all that are loaded."""
+    """For each loaded parameter, its stored name."""
     resized: dict[str, int]
-    """The dimension along which the two have different lengths, where that is allowed."""
+    """For each resized parameter, the dimension along which the stored one has another length."""
     fresh: tuple[str, ...]
+    """Parameters that are initialised."""
     unused: tuple[str, ...]
-    """Stored ones that nobody takes."""
+    """Stored parameters that no parameter of the new model comes from."""
 
     def __str__(self) -> str:
         parts = [f"{len(self.sources)} parameters loaded"]
@@ -55,11 +56,17 @@ def make_load_plan(
     origin: str,
     where: str = "init",
 ) -> LoadPlan:
-    """Shapes and logical axes of the new model's parameters, and shapes of the stored ones, by dotted name.
+    """Plans where each parameter comes from.
 
-    Raises UserError that lists the parameters for which there is nothing, or nothing of their shape, and where they
-    are few the rules that would say what to do; and for a rule that no parameter matches. `where` is the path of the
-    rules' config.
+    Args:
+        shapes: Shapes of the new model's parameters, by dotted name.
+        axes: Their logical axes.
+        stored: Shapes of the stored parameters, by dotted name.
+        origin: Names the stored parameters in messages.
+        where: Path of the rules' config, for messages.
+
+    Raises UserError for a rule that no parameter matches, and if parameters are missing from `stored` or have another
+    shape there. The message lists these parameters and, if they are few, rules that would resolve them.
     """
     for rule in rules:
         if not fnmatch.filter(shapes, rule.leaves):
@@ -86,24 +93,24 @@ def make_load_plan(
     if faults:
         listed = "; ".join(f"{name}: {fault}" for name, fault in faults[:LISTED])
         more = f"; and {len(faults) - LISTED} more" if len(faults) > LISTED else ""
-        said = f"{origin} does not account for {len(faults)} of {len(shapes)} parameters: {listed}{more}"
-        if more:  # another model: rules for all of them would be a fresh beginning
-            raise UserError(said)
-        rule_texts = [json.dumps(to_json(_advice(name, shapes, axes, stored, unused))) for name, _ in faults]
-        raise UserError(f"{said}. Rules would, for example {where}.rules=[{', '.join(rule_texts)}]")
+        message = f"{origin} does not account for {len(faults)} of {len(shapes)} parameters: {listed}{more}"
+        if more:  # it is another model: rules for so many parameters would amount to a fresh start
+            raise UserError(message)
+        rule_texts = [json.dumps(to_json(_suggested_rule(name, shapes, axes, stored, unused))) for name, _ in faults]
+        raise UserError(f"{message}. Rules would, for example {where}.rules=[{', '.join(rule_texts)}]")
     return LoadPlan(sources=sources, resized=resized, fresh=tuple(fresh), unused=unused)
 
 
 def check_rules(
     stored: StoredParameters, model: Skeleton, rules: Sequence[InitRule] = (), where: str = "init"
 ) -> LoadPlan:
-    """`make_load_plan` for what is stored; reads no parameter."""
+    """Returns `make_load_plan` for `stored` and `model`; reads no parameter."""
     shapes = {name: tuple(leaf.shape) for name, leaf in flatten(model.shapes).items()}
     return make_load_plan(shapes, flatten(model.logical_axes), stored.shapes, rules, stored.origin, where)
 
 
 def loads_tables(stored: StoredParameters, model: Skeleton, rules: Sequence[InitRule] = ()) -> bool:
-    """Whether any parameter with a row for each token is loaded."""
+    """Returns whether any parameter with a row per token is loaded."""
     axes = flatten(model.logical_axes)
     return any("vocab" in axes[name] for name in check_rules(stored, model, rules).sources)
 
@@ -117,28 +124,28 @@ def load_parameters(
     seed: int = 0,
     dtype: Any = jnp.float32,
 ) -> tuple[Any, LoadPlan]:
-    """Parameters of `model` (nested dict), each on its sharding from the start, and what they were made of.
+    """Returns the parameters of `model` (a nested dict), created with their shardings, and where they came from.
 
-    `seed` is that of whatever begins fresh, which is what a new run of that seed would have. Raises UserError as
-    `make_load_plan` does, and where what is stored cannot be read.
+    Fresh parameters are those that a new run with `seed` would have. Raises UserError as `make_load_plan` does, and if
+    `stored` cannot be read.
     """
     plan, placed = check_rules(stored, model, rules), flatten(shardings)
     new = _fresh_leaves(model, placed, (*plan.fresh, *plan.resized), seed, dtype)
-    users: dict[str, str] = {}
+    first_user: dict[str, str] = {}  # of each stored parameter
     for name, source in plan.sources.items():
-        users.setdefault(source, name)
+        first_user.setdefault(source, name)
     wanted = {
         source: jax.ShapeDtypeStruct(
-            stored.shapes[source], dtype, sharding=_fitting(placed[name], stored.shapes[source])
+            stored.shapes[source], dtype, sharding=_divisible(placed[name], stored.shapes[source])
         )
-        for source, name in users.items()
+        for source, name in first_user.items()
     }
     found = stored.read(wanted)
     params = {name: new[name] for name in plan.fresh}
     for name, source in plan.sources.items():
         if name in plan.resized:
-            params[name] = _overlapped(new[name], found[source], placed[name])
-        elif users[source] == name:
+            params[name] = _with_overlap(new[name], found[source], placed[name])
+        elif first_user[source] == name:
             params[name] = found[source]
         else:  # a step donates its arrays, so no two parameters may share one
             params[name] = jax.jit(jnp.copy, out_shardings=placed[name])(found[source])
@@ -146,6 +153,7 @@ def load_parameters(
 
 
 def _source_name(name: str, rules: Sequence[InitRule]) -> str:
+    """Returns the stored name of a parameter, by the first `Rename` that matches."""
     for rule in rules:
         if isinstance(rule, Rename) and fnmatch.fnmatchcase(name, rule.leaves):
             before, _, after = rule.leaves.partition("*")
@@ -154,6 +162,7 @@ def _source_name(name: str, rules: Sequence[InitRule]) -> str:
 
 
 def _resized_dim(name: str, axes: tuple[str, ...], rules: Sequence[InitRule]) -> int | None:
+    """Returns the dimension that the first matching `Resize` allows to differ."""
     for rule in rules:
         if isinstance(rule, Resize) and fnmatch.fnmatchcase(name, rule.leaves):
             if rule.axis not in axes:
@@ -166,14 +175,14 @@ def _same_but(dim: int, one: Shape, other: Shape) -> bool:
     return len(one) == len(other) and all(a == b for i, (a, b) in enumerate(zip(one, other, strict=True)) if i != dim)
 
 
-def _advice(
+def _suggested_rule(
     name: str,
     shapes: Mapping[str, Shape],
     axes: Mapping[str, tuple[str, ...]],
     stored: Mapping[str, Shape],
     unused: Sequence[str],
 ) -> InitRule:
-    """The rule that comes nearest: another axis length, another name, or else a fresh beginning."""
+    """Returns the closest rule that resolves a parameter: another axis length, another name, or else fresh."""
     shape, found = shapes[name], stored.get(name)
     if found is not None:
         for dim, axis in enumerate(axes[name]):
@@ -186,7 +195,7 @@ def _advice(
 def _fresh_leaves(
     model: Skeleton, placed: Mapping[str, NamedSharding], names: Sequence[str], seed: int, dtype: Any
 ) -> dict[str, jax.Array]:
-    """Only these are computed; the compiler drops the rest."""
+    """Returns the initial values of the named parameters; the compiler drops the computation of all others."""
     if not names:
         return {}
 
@@ -197,8 +206,8 @@ def _fresh_leaves(
     return jax.jit(make, out_shardings={name: placed[name] for name in names})()
 
 
-def _fitting(sharding: NamedSharding, shape: Shape) -> NamedSharding:
-    """The same, but whole along dimensions that do not divide: a stored table may have another length."""
+def _divisible(sharding: NamedSharding, shape: Shape) -> NamedSharding:
+    """Returns `sharding`, replicated along dimensions that do not divide: a stored table may have another length."""
     spec = [
         None if axis is None or size % sharding.mesh.shape[axis] else axis
         for size, axis in zip(shape, sharding.spec, strict=True)
@@ -206,7 +215,7 @@ def _fitting(sharding: NamedSharding, shape: Shape) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
-def _overlapped(new: jax.Array, old: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """`new` with what both have taken from `old`."""
-    common = tuple(slice(min(a, b)) for a, b in zip(new.shape, old.shape, strict=True))
-    return jax.jit(lambda new, old: new.at[common].set(old[common]), out_shardings=sharding)(new, old)
+def _with_overlap(new: jax.Array, old: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """Returns `new` with its overlap with `old` copied from `old`."""
+    overlap = tuple(slice(min(a, b)) for a, b in zip(new.shape, old.shape, strict=True))
+    return jax.jit(lambda new, old: new.at[overlap].set(old[overlap]), out_shardings=sharding)(new, old)

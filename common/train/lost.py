@@ -1,6 +1,7 @@
-"""Reads what a process of several writes to standard error, passes it on, and says at its end which one was lost.
+"""Passes on the standard error of one of several processes, and reports at its end which process was lost.
 
-A program of its own (`python lost.py < standard error`), and the standard library alone: it outlives what it reads.
+This is a separate program (`python lost.py < standard error`) that uses only the standard library, because it must
+outlive the process that it reads from.
 """
 
 import re
@@ -12,12 +13,12 @@ SILENT = re.compile(r"stopped sending heartbeats\):\n((?:\S*\d+\n)+)")
 NUMBER = re.compile(r"(\d+)\n")
 LEADER = "Failed to send RPC to coordination service"
 EARLY = re.compile(r"The first task at the barrier: \S*?(\d+)\.")
-KEPT = 200
-"""Lines at the end that are looked at."""
+LAST_LINES = 200
+"""How many lines at the end are searched."""
 
 
 def verdict(text: str) -> str | None:
-    """One line on whom JAX's last words tell of; None where they do not tell of a lost process.
+    """Returns a clause on which process was lost, from JAX's last messages; None if they report no loss.
 
     >>> verdict("F1 JAX distributed service detected fatal errors: (stopped sending heartbeats):\\n1\\nThe tasks have")
     'process 1 was lost'
@@ -31,20 +32,20 @@ def verdict(text: str) -> str | None:
     if early := EARLY.search(last):
         return f"process {early[1]} ended before the others"
     if LEADER in last:
-        return "process 0, or the way to it, was lost"
+        return "process 0, or the connection to it, was lost"
     return "another process was lost"
 
 
 def main(lines: Iterable[str]) -> None:
-    kept: list[str] = []
+    last: list[str] = []
     for line in lines:
         sys.stderr.write(line)
         sys.stderr.flush()
-        kept = [*kept[-KEPT:], line]
-    if said := verdict("".join(kept)):
+        last = [*last[-LAST_LINES:], line]
+    if lost := verdict("".join(last)):
         print(
-            f"twinstack: error: {said}, so this one was ended; the same command, given to all processes, resumes "
-            "from the last checkpoint",
+            f"twinstack: error: {lost}, so this one was ended; repeat the command on all processes to resume from the "
+            "last checkpoint",
             file=sys.stderr,
         )
 

@@ -1,4 +1,4 @@
-"""Schedules and optimizers from their configs, by optax."""
+"""Makes schedules and optimizers from their configs, with optax."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ from common.train.config import WSD, Adafactor, AdamW, Constant, Cosine, Inverse
 
 
 def make_schedule(schedule: Schedule, peak: float, steps: int) -> optax.Schedule:
-    """Learning rate at step 0, 1, ...; warm-up rises linearly from peak/(warmup+1), so step 0 already learns.
+    """Returns the learning rate at step 0, 1, ...; warm-up rises linearly from peak/(warmup+1), so step 0 learns too.
 
-    `InverseSqrt` has its own meaning of warm-up, and of `peak`: its base.
+    For `InverseSqrt`, `peak` is the base, and the rate is flat during warm-up.
 
     >>> rate = make_schedule(Linear(warmup_steps=3), peak=1.0, steps=7)
     >>> [round(float(rate(step)), 3) for step in range(7)]
@@ -33,7 +33,7 @@ def make_schedule(schedule: Schedule, peak: float, steps: int) -> optax.Schedule
             stable = after - decay
             main = optax.linear_schedule(peak, peak * schedule.final_fraction, decay, transition_begin=stable)
         case Constant():
-            main = optax.linear_schedule(peak, peak, after)  # optax's constant gives one number for many steps
+            main = optax.linear_schedule(peak, peak, after)  # optax's constant returns one number for many steps
     if not warmup:
         return main
     rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
@@ -41,7 +41,7 @@ def make_schedule(schedule: Schedule, peak: float, steps: int) -> optax.Schedule
 
 
 def make_optimizer(config: Optimizer, schedule: optax.Schedule, logical_axes: Any) -> optax.GradientTransformation:
-    """The optimizer of a tree of parameters whose logical axes are known: they say which are matrices."""
+    """Returns the optimizer for parameters with these logical axes, from which it sees which are matrices."""
     match config:
         case AdamW():
             return _make_adamw(config, schedule, logical_axes)

@@ -1,4 +1,4 @@
-"""A trace of some steps, for XProf and TensorBoard."""
+"""Traces some steps of a run for XProf and TensorBoard."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ import jax
 
 
 class Profile:
-    """Traces `steps` steps from `first` on into `folder`; of no steps it does nothing."""
+    """Traces `steps` steps, starting with step `first`, into `folder`; does nothing when `steps` is 0."""
 
     def __init__(self, folder: Path, *, first: int, steps: int, note: Callable[[str], None]):
         self.folder, self.note = folder, note
@@ -16,7 +16,7 @@ class Profile:
         self._tracing = False
 
     def before(self, step: int, state: Any) -> None:
-        """To be called before each step, with the state that it begins with."""
+        """Must be called before each step with the state that the step starts from."""
         if step == self.first and self.first < self.end:
             jax.block_until_ready(state)  # the trace begins with this step
             jax.profiler.start_trace(self.folder)
@@ -26,8 +26,8 @@ class Profile:
             self.close()
 
     def close(self) -> None:
-        """Ends a trace that has begun; a run may be shorter."""
+        """Ends the trace if one is running, as when the run ends before it."""
         if self._tracing:
             self._tracing = False
             jax.profiler.stop_trace()
-            self.note(f"traced; to look at it: tensorboard --logdir {self.folder} (with tensorboard-plugin-profile)")
+            self.note(f"traced; to view: tensorboard --logdir {self.folder} (with tensorboard-plugin-profile)")

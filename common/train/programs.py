@@ -1,4 +1,4 @@
-"""What trains, and its compiled programs: mesh, shardings, one jitted step over the family's protocol."""
+"""A setup and the programs that train it: mesh, shardings, one jitted step over the family's protocol."""
 
 import dataclasses
 import functools
@@ -25,31 +25,31 @@ from common.train.optimizer import make_optimizer, make_schedule
 from common.train.state import TrainState, abstract_state, state_shardings
 from common.train.step import make_eval_step, make_train_step
 
-KEPT = 8
-"""Prepared setups that a process remembers."""
+CACHED_SETUPS = 8
+"""How many setups a process remembers the programs of."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What trains, and for how long; enough to compile the step."""
+    """What to train and for how long; enough to compile the step."""
 
     build: Callable[[nnx.Rngs], Model]
     model: ModelConfig
     train: TrainConfig
     learning_rate: float
-    """Peak, or what the schedule takes in its place."""
+    """The schedule's peak, or the base of `InverseSqrt`."""
     steps: int
     row_slots: tuple[int, int, int]
-    """Rows, input slots and target slots of a batch, over all hosts."""
+    """Rows of a batch over all processes, and input and target slots of a row."""
 
     def flops_per_step(self) -> int:
-        """Training FLOPs, full attention, padding included."""
+        """Returns training FLOPs with full attention, padding included."""
         return self.model.flops(LengthSums.of_rows(*self.row_slots)).train_full_attention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What a batch holds, over all processes; as in a `HostBatch`."""
+    """What a batch holds over all processes; the fields mean what they do in a `HostBatch`."""
 
     fingerprint: int
     examples: int
@@ -59,7 +59,7 @@ class Counts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Programs:
-    """The compiled step and what it needs."""
+    """The jitted steps and what they need."""
 
     mesh: Mesh
     model: Skeleton
@@ -67,27 +67,28 @@ class Programs:
     shardings: TrainState
     batch_sharding: NamedSharding
     rows: int
-    """Of a batch, over all processes."""
+    """Rows of a batch over all processes."""
     train_step: jax.stages.Wrapped
+    """`make_train_step`'s function; donates the state."""
     eval_step: jax.stages.Wrapped
 
     @functools.cached_property
-    def held(self) -> list[int]:
+    def local_rows(self) -> list[int]:
         """Numbers of the rows that this process feeds. Raises UserError as `rows_here` does."""
         return rows_here(self.batch_sharding, self.rows)
 
     @functools.cached_property
-    def _counts(self) -> bool:
+    def _counts_here(self) -> bool:
         return counts_here(self.batch_sharding, self.rows)
 
     def put(self, batch: Batch) -> Batch:
-        """This process's rows onto its devices."""
-        return jax.tree.map(lambda x: place_rows(self.batch_sharding, self.rows, self.held, x), batch)
+        """Puts this process's rows onto its devices, as part of a batch that is sharded over all."""
+        return jax.tree.map(lambda x: place_rows(self.batch_sharding, self.rows, self.local_rows, x), batch)
 
     def count(self, host: HostBatch) -> Callable[[], Counts]:
-        """Starts to add up what all processes have in their batches; waits when it is asked for."""
+        """Starts to add up the counts of all processes' rows; the returned function waits for the sum."""
         mine = (host.fingerprint, host.examples, host.loss_tokens, *dataclasses.astuple(host.length_sums))
-        added = start_sum(mine if self._counts else [0] * len(mine))
+        added = start_sum(mine if self._counts_here else [0] * len(mine))
 
         def result() -> Counts:
             fingerprint, examples, loss_tokens, *sums = added()
@@ -103,7 +104,7 @@ class Programs:
 
 
 def check_rows(setup: Setup) -> None:
-    """Raises UserError where a batch's rows do not divide over devices and micro-batches, or a row over `context`."""
+    """Raises UserError if a batch's rows do not divide over devices and micro-batches, or its slots over `context`."""
     mesh, accumulation, rows = setup.train.mesh, setup.train.accumulation, setup.row_slots[0]
     parts = mesh.row_parts * accumulation
     if rows % parts:
@@ -121,14 +122,14 @@ def check_rows(setup: Setup) -> None:
 
 
 def make_programs(setup: Setup, devices: Sequence[jax.Device] | None = None) -> Programs:
-    """Mesh, shardings and jitted functions, for this machine's devices or for others; nothing is computed yet.
+    """Makes mesh, shardings and jitted functions, for this machine's devices or others; computes nothing yet.
 
-    Equal arguments give the same object, so that what a process trains again is neither traced nor compiled again.
+    Equal arguments return the same object, so that a process that trains a setup again does not compile it again.
     """
     return _make_programs(setup, None if devices is None else tuple(devices))
 
 
-@functools.lru_cache(maxsize=KEPT)
+@functools.lru_cache(maxsize=CACHED_SETUPS)
 def _make_programs(setup: Setup, devices: tuple[jax.Device, ...] | None) -> Programs:
     with strategy(setup.train.sharding):
         return _programs(setup, make_mesh(setup.train.mesh, devices))
@@ -156,13 +157,13 @@ def _programs(setup: Setup, mesh: Mesh) -> Programs:
         shardings=shardings,
         batch_sharding=NamedSharding(mesh, PartitionSpec(ROW_AXES, "context")),
         rows=setup.row_slots[0],
-        train_step=jax.jit(_following(train.sharding, step), donate_argnums=0, out_shardings=(shardings, None)),
-        eval_step=jax.jit(_following(train.sharding, make_eval_step(model, execution=train.execution))),
+        train_step=jax.jit(_under_rules(train.sharding, step), donate_argnums=0, out_shardings=(shardings, None)),
+        eval_step=jax.jit(_under_rules(train.sharding, make_eval_step(model, execution=train.execution))),
     )
 
 
-def _following(name: Strategy, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, traced by that table of rules whenever it is traced."""
+def _under_rules(name: Strategy, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps `function` so that it is traced under the sharding rules of that name."""
 
     @functools.wraps(function)
     def traced(*args: Any) -> Any:
@@ -173,7 +174,7 @@ def _following(name: Strategy, function: Callable[..., Any]) -> Callable[..., An
 
 
 def lower_step(setup: Setup, programs: Programs, state: TrainState | None = None) -> jax.stages.Lowered:
-    """The training step for a state of these shapes and shardings, or for what `init_state` would make; to compile."""
+    """Lowers the training step, ready to compile, for a state like `state`, or like that of `init_state` if None."""
     if state is None:
         state = abstract_state(programs.model, programs.optimizer, programs.shardings)
     batch = abstract_batch(setup.row_slots, programs.batch_sharding)
@@ -183,7 +184,7 @@ def lower_step(setup: Setup, programs: Programs, state: TrainState | None = None
 
 
 def abstract_batch(row_slots: tuple[int, int, int], sharding: NamedSharding) -> Batch:
-    """Shapes and dtypes of a batch of `(rows, input slots, target slots)`."""
+    """Returns shapes, dtypes and shardings of a batch of `(rows, input slots, target slots)`."""
     rows, input_length, target_length = row_slots
     lengths = {"I": input_length, "T": target_length}
 

@@ -18,7 +18,7 @@ from common.train.init_from import load_parameters
 from common.train.preemption import Preemption
 from common.train.programs import Programs
 from common.train.run_files import RunFiles
-from common.train.state import TrainState, abstract_state, init_state, state_of
+from common.train.state import TrainState, abstract_state, init_state, state_from_params
 from common.train.task import Task, Watcher
 
 SHARED_STORAGE_SECONDS = 60.0
@@ -124,4 +124,4 @@ def _initial_state(run: Run) -> TrainState:
     run.watcher.note(f"begins as {stored.origin}: {plan}")
     if is_first():
         write_json(run.folder / RunFiles.INITIAL, {"origin": stored.origin, **dataclasses.asdict(plan)})
-    return state_of(params, programs.optimizer, programs.shardings)
+    return state_from_params(params, programs.optimizer, programs.shardings)

@@ -1,4 +1,4 @@
-"""The schema that the JSON files of a run directory are written in."""
+"""The schema version of the JSON files in a run directory."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ SCHEMA_VERSION = 1
 
 
 def check_schema(found: Mapping[str, Any], path: Path) -> None:
-    """Raises UserError where `path`, which holds `found`, was written by another version."""
+    """Raises UserError if `found`, read from `path`, has another schema version."""
     if (schema := found.get("schema_version", SCHEMA_VERSION)) != SCHEMA_VERSION:
         raise UserError(
             f"{path} has run schema {json.dumps(schema)}, this version reads {SCHEMA_VERSION}: use the version that "

@@ -1,4 +1,4 @@
-"""Training state: made directly sharded, and described abstractly for checkpoints and ahead-of-time compilation."""
+"""Training state: created directly sharded, or described abstractly for checkpoints and ahead-of-time compilation."""
 
 import dataclasses
 from typing import Any
@@ -18,19 +18,20 @@ from common.train.adafactor import Factored, moment_axes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """Arrays, or a tree of the same form of their shardings or shapes."""
+    """Arrays; or their shardings or shapes, in a tree of the same structure."""
 
     step: Any
     """Steps applied, int32 scalar."""
     params: Any
-    """Nested dict of float32 arrays, layers stacked in front."""
+    """Nested dict of float32 arrays; the parameters of layers are stacked along a first axis."""
     opt_state: Any
+    """Optax's state."""
 
 
 def init_state(
     model: Skeleton, optimizer: optax.GradientTransformation, seed: int, shardings: TrainState
 ) -> TrainState:
-    """A fresh state, every array born with its sharding."""
+    """Returns a fresh state; every array is created with its sharding."""
 
     def make() -> TrainState:
         params = nnx.to_pure_dict(nnx.state(model.build(nnx.Rngs(params=jax.random.key(seed)))))
@@ -39,8 +40,8 @@ def init_state(
     return jax.jit(make, out_shardings=shardings)()
 
 
-def state_of(params: Any, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
-    """The state at step 0 of parameters that there are already."""
+def state_from_params(params: Any, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
+    """Returns the state at step 0 for existing parameters."""
     step = jax.device_put(jnp.int32(0), shardings.step)
     return TrainState(
         step=step, params=params, opt_state=jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
@@ -48,26 +49,26 @@ def state_of(params: Any, optimizer: optax.GradientTransformation, shardings: Tr
 
 
 def state_shardings(model: Skeleton, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shardings of the whole state: optimizer moments lie as their parameters do, factored ones along the axes that
-    they have kept; scalars lie everywhere.
+    """Returns the shardings of the whole state.
 
-    Raises UserError where a dimension does not divide by the devices along its mesh axis.
+    Optimizer moments are sharded as their parameters are, factored ones along the axes that they keep; scalars are
+    replicated. Raises UserError if a dimension does not divide by the devices along its mesh axis.
     """
-    of_params = check_divides(model, mesh)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    of_optimizer = optax.tree_utils.tree_map_params(
+    params = check_divides(model, mesh)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    opt_state = optax.tree_utils.tree_map_params(
         optimizer,
         lambda moment, axes: parameter_shardings(mesh, moment_axes(moment, axes)),
         jax.eval_shape(optimizer.init, model.shapes),
         model.logical_axes,
-        transform_non_params=lambda _: everywhere,
+        transform_non_params=lambda _: replicated,
         is_leaf=lambda x: isinstance(x, Factored),
     )
-    return TrainState(step=everywhere, params=of_params, opt_state=of_optimizer)
+    return TrainState(step=replicated, params=params, opt_state=opt_state)
 
 
 def abstract_state(model: Skeleton, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
-    """Shapes, dtypes and shardings, for restoring and for compiling ahead of time."""
+    """Returns the state's shapes, dtypes and shardings, to restore into or to compile ahead of time."""
     shapes = TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32),
         params=model.shapes,
@@ -77,7 +78,10 @@ def abstract_state(model: Skeleton, optimizer: optax.GradientTransformation, sha
 
 
 def check_divides(model: Skeleton, mesh: Mesh) -> Any:
-    """Shardings of the parameters; raises UserError where a dimension does not divide by the devices along its axis."""
+    """Returns the shardings of the parameters.
+
+    Raises UserError if a dimension does not divide by the devices along its mesh axis.
+    """
     shardings = parameter_shardings(mesh, model.logical_axes)
     jax.tree.map_with_path(_check_divides, model.shapes, shardings)
     return shardings

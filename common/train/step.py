@@ -1,6 +1,6 @@
-"""The jitted step: loss, gradient, update.
+"""The training step: loss, gradient, update.
 
-Legend: A micro-batches, B rows.
+Legend: A micro-batches, B batch rows, T target slots.
 """
 
 from collections.abc import Callable
@@ -30,11 +30,12 @@ def make_train_step(
     seed: int,
     guarded: bool = False,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """A pure function `(state, batch) -> (state, metrics)`; guarded, `(state, batch, limit) -> (state, metrics)`.
+    """Returns a pure function `(state, batch) -> (state, metrics)`, to be jitted.
 
-    The loss is the sum over weighted target tokens divided by the whole batch's weight, however many micro-batches it
-    is computed in. Metrics (float32 scalars): `loss` (cross-entropy a weighted token, in nats), `grad_norm` (before
-    clipping).
+    The loss is the sum over weighted target tokens divided by the weight of the whole batch, however many micro-batches
+    compute it. Metrics (float32 scalars): `loss` (cross-entropy per weighted token, in nats) and `grad_norm` (before
+    clipping). With `guarded` the function takes a third argument, `limit`, and returns the state unchanged if the loss
+    is above it or a metric is not finite.
     """
 
     def loss(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -43,10 +44,9 @@ def make_train_step(
 
     gradient = jax.grad(loss, has_aux=True)
 
-    def one(carry: Any, x: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+    def accumulate(carry: Any, batch_and_key: tuple[Batch, jax.Array]) -> tuple[Any, None]:
         params, sums = carry
-        part = gradient(params, *x)
-        return (params, jax.tree.map(jnp.add, sums, part)), None
+        return (params, jax.tree.map(jnp.add, sums, gradient(params, *batch_and_key))), None
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -55,7 +55,7 @@ def make_train_step(
         else:
             zeros = (jax.tree.map(jnp.zeros_like, state.params), (jnp.float32(0), jnp.float32(0)))
             parts = (_micro_batches(batch, accumulation), jax.random.split(key, accumulation))
-            (_, (grads, (ce, weight))), _ = jax.lax.scan(one, (state.params, zeros), parts)
+            (_, (grads, (ce, weight))), _ = jax.lax.scan(accumulate, (state.params, zeros), parts)
         scale = 1.0 / jnp.where(weight > 0, weight, 1.0)
         grads = jax.tree.map(lambda g: g * scale, grads)
         with jax.numpy_dtype_promotion("standard"):  # optax takes integer step counts into float formulas
@@ -75,7 +75,7 @@ def make_train_step(
 
 
 def make_eval_step(model: Skeleton, *, execution: Execution) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
-    """A pure function `(params, batch) -> (sum of cross-entropy, sum of weights)`, without dropout and z-loss."""
+    """Returns a pure function `(params, batch) -> (sum of cross-entropy, sum of weights)`; no dropout, no z-loss."""
 
     def eval_step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         _, ce, weight = weighted_loss(model, params, batch, execution, 0.0, None)
@@ -87,7 +87,10 @@ def make_eval_step(model: Skeleton, *, execution: Execution) -> Callable[[Any, B
 def weighted_loss(
     model: Skeleton, params: Any, batch: Batch, execution: Execution, z_loss: float, dropout_key: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(sum of weighted CE + z-loss, sum of weighted CE, sum of weights); gradients flow through the first."""
+    """Returns sums over a batch: weighted cross-entropy + z-loss, weighted cross-entropy, weights.
+
+    Gradients flow through the first.
+    """
     batch = jax.tree.map(lambda x: constrain(x, "batch", "length"), batch)
     merged = model.merge(params)
     total, ce = cross_entropy(
@@ -103,11 +106,15 @@ def weighted_loss(
 
 
 def _micro_batches(batch: Batch, count: int) -> Batch:
-    """[B, ...] -> [A, B/A, ...]. Rows are dealt out in turn: a sharded batch needs no exchange between devices."""
+    """Reshapes [B, ...] to [A, B/A, ...].
+
+    Row b goes to micro-batch b % A, so that each device keeps its rows and none are exchanged.
+    """
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def _with_precision(function: Callable[..., Any], execution: Execution) -> Callable[..., Any]:
+    """Wraps `function` so that it is traced with the configured matmul precision."""
     if execution.matmul_precision == "default":
         return function
 

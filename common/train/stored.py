@@ -1,4 +1,4 @@
-"""Parameters at rest: of a run's checkpoint or of a model folder, read by name onto any mesh."""
+"""Stored parameters, in a run's checkpoint or a model folder, read by name onto any mesh."""
 
 import hashlib
 import json
@@ -22,34 +22,35 @@ from common.weights import folder
 
 Read = TypeVar("Read")
 Wanted = Mapping[str, jax.ShapeDtypeStruct]
-"""By dotted name; with shardings."""
+"""Shape, dtype and sharding of each parameter to read, by dotted name."""
 ADVICE = "choose another checkpoint"
+"""What to do about a checkpoint of another schema."""
 
 log = logging.getLogger(__name__)
 
 
 class StoredParameters(Protocol):
-    """Parameters by dotted name."""
+    """Parameters that can be read by dotted name."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
 
     @property
     def origin(self) -> str:
-        """Where they come from, as messages say it."""
+        """Where the parameters come from, for messages."""
         ...
 
     def read(self, wanted: Wanted) -> dict[str, jax.Array]:
-        """Whole parameters, in the dtypes and on the shardings of `wanted`."""
+        """Reads whole parameters, in the dtypes and with the shardings of `wanted`."""
         ...
 
     def content(self) -> str:
-        """A hash that identifies the parameters wherever they lie; no array is made for it."""
+        """Returns a hash that identifies the parameters wherever they are stored, without reading them as arrays."""
         ...
 
 
 class FolderParameters:
-    """The parameters of a model folder (`common.weights.folder`); each device's part is read by itself."""
+    """The parameters of a model folder (`common.weights.folder`); reads only each device's shard."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -83,18 +84,18 @@ class FolderParameters:
 
 
 def has_checkpoint(checkpoints: Path) -> bool:
-    """Whether a run has saved anything."""
+    """Returns whether a run has saved a checkpoint."""
     return bool(saved_steps(checkpoints))
 
 
 class RunParameters:
-    """The parameters of a run, from its newest checkpoint that can be read, or from one that is named.
+    """The parameters of a run, from its newest readable checkpoint or from a given one.
 
-    Nothing else is read, and nothing is written: the run may be going on.
+    Reads only the checkpoints and writes nothing, so the run may still be training.
     """
 
     def __init__(self, folder: Path, step: int | None = None):
-        """Raises UserError where there is no (such) checkpoint in `folder`, or none that can be read."""
+        """Raises UserError if `folder` has no checkpoint, none of `step`, or none that can be read."""
         self.folder = folder
         found = saved_steps(folder)[::-1]
         if not found:
@@ -108,7 +109,7 @@ class RunParameters:
 
     @property
     def step(self) -> int:
-        """Which checkpoint it is; one that turns out unreadable gives way to the one before."""
+        """The step of the checkpoint; changes to the one before if this one turns out unreadable."""
         return self._steps[0]
 
     @property
@@ -120,12 +121,13 @@ class RunParameters:
             return self._first_good(lambda step: self._read(step, wanted))
 
     def content(self) -> str:
-        """A hash of the checksums that were saved with the parameters."""
+        """Returns a hash of the checksums that were saved with the parameters."""
         about = self._first_good(lambda step: read_about(self.folder, step, ADVICE))
-        sums = about.get("parameter_checksums") or about["checksum"]  # the first checkpoints had none of single ones
+        sums = about.get("parameter_checksums") or about["checksum"]  # the earliest have one checksum for all
         return hashlib.blake2b(json.dumps(sums, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def _first_good(self, read: Callable[[int], Read]) -> Read:
+        """Returns `read(step)` for the newest checkpoint for which it works; drops those for which it does not."""
         for step in self._steps:
             try:
                 result = read(step)
@@ -141,13 +143,13 @@ class RunParameters:
         raise UserError(f"no checkpoint in {self.folder} can be read (tried: {listed})")
 
     def _read_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
-        read_about(self.folder, step, ADVICE)  # which checks its version
+        read_about(self.folder, step, ADVICE)  # checks the schema
         metadata = self._handler.metadata(epath.Path(self._state(step)))
         return {name: tuple(leaf.shape) for name, leaf in flatten(metadata.tree["params"]).items()}
 
     def _read(self, step: int, wanted: Wanted) -> dict[str, jax.Array]:
         about = read_about(self.folder, step, ADVICE)
-        # In the dtype in which it was saved, so that its bits can be checked.
+        # Reads the saved dtype, since the checksums are over its bits.
         whole = {name: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding) for name, x in wanted.items()}
         tree = {"params": nest(whole)}
         args = ocp.args.PyTreeRestore(
@@ -155,7 +157,7 @@ class RunParameters:
         )
         found = flatten(self._handler.restore(epath.Path(self._state(step)), args=args)["params"])
         if changed := changed_parameter(found, about):
-            raise ValueError(f"{changed} is not what was saved")
+            raise ValueError(f"the checksum of {changed} differs from the saved one")
         return {name: x.astype(wanted[name].dtype) for name, x in found.items()}
 
     def _state(self, step: int) -> Path:

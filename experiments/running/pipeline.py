@@ -84,7 +84,7 @@ def _rows_here(experiment: Experiment) -> list[int]:
     arm = next(iter(experiment.arms.values()))
     setup = make_setup(experiment, arm)
     check_rows(setup)
-    return make_programs(setup).held
+    return make_programs(setup).local_rows
 
 
 def make_setup(experiment: Experiment, arm: Arm) -> Setup:

@@ -162,7 +162,7 @@ def check_resumed(folder: Path, broken: Path, unbroken: Path, arm: str, at: set[
 
 @pytest.mark.parametrize(
     ("arm", "victim", "said"),
-    [("gpt", 1, "process 1 was lost"), ("t5like", 0, "process 0, or the way to it, was lost")],
+    [("gpt", 1, "process 1 was lost"), ("t5like", 0, "process 0, or the connection to it, was lost")],
 )
 def test_one_is_killed(
     folder: Path,

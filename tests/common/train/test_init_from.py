@@ -258,7 +258,7 @@ def test_the_advice_works() -> None:
 
 @pytest.mark.parametrize(("leaves", "source"), [("a.*.*", "b.*.*"), ("a.*", "b"), ("a", "b.*")])
 def test_a_rename_has_one_star_on_both_sides(leaves: str, source: str) -> None:
-    with pytest.raises(UserError, match="both take one"):
+    with pytest.raises(UserError, match="both must have one"):
         Rename(leaves=leaves, source=source)
 
 
