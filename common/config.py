@@ -37,6 +37,19 @@ from typing import Any, Literal, TypeVar
 
 import pydantic
 
+from common.config_types import (
+    child_types,
+    chosen_member,
+    field_types,
+    holds_dataclass,
+    is_dataclass,
+    join_path,
+    type_name,
+    union_members,
+    variant_of_kind,
+    variants_by_kind,
+    wrong_type,
+)
 from common.errors import UserError, nearest
 from common.json_text import parse_json
 
@@ -122,7 +135,7 @@ def _leaves(data: Any, path: str = "") -> Iterator[tuple[str, str]]:
     if not items:
         yield path, json.dumps(data)
     for key, value in items:
-        yield from _leaves(value, _join_path(path, str(key)))
+        yield from _leaves(value, join_path(path, str(key)))
 
 
 def _as_json(value: Any) -> Any:
@@ -130,106 +143,31 @@ def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value, default=dataclasses.asdict))
 
 
-def _join_path(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
-
-
-# Reading annotations. What a field annotated `AdamW | Sgd | None` may hold in JSON:
-#
-#   null                                  -> None
-#   {"kind": "sgd", "learning_rate": 1.0} -> Sgd, whose `kind` is "sgd"
-#   {"learning_rate": 1.0}                -> UserError: 'kind' is missing; valid: adamw, sgd
-#
-# `Average | None` offers no choice of dataclass, so `Average` needs no `kind`.
-
-
-@functools.cache
-def _field_types(cls: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)  # without the ranges, which each config checks for itself
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
-def _union_members(annotation: Any) -> tuple[Any, ...]:
-    """Returns the members of a union; any other annotation is its own only member."""
-    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    return typing.get_args(annotation) if is_union else (annotation,)
-
-
-def _is_dataclass(annotation: Any) -> bool:
-    return isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
-
-
-def _holds_dataclass(annotation: Any) -> bool:
-    return _is_dataclass(annotation) or any(map(_holds_dataclass, typing.get_args(annotation)))
-
-
-def _variants_by_kind(annotation: Any) -> dict[str, Any]:
-    """Returns the dataclasses of a union by their `kind`; empty if there is only one, or none."""
-    members = [member for member in _union_members(annotation) if member is not types.NoneType]
-    if len(members) < 2 or not _holds_dataclass(annotation):
-        return {}
-    pairs = [(kind, member) for member in members for kind in typing.get_args(_field_types(member)["kind"])]
-    assert len(dict(pairs)) == len(pairs), f"two variants of {annotation} share a kind"
-    return dict(pairs)
-
-
-def _variant_of_kind(annotation: Any, kind: Any, path: str) -> Any:
-    variants = _variants_by_kind(annotation)
-    if not isinstance(kind, str) or kind not in variants:
-        raise UserError(f"{_join_path(path, 'kind')}: unknown kind {json.dumps(kind)}: {nearest(str(kind), variants)}")
-    return variants[kind]
-
-
-def _chosen_member(annotation: Any, data: Any, path: str) -> Any:
-    """Returns the union member of `data`: None's type, the variant with its `kind`, or the only dataclass."""
-    if data is None and types.NoneType in _union_members(annotation):
-        return types.NoneType
-    if not _variants_by_kind(annotation):
-        return next(member for member in _union_members(annotation) if member is not types.NoneType)
-    if not isinstance(data, dict):
-        raise _wrong_type(annotation, data, path)
-    if "kind" not in data:
-        raise UserError(f"{path}: 'kind' is missing; valid: {', '.join(sorted(_variants_by_kind(annotation)))}")
-    return _variant_of_kind(annotation, data["kind"], path)
-
-
-def _child_types(annotation: Any, data: Any, path: str) -> dict[str, Any]:
-    """Returns the annotation of each key or index of `data`; empty for a plain value."""
-    if _is_dataclass(annotation):
-        if not isinstance(data, dict):
-            raise _wrong_type(annotation, data, path)
-        return _field_types(annotation)
-    arguments = typing.get_args(annotation)
-    if isinstance(data, dict):
-        return dict.fromkeys(data, arguments[-1])
-    return dict.fromkeys(map(str, range(len(data))), arguments[0]) if isinstance(data, list) else {}
-
-
 # Restoring.
 
 
 def _restore(annotation: Any, data: Any, path: str, defaults: bool) -> Any:
     """Converts JSON to an object of the annotated type; with `defaults`, fields that have a default may be missing."""
-    if not _holds_dataclass(annotation):
+    if not holds_dataclass(annotation):
         return _restore_value(annotation, data, path)
-    annotation = _chosen_member(annotation, data, path)
+    annotation = chosen_member(annotation, data, path)
     if annotation is types.NoneType:
         return None
-    if _is_dataclass(annotation):
+    if is_dataclass(annotation):
         return _restore_dataclass(annotation, data, path, defaults)
     arguments = typing.get_args(annotation)
     if typing.get_origin(annotation) is dict and arguments[0] is str:
         if not isinstance(data, dict):
-            raise _wrong_type(annotation, data, path)
-        return {key: _restore(arguments[1], item, _join_path(path, key), defaults) for key, item in data.items()}
+            raise wrong_type(annotation, data, path)
+        return {key: _restore(arguments[1], item, join_path(path, key), defaults) for key, item in data.items()}
     assert arguments[1:] == (...,), f"{path}: {annotation} can hold no configs, only tuple[X, ...] and dict[str, X] can"
     if not isinstance(data, list):
-        raise _wrong_type(annotation, data, path)
-    return tuple(_restore(arguments[0], item, _join_path(path, str(i)), defaults) for i, item in enumerate(data))
+        raise wrong_type(annotation, data, path)
+    return tuple(_restore(arguments[0], item, join_path(path, str(i)), defaults) for i, item in enumerate(data))
 
 
 def _restore_dataclass(cls: Any, data: Any, path: str, defaults: bool) -> Any:
-    fields = _child_types(cls, data, path)
+    fields = child_types(cls, data, path)
     for key in data:
         if key not in fields:
             raise _unknown_field(key, fields, path)
@@ -238,7 +176,7 @@ def _restore_dataclass(cls: Any, data: Any, path: str, defaults: bool) -> Any:
     if missing:
         raise UserError(f"{path or cls.__name__}: {', '.join(map(repr, missing))} missing")
     values = {
-        name: _restore(fields[name], data[name], _join_path(path, name), defaults) for name in fields if name in data
+        name: _restore(fields[name], data[name], join_path(path, name), defaults) for name in fields if name in data
     }
     try:
         return cls(**values)
@@ -259,25 +197,14 @@ def _restore_value(annotation: Any, data: Any, path: str) -> Any:
         # As text, because pydantic's strict mode accepts a list for a tuple only when it parses JSON.
         value = _adapter(annotation).validate_json(text)
     except pydantic.ValidationError as error:
-        choices = [choice for member in _union_members(annotation) for choice in typing.get_args(member)]
+        choices = [choice for member in union_members(annotation) for choice in typing.get_args(member)]
         if isinstance(data, str) and any(isinstance(choice, str) for choice in choices):
             raise UserError(f"{path}: unknown value {data!r}: {nearest(data, map(str, choices))}") from None
         finite = " that is finite" if error.errors()[0]["type"] == "finite_number" else ""
-        raise UserError(f"{path}: expected {_type_name(annotation)}{finite}, got {json.dumps(data)}") from None
+        raise UserError(f"{path}: expected {type_name(annotation)}{finite}, got {json.dumps(data)}") from None
     if typing.get_origin(annotation) is Literal and type(value) is not type(data):  # 1 == 1.0 == True
-        raise _wrong_type(annotation, data, path)
+        raise wrong_type(annotation, data, path)
     return value
-
-
-def _type_name(annotation: Any) -> str:
-    if isinstance(annotation, type) and not typing.get_args(annotation):
-        return annotation.__name__
-    variants = _variants_by_kind(annotation)
-    return f"an object of kind {', '.join(sorted(variants))}" if variants else str(annotation).replace("typing.", "")
-
-
-def _wrong_type(annotation: Any, data: Any, path: str) -> UserError:
-    return UserError(f"{path or 'config'}: expected {_type_name(annotation)}, got {json.dumps(data)}")
 
 
 def _unknown_field(key: str, valid: dict[str, Any], path: str) -> UserError:
@@ -314,21 +241,21 @@ def _with_value(annotation: Any, data: Any, keys: list[str], value: Any, path: s
     """Returns `data` with `value` at the path `keys`. The result need not be valid: later edits may complete it."""
     if not keys:
         return value
-    if keys == ["kind"] and _variants_by_kind(annotation):
+    if keys == ["kind"] and variants_by_kind(annotation):
         return _with_kind(annotation, data, value, path)
     if data is None:  # an optional config that is absent: start from its defaults
-        annotation = _chosen_member(annotation, {}, path)
-        data = _defaults(annotation) if _is_dataclass(annotation) else None
+        annotation = chosen_member(annotation, {}, path)
+        data = _defaults(annotation) if is_dataclass(annotation) else None
     else:
-        annotation = _chosen_member(annotation, data, path)
+        annotation = chosen_member(annotation, data, path)
     key, *rest = keys
-    children = _child_types(annotation, data, path)
+    children = child_types(annotation, data, path)
     if key not in children:
         raise _unknown_field(key, children, path)
     if isinstance(data, list):
         i = int(key)
-        return [*data[:i], _with_value(children[key], data[i], rest, value, _join_path(path, key)), *data[i + 1 :]]
-    return {**data, key: _with_value(children[key], data.get(key), rest, value, _join_path(path, key))}
+        return [*data[:i], _with_value(children[key], data[i], rest, value, join_path(path, key)), *data[i + 1 :]]
+    return {**data, key: _with_value(children[key], data.get(key), rest, value, join_path(path, key))}
 
 
 def _with_kind(annotation: Any, data: Any, kind: Any, path: str) -> dict[str, Any]:
@@ -350,8 +277,8 @@ def _with_kind(annotation: Any, data: Any, kind: Any, path: str) -> dict[str, An
     >>> _with_kind(AdamW | Sgd, before, "sgd", path="train.optimizer")
     {'kind': 'sgd', 'learning_rate': 0.003, 'momentum': 0.9}
     """
-    new = _variant_of_kind(annotation, kind, path)
+    new = variant_of_kind(annotation, kind, path)
     data = data or {}
-    old_types = _field_types(_chosen_member(annotation, data, path)) if data else {}
-    kept = {name: data[name] for name, of in _field_types(new).items() if name in data and old_types.get(name) == of}
+    old_types = field_types(chosen_member(annotation, data, path)) if data else {}
+    kept = {name: data[name] for name, of in field_types(new).items() if name in data and old_types.get(name) == of}
     return {**_defaults(new), **kept, "kind": kind}

@@ -22,6 +22,7 @@ ROOMS = {
     "paths": "checks paths that users give",
     "progress": "progress bars for whoever reads or writes long",
     "files": "reads and writes files at checked paths",
+    "config_types": "reads the annotations of configs; raises UserError",
     "config": "dataclasses from and to JSON, for every config",
     "recipe": "configs that ledgers and modules share; needs ranges only",
     "compute": "counts FLOPs and bytes from configs; knows no module",
