@@ -201,9 +201,7 @@ def _attention(
     c: ModelConfig, execution: Execution, layers: int, slots: Slots, *, causal: bool, memory: Slots | None = None
 ) -> Program:
     """Self-attention, or cross-attention to a fixed `memory`."""
-    block = Attention(
-        c.d_model, c.num_heads, c.num_kv_heads, c.head_dim, c.recipe, execution, _init(c, layers), rngs=nnx.Rngs(0)
-    )
+    block = Attention(c, execution, _init(c, layers), rngs=nnx.Rngs(0))
     segments_BK, positions_BK = slots if memory is None else memory
     visibility = Visibility(
         q_segments_BQ=slots[0],
@@ -222,7 +220,7 @@ def _attention(
 
 
 def _mlp(c: ModelConfig, execution: Execution, layers: int, slots: Slots) -> Program:
-    block = MLP(c.d_model, c.d_ff, c.recipe, execution, _init(c, layers), rngs=nnx.Rngs(0))
+    block = MLP(c, execution, _init(c, layers), rngs=nnx.Rngs(0))
     x_BLD = _stream(slots[0].shape, c, execution)
     return _forward_backward(c, block, layers, lambda block, h_BLD, _: block(h_BLD), x_BLD, None)
 

@@ -28,11 +28,9 @@ class Layer(nnx.Module):
         c = config
         self.dropout_rate = c.recipe.dropout
         self.attention_norm = make_norm(c.d_model, c.recipe, rngs)
-        self.attention = Attention(
-            c.d_model, c.num_heads, c.num_kv_heads, c.head_dim, c.recipe, execution, init, rngs=rngs
-        )
+        self.attention = Attention(c, execution, init, rngs=rngs)
         self.mlp_norm = make_norm(c.d_model, c.recipe, rngs)
-        self.mlp = MLP(c.d_model, c.d_ff, c.recipe, execution, init, rngs=rngs)
+        self.mlp = MLP(c, execution, init, rngs=rngs)
 
     def __call__(
         self,

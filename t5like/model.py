@@ -40,15 +40,14 @@ class Layer(nnx.Module):
         self, config: T5LikeConfig, execution: Execution, init: Initialisers, *, crosses: bool, rngs: nnx.Rngs
     ):
         c = config
-        sizes = (c.d_model, c.num_heads, c.num_kv_heads, c.head_dim)
         self.dropout_rate = c.recipe.dropout
         self.final_memory = c.memory == "final"
         self.attention_norm = make_norm(c.d_model, c.recipe, rngs)
-        self.attention = Attention(*sizes, c.recipe, execution, init, rngs=rngs)
+        self.attention = Attention(c, execution, init, rngs=rngs)
         self.cross_norm: Any = make_norm(c.d_model, c.recipe, rngs) if crosses else None
-        self.cross_attention: Any = Attention(*sizes, c.recipe, execution, init, rngs=rngs) if crosses else None
+        self.cross_attention: Any = Attention(c, execution, init, rngs=rngs) if crosses else None
         self.mlp_norm = make_norm(c.d_model, c.recipe, rngs)
-        self.mlp = MLP(c.d_model, c.d_ff, c.recipe, execution, init, rngs=rngs)
+        self.mlp = MLP(c, execution, init, rngs=rngs)
 
     def encode(
         self, x_BID: jax.Array, visibility: Visibility, key: jax.Array | None = None

@@ -16,7 +16,7 @@ from common.nn.layers import RMSNorm, bias
 from common.nn.linear import project, unproject
 from common.nn.parameters import Initialisers, param, use, use_bias
 from common.nn.positions import rope
-from common.recipe import Execution, Recipe
+from common.recipe import Execution, Widths
 from common.sharding.rules import all_gather_residual, constrain, reduce_scatter_residual
 
 
@@ -45,25 +45,15 @@ class KeysValues:
 class Attention(nnx.Module):
     """Multi-head attention with grouped key-value heads; queries and keys may come from different sequences."""
 
-    def __init__(
-        self,
-        d_model: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        recipe: Recipe,
-        execution: Execution,
-        init: Initialisers,
-        *,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, widths: Widths, execution: Execution, init: Initialisers, *, rngs: nnx.Rngs):
+        recipe = widths.recipe
+        D, H, G, C = widths.d_model, widths.num_heads, widths.num_kv_heads, widths.head_dim
         self.rope_theta = recipe.rope_theta if recipe.positions == "rope" else None
-        self.scale = head_dim**-0.5 if recipe.scale_attention else 1.0
+        self.scale = C**-0.5 if recipe.scale_attention else 1.0
         self.dropout_rate = recipe.dropout
         self.implementation = Implementation(
             kind=execution.attention, block=execution.attention_block, kernel_block=execution.attention_kernel_block
         )
-        D, H, G, C = d_model, num_heads, num_kv_heads, head_dim
         self.query_DHC = param(rngs, init.query(D, C), (D, H, C), ("embed", "heads", "head_dim"))
         self.key_DGC = param(rngs, init.key_value(D), (D, G, C), ("embed", "kv_heads", "head_dim"))
         self.value_DGC = param(rngs, init.key_value(D), (D, G, C), ("embed", "kv_heads", "head_dim"))

@@ -13,7 +13,7 @@ from flax import nnx
 
 from common.nn.linear import linear
 from common.nn.parameters import Initialisers, ones, param, use, use_bias, zeros
-from common.recipe import Execution, Recipe
+from common.recipe import Execution, Recipe, Widths
 from common.sharding.rules import all_gather_residual, constrain, num_shards, reduce_scatter_residual
 
 
@@ -66,9 +66,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class MLP(nnx.Module):
     """Feed-forward layer: plain (ReLU, GELU) or gated (GEGLU, SwiGLU)."""
 
-    def __init__(
-        self, d_model: int, d_ff: int, recipe: Recipe, execution: Execution, init: Initialisers, *, rngs: nnx.Rngs
-    ):
+    def __init__(self, widths: Widths, execution: Execution, init: Initialisers, *, rngs: nnx.Rngs):
+        recipe, d_model, d_ff = widths.recipe, widths.d_model, widths.d_ff
         self.activation, self.gated = ACTIVATIONS[recipe.mlp], recipe.gated_mlp
         self.dropout_rate, self.chunk = recipe.dropout, execution.mlp_chunk
         self.in_DF = param(rngs, init.mlp_in(d_model), (d_model, d_ff), ("embed", "mlp"))
