@@ -6,13 +6,13 @@ from rich.console import Console
 
 from common.terminal import harmless
 from experiments.models import convert as conversion
-from experiments.running.console import Progress
+from experiments.running.console import ProgressBars
 
 
 def convert(
     *, source: Path, destination: Path, to: str | None, rung: int | None, config: str | None, tokenizer: Path | None
 ) -> None:
-    progress = Progress(Console(stderr=True))
+    progress = ProgressBars(Console(stderr=True))
     remarks = conversion.convert(
         source, destination, progress, to=to, rung=rung, config_name=config, tokenizer=tokenizer
     )

@@ -25,7 +25,7 @@ from common.sharding.shape import MeshShape
 from common.terminal import harmless, marked_up
 from experiments.models.finding import Found, Text, conventions_of, find_model, open_found
 from experiments.running.comparison import prepare_jax
-from experiments.running.console import Progress
+from experiments.running.console import ProgressBars
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ def generate_texts(
     if out is not None:
         check_file(out, "--out")
     prepare_jax()
-    progress = Progress(Console(stderr=True))
+    progress = ProgressBars(Console(stderr=True))
     many = out is not None or len(prompts) != 1 or request.samples > 1
     found = find_model(model)
     text = found.open_text()
@@ -136,7 +136,7 @@ def _make(
     encoded: Sequence[EncodedPrompt],
     request: GenerateRequest,
     done: dict[int, Any],
-    progress: Progress,
+    progress: ProgressBars,
 ) -> Iterable[dict[str, Any]]:
     """Rows as they are finished; a row's index counts the samples of all prompts before it."""
     drawn = request.samples if isinstance(request.method, Sample) else 1

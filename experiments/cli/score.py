@@ -31,7 +31,7 @@ from common.sharding.shape import MeshShape
 from common.terminal import harmless
 from experiments.models.finding import Text, open_model
 from experiments.running.comparison import prepare_jax
-from experiments.running.console import Progress
+from experiments.running.console import ProgressBars
 
 FORMS = (("inputs", "targets"), ("context", "continuation"), ("text",))
 
@@ -63,7 +63,7 @@ def score(
             scoring.refuse_long("it", pairs[-1], max(lengths), loaded.model)
         except UserError as error:
             raise UserError(f"{file}, line {number}: {error}") from None
-    with Progress(Console(stderr=True)).bar(f"scoring with {loaded.origin}", len(pairs)) as advance:
+    with ProgressBars(Console(stderr=True)).bar(f"scoring with {loaded.origin}", len(pairs)) as advance:
         scores = scoring.score(
             loaded.model,
             loaded.params,

@@ -22,7 +22,7 @@ from common.weights.text import CARRIED, sentence_piece
 from experiments.families import FAMILIES, Family, ModelConfig
 from experiments.models.convert_out import HUGGING_FACE, convert_folder, hugging_face_formats, summary
 from experiments.models.run_folder import folder_from_run
-from experiments.running.console import Progress
+from experiments.running.console import ProgressBars
 
 TARGETS = ("hf", *(family.kind for family in FAMILIES))
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -33,7 +33,7 @@ T5X = "t5x"
 def convert(
     source: Path,
     destination: Path,
-    progress: Progress,
+    progress: ProgressBars,
     *,
     to: str | None = None,
     rung: int | None = None,
@@ -72,7 +72,7 @@ def convert(
 
 
 def _into_folder(
-    source: Path, destination: Path, progress: Progress, config_name: str | None, tokenizer: Path | None
+    source: Path, destination: Path, progress: ProgressBars, config_name: str | None, tokenizer: Path | None
 ) -> list[str]:
     """Makes a model folder; the last remark says what it is."""
     if is_checkpoint(source):
@@ -118,7 +118,7 @@ def _refuse_unreadable(source: Path) -> None:
 # In.
 
 
-def _from_hugging_face(source: Path, destination: Path, progress: Progress) -> list[str]:
+def _from_hugging_face(source: Path, destination: Path, progress: ProgressBars) -> list[str]:
     where = str(source / "config.json")
     values = read_json(source / "config.json")
     if not isinstance(values, dict):
@@ -171,7 +171,7 @@ def _is_tied(checkpoint: Checkpoint, embedding: str | None) -> bool:
 
 
 def _from_t5x(
-    source: Path, destination: Path, progress: Progress, config_name: str | None, tokenizer: Path | None
+    source: Path, destination: Path, progress: ProgressBars, config_name: str | None, tokenizer: Path | None
 ) -> list[str]:
     checkpoint = T5XCheckpoint(source)
     family = next(family for family in FAMILIES if family.load_formats().t5x.fits(checkpoint.tensors))
@@ -203,7 +203,7 @@ def _named(name: str, family: Family[Any]) -> ModelConfig:
     return family.sizes[name]
 
 
-def _import(table: Table, checkpoint: Checkpoint, writer: FolderWriter, progress: Progress) -> None:
+def _import(table: Table, checkpoint: Checkpoint, writer: FolderWriter, progress: ProgressBars) -> None:
     found = match(table, checkpoint)
     with progress.bar("reading tensors", len(found.tensors)) as advance:
         import_weights(table, found, checkpoint, writer, advance)

@@ -19,7 +19,7 @@ from common.weights.settings import Settings
 from common.weights.stream import EXTRAS, check_leaves, export_weights
 from experiments.families import FAMILIES, ModelConfig, family_of
 from experiments.models.finding import FolderDescription, describe_folder
-from experiments.running.console import Progress
+from experiments.running.console import ProgressBars
 
 HUGGING_FACE = "hugging_face"
 """Value of `format` in a model folder's source."""
@@ -30,7 +30,7 @@ def hugging_face_formats() -> dict[str, HuggingFaceFormat]:
     return {format.model_type: format for family in FAMILIES for format in family.load_formats().hugging_face}
 
 
-def convert_folder(source: Path, destination: Path, progress: Progress, to: str, rung: int | None) -> list[str]:
+def convert_folder(source: Path, destination: Path, progress: ProgressBars, to: str, rung: int | None) -> list[str]:
     """Converts a model folder to Hugging Face's layout (`to="hf"`), or to the other family; returns remarks.
 
     Raises UserError where it has no counterpart there.
@@ -51,7 +51,9 @@ def convert_folder(source: Path, destination: Path, progress: Progress, to: str,
     return [summary(changed, destination)]
 
 
-def _to_hugging_face(source: Path, destination: Path, progress: Progress, described: FolderDescription) -> list[str]:
+def _to_hugging_face(
+    source: Path, destination: Path, progress: ProgressBars, described: FolderDescription
+) -> list[str]:
     config, recorded = described.model, described.manifest["source"]
     origin = recorded if _is_what_it_was(source, config, recorded) else {}
     written = None if origin else _config_json(described)
@@ -126,7 +128,7 @@ def _config_json(described: FolderDescription) -> dict[str, Any]:
 def _rename(
     source: Path,
     destination: Path,
-    progress: Progress,
+    progress: ProgressBars,
     origins: Mapping[str, str],
     new: ModelConfig,
     manifest: dict[str, Any],

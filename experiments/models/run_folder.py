@@ -16,12 +16,12 @@ from common.weights.folder import SOURCE, FolderWriter, write_folder
 from common.weights.text import byte_pair, sentence_piece
 from experiments.families import family_of
 from experiments.models.finding import Found, Text, conventions_of, find_model
-from experiments.running.console import Progress
+from experiments.running.console import ProgressBars
 
 TOKENIZER = "spiece.model"
 
 
-def folder_from_run(source: str, destination: Path, progress: Progress) -> list[str]:
+def folder_from_run(source: str, destination: Path, progress: ProgressBars) -> list[str]:
     """Writes the parameters and the tokenizer of an arm's run directory (or `DIRECTORY@STEP`); returns remarks.
 
     Raises UserError where `source` is none, and as `write_folder` does.
@@ -37,7 +37,7 @@ def folder_from_run(source: str, destination: Path, progress: Progress) -> list[
     return [f"from {found.parameters.origin}", f"{destination}: {found.config.kind} with {count:,} parameters"]
 
 
-def _copy_parameters(found: Found, writer: FolderWriter, progress: Progress) -> None:
+def _copy_parameters(found: Found, writer: FolderWriter, progress: ProgressBars) -> None:
     """One array at a time, as saved."""
     stacked_names = family_of(found.config).stacked
     sharding = SingleDeviceSharding(jax.devices()[0])

@@ -23,7 +23,7 @@ from common.train.programs import check_rows, make_programs
 from common.train.run_files import ExperimentFiles, RunFiles
 from experiments.config import Experiment
 from experiments.models.initial import check_initial, check_tokenizers
-from experiments.running.console import Harmless, Progress
+from experiments.running.console import Harmless, ProgressBars
 from experiments.running.pipeline import (
     Data,
     finished,
@@ -182,7 +182,7 @@ def _train_and_score(
     if (result := finished(experiment, name, data, run_dir)) is not None:
         console.print(f"{marked_up(name)}: trained and scored already, step {result.steps}", soft_wrap=True)
         return result
-    progress = Progress(console)
+    progress = ProgressBars(console)
     progress.say(f"{name}: compiling")
     with progress.training(name) as bar:
         fitted = train_arm(experiment, name, data, run_dir, bar, profile_steps)

@@ -1,4 +1,4 @@
-"""What a run shows while it works: progress bars in a terminal, plain lines elsewhere."""
+"""What the console shows of a run: progress bars in a terminal, plain lines elsewhere."""
 
 import contextlib
 import logging
@@ -8,41 +8,41 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from common.report.units import duration
 from common.terminal import harmless, marked_up
 from common.train.clock import shares
 
 LINE_SECONDS = 30.0
+"""Without a terminal, print a line at most this often."""
 SPEED_STEPS = 20
-"""Steps that the speed is averaged over."""
+"""Average the speed over this many steps."""
 
 
 class Harmless(logging.Formatter):
-    """Formats messages that may name files and texts, without control characters."""
+    """Formats log messages, escaping control characters that names of files and texts may contain."""
 
     def format(self, record: logging.LogRecord) -> str:
         return harmless(super().format(record))
 
 
-class Progress:
-    """Bars on one console."""
+class ProgressBars:
+    """Makes progress bars on one console."""
 
     def __init__(self, console: Console):
         self.console = console
 
     def say(self, line: str) -> None:
-        """Prints what is done next where no bar shows it, which is without a terminal."""
+        """Prints a line, unless a terminal shows a bar instead."""
         if not self.console.is_terminal:
             self.console.print(marked_up(line), soft_wrap=True)
 
     @contextlib.contextmanager
     def bar(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Yields a function that takes how much was just done; without a terminal, it prints progress now and then."""
+        """Shows a bar and yields a callback that advances it; without a terminal, the callback prints lines."""
         done, last_line = 0, time.monotonic()
-        with self._rich() as progress:
+        with self._bar() as progress:
             task = progress.add_task(marked_up(title), total=total, detail="")
 
             def advance(more: int) -> None:
@@ -57,11 +57,12 @@ class Progress:
 
     @contextlib.contextmanager
     def training(self, arm: str) -> Iterator["TrainingBar"]:
-        with self._rich() as progress:
+        """Shows a bar for the training of an arm and yields the observer that advances it."""
+        with self._bar() as progress:
             yield TrainingBar(self.console, progress, arm)
 
-    def _rich(self) -> RichProgress:
-        return RichProgress(
+    def _bar(self) -> Progress:
+        return Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -76,9 +77,9 @@ class Progress:
 
 
 class TrainingBar:
-    """A `common.train.task.Watcher`: a status line in a terminal, elsewhere a line every `LINE_SECONDS`."""
+    """A `common.train.task.Watcher` that updates a status line; without a terminal, it prints a line now and then."""
 
-    def __init__(self, console: Console, progress: RichProgress, arm: str):
+    def __init__(self, console: Console, progress: Progress, arm: str):
         self.console, self.progress, self.arm = console, progress, arm
         self.task = progress.add_task(f"training {marked_up(arm)}: compiling", total=None, detail="")
 
@@ -109,9 +110,9 @@ class TrainingBar:
             self.note(f"{describe_shares(timing)}; goodput since the first launch {timing['goodput']:.0%}")
 
     def _detail(self, row: dict[str, Any], timing: dict[str, Any]) -> str:
-        """Loss, and speed over the last steps."""
-        parts = [f"loss {row['loss']:.3f}" if "loss" in row else "left out"]
-        seconds = sum(one for one, _ in self.recent)
+        """Returns the loss, and the average speed of the last steps."""
+        parts = [f"loss {row['loss']:.3f}" if "loss" in row else "skipped"]
+        seconds = sum(step_seconds for step_seconds, _ in self.recent)
         if seconds:
             parts.append(f"{sum(tokens for _, tokens in self.recent) / seconds:,.0f} tokens/s")
         if "mfu_causal_half" in timing:
@@ -119,7 +120,10 @@ class TrainingBar:
         return "  ".join(parts)
 
     def _left(self, step: int) -> str:
-        """The rest at the pace of this launch so far, validation and checkpoints too; and when it will be over."""
+        """Returns the remaining time at the average pace of this launch, and the time of day at which it ends.
+
+        The pace includes validation and checkpoints.
+        """
         done = step - self.first
         if done < 2 or step == self.steps:
             return ""
@@ -128,7 +132,7 @@ class TrainingBar:
 
 
 def describe_shares(timing: dict[str, Any]) -> str:
-    """What the time went into, from a row of `timings.jsonl`.
+    """Returns what the time was spent on, from a row of `timings.jsonl`.
 
     >>> describe_shares({"seconds": 80.0, "data_seconds": 10.0, "checkpoint_seconds": 5.0, "eval_seconds": 15.0})
     'time: 10.0% data, 70.0% compute, 5.0% checkpoint, 15.0% eval'

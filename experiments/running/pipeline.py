@@ -42,7 +42,7 @@ from experiments.config import Arm, Experiment
 from experiments.families import builder
 from experiments.models.initial import make_initial
 from experiments.running.audit import count_step
-from experiments.running.console import Progress
+from experiments.running.console import ProgressBars
 from experiments.running.multi_turn import measure
 from experiments.running.scored_splits import ScoredSplit
 
@@ -130,7 +130,7 @@ def score_arm(
     tests: Mapping[str, ScoredSplit],
     fitted: Fitted,
     run_dir: Path,
-    progress: Progress,
+    progress: ProgressBars,
 ) -> ArmResult:
     """Decodes the test splits and writes `samples.jsonl` and `result.json`; all processes decode, the first writes.
 
@@ -202,7 +202,7 @@ def _made_from(experiment: Experiment, task: Task) -> str:
 
 
 def _decode_split(
-    name: str, split: str, test: ScoredSplit, decode: Callable[..., list[str]], progress: Progress
+    name: str, split: str, test: ScoredSplit, decode: Callable[..., list[str]], progress: ProgressBars
 ) -> list[dict[str, Any]]:
     texts = test.texts()
     progress.say(f"{name}: decoding {len(texts):,} examples of {split}")
@@ -221,7 +221,7 @@ def _decode_split(
     ]
 
 
-def _multi_turn(experiment: Experiment, name: str, fitted: Fitted, progress: Progress) -> tuple[TurnCost, ...]:
+def _multi_turn(experiment: Experiment, name: str, fitted: Fitted, progress: ProgressBars) -> tuple[TurnCost, ...]:
     plan = experiment.evaluation.multi_turn
     if plan is None:
         return ()

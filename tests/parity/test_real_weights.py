@@ -21,7 +21,7 @@ from experiments.config import ModelConfig
 from experiments.families import builder
 from experiments.models.convert import convert
 from experiments.models.finding import Text, open_model
-from experiments.running.console import Progress
+from experiments.running.console import ProgressBars
 from tests.parity import copy_task
 from tests.parity.shared_data import shared_file
 from tests.parity.stories import BOS, StoriesTokenizer, write_hugging_face
@@ -57,7 +57,7 @@ def test_stories260k_tells_its_published_story(tmp_path):
     weights = shared_file("weights/stories260K/stories260K.bin")
     tokenizer: Any = StoriesTokenizer(shared_file("weights/stories260K/tok512.bin"))
     write_hugging_face(weights, tmp_path / "hf")
-    convert(tmp_path / "hf", tmp_path / "ours", Progress(Console(file=io.StringIO())))
+    convert(tmp_path / "hf", tmp_path / "ours", ProgressBars(Console(file=io.StringIO())))
     loaded = open_model(str(tmp_path / "ours"), F32, make_mesh(MeshShape()))
     assert loaded.config.param_count() == 260_032
     assert loaded.text.alignment == "native" and loaded.text.bos_id == BOS

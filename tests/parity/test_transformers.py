@@ -28,7 +28,7 @@ from common.trees import flatten
 from common.weights.folder import leaf_shapes, read_leaf
 from experiments.models.convert import convert
 from experiments.models.finding import Loaded, open_model
-from experiments.running.console import Progress
+from experiments.running.console import ProgressBars
 from tests.parity.padded import Side, one_text, padded, two_texts
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -37,7 +37,7 @@ transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
 pytestmark = pytest.mark.slow
-PROGRESS = Progress(Console(file=io.StringIO()))
+PROGRESS = ProgressBars(Console(file=io.StringIO()))
 EXECUTION = Execution(dtype="float32", matmul_precision="highest", attention_block=8, loss_chunk=32)
 
 VOCAB = 61

@@ -24,11 +24,11 @@ from experiments.config import ModelConfig
 from experiments.families import builder
 from experiments.models.convert import convert
 from experiments.models.finding import find_model
-from experiments.running.console import Progress
+from experiments.running.console import ProgressBars
 from tests.common.weights import foreign
 from tests.common.weights.foreign import BF16, GPT2, LLAMA, T5, T5_V1_1
 
-PROGRESS = Progress(Console(file=io.StringIO()))
+PROGRESS = ProgressBars(Console(file=io.StringIO()))
 
 
 def run(source, destination, **options):
@@ -597,7 +597,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 from rich.console import Console
-from experiments.running.console import Progress
+from experiments.running.console import ProgressBars
 from experiments.models.convert import convert
 
 def peak():
@@ -605,7 +605,7 @@ def peak():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 before = peak()
-convert(Path(sys.argv[1]), Path(sys.argv[2]), Progress(Console()), to=sys.argv[3] or None)
+convert(Path(sys.argv[1]), Path(sys.argv[2]), ProgressBars(Console()), to=sys.argv[3] or None)
 print(peak() - before, file=sys.stderr)
 """
 

@@ -15,11 +15,11 @@ from common.data.tokenizers import byte_pair, sentence_piece
 from common.errors import UserError
 from experiments.models.convert import convert
 from experiments.models.finding import find_model
-from experiments.running.console import Progress
+from experiments.running.console import ProgressBars
 from tests.common.weights import foreign
 from tests.common.weights.foreign import GPT2, LLAMA, T5
 
-PROGRESS = Progress(Console(file=io.StringIO()))
+PROGRESS = ProgressBars(Console(file=io.StringIO()))
 
 
 def run(source, destination, **options):

@@ -19,7 +19,7 @@ from experiments.config import ModelConfig
 from experiments.models.convert import convert
 from experiments.models.convert_out import hugging_face_formats
 from experiments.models.finding import open_model
-from experiments.running.console import Progress
+from experiments.running.console import ProgressBars
 from tests.helpers import F32, gpt, t5like
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -27,7 +27,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.slow
-PROGRESS = Progress(Console(file=io.StringIO()))
+PROGRESS = ProgressBars(Console(file=io.StringIO()))
 
 T5 = {"vocab_size": 96, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 3}
 GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}

@@ -38,7 +38,7 @@ from experiments.families import builder
 from experiments.models.finding import conventions_of, find_model, open_model
 from experiments.models.initial import check_initial
 from experiments.models.run_folder import folder_from_run
-from experiments.running.console import Progress
+from experiments.running.console import ProgressBars
 from experiments.running.pipeline import open_data, train_arm
 from tests.experiments.tiny_experiment import WORDS, tiny_experiment, write_data
 from tests.tiny import EXECUTION, Observer, Stopped
@@ -168,7 +168,7 @@ def test_where_a_prompt_stands_goes_along(
     config["data"] |= {"objective": to_json(OBJECTIVES[kind]), "input_length": 24 * (kind == "prefix_lm")}
     (arm / RunFiles.CONFIG).write_text(json.dumps(config))
     assert find_model(str(arm)).open_text().prompts == prompts
-    folder_from_run(str(arm), tmp_path / "folder", Progress(Console(quiet=True)))
+    folder_from_run(str(arm), tmp_path / "folder", ProgressBars(Console(quiet=True)))
     assert find_model(str(tmp_path / "folder")).open_text().prompts == prompts
 
 
@@ -230,7 +230,7 @@ def test_a_trained_byte_pair_tokenizer_goes_along(
     wide = dataclasses.replace(found.config, vocab_size=tokenizer.table_size)
     changed = dataclasses.replace(found, config=wide, open_text=lambda: text)
     monkeypatch.setattr("experiments.models.run_folder.find_model", lambda _: changed)
-    folder_from_run("run", tmp_path / "folder", Progress(Console(quiet=True)))
+    folder_from_run("run", tmp_path / "folder", ProgressBars(Console(quiet=True)))
     again = find_model(str(tmp_path / "folder")).open_text().tokenizer
     assert isinstance(again, byte_pair.BytePairTokenizer)
     assert again.encode("one plus").tolist() == tokenizer.encode("one plus").tolist()
