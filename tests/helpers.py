@@ -96,13 +96,18 @@ def graph(config: ModelConfig, execution: Execution = F32) -> Any:
 
 @functools.cache
 def split(config: ModelConfig, execution: Execution = F32) -> tuple[Any, Any]:
-    """(graphdef, parameters as a nested dict of arrays); the same objects for equal arguments."""
-    build = builder(config, execution)
-    return graph(config, execution), jax.jit(lambda: nnx.to_pure_dict(nnx.state(build(nnx.Rngs(0)))))()
+    """(graphdef, random parameters as a nested dict of arrays); the same objects for equal arguments."""
+    return graph(config, execution), jax.tree.map(jnp.asarray, random_params(config))
+
+
+def fresh(config: ModelConfig) -> tuple[Any, Any]:
+    """(graphdef, parameters that the model's own initialisers draw); compiles them, which takes seconds."""
+    build = builder(config, F32)
+    return graph(config), jax.jit(lambda: nnx.to_pure_dict(nnx.state(build(nnx.Rngs(0)))))()
 
 
 def random_params(config: ModelConfig) -> Any:
-    """Parameters by NumPy, in no time: no scale is 1, no bias 0, and matrices keep variances in bounds."""
+    """Draws parameters by NumPy, in milliseconds: no scale is 1, no bias 0, and matrices keep variances in bounds."""
     rng = np.random.default_rng(0)
 
     def draw(path: Any, shape: jax.ShapeDtypeStruct) -> np.ndarray:

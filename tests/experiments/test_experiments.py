@@ -39,7 +39,7 @@ FOR_A_SLICE = ("xl",)
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[] if name in ("first_light", "pydocs") else pytest.mark.slow)
+        pytest.param(name, marks=[] if name == "first_light" else pytest.mark.slow)
         for name in EXPERIMENTS
         if name not in FOR_A_SLICE
     ],

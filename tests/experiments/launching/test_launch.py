@@ -299,10 +299,13 @@ def state_command(job: Job) -> list[str]:
     ("command", "status"),
     [
         (gcloud.create(TWO_SLICES), 1),
-        *[(gcloud.create(job), 1) for job in JOBS.values()],
-        *[(shlex.split(text), 1) for text in gcloud.afterwards(TWO_SLICES).values()],
-        (state_command(JOB), 1),
-        ([*gcloud.create(JOB), "--node-count=2"], 2),
+        *[pytest.param(gcloud.create(job), 1, marks=pytest.mark.slow) for job in JOBS.values()],
+        *[
+            pytest.param(shlex.split(text), 1, marks=pytest.mark.slow)
+            for text in gcloud.afterwards(TWO_SLICES).values()
+        ],
+        pytest.param(state_command(JOB), 1, marks=pytest.mark.slow),
+        pytest.param([*gcloud.create(JOB), "--node-count=2"], 2, marks=pytest.mark.slow),
         ([*gcloud.create(JOB), "--spots"], 2),
     ],
 )

@@ -134,6 +134,7 @@ def test_killed_while_a_checkpoint_is_written(folder: Path, tmp_path: Path) -> N
     check_same(folder, "t5like", broken, unbroken)
 
 
+@pytest.mark.slow
 def test_asked_to_end_it_saves_the_step_it_is_at(folder: Path, tmp_path: Path) -> None:
     arm, broken, unbroken = "t5like", tmp_path / "broken", tmp_path / "unbroken"
     with launched(folder, arm, broken) as process:

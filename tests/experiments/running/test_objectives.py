@@ -56,9 +56,8 @@ def overrides(texts: Path, kind: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize(
-    "kind", [kind if kind == "full_lm" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_objective_from_training_to_text(kind: str, texts: Path, tmp_path: Path) -> None:
     def run(*command: object) -> None:
         assert main(list(map(str, command))) == 0
