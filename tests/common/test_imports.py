@@ -24,6 +24,7 @@ ROOMS = {
     "files": "reads and writes files at checked paths",
     "config_types": "reads the annotations of configs; raises UserError",
     "config": "dataclasses from and to JSON, for every config",
+    "sizes": "completes the sizes of a layer for configs",
     "recipe": "configs that ledgers and modules share; needs ranges only",
     "compute": "counts FLOPs and bytes from configs; knows no module",
     "analysis": "statistics of plain numbers",
