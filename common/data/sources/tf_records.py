@@ -14,17 +14,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 
-from common.data.sources.crc32c import masked_crc32c, masked_crc32c_of_rows
 from common.data.sources.indexes import Index, IndexResult, file_digest, open_index, write_integers
 from common.data.sources.packed_files import PlainFile
 from common.data.sources.record_spans import read_spans
 from common.data.sources.records import FeatureValues, Problem, first_line
 from common.errors import UserError
 
-HEAD_BYTES, TAIL_BYTES = 12, 4
-CHECKED_AT_ONCE = 1 << 16
+LENGTH_BYTES, HEAD_BYTES, TAIL_BYTES = 8, 12, 4
+MASK_DELTA = 0xA282EAD8
 READERS_OPEN = 256
 BUFFER_BYTES = 1 << 15
 """Buffer of an ArrayRecord reader; small, since most reads are at random places."""
@@ -98,41 +98,36 @@ def open_array_record(file: PlainFile, cache_dir: Path) -> ArrayRecordFile:
     return ArrayRecordFile(shown=file.shown, path=file.path, index=index)
 
 
+def masked_crc32c(data: bytes) -> int:
+    """Returns the CRC-32C of `data`, masked as TFRecord files store it.
+
+    >>> hex(masked_crc32c(b"123456789"))
+    '0xc78ab0e5'
+    """
+    crc = google_crc32c.value(data)
+    return ((crc >> 15 | crc << 17) + MASK_DELTA) & 0xFFFFFFFF
+
+
 def _index_tf_record(file: PlainFile, starts: Path) -> IndexResult:
     """Writes the start of every whole record, and the end of the last, to `starts`."""
-    places, torn, wrong = array.array("q", [0]), file.torn, None
+    places, torn, wrong = array.array("q", [0]), file.torn, False
     if size := file.path.stat().st_size:
         with open(file.path, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            while places[-1] + HEAD_BYTES + TAIL_BYTES <= size:
-                end = places[-1] + HEAD_BYTES + struct.unpack_from("<Q", data, places[-1])[0] + TAIL_BYTES
+            while places[-1] + HEAD_BYTES <= size:
+                head = data[places[-1] : places[-1] + HEAD_BYTES]
+                length, checksum = struct.unpack("<QI", head)
+                if wrong := masked_crc32c(head[:LENGTH_BYTES]) != checksum:
+                    break
+                end = places[-1] + HEAD_BYTES + length + TAIL_BYTES
                 if end > size:
                     break
                 places.append(end)
-            wrong = _first_wrong_length(data, places, size)
-    if wrong is not None:
-        del places[wrong + 1 :]
+    if wrong:
         torn = "its length does not match its checksum, so it and all records after it are lost"
     elif places[-1] != size:
         torn = torn or "the file ends in the middle of it"
     write_integers(starts, [np.frombuffer(places, np.int64)])
     return IndexResult(records=len(places) - 1 + bool(torn), digest=file_digest(file.path, torn), torn=torn)
-
-
-def _first_wrong_length(data: mmap.mmap, places: array.array, size: int) -> int | None:
-    """Returns the number of the first record whose length is damaged; None if there is none.
-
-    The last entry of `places` counts as a record if `size` leaves room for its head.
-    """
-    heads = np.frombuffer(places, np.int64)
-    heads = heads[heads + HEAD_BYTES <= size]
-    for first in range(0, len(heads), CHECKED_AT_ONCE):
-        some = heads[first : first + CHECKED_AT_ONCE].tolist()
-        head_NB = np.frombuffer(b"".join(data[at : at + HEAD_BYTES] for at in some), np.uint8).reshape(-1, HEAD_BYTES)
-        stored = np.ascontiguousarray(head_NB[:, 8:]).view("<u4")[:, 0]
-        bad = np.flatnonzero(masked_crc32c_of_rows(head_NB[:, :8]) != stored)
-        if len(bad):
-            return first + int(bad[0])
-    return None
 
 
 def _index_array_record(file: PlainFile, starts: Path) -> IndexResult:
