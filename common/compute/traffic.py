@@ -1,4 +1,4 @@
-"""What a compiled program computes and what it moves through main memory, each loop counted as often as it runs."""
+"""Counts what a program computes and what it moves through main memory, with each loop as often as it runs."""
 
 import math
 import re
@@ -9,10 +9,10 @@ _FREE = frozenset(
     "after-all bitcast call conditional constant get-tuple-element opt-barrier parameter partition-id replica-id tuple "
     "while".split()
 )
-"""They only pass on what others have made, or lead to computations that are counted by themselves."""
-_UNWRITTEN = 'custom_call_target="AllocateBuffer"'
-"""Room that others fill."""
-_ONCE = (
+"""Opcodes that move nothing: they pass results on, or run computations that are counted by themselves."""
+_ALLOCATION = 'custom_call_target="AllocateBuffer"'
+"""Reserves memory without writing to it."""
+_FUSED = (
     "fusion",
     "reduce",
     "sort",
@@ -23,15 +23,15 @@ _ONCE = (
     "all-reduce",
     "custom-call",
 )
-"""Their inner computations stay in registers or in faster memory."""
+"""Opcodes whose inner computations stay in registers or in faster memory."""
 _SLICES = ("slice", "dynamic-slice")
 
 
 def product_flops(program: Program) -> int:
-    """FLOPs of all matrix products that one device does in a step, 2 a multiply-add, recomputed ones included.
+    """Returns the FLOPs of all matrix products on one device in a step, 2 per multiply-add, recomputed ones included.
 
-    Counts a program that no backend has optimised yet (lowered, or partitioned), where every product is a `dot`: TPU's
-    compiler makes convolutions of them, GPU's makes calls of libraries. Products within kernels are not seen.
+    `program` must not be optimised by a backend yet (lowered, or partitioned): there every product is a `dot`, which
+    TPU's compiler turns into convolutions and GPU's into library calls. Products inside kernels are not counted.
 
     >>> import jax, jax.numpy as jnp
     >>> from common.compute.hlo import parse_lowered
@@ -52,104 +52,137 @@ def product_flops(program: Program) -> int:
 
 
 def memory_traffic(optimised: Program) -> int:
-    """Bytes that one device reads from and writes to main memory (HBM) in a step, as the compiler has laid them out.
+    """Returns the bytes that one device reads from and writes to main memory (HBM) in a step.
 
-    Every instruction reads its operands and writes its result, a fusion once for all that is in it, other fusions
-    among it; of what a fusion only slices, the slice is read, and of what it updates in place, the update is written.
-    What lies in faster memory is not counted, nor is what a network moves there.
+    Every instruction reads its operands and writes its result. A fusion does so once, whatever it contains: it is one
+    kernel. If it only slices an operand, it reads the slice, and if it updates one in place, it writes the update.
+    Arrays in faster memory do not count, nor does what a network writes.
     """
     total = 0
-    for name, times in _outer_runs(optimised).items():
+    for name, times in _kernel_runs(optimised).items():
         body = optimised.computations[name]
-        total += times * sum(_moved(optimised, instruction, body) for instruction in body.values())
+        total += times * sum(_traffic(optimised, instruction, body) for instruction in body.values())
     return total
 
 
-def _outer_runs(program: Program) -> dict[str, int]:
-    """As `runs`, of computations that are no part of one instruction."""
+def _kernel_runs(program: Program) -> dict[str, int]:
+    """As `Program.runs`, without computations that are inside one instruction, such as those of fusions."""
     inner = {
         called
         for body in program.computations.values()
         for instruction in body.values()
-        if instruction.opcode in _ONCE or instruction.opcode.startswith("async")
+        if instruction.opcode in _FUSED or instruction.opcode.startswith("async")
         for called in instruction.called
     }
     return {name: times for name, times in program.runs().items() if name not in inner}
 
 
-def _moved(program: Program, instruction: Instruction, body: dict[str, Instruction]) -> int:
-    if instruction.opcode in _FREE or _UNWRITTEN in instruction.rest:
+def _traffic(program: Program, instruction: Instruction, body: dict[str, Instruction]) -> int:
+    """Bytes that one instruction moves."""
+    if instruction.opcode in _FREE or _ALLOCATION in instruction.rest:
         return 0
     operands = [body[name] for name in instruction.operands if name in body]
     if instruction.opcode.endswith("-done"):
-        return _hbm_bytes(instruction.arrays)  # what the start read was counted with it
-    if instruction.opcode == "async-update":  # hands further operands to what its first one has started
+        return _hbm_bytes(instruction.arrays)  # what was read is counted at the start
+    if instruction.opcode == "async-update":  # hands further operands to the computation that its first operand started
         return sum(_hbm_bytes(operand.arrays) for operand in operands[1:])
     if instruction.opcode in _SLICES:
         return 2 * _hbm_bytes(instruction.arrays)
-    if instruction.opcode == "async-start" and (sliced := _sliced(program, instruction, operands)):
-        return sliced
+    if instruction.opcode == "async-start" and (read := _async_slice_bytes(program, instruction, operands)):
+        return read
     if instruction.opcode == "dynamic-update-slice":
         return 2 * _hbm_bytes(operands[1].arrays)
     if instruction.opcode == "fusion":
-        return _moved_by_fusion(program, instruction, operands)
+        return _fusion_traffic(program, instruction, operands)
     written = 0 if instruction.opcode.endswith("-start") else _hbm_bytes(instruction.arrays)
     return written + sum(_hbm_bytes(operand.arrays) for operand in operands)
 
 
-def _sliced(program: Program, start: Instruction, operands: list[Instruction]) -> int:
-    """What is read of the operands where all that runs in the background is one slice."""
+def _async_slice_bytes(program: Program, start: Instruction, operands: list[Instruction]) -> int:
+    """Bytes that an asynchronous computation reads if it is a single slice, else 0."""
     root = program.root(start.called[0])
-    return _share(operands[0], root.arrays[0]) if root.opcode in _SLICES else 0
+    return _padded_share(operands[0], root.arrays[0]) if root.opcode in _SLICES else 0
 
 
-def _moved_by_fusion(program: Program, fusion: Instruction, operands: list[Instruction]) -> int:
+# The rest was written for fusions that contain fusions, as TPU's compiler nests them in a loop over layers. This one
+# reads one of 24 layers from a stack %p0, and writes its result into one layer of another stack %p3, in place:
+#
+#   %inner (q0: bf16[24,64,128], q1: s32[], q2: bf16[64,128]) -> bf16[64,128] {
+#     %cast = bf16[24,64,128] bitcast(%q0)
+#     %layer = bf16[1,64,128] dynamic-slice(%cast, %q1, %zero, %zero)
+#     ...
+#     ROOT %product = bf16[64,128] multiply(%shaped, %q2)
+#   }
+#   %written (r0: bf16[24,64,128], r1: bf16[64,128], r2: s32[]) -> bf16[24,64,128] {
+#     %row = bf16[1,64,128] bitcast(%r1)
+#     ROOT %new = bf16[24,64,128] dynamic-update-slice(%r0, %row, %r2, %zero, %zero)
+#   }
+#   %outer (p0: bf16[24,64,128], p1: s32[], p2: bf16[64,128], p3: bf16[24,64,128]) -> (bf16[24,64,128], bf16[64,128]) {
+#     %x = bf16[64,128] fusion(%p0, %p1, %p2), calls=%inner
+#     %stack = bf16[24,64,128] fusion(%p3, %x, %p1), calls=%written
+#     ROOT %both = (bf16[24,64,128], bf16[64,128]) tuple(%stack, %x)
+#   }
+#
+# Reading: `_bytes_read` follows %p0 to its reader %inner, there %q0 through the bitcast to the slice: one layer. %p3 is
+# read by a dynamic-update-slice alone, which does not read what it updates: nothing.
+# Writing: `_in_place_update` follows %stack to the root of %written, a dynamic-update-slice of %row: one layer.
+
+
+def _fusion_traffic(program: Program, fusion: Instruction, operands: list[Instruction]) -> int:
+    """Bytes that a fusion reads from its operands and writes to its results."""
     name = fusion.called[0]
-    inside = program.computations[name]
-    total = sum(_read(program, name, _parameter(inside, place), operand) for place, operand in enumerate(operands))
+    body = program.computations[name]
+    total = sum(
+        _bytes_read(program, name, _parameter(body, number), operand) for number, operand in enumerate(operands)
+    )
     root = program.root(name)
-    parts = [inside[part] for part in root.operands] if root.opcode == "tuple" else [root]
-    for part, array in zip(parts, fusion.arrays, strict=False):
-        update = _update(program, inside, part)
+    results = [body[result] for result in root.operands] if root.opcode == "tuple" else [root]
+    for result, array in zip(results, fusion.arrays, strict=False):
+        update = _in_place_update(program, body, result)
         whole = _hbm_bytes((array,))
         total += whole if update is None else whole * update.bytes // max(array.bytes, 1)
     return total
 
 
-def _read(program: Program, computation: str, name: str, operand: Instruction) -> int:
-    """Bytes of an operand that a fused computation, in which it has that name, reads: by fusions within it too."""
+def _bytes_read(program: Program, computation: str, name: str, operand: Instruction) -> int:
+    """Bytes of `operand`, an operand of a fusion, that a computation inside it reads; there its name is `name`.
+
+    Adds up the slices that are taken of it, here and in inner fusions; any other use reads all of it.
+    """
     whole, total = _hbm_bytes(operand.arrays), 0
     for reader in program.users[computation].get(name, []):
         if reader.opcode in _SLICES and reader.operands[0] == name:
-            total += _share(operand, reader.arrays[0])
+            total += _padded_share(operand, reader.arrays[0])
         elif reader.opcode == "bitcast":
-            total += _read(program, computation, reader.name, operand)
+            total += _bytes_read(program, computation, reader.name, operand)
         elif reader.opcode == "fusion":
             inner = reader.called[0]
-            places = [place for place, given in enumerate(reader.operands) if given == name]
-            names = [_parameter(program.computations[inner], place) for place in places]
-            total += sum(_read(program, inner, its, operand) for its in names)
+            for number, passed in enumerate(reader.operands):
+                if passed == name:
+                    parameter = _parameter(program.computations[inner], number)
+                    total += _bytes_read(program, inner, parameter, operand)
         elif not (reader.opcode == "dynamic-update-slice" and reader.operands[0] == name):
             return whole
     return min(total, whole)
 
 
-def _update(program: Program, inside: dict[str, Instruction], result: Instruction) -> Array | None:
-    """What is written of a result that is updated in place; None where all of it is."""
-    if result.opcode == "bitcast" and result.operands[0] in inside:
-        return _update(program, inside, inside[result.operands[0]])
+def _in_place_update(program: Program, body: dict[str, Instruction], result: Instruction) -> Array | None:
+    """The part that is written of a result that is updated in place; None if all of the result is written."""
+    if result.opcode == "bitcast" and result.operands[0] in body:
+        return _in_place_update(program, body, body[result.operands[0]])
     if result.opcode == "fusion":
-        body = result.called[0]
-        return _update(program, program.computations[body], program.root(body))
-    return inside[result.operands[1]].arrays[0] if result.opcode == "dynamic-update-slice" else None
+        inner = result.called[0]
+        return _in_place_update(program, program.computations[inner], program.root(inner))
+    return body[result.operands[1]].arrays[0] if result.opcode == "dynamic-update-slice" else None
 
 
-def _parameter(inside: dict[str, Instruction], place: int) -> str:
-    return next(one.name for one in inside.values() if one.opcode == "parameter" and one.rest.startswith(f"({place})"))
+def _parameter(body: dict[str, Instruction], number: int) -> str:
+    """The name of a computation's parameter."""
+    return next(one.name for one in body.values() if one.opcode == "parameter" and one.rest.startswith(f"({number})"))
 
 
-def _share(operand: Instruction, part: Array) -> int:
-    """Bytes of a part, with the padding of the whole."""
+def _padded_share(operand: Instruction, part: Array) -> int:
+    """Bytes of a part of an operand, with the padding that the whole operand has."""
     return _hbm_bytes(operand.arrays) * part.bytes // max(sum(array.bytes for array in operand.arrays), 1)
 
 
