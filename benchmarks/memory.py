@@ -117,7 +117,7 @@ def compile_case(case: Case) -> Planned:
     """In the process that knows."""
     import jax
 
-    from common.compute.aot import devices_of, parse_no_room
+    from common.compute.aot import devices_of, parse_out_of_memory
     from common.compute.topology import parse_topology
     from common.sharding.shape import MeshShape
     from common.train.config import AdamW, Budget, Linear, TrainConfig
@@ -147,10 +147,10 @@ def compile_case(case: Case) -> Planned:
     try:
         memory: Any = lower_step(setup, programs).compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
-        no_room = parse_no_room(str(error))
-        if no_room is None:
+        room = parse_out_of_memory(str(error))
+        if room is None:
             raise
-        return Planned(no_room=f"{no_room.needed / 2**30:.1f} GiB wanted, {no_room.available / 2**30:.2f} there")
+        return Planned(no_room=f"{room.needed / 2**30:.1f} GiB wanted, {room.available / 2**30:.2f} there")
     return Planned(
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,

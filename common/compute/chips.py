@@ -1,9 +1,9 @@
 """Chips that JAX trains on: speed, memory, networks and prices, as their makers publish them.
 
-Sources: Google Cloud's tpu/docs/v4, v5e and tpu7x (whose table has v5p and v6e too); v4's links: arXiv 2304.01433;
-v4's data-centre network: arXiv 2204.02311, section 4 (what 1536 hosts of 4 chips were seen to send, 81 Tbit/s). GPUs:
-NVIDIA's data sheets of the SXM boards, dense. Prices: Google's list prices in the region named, as SkyPilot's catalog
-(v8) has them; tpu7x's is not in it and unconfirmed. Prices move, so a plan takes another.
+Sources: for TPUs Google Cloud's tpu/docs/v4, v5e and tpu7x (whose table includes v5p and v6e); for v4's links arXiv
+2304.01433; for v4's data-centre network arXiv 2204.02311, section 4 (measured: 1536 hosts of 4 chips send 81 Tbit/s).
+For GPUs NVIDIA's data sheets of the SXM boards, dense. Prices are Google's list prices in the given region from
+SkyPilot's catalog (v8); tpu7x's is not in it and unconfirmed. Prices change: `plan --price` takes another one.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Price:
-    """USD a chip-hour."""
+    """A list price, in USD per chip-hour."""
 
     on_demand: float
     spot: float | None
@@ -20,24 +20,24 @@ class Price:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One kind of accelerator; rates and memory are those of one JAX device, and peaks that nobody reaches."""
+    """One kind of accelerator. Rates and memory are per JAX device; rates are peaks that real programs do not reach."""
 
     name: str
     device_kinds: tuple[str, ...]
-    """What `jax.Device.device_kind` says."""
+    """Values of `jax.Device.device_kind`."""
     devices_per_chip: int = 1
     flops_per_second: float
     """Matrix products in bf16."""
     hbm_bytes: float
     usable_hbm_bytes: float | None = None
-    """What a program may reserve, as libtpu 0.0.52 says when one wants more."""
+    """What a program may reserve: the limit in libtpu 0.0.52's error for larger ones."""
     hbm_bytes_per_second: float
     links: int = 0
-    """Links of a chip to its neighbours (ICI)."""
+    """How many links (ICI) a chip has to its neighbours."""
     link_bytes_per_second: float = 0.0
-    """Of one link, one way."""
+    """Bandwidth of one link, one way."""
     dcn_bytes_per_second: float = 0.0
-    """Of one chip, one way, to other slices by the data centre's network."""
+    """Bandwidth of one chip to other slices through the data centre's network, one way."""
     price: Price | None = None
 
 
@@ -141,7 +141,7 @@ CHIPS: dict[str, Chip] = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip behind `jax.Device.device_kind`; None for a CPU, and for what is not listed here.
+    """Returns the chip with this `jax.Device.device_kind`; None for CPUs and chips not listed here.
 
     >>> chip_of("TPU v5 lite").name, chip_of("cpu")
     ('v5e', None)

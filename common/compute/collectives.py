@@ -1,7 +1,7 @@
-"""What a partitioned program sends between devices, and along which axes of the mesh.
+"""Counts the collectives of a partitioned program: how much they send, and along which axes of the mesh.
 
-Counted in the program as the partitioner left it, each loop as often as it runs. There a reduce-scatter still is an
-all-reduce of which every device keeps its own slice; the compiler may turn it into a real one later, or may not.
+Counts the program as the partitioner left it, with each loop as often as it runs. There a reduce-scatter is still an
+all-reduce of which each device keeps its own slice; later the compiler may or may not make it a real reduce-scatter.
 """
 
 import dataclasses
@@ -14,7 +14,8 @@ import numpy as np
 from common.compute.hlo import Instruction, Program, integers
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-_THROUGH = ("bitcast", "reshape", "copy", "transpose", "get-tuple-element")
+_REARRANGING = ("bitcast", "reshape", "copy", "transpose", "get-tuple-element")
+"""Opcodes that pass on all values of their operand."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,28 +26,29 @@ class Collective:
     axes: tuple[str, ...]
     """Mesh axes along which the members of a group differ."""
     group: int
-    """Devices of a group."""
+    """How many devices are in one group."""
     times: int
+    """How often one device takes part in one, per step."""
     bytes: int
-    """Of whole arrays (as gathered, or before they are scattered), summed over `times`."""
+    """Size of the whole arrays (after a gather, or before a scatter), summed over `times`."""
 
     @property
     def sent_bytes(self) -> float:
-        """What one device sends, by a ring: an array's (n - 1) / n for n members, twice that for an all-reduce, and
-        all of it for a permutation."""
+        """Bytes that one device sends around a ring of n devices: (n - 1) / n of an array, twice that for an all-reduce
+        (a reduce-scatter and an all-gather), and all of it for a permutation."""
         share = 1.0 if self.kind == "collective-permute" else (self.group - 1) / self.group
         return self.bytes * share * (2 if self.kind == "all-reduce" else 1)
 
 
 def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
-    """Of a program after partitioning, the largest first; `mesh` has the size of every axis, in order.
+    """Returns the collectives of a partitioned program, most bytes sent first; `mesh` has each axis's size, in order.
 
-    Raises ValueError for groups in an unknown notation, and for loops that have no constant bound.
+    Raises ValueError for device groups in an unknown notation, and for loops without a constant bound.
     """
     devices = math.prod(mesh.values())
     sums: dict[tuple[str, tuple[str, ...], int], tuple[int, int]] = {}
     for name, runs in program.runs().items():
-        for kind, groups, size in _in_computation(program, name, devices):
+        for kind, groups, size in _collectives_of(program, name, devices):
             if axes := axes_of(groups, mesh):
                 key = kind, axes, groups.shape[1]
                 times, total = sums.get(key, (0, 0))
@@ -58,30 +60,33 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
     return sorted(found, key=lambda collective: -collective.sent_bytes)
 
 
-def as_compiled(asked: Sequence[Collective], scattered: int) -> list[Collective]:
-    """The same with the part of the reduce-scatters that an optimised program does not do (see `scattered_bytes`) as
-    all-reduces, which send twice as much."""
-    kept = min(1.0, scattered / max(wanted_bytes(asked), 1))
-    done = []
-    for collective in asked:
+def as_compiled(requested: Sequence[Collective], scattered: int) -> list[Collective]:
+    """Returns the collectives as the optimised program runs them.
+
+    It reduce-scatters `scattered` bytes (see `scattered_bytes`); the other reduce-scatters that the partitioned program
+    requests become all-reduces, which send twice as much.
+    """
+    kept = min(1.0, scattered / max(reduce_scatter_bytes(requested), 1))
+    compiled = []
+    for collective in requested:
         if collective.kind == "reduce-scatter":
-            whole = round(collective.bytes * (1 - kept))
-            done.append(dataclasses.replace(collective, bytes=collective.bytes - whole))
-            done.append(dataclasses.replace(collective, kind="all-reduce", bytes=whole))
+            all_reduced = round(collective.bytes * (1 - kept))
+            compiled.append(dataclasses.replace(collective, bytes=collective.bytes - all_reduced))
+            compiled.append(dataclasses.replace(collective, kind="all-reduce", bytes=all_reduced))
         else:
-            done.append(collective)
-    return done
+            compiled.append(collective)
+    return compiled
 
 
-def wanted_bytes(asked: Sequence[Collective]) -> int:
-    """Of whole arrays to be reduced and scattered."""
-    return sum(collective.bytes for collective in asked if collective.kind == "reduce-scatter")
+def reduce_scatter_bytes(requested: Sequence[Collective]) -> int:
+    """Returns the size of the whole arrays that a partitioned program requests to reduce-scatter."""
+    return sum(collective.bytes for collective in requested if collective.kind == "reduce-scatter")
 
 
 def scattered_bytes(optimised: Program) -> int:
-    """Bytes of whole arrays that an optimised program really reduces and scatters in a step.
+    """Returns the size of the whole arrays that an optimised program really reduce-scatters in a step.
 
-    libtpu makes a fusion of the name all-reduce-scatter of such an all-reduce and its slice.
+    libtpu fuses such an all-reduce with its slice, into a fusion named all-reduce-scatter.
     """
     total = 0
     for name, times in optimised.runs().items():
@@ -93,7 +98,9 @@ def scattered_bytes(optimised: Program) -> int:
 
 
 def groups_of(attributes: str, devices: int) -> np.ndarray:
-    """Members of each group, [groups, members], from an instruction's attributes; of a permutation, pairs.
+    """Parses the device groups in an instruction's attributes, [groups, members]; for a permutation (source, target).
+
+    Raises ValueError for an unknown notation.
 
     >>> groups_of("replica_groups={{0,2},{1,3}}", 4).tolist()
     [[0, 2], [1, 3]]
@@ -122,7 +129,7 @@ def groups_of(attributes: str, devices: int) -> np.ndarray:
 
 
 def axes_of(groups: np.ndarray, mesh: Mapping[str, int]) -> tuple[str, ...]:
-    """The mesh axes along which members of some group differ.
+    """Returns the mesh axes along which members of some group differ.
 
     >>> axes_of(np.array([[0, 2], [1, 3]]), {"fsdp": 2, "tensor": 2})
     ('fsdp',)
@@ -132,7 +139,7 @@ def axes_of(groups: np.ndarray, mesh: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def _device_ids(order: str, devices: int) -> np.ndarray:
-    """Devices in the order of a mesh: in a row, a transposed box `[2,4]T(1,0)`, or listed."""
+    """The device ids of a mesh in order: counted up if `order` is empty, a transposed box `[2,4]T(1,0)`, or a list."""
     box = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order)
     if not box:
         return np.array(integers(order)) if order else np.arange(devices)
@@ -141,7 +148,10 @@ def _device_ids(order: str, devices: int) -> np.ndarray:
 
 
 def _named_groups(sizes: str, axes: str) -> np.ndarray:
-    """`'a'=4,'b'=2` and `'a','b'`; an axis may be a part of one, as `'a':(2)2` for the minor half of it."""
+    """Groups of places in a named mesh: `sizes` as `'a'=4,'b'=2`, `axes` as `'a','b'`.
+
+    An axis may be a factor of a mesh axis: `'a':(2)2` is the one of size 2 after a more major factor of size 2.
+    """
     whole = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes)}
     shape: list[int] = []
     member: list[bool] = []
@@ -159,8 +169,8 @@ def _named_groups(sizes: str, axes: str) -> np.ndarray:
     return ids.transpose(*outside, *inside).reshape(-1, math.prod(shape[i] for i in inside))
 
 
-def _in_computation(program: Program, name: str, devices: int) -> Iterator[tuple[str, np.ndarray, int]]:
-    """(kind, groups, bytes of whole arrays) of each collective."""
+def _collectives_of(program: Program, name: str, devices: int) -> Iterator[tuple[str, np.ndarray, int]]:
+    """Yields (kind, groups, bytes of whole arrays) for each collective in a computation."""
     body = program.computations[name]
     for instruction in body.values():
         kind = instruction.opcode.removesuffix("-start")
@@ -177,24 +187,27 @@ def _operand_bytes(instruction: Instruction, body: dict[str, Instruction]) -> in
 
 
 def _kept_bytes(program: Program, computation: str, instruction: Instruction) -> int:
-    """Of the result, where every device slices its own part out of it; else all of it."""
+    """Bytes that a device keeps of a result: its slice if every use takes a dynamic slice, else all of it."""
     readers = list(_readers(program, computation, instruction))
     if readers and all(reader.opcode == "dynamic-slice" for _, reader in readers):
         return max(reader.arrays[0].bytes for _, reader in readers)
-    if readers and all(reader.opcode in _THROUGH for _, reader in readers):
+    if readers and all(reader.opcode in _REARRANGING for _, reader in readers):
         return sum(_kept_bytes(program, name, reader) for name, reader in readers)
     return sum(array.bytes for array in instruction.arrays)
 
 
 def _readers(program: Program, computation: str, instruction: Instruction) -> Iterator[tuple[str, Instruction]]:
-    """What uses a result, and in which computation: where a call gives it back, whoever takes it from there."""
+    """Yields the instructions that use a result, and their computations.
+
+    If a called computation returns the result in a tuple, yields what takes that element of the call's result.
+    """
     calls = program.calls.get(computation, [])
     for reader in program.users[computation].get(instruction.name, []):
         if not (reader.root and reader.opcode == "tuple" and calls):
             yield computation, reader
             continue
-        place = reader.operands.index(instruction.name)
+        index = reader.operands.index(instruction.name)
         for name, call in calls:
             for element in program.users[name].get(call.name, []):
-                if element.opcode != "get-tuple-element" or f"index={place}" in element.rest.split(", "):
+                if element.opcode != "get-tuple-element" or f"index={index}" in element.rest.split(", "):
                     yield name, element

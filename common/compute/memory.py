@@ -1,8 +1,9 @@
-"""What lies in a device's main memory, from the files that XLA's buffer assignment leaves."""
+"""Reads what a program reserves in a device's main memory from the files of XLA's buffer assignment."""
 
 import dataclasses
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from common.compute.hlo import Program
 
@@ -13,60 +14,76 @@ _ALIVE = re.compile(r"^\s+([\w.-]+)(\{[\d,]*\}):(\d+)-(\d+)$")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Buffer:
-    """A temporary that is alive when most are."""
+    """A temporary that is alive at the program's peak."""
 
     bytes: int
-    """With padding."""
+    """Size with padding."""
     array: str
     """Dtype and shape."""
     made_by: str
-    """Operation in the Python program, as XLA names it."""
+    """The operation of the Python program that made it, as XLA names it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of one device's HBM that the program reserves, with padding."""
+    """Bytes that the program reserves in one device's HBM, with padding."""
 
     arguments: dict[str, int]
-    """By the argument's name up to the first index, such as `state.params`."""
+    """By the argument's name up to its first index, such as `state.params`."""
     outputs: int
-    """Results that take no argument's place."""
+    """Results that do not reuse an argument's memory."""
     temporaries: int
-    """One block, in which temporaries take turns."""
+    """The block that all temporaries share over time."""
     at_peak: int
-    """How much of that block is in use when most is."""
+    """The most of that block that is in use at once."""
     largest: tuple[Buffer, ...]
-    """At that moment, the largest first."""
+    """The largest buffers in use at that moment, largest first."""
 
     @property
     def total(self) -> int:
         return sum(self.arguments.values()) + self.outputs + self.temporaries
 
 
+class _Value(NamedTuple):
+    """One value in the block of temporaries."""
+
+    name: str
+    """With its place in the result of the instruction that makes it, such as `late{0}`."""
+    bytes: int
+    offset: int
+    array: str
+
+
 def read_memory(assignment: str, live_ranges: str, optimised: Program, count: int = 6) -> Memory:
-    """From the texts of `*-buffer-assignment.txt` and `*-live-range.txt`, and the optimised program."""
+    """Parses the texts of `*-buffer-assignment.txt` and `*-live-range.txt`; lists the `count` largest buffers.
+
+    The buffer assignment lists allocations, and the values in each with their place:
+
+        allocation 4: size 20480, page 0, preallocated-temp:
+         value: <5 late{0} (phi) @1> (size=12288,offset=8192): f32[24,128]{1,0:T(8,128)}
+    """
     arguments: dict[str, int] = {}
     outputs, temporaries = 0, 0
-    values: list[tuple[str, int, int, str]] = []
+    values: list[_Value] = []
     names = _argument_names(optimised)
     in_block = False
     for line in assignment.splitlines():
         if allocation := _ALLOCATION.match(line):
-            size, kind = int(allocation.group(1)), allocation.group(2)
+            allocated, kind = int(allocation.group(1)), allocation.group(2)
             in_block = "preallocated-temp" in kind and "color" not in kind
             if "color" in kind or "thread-local" in kind:
                 continue
             if parameter := re.search(r"parameter (\d+)", kind):
                 name = names.get(int(parameter.group(1)), "other")
-                arguments[name] = arguments.get(name, 0) + size
+                arguments[name] = arguments.get(name, 0) + allocated
             elif in_block:
-                temporaries += size
+                temporaries += allocated
             else:
-                outputs += size
+                outputs += allocated
         elif in_block and (value := _VALUE.match(line)):
-            name, index, size_, offset, array = value.groups()
-            values.append((name + (index or "{}"), int(size_), int(offset), array))
-    at_peak, alive = _fullest(values, _spans(live_ranges))
+            name, index, size, offset, array = value.groups()
+            values.append(_Value(name + (index or "{}"), int(size), int(offset), array))
+    at_peak, alive = _peak(values, _lifetimes(live_ranges))
     return Memory(
         arguments=arguments,
         outputs=outputs,
@@ -77,7 +94,7 @@ def read_memory(assignment: str, live_ranges: str, optimised: Program, count: in
 
 
 def _argument_names(optimised: Program) -> dict[int, str]:
-    """Parameter number -> name without indices and fields below the second."""
+    """Maps each parameter's number to the first two parts of its name, without indices."""
     found = {}
     for instruction in optimised.computations[optimised.entry].values():
         if instruction.opcode == "parameter" and (number := re.match(r"\((\d+)\)", instruction.rest)):
@@ -86,30 +103,33 @@ def _argument_names(optimised: Program) -> dict[int, str]:
     return found
 
 
-def _spans(live_ranges: str) -> dict[str, tuple[int, int]]:
+def _lifetimes(live_ranges: str) -> dict[str, tuple[int, int]]:
+    """Maps each value, such as `late{0}`, to the (first, last) moment at which it is alive."""
     lines = (_ALIVE.match(line) for line in live_ranges.splitlines())
     return {line.group(1) + line.group(2): (int(line.group(3)), int(line.group(4))) for line in lines if line}
 
 
-def _fullest(
-    values: list[tuple[str, int, int, str]], spans: Mapping[str, tuple[int, int]]
-) -> tuple[int, list[tuple[str, int, int, str]]]:
-    """Bytes in use at the moment when most are, and what is alive then; what shares a place is one buffer."""
-    moments = sorted({spans[name][0] for name, *_ in values if name in spans})
-    best, chosen = 0, []
+def _peak(values: list[_Value], lifetimes: Mapping[str, tuple[int, int]]) -> tuple[int, list[_Value]]:
+    """The most bytes in use at one moment, and the values alive then, largest first.
+
+    Values with the same size and offset are one buffer.
+    """
+    moments = sorted({lifetimes[value.name][0] for value in values if value.name in lifetimes})
+    most, at_peak = 0, []
     for moment in moments:
-        places: dict[tuple[int, int], tuple[str, int, int, str]] = {}
+        buffers: dict[tuple[int, int], _Value] = {}
         for value in values:
-            first, last = spans.get(value[0], (1, 0))
+            first, last = lifetimes.get(value.name, (1, 0))
             if first <= moment <= last:
-                places.setdefault(value[1:3], value)
-        used = _union([(offset, offset + size) for size, offset in places])
-        if used > best:
-            best, chosen = used, list(places.values())
-    return best, sorted(chosen, key=lambda value: -value[1])
+                buffers.setdefault((value.bytes, value.offset), value)
+        used = _covered([(offset, offset + size) for size, offset in buffers])
+        if used > most:
+            most, at_peak = used, list(buffers.values())
+    return most, sorted(at_peak, key=lambda value: -value.bytes)
 
 
-def _union(intervals: list[tuple[int, int]]) -> int:
+def _covered(intervals: list[tuple[int, int]]) -> int:
+    """The total length that the intervals cover."""
     total, end = 0, 0
     for first, last in sorted(intervals):
         total += max(0, last - max(first, end))
@@ -117,11 +137,11 @@ def _union(intervals: list[tuple[int, int]]) -> int:
     return total
 
 
-def _buffer(value: tuple[str, int, int, str], optimised: Program) -> Buffer:
-    name = value[0].partition("{")[0]
+def _buffer(value: _Value, optimised: Program) -> Buffer:
+    name = value.name.partition("{")[0]
     makers = [body[name] for body in optimised.computations.values() if name in body]
     return Buffer(
-        bytes=value[1],
-        array=value[3].partition("{")[0].removeprefix("("),  # the first of several
+        bytes=value.bytes,
+        array=value.array.partition("{")[0].removeprefix("("),  # the first array of a tuple
         made_by=(makers[0].op_name if makers else "") or name,
     )

@@ -24,7 +24,7 @@ def facts(job: Job, experiment: Experiment, console: Console) -> dict[str, str]:
 
 def price(job: Job) -> str:
     """The list price of an hour and of a day."""
-    listed = job.topology.facts.price
+    listed = job.topology.chip_spec.price
     if listed is None:
         return f"no list price of {job.topology.chip} is known"
     each = listed.spot if job.spot and listed.spot is not None else listed.on_demand
@@ -46,11 +46,11 @@ def fit(job: Job, experiment: Experiment, console: Console) -> str:
         return f"unknown: {error}"
     told = []
     for arm, answer in zip(arms, compiled, strict=True):
-        if answer.no_room is None:
+        if answer.out_of_memory is None:
             assert answer.memory is not None
             told.append(f"{arm} fits, {answer.memory.total / GIB:.2f} GiB a device")
         else:
-            needed, available = answer.no_room.needed / GIB, answer.no_room.available / GIB
+            needed, available = answer.out_of_memory.needed / GIB, answer.out_of_memory.available / GIB
             told.append(f"{arm} does NOT fit, it needs {needed:.2f} GiB a device of {available:.2f}; ask {command}")
     return "; ".join(told)
 

@@ -31,7 +31,7 @@ class Guess:
 
 def guess(experiment: Experiment, topology: Topology, arm: str) -> Guess:
     """Memory and seconds of one step of `arm`, on the mesh that `experiment.train` has."""
-    step, chip = _step(experiment, arm), topology.facts
+    step, chip = _step(experiment, arm), topology.chip_spec
     rows, inputs, targets = experiment.row_slots()
     text = LengthSums.of_rows(rows, inputs, targets)
     flops = step.model.flops(text).of_slowest(step.mesh.context).train_hardware(step.train.execution)
@@ -224,7 +224,7 @@ def _slice_traffic(step: _Step, topology: Topology) -> float:
 
 def _links(size: int, topology: Topology) -> float:
     """How many links carry a ring of `size` devices: two for each direction of the slice that it needs."""
-    chips = math.ceil(size / topology.facts.devices_per_chip)
+    chips = math.ceil(size / topology.chip_spec.devices_per_chip)
     directions = 0
     for side in sorted(topology.grid):
         if chips > 1:

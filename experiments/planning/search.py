@@ -66,7 +66,7 @@ class Candidate:
 
     @property
     def fits(self) -> bool:
-        return self.compiled is not None and all(answer.no_room is None for answer in self.compiled.values())
+        return self.compiled is not None and all(answer.out_of_memory is None for answer in self.compiled.values())
 
     def seconds(self, topology: Topology) -> tuple[float, float]:
         """Lower and upper estimate by the compiled programs: one step of each arm."""
@@ -89,7 +89,7 @@ def search(experiment: Experiment, topology: Topology, console: Console, mesh: M
             f"data.rows is {experiment.data.rows}, which divides over no mesh of {topology}; "
             f"nearest: {max(1, round(experiment.data.rows / topology.devices)) * topology.devices}"
         )
-    usable = topology.facts.usable_hbm_bytes or topology.facts.hbm_bytes
+    usable = topology.chip_spec.usable_hbm_bytes or topology.chip_spec.hbm_bytes
     ranked = sorted(candidates, key=lambda one: (max(1.0, one.bytes / (ROOM * usable)), one.guessed_seconds))
     console.print(f"{len(ranked)} candidates; compiling one mesh with each remat policy, then more meshes")
     same_mesh = [(i, one.remat) for i, one in enumerate(ranked) if one.mesh == ranked[0].mesh]
@@ -212,6 +212,6 @@ def _divisors(number: int) -> list[int]:
 
 
 def _compiled_gib(compiled: dict[str, Compiled]) -> str:
-    if any(answer.no_room for answer in compiled.values()):
+    if any(answer.out_of_memory for answer in compiled.values()):
         return "no room"
     return f"{max(answer.memory.total for answer in compiled.values() if answer.memory) / 2**30:.1f}"

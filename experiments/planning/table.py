@@ -1,4 +1,4 @@
-"""How a plan for a TPU slice is shown: a table with an arm in each column, and lines of advice."""
+"""Shows a plan for a TPU slice: a table with one column per arm, and lines of advice."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from rich.table import Table
 
 from common.compute.aot import Compiled
-from common.compute.collectives import as_compiled, wanted_bytes
+from common.compute.collectives import as_compiled, reduce_scatter_bytes
 from common.compute.length_sums import LengthSums
 from common.compute.memory import Memory
 from common.compute.roofline import Estimate, axes_name, estimate
@@ -17,13 +17,13 @@ from experiments.config import Arm, Experiment
 
 GIB = 2**30
 SHOWN_BUFFERS = 4
-LEAST_SHOWN = 2**17
-"""Bytes of a buffer that are worth a line."""
+SMALLEST_SHOWN_BYTES = 2**17
+"""Smaller buffers are not shown."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outlook:
-    """One arm on a topology, with what follows from the estimate; pairs go from the lower to the upper end."""
+    """One arm on a topology, and what follows from its estimated step time; pairs are (lowest, highest)."""
 
     arm: Arm
     compiled: Compiled
@@ -39,23 +39,23 @@ class Outlook:
 
 
 def outlook(experiment: Experiment, topology: Topology, arm: str, compiled: Compiled) -> Outlook:
-    """What kernels compute is not seen in the program, so the ledger says it."""
+    """Estimates one arm. The FLOPs inside kernels are not visible in the program and come from the ledger."""
     model = experiment.arms[arm].model
     rows, inputs, targets = experiment.row_slots()
     ledger = model.flops(LengthSums.of_rows(rows, inputs, targets))
     train = experiment.train
     slowest = ledger.of_slowest(train.mesh.context)
-    in_kernels = slowest.train_kernels(train.execution) if compiled.has_kernels else 0
-    flops = compiled.flops + in_kernels / topology.devices
+    kernel_flops = slowest.train_kernels(train.execution) if compiled.has_kernels else 0
+    flops = compiled.flops + kernel_flops / topology.devices
     time = estimate(
         topology,
         flops=flops,
-        moved_bytes=compiled.moved_bytes,
+        traffic_bytes=compiled.traffic_bytes,
         collectives=as_compiled(compiled.collectives, compiled.scattered_bytes),
         ring_links=compiled.ring_links,
     )
     low, high = time.seconds
-    peak = topology.devices * topology.facts.flops_per_second
+    peak = topology.devices * topology.chip_spec.flops_per_second
 
     def share(model_flops: int) -> tuple[float, float]:
         return model_flops / (high * peak), model_flops / (low * peak)
@@ -78,7 +78,7 @@ def outlook(experiment: Experiment, topology: Topology, arm: str, compiled: Comp
 def plan_table(
     experiment: Experiment, topology: Topology, compiled: Mapping[str, Compiled], price: float | None
 ) -> Table:
-    """All arms side by side: memory, what is sent, time, money."""
+    """Returns the table of all arms: memory, communication, time and money; `price` (None: listed) is in USD."""
     arms = {arm: outlook(experiment, topology, arm, answer) for arm, answer in compiled.items()}
     rows, inputs, targets = experiment.row_slots()
     train = experiment.train
@@ -107,10 +107,10 @@ def plan_table(
     section("Memory of a device")
     _memory_rows(line, topology)
     if any(answer.collectives for answer in compiled.values()):
-        section("Sent in a step")
-    for kind, axes in _sendings(compiled):
+        section("Sent per step")
+    for kind, axes in _largest_collectives(compiled):
         line(f"{kind} along {axes_name(axes)}", lambda one, key=(kind, axes): _sent(one.compiled, *key))  # type: ignore[misc]
-    if any(wanted_bytes(answer.collectives) for answer in compiled.values()):
+    if any(reduce_scatter_bytes(answer.collectives) for answer in compiled.values()):
         line("reduce-scatters kept", lambda one: _kept(one.compiled))
     if any(one.compiled.memory for one in arms.values()):
         section("Time (estimate)")
@@ -121,36 +121,35 @@ def plan_table(
 
 
 def advice(experiment: Experiment, topology: Topology, compiled: Mapping[str, Compiled]) -> list[str]:
-    """What the numbers mean, and what would change them; what is so of several arms is said once."""
+    """Returns lines that explain the numbers and what would improve them; advice for several arms is one line."""
     arms_of: dict[str, list[str]] = {}
     for arm, answer in compiled.items():
         for words in _advice(outlook(experiment, topology, arm, answer)):
             arms_of.setdefault(words, []).append(arm)
     return [
-        "Memory and what is sent are those of a device; sent is what the partitioned program asks for. Estimates are a "
-        "roofline at published peaks: the lower end hides all that is sent behind computing, the upper none of it; "
-        "true steps are longer, since nothing reaches these peaks. MFU counts the model's own FLOPs, none recomputed; "
-        "tokens are slots. What attention's kernels compute is counted as they are written.",
+        "Memory and bytes sent are per device; bytes sent are those of the partitioned program's collectives. The "
+        "estimate is a roofline at published peaks: the lower end overlaps all communication with computation, the "
+        "upper end none of it; real steps take longer, since nothing reaches these peaks. MFU counts the model's own "
+        "FLOPs, without recomputation; tokens are slots. FLOPs in attention kernels follow from how they are written.",
         *(f"{', '.join(arms)}: {words}" for words, arms in arms_of.items()),
     ]
 
 
 def _advice(one: Outlook) -> Iterator[str]:
-    answer, asked = one.compiled, wanted_bytes(one.compiled.collectives)
-    if answer.no_room:
-        needed, available = answer.no_room.needed / GIB, answer.no_room.available / GIB
-        yield f"does not fit, needs {needed:.1f} GiB a device, and {available:.2f} can be used."
+    compiled, requested = one.compiled, reduce_scatter_bytes(one.compiled.collectives)
+    if compiled.out_of_memory:
+        needed, available = compiled.out_of_memory.needed / GIB, compiled.out_of_memory.available / GIB
+        yield f"does not fit: a device needs {needed:.1f} GiB, and {available:.2f} can be used."
         return
-    if asked and answer.scattered_bytes < 0.9 * asked:
+    if requested and compiled.scattered_bytes < 0.9 * requested:
         yield (
-            f"libtpu sums gradients whole on every device and slices them ({_kept(answer)} are kept as "
-            "reduce-scatters), which sends twice as much; the estimate counts it so. A smaller fsdp, with data beside "
-            "it, may help."
+            f"libtpu all-reduces gradients on every device and slices them ({_kept(compiled)} stay reduce-scatters), "
+            "which sends twice as much; the estimate includes this. A smaller fsdp axis with a data axis may help."
         )
     if one.time.limit == "HBM":
-        yield "waits for HBM; the largest temporaries above are where to look."
+        yield "is limited by HBM; look at the largest temporaries above."
     elif one.time.limit != "matrix products":
-        yield f"waits for {one.time.limit}; more rows a step, or another mesh (--search), would help."
+        yield f"is limited by {one.time.limit}; more rows per step, or another mesh (--search), would help."
 
 
 Cell = Callable[[Outlook], str]
@@ -158,15 +157,15 @@ Line = Callable[[str, Cell], None]
 
 
 def _where_it_fits(line: Line) -> Line:
-    """Lines that leave the arms empty that have no room: they take no time."""
+    """Returns `line` with "-" for arms that do not fit, which have no memory or time to show."""
     return lambda label, cell: line(label, lambda one: cell(one) if one.compiled.memory else "-")
 
 
 def _memory_rows(line: Line, topology: Topology) -> None:
     def total(one: Outlook) -> str:
-        usable = (topology.facts.usable_hbm_bytes or topology.facts.hbm_bytes) / GIB
-        if one.compiled.no_room:
-            return f"{one.compiled.no_room.needed / GIB:.2f} of {one.compiled.no_room.available / GIB:.2f} GiB"
+        usable = (topology.chip_spec.usable_hbm_bytes or topology.chip_spec.hbm_bytes) / GIB
+        if error := one.compiled.out_of_memory:
+            return f"{error.needed / GIB:.2f} of {error.available / GIB:.2f} GiB"
         return f"{_memory(one).total / GIB:.2f} of {usable:.2f} GiB"
 
     def argument(name: str) -> Cell:
@@ -182,12 +181,12 @@ def _memory_rows(line: Line, topology: Topology) -> None:
             return "".join(
                 f"{_mib(buffer.bytes)} {buffer.array} ({buffer.made_by.rsplit('/', 1)[-1]})"
                 for buffer in largest
-                if buffer.bytes >= LEAST_SHOWN
+                if buffer.bytes >= SMALLEST_SHOWN_BYTES
             )
 
         return words
 
-    line("fits", lambda one: "no" if one.compiled.no_room else "yes")
+    line("fits", lambda one: "no" if one.compiled.out_of_memory else "yes")
     line("HBM", total)
     inside = _where_it_fits(line)
     inside("  stored parameters", argument("state.params"))
@@ -217,7 +216,7 @@ def _budget_rows(line: Line, topology: Topology, price: float | None) -> None:
 
     line("tokens a day", lambda one: _span(one.tokens_a_day, si))
     line("days", lambda one: _span(one.days, lambda days: f"{days:.3g}"))
-    listed = topology.facts.price
+    listed = topology.chip_spec.price
     if price is not None:
         line(f"USD at {price:.2f} a chip-hour", usd(price))
     elif listed is not None:
@@ -231,8 +230,8 @@ def _memory(one: Outlook) -> Memory:
     return one.compiled.memory
 
 
-def _sendings(compiled: Mapping[str, Compiled]) -> list[tuple[str, tuple[str, ...]]]:
-    """(kind, axes) of any arm, the most bytes first; what is less than a thousandth of all is left out."""
+def _largest_collectives(compiled: Mapping[str, Compiled]) -> list[tuple[str, tuple[str, ...]]]:
+    """(kind, axes) of the collectives of any arm, most bytes first; skips those below a thousandth of all bytes."""
     sizes: dict[tuple[str, tuple[str, ...]], float] = {}
     for answer in compiled.values():
         for one in answer.collectives:
@@ -242,6 +241,7 @@ def _sendings(compiled: Mapping[str, Compiled]) -> list[tuple[str, tuple[str, ..
 
 
 def _sent(compiled: Compiled, kind: str, axes: tuple[str, ...]) -> str:
+    """How often one device sends by these collectives, and how much."""
     found = [one for one in compiled.collectives if (one.kind, one.axes) == (kind, axes)]
     if not found:
         return "-"
@@ -249,10 +249,11 @@ def _sent(compiled: Compiled, kind: str, axes: tuple[str, ...]) -> str:
 
 
 def _kept(compiled: Compiled) -> str:
-    asked = wanted_bytes(compiled.collectives)
-    if compiled.no_room or not asked:
+    """Which share of the reduce-scatters (by bytes) the compiler keeps as such."""
+    requested = reduce_scatter_bytes(compiled.collectives)
+    if compiled.out_of_memory or not requested:
         return "-"
-    return percent(min(1.0, compiled.scattered_bytes / asked), 0)
+    return percent(min(1.0, compiled.scattered_bytes / requested), 0)
 
 
 def _span(pair: tuple[float, float], show: Callable[[float], str]) -> str:

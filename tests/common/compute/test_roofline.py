@@ -5,7 +5,7 @@ import pytest
 
 from common.compute.chips import CHIPS
 from common.compute.collectives import Collective
-from common.compute.roofline import ON_CHIP_LINKS, estimate, links_of
+from common.compute.roofline import ON_CHIP_LINKS, estimate, links_per_device
 from common.compute.topology import parse_topology
 
 
@@ -29,7 +29,7 @@ def box(*sides: int) -> np.ndarray:
     ],
 )
 def test_links_of_a_group(places: np.ndarray, topology: str, links: float) -> None:
-    assert links_of(places, parse_topology(topology)) == links
+    assert links_per_device(places, parse_topology(topology)) == links
 
 
 def test_between_slices_each_device_sends_its_part_alone() -> None:
@@ -39,8 +39,8 @@ def test_between_slices_each_device_sends_its_part_alone() -> None:
     within = Collective(kind="all-reduce", axes=("fsdp",), group=4, times=1, bytes=size)
     links = {"replica x fsdp": 2.0, "fsdp": 2.0}
     topology, chip = parse_topology("2*v5e:2x2"), CHIPS["v5e"]
-    both = estimate(topology, flops=0, moved_bytes=0, collectives=[reduce], ring_links=links)
-    one = estimate(topology, flops=0, moved_bytes=0, collectives=[within], ring_links=links)
+    both = estimate(topology, flops=0, traffic_bytes=0, collectives=[reduce], ring_links=links)
+    one = estimate(topology, flops=0, traffic_bytes=0, collectives=[within], ring_links=links)
     assert both.links == one.links == pytest.approx(1.5 * size / (2 * chip.link_bytes_per_second))
     assert both.data_centre == pytest.approx(size / 4 / chip.dcn_bytes_per_second)
     assert one.data_centre == 0 and both.limit == "DCN"
@@ -53,7 +53,7 @@ def test_a_step_is_no_shorter_than_its_longest_part(name: str) -> None:
     time = estimate(
         topology,
         flops=chip.flops_per_second,
-        moved_bytes=2 * chip.hbm_bytes_per_second,
+        traffic_bytes=2 * chip.hbm_bytes_per_second,
         collectives=[Collective(kind="all-gather", axes=("fsdp",), group=2, times=1, bytes=10**9)],
         ring_links={"fsdp": 1.0},
     )

@@ -18,7 +18,7 @@ import jax
 import pytest
 import yaml
 
-from common.compute.aot import NoRoom
+from common.compute.aot import OutOfMemory
 from common.config import apply_overrides
 from common.data.sources.config import parts_of
 from common.data.tokenized import remote_folder
@@ -571,8 +571,8 @@ ARGUMENTS = ["launch", "first_light", "--topology", "v6e-4", "--bucket", "gs://m
 
 
 COMPILED = {
-    "t5like": SimpleNamespace(no_room=None, memory=SimpleNamespace(total=3 * 2**29)),
-    "gpt": SimpleNamespace(no_room=NoRoom(needed=40 * 2**30, available=31 * 2**30), memory=None),
+    "t5like": SimpleNamespace(out_of_memory=None, memory=SimpleNamespace(total=3 * 2**29)),
+    "gpt": SimpleNamespace(out_of_memory=OutOfMemory(needed=40 * 2**30, available=31 * 2**30), memory=None),
 }
 """The compiler's answer, in place of a minute of its work."""
 
@@ -623,7 +623,7 @@ def test_launch_writes_scripts_for_gcloud(here, capsys):
             "train.mesh fsdp=8 is not for 1 x v6e-4 (v6e:2x2: 4 chips); nearest: train.mesh.fsdp=4",
         ),
         (["train.mesh.fdsp=8"], "unknown field 'fdsp' in train.mesh: did you mean 'fsdp'?"),
-        (["--topology", "v6e:2x3"], "topology 'v6e:2x3': no slice has this form; nearest: v6e:2x4"),
+        (["--topology", "v6e:2x3"], "topology 'v6e:2x3': no slice has this shape; nearest: v6e:2x4"),
         (["--slices", "2", "train.mesh.replica=2"], "--slices 2: SkyPilot makes no Multislice"),
         (["--zone", "nowhere"], "--zone 'nowhere' must be a zone"),
         (["--run", "Mine"], "--run 'Mine' must be lower-case"),

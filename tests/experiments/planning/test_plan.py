@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from common.compute.aot import Compiled, NoRoom
+from common.compute.aot import Compiled, OutOfMemory
 from common.compute.collectives import Collective
 from common.compute.memory import Buffer, Memory
 from common.compute.topology import parse_topology
@@ -29,7 +29,7 @@ from experiments.running import pipeline
 from tests.experiments.tiny_experiment import tiny_experiment
 
 V5E = parse_topology("v5e:2x2")
-CHIP = V5E.facts
+CHIP = V5E.chip_spec
 FITS = Compiled(
     memory=Memory(
         arguments={"state.params": 2**28, "state.opt_state": 2**29, "batch.inputs_BI": 2**20},
@@ -38,16 +38,16 @@ FITS = Compiled(
         at_peak=2**29,
         largest=(Buffer(bytes=2**28, array="f32[8,4]", made_by="jit(train_step)/while/dot_general"),),
     ),
-    no_room=None,
+    out_of_memory=None,
     collectives=(Collective(kind="reduce-scatter", axes=("fsdp",), group=4, times=3, bytes=int(4e9)),),
     ring_links={"fsdp": 2.0},
     scattered_bytes=int(1e9),
     flops=int(CHIP.flops_per_second),
     has_kernels=False,
-    moved_bytes=int(CHIP.hbm_bytes_per_second) // 2,
+    traffic_bytes=int(CHIP.hbm_bytes_per_second) // 2,
     seconds=1.0,
 )
-NO_ROOM = dataclasses.replace(FITS, memory=None, no_room=NoRoom(needed=47 * 2**30, available=15 * 2**30))
+TOO_LARGE = dataclasses.replace(FITS, memory=None, out_of_memory=OutOfMemory(needed=47 * 2**30, available=15 * 2**30))
 
 
 class Compiler:
@@ -102,7 +102,7 @@ def test_time_and_money_follow_from_peaks(monkeypatch, experiment) -> None:
     assert shown["USD at 36.00 a chip-hour"] == [f"{steps * 0.04:.2f} to {steps * 0.04 * (1 + sending):.2f}"] * 2
     flops = [experiment.flops_per_step(arm) for arm in experiment.arms.values()]
     assert all(flop < FITS.flops * 4 for flop in flops)
-    assert "libtpu sums gradients whole" in text and "estimate" in text
+    assert "libtpu all-reduces gradients" in text and "estimate" in text
 
 
 def test_memory_is_told_in_parts(monkeypatch, experiment) -> None:
@@ -119,12 +119,12 @@ def test_where_there_is_no_room_what_makes_room_is_found_by_compiling(monkeypatc
     def answer(job: PlannedProgram) -> Compiled:
         train = job.experiment.train
         roomy = train.execution.remat == "full" and train.accumulation == 2
-        return FITS if roomy or job.arm == "gpt" else NO_ROOM
+        return FITS if roomy or job.arm == "gpt" else TOO_LARGE
 
     experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, rows=32))
     text, compiler = planned(monkeypatch, experiment, Target(topology="v5e:2x2"), answer)
     assert cells(text)["fits"] == ["yes", "no"]
-    assert "t5like: does not fit, needs 47.0 GiB a device, and 15.00 can be used." in text
+    assert "t5like: does not fit: a device needs 47.0 GiB, and 15.00 can be used." in text
     assert "With train.execution.remat=full train.accumulation=2 t5like would fit." in text
     assert [job.arm for job in compiler.jobs] == ["gpt", "t5like", "t5like", "t5like"]
 
@@ -135,13 +135,13 @@ def test_a_mesh_may_be_what_makes_room(monkeypatch, experiment) -> None:
         monkeypatch,
         dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, rows=32)),
         Target(topology="v5e:2x2", mesh="data=4"),
-        lambda job: FITS if job.experiment.train.mesh == divided else NO_ROOM,
+        lambda job: FITS if job.experiment.train.mesh == divided else TOO_LARGE,
     )
     assert "With --mesh fsdp=4 train.execution.remat=full gpt and t5like would fit." in text
 
 
 def test_where_nothing_fits_it_says_so(monkeypatch, experiment) -> None:
-    text, _ = planned(monkeypatch, experiment, Target(topology="v5e:2x2"), lambda job: NO_ROOM)
+    text, _ = planned(monkeypatch, experiment, Target(topology="v5e:2x2"), lambda job: TOO_LARGE)
     assert "None of these variants fits" in text
     assert "step" not in cells(text) and "days" not in cells(text)
 
@@ -153,9 +153,9 @@ def test_a_search_compiles_a_few_and_names_the_best(monkeypatch, experiment) -> 
     def answer(job: PlannedProgram) -> Compiled:
         train = job.experiment.train
         if train.execution.remat == "none":
-            return NO_ROOM
+            return TOO_LARGE
         slower = 1 + (train.execution.remat != "dots") + (train.mesh.data != 4)
-        return dataclasses.replace(FITS, moved_bytes=slower * int(CHIP.hbm_bytes_per_second) * 10)
+        return dataclasses.replace(FITS, traffic_bytes=slower * int(CHIP.hbm_bytes_per_second) * 10)
 
     text, compiler = planned(monkeypatch, experiment, Target(topology="v5e:2x2", search=True), answer)
     asked = {job.experiment.train.execution.remat for job in compiler.jobs}
@@ -238,12 +238,12 @@ def test_the_experiments_own_mesh_stands_where_it_has_the_devices(experiment) ->
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (Target(topology="v5e:3x3"), "no slice has this form; nearest: v5e:2x4"),
-        (Target(topology="v5e-5"), "no slice has this form; nearest: v5e:2x2"),
+        (Target(topology="v5e:3x3"), "no slice has this shape; nearest: v5e:2x4"),
+        (Target(topology="v5e-5"), "no slice has this shape; nearest: v5e:2x2"),
         (Target(topology="v5q:2x2"), "unknown chip 'v5q', did you mean 'v5p'?"),
         (Target(topology="H100"), "must be CHIP:GRID"),
-        (Target(topology="2*v5e:2x2", slices=2), "leave --slices out"),
-        (Target(topology="v5e:2x2", slices=0), "the least number of slices is 1"),
+        (Target(topology="2*v5e:2x2", slices=2), "remove --slices"),
+        (Target(topology="v5e:2x2", slices=0), "there must be at least 1 slice"),
         (Target(topology="v5e:2x2", mesh="fsdp=3"), "has 3 devices, v5e:2x2 has 4; nearest: fsdp=4"),
         (Target(topology="v5e:2x2", mesh="fsdp=x"), "must be AXIS=NUMBER"),
         (Target(topology="v5e:2x2", mesh="fsp=4"), "unknown axis 'fsp', did you mean 'fsdp'?"),
@@ -301,7 +301,7 @@ def test_an_answer_depends_on_every_module_that_makes_it() -> None:
 
 def test_answers_survive_json() -> None:
     assert from_json(Compiled, to_json(FITS)) == FITS
-    assert from_json(Compiled, to_json(NO_ROOM)) == NO_ROOM
+    assert from_json(Compiled, to_json(TOO_LARGE)) == TOO_LARGE
 
 
 @pytest.mark.parametrize(("remat", "products"), [("none", 9), ("attention", 9), ("dots", 11), ("full", 11)])

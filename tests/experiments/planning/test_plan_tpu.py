@@ -61,7 +61,7 @@ def test_every_parameter_is_gathered_for_both_passes_and_lies_in_parts(tmp_path,
     gathered = sum(one.bytes for one in answer.collectives if one.kind == "all-gather" and one.axes == ("fsdp",))
     # In bf16, or in float32 where the partitioner gathers before it rounds.
     assert 2 * 2 * parameters * 0.5 < gathered < 2 * 4 * parameters * 1.1
-    assert answer.memory is not None and answer.no_room is None
+    assert answer.memory is not None and answer.out_of_memory is None
     stored = answer.memory.arguments["state.params"]
     assert 4 * parameters / 4 <= stored < 2 * parameters  # with padding
     assert answer.memory.at_peak <= answer.memory.temporaries
@@ -144,7 +144,7 @@ def test_a_layer_moves_as_much_memory_however_many_there_are(tmp_path, remat) ->
         deep = dataclasses.replace(base.arms["gpt"].model, num_layers=layers)
         arms = {"gpt": dataclasses.replace(base.arms["gpt"], model=deep)}
         answer, _ = compiled(dataclasses.replace(base, arms=arms, train=train, data=data), "gpt", "v5e:2x2")
-        moved.append(answer.moved_bytes)
+        moved.append(answer.traffic_bytes)
     few, more, many = moved
     assert many - more == pytest.approx(more - few, rel=0.1)
 
@@ -162,8 +162,8 @@ def test_a_step_that_is_too_large_is_an_answer(tmp_path) -> None:
     data = dataclasses.replace(base.data, rows=2**15, input_length=512, target_length=512)
     train = dataclasses.replace(base.train, execution=Execution(remat="none", attention="plain"))
     answer, _ = compiled(dataclasses.replace(base, data=data, train=train), "gpt", "v5e:2x2")
-    assert answer.no_room is not None and answer.memory is None
-    assert answer.no_room.needed > answer.no_room.available == pytest.approx(15.75 * 2**30)
+    assert answer.out_of_memory is not None and answer.memory is None
+    assert answer.out_of_memory.needed > answer.out_of_memory.available == pytest.approx(15.75 * 2**30)
 
 
 @pytest.mark.parametrize("arm", ["gpt", "t5like"])
