@@ -1,7 +1,7 @@
-"""The built-in data set `cldr_translate/SRC_DST`: everyday phrases in two languages, as a TFDS builder.
+"""The TFDS builder of the built-in data set `cldr_translate/SRC_DST`: everyday phrases in two languages.
 
-It is an ordinary builder that writes ArrayRecord files (TensorFlow is not needed), so reading it takes the very path
-that a large TFDS corpus takes. This module imports tensorflow_datasets: import it where it is used.
+It is an ordinary builder that writes ArrayRecord files, so the data are read as a large TFDS corpus is. It needs no
+TensorFlow. This module imports tensorflow_datasets, which is slow: import it inside the function that uses it.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ UNSEEN_NAMES = "test_unseen_names"
 
 @dataclasses.dataclass
 class CldrConfig(tfds.core.BuilderConfig):
-    """Two babel locales; `limit` phrases of each kind (tests), all of them where None."""
+    """Two babel locales; at most `limit` phrases of each kind (for tests), all of them if None."""
 
     source: str = ""
     target: str = ""
@@ -40,7 +40,7 @@ class CldrTranslate(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     tick: Callable[[], object] = staticmethod(lambda: None)
-    """Called twice per phrase: when it is made and when it is written."""
+    """Progress callback, called twice per phrase: once made and once written."""
 
     def _info(self) -> tfds.core.DatasetInfo:
         config, text = self.builder_config, tfds.features.Text
@@ -68,14 +68,14 @@ class CldrTranslate(tfds.core.GeneratorBasedBuilder):
 
 
 def split_of(phrase: Phrase, withheld: frozenset[str]) -> str:
-    """The split of a phrase: by its names, else by a hash of its source text."""
+    """Returns the phrase's split: the one of unseen names if it has a withheld name, else by a hash of its source."""
     if withheld.intersection(phrase.names):
         return UNSEEN_NAMES
     return split_by_hash(phrase.source)
 
 
 def parse_pair(pair: str) -> tuple[str, str]:
-    """The two babel locales of `SRC_DST`.
+    """Returns the two babel locales of `SRC_DST`.
 
     >>> parse_pair("en_de")
     ('en', 'de')
@@ -85,10 +85,10 @@ def parse_pair(pair: str) -> tuple[str, str]:
     Traceback (most recent call last):
     common.errors.UserError: cldr_translate/en_dee: babel knows no locale 'dee'; did you mean ee or de or kde?
 
-    Raises UserError where it does not name two different locales, each as babel spells it.
+    Raises UserError unless it names two different locales, spelled as babel spells them.
     """
     where = f"cldr_translate/{pair}"
-    # Territories and scripts begin with a capital, so a small letter begins the second language.
+    # Territories and scripts begin with a capital letter, so "_" and a lower-case letter begin the second locale.
     halves = re.split(r"_(?=[a-z])", pair)
     if len(halves) != 2:
         raise UserError(f"{where}: name two locales as SRC_DST, for example cldr_translate/en_de")
@@ -104,18 +104,18 @@ def parse_pair(pair: str) -> tuple[str, str]:
 
 
 def maker_version(limit: int | None = None) -> str:
-    """What the phrases of a pair depend on besides its locales: this builder, babel, CLDR and the mix of kinds."""
+    """Returns the versions that a pair's phrases depend on: this builder, babel, CLDR, and the mix of kinds."""
     mix = hashlib.blake2b(repr((sorted(MIX.items()), limit)).encode(), digest_size=4).hexdigest()
     return f"{CldrTranslate.VERSION}-babel-{babel.__version__}-cldr-{get_cldr_version()}-mix-{mix}"
 
 
 def cldr_builder(pair: str, cache_dir: Path, limit: int | None = None) -> tfds.core.DatasetBuilder:
-    """A builder whose data are prepared, in a folder of their own for every version of what made them.
+    """Returns a builder with prepared data. Each `maker_version` has its own folder in the cache.
 
     Args:
       pair: `SRC_DST`, two babel locales, for example "en_de".
-      cache_dir: the folder for everything that can be rebuilt; safe under several processes and after a killed one.
-      limit: at most so many phrases of each kind (for tests).
+      cache_dir: the folder for everything that can be rebuilt; safe with several processes and after a killed one.
+      limit: the most phrases of each kind (for tests); None: no limit.
 
     Raises UserError for a bad pair.
     """

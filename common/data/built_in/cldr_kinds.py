@@ -1,4 +1,8 @@
-"""The kinds of phrase: each maker turns a hash of (kind, index) into one value in two languages."""
+"""The kinds of phrase: `MAKERS` has a function for each, which returns the kind's maker for a pair of locales.
+
+A maker turns a `Draw` (a hash of kind and index) into one value rendered in both languages. What a maker draws, and in
+which order, decides the data set: any change needs a new version in `cldr.py`.
+"""
 
 import datetime
 from collections.abc import Callable, Iterable
@@ -8,14 +12,14 @@ from typing import Any
 from babel import Locale, dates, lists, numbers, units
 from babel.core import get_global
 
-from common.data.built_in.cldr_pair import PLURAL_PROBES, UNITS, Draw, LocalePair, distinct_forms, normalize_spaces
+from common.data.built_in.cldr_pair import PLURAL_PROBES, UNITS, Draw, LocalePair, distinct_forms, normalise_spaces
 
 DATE_STYLES = ("full", "long", "medium", "short")
 DATE_SKELETONS = ("yMMMEd", "MMMEd", "MMMMd", "yMMMM", "yQQQQ", "GyMMMd")
 INTERVAL_SKELETONS = ("yMMMd", "yMMMEd", "yMd", "yMMMM", "MMMd")
 TIME_INTERVAL_SKELETONS = ("Hm", "hm")
 ZONES_PER_COMMON_METAZONE = 10
-"""Time zone names come from CLDR's metazones that at least so many time zones share."""
+"""Names of time zones come from CLDR's metazones that at least this many zones share."""
 
 RELATIVE_DAYS = {
     "second": 1 / 86_400,
@@ -26,18 +30,19 @@ RELATIVE_DAYS = {
     "month": 30,
     "year": 365,
 }
+"""Days in each unit of relative times."""
 
 Style = Any
-"""A width or style, for which babel has Literal types that tables of them do not keep."""
+"""A width or style; babel declares Literal types, which lists of styles lose."""
 
 Translation = tuple[str, str, tuple[str, ...]]
-"""Source, target and the names in them."""
+"""(source text, target text, names in the source)."""
 Maker = Callable[[Draw], Translation | None]
-"""A phrase of one kind; None where the draw gives none."""
+"""Returns a phrase of one kind, or None if this draw makes none."""
 
 
 def _no_phrase(draw: Draw) -> None:
-    """The maker of a kind for which a locale has no data."""
+    """The maker for a kind that the locales have no data for."""
 
 
 def _locales(pair: LocalePair) -> Maker:
@@ -70,7 +75,7 @@ def _lists(pair: LocalePair) -> Maker:
         if len(names) < 2:
             return None
         texts = [
-            normalize_spaces(lists.format_list([name[side] for name in names], style, locale))
+            normalise_spaces(lists.format_list([name[side] for name in names], style, locale))
             for side, locale in enumerate(pair.locales)
         ]
         return texts[0], texts[1], tuple(name[0] for name in names)
@@ -97,7 +102,7 @@ def _dates(pair: LocalePair) -> Maker:
 
 
 def _by_month(styles: Iterable[str], render: Callable[[Style, datetime.date], str]) -> dict[int, list[str]]:
-    """The styles that can be told apart in each month: "May" is both the long and the short name of one."""
+    """Returns, for each month, the styles whose texts differ: "May" is both a long and a short name."""
 
     def separate(month: int) -> list[str]:
         return distinct_forms(styles, lambda style, probe: render(style, datetime.date(2001, month, probe)))
@@ -170,13 +175,13 @@ def _relative(pair: LocalePair) -> Maker:
     def render(form: tuple[Style, int, Style], count: int, locale: Locale) -> str:
         unit, sign, width = form
         days = datetime.timedelta(days=RELATIVE_DAYS[unit] * count * sign)
-        # Past any threshold babel takes the finest unit that it may, which is `granularity`.
+        # With an infinite threshold babel uses the finest allowed unit, which is the granularity.
         return dates.format_timedelta(days, unit, float("inf"), add_direction=True, format=width, locale=locale)
 
     def known(form: tuple[Style, int, Style]) -> bool:
         try:
             return all(render(form, 1, locale) for locale in pair.locales)
-        except KeyError:  # babel leaves out some widths of some languages
+        except KeyError:  # babel lacks some widths of some languages
             return False
 
     forms = [(unit, sign, width) for width in ("long", "short", "narrow") for unit in RELATIVE_DAYS for sign in (1, -1)]
@@ -197,7 +202,7 @@ def _units(pair: LocalePair) -> Maker:
         return units.format_unit(count, form[0], form[1], locale=locale)
 
     def known(form: tuple[str, Style]) -> bool:
-        # Where a locale has no name for a unit, babel writes the unit's identifier.
+        # babel writes a unit's identifier if the locale has no name for it.
         return not any(form[0] in render(form, probe, locale) for locale in pair.locales for probe in PLURAL_PROBES)
 
     forms = [(unit, width) for width in ("long", "short") for unit in UNITS]
@@ -277,7 +282,7 @@ def _numbers(pair: LocalePair) -> Maker:
 
 
 class _Zone(datetime.tzinfo):
-    """A zone that babel can name without the machine's own time zone tables, which differ in age."""
+    """A time zone that babel can name without the machine's time zone tables, whose versions differ."""
 
     def __init__(self, key: str, summer: bool):
         self.key, self._summer = key, datetime.timedelta(hours=summer)
@@ -293,7 +298,7 @@ class _Zone(datetime.tzinfo):
 
 
 def _common_zones(pair: LocalePair) -> list[_Zone]:
-    """Standard and summer time of the metazones that many zones share and that both locales name."""
+    """Returns standard and summer time of the metazones that many zones share and both locales name; else UTC."""
     members: dict[str, list[str]] = {}
     for key, metazone in sorted(get_global("meta_zones").items()):
         members.setdefault(metazone, []).append(key)
@@ -311,7 +316,7 @@ def _common_zones(pair: LocalePair) -> list[_Zone]:
 
 
 def _keys_in_both(keys: Iterable[str], pair: LocalePair, table: Callable[[Locale], Any]) -> list[Style]:
-    """Those of `keys` that both locales' tables have."""
+    """Returns the keys that both locales' tables have."""
     return [key for key in keys if all(key in table(locale) for locale in pair.locales)]
 
 

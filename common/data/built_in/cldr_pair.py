@@ -1,4 +1,4 @@
-"""Two locales side by side: their names, and choices that are the same on every machine."""
+"""Names in two locales, and pseudo-random draws that are the same on every machine."""
 
 import datetime
 import hashlib
@@ -18,14 +18,14 @@ COMMON_TERRITORIES = tuple(
         "CH IS LI NO"  # and EFTA
     ).split()
 )
-"""Territories that occur in many phrases, and so do their official languages and currencies; any other name occurs
-once, on its own."""
+"""Territories that many phrases name, like their official languages and currencies; any other name is a phrase by
+itself, once."""
 
 CURRENCY_DATE = datetime.date(2024, 1, 1)
-"""Currencies count as current on this day (babel's own default is today)."""
+"""The day for which currencies are current (babel's default is today)."""
 
 FIRST_YEAR, YEARS = 1950, 100
-"""One century, so that a year of two digits is unambiguous."""
+"""One century, so that two-digit years are unambiguous."""
 
 UNITS = (
     "length-millimeter length-centimeter length-meter length-kilometer length-inch length-foot length-yard length-mile "
@@ -39,14 +39,14 @@ UNITS = (
 ).split()
 
 PLURAL_PROBES = (1, 2, 5)
-"""Numbers that tell plural forms apart."""
+"""Numbers that show differences between plural forms."""
 
 SPACES = str.maketrans(dict.fromkeys("\u00a0\u2007\u2009\u202f", " "))
-"""Non-breaking, figure, thin and narrow spaces are ordinary ones here, as a tokenizer makes them."""
+"""Non-breaking, figure, thin and narrow spaces become ordinary ones."""
 
 
 class Draw:
-    """Pseudo-random choices from a hash of (kind, index), equal on every machine and Python.
+    """A sequence of pseudo-random draws from a hash of (kind, index), equal on every machine and Python version.
 
     >>> draw = Draw("date", 7)
     >>> 0 <= draw.below(10) < 10
@@ -59,25 +59,28 @@ class Draw:
         self._state = int.from_bytes(hashlib.blake2b(f"{kind}/{index}".encode(), digest_size=48).digest(), "little")
 
     def below(self, n: int) -> int:
+        """Returns an integer from 0 to n - 1."""
         self._state, value = divmod(self._state, n)
         return value
 
     def pick(self, items: Sequence[Item]) -> Item:
+        """Returns one of `items`."""
         return items[self.below(len(items))]
 
     def number(self, digits: int) -> int:
-        """A whole number of at most `digits` digits, small ones as likely as large ones."""
+        """Returns an integer with at most `digits` digits; each number of digits is equally likely."""
         length = 1 + self.below(digits)
         return self.below(10**length)
 
     def moment(self) -> datetime.datetime:
+        """Returns a date and time, to the second, in `YEARS` years from `FIRST_YEAR`."""
         start = datetime.datetime(FIRST_YEAR, 1, 1)
         days = (datetime.datetime(FIRST_YEAR + YEARS, 1, 1) - start).days
         return start + datetime.timedelta(days=self.below(days), seconds=self.below(86_400))
 
 
 class LocalePair:
-    """Two locales and the tables that several kinds share."""
+    """Two locales, and the names that both have for languages, territories, scripts and currencies."""
 
     def __init__(self, source: str, target: str):
         self.locales = self.source, self.target = Locale.parse(source), Locale.parse(target)
@@ -87,18 +90,19 @@ class LocalePair:
         self.currencies = self._names("currencies")
 
     def _names(self, field: str) -> dict[str, tuple[str, str]]:
-        """Code -> its name in both locales, for the codes that both name."""
+        """Returns code -> (source name, target name), for the codes that both locales name."""
         source, target = getattr(self.source, field), getattr(self.target, field)
         return {
-            code: (normalize_spaces(source[code]), normalize_spaces(target[code]))
+            code: (normalise_spaces(source[code]), normalise_spaces(target[code]))
             for code in sorted(source.keys() & target.keys())
         }
 
     def both(self, render: Callable[[Locale], str]) -> tuple[str, str]:
-        return normalize_spaces(render(self.source)), normalize_spaces(render(self.target))
+        """Returns what `render` writes in the source and in the target locale, with normalised spaces."""
+        return normalise_spaces(render(self.source)), normalise_spaces(render(self.target))
 
     def common(self) -> dict[str, dict[str, tuple[str, str]]]:
-        """The names in common use: field -> code -> name in both locales."""
+        """Returns the names of `COMMON_TERRITORIES` and what belongs to them: field -> code -> (source, target)."""
         languages = {code for t in COMMON_TERRITORIES for code in get_official_languages(t, de_facto=True)}
         likely = get_global("likely_subtags")
         scripts = {likely[code].split("_")[1] for code in languages if code in likely} | {"Hant"}
@@ -115,27 +119,28 @@ class LocalePair:
         }
 
     def unit_names(self) -> dict[str, str]:
-        return {unit: normalize_spaces(units.get_unit_name(unit, "long", self.source) or unit) for unit in UNITS}
+        """Returns the source locale's name of each unit, or the unit's identifier if it has none."""
+        return {unit: normalise_spaces(units.get_unit_name(unit, "long", self.source) or unit) for unit in UNITS}
 
 
-def normalize_spaces(text: str) -> str:
-    """`text` with every kind of blank as one ordinary space.
+def normalise_spaces(text: str) -> str:
+    """Returns `text` with every run of blanks, of any kind, as one ordinary space.
 
-    >>> normalize_spaces("5\\u202f000\\xa0€")
+    >>> normalise_spaces("5\\u202f000\\xa0€")
     '5 000 €'
     """
     return " ".join(text.translate(SPACES).split())
 
 
 def distinct_forms(forms: Iterable[Item], render: Callable[[Item, int], str]) -> list[Item]:
-    """Those forms whose source texts cannot be taken for an earlier form's; judged by a few probes.
+    """Returns the forms whose source texts differ from all earlier forms' texts, for the numbers in `PLURAL_PROBES`.
 
-    English writes "5m" for metres and for minutes: the second of them has to go, since a source has one target.
+    English writes "5m" for metres and for minutes. Only the first is kept, since a source must have one target.
     """
     kept: list[Item] = []
     seen: set[str] = set()
     for form in forms:
-        texts = {normalize_spaces(render(form, probe)) for probe in PLURAL_PROBES}
+        texts = {normalise_spaces(render(form, probe)) for probe in PLURAL_PROBES}
         if not texts & seen:
             kept.append(form)
         seen |= texts

@@ -1,8 +1,8 @@
-"""Phrases of everyday locale data in two languages, from Unicode CLDR through babel.
+"""Makes phrases of everyday locale data in two languages, from Unicode CLDR through babel.
 
 Every phrase is one value (a date, an amount, a name) rendered in two locales. Values come from a hash of their kind and
-number, so that the phrases depend on babel's data and on this code alone, not on the clock, the hash seed, the
-machine's locale or the version of Python. Reading babel takes no network.
+index, so the phrases depend only on babel's data and this code, not on the clock, the hash seed, the machine's locale
+or the version of Python. No network is needed.
 """
 
 import hashlib
@@ -26,16 +26,17 @@ MIX: dict[str, int] = {
     "compact": 24_000,
     "number": 16_000,
 }
-"""Distinct sources asked for, by kind; a kind whose material runs out gives fewer."""
+"""Kind -> how many distinct sources to make; a kind may have fewer."""
 
 WITHHELD_SHARE = 0.05
+"""The share of names that occur only in the split of unseen names."""
 
 DRAWS_PER_PHRASE = 4
-"""Distinct sources are given up after so many draws for each of them."""
+"""A kind stops after this many draws for each wanted phrase, even if it has fewer distinct sources."""
 
 
 class Phrase(NamedTuple):
-    """One value in two languages; `names` are the names in it, as the source language calls them on their own."""
+    """One value in two languages; `names` are the names in it, as the source language writes them alone."""
 
     source: str
     target: str
@@ -46,14 +47,14 @@ class Phrase(NamedTuple):
 def phrases(
     source: str, target: str, limit: int | None = None, tick: Callable[[], object] = lambda: None
 ) -> list[Phrase]:
-    """All phrases of a pair of babel locales, one per source text, in a fixed order.
+    """Returns all phrases of a pair of babel locales, one per source text, in a fixed order.
+
+    A source with two different translations is dropped, except that of two plain names the first table's is kept.
 
     Args:
       source, target: babel locale identifiers.
-      limit: at most so many phrases of each kind (for tests).
-      tick: called once per phrase, for a progress bar.
-
-    A source that two values translate differently is dropped, except that among plain names the first table wins.
+      limit: the most phrases of each kind (for tests); None: no limit.
+      tick: progress callback, called once per drawn phrase.
     """
     pair = LocalePair(source, target)
     found = {phrase.source: phrase for phrase in _plain_names(pair)[: _phrases_wanted("name", limit)]}
@@ -68,7 +69,7 @@ def phrases(
 
 
 def _draw_phrases(kind: str, make: Maker, wanted: int) -> Iterator[Phrase]:
-    """`wanted` phrases of distinct sources, and whatever else was said of the same sources on the way."""
+    """Yields phrases until `wanted` distinct sources, including repeated sources on the way."""
     seen: set[str] = set()
     for index in range(DRAWS_PER_PHRASE * wanted):
         made = make(Draw(kind, index))
@@ -82,9 +83,9 @@ def _draw_phrases(kind: str, make: Maker, wanted: int) -> Iterator[Phrase]:
 
 
 def withheld_names(source: str, target: str) -> frozenset[str]:
-    """Names that only the split of unseen names may hold: the share of each kind of name with the smallest hashes.
+    """Returns the names that only the split of unseen names may contain: `WITHHELD_SHARE` of each kind, by hash.
 
-    Common names and the long tail are judged apart, so that the unseen names include some that occur in many phrases.
+    Common names and all others are ranked separately, so that some unseen names occur in many phrases.
     """
     pair = LocalePair(source, target)
     groups = [[names[0] for names in table.values()] for field, table in pair.common().items() if field != "scripts"]
@@ -103,7 +104,7 @@ def _name_tables(pair: LocalePair) -> tuple[dict[str, tuple[str, str]], ...]:
 
 
 def _plain_names(pair: LocalePair) -> list[Phrase]:
-    """Every name that both locales have, in an order that mixes the kinds of name."""
+    """Returns a phrase for each name that both locales have, in an order that mixes the kinds of name."""
     found: dict[str, Phrase] = {}
     for table in _name_tables(pair):
         for source, target in table.values():
@@ -112,8 +113,10 @@ def _plain_names(pair: LocalePair) -> list[Phrase]:
 
 
 def _phrases_wanted(kind: str, limit: int | None) -> int:
+    """Returns the number of distinct sources to make of a kind."""
     return MIX[kind] if limit is None else min(limit, MIX[kind])
 
 
 def _rank(text: str) -> bytes:
+    """Returns a hash to sort by."""
     return hashlib.blake2b(text.encode(), digest_size=8).digest()

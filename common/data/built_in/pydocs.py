@@ -1,7 +1,8 @@
-"""The built-in data set `pydocs`: the documentation and library text of the running Python, as a TFDS builder.
+"""The TFDS builder of the built-in data set `pydocs`: documentation and library source of the running Python.
 
 It is for language modelling without a download. Like `cldr_translate` it is an ordinary builder that writes ArrayRecord
-files, without TensorFlow. This module imports tensorflow_datasets: import it where it is used.
+files, without TensorFlow. This module imports tensorflow_datasets, which is slow: import it inside the function that
+uses it.
 """
 
 import hashlib
@@ -29,15 +30,15 @@ FIELDS = ("text", "module", "kind")
 class Pydocs(tfds.core.GeneratorBasedBuilder):
     """Records {"text", "module", "kind"}; splits train, validation and test.
 
-    All text of one top-level module is in one split. The metadata say how many files could not be read.
+    All text of one top-level module is in one split. The metadata record how many files could not be read.
     """
 
     VERSION = tfds.core.Version("1.0.0")
 
     limit: int | None = None
-    """At most so many topics and files (tests); all of them where None."""
+    """The most topics, and the most files, to read (for tests); all of them if None."""
     tick: Callable[[], object] = staticmethod(lambda: None)
-    """Called once per file read."""
+    """Progress callback, called once per file."""
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -65,17 +66,17 @@ class Pydocs(tfds.core.GeneratorBasedBuilder):
 
 
 def maker_version(limit: int | None = None) -> str:
-    """What the documents depend on: this builder, the Python that runs, and which of its files are read."""
+    """Returns the versions that the documents depend on: this builder, the running Python, and which files are read."""
     rules = hashlib.blake2b(repr((sorted(SKIPPED_PACKAGES), DATA_SHARE, limit)).encode(), digest_size=4).hexdigest()
     return f"{Pydocs.VERSION}-{platform.python_implementation().lower()}-{platform.python_version()}-rules-{rules}"
 
 
 def pydocs_builder(cache_dir: Path, limit: int | None = None) -> tfds.core.DatasetBuilder:
-    """A builder whose data are prepared, in a folder of their own for every version of what made them.
+    """Returns a builder with prepared data. Each `maker_version` has its own folder in the cache.
 
     Args:
-      cache_dir: the folder for everything that can be rebuilt; safe under several processes and after a killed one.
-      limit: at most so many topics and so many files (for tests).
+      cache_dir: the folder for everything that can be rebuilt; safe with several processes and after a killed one.
+      limit: the most topics, and the most files (for tests); None: no limit.
     """
 
     def build(folder: Path) -> None:

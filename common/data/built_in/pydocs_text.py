@@ -1,6 +1,6 @@
-"""The documents of the data set `pydocs`: language reference, docstrings and source text of the running Python.
+"""Makes the documents of the data set `pydocs`: language reference, docstrings and source of the running Python.
 
-Modules are parsed, never imported: some of them do things when they are imported, or need what is not installed.
+Modules are parsed, never imported: importing some has side effects, or needs packages that are not installed.
 """
 
 import ast
@@ -13,10 +13,11 @@ from pydoc_data.topics import topics
 from typing import NamedTuple
 
 SKIPPED_PACKAGES = frozenset("antigravity encodings idlelib lib2to3 pydoc_data test this turtledemo".split())
-"""Packages that are tables, tests or demonstrations; the topics inside `pydoc_data` are documents of their own."""
+"""Packages of tables, tests or demonstrations. The topics in `pydoc_data` become documents of kind "reference"."""
 TESTS = frozenset(("test", "tests", "idle_test"))
+"""Folders of tests, which are skipped."""
 DATA_SHARE = 0.5
-"""A file with a larger share of its lines inside literal tables is data, not text."""
+"""A file with a larger share of its lines inside tables of constants is data, not text, and is skipped."""
 LITERALS = (ast.Dict, ast.List, ast.Set, ast.Tuple)
 CONSTANT = (*LITERALS, ast.Constant, ast.Load, ast.UnaryOp, ast.USub)
 NAMED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -31,7 +32,7 @@ class Document(NamedTuple):
     kind: str
     """"reference", "docstrings" or "library"."""
     family: str
-    """What stays in one split: a module's top-level package, or a topic."""
+    """Documents of one family share a split: a module's top-level package, or a topic."""
 
 
 class Documents(NamedTuple):
@@ -42,11 +43,11 @@ class Documents(NamedTuple):
 
 
 def documents(limit: int | None = None, tick: Callable[[], object] = lambda: None) -> Documents:
-    """The documents of the running Python.
+    """Returns the documents of the running Python.
 
     Args:
-      limit: at most so many topics and so many files; None takes all.
-      tick: called once for every file.
+      limit: the most topics, and the most files; None: no limit.
+      tick: progress callback, called once per file.
     """
     found = [Document(topics[name], name, "reference", f"topic {name}") for name in islice(sorted(topics), limit)]
     unreadable = 0
@@ -63,12 +64,12 @@ def documents(limit: int | None = None, tick: Callable[[], object] = lambda: Non
 
 
 def standard_library() -> Path:
-    """The folder of the running Python's own modules."""
+    """Returns the folder of the running Python's standard library."""
     return Path(sysconfig.get_path("stdlib"))
 
 
 def modules(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Dotted names and files of the modules that are read, by name."""
+    """Yields (dotted name, file) of the modules to read, sorted by name."""
     named = {}
     for path in folder.rglob("*.py"):
         parts = path.relative_to(folder).with_suffix("").parts
@@ -79,7 +80,7 @@ def modules(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def module_documents(module: str, text: str, tree: ast.Module) -> Iterator[Document]:
-    """A module's docstrings, where it has any, and its source text, where it is mostly text."""
+    """Yields a document of a module's docstrings, if it has any, and one of its source, unless it is mostly data."""
     family = module.partition(".")[0]
     sections = [f"{heading}\n\n{doc}" for heading, doc in docstrings(tree, module)]
     if sections:
@@ -89,7 +90,7 @@ def module_documents(module: str, text: str, tree: ast.Module) -> Iterator[Docum
 
 
 def docstrings(tree: ast.Module, module: str) -> Iterator[tuple[str, str]]:
-    """Headings and docstrings of a module and of what it defines, in the order of the file.
+    """Yields (heading, docstring) of a module and its definitions, in the order of the file.
 
     >>> tree = ast.parse("class A:\\n  'Things.'\\n  def f(self, x=1):\\n    'Does it.'")
     >>> list(docstrings(tree, "m"))
@@ -116,7 +117,7 @@ def _heading(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: 
 
 
 def data_share(text: str, tree: ast.Module) -> float:
-    """The share of lines that lie inside tables of constants.
+    """Returns the share of lines that are inside literal tables (dicts, lists, ...) of constants.
 
     >>> text = "x = [\\n  1,\\n  2,\\n]\\nprint(x)\\n"
     >>> data_share(text, ast.parse(text))

@@ -1,4 +1,4 @@
-"""Splits by hash: the same text always falls into the same split, whatever else there is."""
+"""Assigns texts to splits by hash, so that a text's split does not depend on other texts."""
 
 import hashlib
 import itertools
@@ -8,7 +8,7 @@ SPLIT_PER_MILLE = {"train": 950, "validation": 25, "test": 25}
 
 
 def split_by_hash(text: str, shares: Mapping[str, int] = SPLIT_PER_MILLE) -> str:
-    """The split of a text, by shares of their sum.
+    """Returns the split of a text; a split gets its share of the sum of all `shares`.
 
     >>> split_by_hash("apple"), split_by_hash("lime"), split_by_hash("apple")
     ('train', 'test', 'train')

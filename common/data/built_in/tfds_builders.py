@@ -1,6 +1,6 @@
-"""What the built-in TFDS builders share: they are made with one bar and no other noise.
+"""Shows one progress bar while a built-in TFDS builder prepares its data, and no other output.
 
-This module imports tensorflow_datasets: import it where it is used.
+This module imports tensorflow_datasets, which is slow: import it inside the function that uses it.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ TICKS_PER_UPDATE = 100
 
 @contextlib.contextmanager
 def one_bar(title: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on standard error that moves with every call of what is given; `total` calls fill it.
+    """Draws a progress bar on standard error and yields a callback that advances it; `total` calls fill it.
 
-    TFDS prints what it prepares, warns of configs made on the spot and draws bars of its own: that is kept quiet.
+    Silences TFDS, which prints what it prepares, warns about new configs and draws its own bars.
     """
     with Progress(console=Console(stderr=True), transient=True) as progress, _quiet_tfds():
         task, ticks = progress.add_task(title, total=total), itertools.count(1)

@@ -1,6 +1,6 @@
-"""Well-known small corpora, read in place from the folder `$TWINSTACK_SHARED_DATA`, as sources.
+"""Opens well-known small corpora as sources, read in place from the folder `$TWINSTACK_SHARED_DATA`.
 
-All of them fit into memory: a split is read and parsed once. Archives are never unpacked to disk.
+All of them fit in memory: a split is read and parsed once. Archives are not unpacked to disk.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.data.cache import build_once, default_cache_dir
-from common.data.corpora.table import CORPORA, Corpus
+from common.data.corpora.table import CORPORA
 from common.data.progress import spinner
 from common.data.sources.files import parse_split, slice_bounds
 from common.data.sources.packed_files import UNPACKERS, UNPACKING_ERRORS
@@ -24,18 +24,18 @@ from common.paths import user_path
 
 FOLDER_VARIABLE = "TWINSTACK_SHARED_DATA"
 PARSER_VERSION = 1
-"""Part of every content id: raise it with any change of what parsers or splits give."""
+"""Part of every content id: raise it with any change of what parsers return or how splits are made."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class CorpusSource:
-    """Records that are in memory."""
+    """A split of a corpus, in memory."""
 
     content_id: str
     rows: Sequence[Record]
-    """Named as in the corpus."""
+    """Records whose fields are named as in the corpus."""
     fields: dict[str, str]
-    """Name of a field in our records -> its name in the corpus."""
+    """Our name of a field -> its name in the corpus."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -47,22 +47,17 @@ class CorpusSource:
         return {ours: row[theirs] for ours, theirs in self.fields.items()}
 
     def read(self, indices: Sequence[int]) -> list[Record | Problem]:
-        """Several records at once; none of them is ever a problem, since all have been parsed."""
+        """Returns several records; none is a Problem, since all have been parsed."""
         return [self[index] for index in indices]
 
 
-def corpora() -> dict[str, Corpus]:
-    """All corpora by name, whether their files are here or not."""
-    return dict(CORPORA)
-
-
 def open_corpus(name: str, split: str, fields: dict[str, str]) -> CorpusSource:
-    """One split of a corpus, or a slice of one.
+    """Opens one split of a corpus, or a slice of one.
 
     Args:
-      name: one of `corpora()`, for example "multi30k" or "scan/length".
+      name: a key of `CORPORA`, for example "multi30k" or "scan/length".
       split: for example "train" or "validation[:10%]".
-      fields: name of a field in our records -> its name in the corpus.
+      fields: our name of a field -> its name in the corpus.
 
     Raises UserError for an unknown corpus, split or field, and for a file that is missing or cannot be read.
     """
@@ -86,10 +81,10 @@ def open_corpus(name: str, split: str, fields: dict[str, str]) -> CorpusSource:
 
 
 def data_folder() -> Path:
-    """`$TWINSTACK_SHARED_DATA`; raises UserError where it is not set."""
+    """Returns the folder `$TWINSTACK_SHARED_DATA`. Raises UserError if it is not set."""
     named = os.environ.get(FOLDER_VARIABLE)
     if not named:
-        raise UserError(f"corpora are read from the folder that {FOLDER_VARIABLE} names, which is not set")
+        raise UserError(f"{FOLDER_VARIABLE} is not set; set it to the folder of corpora")
     return user_path(named)
 
 
@@ -102,7 +97,10 @@ def _corpus_file(name: str, file: str) -> Path:
 
 @functools.lru_cache(maxsize=16)
 def _split_records(name: str, split: str, stamps: tuple[tuple[Path, int, int], ...]) -> tuple[list[Record], str]:
-    """A split's records and a hash of all that they are made of; `stamps` tell a changed file from the same one."""
+    """Returns a split's records, and a hash of the files and the division they come from.
+
+    `stamps` are (path, size, modification time) of the split's files, so that a changed file misses the cache.
+    """
     rows, digest = _parse_files(name, CORPORA[name].splits[split], stamps)
     if (divide := CORPORA[name].divide) is None:
         return rows, digest
@@ -111,7 +109,7 @@ def _split_records(name: str, split: str, stamps: tuple[tuple[Path, int, int], .
         with spinner(f"splitting corpus:{name} by its source texts"):
             part.write_text(json.dumps(divide(rows)))
 
-    # Kept, since finding out what belongs together may take longer than reading.
+    # Cached, since dividing may take longer than reading.
     key = f"{name.replace('/', '-')}-{digest}-parser-{PARSER_VERSION}.json"
     text = build_once(default_cache_dir() / "corpora" / key, write).read_text()
     divided = hashlib.blake2b(f"{digest} {text}".encode(), digest_size=16).hexdigest()
@@ -120,7 +118,7 @@ def _split_records(name: str, split: str, stamps: tuple[tuple[Path, int, int], .
 
 @functools.lru_cache(maxsize=4)
 def _parse_files(name: str, files: tuple[str, ...], stamps: tuple) -> tuple[list[Record], str]:
-    """All records of some files, and a hash of the files' bytes as they are stored."""
+    """Returns all records of some files of a corpus, and a hash of the files' bytes as stored."""
     digest, contents = hashlib.blake2b(digest_size=16), []
     for file, (path, _, _) in zip(files, stamps, strict=True):
         packed = path.read_bytes()
@@ -131,13 +129,13 @@ def _parse_files(name: str, files: tuple[str, ...], stamps: tuple) -> tuple[list
             raise UserError(f"corpus:{name}: {path} cannot be unpacked ({error})") from error
     try:
         return CORPORA[name].parse(contents, CORPORA[name].fields), digest.hexdigest()
-    except ValueError as error:  # also what is not UTF-8
+    except ValueError as error:  # a UnicodeDecodeError is a ValueError
         shown = ", ".join(str(path) for path, _, _ in stamps)
         raise UserError(f"corpus:{name}: {shown} cannot be read: {error}") from error
 
 
 def _unpack(packed: bytes, suffix: str, member: str) -> bytes:
-    """The bytes of a compressed file, or of a member of a compressed archive."""
+    """Returns the content of a compressed file, or of a member of a compressed tar archive."""
     content = b"".join(UNPACKERS[suffix](io.BytesIO(packed)))
     if not member:
         return content

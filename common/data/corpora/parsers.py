@@ -1,7 +1,7 @@
-"""How the bytes of a corpus become records: one short function for each format.
+"""Parsers of the corpora's formats: each turns the bytes of files into records.
 
-A parser is given a split's files, unpacked and in order, and the names of the fields to make. What it cannot read is a
-ValueError that says in which line; whoever opened the files adds their names.
+A parser takes a split's files, unpacked and in order, and the names of the fields to make. It raises ValueError, with
+the line, for anything that it cannot read; the caller adds the files' names.
 """
 
 import re
@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from common.data.sources.records import Record, UnusableRecord, number_text
 from common.json_text import parse_json
 
-SPEECHES_A_DOCUMENT = 100
+SPEECHES_PER_DOCUMENT = 100
 
 
 def json_lines(files: Sequence[bytes], fields: Sequence[str]) -> list[Record]:
-    """One JSON object a line; texts as they are, numbers and truth values by `number_text`.
+    """Parses one JSON object per line; `number_text` writes numbers and booleans.
 
-    A field that no record has is left out.
+    Skips a field that no record has; raises ValueError if only some records have it.
 
     >>> json_lines([b'{"q": "is it?", "a": true, "n": 3}'], ["q", "a"])
     [{'q': 'is it?', 'a': 'True'}]
@@ -36,7 +36,7 @@ def json_lines(files: Sequence[bytes], fields: Sequence[str]) -> list[Record]:
 
 
 def columns(files: Sequence[bytes], fields: Sequence[str]) -> list[Record]:
-    """Cells between tabs, without quoting and without a header: a field for every column.
+    """Parses tab-separated cells, without quoting or header: one field for each column.
 
     >>> columns([b"jump\\tJUMP\\n"], ["inputs", "targets"])
     [{'inputs': 'jump', 'targets': 'JUMP'}]
@@ -51,7 +51,7 @@ def columns(files: Sequence[bytes], fields: Sequence[str]) -> list[Record]:
 
 
 def parallel(files: Sequence[bytes], fields: Sequence[str]) -> list[Record]:
-    """A file for every field; equal lines belong together.
+    """Parses one file per field; line i of each file belongs to record i.
 
     >>> parallel([b"a dog\\na cat\\n", b"ein Hund\\neine Katze\\n"], ["en", "de"])[1]
     {'en': 'a cat', 'de': 'eine Katze'}
@@ -63,7 +63,7 @@ def parallel(files: Sequence[bytes], fields: Sequence[str]) -> list[Record]:
 
 
 def commands(files: Sequence[bytes], fields: Sequence[str]) -> list[Record]:
-    """SCAN's lines.
+    """Parses SCAN's lines.
 
     >>> commands([b"IN: jump twice OUT: I_JUMP I_JUMP\\n"], ["inputs", "targets"])
     [{'inputs': 'jump twice', 'targets': 'I_JUMP I_JUMP'}]
@@ -78,7 +78,7 @@ def commands(files: Sequence[bytes], fields: Sequence[str]) -> list[Record]:
 
 
 def questions(files: Sequence[bytes], fields: Sequence[str]) -> list[Record]:
-    """SQuAD's JSON: a record for every question, with its first answer and the paragraph it is asked about."""
+    """Parses SQuAD's JSON: one record per question, with its first answer and its paragraph as `context`."""
     found = []
     for file in files:
         try:
@@ -93,7 +93,7 @@ def questions(files: Sequence[bytes], fields: Sequence[str]) -> list[Record]:
 
 
 def last_words(files: Sequence[bytes], fields: Sequence[str]) -> list[Record]:
-    """LAMBADA: the text, and its last word apart from what stands before the space in front of it.
+    """Parses LAMBADA: the text, and the text divided at its last space into context and last word.
 
     >>> last_words([b'{"text": "He saw the ship"}'], ["text", "context", "last_word"])
     [{'text': 'He saw the ship', 'context': 'He saw the', 'last_word': 'ship'}]
@@ -103,10 +103,10 @@ def last_words(files: Sequence[bytes], fields: Sequence[str]) -> list[Record]:
 
 
 def articles(files: Sequence[bytes], fields: Sequence[str]) -> list[Record]:
-    """WikiText: a document an article, cut before ` = Title = `; sections (` = = `) stay inside.
+    """Parses WikiText: one document per article, cut before ` = Title = `; sections (` = = `) stay inside.
 
-    A title has empty lines around it; without that, lines of formulas and legends would be taken for titles. All
-    documents in a row are the file, byte for byte, so a score per word or byte needs no correction.
+    A title has empty lines around it, unlike lines of formulas and legends that look like one. The documents end to end
+    are the file, byte for byte, so a score per word or byte needs no correction.
 
     >>> text = b" \\n = Dog = \\n \\n A dog . \\n = 4 = \\n \\n = = Legs = = \\n \\n = Cat = \\n \\n A cat . \\n"
     >>> [row["text"].count("\\n") for row in articles([text], ["text"])]
@@ -119,29 +119,31 @@ def articles(files: Sequence[bytes], fields: Sequence[str]) -> list[Record]:
 
 
 def speeches(files: Sequence[bytes], fields: Sequence[str]) -> list[Record]:
-    """Plays that are nothing but speeches between empty lines: documents of so many speeches each.
+    """Parses plays that are only speeches between empty lines, into documents of `SPEECHES_PER_DOCUMENT` speeches.
 
-    The file names neither plays nor scenes. A speech alone is too short for a language model to need what stands
-    before it, and the whole file would be one document; a hundred speeches are about as long as a scene. All documents
-    in a row are the file.
+    The file marks neither plays nor scenes. One speech is too short for a language model to need context, and the whole
+    file would be a single document; a hundred speeches are about as long as a scene. The documents end to end are the
+    file.
     """
     (field,), pieces = fields, []
     for file in files:
         pieces += re.findall(r".+?(?:\n\n+|\Z)", file.decode("utf-8"), re.DOTALL)
-    size = SPEECHES_A_DOCUMENT
+    size = SPEECHES_PER_DOCUMENT
     return [{field: "".join(pieces[start : start + size])} for start in range(0, len(pieces), size)]
 
 
 def _lines(file: bytes) -> list[str]:
-    """Lines end with a newline alone: texts hold other characters that Python's `splitlines` takes for line ends."""
+    """Splits at newlines only; `splitlines` would also split at other characters, which texts contain."""
     return file.decode("utf-8").removesuffix("\n").split("\n") if file else []
 
 
 def _numbered_lines(files: Sequence[bytes]) -> list[tuple[int, str]]:
+    """Returns (line number, line) of all files; each file's lines count from 1."""
     return [numbered for file in files for numbered in enumerate(_lines(file), 1)]
 
 
 def _value_text(value: object, field: str, number: int) -> str:
+    """Returns a JSON value as text. Raises ValueError unless it is text or a finite number; `number` is its line."""
     if isinstance(value, str):
         return value
     if isinstance(value, int | float):

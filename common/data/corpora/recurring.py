@@ -1,9 +1,11 @@
-"""Splitting rows that several templates made of the same source texts, so that no source text is in two splits.
+"""Splits rows that several templates made from the same source texts, so that no source text is in two splits.
 
-A multitask mixture renders every source example of a data set once with each of its templates, and does not say which
-rows belong together. Here they are found again: the rows of two templates of one data set are matched one to one, such
-that matched rows share as many rare words and pairs of words as possible. Rows that share a long sentence (a passage
-with several questions) belong together too, across data sets.
+A multitask mixture renders every source example of a data set once with each of its templates, and does not record
+which rows come from the same example. This module recovers that: it matches the rows of two templates of one data set
+one to one, such that matched rows share as many rare words and word pairs as possible. Rows that share a long sentence
+(a passage with several questions) are in one group too, across data sets.
+
+"Rows" are records {"template", "inputs", "targets"} throughout; a row's number is its index.
 """
 
 import collections
@@ -24,22 +26,22 @@ common_gen commonsense_qa cosmos_qa dbpedia_14 dream duorc_ParaphraseRC duorc_Se
 kilt_tasks multi_news paws qasc quarel quartz quoref ropes rotten_tomatoes samsum sciq social_i_qa trec wiki_bio
 wiki_hop wiki_qa wiqa xsum yelp_review_full
 """.split()
-"""What templates' names begin with."""
+"""Data sets of the mixture; a template's name begins with its data set's."""
 LONG_SENTENCE = 50
-"""Characters: two texts share shorter ones by chance."""
+"""In characters; two texts may share shorter sentences by chance."""
 BOILERPLATE = 0.5
-"""A sentence in a larger share of a template's rows is the template's own..."""
+"""A sentence in a larger share of a template's rows belongs to the template..."""
 FEW = 10
-"""...unless no more rows than these have it."""
+"""...if more than this many rows have it."""
 RARENESS = ((0.02, 4), (0.05, 2), (0.1, 1))
-"""Words in at most this share of every template's rows, and what one of them counts."""
+"""(share, weight): a word in at most this share of every template's rows has this weight in a match."""
 LARGEST_HELD_OUT = 0.01
-"""Share of all rows: facts that recur through a whole data set would fill validation or test with it alone."""
+"""Share of all rows above which a group stays in train: facts that recur through a whole data set make large groups,
+one of which would fill validation or test."""
 
 
 def split_by_source(rows: Sequence[Record]) -> list[str]:
-    """The split of every row {"template", "inputs", "targets"}: by a hash of the first text of those that belong
-    together, and "train" where very many do."""
+    """Returns the split of every row: by a hash of its group's first text, or "train" for a very large group."""
     groups = source_groups(rows)
     _, first, sizes = np.unique(groups, return_index=True, return_counts=True)
     splits = [
@@ -50,11 +52,11 @@ def split_by_source(rows: Sequence[Record]) -> list[str]:
 
 
 def source_groups(rows: Sequence[Record]) -> np.ndarray:
-    """A number for each row, from 0 and without gaps, the same for rows that belong together."""
+    """Returns int [rows]: the number of each row's group, from 0 without gaps."""
     links = _shared_sentences(rows)
     texts = [_all_text(row) for row in rows]
     for members in _by_data_set(rows).values():
-        # The template with the most rows holds every source example; of several, the one that shows the most of it.
+        # The template with the most rows has every source example; among equals, take the one with the longest texts.
         reference = max(members.values(), key=lambda rows: (len(rows), sum(len(texts[row]) for row in rows)))
         links += _matches(list(members.values()), reference, texts)
     ends = np.array(links, np.int64).reshape(-1, 2)
@@ -67,7 +69,7 @@ def _all_text(row: Record) -> str:
 
 
 def _by_data_set(rows: Sequence[Record]) -> Mapping[str, dict[str, list[int]]]:
-    """Data set -> template -> its rows. A template of an unknown data set is one by itself."""
+    """Returns data set -> template -> numbers of its rows. A template of no known data set is a data set by itself."""
     found: dict[str, dict[str, list[int]]] = collections.defaultdict(lambda: collections.defaultdict(list))
     for number, row in enumerate(rows):
         template = row["template"]
@@ -77,7 +79,13 @@ def _by_data_set(rows: Sequence[Record]) -> Mapping[str, dict[str, list[int]]]:
 
 
 def _matches(members: list[list[int]], reference: list[int], texts: Sequence[str]) -> list[tuple[int, int]]:
-    """Pairs (row, row of the reference), for every template's rows."""
+    """Returns pairs (row, matching row of the reference), for the rows of each template in `members`.
+
+    Args:
+      members: row numbers of each template of one data set.
+      reference: the entry of `members` that the others are matched with.
+      texts: the texts of all rows.
+    """
     places = {row: place for place, row in enumerate(row for rows in members for row in rows)}
     table = _word_table([texts[row] for row in places])
     tables = [table[[places[row] for row in rows]] for rows in members]
@@ -86,14 +94,14 @@ def _matches(members: list[list[int]], reference: list[int], texts: Sequence[str
     shown = table[[places[row] for row in reference]].multiply(weights.astype(np.int32)).T.tocsr()
     pairs = []
     for rows, part in zip(members, tables, strict=True):
-        # Whole numbers, so the matching is the same on every machine.
+        # Scores are integers, so the matching is the same on every machine.
         for mine, theirs in zip(*linear_sum_assignment((part @ shown).toarray(), maximize=True), strict=True):
             pairs.append((rows[mine], reference[theirs]))
     return pairs
 
 
 def _word_table(texts: Sequence[str]) -> csr_matrix:
-    """int32 [texts, words and pairs of words], 1 where the text has it."""
+    """Returns int32 [texts, words + word pairs]: 1 if the text has the word, or the two words in a row."""
     ids: dict[str, int] = collections.defaultdict(lambda: len(ids))
     found = [np.array([ids[word] for word in re.findall(r"\w+", text.lower())], np.int64) for text in texts]
     words, text_of = np.concatenate(found), np.repeat(np.arange(len(texts)), [len(row) for row in found])
@@ -108,7 +116,7 @@ def _word_table(texts: Sequence[str]) -> csr_matrix:
 
 
 def _shared_sentences(rows: Sequence[Record]) -> list[tuple[int, int]]:
-    """Pairs of rows that share all their inputs, or a long sentence, which is no template's own."""
+    """Returns pairs of rows with equal inputs or a common long sentence, unless the sentence belongs to a template."""
     pieces = [{row["inputs"].strip().lower(), *_long_sentences(_all_text(row))} for row in rows]
     sizes = collections.Counter(row["template"] for row in rows)
     uses = collections.Counter(
@@ -122,4 +130,5 @@ def _shared_sentences(rows: Sequence[Record]) -> list[tuple[int, int]]:
 
 
 def _long_sentences(text: str) -> set[str]:
+    """Returns the lower-cased sentences and lines of at least `LONG_SENTENCE` characters."""
     return {piece.strip() for piece in re.split(r"[.!?]\s|\n", text.lower()) if len(piece) >= LONG_SENTENCE}

@@ -1,7 +1,7 @@
-"""Which corpora there are: their files, how those are read, and where they are from.
+"""The table of corpora: their files, the parser of each, and where they come from.
 
-A file is named by its path in the folder of data; `archive!member` is a file inside a tar archive. Splits that the
-files do not have themselves are made by `divide`.
+A file is named by its path in the corpora's folder; `archive!member` is a file inside a tar archive. `divide` makes the
+splits of corpora that have none.
 """
 
 import dataclasses
@@ -16,21 +16,21 @@ Parser = Callable[[Sequence[bytes], Sequence[str]], list[Record]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Files that hold records, and what is known of them."""
+    """One corpus: its files, and how to read them."""
 
     splits: dict[str, tuple[str, ...]]
     """Split -> its files, in order."""
     parse: Parser
     fields: tuple[str, ...]
-    """What a record has; a split may lack some."""
+    """The names of the parser's fields, in its order; a split may lack some."""
     origin: str
     licence: str
     divide: Callable[[Sequence[Record]], list[str]] | None = None
-    """The split of every record, where all splits are in the same files."""
+    """Returns the split of every record; for corpora whose splits are all in the same files."""
 
 
 def divide_in_order(rows: Sequence[Record]) -> list[str]:
-    """90 % train, then 5 % validation and 5 % test: parts of one long text must not alternate between splits.
+    """Returns 90 % "train", then 5 % "validation" and 5 % "test", so that one long text is cut only twice.
 
     >>> [divide_in_order([{}] * 40).count(split) for split in ("train", "validation", "test")]
     [36, 2, 2]

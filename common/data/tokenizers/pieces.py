@@ -1,17 +1,18 @@
-"""The piece that each id of a tokenizer stands for, to decide whether two tokenizers can share tables."""
+"""Compares the pieces of two tokenizers, to decide whether they can share an embedding table."""
 
 from common.data.tokenizers.tokenizer import Tokenizer
 
 
 def piece(tokenizer: Tokenizer, token: int) -> str | None:
-    """How its vocabulary names an id; None for one that stands for nothing."""
+    """Returns the vocabulary's name of any id; None for an id that is unused or out of range."""
     return tokenizer.piece(token) if 0 <= token < tokenizer.vocab_size else None
 
 
 def differing_ids(one: Tokenizer, other: Tokenizer) -> tuple[list[int], int]:
-    """The ids, of those that both have, that do not stand for the same; and how many both have.
+    """Returns (ids whose pieces differ, how many ids both tokenizers have).
 
-    Equal hashes need no look: the same model in another kind of file has another hash, but the same pieces.
+    Tokenizers with equal hashes have equal pieces. Those with different hashes may too: the same model in another file
+    format has another hash.
     """
     common = min(one.vocab_size, other.vocab_size)
     if one.content_hash == other.content_hash:

@@ -1,7 +1,7 @@
-"""A tokenizer of the `tokenizers` library that reads every text as a text.
+"""Makes tokenizers of the `tokenizers` library encode the name of a special token as ordinary text.
 
-Its own switch (`encode_special_tokens`) keeps special tokens from being found before the text is cut into pieces. But a
-vocabulary may hold their names among its pieces, as T5's does, and then `</s>` in a text ends it.
+The library's switch `encode_special_tokens` stops special tokens from being matched before a text is cut into pieces.
+But a vocabulary may also have their names among its pieces, as T5's does, and then `</s>` in a text still becomes eos.
 """
 
 import json
@@ -12,13 +12,13 @@ from typing import Any
 import tokenizers
 
 CONTEXTS = ("{}", "x{}x", " {} ")
-"""Texts that hold a name, which may be cut otherwise at a word's begin than within it."""
+"""Texts around a name, which may be cut differently at the start of a word and inside one."""
 
 
 def plain_text_encoder(tokenizer: tokenizers.Tokenizer, reserved: Collection[int]) -> tokenizers.Tokenizer:
-    """One that writes the same ids, but for a text that names a reserved token: that is spelled as any other.
+    """Returns a tokenizer with equal ids, except that names of `reserved` tokens in a text are spelled as text.
 
-    The same tokenizer, where no text spells such a token.
+    Returns `tokenizer` itself, with `encode_special_tokens` set, if that is enough.
     """
     tokenizer.encode_special_tokens = True
     pieces, added = tokenizer.get_vocab(with_added_tokens=False), tokenizer.get_added_tokens_decoder()
@@ -33,7 +33,7 @@ def plain_text_encoder(tokenizer: tokenizers.Tokenizer, reserved: Collection[int
 
 
 def _rename_tokens(state: dict[str, Any], names: dict[str, int]) -> dict[str, Any]:
-    """A `tokenizer.json` whose tokens of these `names` keep their ids under names that are in no text."""
+    """Returns a `tokenizer.json` in which the tokens `names` keep their ids, under new names that occur in no text."""
     nonce = secrets.token_hex(16)
     new = {name: f"\ufdd0{nonce} {token}" for name, token in names.items()}
     model = state["model"]
@@ -52,6 +52,6 @@ def _rename_tokens(state: dict[str, Any], names: dict[str, int]) -> dict[str, An
 
 
 def _involves(merge: str | list[str], names: Collection[str]) -> bool:
-    """Whether a merge makes one of the names, or takes one as its part."""
+    """Returns whether a merge results in one of the names, or has one as a part."""
     first, second = merge.split(" ") if isinstance(merge, str) else merge
     return not {first, second, first + second}.isdisjoint(names)

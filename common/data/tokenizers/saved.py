@@ -1,6 +1,6 @@
-"""A tokenizer in a folder of its own: the files that it was read from, and a description with its hash.
+"""Saves a tokenizer in a folder: the files that it was read from, and a description with its hash.
 
-Runs and prepared data keep theirs, so that neither a model nor tokens need the text that the tokenizer was trained on.
+Runs and prepared data save theirs, so that using a model or tokens does not need the tokenizer's training text.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ class _Description:
 
 
 def saved_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """Name and content of the files of a folder from which `load_saved` makes the same tokenizer."""
+    """Returns name -> content of the files from which `load_saved` makes the same tokenizer."""
     described: _SavedSentencePiece | _SavedBytePair
     match tokenizer:
         case SentencePieceTokenizer():
@@ -54,12 +54,12 @@ def saved_files(tokenizer: Tokenizer) -> dict[str, bytes]:
                 content_hash=tokenizer.content_hash,
             )
         case _:
-            raise AssertionError(f"no way is known to keep a {type(tokenizer).__name__}")
+            raise AssertionError(f"a {type(tokenizer).__name__} cannot be saved")
     return {**files, DESCRIPTION: json_bytes(to_json(_Description(tokenizer=described)))}
 
 
 def load_saved(folder: Path) -> Tokenizer:
-    """The tokenizer whose `saved_files` lie in `folder`. Raises UserError where a file is absent or damaged."""
+    """Loads a tokenizer from the `saved_files` in `folder`. Raises UserError if a file is missing or damaged."""
     where = folder / DESCRIPTION
     try:
         described = from_json(_Description, read_json(where)).tokenizer
@@ -68,7 +68,7 @@ def load_saved(folder: Path) -> Tokenizer:
         raise UserError(f"the tokenizer in {folder} is damaged: {error}") from None
     if tokenizer.content_hash != described.content_hash:
         raise UserError(
-            f"the tokenizer in {folder} is damaged: it has hash {tokenizer.content_hash}, {where.name} says "
+            f"the tokenizer in {folder} is damaged: its hash is {tokenizer.content_hash}, but {where.name} records "
             f"{described.content_hash}"
         )
     return tokenizer

@@ -1,4 +1,4 @@
-"""SentencePiece models as tokenizers: trained on a run's own text, or loaded from a file.
+"""SentencePiece tokenizers: trained on a run's text, or loaded from a file.
 
 Source: Kudo & Richardson 2018, "SentencePiece: A simple and language independent subword tokenizer and detokenizer for
 neural text processing" (https://arxiv.org/abs/1808.06226); sentinels as in Raffel et al. 2020
@@ -32,24 +32,25 @@ from common.data.tokenizers.vocabulary import (
 from common.errors import UserError
 
 VERSION = f"{sentencepiece.__version__}-2"
-"""The library's, and that of `train_model`: raise it with any change of what that makes of a text."""
+"""Versions of the library and of `train_model`: raise the second with any change of the models it makes."""
 UNKNOWN_MARK = "\u2585"
-"""How SentencePiece writes what it does not know: it skips every training line that holds this character."""
+"""How SentencePiece writes an unknown piece; it skips training lines that contain this character."""
 _ModelProto: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]
 
 
 class SentencePieceTokenizer:
     """A `Tokenizer` (see common/data/tokenizers/tokenizer.py) over a SentencePiece model.
 
-    A tokenizer that this module trained reads back exactly what it wrote, for every text: `decode(encode(x)) == x`.
-    A loaded one does what its model does (T5's folds compatible characters and runs of spaces). Sentinels come only
-    from objectives, and from `encode_with_sentinels`: to `encode` the text `<extra_id_0>` is spelt like any other.
+    A tokenizer that this module trained is lossless: `decode(encode(x)) == x` for every text. A loaded one behaves as
+    its model does (T5's folds compatible characters and runs of spaces). Only objectives and `encode_with_sentinels`
+    make sentinels: `encode` spells the text `<extra_id_0>` like any other.
     """
 
     def __init__(self, model: bytes, *, sentinels: int = 0) -> None:
-        """`model` holds the bytes of a SentencePiece model.
+        """Loads the bytes of a SentencePiece model; `sentinels` are appended above its pieces.
 
-        Raises UserError where they do not, or lack an id, and for sentinels beside the model's own.
+        Raises UserError if they are no such model, if a needed special id is missing, or if sentinels would be added to
+        a model that has some.
         """
         self._bytes, self._model = model, _load_processor(model)
         own = own_sentinels(_named_pieces(self._model, model), sentinels)
@@ -59,13 +60,13 @@ class SentencePieceTokenizer:
         self._sentinel_ids = own or sentinels_on_top(self.pieces, sentinels)
         self.sentinels, self.appended_sentinels = len(self._sentinel_ids), 0 if own else sentinels
         self.vocab_size = self.pieces + self.appended_sentinels
-        """Pieces and sentinels."""
+        """The number of pieces and appended sentinels."""
         self.table_size = table_rows(self.vocab_size)
         """Rows of an embedding table: `vocab_size`, padded up."""
         pad, start = self._model.pad_id(), self._model.bos_id()
         self.eos_id: int = self._model.eos_id()
         self.unk_id: int = self._model.unk_id()
-        # Padding is never read (segments say what is real), so any id will do where a model names none.
+        # Padding is never read (segment ids mark it), so any id serves if the model has no pad.
         self.pad_id: int = max(pad, 0)
         self.start_id: int = pad if pad >= 0 else start
         self.bos_id: int | None = start if start >= 0 else None
@@ -73,7 +74,7 @@ class SentencePieceTokenizer:
             raise UserError("the SentencePiece model needs an eos id, and a pad or bos id to start targets with")
         layout = f"|{self.appended_sentinels}" + ("|no text spells a sentinel" if own else "")
         self.content_hash = hashlib.blake2b(model + layout.encode(), digest_size=16).hexdigest()
-        """Of the model's bytes and the number of sentinels: two tokenizers with equal hashes write equal ids."""
+        """Hash of the model's bytes and the number of sentinels."""
         self._sentinel_numbers = {token: k for k, token in enumerate(self._sentinel_ids)}
         first = self._model.encode("x")[:1]
         self._adds_space = any(self._model.id_to_piece(token).startswith(SPACE_MARK) for token in first)
@@ -84,18 +85,18 @@ class SentencePieceTokenizer:
 
     @functools.cached_property
     def ordinary_ids(self) -> np.ndarray:
-        """int32: the ids that texts are spelled with, which are neither special nor sentinels."""
+        """int32 [ids]: the ids of pieces of text, without special tokens and sentinels."""
         model = self._model
         special = (model.is_control, model.is_unknown, model.is_unused)
         ids = [piece for piece in range(self.pieces) if not any(is_special(piece) for is_special in special)]
         return np.array(ids, np.int32)
 
     def serialized(self) -> bytes:
-        """The SentencePiece model, without sentinels, as it was read."""
+        """Returns the bytes of the SentencePiece model as read, without appended sentinels."""
         return self._bytes
 
     def encode(self, text: str) -> np.ndarray:
-        """int32 [length]: the ids of `text`, without eos. Raises UserError for text that is not valid Unicode."""
+        """Returns int32 [length], without bos and eos. Raises UserError for text that is not valid Unicode."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -110,7 +111,7 @@ class SentencePieceTokenizer:
         return ids
 
     def encode_with_sentinels(self, text: str) -> np.ndarray:
-        """As `encode`, but the names of sentinels in `text`, and of a mode in front, become their ids."""
+        """As `encode`, but names of sentinels in `text`, and a leading mode, become their ids."""
 
         def encode(text: str) -> list[int]:
             return encode_around_sentinels(text, self._sentinel_ids, self.encode, adds_space=self._adds_space)
@@ -118,37 +119,37 @@ class SentencePieceTokenizer:
         return np.array(encode_after_mode(text, self.modes, encode), np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, whatever a model emits.
+        """Returns the text of any ids that a model may generate.
 
-        Pad, eos and start are left out, a sentinel reads `<extra_id_K>` between spaces, and an id beyond the
-        vocabulary (a table's padding rows) reads as unk does.
+        Skips pad, eos and start; writes a sentinel as `<extra_id_K>` with spaces around it, and an id beyond the
+        vocabulary (a padding row of the table) as unk.
         """
         known = [token if token < self.vocab_size else self.unk_id for token in map(int, ids)]
         return decode_around_sentinels(known, self._sentinel_numbers, self._model.decode)
 
     def sentinel_id(self, k: int) -> int:
-        """The id of sentinel `k`; of those on top, 0 is the highest id. Raises UserError beyond the last."""
+        """Returns the id of sentinel `k`; appended sentinel 0 has the highest id. Raises UserError if there is none."""
         return sentinel_at(self._sentinel_ids, k)
 
     def piece(self, token: int) -> str | None:
-        """How the vocabulary names an id."""
+        """Returns the vocabulary's name of an id."""
         if token >= self.pieces:
             return f"<extra_id_{self.vocab_size - 1 - token}>"
         return self._model.id_to_piece(token)
 
     def _space_mark_bytes(self) -> list[int]:
-        """Byte ids that spell the space mark; empty where the model has no bytes or reads newline as anything else."""
+        """Returns the ids of the space mark's bytes; empty if the model lacks byte pieces, also for newline."""
         spelt = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         newline = self._model.piece_to_id("<0x0A>")
         plain = self.unk_id not in (*spelt, newline) and self._model.encode("\n")[-1:] == [newline]
         return spelt if plain else []
 
     def _encode_with_marks(self, text: str) -> np.ndarray:
-        """Ids of a text that holds the space mark itself, which SentencePiece would read back as a space."""
+        """Returns the ids of a text that contains the space mark, which SentencePiece would decode as a space."""
         first, *rest = text.split(SPACE_MARK)
         ids = list(self._model.encode(first))
-        # A newline is a byte of its own, so what follows it is segmented as in mid-text, without the leading space
-        # that SentencePiece puts before a text.
+        # A newline is a single byte piece, so the text after it is segmented as in the middle of a text, without the
+        # space that SentencePiece adds before a text.
         skip = len(self._model.encode("\n"))
         for part in rest:
             ids += self._mark_ids + self._model.encode("\n" + part)[skip:]
@@ -163,7 +164,7 @@ def _load_processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
 
 
 def _named_pieces(processor: sentencepiece.SentencePieceProcessor, model: bytes) -> dict[str, int]:
-    """Pieces that were not found in text but named, where sentinels may be among them: mT5's are."""
+    """Returns control and user-defined pieces -> ids if the model has sentinels, as mT5's does; else an empty dict."""
     if not own_sentinels({processor.id_to_piece(token): token for token in range(processor.get_piece_size())}, 0):
         return {}
     pieces = _ModelProto.FromString(model).pieces
@@ -172,7 +173,7 @@ def _named_pieces(processor: sentencepiece.SentencePieceProcessor, model: bytes)
 
 
 def _make_control(model: bytes, ids: Iterable[int]) -> bytes:
-    """The model with these pieces as control symbols, which no text can spell."""
+    """Returns the model with these pieces as control symbols, which `encode` never returns."""
     changed = _ModelProto.FromString(model)
     for token in ids:
         changed.pieces[token].type = changed.pieces[token].CONTROL
@@ -180,17 +181,17 @@ def _make_control(model: bytes, ids: Iterable[int]) -> bytes:
 
 
 def train_model(lines: Iterable[str], config: SentencePieceConfig, modes: Sequence[str] = ()) -> bytes:
-    """The bytes of a SentencePiece model; equal lines in equal order give equal bytes.
+    """Trains a SentencePiece model and returns its bytes; equal lines in equal order give equal bytes.
 
-    Each of `modes` becomes a token that no text spells. Text is taken as it is: no Unicode normalisation, no folding of
-    spaces. Raises UserError, with the nearest possible size, when the text cannot fill `config.vocab_size` or does not
-    fit into it.
+    Each of `modes` becomes a token that `encode` never returns. Text is not normalised, and spaces are not folded.
+    Raises UserError, with the nearest possible size, if the text cannot fill `config.vocab_size`, or its characters do
+    not fit.
     """
     model = io.BytesIO()
     parts = [part for line in lines for part in line.split(UNKNOWN_MARK)]
     if not any(parts):
         why = f"all {len(parts)} lines are empty" if parts else "the training split is empty"
-        raise UserError(f"the tokenizer has no text to be trained on: {why}")
+        raise UserError(f"there is no text to train the tokenizer on: {why}")
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(parts),
@@ -207,7 +208,7 @@ def train_model(lines: Iterable[str], config: SentencePieceConfig, modes: Sequen
             unk_id=2,
             bos_id=-1,
             control_symbols=list(modes),
-            num_threads=1,  # more threads sum in another order: other scores, other bytes
+            num_threads=1,  # several threads sum in varying order, which changes scores and bytes
             shuffle_input_sentence=False,
             minloglevel=2,
         )
@@ -217,7 +218,7 @@ def train_model(lines: Iterable[str], config: SentencePieceConfig, modes: Sequen
 
 
 def _training_error(message: str, config: SentencePieceConfig) -> str:
-    """SentencePiece's complaint in the config's own terms."""
+    """Returns SentencePiece's error message in the config's terms."""
     largest = re.search(r"too high \(\d+\).*<= (\d+)", message)
     least = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
     bound = f"tokenizer.vocab_size {config.vocab_size} is too"

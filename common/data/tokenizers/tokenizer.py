@@ -1,4 +1,4 @@
-"""One tokenizer for all arms of a comparison: trained on the run's own text, or loaded from a file."""
+"""The tokenizer of a run, which all arms of a comparison share: trained on the run's text, or loaded from a file."""
 
 import dataclasses
 import hashlib
@@ -20,44 +20,45 @@ from common.errors import UserError
 from common.paths import user_path
 
 TRAINING_LINE = 1000
-"""Longest training line in characters: SentencePiece leaves out, silently, lines of more than 4,192 bytes."""
+"""Longest training line, in characters: SentencePiece silently skips lines of more than 4,192 bytes."""
 RECORDS_AT_ONCE = 2048
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back.
+    """Encodes text as ids and decodes ids.
 
-    A trained one reads back exactly what it wrote, for every text, has pad 0, eos 1, unk 2, and starts targets with
-    pad. A loaded one keeps its ids and does what its model does. No text spells a special token or a sentinel.
+    A tokenizer that we train has pad 0, eos 1, unk 2, starts targets with pad, and decodes every text that it encoded
+    unchanged. A loaded one keeps its ids and behaves as its model does. `encode` never returns a special token or a
+    sentinel.
     """
 
     vocab_size: int
-    """Ids are less than this, sentinels included."""
+    """All ids, including sentinels, are less than this."""
     table_size: int
     """Rows of an embedding table: `vocab_size`, padded up."""
     sentinels: int
-    """How many; their ids are `sentinel_id`'s."""
+    """The number of sentinels."""
     pad_id: int
     eos_id: int
     unk_id: int
     start_id: int
-    """Stands in front of shifted targets."""
+    """The first decoder input, before the shifted targets."""
     bos_id: int | None
-    """What stands in front of a text on its own, where the tokenizer has such a token; `encode` does not add it, since
-    a text may be a target or a continuation."""
+    """The token before a text that stands alone, if the tokenizer has one. `encode` does not add it, since a text may
+    be a target or a continuation."""
     content_hash: str
-    """Two tokenizers with equal hashes write equal ids."""
+    """Tokenizers with equal hashes return equal ids."""
 
     modes: dict[str, int]
-    """Names and ids of mode tokens, which stand in front of inputs; see `vocabulary.MODE`."""
+    """Names and ids of mode tokens, which precede inputs; see `vocabulary.MODE`."""
 
     @property
     def ordinary_ids(self) -> np.ndarray:
-        """int32: the ids that texts are spelled with, which are neither special nor sentinels."""
+        """int32 [ids]: the ids of pieces of text, without special tokens and sentinels."""
         ...
 
     def encode(self, text: str) -> np.ndarray:
-        """int32 [length]: the ids of `text` alone. Raises UserError for text that is not valid Unicode."""
+        """Returns int32 [length], without bos and eos. Raises UserError for text that is not valid Unicode."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -65,35 +66,35 @@ class Tokenizer(Protocol):
         ...
 
     def encode_with_sentinels(self, text: str) -> np.ndarray:
-        """As `encode`, but the names of sentinels in `text`, as `decode` writes them, become their ids.
+        """As `encode`, but names of sentinels in `text`, as `decode` writes them, and a leading mode become their ids.
 
-        Meant for prompts that a person writes, never for text that is read in bulk.
+        For prompts that a person writes, never for text of a data set.
         """
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, whatever a model emits.
+        """Returns the text of any ids that a model may generate.
 
-        Pad, eos and start are left out, a sentinel reads `<extra_id_K>` between spaces, and an id beyond the vocabulary
-        (a table's padding rows) reads as unk does.
+        Skips pad, eos and start; writes a sentinel as `<extra_id_K>` with spaces around it, and an id beyond the
+        vocabulary (a padding row of the table) as unk.
         """
         ...
 
     def sentinel_id(self, k: int) -> int:
-        """The id of sentinel `k`. Raises UserError beyond the last."""
+        """Returns the id of sentinel `k`. Raises UserError if there is none."""
         ...
 
     def piece(self, token: int) -> str | None:
-        """How the vocabulary names an id below `vocab_size`; None for one that stands for nothing."""
+        """Returns the vocabulary's name of an id below `vocab_size`, or None for an unused id."""
         ...
 
 
 def open_tokenizer(config: TokenizerConfig, source: Source, cache_dir: Path, modes: Sequence[str] = ()) -> Tokenizer:
-    """The tokenizer of a run: loaded from `config.path`, or trained on `source` (the training split) and cached.
+    """Loads a run's tokenizer from `config.path`, or trains it on `source` (the training split) and caches it.
 
-    A trained one has a token for each of `modes`; a loaded one has the tokens that it has. The cache's key is the
-    source's content id, the config, the modes and the version of the library that trains. Raises UserError where the
-    file cannot be read, or the text is too little for the vocabulary.
+    A trained tokenizer has a token for each of `modes`; a loaded one keeps its tokens. The cache's key is the source's
+    content id, the config, the modes and the version of the library that trains. Raises UserError if the file cannot be
+    read, or if there is too little text for the vocabulary.
     """
     if config.path is not None:
         return load_tokenizer(config)
@@ -115,12 +116,12 @@ def open_tokenizer(config: TokenizerConfig, source: Source, cache_dir: Path, mod
 
 
 def mode_ids(tokenizer: Tokenizer, mode: str) -> list[int]:
-    """The ids that mark a mode in front of inputs: its token, or its name in ordinary pieces where it has none."""
+    """Returns the ids of a mode before inputs: its token, or its name in ordinary pieces if it has no token."""
     return [tokenizer.modes[mode]] if mode in tokenizer.modes else tokenizer.encode(mode).tolist()
 
 
 def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer that lies at `config.path`, which must be given. Raises UserError where it cannot be read."""
+    """Loads the tokenizer at `config.path`, which must not be None. Raises UserError if it cannot be read."""
     assert config.path is not None
     path = user_path(config.path, "tokenizer.path")
     match config:
@@ -135,16 +136,16 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
 
 
 def training_lines(source: Source, records: int) -> Iterator[str]:
-    """Lines to train on: all text fields of at most `records` records, evenly spaced, in the source's order.
+    """Yields lines to train on: all text fields of at most `records` records, evenly spaced, in the source's order.
 
-    Raises UserError where none of these records can be used.
+    Raises UserError if none of these records can be used.
     """
     count, problems = min(records, len(source)), []
     indices = [number * len(source) // count for number in range(count)]
     with counter("reading text for the tokenizer", count) as tick:
         for batch in in_batches(source, indices, RECORDS_AT_ONCE):
             for record in batch:
-                if isinstance(record, Problem):  # named where the text is read for training
+                if isinstance(record, Problem):  # reported when the text is read for training
                     problems.append(record)
                     continue
                 for field in ("inputs", "targets", "text"):
@@ -152,11 +153,11 @@ def training_lines(source: Source, records: int) -> Iterator[str]:
                         yield from (line[at : at + TRAINING_LINE] for at in range(0, len(line), TRAINING_LINE))
             tick(len(batch))
     if count and len(problems) == count:
-        raise UserError(f"none of the training text's records can be used; the first: {problems[0]}")
+        raise UserError(f"no record of the training text can be used; the first problem: {problems[0]}")
 
 
 def _trainer(config: TokenizerConfig, modes: Sequence[str]) -> tuple[str, Callable[[Iterable[str]], bytes]]:
-    """(the version of what trains, a function from lines to a model's bytes)."""
+    """Returns (version of the library that trains, function from lines to the bytes of a model)."""
     match config:
         case SentencePieceConfig():
             return sentence_piece.VERSION, lambda lines: sentence_piece.train_model(lines, config, modes)

@@ -1,4 +1,4 @@
-"""Functions that all kinds of tokenizers share: the table's width, valid text, and sentinels in texts."""
+"""Functions for all kinds of tokenizers: the table's rows, checks of text, and sentinels and modes in texts."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,15 +10,15 @@ TABLE_MULTIPLE = 128
 
 
 SPACE_MARK = "\u2581"
-"""How SentencePiece writes a space; the same character in a text needs care to be read back."""
+"""How SentencePiece writes a space; a text that contains this character needs care to be decoded unchanged."""
 SENTINEL = re.compile(r"<extra_id_(0|[1-9]\d{0,4})>")
-"""A sentinel as a text."""
+"""A sentinel's name in a text."""
 MODE = re.compile(r"\[[A-Z][A-Z0-9]*\]")
-"""The name of a mode token: UL2's stand in front of inputs and say which objective an example is of."""
+"""The name of a mode token, for example UL2's "[S2S]": it precedes the inputs and names the example's objective."""
 
 
 def table_rows(vocab_size: int) -> int:
-    """Rows of an embedding table.
+    """Returns the rows of an embedding table: `vocab_size`, padded up to a multiple of `TABLE_MULTIPLE`.
 
     >>> table_rows(32100), table_rows(32128)
     (32128, 32128)
@@ -27,9 +27,9 @@ def table_rows(vocab_size: int) -> int:
 
 
 def own_sentinels(vocabulary: Mapping[str, int], wanted: int) -> list[int]:
-    """Ids of the sentinels that are tokens of a vocabulary, in order; with SentencePiece's mark in front, as mT5's are.
+    """Returns the ids of the sentinels that a vocabulary already has, in order; mT5's begin with SentencePiece's mark.
 
-    Raises UserError where others are `wanted` beside them.
+    Raises UserError if it has any and `wanted` is another number, except 0.
 
     >>> own_sentinels({"</s>": 0, "\u2581<extra_id_1>": 7, "<extra_id_0>": 8, "<extra_id_3>": 9}, 0)
     [8, 7]
@@ -43,12 +43,12 @@ def own_sentinels(vocabulary: Mapping[str, int], wanted: int) -> list[int]:
 
 
 def sentinels_on_top(pieces: int, sentinels: int) -> list[int]:
-    """Their ids, above those of a tokenizer's own pieces and counted down from the highest."""
+    """Returns the ids of sentinels above a tokenizer's pieces, from sentinel 0, which has the highest id, down."""
     return [*range(pieces + sentinels - 1, pieces - 1, -1)]
 
 
 def sentinel_at(sentinel_ids: Sequence[int], k: int) -> int:
-    """The id of sentinel `k`. Raises UserError beyond the last."""
+    """Returns the id of sentinel `k`. Raises UserError if there is none."""
     if not 0 <= k < len(sentinel_ids):
         raise UserError(f"sentinel {k} does not exist: the tokenizer has {len(sentinel_ids)}")
     return sentinel_ids[k]
@@ -57,7 +57,12 @@ def sentinel_at(sentinel_ids: Sequence[int], k: int) -> int:
 def decode_around_sentinels(
     ids: Iterable[int], sentinel_numbers: dict[int, int], decode: Callable[[list[int]], str]
 ) -> str:
-    """The text of `ids`: runs between sentinels by `decode`, sentinels as `<extra_id_K>` between spaces.
+    """Returns the text of `ids`: `decode` decodes the runs between sentinels; a sentinel is `<extra_id_K>` with spaces.
+
+    Args:
+      ids: any ids.
+      sentinel_numbers: id of a sentinel -> its number K.
+      decode: decodes ids without sentinels.
 
     >>> decode_around_sentinels([9, 1, 1, 8], {9: 0, 8: 1}, lambda run: "a" * len(run))
     '<extra_id_0> aa <extra_id_1>'
@@ -84,10 +89,10 @@ def decode_around_sentinels(
 def encode_around_sentinels(
     text: str, sentinel_ids: Sequence[int], encode: Callable[[str], Iterable[int]], *, adds_space: bool
 ) -> list[int]:
-    """The ids of `text`: sentinels, as `decode_around_sentinels` writes them, by their ids, the rest by `encode`.
+    """Returns the ids of `text`, in which names of sentinels become their ids and `encode` encodes the rest.
 
-    A space before a sentinel sets it apart from the text. One after it belongs to the next word, unless
-    `encode` puts one in front of every text (`adds_space`).
+    The inverse of `decode_around_sentinels`: a space before a sentinel is dropped. One after it belongs to the next
+    word, unless `encode` puts a space before every text (`adds_space`), in which case it is dropped too.
 
     >>> letters = lambda run: [ord(c) for c in run]
     >>> encode_around_sentinels("a <extra_id_1> b<extra_id_2>", [8, 9], letters, adds_space=True)[:3]
@@ -110,7 +115,7 @@ def encode_around_sentinels(
 
 
 def encode_after_mode(text: str, modes: Mapping[str, int], encode: Callable[[str], Iterable[int]]) -> list[int]:
-    """The ids of `text`: a mode's name that it begins with by its id, the rest by `encode`, without the space between.
+    """Returns the ids of `text`: a leading mode's name becomes its id, without the next space; `encode` does the rest.
 
     >>> encode_after_mode("[S2S] a", {"[S2S]": 3}, lambda run: [ord(c) for c in run])
     [3, 97]
@@ -122,7 +127,7 @@ def encode_after_mode(text: str, modes: Mapping[str, int], encode: Callable[[str
 
 
 def check_unicode(texts: Sequence[str]) -> None:
-    """Raises UserError naming the first text that is not valid Unicode."""
+    """Raises UserError for the first text that is not valid Unicode."""
     for text in texts:
         try:
             text.encode()

@@ -1,4 +1,4 @@
-"""The built-in data set: what its phrases and splits promise, and that building it survives company and death."""
+"""The built-in data set of phrases: its phrases and splits, concurrent builds, and builds that are killed."""
 
 import collections
 import hashlib
@@ -85,7 +85,7 @@ def test_a_source_with_two_targets_is_dropped(monkeypatch, kind, render):
 
 
 @pytest.mark.parametrize("pair", [("en", "de"), ("fr", "ja"), ("de", "fa")])
-def test_a_name_of_two_things_keeps_one_target(pair):
+def test_a_name_of_two_things_has_one_target(pair):
     names = cldr_phrases._plain_names(LocalePair(*pair))
     assert len({phrase.source for phrase in names}) == len(names) > 1_000
 
@@ -146,7 +146,7 @@ def test_a_bad_pair_is_a_clear_error(tmp_path, pair, words):
     assert not list(tmp_path.iterdir())
 
 
-def test_splits_hold_everything_once(small):
+def test_splits_contain_every_phrase_once(small):
     made = {phrase.source: phrase for phrase in phrases("en", "de", SMALL)}
     found = [record for members in records(small).values() for record in members]
     assert len(found) == len(made)
@@ -155,7 +155,7 @@ def test_splits_hold_everything_once(small):
     }
 
 
-def test_split_shares_and_the_split_depends_on_the_source_alone(en_de):
+def test_split_shares_and_that_the_split_depends_only_on_the_source(en_de):
     withheld = withheld_names("en", "de")
     seen = [phrase for phrase in en_de if not withheld & set(phrase.names)]
     counts = collections.Counter(cldr.split_of(phrase, withheld) for phrase in seen)
@@ -167,7 +167,7 @@ def test_split_shares_and_the_split_depends_on_the_source_alone(en_de):
 
 
 def test_withheld_names_occur_nowhere_else(small):
-    """By text: phrases of names have a withheld name among their whole names in that split, and only there."""
+    """Checked by text: every phrase of names in that split contains a withheld name, and no other phrase does."""
     withheld = withheld_names("en", "de")
     pieces = re.compile(r",? and |,? or |, | \(|\)")
     for split, members in records(small).items():
@@ -195,16 +195,16 @@ def test_some_common_names_of_each_field_are_withheld(pair):
             assert 0 < len(names & withheld) <= 0.1 * len(names)
 
 
-def test_common_names_occur_often_and_the_rest_on_their_own(en_de):
+def test_common_names_occur_often_and_others_only_alone(en_de):
     uses = collections.Counter(name for phrase in en_de if phrase.kind == "list" for name in phrase.names)
     territories = [
         source for code, (source, _) in LocalePair("en", "de").territories.items() if code in COMMON_TERRITORIES
     ]
-    # 1,500 lists here stand for the 5,600 that a sample of 60,000 phrases holds.
+    # These 1,500 lists represent the 5,600 in a sample of 60,000 phrases.
     assert min(uses[name] for name in territories) >= 10
 
 
-def test_maker_version_names_all_that_the_phrases_depend_on(monkeypatch, tmp_path):
+def test_the_maker_version_names_everything_that_the_phrases_depend_on(monkeypatch, tmp_path):
     version = cldr.maker_version()
     assert cldr.babel.__version__ in version and f"cldr-{cldr.get_cldr_version()}" in version
     assert cldr.maker_version(5) != version
@@ -231,7 +231,7 @@ def start(cache, limit=SMALL):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_two_processes_at_once_build_one_and_neither_needs_tensorflow(small, tmp_path):
+def test_two_concurrent_processes_build_once_without_tensorflow(small, tmp_path):
     running = [start(tmp_path) for _ in range(2)]
     ends = [process.communicate(timeout=60) for process in running]
     expected = {name: split.num_examples for name, split in small.info.splits.items()}
@@ -243,7 +243,7 @@ def test_two_processes_at_once_build_one_and_neither_needs_tensorflow(small, tmp
     assert not list((tmp_path / "tfds").glob(".*.part"))
 
 
-def test_a_killed_build_leaves_nothing_that_is_taken_for_data(tmp_path):
+def test_a_killed_build_leaves_nothing_that_is_read_as_data(tmp_path):
     victim = start(tmp_path, 2_000)
     deadline = time.monotonic() + 30
     while not list(tmp_path.glob("tfds/.*.part/**/*incomplete*")) and time.monotonic() < deadline:

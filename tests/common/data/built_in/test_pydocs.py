@@ -1,4 +1,4 @@
-"""The data set made of the running Python: what its documents hold, its splits, and that making it can be repeated."""
+"""The data set made from the running Python: its documents, its splits, and that builds are repeatable."""
 
 import ast
 import inspect
@@ -42,7 +42,7 @@ def read(builder) -> dict[str, list[dict[str, str]]]:
     }
 
 
-def test_records_are_the_documents_each_once(small):
+def test_records_contain_each_document_once(small):
     made, found = documents(SMALL).found, read(small)
     assert sorted((d.text, d.module, d.kind) for d in made) == sorted(
         (r["text"], r["module"], r["kind"]) for records in found.values() for r in records
@@ -64,7 +64,7 @@ def test_every_split_has_text(named):
     assert {split_by_hash(name.split(".")[0]) for name in named} == set(SPLIT_PER_MILLE)
 
 
-def test_the_library_is_read_without_tests_tables_and_other_packages(named):
+def test_the_library_is_read_without_tests_tables_or_other_packages(named):
     for name in ("textwrap", "collections", "collections.abc", "json.decoder", "email.mime.text", "asyncio.events"):
         assert name in named
     for name in named:
@@ -85,7 +85,7 @@ def test_headings_and_docstrings_are_those_that_python_itself_finds(named, modul
             assert found[f"class {module}.{name}"] == inspect.cleandoc(value.__doc__)
 
 
-def test_a_heading_for_each_object_and_none_where_nothing_is_said():
+def test_every_object_with_a_docstring_has_a_heading():
     code = textwrap.dedent('''
         """About m."""
         import os
@@ -115,7 +115,7 @@ def test_a_heading_for_each_object_and_none_where_nothing_is_said():
     assert not list(module_documents("m", "", ast.parse("")))
 
 
-def test_files_that_are_mostly_tables_are_left_out(named):
+def test_files_that_are_mostly_tables_are_skipped(named):
     table = '"""Doc."""\nx = {\n' + "    (1, -2): 'a',\n" * 9 + "}\n"
     assert data_share(table, ast.parse(table)) == pytest.approx(11 / 12)
     assert [d.kind for d in module_documents("m", table, ast.parse(table))] == ["docstrings"]
@@ -139,7 +139,7 @@ def test_unreadable_files_are_counted_and_the_rest_is_read(tmp_path, monkeypatch
     assert builder.info.metadata["unreadable_files"] == 4
 
 
-def test_documents_do_not_depend_on_the_machine_and_nothing_odd_is_imported():
+def test_documents_do_not_depend_on_the_machine_and_modules_are_not_imported():
     code = f"""
 import hashlib, sys
 from common.data.built_in.pydocs_text import documents
@@ -161,7 +161,7 @@ def test_the_version_names_the_python_and_the_rules(monkeypatch, tmp_path):
     assert len({version, pydocs.maker_version(), pydocs.maker_version(5)}) == 3
 
 
-def test_a_second_opening_builds_nothing_and_takes_no_tensorflow(tmp_path, monkeypatch, capfd):
+def test_a_second_opening_builds_nothing_and_needs_no_tensorflow(tmp_path, monkeypatch, capfd):
     pydocs.pydocs_builder(tmp_path, 3)
     assert capfd.readouterr().out == ""
     monkeypatch.setattr(pydocs, "documents", lambda *_: pytest.fail("built again"))

@@ -1,4 +1,4 @@
-"""Splits of one set of files by hash: every record in one of them, equal texts in the same, whatever else there is."""
+"""Splits of one set of files by hash: each record is in one, equal texts are in the same one."""
 
 import collections
 import copy
@@ -47,7 +47,7 @@ def test_every_record_is_in_one_split_and_equal_inputs_are_in_the_same(tmp_path)
         assert abs(len(found[split]) / 3000 - share) < 5 * (share * (1 - share) / 1500) ** 0.5
 
 
-def test_a_record_stays_in_its_split_when_others_come_and_files_are_cut_otherwise(tmp_path):
+def test_a_record_stays_in_its_split_when_records_are_added_or_files_are_cut_differently(tmp_path):
     rows = [(f"text {i}", "x") for i in range(400)]
     before = splits(config(write(tmp_path, rows)), tmp_path / "cache")
     (tmp_path / "b").mkdir()
@@ -74,7 +74,7 @@ def test_slices_ids_and_copies(tmp_path, monkeypatch):
             whole[index]
 
 
-def test_text_and_templates_are_divided_by_what_a_model_reads(tmp_path):
+def test_splits_depend_on_the_text_that_a_model_reads(tmp_path):
     rows = [{"premise": f"p {i % 300}", "label": i % 2} for i in range(600)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "nonsense\n")
     made = (Template(inputs="{premise}?", targets="{label}", words={"0": "no", "1": "yes"}),)
@@ -85,10 +85,10 @@ def test_text_and_templates_are_divided_by_what_a_model_reads(tmp_path):
         assert by_template[split]
         assert [r["inputs"] for r in by_template[split]] == [f"{r['text']}?" for r in by_text[split]]
     (problem,) = [record for record in by_text["train"] if isinstance(record, Problem)]
-    assert problem.where.endswith("a.jsonl line 601")  # a line that cannot be read is named once, by its place
+    assert problem.where.endswith("a.jsonl line 601")  # train alone reports it
 
 
-def test_mistakes_are_named(tmp_path):
+def test_errors_name_the_nearest_choice(tmp_path):
     name = write(tmp_path, [("a", "b")])
     with pytest.raises(UserError, match="held_out makes no split 'valid'; did you mean 'validation'"):
         open_source(config(name), "valid", tmp_path / "cache")

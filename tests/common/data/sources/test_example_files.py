@@ -1,4 +1,4 @@
-"""Parquet, TFRecord and ArrayRecord files: the records that other libraries see, and every kind of damage is named."""
+"""Parquet, TFRecord and ArrayRecord files: records equal those of other libraries, and all damage is reported."""
 
 import concurrent.futures
 import copy
@@ -26,7 +26,7 @@ PAIR = {"text": "text", "id": "id"}
 
 
 def slow_crc32c(data: bytes) -> int:
-    """A bit at a time, as the polynomial is defined."""
+    """Computes the checksum bit by bit, as the polynomial is defined."""
     crc = 0xFFFFFFFF
     for byte in data:
         crc ^= byte
@@ -157,7 +157,7 @@ def test_many_threads_and_a_spawned_process_read_the_same(tmp_path, scheme):
 
 
 @pytest.mark.parametrize("scheme", FORMATS)
-def test_a_changed_file_is_read_anew(tmp_path, scheme):
+def test_a_changed_file_is_read_again(tmp_path, scheme):
     write, name = FORMATS[scheme]
     path = tmp_path / name.format(0, 1)
     ids = set()
@@ -170,7 +170,7 @@ def test_a_changed_file_is_read_anew(tmp_path, scheme):
 
 
 @pytest.mark.parametrize("scheme", FORMATS)
-def test_a_wrong_field_and_an_empty_folder_are_named(tmp_path, scheme):
+def test_a_wrong_field_and_an_empty_folder_are_errors(tmp_path, scheme):
     with pytest.raises(UserError, match="no file in this folder is named"):
         open_fields(f"{scheme}:{tmp_path}", TEXT, "train", tmp_path / "cache")
     write_set(tmp_path, scheme, [3])
@@ -181,7 +181,7 @@ def test_a_wrong_field_and_an_empty_folder_are_named(tmp_path, scheme):
 
 
 @pytest.mark.parametrize("scheme", FORMATS)
-def test_bytes_that_are_no_text_are_problems(tmp_path, scheme):
+def test_bytes_that_are_not_text_are_problems(tmp_path, scheme):
     write, name = FORMATS[scheme]
     write(tmp_path / name.format(0, 1), [example(text=text, id=1) for text in (b"a", b"b\xff", "ß" * 5_000_000, b"")])
     found = open_fields(f"{scheme}:{tmp_path}", TEXT, "train", tmp_path / "cache").read(range(4))
@@ -190,7 +190,7 @@ def test_bytes_that_are_no_text_are_problems(tmp_path, scheme):
     assert found[1].where.endswith(("record 1", "row 1"))
 
 
-def test_a_tf_record_cut_anywhere_gives_all_whole_records_and_one_problem(tmp_path):
+def test_a_tf_record_file_cut_anywhere_has_all_whole_records_and_one_problem(tmp_path):
     framed = [frame(example(text="x" * i, id=i)) for i in range(4)]
     whole, ends = b"".join(framed), np.cumsum([len(part) for part in framed]).tolist()
     for cut in range(len(whole) + 1):
@@ -204,7 +204,7 @@ def test_a_tf_record_cut_anywhere_gives_all_whole_records_and_one_problem(tmp_pa
         assert found == [{"text": "x" * i, "id": str(i)} for i in range(sum(end <= cut for end in ends))]
 
 
-def test_every_flipped_bit_of_a_tf_record_is_found(tmp_path):
+def test_every_flipped_bit_of_a_tf_record_is_detected(tmp_path):
     framed = [frame(example(text=f"x{i}", id=i)) for i in range(3)]
     start, good = len(framed[0]), [{"text": f"x{i}", "id": str(i)} for i in range(3)]
     for place in range(len(framed[1])):
@@ -237,7 +237,7 @@ def test_features_of_tf_examples(tmp_path):
     assert "must be text, not list" in several.read([0])[0].what
 
 
-def test_a_damaged_chunk_of_an_array_record_costs_its_records_alone(tmp_path):
+def test_a_damaged_chunk_of_an_array_record_file_loses_only_its_records(tmp_path):
     path = tmp_path / "a.array_record"
     wanted = [{"text": random.Random(i).randbytes(200).hex()} for i in range(300)]
     write_array_record(path, [example(**record) for record in wanted])
@@ -253,7 +253,7 @@ def test_a_damaged_chunk_of_an_array_record_costs_its_records_alone(tmp_path):
 
 @pytest.mark.parametrize("scheme", ["arrayrecord", "parquet"])
 @pytest.mark.parametrize("share", [0, 0.5, 0.99])
-def test_files_that_are_cut_off_are_named(tmp_path, scheme, share):
+def test_truncated_files_are_errors(tmp_path, scheme, share):
     write, name = FORMATS[scheme]
     path = tmp_path / name.format(0, 1)
     write(path, [example(text="x" * 300, id=i) for i in range(400)])
@@ -262,7 +262,7 @@ def test_files_that_are_cut_off_are_named(tmp_path, scheme, share):
         open_fields(f"{scheme}:{path}", TEXT, "train", tmp_path / "cache")
 
 
-def test_parquet_decodes_asked_for_columns_a_row_group_at_a_time(tmp_path, monkeypatch):
+def test_parquet_decodes_requested_columns_by_row_group(tmp_path, monkeypatch):
     rows = [{"text": f"t{i}", "n": i, "answers": {"text": [f"a{i}", "b"]}, "large": "x" * 1000} for i in range(100)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=10)
     fields = {"inputs": "text", "targets": "answers.text.0", "id": "n"}
@@ -276,7 +276,7 @@ def test_parquet_decodes_asked_for_columns_a_row_group_at_a_time(tmp_path, monke
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", counting)
     found = [record for start in range(0, 100, 7) for record in source.read(range(start, min(start + 7, 100)))]
     assert found == [{"inputs": f"t{i}", "targets": f"a{i}", "id": str(i)} for i in range(100)]
-    # Each once; the first two were when the file was opened.
+    # Each once; the first two when the file was opened.
     assert [group for group, _ in decoded] == list(range(2, 10))
     assert {columns for _, columns in decoded} == {("answers", "n", "text")}
 
@@ -308,7 +308,7 @@ def test_bad_text_in_tfds_is_a_problem(tmp_path):
             return {"train": ((i, {"t": text}) for i, text in enumerate([b"a", b"b\xff", b"c"]))}
 
         def _generate_examples(self):
-            yield from ()  # TFDS asks for the method, the splits above make the examples
+            yield from ()  # TFDS requires the method; the splits above make the examples
 
     builder = Bytes(data_dir=tmp_path, file_format="array_record")
     builder.download_and_prepare()

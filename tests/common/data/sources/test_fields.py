@@ -1,4 +1,4 @@
-"""Fields of records: one path, one number, one missing or repeated name mean the same in every kind of source."""
+"""Fields of records: paths, numbers, and missing or repeated names mean the same in every kind of source."""
 
 import itertools
 import json
@@ -76,7 +76,7 @@ def example(record) -> bytes:
 
 
 def stored(kind, folder, records=NESTED) -> str:
-    """The name of a source of these records."""
+    """Writes the records to a file of this kind and returns the name of its source."""
     path = folder / f"a.{kind.replace(' ', '')}"
     match kind:
         case "jsonl":
@@ -128,7 +128,7 @@ def test_one_path_means_the_same_in_every_kind_of_source(tmp_path, monkeypatch, 
     ("kind", "value"),
     [*itertools.product(KINDS[:-1], [float("nan"), float("inf")]), ("jsonl", None), ("parquet", None)],
 )
-def test_a_label_that_is_no_value_is_left_out_and_named(tmp_path, kind, value):
+def test_a_record_with_nan_or_null_in_a_field_is_a_problem(tmp_path, kind, value):
     name = stored(kind, tmp_path, [NESTED[0], NESTED[1] | {"label": value}])
     source = open_fields(name, {"text": "t.en", "label": "label"}, "train", tmp_path / "cache")
     assert source[0] == {"text": "one", "label": "1"}
@@ -138,8 +138,8 @@ def test_a_label_that_is_no_value_is_left_out_and_named(tmp_path, kind, value):
 
 
 @pytest.mark.parametrize("group", [None, float("nan"), ["a"], "absent"])
-def test_a_record_without_a_group_is_read_all_the_same(tmp_path, group):
-    """Content ids do not tell groups, so which records are used must not depend on them."""
+def test_a_record_without_a_group_is_read(tmp_path, group):
+    """Content ids do not contain groups, so a group must not decide which records are used."""
     rows = [{"text": "a", "kind": "x"}, {"text": "b"} | ({} if group == "absent" else {"kind": group})]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = open_fields(f"jsonl:{tmp_path}/a.jsonl", {"text": "text", "group": "kind"}, "train", tmp_path / "cache")
@@ -147,7 +147,7 @@ def test_a_record_without_a_group_is_read_all_the_same(tmp_path, group):
     assert source.content_id == open_fields(f"jsonl:{tmp_path}/a.jsonl", {"text": "text"}, "train", tmp_path).content_id
 
 
-def test_numbers_are_written_alike_whatever_holds_them():
+def test_numbers_are_written_the_same_for_every_type():
     for value in (0.1, 0.5, -2.25, 1e-30, 3.0, -0.0, 0.1 + 0.2, 1e22, 1 / 3):
         text = number_text(value)
         assert float(text) == value
@@ -159,7 +159,7 @@ def test_numbers_are_written_alike_whatever_holds_them():
     assert [number_text(value) for value in (True, np.bool_(False))] == ["True", "False"]
 
 
-def test_a_name_that_two_fields_have_is_named_where_it_is_read(tmp_path):
+def test_a_repeated_field_name_is_an_error_only_if_it_is_read(tmp_path):
     table = pa.table([pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], names=["text", "y", "y"])
     pq.write_table(table, tmp_path / "a.parquet")
     (tmp_path / "a.tsv").write_text("text\ty\ty\na\tb\tc\n")
@@ -178,7 +178,7 @@ def test_a_name_that_two_fields_have_is_named_where_it_is_read(tmp_path):
 
 @pytest.mark.parametrize("value", [None, 3, 2.5, True, ["x"], {"x": "y"}, []])
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_a_column_of_any_kind_is_text_or_a_problem(tmp_path, kind, value):
+def test_a_column_of_any_type_is_text_or_a_problem(tmp_path, kind, value):
     name = stored(kind, tmp_path, [record | {"odd": value, "label": 1.0} for record in NESTED])
     for fields in ({"text": "odd"}, {"text": "t.en", "odd": "odd"}):
         found = open_fields(name, fields, "train", tmp_path / "cache").read([0, 1])

@@ -1,4 +1,4 @@
-"""Packed files: all of every valid one, and of a damaged one never a part that passes for the whole."""
+"""Packed files: a valid one is read to its end, and part of a damaged one is never taken for the whole."""
 
 import bz2
 import gzip
@@ -37,7 +37,7 @@ PADDED = ["gz", "xz"]
 
 
 def unpacked(path: Path, packed: bytes, cache: Path) -> tuple[bytes, str]:
-    """The readable part of a file, and why it is not all of it."""
+    """The readable part of a packed file, and why the rest cannot be read."""
     path.write_bytes(packed)
     (found,) = find_files("text", str(path), "train")
     plain: PlainFile = plain_file(found, cache)
@@ -56,15 +56,15 @@ def test_all_streams_of_a_file_are_read(tmp_path, monkeypatch, ending, chunk):
             assert unpacked(tmp_path / f"{number}.{ending}", padded, tmp_path / "padded") == (WHOLE, "")
 
 
-# pyarrow writes no checksum into zstd, so that other bytes there are other data.
+# pyarrow writes no checksum into zstd, so changed bytes are valid data there.
 @pytest.mark.parametrize(
     ("kind", "ending"), [("cut", "zst"), *itertools.product(["cut", "flipped", "zeroed"], ["gz", "bz2", "xz"])]
 )
-def test_no_damage_passes_for_a_whole_file(tmp_path, kind, ending):
+def test_a_damaged_file_is_never_taken_for_a_whole_one(tmp_path, kind, ending):
     streams = [PACKERS[ending](part) for part in PARTS]
     packed, borders = b"".join(streams), {len(streams[0]), len(streams[0] + streams[1])}
     draw, named = random.Random(0), 0
-    later = range(len(streams[0]) - 30, len(packed), 11)  # what becomes of a later stream
+    later = range(len(streams[0]) - 30, len(packed), 11)  # a later stream
     places = sorted({*range(1, 30), *borders, *(border + 1 for border in borders), *later})
     for place in places:
         damaged = bytearray(packed[:place] if kind == "cut" else packed)
@@ -83,7 +83,7 @@ def test_no_damage_passes_for_a_whole_file(tmp_path, kind, ending):
     assert named > 0.8 * len(places)
 
 
-def test_a_window_longer_than_memory_may_be_is_named(tmp_path):
+def test_a_window_over_the_memory_limit_is_an_error(tmp_path):
     long = struct.pack("<IBB", 0xFD2FB528, 0, 18 << 3) + (len(WHOLE) << 3 | 1).to_bytes(3, "little") + WHOLE
     with pytest.raises(
         UserError,
@@ -105,7 +105,7 @@ def test_a_window_longer_than_memory_may_be_is_named(tmp_path):
         unpacked(tmp_path / "c.xz", bytes(header), tmp_path / "cache")
 
 
-def test_memory_stays_flat_however_much_a_file_unpacks_to(tmp_path):
+def test_memory_does_not_grow_with_the_unpacked_size(tmp_path):
     line = json.dumps({"text": "a" * (1 << 18)}).encode() + b"\n"
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line * 400, 1))
     tracemalloc.start()
@@ -118,7 +118,7 @@ def test_memory_stays_flat_however_much_a_file_unpacks_to(tmp_path):
     assert count == 400 and peak < 0.5 * 400 * len(line)
 
 
-def test_a_record_too_long_for_memory_is_a_problem_and_the_others_are_read(tmp_path, monkeypatch):
+def test_a_record_over_the_limit_is_a_problem_and_the_others_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "RECORD_BYTES", 1 << 20)
     texts = ["a", "b" * (1 << 20), "c"]
     (tmp_path / "a.txt").write_text("\n".join(texts))
@@ -130,14 +130,14 @@ def test_a_record_too_long_for_memory_is_a_problem_and_the_others_are_read(tmp_p
         assert "but the limit is 1 MiB" in long.what
 
 
-def test_batches_hold_every_record_once_in_order():
+def test_batches_contain_every_record_once_in_order():
     texts = ["x" * (1 << 21 if 100 < i < 120 else i) for i in range(300)]
     batches = list(in_batches(MemorySource([{"text": text} for text in texts]), range(300), 128))
     assert [record["text"] for batch in batches for record in batch] == texts
     assert max(map(len, batches)) <= 128 and max(sum(len(r["text"]) for r in batch) for batch in batches[2:]) < 1 << 24
 
 
-def test_a_corpus_is_read_to_its_end_or_refused(tmp_path, monkeypatch):
+def test_a_corpus_is_read_to_its_end_or_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("TWINSTACK_SHARED_DATA", str(tmp_path))
     (tmp_path / "tasks").mkdir()
     path = tmp_path / "tasks" / "sst2.test.tsv.xz"
@@ -149,5 +149,5 @@ def test_a_corpus_is_read_to_its_end_or_refused(tmp_path, monkeypatch):
         open_corpus("sst2", "test", {"text": "sentence"})
 
 
-def test_every_ending_is_tried_here():
+def test_these_tests_cover_every_suffix():
     assert {f".{ending}" for ending in PACKERS} == set(UNPACKERS)

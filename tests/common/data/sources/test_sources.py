@@ -1,18 +1,12 @@
-"""Sources: every scheme gives the same records by number, ids follow the bytes, and mistakes are named."""
+"""Local files as sources: records by number, slices, splits, content ids, and errors that name file and line."""
 
 import copy
 import gzip
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import tensorflow_datasets as tfds
 
-from common.data import cache
-from common.data.built_in import cldr, pydocs
-from common.data.sources import by_name as sources
 from common.data.sources.by_name import open_fields, open_source
 from common.data.sources.config import SourceConfig
 from common.data.sources.files import parse_split, slice_bounds
@@ -53,7 +47,7 @@ def expected(scheme: str, rows=ROWS) -> list[dict]:
 @pytest.mark.parametrize("scheme", ["jsonl", "tsv", "text"])
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
 @pytest.mark.parametrize("last", [True, False])
-def test_local_files_give_every_record_in_any_order(tmp_path, scheme, ending, last):
+def test_records_of_local_files_are_read_in_any_order(tmp_path, scheme, ending, last):
     name = write(tmp_path, scheme, ending=ending, last=ending if last else "")
     source = open_source(config(name), "train", tmp_path)
     assert len(source) == len(ROWS)
@@ -138,7 +132,7 @@ def test_slices_follow_tfds(spec, count):
     assert (low, high) == (wanted.from_ or 0, count if wanted.to is None else wanted.to)
 
 
-def test_slices_of_a_file_part_it(tmp_path):
+def test_slices_of_a_file_partition_it(tmp_path):
     rows = [(str(i), str(-i)) for i in range(103)]
     name = write(tmp_path, "tsv", rows)
     parts = [open_source(config(name), split, tmp_path) for split in ("train[:90%]", "train[90%:]")]
@@ -198,7 +192,7 @@ def test_the_content_id_follows_bytes_split_and_fields(tmp_path):
         ("text", b"fine\nb\xe4d\n", 1, ("line 2", "byte 2 is not UTF-8")),
     ],
 )
-def test_bad_records_are_named_by_file_and_line(tmp_path, scheme, content, index, words):
+def test_errors_of_bad_records_name_file_and_line(tmp_path, scheme, content, index, words):
     path = tmp_path / "bad.file"
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
@@ -208,7 +202,7 @@ def test_bad_records_are_named_by_file_and_line(tmp_path, scheme, content, index
     assert "\n" not in str(error.value)
 
 
-def test_lines_of_a_slice_are_those_of_the_file(tmp_path):
+def test_errors_in_a_slice_count_the_lines_of_the_file(tmp_path):
     path = tmp_path / "bad.tsv"
     path.write_bytes(b"en\tde\n" + b"a\tb\n" * 50 + b"oops\n")
     with pytest.raises(UserError, match="bad.tsv line 52"):
@@ -223,7 +217,7 @@ def test_lines_of_a_slice_are_those_of_the_file(tmp_path):
         ("jsonl:{}/nowhere/{{split}}.jsonl", ("no split 'train'",)),
     ],
 )
-def test_a_missing_file_is_named_with_its_nearest(tmp_path, name, words):
+def test_the_error_of_a_missing_file_names_the_nearest(tmp_path, name, words):
     write(tmp_path, "jsonl")
     with pytest.raises(UserError) as error:
         open_source(config(name.format(tmp_path)), "train", tmp_path)
@@ -240,147 +234,9 @@ def test_an_empty_file_has_no_records(tmp_path):
     assert len(open_source(config(f"text:{tmp_path}/empty.txt"), "train", tmp_path)) == 0
 
 
-def test_a_group_comes_along_and_does_not_change_the_content(tmp_path):
+def test_a_group_is_read_and_does_not_change_the_content_id(tmp_path):
     path = tmp_path / "g.jsonl"
     path.write_text('{"en": "a", "de": "b", "k": 3}\n')
     grouped = open_source(config(f"jsonl:{path}", group="k"), "train", tmp_path)
     assert grouped[0] == {"inputs": "a", "targets": "b", "group": "3"}
     assert grouped.content_id == open_source(config(f"jsonl:{path}"), "train", tmp_path).content_id
-
-
-class TinyTranslate(tfds.core.GeneratorBasedBuilder):
-    """An ordinary TFDS data set, as a user may have prepared it elsewhere."""
-
-    VERSION = tfds.core.Version("3.1.4")
-
-    def _info(self):
-        label = tfds.features.ClassLabel(num_classes=3)
-        text = tfds.features.Text
-        features = tfds.features.FeaturesDict({"en": text(), "de": text(), "label": label})
-        return tfds.core.DatasetInfo(builder=self, features=features)
-
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples(200), "test": self._generate_examples(7)}
-
-    def _generate_examples(self, count):
-        for i in range(count):
-            yield i, {"en": f"number {i}", "de": f"Nummer größer {i}", "label": i % 3}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tfds")
-    TinyTranslate(data_dir=folder, file_format="array_record").download_and_prepare()
-    return folder
-
-
-def test_a_prepared_tfds_data_set_is_read_without_its_code_and_without_tensorflow(tiny, tmp_path):
-    code = f"""
-import pathlib, sys
-from common.data.sources.config import SourceConfig
-from common.data.sources.by_name import open_fields, open_source
-assert "tensorflow_datasets" not in sys.modules
-config = SourceConfig(name="tfds:tiny_translate", inputs="en", targets="de", group="label")
-source = open_source(config, "train[:10%]", pathlib.Path({str(tmp_path)!r}))
-print(source.content_id, len(source), source[3])
-assert not any(name.split(".")[0] == "tensorflow" for name in sys.modules)
-"""
-    run = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "TFDS_DATA_DIR": str(tiny)}, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    assert "tiny_translate/3.1.4:train[:10%]" in run.stdout and " 20 " in run.stdout
-    assert "größer" in run.stdout and "'group': '" in run.stdout
-
-
-def test_tfds_records_by_number(tiny, monkeypatch, tmp_path):
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tiny))
-    source = open_source(config("tfds:tiny_translate"), "train", tmp_path)
-    found = source.read(range(len(source)))
-    assert {record["inputs"] for record in found} == {f"number {i}" for i in range(200)}
-    assert all(record["targets"] == record["inputs"].replace("number", "Nummer größer") for record in found)
-    assert [source[i] for i in (5, 0, 199)] == [found[i] for i in (5, 0, 199)]
-    assert source.read([]) == []
-    for index in (-1, 200):
-        with pytest.raises(IndexError):
-            source[index]
-    halves = [open_source(config("tfds:tiny_translate"), split, tmp_path) for split in ("train[:50%]", "train[50%:]")]
-    assert [half[i] for half in halves for i in range(len(half))] == found
-
-
-@pytest.mark.parametrize(
-    ("name", "split", "fields", "words"),
-    [
-        ("tiny_translate", "trian", {}, ("no split 'trian'", "did you mean 'train'", "test")),
-        ("tiny_translate", "train[:x%]", {}, ("split 'train[:x%]' cannot be read",)),
-        ("tiny_translate", "train", {"inputs": "lable"}, ("source.inputs", "'lable'", "did you mean 'label'")),
-        ("tiny_translate", "train", {"inputs": "label"}, ("source.inputs", "must be text")),
-        ("tiny_translat", "train", {}, ("did you mean 'tiny_translate'", "tfds build tiny_translat", "array_record")),
-        ("cldr_translate/en_dee", "train", {}, ("'dee'", " or de ")),
-        ("cldr_translate", "train", {}, ("SRC_DST",)),
-    ],
-)
-def test_mistakes_with_tfds_are_named(tiny, monkeypatch, tmp_path, name, split, fields, words):
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tiny))
-    with pytest.raises(UserError) as error:
-        open_source(config(f"tfds:{name}", **fields), split, tmp_path)[0]
-    for word in words:
-        assert word in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_a_failed_download_says_how_to_prepare(monkeypatch, tmp_path):
-    class NeedsNetwork(TinyTranslate):
-        def _split_generators(self, dl_manager):
-            raise OSError("no network")
-
-    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
-    with pytest.raises(UserError, match="no network.*tfds build needs_network --file_format=array_record"):
-        open_source(config("tfds:needs_network"), "train", tmp_path)
-
-
-def test_the_built_in_data_set_through_the_front_door(monkeypatch, tmp_path):
-    for kind in cldr.MIX:
-        monkeypatch.setitem(cldr.MIX, kind, 30)
-    built = config("tfds:cldr_translate/en_de", group="kind")
-    source = open_source(built, "train[:50]", tmp_path)
-    assert len(source) == 50 and set(source[0]) == {"inputs", "targets", "group"}
-    assert cldr.maker_version() in source.content_id and "train[:50]" in source.content_id
-    with pytest.raises(UserError, match="did you mean 'test_unseen_names'"):
-        open_source(built, "test_unseen", tmp_path)
-
-
-def test_opening_is_lazy():
-    """The training path does not pay for TFDS until a TFDS source is opened."""
-    code = (
-        "import sys, common.data.sources.by_name; print('tensorflow_datasets' in sys.modules, 'babel' in sys.modules)"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.split() == ["False", "False"]
-
-
-def test_the_cache_folder_is_where_it_is_named(monkeypatch, tmp_path):
-    monkeypatch.setenv("TWINSTACK_CACHE", str(tmp_path / "here"))
-    assert cache.default_cache_dir() == tmp_path / "here"
-    monkeypatch.delenv("TWINSTACK_CACHE")
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache.default_cache_dir() == tmp_path / "twinstack"
-
-
-def test_build_once_builds_once_and_forgets_what_failed(tmp_path):
-    built = []
-
-    def build(part):
-        part.mkdir()
-        (part / "file").write_text(str(len(built)))
-        built.append(part)
-        if len(built) == 1:
-            raise RuntimeError("died half way")
-
-    with pytest.raises(RuntimeError):
-        cache.build_once(tmp_path / "deep" / "thing", build)
-    assert not (tmp_path / "deep" / "thing").exists()
-    assert (cache.build_once(tmp_path / "deep" / "thing", build) / "file").read_text() == "1"
-    assert cache.build_once(tmp_path / "deep" / "thing", build).is_dir() and len(built) == 2
-    assert (cldr.CldrTranslate.name, pydocs.Pydocs.name) == sources.BUILT_IN

@@ -54,7 +54,7 @@ def gpt2(gpt2_folder: Path) -> Any:
 
 @pytest.mark.parametrize("text", [*ODD_TEXTS, *NAMES])
 @pytest.mark.parametrize("which", ["trained", "gpt2"])
-def test_every_text_is_read_back_exactly(which: str, text: str, request: pytest.FixtureRequest) -> None:
+def test_every_text_round_trips(which: str, text: str, request: pytest.FixtureRequest) -> None:
     tokenizer = request.getfixturevalue(which)
     ids = tokenizer.encode(text)
     assert ids.dtype == np.int32 and ids.ndim == 1
@@ -64,7 +64,7 @@ def test_every_text_is_read_back_exactly(which: str, text: str, request: pytest.
 
 
 @pytest.mark.parametrize("which", ["trained", "gpt2"])
-def test_random_unicode_is_read_back_exactly(which: str, request: pytest.FixtureRequest) -> None:
+def test_random_unicode_round_trips(which: str, request: pytest.FixtureRequest) -> None:
     tokenizer = request.getfixturevalue(which)
     rng = np.random.default_rng(0)
     points = [*rng.integers(0, 0xD800, 60), *rng.integers(0xE000, 0x110000, 60), *range(0x80, 0x110)]
@@ -82,12 +82,12 @@ def test_layout_of_ids(trained: BytePairTokenizer) -> None:
             trained.sentinel_id(k)
 
 
-def test_merges_shorten_what_was_trained_on(trained: BytePairTokenizer) -> None:
+def test_merges_shorten_the_training_text(trained: BytePairTokenizer) -> None:
     assert len(trained.encode(LINES[0])) < 0.7 * len(LINES[0].encode())
     assert len(trained.encode("\u65e5\u672c")) == 6, "unseen characters are bytes"
 
 
-def test_decoding_what_a_model_may_emit(trained: BytePairTokenizer) -> None:
+def test_decoding_any_ids_that_a_model_may_generate(trained: BytePairTokenizer) -> None:
     apples = trained.encode("apples").tolist()
     assert trained.decode([0, *apples, 1, 0]) == "apples"
     assert trained.decode([339, *apples, 337]) == "<extra_id_0> apples <extra_id_2>"
@@ -98,7 +98,7 @@ def test_decoding_what_a_model_may_emit(trained: BytePairTokenizer) -> None:
 
 
 @pytest.mark.parametrize("which", ["trained", "gpt2"])
-def test_its_files_make_the_same_tokenizer(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_its_files_load_as_the_same_tokenizer(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     tokenizer = request.getfixturevalue(which)
     for name, content in tokenizer.files().items():
         (tmp_path / name).write_bytes(content)
@@ -111,20 +111,20 @@ def test_its_files_make_the_same_tokenizer(which: str, request: pytest.FixtureRe
 
 
 def test_training_text_that_spells_special_names_stays_text() -> None:
-    """Every merge of these lines leads to such a name; none may become its id."""
+    """Every merge of these lines leads to such a name, which must not become the special id."""
     lines = ["<pad></s><unk>⟨pad⟩⟨eos⟩⟨unk⟩"] * 50
     tokenizer = BytePairTokenizer.trained(trained_bytes(lines, vocab_size=270), sentinels=0)
     ids = tokenizer.encode(lines[0])
     assert ids.min() > 2 and tokenizer.decode(ids) == lines[0]
 
 
-def test_lone_surrogates_are_named(trained: BytePairTokenizer) -> None:
+def test_a_lone_surrogate_is_an_error(trained: BytePairTokenizer) -> None:
     with pytest.raises(UserError, match="surrogate.*bad"):
         trained.encode_batch(["good", "bad \ud800"])
 
 
 def test_training_is_deterministic_over_processes() -> None:
-    """Ties between equally frequent pairs are the rule in this text."""
+    """Most pairs in this text are equally frequent, so their order is decided by ties."""
     lines = [chr(97 + i) + chr(97 + j) for i in range(26) for j in range(26)]
     expected = hashlib.sha256(trained_bytes(lines)).hexdigest()
     code = (
@@ -154,7 +154,7 @@ def test_training_is_cached_by_content(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sentinels", [0, 10])
-def test_an_impossible_size_names_the_possible_one(sentinels: int) -> None:
+def test_the_error_of_an_impossible_size_has_a_possible_one(sentinels: int) -> None:
     with pytest.raises(UserError, match=r"vocab_size 500 is too large, at most (\d+)") as raised:
         trained_bytes(["ab ab ab"] * 9, vocab_size=500, sentinels=sentinels)
     possible = int(str(raised.value).split("at most ")[1].split()[0])
@@ -203,7 +203,7 @@ def test_gpt2(gpt2: Any) -> None:
     assert gpt2.encode("<|endoftext|>").tolist() != [50256]
 
 
-def test_a_vocabulary_and_its_tokenizer_json_write_the_same(gpt2: Any, gpt2_folder: Path, tmp_path: Path) -> None:
+def test_vocabulary_files_and_tokenizer_json_encode_the_same(gpt2: Any, gpt2_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(gpt2._tokenizer.to_str())
     for path in (tmp_path, tmp_path / "tokenizer.json"):
         whole = open_tokenizer(BytePairConfig(path=str(path)), MemorySource([]), tmp_path)
@@ -223,7 +223,7 @@ Edit = Callable[[tokenizers.Tokenizer], None]
 
 
 def saved(folder: Path, specials: list[str], edit: Edit | None = None, **described: Any) -> BytePairConfig:
-    """A trained tokenizer saved with more special tokens, and a tokenizer_config.json where one is given."""
+    """Saves a trained tokenizer with more special tokens, and a tokenizer_config.json if `described` is given."""
     made = tokenizers.Tokenizer.from_buffer(trained_bytes())
     made.add_special_tokens([AddedToken(name, special=True) for name in specials])
     if edit is not None:
@@ -285,7 +285,7 @@ def test_padding_and_truncation_stored_in_the_file_are_not_applied(tmp_path: Pat
 
 def test_eos_by_name(tmp_path: Path) -> None:
     plain = saved(tmp_path, ["<|im_end|>"])
-    with pytest.raises(UserError, match=r"no token is known to end a text; name one by tokenizer\.eos"):
+    with pytest.raises(UserError, match=r"the tokenizer names no token that ends a text; set tokenizer\.eos"):
         open_tokenizer(plain, MemorySource([]), tmp_path)
     assert open_tokenizer(BytePairConfig(path=plain.path, eos="<|im_end|>"), MemorySource([]), tmp_path).eos_id == 340
     with pytest.raises(UserError, match="did you mean '<|im_end|>'"):
@@ -298,13 +298,13 @@ def test_eos_by_name(tmp_path: Path) -> None:
         (None, "No such file"),
         ({}, "neither tokenizer.json nor vocab.json and merges.txt"),
         ({"vocab.json": "{}"}, "neither"),
-        ({"tokenizer.json": "{}"}, "is no tokenizer.json"),
-        ({"tokenizer.json": "nothing of the kind"}, "is no tokenizer.json"),
-        ({"vocab.json": '{"a": 0}', "merges.txt": "a b\n"}, "holds no byte-pair tokenizer"),
-        ({"vocab.json": "[]", "merges.txt": "a b\n"}, "holds no byte-pair tokenizer"),
+        ({"tokenizer.json": "{}"}, "is not a tokenizer.json"),
+        ({"tokenizer.json": "nothing of the kind"}, "is not a tokenizer.json"),
+        ({"vocab.json": '{"a": 0}', "merges.txt": "a b\n"}, "has no byte-pair tokenizer"),
+        ({"vocab.json": "[]", "merges.txt": "a b\n"}, "has no byte-pair tokenizer"),
     ],
 )
-def test_files_that_are_no_tokenizer(tmp_path: Path, files: dict[str, str] | None, message: str) -> None:
+def test_files_that_are_not_a_tokenizer_are_errors(tmp_path: Path, files: dict[str, str] | None, message: str) -> None:
     path = tmp_path / "there"
     if files is not None:
         path.mkdir()

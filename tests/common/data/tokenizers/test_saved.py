@@ -1,4 +1,4 @@
-"""Tokenizers kept in a folder: the same one comes back, or none."""
+"""Tokenizers saved in a folder: the same one is loaded, or an error is raised."""
 
 import json
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def trained_pairs(_: Path) -> byte_pair.BytePairTokenizer:
 
 
 def loaded_pairs(folder: Path) -> Tokenizer:
-    """A tokenizer whose end token only its config names."""
+    """A tokenizer whose eos only the run's config names."""
     model = tokenizers.Tokenizer.from_buffer(byte_pair.train_model(LINES, BytePairConfig(vocab_size=280)))
     model.add_special_tokens(["<stop>"])
     (folder / "some.json").write_text(model.to_str())
@@ -54,7 +54,7 @@ def write(files: dict[str, bytes], folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_the_same_tokenizer_comes_back(tmp_path: Path, make: Callable[[Path], Tokenizer]) -> None:
+def test_the_same_tokenizer_is_loaded(tmp_path: Path, make: Callable[[Path], Tokenizer]) -> None:
     tokenizer = make(tmp_path)
     again = load_saved(write(saved_files(tokenizer), tmp_path / "kept"))
     assert again.content_hash == tokenizer.content_hash
@@ -65,8 +65,8 @@ def test_the_same_tokenizer_comes_back(tmp_path: Path, make: Callable[[Path], To
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_damage_is_named(tmp_path: Path, make: Callable[[Path], Tokenizer]) -> None:
-    """Every file, absent, cut short or with one byte changed: never another tokenizer."""
+def test_damage_is_an_error(tmp_path: Path, make: Callable[[Path], Tokenizer]) -> None:
+    """A file that is missing, truncated or has one changed byte never loads as another tokenizer."""
     files = saved_files(make(tmp_path))
     number = 0
     for name, content in files.items():

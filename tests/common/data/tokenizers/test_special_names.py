@@ -1,4 +1,4 @@
-"""The contract for all tokenizers: no text spells a special token, nor a sentinel unless the caller allows it."""
+"""The contract of all tokenizers: text becomes neither a special token nor, unless requested, a sentinel."""
 
 import copy
 import io
@@ -44,7 +44,7 @@ def t5_pieces() -> SentencePieceTokenizer:
 
 
 def t5_json(folder: Path) -> BytePairTokenizer:
-    """T5's tokenizer.json, as `tokenizers` writes it: its vocabulary holds all names among the pieces."""
+    """T5's tokenizer.json, as `tokenizers` writes it: its pieces include all names of special tokens."""
     model = sentencepiece.SentencePieceProcessor(model_proto=t5_pieces().serialized())
     pieces = [(model.id_to_piece(token), model.get_score(token)) for token in range(model.get_piece_size())]
     names = [f"<extra_id_{k}>" for k in reversed(range(100))]
@@ -58,7 +58,7 @@ def t5_json(folder: Path) -> BytePairTokenizer:
 
 
 def mt5_like(folder: Path) -> SentencePieceTokenizer:
-    """Sentinels among the model's own pieces, which a text could spell."""
+    """A model whose pieces include sentinels, which a text could spell."""
     model, symbols = io.BytesIO(), [f"\u2581<extra_id_{k}>" for k in (2, 1, 0)]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(LINES), model_writer=model, vocab_size=190, user_defined_symbols=symbols, pad_id=0,
@@ -68,7 +68,7 @@ def mt5_like(folder: Path) -> SentencePieceTokenizer:
 
 
 def merged_names(folder: Path) -> BytePairTokenizer:
-    """Merges that lead to the names, as Llama 2's might."""
+    """A tokenizer with merges that lead to the names, as Llama 2's might."""
     merges = [("<", "s"), ("<s", ">"), ("<", "/"), ("</", "s"), ("</s", ">"), ("</s>", "</s>")]
     letters = sorted({c for text in TEXTS for c in text.replace(" ", "\u2581")} | {"\u2581", "."})
     vocabulary = {name: i for i, name in enumerate(["<unk>", "<s>", "</s>", *letters, "<s", "</", "</s", "</s></s>"])}
@@ -81,7 +81,7 @@ def merged_names(folder: Path) -> BytePairTokenizer:
 
 
 def whole_words(folder: Path) -> BytePairTokenizer:
-    """Every word a token, the names too; a sentinel that the file does not call special."""
+    """A tokenizer of whole words, including the names, with a sentinel that the file does not mark as special."""
     words = ["<unk>", "</s>", "<pad>", "take", "apples", "<extra_id_0>"]
     made = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -92,7 +92,7 @@ def whole_words(folder: Path) -> BytePairTokenizer:
 
 
 def trained_pieces(folder: Path) -> SentencePieceTokenizer:
-    """Trained on text that holds the names."""
+    """A tokenizer trained on text that contains the names."""
     config = SentencePieceConfig(vocab_size=360, sentinels=3)
     lines = [*LINES, *(f"{name} {name}" for name in NAMES for _ in range(50))]
     return SentencePieceTokenizer(sentence_piece.train_model(lines, config), sentinels=3)
@@ -120,8 +120,8 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return KINDS[request.param](tmp_path_factory.mktemp("tokenizer"))
 
 
-def test_no_text_spells_a_special_token(tokenizer: Tokenizer) -> None:
-    """Special tokens' names do not become their ids; `unk` may still stand for what the tokenizer does not know."""
+def test_no_text_becomes_a_special_token(tokenizer: Tokenizer) -> None:
+    """Special tokens' names do not become their ids, except unk for text that the tokenizer does not know."""
     sentinels = {tokenizer.sentinel_id(k) for k in range(tokenizer.sentinels)}
     special = sentinels | {tokenizer.pad_id, tokenizer.eos_id, tokenizer.start_id, tokenizer.bos_id}
     assert sentinels and len(special) > len(sentinels)
@@ -131,13 +131,13 @@ def test_no_text_spells_a_special_token(tokenizer: Tokenizer) -> None:
 
 
 def test_unk_is_not_spelled_by_its_name(tokenizer: Tokenizer, request: pytest.FixtureRequest) -> None:
-    """What is unknown to T5 is `<` alone; to a tokenizer of whole words, every other word."""
+    """T5 does not know `<`; a tokenizer of whole words does not know any other word."""
     ids = tokenizer.encode("<unk>").tolist()
     assert tokenizer.unk_id not in ids or len(ids) > 2 or request.node.callspec.params["tokenizer"] == "whole-words"
 
 
-def test_copies_write_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Covers copies sent to other processes, and those read from the files that a run keeps."""
+def test_copies_encode_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Covers copies sent to other processes, and those loaded from the files that a run saves."""
     for name, content in saved_files(tokenizer).items():
         (tmp_path / name).write_bytes(content)
     for made in (copy.deepcopy(tokenizer), load_saved(tmp_path)):  # a worker process gets a copy made in the same way
@@ -148,7 +148,7 @@ def test_copies_write_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
 
 def test_sentinels_of_a_prompt_are_sentinels(tokenizer: Tokenizer) -> None:
-    """And what is shown can be written again; those beyond the last, and everything else, stay text."""
+    """Decoded text encodes to the same ids; sentinels beyond the last, and everything else, stay text."""
     first, last = tokenizer.sentinel_id(0), tokenizer.sentinel_id(tokenizer.sentinels - 1)
     text = f"take <extra_id_0> apples <extra_id_{tokenizer.sentinels - 1}>"
     ids = tokenizer.encode_with_sentinels(text)
@@ -162,7 +162,7 @@ def test_sentinels_of_a_prompt_are_sentinels(tokenizer: Tokenizer) -> None:
 
 
 def behind(tokenizer: Tokenizer, word: str) -> list[int]:
-    """A word as it is cut in mid-text."""
+    """The ids of a word in the middle of a text."""
     first = tokenizer.encode("take").tolist()
     both = tokenizer.encode(f"take {word}").tolist()
     assert both[: len(first)] == first
@@ -181,7 +181,7 @@ def test_t5s_own_prompts(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pieces", "json"])
-def test_as_transformers_reads_prompts(kind: str, tmp_path: Path) -> None:
+def test_prompts_encode_as_in_transformers(kind: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     pieces = t5_pieces()
     (tmp_path / "spiece.model").write_bytes(pieces.serialized())
@@ -201,7 +201,7 @@ def test_as_transformers_reads_prompts(kind: str, tmp_path: Path) -> None:
         assert [*ours.encode_with_sentinels(prompt), ours.eos_id] == theirs(prompt).input_ids, prompt
 
 
-def test_sentinels_beside_those_of_the_model_are_refused(tmp_path: Path) -> None:
+def test_appending_sentinels_to_a_model_that_has_some_is_an_error(tmp_path: Path) -> None:
     own = mt5_like(tmp_path)
     assert (own.sentinels, own.appended_sentinels, own.vocab_size) == (3, 0, 190)
     assert SentencePieceTokenizer(own.serialized(), sentinels=3).content_hash == own.content_hash

@@ -35,10 +35,10 @@ ODD_TEXTS = [
     "cafe\u0301 café",  # decomposed and composed
     "ﬁ ３ ℌ",  # compatibility characters
     "</s> <pad> <unk> <0x41> <extra_id_0>",  # names of pieces, as text
-    "\u2581",  # SentencePiece's own mark for a space
+    "\u2581",  # SentencePiece's mark for a space
     "a\u2581b \u2581 c\u2581",
     "\u2581\u2581 lead",
-    "\u2585 a\u2585b",  # SentencePiece's own mark for what it does not know
+    "\u2585 a\u2585b",  # SentencePiece's mark for an unknown piece
     "no-break\u00a0and\u202fnarrow\u3000wide",
     "🙂👩‍👩‍👧 日本語 עברית",
     "\ufeffbom \ufffd \U0010ffff",
@@ -54,7 +54,7 @@ def trained(request: pytest.FixtureRequest) -> SentencePieceTokenizer:
 
 
 @pytest.mark.parametrize("text", ODD_TEXTS)
-def test_every_text_is_read_back_exactly(trained: SentencePieceTokenizer, text: str) -> None:
+def test_every_text_round_trips(trained: SentencePieceTokenizer, text: str) -> None:
     ids = trained.encode(text)
     assert ids.dtype == np.int32 and ids.ndim == 1
     assert not np.isin(ids, [trained.pad_id, trained.eos_id, trained.unk_id]).any()
@@ -62,7 +62,7 @@ def test_every_text_is_read_back_exactly(trained: SentencePieceTokenizer, text: 
     assert trained.decode(ids) == text
 
 
-def test_random_unicode_is_read_back_exactly(trained: SentencePieceTokenizer) -> None:
+def test_random_unicode_round_trips(trained: SentencePieceTokenizer) -> None:
     rng = np.random.default_rng(0)
     alphabet = [*"ab 1\n\u2581", *map(chr, rng.integers(0, 0xD800, 60)), *map(chr, rng.integers(0xE000, 0x110000, 60))]
     for size in rng.integers(1, 30, 300):
@@ -78,7 +78,7 @@ def test_layout_of_ids(trained: SentencePieceTokenizer) -> None:
         trained.sentinel_id(3)
 
 
-def test_decoding_what_a_model_may_emit(trained: SentencePieceTokenizer) -> None:
+def test_decoding_any_ids_that_a_model_may_generate(trained: SentencePieceTokenizer) -> None:
     apples = trained.encode("apples").tolist()
     assert trained.decode([0, *apples, 1, 0]) == "apples"
     assert trained.decode([359, *apples, 357]) == "<extra_id_0> apples <extra_id_2>"
@@ -91,7 +91,7 @@ def test_batches_equal_single_texts(trained: SentencePieceTokenizer) -> None:
         np.testing.assert_array_equal(ids, trained.encode(text))
 
 
-def test_lone_surrogates_are_named(trained: SentencePieceTokenizer) -> None:
+def test_a_lone_surrogate_is_an_error(trained: SentencePieceTokenizer) -> None:
     with pytest.raises(UserError, match="surrogate"):
         trained.encode_batch(["good", "bad \ud800"])
 
@@ -126,9 +126,9 @@ def test_training_is_deterministic_and_cached_by_content(tmp_path: Path) -> None
     assert len(list((tmp_path / "a" / "tokenizers").glob("*.model"))) == 4
 
 
-def test_text_of_which_nothing_can_be_used_is_named() -> None:
+def test_text_without_a_usable_record_is_an_error() -> None:
     bad = Problem("x.jsonl line 1", "not JSON")
-    with pytest.raises(UserError, match="none of the .*; the first: x.jsonl line 1: not JSON"):
+    with pytest.raises(UserError, match="no record of the .*; the first problem: x.jsonl line 1: not JSON"):
         list(training_lines(MemorySource([bad, bad]), 10))
     assert list(training_lines(MemorySource([bad, {"text": "a"}]), 10)) == ["a"]
 
@@ -148,7 +148,9 @@ def test_training_lines_are_evenly_spaced_and_short() -> None:
     ],
 )
 @pytest.mark.parametrize("sentinels", [0, 10])
-def test_an_impossible_size_names_the_possible_one(lines: list[str], size: int, message: str, sentinels: int) -> None:
+def test_the_error_of_an_impossible_size_has_a_possible_one(
+    lines: list[str], size: int, message: str, sentinels: int
+) -> None:
     with pytest.raises(UserError, match=message) as raised:
         train_model(lines, SentencePieceConfig(vocab_size=size, sentinels=sentinels))
     named = re.search(message, str(raised.value))
@@ -166,7 +168,7 @@ def test_no_text_is_an_error() -> None:
             train_model(lines, SentencePieceConfig())
 
 
-def test_lines_that_sentence_piece_would_skip_are_trained_on() -> None:
+def test_lines_that_sentence_piece_would_skip_are_used_for_training() -> None:
     config = SentencePieceConfig(vocab_size=300)
     assert train_model([f"\u2585{line}\u2585" for line in LINES], config) == train_model(LINES, config)
 
