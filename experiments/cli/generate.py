@@ -24,8 +24,8 @@ from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
 from common.terminal import harmless, marked_up
 from experiments.models.finding import Found, Text, conventions_of, find_model, open_found
-from experiments.running.comparison import prepare_jax
 from experiments.running.console import ProgressBars
+from experiments.running.jax_setup import set_up_jax
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ def generate_texts(
     """
     if out is not None:
         check_file(out, "--out")
-    prepare_jax()
+    set_up_jax()
     progress = ProgressBars(Console(stderr=True))
     many = out is not None or len(prompts) != 1 or request.samples > 1
     found = find_model(model)

@@ -30,8 +30,8 @@ from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
 from common.terminal import harmless
 from experiments.models.finding import Text, open_model
-from experiments.running.comparison import prepare_jax
 from experiments.running.console import ProgressBars
+from experiments.running.jax_setup import set_up_jax
 
 FORMS = (("inputs", "targets"), ("context", "continuation"), ("text",))
 
@@ -52,7 +52,7 @@ def score(
     check_file(out, "--out")
     if out.exists() and not is_special(out) and file.exists() and out.samefile(file):
         raise UserError(f"--out {out} is --file itself, which is not written over: give another name")
-    prepare_jax()
+    set_up_jax()
     records = read_records(file)
     devices = len(jax.devices())
     loaded = open_model(model, execution, make_mesh(MeshShape(data=devices)))

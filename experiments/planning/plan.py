@@ -24,8 +24,8 @@ from experiments.models.initial import check_initial
 from experiments.planning.compiling import PlannedProgram, compile_all
 from experiments.planning.search import candidates_table, search
 from experiments.planning.table import advice, plan_table
-from experiments.running.comparison import check_devices, prepare_jax
-from experiments.running.pipeline import compiled_step, make_setup
+from experiments.running.jax_setup import set_up_jax
+from experiments.running.pipeline import check_devices, compiled_step, make_setup
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,7 @@ def _smaller_variants(experiment: Experiment) -> Sequence[tuple[Experiment, str]
 
 
 def _plan_here(experiment: Experiment, console: Console) -> None:
-    prepare_jax()
+    set_up_jax()
     check_devices(experiment, experiment.arms)
     for line in check_initial(experiment, None):
         console.print(marked_up(line))

@@ -25,7 +25,7 @@ from experiments.cli.main import main
 from experiments.config import Experiment
 from experiments.planning.plan import plan
 from experiments.registry import EXPERIMENTS, load
-from experiments.running import comparison, pipeline
+from experiments.running import comparison, scoring
 from experiments.running.audit import StepCount, count_step
 from experiments.running.comparison import compare, report, train
 from experiments.running.pipeline import open_data
@@ -191,7 +191,7 @@ def test_compare_from_the_files_to_the_report(
         before_the_audit.append(read_json(run_dir / setup.model.kind / "result.json"))
         return count_step(setup)
 
-    monkeypatch.setattr(pipeline, "count_step", noted)
+    monkeypatch.setattr(scoring, "count_step", noted)
     compare(experiment, run_dir)
     run = read_run(run_dir)
     for whole, result in zip(before_the_audit, run.results, strict=True):
@@ -259,8 +259,8 @@ def finished_work_is_not_done_again(
     def refuse(*given: Any, **named: Any) -> None:
         raise AssertionError("work")
 
-    for name in ("fit", "greedy_decoder", "count_step"):
-        monkeypatch.setattr(f"experiments.running.pipeline.{name}", refuse)
+    for work in ("pipeline.fit", "scoring.greedy_decoder", "scoring.count_step"):
+        monkeypatch.setattr(f"experiments.running.{work}", refuse)
     (run_dir / "report.html").unlink()
     compare(experiment, run_dir)
     assert (run_dir / "report.html").read_bytes() == page

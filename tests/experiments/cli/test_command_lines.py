@@ -258,7 +258,7 @@ def test_a_question_is_no_markup(monkeypatch, capsys):
         raise UserError("enough")
 
     monkeypatch.setattr(comparison, "_begin", lambda *_: Console())
-    monkeypatch.setattr(comparison, "_data", no_data)
+    monkeypatch.setattr(comparison, "_open", no_data)
     question = "[/red] [link=x]who\x1b]0;owned\x07 \u202e?"
     assert main(["compare", "first_light", f"question={question}", f"expected={question}", "name=[/]"]) == 2
     captured = capsys.readouterr()

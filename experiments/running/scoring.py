@@ -1,0 +1,191 @@
+"""Scores trained arms and writes their results."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common.compute.length_sums import LengthSums
+from common.config import from_json, to_json
+from common.errors import UserError
+from common.evals.decoding import greedy_decoder
+from common.evals.measure import TextScore, TurnCost
+from common.evals.text_metrics import ALL, score_texts
+from common.files import read_json, read_rows, write_json, write_rows
+from common.report.certificate import flatten
+from common.report.results import ArmResult, Flops
+from common.sharding.hosts import on_first_process
+from common.train.config import only_how
+from common.train.loop import Fitted
+from common.train.metrics_log import last_losses
+from common.train.run_files import RunFiles
+from experiments.config import Experiment
+from experiments.running.audit import count_step
+from experiments.running.console import ProgressBars
+from experiments.running.multi_turn import measure
+from experiments.running.pipeline import Data, make_setup, make_task
+from experiments.running.scored_splits import ScoredSplit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Opened:
+    """An experiment with its data, and where its results go."""
+
+    experiment: Experiment
+    run_dir: Path
+    """Has a folder for each arm."""
+    data: Data
+    tests: dict[str, ScoredSplit]
+    """The splits to score, by name."""
+
+
+def score_arm(opened: Opened, name: str, fitted: Fitted, progress: ProgressBars) -> ArmResult:
+    """Decodes the test splits and writes `samples.jsonl` and `result.json`.
+
+    All processes decode, the first one writes. The result is complete on disk before the audit of its FLOPs, which only
+    adds a count.
+    """
+    samples: list[dict[str, Any]] = []
+    scores: list[TextScore] = []
+    evaluation = opened.experiment.evaluation
+    decode = greedy_decoder(
+        fitted.model,
+        fitted.params,
+        fitted.mesh,
+        opened.data.tokenizer,
+        rows=evaluation.rows,
+        max_new_tokens=evaluation.max_new_tokens,
+    )
+    for split, test in opened.tests.items():
+        decoded = _decode_split(name, split, test, decode, progress)
+        predictions, targets = ([sample[field] for sample in decoded] for field in ("prediction", "target"))
+        groups = [sample["group"] for sample in decoded]
+        scores += score_texts(
+            predictions,
+            targets,
+            None if None in groups else groups,
+            split,
+            inputs=[sample["inputs"] for sample in decoded],
+            in_training=test.in_training,
+        )
+        samples += decoded
+    turns = _time_conversation(opened.experiment, name, fitted, progress)
+    progress.say(f"{name}: counting the FLOPs of a step")
+
+    def write() -> dict[str, Any]:
+        arm_dir = opened.run_dir / name
+        result = dataclasses.replace(
+            _result(opened, name, fitted, tuple(scores)), multi_turn=turns, made_from=_made_from(opened, name)
+        )
+        write_rows(arm_dir / RunFiles.SAMPLES, samples)
+        write_json(arm_dir / RunFiles.RESULT, to_json(result))
+        count = count_step(make_setup(opened.experiment, opened.experiment.arms[name]))
+        audited = to_json(dataclasses.replace(result, xla_flops_per_step=count.flops, why_not_counted=count.why_not))
+        write_json(arm_dir / RunFiles.RESULT, audited)
+        return audited
+
+    return from_json(ArmResult, on_first_process(write))
+
+
+def finished_result(opened: Opened, name: str) -> ArmResult | None:
+    """Returns the result of an arm that has been trained to its last step and scored; None where work remains.
+
+    The result must come from the same data and config, apart from the fields that only say how a run is computed.
+    """
+    made_from = _made_from(opened, name)
+
+    def read() -> dict[str, Any] | None:
+        arm_dir = opened.run_dir / name
+        try:
+            described = read_json(arm_dir / RunFiles.RESULT)
+            result, metrics = from_json(ArmResult, described), read_rows(arm_dir / RunFiles.METRICS)
+            samples = len(read_rows(arm_dir / RunFiles.SAMPLES))
+        except UserError:  # absent, damaged or of another version
+            return None
+        decoded = sum(score.examples for score in result.scores if score.group == ALL)
+        current = (result.made_from, result.steps, samples) == (made_from, opened.experiment.steps(), decoded)
+        last = metrics[-1] if metrics else {}
+        recorded = (last.get("step"), last.get("fingerprint")) == (result.steps, result.fingerprint)
+        return described if current and recorded else None
+
+    described = on_first_process(read)
+    return None if described is None else from_json(ArmResult, described)
+
+
+def _made_from(opened: Opened, name: str) -> str:
+    """Returns a hash of everything that decides the arm's result."""
+    task = make_task(opened.experiment, name, opened.data)
+    config = {path: value for path, value in flatten(task.config).items() if not only_how(path)}
+    decides = {"config": config, "data": task.data, "evaluation": to_json(opened.experiment.evaluation)}
+    return hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _decode_split(
+    name: str, split: str, test: ScoredSplit, decode: Callable[..., list[str]], progress: ProgressBars
+) -> list[dict[str, Any]]:
+    """Returns a row of `samples.jsonl` for each example."""
+    texts = test.texts()
+    progress.say(f"{name}: decoding {len(texts):,} examples of {split}")
+    with progress.bar(f"{name}: decoding {split}", len(texts)) as advance:
+        predictions = decode([example.inputs_I for example in test.records.examples.make(test.chosen_E)], advance)
+    return [
+        {
+            "split": split,
+            "group": record.get("group"),
+            "inputs": record["inputs"],
+            "target": record["targets"],
+            "prediction": prediction,
+            "correct": prediction == record["targets"],
+        }
+        for record, prediction in zip(texts, predictions, strict=True)
+    ]
+
+
+def _time_conversation(
+    experiment: Experiment, name: str, fitted: Fitted, progress: ProgressBars
+) -> tuple[TurnCost, ...]:
+    plan = experiment.evaluation.multi_turn
+    if plan is None:
+        return ()
+    progress.say(f"{name}: timing a conversation of {plan.turns} turns")
+    with progress.bar("timing a conversation", plan.turns) as advance:
+        model = experiment.arms[name].model
+        return tuple(measure(model, fitted.model, fitted.params, fitted.mesh, plan, advance))
+
+
+def _result(opened: Opened, name: str, fitted: Fitted, scores: tuple[TextScore, ...]) -> ArmResult:
+    """Returns the arm's counts, losses and scores, without the audit of its FLOPs."""
+    arm, done = opened.experiment.arms[name], fitted.progress
+    rows, input_length, target_length = opened.experiment.row_slots()
+    steps = done.consumed_batches
+    step_flops = arm.model.flops(LengthSums.of_rows(rows, input_length, target_length))
+    train_loss, validation_loss = last_losses(opened.run_dir / name, steps)
+    return ArmResult(
+        arm=name,
+        parameters=arm.model.param_count(),
+        steps=steps,
+        flops=Flops(
+            full_attention=float(steps * step_flops.train_full_attention),
+            causal_half=float(steps * step_flops.train_causal_half),
+            six_nd=float(steps * step_flops.train_six_nd),
+            useful_full_attention=done.useful_flops,
+        ),
+        examples=done.examples,
+        tokens=done.tokens,
+        loss_tokens=done.loss_tokens,
+        slots=steps * rows * (input_length + target_length),
+        input_fill=done.input_tokens / (steps * rows * input_length) if input_length else None,
+        target_fill=(done.tokens - done.input_tokens) / (steps * rows * target_length),
+        train_loss=train_loss,
+        validation_loss=validation_loss,
+        train_seconds=done.train_seconds,
+        tokens_per_second=done.tokens / done.train_seconds,
+        data_wait_share=done.data_seconds / done.train_seconds,
+        fingerprint=done.fingerprint,
+        xla_flops_per_step=None,
+        why_not_counted="the run ended before its count",
+        ledger_flops_per_step=float(step_flops.train_full_attention),
+        scores=scores,
+    )
