@@ -12,7 +12,7 @@ from flax import nnx
 from benchmarks import decoder
 from benchmarks.generation import EOS, MODELS, NEW, PROMPT, ROWS
 from common.infer.config import Greedy, Limits
-from common.infer.decode import Decoder, Seeds, prepare
+from common.infer.decode import Decoder, Seeds, decoding_weights
 from common.infer.prompt import pad_prompts
 from common.model import skeleton
 from common.recipe import Execution
@@ -23,7 +23,7 @@ def main(name: str) -> None:
     config = MODELS[name]
     model = skeleton(builder(config, Execution(dtype="float32", scan_layers=False)))
     params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(model.build(nnx.Rngs(0)))))()
-    weights, program = prepare(model, params), Decoder(model, Greedy(), (EOS,))
+    weights, program = decoding_weights(model, params), Decoder(model, Greedy(), (EOS,))
     tokens = np.random.default_rng(0).integers(2, config.vocab_size, (ROWS, PROMPT), np.int32)
     prompt = pad_prompts(list(tokens), [0] * ROWS, rows=ROWS)
     nothing_B = np.zeros(ROWS, np.uint32)

@@ -1,8 +1,6 @@
 """Texts decoded greedily from a trained model, in length buckets."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import numpy as np
 from jax.sharding import Mesh
@@ -10,22 +8,8 @@ from jax.sharding import Mesh
 from common.data.tokenizers.tokenizer import Tokenizer
 from common.infer.config import Greedy, Limits
 from common.infer.generate import Generator, Request
-from common.infer.texts import EncodedPrompt
+from common.infer.texts import EncodedPrompt, TextCodec, TextConventions
 from common.model import Skeleton
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _OwnRules:
-    """Those of our models: targets behind a start token. Inputs come as ids, with whatever ends them."""
-
-    tokenizer: Tokenizer
-    alignment: Literal["start_token"] = "start_token"
-    start_id: int
-    eos_ids: tuple[int, ...]
-    bos_id: None = None
-    add_bos: bool = False
-    eos_after_inputs: bool = False
-    prompts: Literal["inputs"] = "inputs"
 
 
 def greedy_decoder(
@@ -36,9 +20,13 @@ def greedy_decoder(
     `advance` is called with the number of examples that have just been decoded. Inputs of similar length are decoded
     together; an example's text does not depend on its company. All calls share their compiled programs.
     """
-    rules = _OwnRules(tokenizer=tokenizer, start_id=tokenizer.start_id, eos_ids=(tokenizer.eos_id,))
+    # Inputs come as ids with their end token, so `eos_after_inputs` has no effect.
+    conventions = TextConventions(
+        alignment="start_token", start_id=tokenizer.start_id, eos_ids=(tokenizer.eos_id,), bos_id=None
+    )
+    codec = TextCodec(tokenizer=tokenizer, conventions=conventions)
     limits = Limits(max_new_tokens=max_new_tokens)
-    generator = Generator(model, params, mesh, rules, method=Greedy(), limits=limits, rows=rows)
+    generator = Generator(model, params, mesh, codec, method=Greedy(), limits=limits, rows=rows)
 
     def decode(inputs: Sequence[np.ndarray], advance: Callable[[int], None]) -> list[str]:
         texts = [""] * len(inputs)

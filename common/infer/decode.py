@@ -37,7 +37,7 @@ class Weights:
     head_DV: jax.Array
 
 
-def prepare(model: Skeleton, params: Any) -> Weights:
+def decoding_weights(model: Skeleton, params: Any) -> Weights:
     """Done once a model, so that no step and no batch has to."""
     return Weights(params=model.for_decoding(params), head_DV=model.merge(params).head())
 

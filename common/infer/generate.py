@@ -15,10 +15,10 @@ from jax.sharding import Mesh
 from common.errors import UserError
 from common.infer.beam import BeamDecoder
 from common.infer.config import Beam, Limits, Method
-from common.infer.decode import Decoded, Decoder, Seeds, prepare
+from common.infer.decode import Decoded, Decoder, Seeds, decoding_weights
 from common.infer.prompt import bucket, pad_prompts
 from common.infer.stops import find_stop, settled, tokens_to_stop
-from common.infer.texts import EncodedPrompt, TextRules, written_text
+from common.infer.texts import EncodedPrompt, TextCodec, decode_continuation
 from common.model import Skeleton
 from common.sharding.shape import ROW_AXES
 
@@ -55,19 +55,19 @@ class Generator:
         model: Skeleton,
         params: Any,
         mesh: Mesh,
-        rules: TextRules,
+        codec: TextCodec,
         *,
         method: Method,
         limits: Limits,
         rows: int,
         seed: int = 0,
     ):
-        self._mesh, self._rules, self._limits, self._seed = mesh, rules, limits, seed
+        self._mesh, self._codec, self._limits, self._seed = mesh, codec, limits, seed
         make = BeamDecoder if isinstance(method, Beam) else Decoder
-        self._decoder: Any = make(model, method, rules.eos_ids)  # type: ignore[arg-type]
+        self._decoder: Any = make(model, method, codec.conventions.eos_ids)  # type: ignore[arg-type]
         self._rows, self._max_positions = _fitting_rows(rows, mesh), model.max_positions
         with jax.set_mesh(mesh):
-            self._weights = prepare(model, params)
+            self._weights = decoding_weights(model, params)
 
     def complete(
         self, requests: Sequence[Request], on_text: Callable[[int, str], None] | None = None
@@ -101,7 +101,7 @@ class Generator:
     ) -> list[list[Completion]]:
         limits = self._limits
         state = self._start(requests, rows)
-        watched = [_Watched(request.prompt, self._rules, limits.stop) for request in requests]
+        watched = [_Watched(request.prompt, self._codec, limits.stop) for request in requests]
         step = limits.max_new_tokens
         if not isinstance(self._decoder, BeamDecoder) and (limits.stop or on_text):
             step = SHOWN if on_text else CHUNK
@@ -112,7 +112,7 @@ class Generator:
             if step < limits.max_new_tokens:
                 last = until >= limits.max_new_tokens
                 for row, one in enumerate(watched):
-                    piece = one.look(_tokens(found, row, 0, self._rules), bool(found.running_B[row]) and not last)
+                    piece = one.look(_tokens(found, row, 0, self._codec), bool(found.running_B[row]) and not last)
                     stop_B[row] = one.stopped
                     if on_text and piece:
                         on_text(row, piece)
@@ -137,7 +137,7 @@ class Generator:
         return self._decoder.start(self._weights, prompt, seeds, np.arange(rows) < len(requests), slots=slots)
 
     def _completion(self, found: Decoded, row: int, place: int, watched: "_Watched") -> Completion:
-        tokens = _tokens(found, row, place, self._rules)
+        tokens = _tokens(found, row, place, self._codec)
         ended = bool(found.ended_BR[row, place])
         stop = tokens_to_stop(lambda n: watched.write(tokens[:n]), 0, len(tokens), self._limits.stop)
         count = len(tokens) if stop is None else stop[0]
@@ -154,13 +154,13 @@ class Generator:
 class _Watched:
     """A text that grows: what of it can be shown, and whether it holds a stop string."""
 
-    def __init__(self, prompt: EncodedPrompt, rules: TextRules, stops: tuple[str, ...]):
-        self._prompt, self._rules, self._stops = prompt, rules, stops
+    def __init__(self, prompt: EncodedPrompt, codec: TextCodec, stops: tuple[str, ...]):
+        self._prompt, self._codec, self._stops = prompt, codec, stops
         self._shown = 0
         self.stopped = False
 
     def write(self, tokens: Sequence[int]) -> str:
-        return written_text(self._prompt, tokens, self._rules)
+        return decode_continuation(self._prompt, tokens, self._codec)
 
     def look(self, tokens: Sequence[int], running: bool) -> str:
         """What can newly be shown of the text of all tokens so far."""
@@ -185,7 +185,7 @@ def refuse_positions(prompts: Sequence[EncodedPrompt], limits: Limits, max_posit
         )
 
 
-def _tokens(found: Decoded, row: int, place: int, rules: TextRules) -> list[int]:
+def _tokens(found: Decoded, row: int, place: int, codec: TextCodec) -> list[int]:
     """Without the end token."""
     length = int(found.lengths_BR[row, place]) - bool(found.ended_BR[row, place])
     return found.tokens_BRT[row, place, :length].tolist()

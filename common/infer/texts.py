@@ -1,4 +1,4 @@
-"""From a prompt's text to what decoding starts from, and from tokens back to text.
+"""Encodes a prompt's text as the token ids that decoding starts from, and decodes tokens to text.
 
 Legend: I input slots.
 """
@@ -6,7 +6,7 @@ Legend: I input slots.
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
@@ -14,102 +14,105 @@ from common.data.tokenizers.tokenizer import Tokenizer
 from common.errors import UserError
 
 
-class TextRules(Protocol):
-    """How a model writes text; read only."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConventions:
+    """Where a model expects special tokens: plain values, the `text` of a model folder's model.json.
+
+    Fields with a default may be absent there, in folders of earlier versions.
+    """
+
+    alignment: Literal["start_token", "native"]
+    """"start_token": inputs and targets are separate, and targets begin after a start token. "native": inputs and
+    targets are one text in which each token predicts the next."""
+    start_id: int
+    eos_ids: tuple[int, ...]
+    bos_id: int | None
+    eos_after_inputs: bool = True
+    """Whether separate inputs end with an end token."""
+    prompts: Literal["inputs", "targets"] = "inputs"
+    """Where a prompt goes if inputs and targets are separate. A language model's inputs are always empty, so its
+    prompts go to the targets."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextCodec:
+    """A model's tokenizer and text conventions."""
+
+    tokenizer: Tokenizer | None
+    """None for a model without one: it reads and writes ids only."""
+    conventions: TextConventions
+    add_bos: bool = False
+    """Whether a text begins with `bos_id`."""
 
     @property
-    def tokenizer(self) -> Tokenizer | None: ...
-
-    @property
-    def alignment(self) -> Literal["start_token", "native"]:
-        """Whether targets begin behind a start token, or inputs and targets are one text."""
-        ...
-
-    @property
-    def start_id(self) -> int: ...
-
-    @property
-    def eos_ids(self) -> tuple[int, ...]: ...
-
-    @property
-    def bos_id(self) -> int | None: ...
-
-    @property
-    def add_bos(self) -> bool:
-        """Whether a text on its own begins with `bos_id`."""
-        ...
-
-    @property
-    def eos_after_inputs(self) -> bool:
-        """Whether inputs, where they are apart from targets, end with an end token."""
-        ...
-
-    @property
-    def prompts(self) -> Literal["inputs", "targets"]:
-        """Where a prompt stands, where inputs are apart from targets: a language model's inputs are always empty."""
-        ...
+    def leading_ids(self) -> list[int]:
+        """`[bos_id]` if a text begins with it, else empty."""
+        bos_id = self.conventions.bos_id
+        return [bos_id] if self.add_bos and bos_id is not None else []
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncodedPrompt:
-    """What the model reads before it writes."""
+    """Token ids that the model reads before it generates."""
 
     inputs_I: np.ndarray
     start: int
     """The next decoder input."""
     written: tuple[int, ...] = ()
-    """Decoder inputs before that one."""
+    """Decoder inputs before `start`."""
     before: tuple[int, ...] = ()
-    """Tokens of the same text as what is written, so that the two are turned into text together."""
+    """Tokens of the text that generation continues. They are decoded together with the generated tokens."""
 
     @property
     def length(self) -> int:
-        """Positions that it takes before its `start`."""
+        """Positions that the prompt takes before `start`."""
         return len(self.inputs_I) + len(self.written)
 
     def hash(self) -> int:
-        """32 bits of what is read."""
-        read = np.concatenate([self.inputs_I, self.written, [self.start]]).astype("<i4").tobytes()
+        """Returns a 32-bit hash of all ids that the model reads."""
+        ids = np.concatenate([self.inputs_I, self.written, [self.start]]).astype("<i4").tobytes()
         person = b"written" if self.written else b""
-        return int.from_bytes(hashlib.blake2b(read, digest_size=4, person=person).digest(), "little")
+        return int.from_bytes(hashlib.blake2b(ids, digest_size=4, person=person).digest(), "little")
 
 
-def encode_prompt(text: str, rules: TextRules) -> EncodedPrompt:
-    """Sentinels in the text are read as such.
+def encode_prompt(text: str, codec: TextCodec) -> EncodedPrompt:
+    """Encodes a prompt; sentinels written in the text become sentinel ids.
 
-    Raises UserError for text that is not valid Unicode, and for a model without a tokenizer.
+    Raises UserError if the text is not valid Unicode or the model has no tokenizer.
     """
-    ids = [int(i) for i in tokenizer_of(rules).encode_with_sentinels(text)]
-    if rules.alignment == "start_token" and rules.prompts == "targets":
-        *written, start = rules.start_id, *ids
+    conventions = codec.conventions
+    ids = [int(i) for i in tokenizer_of(codec).encode_with_sentinels(text)]
+    if conventions.alignment == "start_token" and conventions.prompts == "targets":
+        *written, start = conventions.start_id, *ids
         return EncodedPrompt(inputs_I=np.zeros(0, np.int32), start=start, written=tuple(written), before=tuple(ids))
-    if rules.alignment == "start_token":
-        return EncodedPrompt(inputs_I=np.array(framed(ids, rules), np.int32), start=rules.start_id)
-    if rules.bos_id is not None and (rules.add_bos or not ids):
-        ids = [rules.bos_id, *ids]
+    if conventions.alignment == "start_token":
+        return EncodedPrompt(inputs_I=np.array(frame_inputs(ids, codec), np.int32), start=conventions.start_id)
+    if conventions.bos_id is not None and (codec.add_bos or not ids):
+        ids = [conventions.bos_id, *ids]
     if not ids:
-        ids = [rules.eos_ids[0] if rules.eos_ids else rules.start_id]
+        ids = [conventions.eos_ids[0] if conventions.eos_ids else conventions.start_id]
     return EncodedPrompt(inputs_I=np.array(ids[:-1], np.int32), start=ids[-1], before=tuple(ids))
 
 
-def framed(inputs: Sequence[int], rules: TextRules) -> list[int]:
-    """Inputs, where they are apart from targets, with the special tokens before and after them."""
-    before = [rules.bos_id] if rules.add_bos and rules.bos_id is not None else []
-    return [*before, *inputs, *(rules.eos_ids[:1] if rules.eos_after_inputs else ())]
+def frame_inputs(ids: Sequence[int], codec: TextCodec) -> list[int]:
+    """Returns separate inputs with their special tokens in front and at the end."""
+    ends = codec.conventions.eos_ids[:1] if codec.conventions.eos_after_inputs else ()
+    return [*codec.leading_ids, *ids, *ends]
 
 
-def written_text(prompt: EncodedPrompt, tokens: Sequence[int], rules: TextRules) -> str:
-    """The text that `tokens` add behind the prompt."""
-    tokenizer = tokenizer_of(rules)
+def decode_continuation(prompt: EncodedPrompt, tokens: Sequence[int], codec: TextCodec) -> str:
+    """Returns the text that `tokens` add to the prompt's."""
+    tokenizer = tokenizer_of(codec)
     if not prompt.before:
         return tokenizer.decode(tokens)
-    # Not of the tokens alone: what begins a text loses its space with many tokenizers.
+    # Decoded together with the prompt: alone, the first token would lose its leading space with many tokenizers.
     begun = tokenizer.decode(prompt.before)
     whole = tokenizer.decode([*prompt.before, *tokens])
     return whole[len(begun) :] if whole.startswith(begun) else tokenizer.decode(tokens)
 
 
-def tokenizer_of(rules: TextRules) -> Tokenizer:
-    if rules.tokenizer is None:
-        raise UserError("the model came without a tokenizer: it cannot read a prompt")
-    return rules.tokenizer
+def tokenizer_of(codec: TextCodec) -> Tokenizer:
+    """Returns the model's tokenizer. Raises UserError if there is none."""
+    if codec.tokenizer is None:
+        raise UserError("the model has no tokenizer, so it cannot read a prompt")
+    return codec.tokenizer

@@ -16,14 +16,14 @@ from common.errors import UserError, nearest
 from common.files import read_rows, split_lines, user_lines, user_rows, write_rows
 from common.infer.config import Beam, Greedy, Limits, Method, Sample
 from common.infer.generate import Completion, Generator, Request
-from common.infer.texts import EncodedPrompt, encode_prompt, tokenizer_of
+from common.infer.texts import EncodedPrompt, TextCodec, encode_prompt, tokenizer_of
 from common.paths import check_file, is_special
 from common.ranges import Range, Rows, Seed, check_ranges
 from common.recipe import Execution
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
 from common.terminal import harmless, marked_up
-from experiments.models.finding import Found, Text, conventions_of, find_model, open_found
+from experiments.models.finding import Found, find_model, open_found
 from experiments.running.console import ProgressBars
 from experiments.running.jax_setup import set_up_jax
 
@@ -239,12 +239,12 @@ def read_prompts(path: Path | None, stdin: TextIO) -> list[str]:
     return [row["prompt"] for row in rows]
 
 
-def _settings(found: Found, text: Text, prompts: Sequence[str], request: GenerateRequest, execution: Execution) -> str:
+def _settings(found: Found, codec: TextCodec, prompts: Sequence[str], request: GenerateRequest, execution: Execution) -> str:
     """Changes with whatever changes the texts, beyond rounding."""
     described = {
         "model": to_json(found.config),
         "parameters": found.parameters.content(),
-        "text": [conventions_of(text), text.add_bos, tokenizer_of(text).content_hash],
+        "text": [to_json(codec.conventions), codec.add_bos, tokenizer_of(codec).content_hash],
         "prompts": list(prompts),
         "job": to_json(dataclasses.replace(request, rows=1)),
         "precision": [execution.dtype, execution.matmul_precision],

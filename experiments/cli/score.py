@@ -23,13 +23,13 @@ from common.errors import UserError, nearest
 from common.files import user_rows, write_rows
 from common.infer import score as scoring
 from common.infer.score import Pair, Score, continuation, pair
-from common.infer.texts import framed
+from common.infer.texts import TextCodec, frame_inputs
 from common.paths import check_file, is_special
 from common.recipe import Execution
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
 from common.terminal import harmless
-from experiments.models.finding import Text, open_model
+from experiments.models.finding import open_model
 from experiments.running.console import ProgressBars
 from experiments.running.jax_setup import set_up_jax
 
@@ -88,50 +88,51 @@ def read_records(file: Path) -> list[dict[str, Any]]:
     return records
 
 
-def to_pair(record: dict[str, Any], text: Text, vocab_size: int, *, eos: bool) -> Pair:
+def to_pair(record: dict[str, Any], codec: TextCodec, vocab_size: int, *, eos: bool) -> Pair:
     """What is scored for one record. Raises UserError for values that are no text, or ids beyond the vocabulary."""
     before, after = next((form[0] if len(form) == 2 else None, form[-1]) for form in FORMS if form[-1] in record)
-    supervised = before == "inputs" and text.alignment == "start_token" and text.prompts == "inputs"
+    conventions = codec.conventions
+    separate = conventions.alignment == "start_token" and conventions.prompts == "inputs"
+    supervised = before == "inputs" and separate
     if supervised:
-        inputs, targets = (_ids(record, name, text, vocab_size) for name in FORMS[0])
-        inputs = framed(inputs, text)
+        inputs, targets = (_ids(record, name, codec, vocab_size) for name in FORMS[0])
+        inputs = frame_inputs(inputs, codec)
     else:
-        inputs, targets = _one_text(record, before, after, text, vocab_size)
-    targets = [*targets, *(text.eos_ids[:1] if eos else ())]
+        inputs, targets = _one_text(record, before, after, codec, vocab_size)
+    targets = [*targets, *(conventions.eos_ids[:1] if eos else ())]
     if supervised:
-        made = pair(inputs, targets, start_id=text.start_id)
-    elif text.alignment == "start_token":
-        made = continuation(inputs, targets, start_id=text.start_id)
+        made = pair(inputs, targets, start_id=conventions.start_id)
+    elif conventions.alignment == "start_token":
+        made = continuation(inputs, targets, start_id=conventions.start_id)
     else:
-        opening = [text.bos_id] if text.add_bos and text.bos_id is not None else []
-        made = continuation([*opening, *inputs] or [text.start_id], targets, start_id=None)
+        made = continuation([*codec.leading_ids, *inputs] or [conventions.start_id], targets, start_id=None)
     whole = [made.start_id, *made.example.inputs_I.tolist(), *made.example.targets_T.tolist()]
     _check_ids("with the model's own tokens it", whole, vocab_size)
     return made
 
 
 def _one_text(
-    record: dict[str, Any], before: str | None, after: str, text: Text, vocab_size: int
+    record: dict[str, Any], before: str | None, after: str, codec: TextCodec, vocab_size: int
 ) -> tuple[list[int], list[int]]:
     """Ids of a context and of what goes on from it, as the tokenizer writes the two in one go.
 
     So a continuation in the middle of a text is not taken for the beginning of one. Where the first token of the
     continuation would have swallowed the end of the context, the two are written apart.
     """
-    first = [] if before is None else _ids(record, before, text, vocab_size)
-    alone = _ids(record, after, text, vocab_size)
+    first = [] if before is None else _ids(record, before, codec, vocab_size)
+    alone = _ids(record, after, codec, vocab_size)
     if before is None or not (isinstance(record[before], str) and isinstance(record[after], str)):
         return first, alone
-    whole = _ids({after: record[before] + record[after]}, after, text, vocab_size)
+    whole = _ids({after: record[before] + record[after]}, after, codec, vocab_size)
     return first, whole[len(first) :] if whole[: len(first)] == first else alone
 
 
-def _ids(record: dict[str, Any], name: str, text: Text, vocab_size: int) -> list[int]:
+def _ids(record: dict[str, Any], name: str, codec: TextCodec, vocab_size: int) -> list[int]:
     value = record[name]
     if isinstance(value, str):
-        if text.tokenizer is None:
+        if codec.tokenizer is None:
             raise UserError(f"{name} is text, but the model came without a tokenizer: give a list of token ids")
-        return text.tokenizer.encode_with_sentinels(value).tolist()
+        return codec.tokenizer.encode_with_sentinels(value).tolist()
     if not isinstance(value, list) or not all(type(token) is int for token in value):
         raise UserError(f"{name} must be a text, or a list of token ids")
     _check_ids(name, value, vocab_size)

@@ -7,12 +7,12 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from common.config import from_json, to_json
+from common.config import from_json
 from common.data.cache import default_cache_dir
 from common.data.config import BytePairConfig, DataConfig, SentencePieceConfig, TokenizerConfig
 from common.data.objectives.config import Objective, PrefixLM, Supervised, has_inputs
@@ -21,6 +21,7 @@ from common.data.tokenizers.saved import MODEL, load_saved
 from common.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from common.errors import UserError
 from common.files import inside, read_object
+from common.infer.texts import TextCodec, TextConventions
 from common.model import Skeleton, skeleton
 from common.paths import user_path
 from common.recipe import Execution
@@ -34,44 +35,6 @@ from common.weights.t5x import is_checkpoint
 from experiments.config import ModelConfig
 from experiments.families import builder
 
-Alignment = Literal["start_token", "native"]
-Prompts = Literal["inputs", "targets"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Conventions:
-    """How a model was taught text, beside its tokenizer: `text` of a model folder's model.json.
-
-    What has a default may be absent there, in folders of earlier versions.
-    """
-
-    alignment: Alignment
-    """Whether targets begin behind a start token, or inputs and targets are one text in which each token predicts the
-    next."""
-    start_id: int
-    eos_ids: tuple[int, ...]
-    bos_id: int | None
-    eos_after_inputs: bool = True
-    """Whether inputs, where they are apart from targets, end with an end token."""
-    prompts: Prompts = "inputs"
-    """Where a prompt stands, where inputs are apart from targets: a language model's inputs are always empty."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Text(Conventions):
-    """How a model writes text."""
-
-    tokenizer: Tokenizer | None
-    """None where the model came without one: it speaks ids only."""
-    add_bos: bool
-    """Whether a text on its own begins with `bos_id`."""
-
-
-def conventions_of(text: Text) -> dict[str, Any]:
-    """As JSON."""
-    values = {field.name: getattr(text, field.name) for field in dataclasses.fields(Conventions)}
-    return to_json(Conventions(**values))
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Found:
@@ -79,7 +42,7 @@ class Found:
 
     config: ModelConfig
     parameters: StoredParameters
-    open_text: Callable[[], Text]
+    open_text: Callable[[], TextCodec]
     row_length: int | None = None
     """Slots of the rows that a run was trained on, inputs and targets together; None where it is not known."""
     tokenizer_path: str | None = None
@@ -95,7 +58,7 @@ class Loaded:
     params: Any
     """Nested dict, sharded over `mesh`."""
     mesh: Mesh
-    text: Text
+    text: TextCodec
     origin: str
     """Where it comes from; of a run also the step."""
 
@@ -109,7 +72,7 @@ def open_model(path: str, execution: Execution, mesh: Mesh, dtype: Any = jnp.flo
     return open_found(found, found.open_text(), execution, mesh, dtype)
 
 
-def open_found(found: Found, text: Text, execution: Execution, mesh: Mesh, dtype: Any = jnp.float32) -> Loaded:
+def open_found(found: Found, text: TextCodec, execution: Execution, mesh: Mesh, dtype: Any = jnp.float32) -> Loaded:
     """As `open_model`, for a model that has been found, and its text."""
     model = skeleton(builder(found.config, execution))
     params, _ = load_parameters(found.parameters, model, check_divides(model, mesh), dtype=dtype)
@@ -144,7 +107,7 @@ def _find(where: Path, step: int | None) -> Found:
     raise UserError(_no_model(where, step))
 
 
-def _fitting_text(found: Found) -> Text:
+def _fitting_text(found: Found) -> TextCodec:
     """The model's text. Raises UserError where that has ids for which the model has no rows.
 
     Without a tokenizer it depends on who uses the model which ids there are.
@@ -152,10 +115,11 @@ def _fitting_text(found: Found) -> Text:
     text, rows = found.open_text(), found.config.vocab_size
     if text.tokenizer is None:
         return text
-    named = {"the tokenizer": (text.tokenizer.vocab_size - 1,), "start_id": (text.start_id,), "eos_ids": text.eos_ids}
-    named["bos_id"] = () if text.bos_id is None else (text.bos_id,)
-    for name, ids in named.items():
-        if wrong := [token for token in ids if not 0 <= token < rows]:
+    ids = text.conventions
+    named = {"the tokenizer": (text.tokenizer.vocab_size - 1,), "start_id": (ids.start_id,), "eos_ids": ids.eos_ids}
+    named["bos_id"] = () if ids.bos_id is None else (ids.bos_id,)
+    for name, tokens in named.items():
+        if wrong := [token for token in tokens if not 0 <= token < rows]:
             raise UserError(
                 f"{found.parameters.origin}: {name} has id {wrong[0]}, but the model's table has {rows} rows "
                 f"(ids 0 to {rows - 1}): one of them is another model's"
@@ -197,18 +161,17 @@ def _of_run(arm_dir: Path, step: int | None) -> Found:
     )
 
 
-def _text_of_run(arm_dir: Path, data: DataConfig) -> Text:
+def _text_of_run(arm_dir: Path, data: DataConfig) -> TextCodec:
     tokenizer = tokenizer_of_run(arm_dir, data)
-    return Text(
-        tokenizer=tokenizer,
+    conventions = TextConventions(
         alignment="start_token",
         start_id=tokenizer.start_id,
         eos_ids=(tokenizer.eos_id,),
         bos_id=None,
-        add_bos=False,
         eos_after_inputs=_ends_inputs(data.objective),
         prompts="inputs" if has_inputs(data.objective) else "targets",
     )
+    return TextCodec(tokenizer=tokenizer, conventions=conventions)
 
 
 def tokenizer_of_run(arm_dir: Path, data: DataConfig) -> Tokenizer:
@@ -248,7 +211,7 @@ def _ends_inputs(objective: Objective) -> bool:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Described:
     model: ModelConfig
-    text: Conventions
+    text: TextConventions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -256,7 +219,7 @@ class FolderDescription:
     """The contents of a model folder's model.json."""
 
     model: ModelConfig
-    text: Conventions
+    text: TextConventions
     tokenizer: TokenizerConfig | None
     add_bos: bool
     manifest: dict[str, Any]
@@ -266,7 +229,7 @@ class FolderDescription:
 def describe_folder(path: Path) -> FolderDescription:
     """Raises UserError where `path` is no model folder, or its model.json is not of the expected form."""
     manifest = folder.read_manifest(path)
-    defaults = {field.name: field.default for field in dataclasses.fields(Conventions)}
+    defaults = {field.name: field.default for field in dataclasses.fields(TextConventions)}
     text = {name: value for name, value in defaults.items() if value is not dataclasses.MISSING} | manifest["text"]
     tokenizer = text.pop("tokenizer", None)
     try:
@@ -289,8 +252,8 @@ def _in_folder(path: Path) -> Found:
         config=described.model,
         parameters=FolderParameters(path),
         tokenizer_path=None if described.tokenizer is None else described.tokenizer.path,
-        open_text=lambda: Text(
-            **vars(described.text),
+        open_text=lambda: TextCodec(
+            conventions=described.text,
             tokenizer=None if described.tokenizer is None else load_tokenizer(described.tokenizer),
             add_bos=described.add_bos,
         ),

@@ -12,10 +12,11 @@ from common.config import to_json
 from common.data.tokenizers.byte_pair import BytePairTokenizer
 from common.data.tokenizers.sentence_piece import SentencePieceTokenizer
 from common.files import json_bytes, write_atomically
+from common.infer.texts import TextCodec
 from common.weights.folder import SOURCE, FolderWriter, write_folder
 from common.weights.text import byte_pair, sentence_piece
 from experiments.families import family_of
-from experiments.models.finding import Found, Text, conventions_of, find_model
+from experiments.models.finding import Found, find_model
 from experiments.running.console import ProgressBars
 
 TOKENIZER = "spiece.model"
@@ -30,7 +31,7 @@ def folder_from_run(source: str, destination: Path, progress: ProgressBars) -> l
     text = found.open_text()
     with write_folder(destination) as writer:
         _copy_parameters(found, writer, progress)
-        described = {"tokenizer": _write_tokenizer(text, writer), **conventions_of(text)}
+        described = {"tokenizer": _write_tokenizer(text, writer), **to_json(text.conventions)}
         source_of = {"format": "run", "row_length": found.row_length}
         writer.manifest(model=to_json(found.config), text=described, source=source_of)
     count = found.config.param_count()
@@ -51,7 +52,7 @@ def _copy_parameters(found: Found, writer: FolderWriter, progress: ProgressBars)
             advance(1)
 
 
-def _write_tokenizer(text: Text, writer: FolderWriter) -> dict[str, Any]:
+def _write_tokenizer(text: TextCodec, writer: FolderWriter) -> dict[str, Any]:
     """Its files, and its entry in the manifest."""
     match text.tokenizer:
         case SentencePieceTokenizer() as pieces:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import io
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from rich.console import Console
 
 from common.infer.config import Greedy, Limits
 from common.infer.generate import Completion, Generator, Request
-from common.infer.texts import EncodedPrompt
+from common.infer.texts import EncodedPrompt, TextCodec, TextConventions
 from common.model import Skeleton, skeleton
 from common.recipe import Execution
 from common.sharding.mesh import make_mesh
@@ -20,7 +20,7 @@ from common.trees import flatten
 from experiments.config import ModelConfig
 from experiments.families import builder
 from experiments.models.convert import convert
-from experiments.models.finding import Text, open_model
+from experiments.models.finding import open_model
 from experiments.running.console import ProgressBars
 from tests.parity import copy_task
 from tests.parity.shared_data import shared_file
@@ -38,13 +38,13 @@ Lily didn't want to help her mom, so she"""
 
 
 def complete(
-    model: Skeleton, params: Any, prompts: list[EncodedPrompt], text: Text, max_new_tokens: int
+    model: Skeleton, params: Any, prompts: list[EncodedPrompt], codec: TextCodec, max_new_tokens: int
 ) -> list[Completion]:
     generator = Generator(
         model,
         params,
         make_mesh(MeshShape()),
-        text,
+        codec,
         method=Greedy(),
         limits=Limits(max_new_tokens=max_new_tokens),
         rows=len(prompts),
@@ -60,7 +60,8 @@ def test_stories260k_tells_its_published_story(tmp_path):
     convert(tmp_path / "hf", tmp_path / "ours", ProgressBars(Console(file=io.StringIO())))
     loaded = open_model(str(tmp_path / "ours"), F32, make_mesh(MeshShape()))
     assert loaded.config.param_count() == 260_032
-    assert loaded.text.alignment == "native" and loaded.text.bos_id == BOS
+    conventions = loaded.text.conventions
+    assert conventions.alignment == "native" and conventions.bos_id == BOS
     prompt = EncodedPrompt(inputs_I=np.array([], np.int32), start=BOS, before=(BOS,))
     text = dataclasses.replace(loaded.text, tokenizer=tokenizer)
     (story,) = complete(loaded.model, loaded.params, [prompt], text, 200)
@@ -79,15 +80,10 @@ def copying(kind: str, config: ModelConfig, params: Any, prompt: EncodedPrompt, 
     shapes = {leaf: value.shape for leaf, value in flatten(model.shapes, "/").items()}
     assert {leaf: value.shape for leaf, value in flatten(params, "/").items()} == shapes
     digits: Any = Digits()
-    text = Text(
-        tokenizer=digits,
-        alignment="native" if kind == "gpt" else "start_token",
-        start_id=0,
-        eos_ids=(1,),
-        bos_id=None,
-        add_bos=False,
-    )
-    (found,) = complete(model, jax.tree.map(jnp.asarray, params), [prompt], text, max_new_tokens)
+    alignment: Literal["native", "start_token"] = "native" if kind == "gpt" else "start_token"
+    conventions = TextConventions(alignment=alignment, start_id=0, eos_ids=(1,), bos_id=None)
+    codec = TextCodec(tokenizer=digits, conventions=conventions)
+    (found,) = complete(model, jax.tree.map(jnp.asarray, params), [prompt], codec, max_new_tokens)
     return found
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from common.infer.beam import BeamDecoder, penalty
 from common.infer.config import Beam, Greedy, Limits
-from common.infer.decode import Decoded, Decoder, Seeds, prepare
+from common.infer.decode import Decoded, Decoder, Seeds, decoding_weights
 from common.infer.prompt import pad_prompts
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
@@ -43,7 +43,7 @@ def search(
     chunk: int = SLOTS,
 ) -> Decoded:
     model, decoder = toy(vocab, seed=seed), decoder_of(method, eos_ids)
-    weights, rows = prepare(model, model.params), len(prompts)
+    weights, rows = decoding_weights(model, model.params), len(prompts)
     seeds = Seeds(seed=0, prompts_B=np.zeros(rows, np.uint32), samples_B=np.zeros(rows, np.uint32))
     prompt = pad_prompts([np.array(p, np.int32) for p in prompts], [0] * rows, rows=rows)
     state = decoder.start(weights, prompt, seeds, np.ones(rows, bool), slots=SLOTS)
@@ -150,7 +150,7 @@ def test_narrow_beams(size: int, alpha: float, limits: Limits, eos_ids: tuple[in
 def test_rows_end_early_somewhere() -> None:
     """The bound is at work in the test above."""
     model, decoder = toy(VOCAB), decoder_of(Beam(size=1, length_penalty=0.0), (1,))
-    weights = prepare(model, model.params)
+    weights = decoding_weights(model, model.params)
     seeds = Seeds(seed=0, prompts_B=np.zeros(1, np.uint32), samples_B=np.zeros(1, np.uint32))
     steps = []
     for p in PROMPTS:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from common.infer.config import Greedy, Limits, Sample
-from common.infer.decode import Decoded, Decoder, Seeds, first_argmax, prepare
+from common.infer.decode import Decoded, Decoder, Seeds, decoding_weights, first_argmax
 from common.infer.prompt import bucket, pad_prompts
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
@@ -40,7 +40,7 @@ def decode(
 ) -> Decoded:
     """As one batch, `chunk` steps a call; a row's seed is its prompt's length and sum."""
     rows = rows or len(prompts)
-    weights, decoder = prepare(MODEL, MODEL.params), decoder_of(method, eos_ids)
+    weights, decoder = decoding_weights(MODEL, MODEL.params), decoder_of(method, eos_ids)
     missing = [0] * (rows - len(prompts))
     seeds = Seeds(
         seed=seed,
@@ -138,7 +138,7 @@ def test_the_loop_ends_with_the_last_row() -> None:
     limits = Limits(max_new_tokens=16)
     ending = [p for p in PROMPTS if len(greedily(p, limits)) < 16]
     assert ending
-    weights, decoder = prepare(MODEL, MODEL.params), Decoder(MODEL, Greedy(), (EOS,))
+    weights, decoder = decoding_weights(MODEL, MODEL.params), Decoder(MODEL, Greedy(), (EOS,))
     seeds = Seeds(seed=0, prompts_B=np.zeros(8, np.uint32), samples_B=np.zeros(8, np.uint32))
     prompt = pad_prompts([np.array(p, np.int32) for p in ending], [0] * len(ending), rows=8)
     state = decoder.start(weights, prompt, seeds, np.arange(8) < len(ending), slots=SLOTS)
@@ -149,7 +149,7 @@ def test_the_loop_ends_with_the_last_row() -> None:
 
 def test_rows_can_be_told_to_stop() -> None:
     limits = Limits(max_new_tokens=9)
-    weights, decoder = prepare(MODEL, MODEL.params), Decoder(MODEL, Greedy(), ())
+    weights, decoder = decoding_weights(MODEL, MODEL.params), Decoder(MODEL, Greedy(), ())
     seeds = Seeds(seed=0, prompts_B=np.zeros(2, np.uint32), samples_B=np.zeros(2, np.uint32))
     prompt = pad_prompts([np.array(p, np.int32) for p in PROMPTS[:2]], [0, 0], rows=2)
     state = decoder.start(weights, prompt, seeds, np.ones(2, bool), slots=SLOTS)
@@ -164,7 +164,7 @@ def test_rows_can_be_told_to_stop() -> None:
 
 
 def test_one_program_for_all_limits() -> None:
-    weights, decoder = prepare(MODEL, MODEL.params), Decoder(MODEL, Greedy(), (EOS,))
+    weights, decoder = decoding_weights(MODEL, MODEL.params), Decoder(MODEL, Greedy(), (EOS,))
     seeds = Seeds(seed=0, prompts_B=np.zeros(2, np.uint32), samples_B=np.zeros(2, np.uint32))
     for width in (3, 9):
         prompt = pad_prompts([np.arange(width, dtype=np.int32)] * 2, [0, 0], rows=2)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ import pytest
 from common.errors import UserError
 from common.infer.config import Beam, Greedy, Limits, Method, Sample
 from common.infer.generate import Completion, Generator, Request
-from common.infer.texts import EncodedPrompt, encode_prompt, written_text
+from common.infer.texts import EncodedPrompt, TextCodec, TextConventions, decode_continuation, encode_prompt
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
 from tests.common.infer.toy import log_probs, toy
@@ -33,31 +33,28 @@ class Letters:
         return "".join(f" {LETTERS[i]}" for i in ids)[1:]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rules:
-    tokenizer: Any = Letters()
-    alignment: Literal["start_token", "native"] = "start_token"
-    start_id: int = 0
-    eos_ids: tuple[int, ...] = (1,)
-    bos_id: int | None = None
-    add_bos: bool = False
-    eos_after_inputs: bool = False
-    prompts: Literal["inputs", "targets"] = "inputs"
+TOKENIZER: Any = Letters()
+
+
+def codec_of(tokenizer: Any = TOKENIZER, *, add_bos: bool = False, **change: Any) -> TextCodec:
+    ids: dict[str, Any] = {"alignment": "start_token", "start_id": 0, "eos_ids": (1,), "bos_id": None}
+    conventions = TextConventions(**ids | {"eos_after_inputs": False} | change)
+    return TextCodec(tokenizer=tokenizer, conventions=conventions, add_bos=add_bos)
 
 
 PROMPTS = ["abc", "", "hhhh", "d", "cafe" * 6]
 
 
-def generator(method: Method | None = None, rules: Rules | None = None, rows: int = 4, **limits: Any) -> Generator:
+def generator(method: Method | None = None, codec: TextCodec | None = None, rows: int = 4, **limits: Any) -> Generator:
     limits = {"max_new_tokens": 12, **limits}
     mesh = make_mesh(MeshShape())
     return Generator(
-        MODEL, MODEL.params, mesh, rules or Rules(), method=method or Greedy(), limits=Limits(**limits), rows=rows
+        MODEL, MODEL.params, mesh, codec or codec_of(), method=method or Greedy(), limits=Limits(**limits), rows=rows
     )
 
 
-def requests(prompts: Sequence[str] = PROMPTS, rules: Rules | None = None) -> list[Request]:
-    return [Request(prompt=encode_prompt(p, rules or Rules())) for p in prompts]
+def requests(prompts: Sequence[str] = PROMPTS, codec: TextCodec | None = None) -> list[Request]:
+    return [Request(prompt=encode_prompt(p, codec or codec_of())) for p in prompts]
 
 
 def in_order(found: Iterable[tuple[int, list[Completion]]]) -> list[list[Completion]]:
@@ -120,32 +117,32 @@ def test_pieces_add_up_to_the_text() -> None:
 
 
 def test_native_alignment_goes_on_with_the_text() -> None:
-    rules = Rules(alignment="native")
-    prompt = encode_prompt("abc", rules)
+    codec = codec_of(alignment="native")
+    prompt = encode_prompt("abc", codec)
     assert (prompt.inputs_I.tolist(), prompt.start) == ([2, 3], 4)
-    [[one]] = in_order(generator(rules=rules).complete(requests(["abc"], rules)))
+    [[one]] = in_order(generator(codec=codec).complete(requests(["abc"], codec)))
     assert list(one.tokens) == [t for t in greedily(prompt, 12) if t != 1]
     assert one.text == Letters().decode([2, 3, 4, *one.tokens])[len("a b c") :]
     assert one.text.startswith(" ")
 
 
 @pytest.mark.parametrize(
-    ("rules", "text", "expected"),
+    ("codec", "text", "expected"),
     [
-        (Rules(), "ab", ([2, 3], 0)),
-        (Rules(eos_after_inputs=True), "ab", ([2, 3, 1], 0)),
-        (Rules(eos_after_inputs=True), "", ([1], 0)),
-        (Rules(eos_after_inputs=True, bos_id=9, add_bos=True), "ab", ([9, 2, 3, 1], 0)),
-        (Rules(bos_id=9), "ab", ([2, 3], 0)),
-        (Rules(alignment="native"), "", ([], 1)),
-        (Rules(alignment="native", bos_id=9), "", ([], 9)),
-        (Rules(alignment="native", bos_id=9), "ab", ([2], 3)),
-        (Rules(alignment="native", bos_id=9, add_bos=True), "ab", ([9, 2], 3)),
-        (Rules(alignment="native", eos_ids=()), "", ([], 0)),
+        (codec_of(), "ab", ([2, 3], 0)),
+        (codec_of(eos_after_inputs=True), "ab", ([2, 3, 1], 0)),
+        (codec_of(eos_after_inputs=True), "", ([1], 0)),
+        (codec_of(eos_after_inputs=True, bos_id=9, add_bos=True), "ab", ([9, 2, 3, 1], 0)),
+        (codec_of(bos_id=9), "ab", ([2, 3], 0)),
+        (codec_of(alignment="native"), "", ([], 1)),
+        (codec_of(alignment="native", bos_id=9), "", ([], 9)),
+        (codec_of(alignment="native", bos_id=9), "ab", ([2], 3)),
+        (codec_of(alignment="native", bos_id=9, add_bos=True), "ab", ([9, 2], 3)),
+        (codec_of(alignment="native", eos_ids=()), "", ([], 0)),
     ],
 )
-def test_what_is_read(rules: Rules, text: str, expected: tuple[list[int], int]) -> None:
-    prompt = encode_prompt(text, rules)
+def test_what_is_read(codec: TextCodec, text: str, expected: tuple[list[int], int]) -> None:
+    prompt = encode_prompt(text, codec)
     assert (prompt.inputs_I.tolist(), prompt.start, prompt.written) == (*expected, ())
 
 
@@ -153,27 +150,27 @@ def test_what_is_read(rules: Rules, text: str, expected: tuple[list[int], int]) 
 def test_a_language_models_prompt_stands_behind_the_start_token(
     text: str, written: tuple[int, ...], start: int
 ) -> None:
-    rules = Rules(prompts="targets", eos_after_inputs=True)
-    prompt = encode_prompt(text, rules)
+    codec = codec_of(prompts="targets", eos_after_inputs=True)
+    prompt = encode_prompt(text, codec)
     assert (prompt.inputs_I.tolist(), prompt.written, prompt.start) == ([], written, start)
-    assert written_text(prompt, [5, 6], rules) == (" d e" if text else "d e"), "the same text goes on"
+    assert decode_continuation(prompt, [5, 6], codec) == (" d e" if text else "d e"), "the same text goes on"
 
 
 def test_more_positions_than_the_model_has_are_refused() -> None:
     """Before anything is made; a prompt among the targets counts as one among the inputs."""
     model, mesh = toy(len(LETTERS)), make_mesh(MeshShape())
     model = dataclasses.replace(model, max_positions=15)
-    for rules in (Rules(), Rules(prompts="targets")):
-        made = Generator(model, model.params, mesh, rules, method=Greedy(), limits=Limits(max_new_tokens=12), rows=4)
+    for codec in (codec_of(), codec_of(prompts="targets")):
+        made = Generator(model, model.params, mesh, codec, method=Greedy(), limits=Limits(max_new_tokens=12), rows=4)
         with pytest.raises(UserError, match=r"longest prompt has 4 .* knows 15 positions; nearest: max_new_tokens=11"):
-            made.complete(requests(["a", "hhhh"], rules))
-        assert len(made.complete(requests(["a", "hhh"], Rules())).__next__()) == 2
+            made.complete(requests(["a", "hhhh"], codec))
+        assert len(made.complete(requests(["a", "hhh"], codec_of())).__next__()) == 2
 
 
 def test_hashes_tell_prompts_apart() -> None:
-    hashes = {encode_prompt(p, Rules()).hash() for p in ["", "a", "b", "aa", "ab", "ba", "~", "a~", "~a"]}
-    hashes |= {encode_prompt("ab", Rules(alignment="native")).hash()}
-    hashes |= {encode_prompt(p, Rules(prompts="targets")).hash() for p in ("ab", "abc")}
+    hashes = {encode_prompt(p, codec_of()).hash() for p in ["", "a", "b", "aa", "ab", "ba", "~", "a~", "~a"]}
+    hashes |= {encode_prompt("ab", codec_of(alignment="native")).hash()}
+    hashes |= {encode_prompt(p, codec_of(prompts="targets")).hash() for p in ("ab", "abc")}
     assert len(hashes) == 12
 
 
@@ -182,8 +179,8 @@ def test_text_of_the_tokens_alone_where_nothing_fits() -> None:
         def decode(self, ids: Iterable[int]) -> str:
             return str(len(list(ids)))
 
-    rules = Rules(alignment="native", tokenizer=Contrary())
-    assert written_text(encode_prompt("abc", rules), [5, 6], rules) == "2"
+    codec = codec_of(alignment="native", tokenizer=Contrary())
+    assert decode_continuation(encode_prompt("abc", codec), [5, 6], codec) == "2"
 
 
 def test_beams_give_several_texts() -> None:
@@ -196,13 +193,15 @@ def test_beams_give_several_texts() -> None:
 
 
 def test_a_model_without_a_tokenizer_cannot_read() -> None:
-    with pytest.raises(UserError, match="without a tokenizer"):
-        encode_prompt("abc", Rules(tokenizer=None))
+    with pytest.raises(UserError, match="has no tokenizer"):
+        encode_prompt("abc", codec_of(tokenizer=None))
 
 
 def test_rows_fit_the_mesh() -> None:
     mesh = make_mesh(MeshShape(data=8))
     expected = in_order(generator().complete(requests()))
-    sharded = Generator(MODEL, MODEL.params, mesh, Rules(), method=Greedy(), limits=Limits(max_new_tokens=12), rows=3)
+    sharded = Generator(
+        MODEL, MODEL.params, mesh, codec_of(), method=Greedy(), limits=Limits(max_new_tokens=12), rows=3
+    )
     assert [t[0].tokens for t in in_order(sharded.complete(requests()))] == [t[0].tokens for t in expected]
     assert jax.device_count() == 8

@@ -12,7 +12,7 @@ from flax import nnx
 
 from common.infer.beam import BeamDecoder
 from common.infer.config import Beam, Greedy, Limits, Method, Sample
-from common.infer.decode import Decoded, Decoder, Seeds, prepare
+from common.infer.decode import Decoded, Decoder, Seeds, decoding_weights
 from common.infer.prompt import pad_prompts
 from common.model import skeleton
 from common.nn.stack import PerLayer
@@ -54,7 +54,7 @@ def decode(
     """What is made, and the last cache."""
     model, decoder = decoder_of(config, method, eos_ids, execution)
     rows = len(prompts)
-    weights = prepare(model, split(config)[1] if params is None else params)
+    weights = decoding_weights(model, split(config)[1] if params is None else params)
     prompt = pad_prompts([np.array(p, np.int32) for p in prompts], starts or [0] * rows, rows=rows, written=written)
     seeds = Seeds(seed=0, prompts_B=np.arange(rows, dtype=np.uint32), samples_B=np.zeros(rows, np.uint32))
     state = decoder.start(weights, prompt, seeds, np.ones(rows, bool), slots=SLOTS)

@@ -13,10 +13,10 @@ from common.config import to_json
 from common.data.config import BytePairConfig
 from common.data.tokenizers.byte_pair import BytePairTokenizer, train_model
 from common.errors import UserError
+from common.infer.texts import TextCodec, TextConventions
 from common.weights.folder import write_folder
 from experiments.cli.main import main
 from experiments.cli.score import to_pair
-from experiments.models.finding import Text
 from tests.common.infer.test_score import alone
 from tests.helpers import FAMILIES, MAX_POSITIONS, VOCAB, split
 
@@ -46,9 +46,9 @@ def scored(model: Path, records: list[Any], tmp_path: Path, *options: str) -> li
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
-def settings(tokenizer: Any, **change: Any) -> Text:
-    conventions = {"alignment": "start_token", "start_id": START, "eos_ids": (EOS, 9), "bos_id": BOS, "add_bos": False}
-    return Text(**{"tokenizer": tokenizer, **conventions, **change})
+def settings(tokenizer: Any, *, add_bos: bool = False, **change: Any) -> TextCodec:
+    ids: dict[str, Any] = {"alignment": "start_token", "start_id": START, "eos_ids": (EOS, 9), "bos_id": BOS}
+    return TextCodec(tokenizer=tokenizer, conventions=TextConventions(**ids | change), add_bos=add_bos)
 
 
 @pytest.mark.parametrize(("name", "alignment"), [("gpt-learned", "native"), ("t5like-bias", "start_token")])

@@ -35,7 +35,7 @@ from experiments.cli.main import main
 from experiments.cli.score import to_pair
 from experiments.config import Experiment
 from experiments.families import builder
-from experiments.models.finding import conventions_of, find_model, open_model
+from experiments.models.finding import find_model, open_model
 from experiments.models.initial import check_initial
 from experiments.models.run_folder import folder_from_run
 from experiments.running.console import ProgressBars
@@ -108,8 +108,8 @@ def test_a_run_is_opened(experiment: Experiment, run_dir: tuple[Path, Fitted], f
     same_bits(loaded.params, fitted.params)
     assert loaded.config == experiment.arms["gpt"].model
     assert loaded.origin == f"{path}/gpt@4"
-    text = loaded.text
-    assert (text.alignment, text.start_id, text.eos_ids, text.bos_id) == ("start_token", 0, (1,), None)
+    text, ids = loaded.text, loaded.text.conventions
+    assert (ids.alignment, ids.start_id, ids.eos_ids, ids.bos_id) == ("start_token", 0, (1,), None)
     assert not text.add_bos
     assert text.tokenizer.decode(text.tokenizer.encode("one plus two")) == "one plus two"
     assert set(flatten(loaded.model.shapes)) == set(flatten(loaded.params))
@@ -125,8 +125,8 @@ def test_an_older_step(run_dir: tuple[Path, Fitted]) -> None:
 def test_a_model_folder_is_opened(experiment: Experiment, run_dir: tuple[Path, Fitted], model_folder: Path) -> None:
     loaded = opened(model_folder)
     same_bits(loaded.params, jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), run_dir[1].params))
-    text = loaded.text
-    assert (text.alignment, text.start_id, text.eos_ids, text.bos_id) == ("native", 0, (1, 7), 2)
+    text, ids = loaded.text, loaded.text.conventions
+    assert (ids.alignment, ids.start_id, ids.eos_ids, ids.bos_id) == ("native", 0, (1, 7), 2)
     assert text.add_bos and text.tokenizer.sentinels == 3
     assert text.tokenizer.decode(text.tokenizer.encode("one plus two")) == "one plus two"
     halves = opened(model_folder, dtype=jnp.bfloat16).params
@@ -145,7 +145,7 @@ def test_a_run_becomes_a_model_folder(run_dir: tuple[Path, Fitted], tmp_path: Pa
     text = " ".join(WORDS[:5])
     assert opened.text.tokenizer is not None and in_place.tokenizer is not None
     assert (opened.text.tokenizer.encode(text) == in_place.tokenizer.encode(text)).all()
-    assert (opened.text.eos_ids, opened.text.start_id) == (in_place.eos_ids, in_place.start_id)
+    assert opened.text.conventions == in_place.conventions
     further = ["--to", "t5like", "--rung", "4"]
     assert main(["convert", str(tmp_path / "folder"), str(tmp_path / "two"), *further]) == 0
     assert main(["convert", f"{path / 'gpt'}@4", str(tmp_path / "one"), *further]) == 0
@@ -167,9 +167,9 @@ def test_where_a_prompt_stands_goes_along(
     config["data"]["source"] |= {"inputs": None, "targets": None, "text": "en"}
     config["data"] |= {"objective": to_json(OBJECTIVES[kind]), "input_length": 24 * (kind == "prefix_lm")}
     (arm / RunFiles.CONFIG).write_text(json.dumps(config))
-    assert find_model(str(arm)).open_text().prompts == prompts
+    assert find_model(str(arm)).open_text().conventions.prompts == prompts
     folder_from_run(str(arm), tmp_path / "folder", ProgressBars(Console(quiet=True)))
-    assert find_model(str(tmp_path / "folder")).open_text().prompts == prompts
+    assert find_model(str(tmp_path / "folder")).open_text().conventions.prompts == prompts
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_an_export_says_what_the_model_reads(
     config["model"]["recipe"] = to_json(LLAMA)
     (arm / RunFiles.CONFIG).write_text(json.dumps(config))
     with write_folder(tmp_path / "llama") as writer:
-        folder_text = {**conventions_of(find_model(str(arm)).open_text()), "tokenizer": None}
+        folder_text = {**to_json(find_model(str(arm)).open_text().conventions), "tokenizer": None}
         source = {"format": "run", "row_length": 48}
         writer.manifest(model=config["model"], text=folder_text, source=source)
         shapes = skeleton(builder(find_model(str(arm)).config, EXECUTION)).shapes
