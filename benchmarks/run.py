@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -28,6 +27,7 @@ from benchmarks.memory import CASES, Case, Planned, plan
 from benchmarks.side_by_side import SideBySide, compare
 from benchmarks.train_step import Parts, time_arm, time_loader
 from common.files import write_json
+from common.progress import rich_bars
 from common.report.units import percent, si
 from common.train.environment import environment
 from experiments.first_light import first_light
@@ -80,8 +80,8 @@ def _positive(text: str) -> int:
 @contextlib.contextmanager
 def _bar(console: Console, title: str, total: int) -> Iterator[Callable[[int], None]]:
     # Drawn between measurements only: a bar that refreshes itself would be measured too.
-    with Progress(console=console, transient=True, auto_refresh=False, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=total)
+    with rich_bars(console, auto_refresh=False) as progress:
+        task = progress.add_task(title, total=total, detail="")
         progress.refresh()
 
         def advance(done: int) -> None:

@@ -28,8 +28,8 @@ from typing import Protocol
 import numpy as np
 
 from common.data.cache import build_once
-from common.data.progress import bar
 from common.errors import UserError
+from common.progress import tracked
 
 OPEN_ROWS = 64
 """The most rows that are open at once while packing."""
@@ -264,7 +264,7 @@ def _first_fit(inputs: list[int], targets: list[int], input_limit: int, target_l
     row_P = np.empty(len(inputs), np.int64)
     rows = 0
     chunk = 50_000
-    for start in bar(range(0, len(inputs), chunk), "packing rows"):
+    for start in tracked(range(0, len(inputs), chunk), "packing rows"):
         chosen = []
         for n_i, n_t in zip(inputs[start : start + chunk], targets[start : start + chunk], strict=True):
             for row in open_rows:

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from common.data.progress import spinner
 from common.errors import UserError
 from common.files import read_json, write_json
+from common.progress import spinner
 
 THREADS = 8
 SHOWN_BYTES = 1 << 28

@@ -14,8 +14,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from common.data.progress import bar, spinner
 from common.errors import UserError
+from common.progress import spinner, tracked
 from common.train.checkpoints import changed_parameter, read_about, saved_steps
 from common.trees import flatten, nest
 from common.weights import folder
@@ -61,11 +61,11 @@ class FolderParameters:
         return str(self.path)
 
     def read(self, wanted: Wanted) -> dict[str, jax.Array]:
-        return {name: self._read(name, wanted[name]) for name in bar(list(wanted), f"reading {self.path}")}
+        return {name: self._read(name, wanted[name]) for name in tracked(list(wanted), f"reading {self.path}")}
 
     def content(self) -> str:
         top, hashed = self.path / folder.PARAMETERS, hashlib.blake2b(digest_size=16)
-        for path in bar(sorted(path for path in top.glob("**/*") if path.is_file()), f"hashing {self.path}"):
+        for path in tracked(sorted(path for path in top.glob("**/*") if path.is_file()), f"hashing {self.path}"):
             with path.open("rb") as file:
                 of_file = hashlib.file_digest(file, "blake2b").hexdigest()
             hashed.update(f"{path.relative_to(top).as_posix()} {of_file}\n".encode())

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from common.progress import ProgressBars
 from common.terminal import harmless
 from experiments.models import convert as conversion
-from experiments.running.console import ProgressBars
 
 
 def convert(

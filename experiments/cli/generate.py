@@ -18,13 +18,13 @@ from common.infer.config import Beam, Greedy, Limits, Method, Sample
 from common.infer.generate import Completion, Generator, Request
 from common.infer.texts import EncodedPrompt, TextCodec, encode_prompt, tokenizer_of
 from common.paths import check_file, is_special
+from common.progress import ProgressBars
 from common.ranges import Range, Rows, Seed, check_ranges
 from common.recipe import Execution
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
 from common.terminal import harmless, marked_up
 from experiments.models.finding import Found, find_model, open_found
-from experiments.running.console import ProgressBars
 from experiments.running.jax_setup import set_up_jax
 
 
@@ -239,7 +239,9 @@ def read_prompts(path: Path | None, stdin: TextIO) -> list[str]:
     return [row["prompt"] for row in rows]
 
 
-def _settings(found: Found, codec: TextCodec, prompts: Sequence[str], request: GenerateRequest, execution: Execution) -> str:
+def _settings(
+    found: Found, codec: TextCodec, prompts: Sequence[str], request: GenerateRequest, execution: Execution
+) -> str:
     """Changes with whatever changes the texts, beyond rounding."""
     described = {
         "model": to_json(found.config),

@@ -25,12 +25,12 @@ from common.infer import score as scoring
 from common.infer.score import Pair, Score, continuation, pair
 from common.infer.texts import TextCodec, frame_inputs
 from common.paths import check_file, is_special
+from common.progress import ProgressBars
 from common.recipe import Execution
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
 from common.terminal import harmless
 from experiments.models.finding import open_model
-from experiments.running.console import ProgressBars
 from experiments.running.jax_setup import set_up_jax
 
 FORMS = (("inputs", "targets"), ("context", "continuation"), ("text",))

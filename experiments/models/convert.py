@@ -9,6 +9,7 @@ from typing import Any
 from common.config import to_json
 from common.errors import UserError, nearest
 from common.files import read_json
+from common.progress import ProgressBars
 from common.train.run_files import RunFiles
 from common.weights import folder as model_folder
 from common.weights.folder import FolderWriter, scratch_folder, write_folder
@@ -22,7 +23,6 @@ from common.weights.text import CARRIED, sentence_piece
 from experiments.families import FAMILIES, Family, ModelConfig
 from experiments.models.convert_out import HUGGING_FACE, convert_folder, hugging_face_formats, summary
 from experiments.models.run_folder import folder_from_run
-from experiments.running.console import ProgressBars
 
 TARGETS = ("hf", *(family.kind for family in FAMILIES))
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")

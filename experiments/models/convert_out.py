@@ -10,6 +10,7 @@ from common.config import to_json
 from common.data.config import SentencePieceConfig
 from common.errors import UserError
 from common.files import read_json, write_json
+from common.progress import ProgressBars
 from common.trees import flatten
 from common.weights import folder as model_folder
 from common.weights.folder import copy_leaf, leaf_shapes, new_folder, read_leaf, write_folder
@@ -19,7 +20,6 @@ from common.weights.settings import Settings
 from common.weights.stream import EXTRAS, check_leaves, export_weights
 from experiments.families import FAMILIES, ModelConfig, family_of
 from experiments.models.finding import FolderDescription, describe_folder
-from experiments.running.console import ProgressBars
 
 HUGGING_FACE = "hugging_face"
 """Value of `format` in a model folder's source."""

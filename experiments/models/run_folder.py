@@ -13,11 +13,11 @@ from common.data.tokenizers.byte_pair import BytePairTokenizer
 from common.data.tokenizers.sentence_piece import SentencePieceTokenizer
 from common.files import json_bytes, write_atomically
 from common.infer.texts import TextCodec
+from common.progress import ProgressBars
 from common.weights.folder import SOURCE, FolderWriter, write_folder
 from common.weights.text import byte_pair, sentence_piece
 from experiments.families import family_of
 from experiments.models.finding import Found, find_model
-from experiments.running.console import ProgressBars
 
 TOKENIZER = "spiece.model"
 

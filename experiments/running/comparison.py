@@ -10,6 +10,7 @@ from common.config import Change, to_json
 from common.errors import UserError
 from common.files import write_json
 from common.paths import check_file
+from common.progress import ProgressBars
 from common.report.results import ArmResult
 from common.sharding.hosts import is_first, on_first_process
 from common.terminal import marked_up
@@ -17,7 +18,7 @@ from common.train import run_dir as rd
 from common.train.run_files import ExperimentFiles, RunFiles
 from experiments.config import Experiment
 from experiments.models.initial import check_initial, check_tokenizers
-from experiments.running.console import ProgressBars
+from experiments.running.console import training_bar
 from experiments.running.jax_setup import set_up_jax
 from experiments.running.pipeline import check_devices, open_data, train_arm
 from experiments.running.scored_splits import open_tests
@@ -145,6 +146,6 @@ def _train_and_score(opened: Opened, name: str, console: Console, profile_steps:
         return result
     progress = ProgressBars(console)
     progress.say(f"{name}: compiling")
-    with progress.training(name) as bar:
+    with training_bar(console, name) as bar:
         fitted = train_arm(opened.experiment, name, opened.data, opened.run_dir, bar, profile_steps)
     return score_arm(opened, name, fitted, progress)

@@ -4,18 +4,17 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
+from common.progress import LINE_SECONDS, rich_bars
 from common.report.units import duration
 from common.terminal import harmless, marked_up
 from common.train.clock import shares
 
-LINE_SECONDS = 30.0
-"""Without a terminal, print a line at most this often."""
 SPEED_STEPS = 20
 """Average the speed over this many steps."""
 
@@ -27,53 +26,11 @@ class Harmless(logging.Formatter):
         return harmless(super().format(record))
 
 
-class ProgressBars:
-    """Makes progress bars on one console."""
-
-    def __init__(self, console: Console):
-        self.console = console
-
-    def say(self, line: str) -> None:
-        """Prints a line, unless a terminal shows a bar instead."""
-        if not self.console.is_terminal:
-            self.console.print(marked_up(line), soft_wrap=True)
-
-    @contextlib.contextmanager
-    def bar(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Shows a bar and yields a callback that advances it; without a terminal, the callback prints lines."""
-        done, last_line = 0, time.monotonic()
-        with self._bar() as progress:
-            task = progress.add_task(marked_up(title), total=total, detail="")
-
-            def advance(more: int) -> None:
-                nonlocal done, last_line
-                done += more
-                progress.advance(task, more)
-                if time.monotonic() - last_line > LINE_SECONDS:
-                    self.say(f"{title}: {done:,} of {total:,}")
-                    last_line = time.monotonic()
-
-            yield advance
-
-    @contextlib.contextmanager
-    def training(self, arm: str) -> Iterator["TrainingBar"]:
-        """Shows a bar for the training of an arm and yields the observer that advances it."""
-        with self._bar() as progress:
-            yield TrainingBar(self.console, progress, arm)
-
-    def _bar(self) -> Progress:
-        return Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[detail]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
-        )
+@contextlib.contextmanager
+def training_bar(console: Console, arm: str) -> Iterator["TrainingBar"]:
+    """Shows a bar for the training of an arm and yields the observer that advances it."""
+    with rich_bars(console) as progress:
+        yield TrainingBar(console, progress, arm)
 
 
 class TrainingBar:

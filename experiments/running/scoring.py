@@ -14,6 +14,7 @@ from common.evals.decoding import greedy_decoder
 from common.evals.measure import TextScore, TurnCost
 from common.evals.text_metrics import ALL, score_texts
 from common.files import read_json, read_rows, write_json, write_rows
+from common.progress import ProgressBars
 from common.report.certificate import flatten
 from common.report.results import ArmResult, Flops
 from common.sharding.hosts import on_first_process
@@ -23,7 +24,6 @@ from common.train.metrics_log import last_losses
 from common.train.run_files import RunFiles
 from experiments.config import Experiment
 from experiments.running.audit import count_step
-from experiments.running.console import ProgressBars
 from experiments.running.multi_turn import measure
 from experiments.running.pipeline import Data, make_setup, make_task
 from experiments.running.scored_splits import ScoredSplit

@@ -13,6 +13,7 @@ from common.infer.config import Greedy, Limits
 from common.infer.generate import Completion, Generator, Request
 from common.infer.texts import EncodedPrompt, TextCodec, TextConventions
 from common.model import Skeleton, skeleton
+from common.progress import ProgressBars
 from common.recipe import Execution
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
@@ -21,7 +22,6 @@ from experiments.config import ModelConfig
 from experiments.families import builder
 from experiments.models.convert import convert
 from experiments.models.finding import open_model
-from experiments.running.console import ProgressBars
 from tests.parity import copy_task
 from tests.parity.shared_data import shared_file
 from tests.parity.stories import BOS, StoriesTokenizer, write_hugging_face

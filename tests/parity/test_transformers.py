@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console
 
 from common.data.batch import Batch
+from common.progress import ProgressBars
 from common.recipe import Execution
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
@@ -28,7 +29,6 @@ from common.trees import flatten
 from common.weights.folder import leaf_shapes, read_leaf
 from experiments.models.convert import convert
 from experiments.models.finding import Loaded, open_model
-from experiments.running.console import ProgressBars
 from tests.parity.padded import Side, one_text, padded, two_texts
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

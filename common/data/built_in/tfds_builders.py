@@ -10,8 +10,8 @@ import logging
 from collections.abc import Callable, Iterator
 
 import tensorflow_datasets as tfds
-from rich.console import Console
-from rich.progress import Progress
+
+from common.progress import counter
 
 TICKS_PER_UPDATE = 100
 
@@ -22,12 +22,12 @@ def one_bar(title: str, total: int) -> Iterator[Callable[[], None]]:
 
     Silences TFDS, which prints what it prepares, warns about new configs and draws its own bars.
     """
-    with Progress(console=Console(stderr=True), transient=True) as progress, _quiet_tfds():
-        task, ticks = progress.add_task(title, total=total), itertools.count(1)
+    with counter(title, total) as advance, _quiet_tfds():
+        ticks = itertools.count(1)
 
         def tick() -> None:
-            if (done := next(ticks)) % TICKS_PER_UPDATE == 0:
-                progress.update(task, completed=done)
+            if next(ticks) % TICKS_PER_UPDATE == 0:
+                advance(TICKS_PER_UPDATE)
 
         yield tick
 

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from common.data.cache import build_once, default_cache_dir
 from common.data.corpora.table import CORPORA
-from common.data.progress import spinner
 from common.data.sources.files import parse_split, slice_bounds
 from common.data.sources.packed_files import UNPACKERS, UNPACKING_ERRORS
 from common.data.sources.records import Problem, Record
 from common.errors import UserError, nearest
 from common.paths import user_path
+from common.progress import spinner
 
 FOLDER_VARIABLE = "TWINSTACK_SHARED_DATA"
 PARSER_VERSION = 1

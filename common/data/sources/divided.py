@@ -10,11 +10,11 @@ import numpy as np
 
 from common.data.built_in.shares import split_by_hash
 from common.data.cache import build_once
-from common.data.progress import counter
 from common.data.sources.files import parse_split, slice_bounds
 from common.data.sources.indexes import map_integers, write_integers
 from common.data.sources.records import Problem, Record, Source, SourceBase, check_range, in_batches
 from common.errors import UserError, nearest
+from common.progress import counter
 
 FORMAT = 1
 """Part of the cache's key: raise it with any change of how records are assigned to splits."""

@@ -11,8 +11,8 @@ from typing import BinaryIO, NamedTuple, TypeVar
 import numpy as np
 
 from common.data.cache import build_once
-from common.data.progress import bar
 from common.data.sources.packed_files import PlainFile, file_key
+from common.progress import tracked
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -93,7 +93,7 @@ def map_in_threads(function: Callable[[T], R], items: Sequence[T], title: str) -
     with ThreadPoolExecutor(min(THREADS, max(len(items), 1))) as pool:
         futures = [pool.submit(function, item) for item in items]
         try:
-            return [future.result() for future in bar(futures, title)]
+            return [future.result() for future in tracked(futures, title)]
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Protocol
 
 from common.data.cache import adopt, listed, locked, put, warn_of_damage, whole
-from common.data.progress import counter
 from common.data.tokenized.prepared import (
     IDENTITY,
     MANIFEST,
@@ -31,6 +30,7 @@ from common.data.tokenized.prepared import (
 from common.data.tokenized.shards import REPORT, ShardReport, ShardTask, write_shard
 from common.errors import UserError
 from common.files import read_json, write_json
+from common.progress import counter
 from common.terminal import harmless
 
 NAMED = 3

@@ -11,13 +11,13 @@ import numpy as np
 
 from common.data.cache import build_once
 from common.data.config import BytePairConfig, SentencePieceConfig, TokenizerConfig
-from common.data.progress import counter, spinner
 from common.data.sources.records import Problem, Source, in_batches
 from common.data.tokenizers import byte_pair, sentence_piece
 from common.data.tokenizers.byte_pair import BytePairTokenizer
 from common.data.tokenizers.sentence_piece import SentencePieceTokenizer
 from common.errors import UserError
 from common.paths import user_path
+from common.progress import counter, spinner
 
 TRAINING_LINE = 1000
 """Longest training line, in characters: SentencePiece silently skips lines of more than 4,192 bytes."""

@@ -14,6 +14,7 @@ from rich.console import Console
 from common.config import from_json
 from common.errors import UserError
 from common.infer.texts import encode_prompt
+from common.progress import ProgressBars
 from common.recipe import Execution
 from common.trees import flatten
 from common.weights import folder as model_folder
@@ -24,7 +25,6 @@ from experiments.config import ModelConfig
 from experiments.families import builder
 from experiments.models.convert import convert
 from experiments.models.finding import find_model
-from experiments.running.console import ProgressBars
 from tests.common.weights import foreign
 from tests.common.weights.foreign import BF16, GPT2, LLAMA, T5, T5_V1_1
 
@@ -597,7 +597,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 from rich.console import Console
-from experiments.running.console import ProgressBars
+from common.progress import ProgressBars
 from experiments.models.convert import convert
 
 def peak():

@@ -13,9 +13,9 @@ from rich.console import Console
 from common.data.config import BytePairConfig, SentencePieceConfig
 from common.data.tokenizers import byte_pair, sentence_piece
 from common.errors import UserError
+from common.progress import ProgressBars
 from experiments.models.convert import convert
 from experiments.models.finding import find_model
-from experiments.running.console import ProgressBars
 from tests.common.weights import foreign
 from tests.common.weights.foreign import GPT2, LLAMA, T5
 

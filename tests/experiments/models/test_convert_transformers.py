@@ -10,6 +10,7 @@ from rich.console import Console
 
 from common.config import from_json, to_json
 from common.infer.score import pair, score
+from common.progress import ProgressBars
 from common.recipe import GPT2, LLAMA, T5_V1_0, T5_V1_1
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
@@ -19,7 +20,6 @@ from experiments.config import ModelConfig
 from experiments.models.convert import convert
 from experiments.models.convert_out import hugging_face_formats
 from experiments.models.finding import open_model
-from experiments.running.console import ProgressBars
 from tests.helpers import F32, gpt, t5like
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

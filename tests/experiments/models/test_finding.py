@@ -23,6 +23,7 @@ from common.errors import UserError
 from common.files import read_json
 from common.infer.texts import encode_prompt
 from common.model import skeleton
+from common.progress import ProgressBars
 from common.recipe import LLAMA
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
@@ -38,7 +39,6 @@ from experiments.families import builder
 from experiments.models.finding import find_model, open_model
 from experiments.models.initial import check_initial
 from experiments.models.run_folder import folder_from_run
-from experiments.running.console import ProgressBars
 from experiments.running.pipeline import open_data, train_arm
 from tests.experiments.tiny_experiment import WORDS, tiny_experiment, write_data
 from tests.tiny import EXECUTION, Observer, Stopped

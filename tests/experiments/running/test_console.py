@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from experiments.running.console import LINE_SECONDS, Harmless, ProgressBars
+from experiments.running.console import LINE_SECONDS, Harmless, training_bar
 
 STEPS = 1000
 
@@ -44,7 +44,7 @@ def _utc(seconds: float) -> Any:
 def test_without_a_terminal_there_is_a_plain_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     """With what a status line has, and the time by the clock when it will be over."""
     shown = Shown(monkeypatch, terminal=False)
-    with ProgressBars(shown.console).training("gpt") as bar:
+    with training_bar(shown.console, "gpt") as bar:
         bar.begin(400, STEPS)
         for step in range(401, 501):
             shown.step(bar, step, 1.0, mfu_causal_half=0.314)
@@ -57,7 +57,7 @@ def test_without_a_terminal_there_is_a_plain_line_now_and_then(monkeypatch: pyte
 
 def test_the_last_line_says_what_the_time_went_into(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = Shown(monkeypatch, terminal=False)
-    with ProgressBars(shown.console).training("gpt") as bar:
+    with training_bar(shown.console, "gpt") as bar:
         bar.begin(0, 2)
         shown.step(bar, 1, 1.0)
         shown.step(bar, 2, 1.0, validation_loss=2.25)
@@ -67,22 +67,10 @@ def test_the_last_line_says_what_the_time_went_into(monkeypatch: pytest.MonkeyPa
     ]
 
 
-def test_without_a_terminal_other_work_says_where_it_is_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    for terminal, lines in ((False, ["[not markup]", "decoding: 11 of 40", "decoding: 22 of 40"]), (True, [])):
-        shown = Shown(monkeypatch, terminal)
-        progress = ProgressBars(shown.console)
-        progress.say("[not markup]")
-        with progress.bar("decoding", 40) as advance:
-            for _ in range(30):
-                shown.now += 3.0
-                advance(1)
-        assert [line for line in shown.lines if "of 40" in line or "markup" in line] == lines
-
-
 def test_in_a_terminal_the_line_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only validation losses and remarks are left behind."""
     shown = Shown(monkeypatch, terminal=True)
-    with ProgressBars(shown.console).training("gpt") as bar:
+    with training_bar(shown.console, "gpt") as bar:
         bar.begin(0, STEPS)
         for step in range(1, 100):
             shown.step(bar, step, 1.0)
@@ -93,7 +81,7 @@ def test_in_a_terminal_the_line_stays_where_it_is(monkeypatch: pytest.MonkeyPatc
 
 def test_a_batch_that_was_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = Shown(monkeypatch, terminal=False)
-    with ProgressBars(shown.console).training("gpt") as bar:
+    with training_bar(shown.console, "gpt") as bar:
         bar.begin(0, 1)
         bar.step({"step": 1, "skipped": "loss nan"}, _timing())
     assert shown.lines == ["gpt: time: 0.0% data, 0.0% compute, 0.0% checkpoint, 0.0% eval; " + _GOODPUT]
@@ -110,16 +98,11 @@ def test_controls_and_markup_in_names_are_shown_as_characters(monkeypatch: pytes
     """Notes, titles of bars and names of arms come from data, paths and files."""
     evil, seen = "[/red]a\x1b[2J\u202e", r"[/red]a\u001b[2J\u202e"
     shown = Shown(monkeypatch, terminal=False)
-    progress = ProgressBars(shown.console)
-    with progress.training(evil) as bar:
+    with training_bar(shown.console, evil) as bar:
         bar.note(evil)
         bar.begin(0, STEPS)
         shown.step(bar, 1, 1.0, validation_loss=1.0)
     assert shown.lines[-2] == f"{seen}: {seen}" and shown.lines[-1].startswith(f"{seen}: step 1/{STEPS}")
-    terminal = Shown(monkeypatch, terminal=True)
-    with ProgressBars(terminal.console).bar(evil, 2) as advance:
-        advance(1)
-    assert r"a\u001b[2J\u202e" in terminal.file.getvalue() and "\u202e" not in terminal.file.getvalue()
 
 
 def test_controls_in_log_lines_are_shown_as_characters() -> None:
