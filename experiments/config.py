@@ -1,4 +1,4 @@
-"""What an experiment is: one data stream, one way to train, several arms."""
+"""The config of an experiment: one data stream, one way to train, several arms."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -19,15 +19,15 @@ from experiments.families import ModelConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One side of a comparison; everything else is shared."""
+    """One side of a comparison; all arms share everything else."""
 
     model: ModelConfig
     learning_rate: Annotated[float, Range(0, 1000, "(]")]
-    """Peak (the base of `InverseSqrt`), from the sweep in the experiment's file."""
+    """Peak learning rate (the base of `InverseSqrt`), from the sweep in the experiment's file."""
     init: InitFrom | None = None
-    """What its parameters begin as; None: a fresh model."""
+    """The model whose parameters it starts from; None: a fresh model."""
     about: str = ""
-    """What this arm stands for, shown beside its results."""
+    """What this arm stands for, shown with its results."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -35,13 +35,13 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MultiTurn:
-    """A conversation whose cost is measured: what each turn must read before it can answer (random tokens)."""
+    """Measures the cost of a conversation of random tokens: what each turn must read before it can answer."""
 
     turns: Annotated[int, Range(1, 1024, unit="turns")]
     message_tokens: NewTokens
     reply_tokens: NewTokens
     repeats: Count
-    """Timings a turn, of which the median counts."""
+    """Timings per turn; the median counts."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -49,18 +49,18 @@ class MultiTurn:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Decoded text against its references, after training."""
+    """Decodes texts after training and compares them with their references."""
 
     splits: tuple[str, ...]
     examples: Count
-    """At most so many of each split, evenly spaced over it."""
+    """Maximum number per split, evenly spaced over the split."""
     rows: Rows
-    """Examples decoded at a time."""
+    """Examples per decoded batch."""
     max_new_tokens: NewTokens
     validation_batches: Annotated[int, Range(1, 10**6, unit="batches")]
-    """Batches of the validation split that a validation loss is taken over."""
+    """Batches of the validation split that the validation loss averages over."""
     headline: Literal["exact_match", "bleu"] = "exact_match"
-    """The score that stands first in the report."""
+    """The score that the report shows first."""
     multi_turn: MultiTurn | None = None
 
     def __post_init__(self) -> None:
@@ -69,13 +69,16 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
+    """A comparison of arms that share data, training and evaluation."""
+
     name: str
     question: str
     expected: str
     """What the experiment's author saw, and on what machine."""
     varies: tuple[str, ...] = ()
-    """Fields of an arm that the comparison is about, such as `model.memory`; sizes and learning rates may differ
-    always, anything else may not."""
+    """Fields of an arm that may differ because the comparison is about them, such as `model.memory`.
+
+    Sizes and learning rates may always differ, other fields never."""
     data: DataConfig
     train: TrainConfig
     evaluation: Evaluation
@@ -89,14 +92,14 @@ class Experiment:
         if self.evaluation.splits and not isinstance(self.data.objective, Supervised):
             raise UserError(
                 f"evaluation.splits is {list(self.evaluation.splits)}, but objective {self.data.objective.kind!r} "
-                "leaves no inputs and targets of records to decode and to compare; nearest: evaluation.splits=[]"
+                "keeps no inputs and targets of records to decode and compare; nearest: evaluation.splits=[]"
             )
         if (steps := self.steps()) > MOST_STEPS:
             budget = f"{self.train.budget.amount:g} {self.train.budget.unit}"
-            raise UserError(f"train.budget is {budget}, which are {steps:,} steps: at most {MOST_STEPS:,} are made")
+            raise UserError(f"train.budget is {budget}, that is {steps:,} steps; the most is {MOST_STEPS:,}")
 
     def check_arms(self, arms: Iterable[str]) -> None:
-        """Raises UserError where one of these arms' models cannot hold the tokenizer's ids or the rows' positions."""
+        """Raises UserError where an arm's model has too few token rows or positions for the data."""
         tokenizer = self.data.tokenizer
         for name in arms:
             model = self.arms[name].model
@@ -113,46 +116,46 @@ class Experiment:
                 )
 
     def row_slots(self) -> tuple[int, int, int]:
-        """Rows, input slots, target slots of one batch."""
+        """Returns (rows, input slots per row, target slots per row) of a batch."""
         return self.data.rows, self.data.input_length, self.data.target_length
 
     def flops_per_step(self, arm: Arm) -> int:
-        """Training FLOPs of a padded batch (full attention)."""
-        return arm.model.flops(self._text()).train_full_attention
+        """Returns the training FLOPs of one padded batch, counting full attention."""
+        return arm.model.flops(self._length_sums()).train_full_attention
 
     def remarks(self) -> list[str]:
-        """One line for each thing that is allowed and seldom meant; said before anything is trained."""
-        found = []
-        if (apart := unequal(self._models(), self._text())) is not None:
-            found.append(f"{apart} (the certificate allows {FLOPS_TOLERANCE:.0%})")
+        """Returns a warning for each setting that is allowed but rarely intended."""
+        warnings = []
+        if (apart := unequal(self._models(), self._length_sums())) is not None:
+            warnings.append(f"{apart} (the certificate allows {FLOPS_TOLERANCE:.0%})")
         steps, schedule = self.steps(), self.train.schedule
-        if not isinstance(schedule, InverseSqrt) and schedule.warmup_steps >= steps:  # the warm-up of which rises
+        if not isinstance(schedule, InverseSqrt) and schedule.warmup_steps >= steps:
             reached = steps / (schedule.warmup_steps + 1)
-            found.append(
+            warnings.append(
                 f"train.schedule.warmup_steps is {schedule.warmup_steps} and the run has {steps} steps: the learning "
                 f"rate ends at {reached:.1%} of its peak"
             )
-        return found
+        return warnings
 
     def matching(self, reference: str) -> list[str]:
-        """Overrides that give the other arms as many training FLOPs as `reference`, by their `d_ff`.
+        """Returns overrides of `d_ff` that give the other arms as many training FLOPs as the arm `reference`.
 
-        Raises UserError where there is no such arm, or no such `d_ff`.
+        Raises UserError for an unknown arm, and where no `d_ff` matches.
         """
         if reference not in self.arms:
             raise UserError(f"--match {reference!r} is no arm: {nearest(reference, self.arms)}")
-        widths = matching_widths(self._models(), reference, self._text())
+        widths = matching_widths(self._models(), reference, self._length_sums())
         return [f"arms.{name}.model.d_ff={width}" for name, width in widths.items()]
 
     def _models(self) -> dict[str, ModelConfig]:
         return {name: arm.model for name, arm in self.arms.items()}
 
-    def _text(self) -> LengthSums:
-        """The length sums of a padded batch."""
+    def _length_sums(self) -> LengthSums:
+        """Returns the length sums of a padded batch."""
         return LengthSums.of_rows(*self.row_slots())
 
     def steps(self) -> int:
-        """The same for every arm; a budget in FLOPs is that of the arm that costs most."""
+        """Returns the number of steps, the same for every arm: a budget in FLOPs is spent by the most expensive arm."""
         rows, input_length, target_length = self.row_slots()
-        dearest = max(self.flops_per_step(arm) for arm in self.arms.values())
-        return self.train.budget.steps(rows * (input_length + target_length), dearest)
+        step_flops = max(self.flops_per_step(arm) for arm in self.arms.values())
+        return self.train.budget.steps(rows * (input_length + target_length), step_flops)

@@ -1,4 +1,4 @@
-"""All experiments by name. Reading the list imports nothing heavy."""
+"""All experiments by name. Importing this module imports no experiment."""
 
 import importlib
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ EXPERIMENTS = {
 
 
 def load(name: str) -> "Experiment":
-    """The experiment `name`, which is the function of that name in the module of that name."""
+    """Returns the experiment `name`, made by the function of that name in the module of that name."""
     module = importlib.import_module(f"experiments.{name}")
     experiment: Experiment = getattr(module, name)()
     assert experiment.name == name and experiment.question == EXPERIMENTS[name]

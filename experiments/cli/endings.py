@@ -1,4 +1,4 @@
-"""How a command ends: its exit status, and one line for what the user can mend."""
+"""How a command ends: its exit status, and a one-line message for what the user can fix."""
 
 import os
 import select
@@ -16,10 +16,10 @@ STDOUT = 1
 
 
 def ending(command: Callable[[], int], arguments: Sequence[str]) -> int:
-    """Runs `command`, and returns its status, or that of how it ended.
+    """Runs `command` and returns its exit status.
 
-    2 is a mistake of the user's, which an error of the system about a path is too; 130 is an interruption, and 141 that
-    whoever reads the output has gone, as after `| head`.
+    The status is 2 after a mistake of the user's, including operating-system errors about a path; 130 after an
+    interruption; 141 if the reader of the output has closed it, as `| head` does.
     """
     try:
         status = command()
@@ -41,7 +41,7 @@ def ending(command: Callable[[], int], arguments: Sequence[str]) -> int:
         return 130
     except SystemExit as stopped:
         if (step := getattr(stopped, "step", None)) is not None:
-            print(f"\ntwinstack: asked to end, step {step} is saved{_hint(arguments)}", file=sys.stderr)
+            print(f"\ntwinstack: terminated, step {step} is saved{_hint(arguments)}", file=sys.stderr)
         raise
 
 
@@ -51,10 +51,10 @@ def _refuse(mistake: UserError) -> int:
 
 
 def _reader_has_gone() -> bool:
-    """Whether the reader of standard output has gone; if so, sends further output to the null device."""
-    asked = select.poll()
-    asked.register(STDOUT, 0)  # poll reports errors even with an empty mask
-    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in asked.poll(0)):
+    """Whether the reader of standard output has closed it; if so, sends further output to the null device."""
+    poll = select.poll()
+    poll.register(STDOUT, 0)  # poll reports errors even with an empty mask
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
     return True

@@ -1,4 +1,4 @@
-"""`twinstack data prepare`: everything that an experiment's data need, made ahead of a run."""
+"""`twinstack data prepare`: tokenizes all splits of an experiment before a run."""
 
 import dataclasses
 import functools
@@ -22,17 +22,17 @@ from common.terminal import harmless, marked_up
 from experiments.config import Experiment
 
 WIDEST = 1000
-"""Columns of text."""
+"""Characters; the table may be wider than the terminal."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Made:
-    """One tokenised split."""
+class PreparedSplit:
+    """A tokenized split."""
 
     split: str
     manifest: dict
     where: str
-    """Folder or url."""
+    """Folder or URL of the tokens."""
     seconds: float
 
 
@@ -44,14 +44,14 @@ def prepare_data(
     to: str | None = None,
     beam: Sequence[str] | None = None,
 ) -> None:
-    """Makes what is not there yet, tokenizer first, and prints a table of all of it.
+    """Trains the tokenizer and tokenizes all splits, unless they are there already, and prints a table of them.
 
     Args:
-      workers: processes; None: as many as there are cores.
-      to: a folder or an url that tokens are put in; None: the cache.
-      beam: make them by an Apache Beam pipeline with these options; None: on this machine.
+      workers: number of processes; None: one per core.
+      to: folder or URL for the tokens; None: the cache.
+      beam: options of an Apache Beam pipeline that tokenizes; None: tokenize on this machine.
 
-    Raises UserError as opening the experiment's data does, and where `to` cannot be written.
+    Raises UserError where the data cannot be opened or `to` cannot be written.
     """
     cache_dir, config = default_cache_dir(), experiment.data
     if to is not None:
@@ -65,30 +65,30 @@ def prepare_data(
     for split, task in shard_tasks(config, tokenizer, cache_dir, experiment.evaluation.splits):
         begin = time.perf_counter()
         manifest, where = _prepare(task, cache_dir, workers, to, beam)
-        name = f"{split}, eos behind each" if task.end_each else split
-        made.append(Made(split=name, manifest=manifest, where=where, seconds=time.perf_counter() - begin))
+        name = f"{split}, eos after each" if task.end_each else split
+        made.append(PreparedSplit(split=name, manifest=manifest, where=where, seconds=time.perf_counter() - begin))
     shown = table(made)
     shown.width = console.measure(shown, options=console.options.update(max_width=WIDEST)).maximum
-    console.print(shown, crop=False)  # a narrow terminal may fold lines, but nothing is cut off
+    console.print(shown, crop=False)  # so a narrow terminal folds lines, and cuts nothing
     for each in made:
         if problems := each.manifest["problems"]:
-            told = f"{each.split}: {problems['count']:,} of {each.manifest['records']:,} records are left out: "
-            told += f"{'; '.join(problems['first'])}; all: {each.where}/{PROBLEMS}"
-            console.print(harmless(told), markup=False, highlight=False, soft_wrap=True)
+            line = f"{each.split}: {problems['count']:,} of {each.manifest['records']:,} records are skipped: "
+            line += f"{'; '.join(problems['first'])}; all: {each.where}/{PROBLEMS}"
+            console.print(harmless(line), markup=False, highlight=False, soft_wrap=True)
     if to is not None:
         keep_origins(config, source, tokenizer, cache_dir, experiment.evaluation.splits, to)
         console.print(
-            harmless(f"runs read them with {VARIABLE}={to}, and need nothing else"),
+            harmless(f"runs read these tokens with {VARIABLE}={to}, and need nothing else"),
             markup=False,
             highlight=False,
             soft_wrap=True,
         )
 
 
-def table(made: Sequence[Made]) -> Table:
-    """A row a split."""
+def table(made: Sequence[PreparedSplit]) -> Table:
+    """Returns a table with a row for each split."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("split", "records", "kept", "empty", "tokens", "left out", "MB", "seconds", "folder"):
+    for name in ("split", "records", "kept", "empty", "tokens", "skipped", "MB", "seconds", "folder"):
         table.add_column(name, justify="left" if name in ("split", "folder") else "right")
     for each in made:
         manifest = each.manifest
@@ -108,7 +108,7 @@ def table(made: Sequence[Made]) -> Table:
 def _prepare(
     task: ShardTask, cache_dir: Path, workers: int | None, to: str | None, beam: Sequence[str] | None
 ) -> tuple[dict, str]:
-    """The manifest, and the folder or url that it lies in."""
+    """Returns the manifest, and the folder or URL that contains it."""
     if to is None:
         prepared = open_tokenized(task, cache_dir, workers)
         return prepared.manifest, str(prepared.where)

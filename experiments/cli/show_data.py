@@ -1,6 +1,6 @@
-"""`twinstack data show`: what a model is trained on, as a person reads it.
+"""`twinstack data show`: prints rows of training data in readable form.
 
-Legend: B batch rows, I input slots, T target slots, L slots of either.
+Legend: B batch rows, I input slots, T target slots, L input or target slots.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ from experiments.config import Experiment
 from experiments.running.pipeline import open_data
 
 COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
-"""Of segments, in turn."""
+"""Colours of segments, used in turn."""
 
 
 def show(experiment: Experiment, rows: int, console: Console) -> None:
-    """Prints the first `rows` rows of training: their examples, then the slots of both families."""
+    """Prints the first `rows` rows of training: their examples, then the slots that each family reads."""
     config, data = experiment.data, open_data(experiment)
     console.print(
         f"{harmless(' and '.join(part.name for part in parts_of(config.source)))}; "
@@ -38,7 +38,7 @@ def show(experiment: Experiment, rows: int, console: Console) -> None:
     steps = (data.train.batch(step).batch for step in range(-(-rows // config.rows)))
     each = ((batch, b) for batch in steps for b in range(config.rows))
     for number, (batch, b) in enumerate(itertools.islice(each, rows)):
-        row = Row.of(batch, b)
+        row = BatchRow.of(batch, b)
         console.print()
         console.rule(f"row {number}: {row.summary()}", align="left")
         console.print(examples_table(row, data.tokenizer))
@@ -48,26 +48,29 @@ def show(experiment: Experiment, rows: int, console: Console) -> None:
         console.print(slots_table("decoder-only: one sequence", [*inputs, *targets], len(row.inputs_I)))
 
 
-def padding_table(experiment: Experiment, rows: int, held: LengthSums) -> Table:
-    """What of rows, and of each family's compute on them, goes to padding; `held`: what the rows' examples hold."""
+def padding_table(experiment: Experiment, rows: int, examples: LengthSums) -> Table:
+    """Returns the share of padding in the first `rows` rows, and in each arm's FLOPs on them.
+
+    `examples`: length sums of the examples in these rows.
+    """
     slots = LengthSums.of_rows(rows, *experiment.row_slots()[1:])
     table = Table(title=f"padding, in the first {rows:,} rows", title_justify="left")
     shares = {
-        "input slots": (held.inputs, slots.inputs),
-        "target slots": (held.targets, slots.targets),
-        "all slots": (held.tokens, slots.tokens),
+        "input slots": (examples.inputs, slots.inputs),
+        "target slots": (examples.targets, slots.targets),
+        "all slots": (examples.tokens, slots.tokens),
     } | {
-        f"FLOPs of {name}": tuple(arm.model.flops(each).train_full_attention for each in (held, slots))
+        f"FLOPs of {name}": tuple(arm.model.flops(each).train_full_attention for each in (examples, slots))
         for name, arm in experiment.arms.items()
     }
     for name in shares:
         table.add_column(marked_up(name), justify="right")
-    table.add_row(*(percent(1 - real / all) if all else "none there" for real, all in shares.values()))
+    table.add_row(*(percent(1 - useful / total) if total else "none there" for useful, total in shares.values()))
     return table
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class BatchRow:
     """One row of a batch."""
 
     inputs_I: np.ndarray
@@ -80,10 +83,11 @@ class Row:
     weights_T: np.ndarray
 
     @classmethod
-    def of(cls, batch: Batch, b: int) -> "Row":
+    def of(cls, batch: Batch, b: int) -> "BatchRow":
         return cls(*(getattr(batch, field.name)[b] for field in dataclasses.fields(batch)))
 
     def segments(self) -> list[int]:
+        """Returns the segment ids of the row's examples."""
         found = np.union1d(self.input_segments_I, self.target_segments_T)
         return found[found > 0].tolist()
 
@@ -95,8 +99,8 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Line:
-    """A run of slots of one segment."""
+class SlotRun:
+    """Consecutive slots of one segment, as a line of a table."""
 
     slots: slice
     segment: int
@@ -107,7 +111,8 @@ class Line:
     is_target: bool
 
 
-def examples_table(row: Row, tokenizer: Tokenizer) -> Table:
+def examples_table(row: BatchRow, tokenizer: Tokenizer) -> Table:
+    """Returns the inputs and targets of each example of the row, as text."""
     table = Table(title="examples", title_justify="left", show_lines=True)
     for name in ("segment", "inputs", "targets"):
         table.add_column(name, overflow="fold")
@@ -121,9 +126,9 @@ def examples_table(row: Row, tokenizer: Tokenizer) -> Table:
     return table
 
 
-def input_lines(row: Row, tokenizer: Tokenizer) -> list[Line]:
+def input_lines(row: BatchRow, tokenizer: Tokenizer) -> list[SlotRun]:
     return [
-        Line(
+        SlotRun(
             slots=slots,
             segment=segment,
             positions=_range(row.input_positions_I[slots]),
@@ -136,9 +141,9 @@ def input_lines(row: Row, tokenizer: Tokenizer) -> list[Line]:
     ]
 
 
-def target_lines(row: Row, tokenizer: Tokenizer) -> list[Line]:
+def target_lines(row: BatchRow, tokenizer: Tokenizer) -> list[SlotRun]:
     return [
-        Line(
+        SlotRun(
             slots=slots,
             segment=segment,
             positions=_range(row.target_positions_T[slots]),
@@ -151,8 +156,8 @@ def target_lines(row: Row, tokenizer: Tokenizer) -> list[Line]:
     ]
 
 
-def slots_table(title: str, lines: Sequence[Line], target_offset: int) -> Table:
-    """`target_offset`: the slot where target slots begin."""
+def slots_table(title: str, lines: Sequence[SlotRun], target_offset: int) -> Table:
+    """Returns a table with a line for each run; `target_offset` is the number of the first target slot."""
     table = Table(title=title, title_justify="left")
     predicts = any(line.is_target for line in lines)
     for name in ("slots", "segment", "positions", "reads", *(("predicts", "with loss") if predicts else ())):
@@ -169,6 +174,11 @@ def slots_table(title: str, lines: Sequence[Line], target_offset: int) -> Table:
 
 
 def _runs(segments_L: np.ndarray) -> Iterator[tuple[int, slice]]:
+    """Yields (segment, slots) for each run of slots with the same segment.
+
+    >>> list(_runs(np.array([1, 1, 2, 0])))
+    [(1, slice(0, 2, None)), (2, slice(2, 3, None)), (0, slice(3, 4, None))]
+    """
     ends = [*(np.flatnonzero(np.diff(segments_L)) + 1).tolist(), len(segments_L)]
     begin = 0
     for end in ends:
@@ -186,14 +196,14 @@ def _words(
     starts: bool = False,
     weights: np.ndarray | None = None,
 ) -> Text:
-    """Tokens apart where something stands `between` them, otherwise as text; underlined where there is loss."""
+    """Returns tokens separated by `between`, or as running text if that is empty; underlines tokens with loss."""
     text = Text()
     if not between:
-        for special, run in itertools.groupby(tokens.tolist(), lambda token: _name(token, tokenizer)):
+        for special, run in itertools.groupby(tokens.tolist(), lambda token: _special_name(token, tokenizer)):
             text.append(special or harmless(tokenizer.decode(run)), f"bold {style}" if special else style)
         return text
     for i, token in enumerate(tokens.tolist()):
-        name = "⟨start⟩" if starts and i == 0 else _name(token, tokenizer)
+        name = "⟨start⟩" if starts and i == 0 else _special_name(token, tokenizer)
         marks = " underline" if weights is not None and weights[i] else ""
         text.append(name or harmless(tokenizer.decode([token])) or "␣", ("bold " if name else "") + style + marks)
         text.append(between, "dim")
@@ -201,8 +211,8 @@ def _words(
     return text
 
 
-def _name(token: int, tokenizer: Tokenizer) -> str | None:
-    """Of a token that stands for no text."""
+def _special_name(token: int, tokenizer: Tokenizer) -> str | None:
+    """Returns the name of a token that stands for no text, else None."""
     if token == tokenizer.eos_id:
         return "⟨eos⟩"
     names = {mode: name for name, mode in tokenizer.modes.items()}

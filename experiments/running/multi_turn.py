@@ -1,4 +1,4 @@
-"""What a conversation costs: before each answer, everything is read again, or only what is new.
+"""Measures what a conversation costs: before each answer a model reads everything again, or only the new tokens.
 
 Legend: B rows, I input slots, Q new tokens.
 """
@@ -22,18 +22,18 @@ from experiments.config import ModelConfig, MultiTurn
 def measure(
     config: ModelConfig, model: Skeleton, params: Any, mesh: Mesh, plan: MultiTurn, advance: Callable[[int], None]
 ) -> list[TurnCost]:
-    """Costs of all turns of one conversation of random tokens; replies are as long as planned, and not timed.
+    """Times every turn of one conversation of random tokens; calls `advance(1)` after each.
 
-    Programs are compiled before they are timed.
+    Replies have the planned length and are not timed. Programs are compiled before they are timed.
     """
     rng = np.random.default_rng(0)
-    per_turn = plan.message_tokens + plan.reply_tokens
-    tokens_BI = jnp.asarray(rng.integers(2, config.vocab_size, (1, plan.turns * per_turn)), jnp.int32)
+    turn_tokens = plan.message_tokens + plan.reply_tokens
+    tokens_BI = jnp.asarray(rng.integers(2, config.vocab_size, (1, plan.turns * turn_tokens)), jnp.int32)
 
     def read(params: Any, tokens_BI: jax.Array) -> Any:
         lengths_B = jnp.full((1,), tokens_BI.shape[1], jnp.int32)
         prompt = Prompt(inputs_BI=tokens_BI, lengths_B=lengths_B, starts_B=jnp.zeros_like(lengths_B))
-        return model.merge(params).prefill(prompt, per_turn)
+        return model.merge(params).prefill(prompt, turn_tokens)
 
     def read_more(params: Any, tokens_BQ: jax.Array, cache: Any) -> Any:
         return model.merge(params).decode(tokens_BQ, cache)
@@ -42,16 +42,16 @@ def measure(
     with jax.set_mesh(mesh):
         read, read_more = jax.jit(read), jax.jit(read_more)
         for turn in range(plan.turns):
-            history = turn * per_turn
-            asked = history + plan.message_tokens
-            again = _median_seconds(plan.repeats, read, params, tokens_BI[:, :asked])
+            history = turn * turn_tokens
+            end = history + plan.message_tokens
+            again = _median_seconds(plan.repeats, read, params, tokens_BI[:, :end])
             new = None
             if config.reads_incrementally and not history:
                 new = again
             elif config.reads_incrementally:
                 # The cache holds the history with this turn's slots empty, as a server would keep it.
                 cache = read(params, tokens_BI[:, :history])
-                new = _median_seconds(plan.repeats, read_more, params, tokens_BI[:, history:asked], cache)
+                new = _median_seconds(plan.repeats, read_more, params, tokens_BI[:, history:end], cache)
             costs.append(
                 TurnCost(turn=turn + 1, history_tokens=history, read_again_seconds=again, read_new_seconds=new)
             )
@@ -60,6 +60,7 @@ def measure(
 
 
 def _median_seconds(repeats: int, function: Callable[..., Any], *args: Any) -> float:
+    """Times `function(*args)` after one untimed call, which compiles it."""
     jax.block_until_ready(function(*args))
     seconds = []
     for _ in range(repeats):

@@ -1,4 +1,7 @@
-"""The texts that a trained model is scored on."""
+"""The texts on which trained models are scored.
+
+Legend: E chosen examples.
+"""
 
 import collections
 import dataclasses
@@ -22,24 +25,23 @@ from experiments.config import Experiment
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoredSplit:
-    """Those records of one split that are decoded."""
+    """The records of one split that models decode."""
 
     part: SourceConfig
     records: Records
     chosen_E: np.ndarray
-    """Example numbers, evenly spaced."""
+    """Example numbers, evenly spaced over the split."""
     in_training: InTraining
-    """How many of them stand in the training data."""
+    """How many of these records are also in the training data."""
 
     def texts(self) -> list[Record]:
         return [self.records.text(place) for place in self.records.examples.order.place(self.chosen_E).tolist()]
 
 
 def open_tests(experiment: Experiment, tokenizer: Tokenizer) -> dict[str, ScoredSplit]:
-    """All data that the experiment is scored on, by split; for a mixture, by split and part.
+    """Opens all splits on which the experiment is scored, by name; a mixture has a split for each part.
 
-    Raises UserError for a split that is not there, and for a group whose score would have the same name as the whole
-    split's.
+    Raises UserError for an unknown split, and for a group whose score would have the name of the whole split's.
     """
     named = [
         (f"{split}{suffix}", part, split)
@@ -62,7 +64,10 @@ def open_tests(experiment: Experiment, tokenizer: Tokenizer) -> dict[str, Scored
 
 
 def _parts(experiment: Experiment) -> list[tuple[SourceConfig, str]]:
-    """Each part with the suffix that distinguishes its splits. Parts of one source are numbered within the mixture."""
+    """Returns each part of the source, with a suffix for the names of its splits.
+
+    Where parts have the same source, the suffix contains their number within the mixture.
+    """
     parts = parts_of(experiment.data.source)
     if len(parts) == 1:
         return [(parts[0], "")]
@@ -76,6 +81,7 @@ def _open(experiment: Experiment, part: SourceConfig, split: str, tokenizer: Tok
 
 
 def _chosen(experiment: Experiment, records: Records, name: str) -> np.ndarray:
+    """Returns the numbers of the examples to score. Raises UserError if there are none."""
     size = records.examples.size
     if not size:
         raise UserError(f"split {name} has no examples to score")
@@ -85,7 +91,7 @@ def _chosen(experiment: Experiment, records: Records, name: str) -> np.ndarray:
 def _find_in_training(
     experiment: Experiment, opened: dict[str, Records], chosen: dict[str, np.ndarray], tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """An `InTraining` for each split, as JSON; the training data of all parts are searched."""
+    """Searches the training data of all parts; returns an `InTraining` as JSON for each split."""
     parts = parts_of(experiment.data.source) if opened else ()
     train = [_open(experiment, part, part.train_split, tokenizer).prepared.fields for part in parts]
     return {

@@ -204,7 +204,7 @@ def test_asked_to_end_all_save_the_same_step(
         print(f"all ended {time.monotonic() - asked:.1f} s after they were asked to")
     saved = rows_written(broken, arm)
     assert 3 <= saved < STEPS
-    assert f"asked to end, step {saved} is saved" in job.output(0)
+    assert f"terminated, step {saved} is saved" in job.output(0)
     check_resumed(folder, broken, unbroken(arm), arm, {saved})
 
 

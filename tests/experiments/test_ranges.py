@@ -16,7 +16,7 @@ from common.errors import UserError
 from common.infer.config import Beam, Greedy, Limits, Sample
 from common.ranges import ranges_of
 from common.train.config import WSD, Adafactor, AdamW, Anomalies, Budget, Constant, Cosine, InverseSqrt, Linear
-from experiments.cli.generate import Job
+from experiments.cli.generate import GenerateRequest
 from experiments.config import Experiment, MultiTurn
 from experiments.registry import load
 from tests.tiny import tiny
@@ -33,7 +33,7 @@ EXAMPLES = [
     *(Anomalies(), Budget(unit="flops", amount=1e20)),
     MultiTurn(turns=1, message_tokens=1, reply_tokens=1, repeats=1),
     *(tiny("gpt"), tiny("t5like")),
-    *(Greedy(), Sample(), Beam(), Limits(), Job(method=Sample(), limits=Limits())),
+    *(Greedy(), Sample(), Beam(), Limits(), GenerateRequest(method=Sample(), limits=Limits())),
 ]
 """At least one of each config that has numbers; what they hold counts too."""
 
@@ -45,7 +45,7 @@ ZEROS = """
     ByRate.rates Stage.rates MixturePart.rate Stage.from_step Limits.min_new_tokens SentencePieceConfig.sentinels
     BytePairConfig.sentinels Linear.warmup_steps Cosine.warmup_steps WSD.warmup_steps Constant.warmup_steps
     Linear.final_fraction Cosine.final_fraction WSD.final_fraction Recipe.dropout Recipe.z_loss
-    DataConfig.seed TrainConfig.seed Job.seed
+    DataConfig.seed TrainConfig.seed GenerateRequest.seed
 """.split()
 
 
@@ -119,7 +119,7 @@ def test_what_is_written_by_mistake_is_refused(cls, name):
         ("data.rows=1048576 data.input_length=1024", "data: rows is 1048576: that makes 1,140,850,688 slots a step"),
         (
             "train.budget.amount=1e9",
-            "train.budget is 1e+09 steps, which are 1,000,000,000 steps: at most 16,777,216",
+            "train.budget is 1e+09 steps, that is 1,000,000,000 steps; the most is 16,777,216",
         ),
         ("arms.gpt.learning_rate=0", "arms.gpt: learning_rate is 0.0: it must be more than 0"),
         ("arms.gpt.model.num_layers=1000000000", "arms.gpt.model: num_layers is 1,000,000,000: it must be at most"),

@@ -1,4 +1,4 @@
-"""`twinstack data prepare`: everything is there before a run, and said."""
+"""`twinstack data prepare`: tokenizes everything before a run, and prints a table of it."""
 
 import dataclasses
 import io
@@ -27,7 +27,7 @@ from experiments.running.pipeline import open_data
 from experiments.running.scored_splits import open_tests
 from tests.experiments.tiny_experiment import tiny_experiment, write_data
 
-COLUMNS = ["split", "records", "kept", "empty", "tokens", "left out", "MB", "seconds", "folder"]
+COLUMNS = ["split", "records", "kept", "empty", "tokens", "skipped", "MB", "seconds", "folder"]
 
 
 @pytest.fixture
@@ -47,13 +47,15 @@ def shown(experiment: Experiment, **options: object) -> str:
 
 
 def rows(text: str) -> list[list[str]]:
-    """The table's rows, by their cells."""
+    """Returns the cells of each row of the table."""
     lines = [re.split(r" {2,}", line.strip()) for line in text.splitlines()]
     assert COLUMNS in lines
     return [cells for cells in lines[lines.index(COLUMNS) + 2 :] if len(cells) == len(COLUMNS)]
 
 
-def test_everything_is_made_and_told(experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_splits_are_tokenized_and_listed(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = shown(experiment, workers=1)
     found = {row[0]: row for row in rows(first)}
     assert list(found) == ["train", "validation", "test"]
@@ -69,11 +71,11 @@ def test_everything_is_made_and_told(experiment: Experiment, tmp_path: Path, mon
     assert [row[:7] + row[8:] for row in second.values()] == [row[:7] + row[8:] for row in found.values()]
     assert all(row[7] == "0.0" for row in second.values())
     data = open_data(experiment)
-    assert list(open_tests(experiment, data.tokenizer)) == ["test", "validation"], "a run makes nothing any more"
+    assert list(open_tests(experiment, data.tokenizer)) == ["test", "validation"], "a run makes nothing anymore"
     assert data.train.batch(0).examples > 0 and data.validation.batch(0).examples > 0
 
 
-def test_records_left_out_are_named_once(
+def test_skipped_records_are_listed_once(
     experiment: Experiment, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with (tmp_path / "train.jsonl").open("a") as file:
@@ -81,16 +83,18 @@ def test_records_left_out_are_named_once(
     text = shown(experiment, workers=1)
     train = rows(text)[0]
     assert [train[i] for i in (1, 2, 3, 5)] == ["305", "301", "0", "4"]
-    (line,) = [line for line in text.splitlines() if "left out:" in line]
-    assert line.startswith("train: 4 of 305 records are left out: ")
+    (line,) = [line for line in text.splitlines() if "skipped:" in line]
+    assert line.startswith("train: 4 of 305 records are skipped: ")
     assert [f"line {n}" in line for n in (301, 302, 303, 304)] == [True, True, True, False]
-    told = Path(line.rpartition("all: ")[2]).read_text().splitlines()
-    assert len(told) == 4 and "line 304" in told[3]
-    assert not caplog.messages, "the table has said so"
+    skipped = Path(line.rpartition("all: ")[2]).read_text().splitlines()
+    assert len(skipped) == 4 and "line 304" in skipped[3]
+    assert not caplog.messages, "the table lists them already"
 
 
 @pytest.mark.parametrize("kind", ["folder", "url"])
-def test_elsewhere(experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_tokens_may_be_written_to_a_folder_or_url(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     expected = open_data(experiment).train.batch(3).fingerprint
     to = "memory://bucket/prepared" if kind == "url" else str(tmp_path / "prepared")
     text = shown(experiment, workers=1, to=to)
@@ -108,7 +112,7 @@ def test_elsewhere(experiment: Experiment, tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("kind", ["folder", "url"])
 @pytest.mark.parametrize("loaded", [False, True], ids=["trained", "loaded"])
-def test_prepared_data_are_enough_by_themselves(
+def test_a_run_needs_only_the_prepared_data(
     experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, loaded: bool
 ) -> None:
     raw = tmp_path / "raw"
@@ -138,7 +142,7 @@ def test_prepared_data_are_enough_by_themselves(
     fsspec.filesystem("memory").store.clear()
 
 
-def test_damaged_descriptions_are_named(
+def test_damaged_files_of_prepared_data_are_errors(
     experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown(experiment, workers=1, to=str(tmp_path / "prepared"))
@@ -153,7 +157,7 @@ def test_damaged_descriptions_are_named(
             open_data(experiment)
 
 
-def test_by_beam(experiment: Experiment, tmp_path: Path) -> None:
+def test_beam_writes_the_same_files(experiment: Experiment, tmp_path: Path) -> None:
     pytest.importorskip("apache_beam", reason="Apache Beam is optional: pip install apache-beam")
     found = {}
     for name, beam in (("here", None), ("beam", ["--runner=DirectRunner"])):
@@ -184,7 +188,9 @@ prepare_data(tiny_experiment(Path(sys.argv[1])), Console(stderr=True), workers=1
 """
 
 
-def test_a_killed_one_goes_on(experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_command_resumes_after_its_finished_shards(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."})
     assert process.stdout is not None
@@ -196,13 +202,13 @@ def test_a_killed_one_goes_on(experiment: Experiment, tmp_path: Path, monkeypatc
     made: list[tuple[int, bool]] = []
     write = module.write_shard
 
-    def seen(number: int, task: module.ShardTask, folder: Path, *rest: object) -> module.ShardReport:
+    def recorded(number: int, task: module.ShardTask, folder: Path, *rest: object) -> module.ShardReport:
         made.append((number, (folder / f"{number:05d}.json").exists()))
         return write(number, task, folder, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "write_shard", seen)
+    monkeypatch.setattr(module, "write_shard", recorded)
     shown(experiment, workers=1)
-    assert made[:8] == [(number, number < 4) for number in range(8)], "four shards were there"
+    assert made[:8] == [(number, number < 4) for number in range(8)], "the first four shards were finished"
 
 
 @pytest.mark.parametrize(
@@ -221,7 +227,7 @@ def test_a_killed_one_goes_on(experiment: Experiment, tmp_path: Path, monkeypatc
         (["show", "tiny", "--workers", "2"], "--workers is for `twinstack data prepare`, not for show"),
     ],
 )
-def test_what_is_refused(
+def test_mistakes_are_one_line(
     experiment: Experiment,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -242,5 +248,5 @@ def test_the_command_prints_the_table(
     monkeypatch.setattr(registry, "EXPERIMENTS", {"tiny": "?"})
     monkeypatch.setattr(registry, "load", lambda name: experiment)
     assert main(["data", "prepare", "tiny", "--workers", "1", "data.rows=8"]) == 0
-    said = capsys.readouterr()
-    assert [row[0] for row in rows(said.out)] == ["train", "validation", "test"] and not said.err
+    captured = capsys.readouterr()
+    assert [row[0] for row in rows(captured.out)] == ["train", "validation", "test"] and not captured.err

@@ -1,4 +1,4 @@
-"""Rows of training data as they are printed."""
+"""`twinstack data show`: how rows of training data are printed."""
 
 import dataclasses
 import io
@@ -53,7 +53,7 @@ def test_slots_of_both_families_tile_their_rows(experiment: Experiment) -> None:
     assert all(loss == slots for loss, slots in counts)
 
 
-def test_positions_go_on_from_inputs_to_targets(experiment: Experiment) -> None:
+def test_target_positions_continue_from_input_positions(experiment: Experiment) -> None:
     only = shown(experiment).split("decoder-only")[1]
     lines = [cells(line) for line in only.splitlines() if line.startswith("│") and "empty" not in line]
     inputs = {line[1]: line[2] for line in lines if not line[4]}
@@ -62,12 +62,12 @@ def test_positions_go_on_from_inputs_to_targets(experiment: Experiment) -> None:
             assert int(line[2].split("-")[0]) == int(inputs[line[1]].split("-")[-1]) + 1
 
 
-def test_as_many_rows_as_wanted_over_several_batches(experiment: Experiment) -> None:
+def test_rows_of_several_batches(experiment: Experiment) -> None:
     assert shown(experiment, 6).count("decoder-only") == 6
 
 
-def test_raw_text_with_its_sentinels(tmp_path: Path, experiment: Experiment) -> None:
-    """Text is shown as it is, whatever it holds."""
+def test_text_with_sentinels_and_markup(tmp_path: Path, experiment: Experiment) -> None:
+    """Text is shown unchanged: square brackets are no markup."""
     lines = [
         json.dumps({"text": f"one [red]two[/red] three four five six seven {n} eight nine ten"}) for n in range(60)
     ]
@@ -100,7 +100,7 @@ def test_raw_text_with_its_sentinels(tmp_path: Path, experiment: Experiment) -> 
 def test_objectives_of_t5_and_ul2_by_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, lengths: tuple[int, int], marks: list[str]
 ) -> None:
-    """Each with what it promises, on the command line."""
+    """Each objective shows its own sentinels or mode tokens."""
     words = "one two three four five six seven eight nine ten".split()
     for split in ("train", "validation"):
         lines = [" ".join(words[(n * k) % 10] for k in range(1, 40)) for n in range(1, 60)]
@@ -130,13 +130,13 @@ def test_objectives_of_t5_and_ul2_by_name(
         (["show", "first_light", *AS_TEXT, "data.objective.kind=causal_lm"], "nearest: evaluation.splits=[]"),
     ],
 )
-def test_what_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 
 
-def test_controls_and_markup_of_the_data_are_shown_as_characters(tmp_path: Path) -> None:
+def test_control_characters_and_markup_in_data_are_escaped(tmp_path: Path) -> None:
     evil = "\x1b]0;owned\x07 [red]one[/blue] \x9b2J \u202etwo"
     for split in ("train", "validation"):
         lines = [json.dumps({"en": f"{evil} {i}", "reversed": evil}) + "\n" for i in range(40)]

@@ -91,7 +91,7 @@ def test_rules_are_offered_where_little_differs(experiment: Experiment, tmp_path
 def test_the_other_family_is_named(experiment: Experiment, tmp_path: Path) -> None:
     source = write_model(tmp_path / "model", experiment.arms["gpt"].model, None)
     wrong = beginning(experiment, "t5like", source)
-    with pytest.raises(UserError, match=f"It is a gpt: `twinstack convert {source} NEW --to t5like` comes first"):
+    with pytest.raises(UserError, match=f"It is a gpt: run `twinstack convert {source} NEW --to t5like` first"):
         check_initial(wrong, None)
     assert check_initial(wrong, None, ["gpt"]) == [], "another arm's beginning is not this one's affair"
 
@@ -129,14 +129,16 @@ def test_another_tokenizer_is_refused_unless_told(
     theirs = SentencePieceTokenizer(train_model([line.upper() for line in LINES], PIECES))
     source = write_model(tmp_path / "model", tiny("gpt"), theirs)
     begun = beginning(experiment, "gpt", source)
-    with pytest.raises(UserError, match=r"gpt would begin as .*/model, whose tokenizer is another: \d+ of 36 ids") as e:
+    with pytest.raises(
+        UserError, match=r"gpt would start from .*/model, which has another tokenizer: \d+ of 36 ids"
+    ) as e:
         check_tokenizers(begun, tokenizer, None)
     said = str(e.value)
-    cures = said.partition("To use that one: ")[2].partition("; ")
+    cures = said.partition("To use that tokenizer: ")[2].partition("; ")
     config = apply_overrides(begun, cures[0].split()).data.tokenizer
     assert check_tokenizers(begun, load_tokenizer(config), None) == []
     (line,) = check_tokenizers(apply_overrides(begun, [cures[2].split()[0]]), tokenizer, None)
-    assert line.startswith("warning: gpt begins with tables of another tokenizer")
+    assert line.startswith("warning: gpt starts with token tables of another tokenizer")
     fresh = [{"kind": "fresh", "leaves": leaves} for leaves in ("embedding.*", "output.*")]
     assert check_tokenizers(apply_overrides(begun, [f"arms.gpt.init.rules={json.dumps(fresh)}"]), tokenizer, None) == []
     assert check_tokenizers(begun, tokenizer, None, ["t5like"]) == []
@@ -151,7 +153,7 @@ def test_the_same_tokenizer_is_recognised(
     manifest["text"]["tokenizer"] = None
     (source / "model.json").write_text(json.dumps(manifest))
     (line,) = check_tokenizers(beginning(experiment, "gpt", source), tokenizer, None)
-    assert line == f"gpt: {source} has no tokenizer: whether it is this one is not known"
+    assert line == f"gpt: {source} has no tokenizer, so it may have been trained with another"
 
 
 def test_what_ids_stand_for_is_compared_not_files(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
