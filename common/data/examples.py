@@ -1,7 +1,7 @@
 """An infinite, indexable sequence of examples: the lengths and the tokens of example n, for any n.
 
 An example follows from its number alone, and so do its random draws: a text that returns in a later epoch is corrupted
-anew. Four index spaces lie between a batch and its source; each has one word, which means nothing else in this package:
+anew. Four index spaces lie between a batch and its source. Each has one word, here and in plans, batches and tokens:
 
     word    counts                                      range           how to reach it
     row     packed rows of the stream, over all epochs  0, 1, 2, ...    in step r // B, for B rows a step
@@ -9,8 +9,8 @@ anew. Four index spaces lie between a batch and its source; each has one word, w
     index   examples within one epoch                   0 to size - 1   number % size; the epoch is number // size
     place   tokenised records, or pieces of text        0 to size - 1   `Order.place(number)`: the index, or a shuffle
 
-A record that cannot be used has no place; `Prepared.source_record` maps a place to the source's own record. A mixture
-has numbers of its own: its example n is an example of one part, whose number in that part `MixedExamples` works out.
+A record that cannot be used has no place; `Prepared.source_record` maps a place to the source's own record. Example n
+of a mixture is an example of one part, and has another number there, which `MixedExamples` works out.
 
 Legend: E examples, L tokens of a piece.
 """
@@ -232,8 +232,8 @@ ALL = Unread(np.zeros(0, np.int64), 0)
 class MixedExamples:
     """Interleaves the examples of several parts at given rates; each part runs through its own epochs.
 
-    `Mixing` maps a number of the mixture to a part and a rank, which counts the part's examples in the mixture. What is
-    `unread` of the part maps that rank to a number in the part.
+    `Mixing` maps a number of the mixture to a part and a rank, which counts the part's examples in the mixture. The
+    part's `Unread` maps that rank to a number in the part.
     """
 
     together = 1
@@ -266,8 +266,8 @@ class MixedExamples:
         return [example for example in out if example is not None]
 
     def unread_after(self, end: int, pending_E: np.ndarray) -> list[Unread]:
-        """Returns what remains of each part once all examples before number `end` are read, but for `pending_E`
-        (ascending)."""
+        """Returns the unread examples of each part after all numbers before `end`, except `pending_E` (ascending), are
+        read."""
         pending = {part: rank_E for part, _, rank_E in self._by_part(pending_E)}
         remaining = []
         for part, (unread, read) in enumerate(zip(self._unread, self._mixing.counts(end), strict=True)):

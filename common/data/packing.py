@@ -126,7 +126,7 @@ class RowPlans:
         self._folder = None if cache_dir is None else cache_dir / "plans"
         self._lock = threading.RLock()
         self._starts: tuple[tuple[int, int], ...] = ((0, 0),)
-        """(window, its first row) of each window where that is known, ascending. The tuple is replaced as a whole, so
+        """(window, its first row) for each window whose first row is known, ascending. Always replaced as a whole, so
         readers need no lock."""
         self._recent: dict[int, PackingPlan] = {}
 
@@ -260,7 +260,7 @@ def _pack(inputs_P: np.ndarray, targets_P: np.ndarray, input_limit: int, target_
 
 def _first_fit(inputs: list[int], targets: list[int], input_limit: int, target_limit: int) -> np.ndarray:
     """Assigns rows first-fit to examples in order, int64 [P]. Lists are several times faster here than small arrays."""
-    open_rows: list[list[int]] = []  # [free input slots, free target slots, row number], oldest first
+    open_rows: list[list[int]] = []  # [free input slots, free target slots, row], oldest first
     row_P = np.empty(len(inputs), np.int64)
     rows = 0
     chunk = 50_000

@@ -13,10 +13,10 @@ from common.data.loader import Loader, prefetched
 
 
 class StagedLoader:
-    """The batches of a mixture with stages. Each stage has rates, and so a `Loader`, of its own.
+    """The batches of a mixture with stages. Each stage has its own rates, and so its own `Loader`.
 
-    Every part continues where the stage before stopped. First come the examples that were planned into rows of that
-    stage's last window, but not reached by its last step.
+    Every part continues where the stage before stopped, first with the examples that were planned into rows of that
+    stage's last window but not reached by its last step.
     """
 
     def __init__(

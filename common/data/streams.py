@@ -42,7 +42,7 @@ def open_training_text(config: DataConfig, cache_dir: Path) -> Source:
     A tokenizer that is a file is read first, so that a wrong path fails before a source is made, which may take long.
     """
     if config.tokenizer.path is not None:
-        _loaded_tokenizer(config, cache_dir)
+        _load_tokenizer_or_kept(config, cache_dir)
     sources = tuple(_open(part, part.train_split, cache_dir) for part in parts_of(config.source))
     return sources[0] if len(sources) == 1 else JoinedSource(sources)
 
@@ -50,7 +50,7 @@ def open_training_text(config: DataConfig, cache_dir: Path) -> Source:
 def open_tokenizer_of(config: DataConfig, source: Source, cache_dir: Path) -> Tokenizer:
     """Opens a config's tokenizer: loaded, prepared, or trained on `source`, the result of `open_training_text`."""
     if config.tokenizer.path is not None:
-        return _loaded_tokenizer(config, cache_dir)
+        return _load_tokenizer_or_kept(config, cache_dir)
     modes = mode_names(config.objective)
     kept = kept_tokenizer(config.tokenizer, source.content_id, modes, cache_dir)
     return open_tokenizer(config.tokenizer, source, cache_dir, modes) if kept is None else kept
@@ -59,7 +59,7 @@ def open_tokenizer_of(config: DataConfig, source: Source, cache_dir: Path) -> To
 def keep_origins(
     config: DataConfig, source: Source, tokenizer: Tokenizer, cache_dir: Path, scored: Sequence[str], to: str
 ) -> None:
-    """Writes the tokenizer and a description of each split to `to`, the folder or url of their tokens.
+    """Writes the tokenizer and a description of each split to `to`, the folder or URL of their tokens.
 
     Runs then need nothing but `to`.
 
@@ -73,7 +73,7 @@ def keep_origins(
             keep_source(to, part, split, _open(part, split, cache_dir), with_text=split in scored)
 
 
-def _loaded_tokenizer(config: DataConfig, cache_dir: Path) -> Tokenizer:
+def _load_tokenizer_or_kept(config: DataConfig, cache_dir: Path) -> Tokenizer:
     """Loads the tokenizer from its file or, if that is absent, from the prepared data."""
     try:
         return load_tokenizer(config.tokenizer)
@@ -137,30 +137,32 @@ def shard_tasks(
 def open_training(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path, host: Host) -> "Loader | StagedLoader":
     """Opens the training stream. Raises UserError for a tokenizer with too few sentinels."""
     config.check_sentinels(tokenizer.sentinels)
-    parts = _parts(config, [part.train_split for part in parts_of(config.source)], tokenizer, cache_dir)
-    mixture = config.source
+    opener, mixture = _Opener(config, tokenizer, cache_dir), config.source
+    splits = [part.train_split for part in parts_of(mixture)]
+    parts = opener.parts(splits)
     if isinstance(mixture, SourceConfig):
-        return _loader(config, parts[0], cache_dir, host)
+        return opener.loader(parts[0], host)
     rates = [mixture.rates([part.size for part in parts]), *(stage.rates for stage in mixture.curriculum)]
     for each in rates:
-        _check_rates(mixture, [part.train_split for part in mixture.parts], parts, each)
+        _check_rates(mixture, splits, parts, each)
 
     def open_stage(stage: int, unread: Sequence[Unread] | None) -> tuple[MixedExamples, Loader]:
         examples = MixedExamples(parts, rates[stage], config.seed, unread)
-        return examples, _loader(config, examples, cache_dir, host)
+        return examples, opener.loader(examples, host)
 
     return StagedLoader([0, *(stage.from_step for stage in mixture.curriculum)], open_stage)
 
 
 def open_validation(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path, host: Host) -> Loader:
     """Opens the rows of the validation splits; a mixture keeps the rates of its first stage."""
-    parts = _parts(config, [part.validation_split for part in parts_of(config.source)], tokenizer, cache_dir)
-    mixture = config.source
-    if isinstance(mixture, SourceMixture):
-        rates = mixture.rates([part.size for part in parts])
-        _check_rates(mixture, [part.validation_split for part in mixture.parts], parts, rates)
-        return _loader(config, MixedExamples(parts, rates, config.seed), cache_dir, host)
-    return _loader(config, parts[0], cache_dir, host)
+    opener, mixture = _Opener(config, tokenizer, cache_dir), config.source
+    splits = [part.validation_split for part in parts_of(mixture)]
+    parts = opener.parts(splits)
+    if isinstance(mixture, SourceConfig):
+        return opener.loader(parts[0], host)
+    rates = mixture.rates([part.size for part in parts])
+    _check_rates(mixture, splits, parts, rates)
+    return opener.loader(MixedExamples(parts, rates, config.seed), host)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,8 +180,81 @@ class Records:
 
 def open_records(config: DataConfig, part: SourceConfig, split: str, tokenizer: Tokenizer, cache_dir: Path) -> Records:
     """Opens one split of a source for an objective over whole records."""
-    assert isinstance(config.objective, Supervised | CausalLM)
-    return _records(config, part, _open(part, split, cache_dir), tokenizer, cache_dir, config.seed, False)
+    return _Opener(config, tokenizer, cache_dir).records(part, split, config.seed, mixed=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opener:
+    """Opens the examples and loaders of one config."""
+
+    config: DataConfig
+    tokenizer: Tokenizer
+    cache_dir: Path
+
+    def parts(self, splits: Sequence[str]) -> list[Examples]:
+        """Opens one split of each part of the source. Each part has its own seed."""
+        parts = parts_of(self.config.source)
+        seeds = [self.config.seed + (i << 48) for i in range(len(parts))]
+        return [self._examples(*each) for each in zip(parts, splits, seeds, strict=True)]
+
+    def records(self, part: SourceConfig, split: str, seed: int, *, mixed: bool) -> Records:
+        """Opens one split for an objective over whole records. `mixed`: its examples are part of a mixture."""
+        objective = self.config.objective
+        assert isinstance(objective, Supervised | CausalLM)
+        source = _open(part, split, self.cache_dir)
+        prepared = _open_prepared(_task(part, source, objective, self.tokenizer), self.cache_dir)
+        examples = RecordExamples(
+            prepared.fields,
+            objective=objective,
+            seed=seed,
+            tokenizer=self.tokenizer,
+            source_content_id=source.content_id,
+            mixed=mixed,
+        )
+        return Records(source=source, prepared=prepared, examples=examples)
+
+    def loader(self, examples: Examples, host: Host) -> Loader:
+        """Opens the batches of these examples."""
+        if not examples.size:
+            raise UserError("the source has no examples to pack")
+        plans = RowPlans(
+            examples,
+            input_limit=self.config.input_length,
+            target_limit=self.config.target_length,
+            seed=self.config.seed,
+            cache_dir=self.cache_dir,
+        )
+        return Loader(examples, plans, rows=self.config.rows, share=host.rows)
+
+    def _examples(self, part: SourceConfig, split: str, seed: int) -> Examples:
+        mixed = isinstance(self.config.source, SourceMixture)
+        if isinstance(self.config.objective, Supervised | CausalLM):
+            return self.records(part, split, seed, mixed=mixed).examples
+        return self._pieces(part, _open(part, split, self.cache_dir), seed, mixed=mixed)
+
+    def _pieces(self, part: SourceConfig, source: Source, seed: int, *, mixed: bool) -> Examples:
+        """Opens the pieces of text of one source; a mixture of objectives cuts the same tokens once for each."""
+        denoisers = raw_parts(self.config.objective)
+        tasks = [_task(part, source, denoiser.objective, self.tokenizer) for denoiser in denoisers]
+        prepared = {key: _open_prepared(task, self.cache_dir) for key, task in {t.key(): t for t in tasks}.items()}
+        several = len(denoisers) > 1
+        made: list[Examples] = []
+        for i, (denoiser, task) in enumerate(zip(denoisers, tasks, strict=True)):
+            mode = mode_ids(self.tokenizer, denoiser.mode)
+            # Mode ids take input slots from the piece, which may then be too small.
+            input_length = self.config.input_length - len(mode)
+            examples = PieceExamples(
+                prepared[task.key()].fields["text"],
+                piece=fitted_needs(denoiser.objective, input_length, self.config.target_length).piece,
+                objective=denoiser.objective,
+                seed=seed + (i << 32),
+                tokenizer=self.tokenizer,
+                source_content_id=source.content_id,
+                mode=mode,
+                mixed=mixed or several,
+            )
+            made.append(examples)
+        return MixedExamples(made, [denoiser.rate for denoiser in denoisers], seed) if several else made[0]
 
 
 def _check_rates(
@@ -194,73 +269,6 @@ def _check_rates(
             )
 
 
-def _parts(config: DataConfig, splits: Sequence[str], tokenizer: Tokenizer, cache_dir: Path) -> list[Examples]:
-    """Opens the examples of each part's split, with seeds of their own."""
-    mixed = isinstance(config.source, SourceMixture)
-    return [
-        _examples(config, part, config.seed + (i << 48), _open(part, split, cache_dir), tokenizer, cache_dir, mixed)
-        for i, (part, split) in enumerate(zip(parts_of(config.source), splits, strict=True))
-    ]
-
-
-def _examples(
-    config: DataConfig,
-    part: SourceConfig,
-    seed: int,
-    source: Source,
-    tokenizer: Tokenizer,
-    cache_dir: Path,
-    mixed: bool,
-) -> Examples:
-    """Opens the examples of one source. `mixed`: it is a part of a mixture."""
-    objective = config.objective
-    if isinstance(objective, Supervised | CausalLM):
-        return _records(config, part, source, tokenizer, cache_dir, seed, mixed).examples
-    denoisers = raw_parts(objective)
-    tasks = [_task(part, source, denoiser.objective, tokenizer) for denoiser in denoisers]
-    prepared = {key: _prepared(task, cache_dir) for key, task in {task.key(): task for task in tasks}.items()}
-    several = len(denoisers) > 1
-    made: list[Examples] = []
-    for i, (denoiser, task) in enumerate(zip(denoisers, tasks, strict=True)):
-        mode = mode_ids(tokenizer, denoiser.mode)
-        # Mode ids take input slots from the piece, which may then be too small.
-        needs = fitted_needs(denoiser.objective, config.input_length - len(mode), config.target_length)
-        examples = PieceExamples(
-            prepared[task.key()].fields["text"],
-            piece=needs.piece,
-            objective=denoiser.objective,
-            seed=seed + (i << 32),
-            tokenizer=tokenizer,
-            source_content_id=source.content_id,
-            mode=mode,
-            mixed=mixed or several,
-        )
-        made.append(examples)
-    return MixedExamples(made, [denoiser.rate for denoiser in denoisers], seed) if several else made[0]
-
-
-def _records(
-    config: DataConfig,
-    part: SourceConfig,
-    source: Source,
-    tokenizer: Tokenizer,
-    cache_dir: Path,
-    seed: int,
-    mixed: bool,
-) -> Records:
-    assert isinstance(config.objective, Supervised | CausalLM)
-    prepared = _prepared(_task(part, source, config.objective, tokenizer), cache_dir)
-    examples = RecordExamples(
-        prepared.fields,
-        objective=config.objective,
-        seed=seed,
-        tokenizer=tokenizer,
-        source_content_id=source.content_id,
-        mixed=mixed,
-    )
-    return Records(source=source, prepared=prepared, examples=examples)
-
-
 def _task(part: SourceConfig, source: Source, objective: Single, tokenizer: Tokenizer) -> ShardTask:
     """Returns the task that tokenises what an objective reads of a source."""
     end_each = isinstance(objective, FullLM)
@@ -269,20 +277,8 @@ def _task(part: SourceConfig, source: Source, objective: Single, tokenizer: Toke
     )
 
 
-def _prepared(task: ShardTask, cache_dir: Path) -> Prepared:
+def _open_prepared(task: ShardTask, cache_dir: Path) -> Prepared:
+    """Opens a task's tokens, with a warning about skipped records."""
     prepared = open_tokenized(task, cache_dir)
     warn_of_problems(task, prepared)
     return prepared
-
-
-def _loader(config: DataConfig, examples: Examples, cache_dir: Path, host: Host) -> Loader:
-    if not examples.size:
-        raise UserError("the source has no examples to pack")
-    plans = RowPlans(
-        examples,
-        input_limit=config.input_length,
-        target_limit=config.target_length,
-        seed=config.seed,
-        cache_dir=cache_dir,
-    )
-    return Loader(examples, plans, rows=config.rows, share=host.rows)

@@ -136,9 +136,9 @@ class Mixture:
 
     def __post_init__(self) -> None:
         Mixing(rates=tuple(part.rate for part in self.parts))
-        for number, part in enumerate(self.parts):
+        for i, part in enumerate(self.parts):
             if isinstance(part.objective, PrefixLM) and part.objective.complementary:
-                raise UserError(f"parts[{number}]: complementary pairs fill rows by themselves and cannot be mixed")
+                raise UserError(f"parts[{i}]: complementary pairs fill rows by themselves and cannot be mixed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,9 @@ from common.data.objectives.config import (
     Supervised,
 )
 from common.data.sources.config import ByRate, BySize, SourceMixture, Stage, Template
+from common.data.staged_loader import StagedLoader
 from common.data.streams import (
     Host,
-    StagedLoader,
     open_records,
     open_training,
     open_validation,

@@ -24,9 +24,9 @@ from common.data.objectives.config import (
     Supervised,
 )
 from common.data.sources.config import ByRate, BySize, Stage, Template
+from common.data.staged_loader import StagedLoader
 from common.data.streams import (
     Host,
-    StagedLoader,
     open_training,
     open_validation,
 )
