@@ -17,6 +17,7 @@ def tokenizer() -> SentencePieceTokenizer:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text and JSONL files with the splits of `stream_configs`."""
     folder = tmp_path_factory.mktemp("text")
     for split, lines in (("train", LINES), ("validation", LINES[:40])):
         (folder / f"lines.{split}.txt").write_text("".join(f"{line}\n" for line in lines))

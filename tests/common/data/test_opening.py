@@ -65,7 +65,7 @@ def test_a_mode_is_one_token_of_a_trained_tokenizer(
     for made in loader._examples.make(np.arange(50)):
         assert 3 <= made.inputs_I[0] <= 5 and not np.isin([*made.inputs_I[1:], *made.targets_T], [3, 4, 5]).any()
     for mode, token in trained.modes.items():
-        assert not np.isin(trained.encode(f"{mode} 1 is"), [3, 4, 5]).any(), "a text is a text"
+        assert not np.isin(trained.encode(f"{mode} 1 is"), [3, 4, 5]).any(), "modes inside texts are ordinary text"
         assert trained.decode(trained.encode(f"{mode} 1 is")) == f"{mode} 1 is"
         prompt = trained.encode_with_sentinels(f"{mode} 1 is <extra_id_0> less").tolist()
         assert prompt == [token, *trained.encode_with_sentinels("1 is <extra_id_0> less")]

@@ -20,6 +20,7 @@ def tokenizer() -> SentencePieceTokenizer:
 
 @pytest.fixture
 def bucket() -> Iterator[MemoryFileSystem]:
+    """The file system behind `memory://` URLs, emptied after each test."""
     system = fsspec.filesystem("memory")
     yield system
     system.store.clear()
@@ -28,7 +29,7 @@ def bucket() -> Iterator[MemoryFileSystem]:
 
 @pytest.fixture
 def fetched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each file was fetched, by name."""
+    """Counts how often each file was fetched, by name."""
     seen: Counter[str] = Counter()
     get_file = MemoryFileSystem.get_file
 

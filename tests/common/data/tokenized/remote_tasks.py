@@ -12,9 +12,8 @@ TEXTS = [f"{n} is {n + 1} less one" * (n % 3) for n in range(100)]
 SHARDS = 7
 
 
-def task_of(
-    tokenizer: SentencePieceTokenizer, records: list[Record | Problem] | None = None, strict: bool = False
-) -> ShardTask:
+def task_of(tokenizer: SentencePieceTokenizer, records: list[Record | Problem] | None = None) -> ShardTask:
+    """Makes a task of `records`, or else of `TEXTS`, in `SHARDS` shards."""
     source = MemorySource([{"text": text} for text in TEXTS] if records is None else records)
     return ShardTask(
         source=source, fields=("text",), tokenizer=tokenizer, end_each=False, strict=False, records_a_shard=16
@@ -22,4 +21,5 @@ def task_of(
 
 
 def send(task: ShardTask, base: str = BASE, workers: int = 1) -> dict:
+    """Prepares a task at a URL or in a folder, and returns the manifest."""
     return make(task, destination(base, task), lambda task, to: write_all(task, to, workers))

@@ -130,9 +130,9 @@ def test_threads_fetch_a_file_once(
     streams = [open_tokenized(task, tmp_path).fields["text"] for _ in range(2)]
     together = threading.Barrier(8)
 
-    def read(number: int) -> list[int]:
+    def read(thread: int) -> list[int]:
         together.wait()
-        return streams[number % 2].slice(0, streams[0].tokens).tolist()
+        return streams[thread % 2].slice(0, streams[0].tokens).tolist()
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         found = list(pool.map(read, range(8)))
