@@ -122,7 +122,7 @@ class RecordExamples:
 
     def make(self, number_E: np.ndarray) -> list[Example]:
         return [
-            objectives.of_record(
+            objectives.example_of_record(
                 self._objective,
                 {field: stream[place] for field, stream in self._records.items()},
                 self.tokenizer.eos_id,
@@ -189,7 +189,7 @@ class PieceExamples:
             tokens_EL = np.empty((len(members), length), np.int32)
             for row_L, begin in zip(tokens_EL, (place_E[members] * self._piece).tolist(), strict=True):
                 row_L[:] = self._text.slice(begin, begin + length)
-            made = objectives.of_pieces(
+            made = objectives.examples_of_pieces(
                 self._objective,
                 tokens_EL,
                 seed=self._seed,

@@ -69,11 +69,11 @@ def fields(objective: object) -> tuple[str, ...]:
     return ("inputs", "targets") if isinstance(objective, Supervised) else ("text",)
 
 
-def of_record(objective: Supervised | CausalLM, tokens: Mapping[str, np.ndarray], eos_id: int) -> Example:
+def example_of_record(objective: Supervised | CausalLM, tokens: Mapping[str, np.ndarray], eos_id: int) -> Example:
     """Makes the example of one record, whose fields hold int32 `tokens`.
 
     >>> record = {"inputs": np.array([7, 0], np.int32), "targets": np.array([], np.int32)}
-    >>> example = of_record(Supervised(), record, eos_id=1)
+    >>> example = example_of_record(Supervised(), record, eos_id=1)
     >>> example.inputs_I.tolist(), example.targets_T.tolist(), example.weights_T.tolist()
     ([7, 0, 1], [1], [1.0])
     """
@@ -103,13 +103,13 @@ def record_lengths(
             return np.zeros_like(targets_E), targets_E
 
 
-def of_pieces(
+def examples_of_pieces(
     objective: RawText, tokens_EL: np.ndarray, *, seed: int, number_E: np.ndarray, ids: SpecialIds, mode: Sequence[int]
 ) -> list[Example]:
     """Makes the examples of pieces of equal length, int32 [E, L]. The ids of `mode` begin all inputs.
 
     >>> import types
-    >>> made = of_pieces(FullLM(), np.array([[5, 6]]), seed=0, number_E=np.array([0]), ids=None, mode=())
+    >>> made = examples_of_pieces(FullLM(), np.array([[5, 6]]), seed=0, number_E=np.array([0]), ids=None, mode=())
     >>> made[0].inputs_I.tolist(), made[0].targets_T.tolist()
     ([], [5, 6])
     """

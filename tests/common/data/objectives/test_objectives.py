@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from common.data.config import DataConfig, SentencePieceConfig
-from common.data.objectives.apply import Example, fields, of_pieces, of_record, piece_lengths, record_lengths
+from common.data.objectives.apply import (
+    Example,
+    example_of_record,
+    examples_of_pieces,
+    fields,
+    piece_lengths,
+    record_lengths,
+)
 from common.data.objectives.config import (
     UL2,
     UL2R,
@@ -53,8 +60,8 @@ OBJECTIVES: list[Single] = [
 def make(objective: Single, tokens: dict[str, list[int]], number: int = 0) -> Example:
     arrays = {field: np.array(ids, np.int32) for field, ids in tokens.items()}
     if isinstance(objective, Supervised | CausalLM):
-        return of_record(objective, arrays, IDS.eos_id)
-    return of_pieces(objective, arrays["text"][None], seed=0, number_E=np.array([number]), ids=IDS, mode=())[0]
+        return example_of_record(objective, arrays, IDS.eos_id)
+    return examples_of_pieces(objective, arrays["text"][None], seed=0, number_E=np.array([number]), ids=IDS, mode=())[0]
 
 
 @pytest.mark.parametrize(
@@ -102,10 +109,10 @@ def test_a_piece_gives_the_same_example_alone_and_among_others(objective: RawTex
     tokens_EL = np.random.default_rng(0).integers(0, 90, (6, 17)).astype(np.int32)
     number_E = np.array([4, 9, 2, 3, 100, 7])
     for mode in ((), (55, 66)):
-        together = of_pieces(objective, tokens_EL, seed=5, number_E=number_E, ids=IDS, mode=mode)
+        together = examples_of_pieces(objective, tokens_EL, seed=5, number_E=number_E, ids=IDS, mode=mode)
         inputs_E, targets_E = piece_lengths(objective, 17, seed=5, number_E=number_E, ids=IDS)
         for e, found in enumerate(together):
-            alone = of_pieces(objective, tokens_EL[[e]], seed=5, number_E=number_E[[e]], ids=IDS, mode=mode)[0]
+            alone = examples_of_pieces(objective, tokens_EL[[e]], seed=5, number_E=number_E[[e]], ids=IDS, mode=mode)[0]
             assert found.inputs_I.tolist() == alone.inputs_I.tolist()
             assert found.targets_T.tolist() == alone.targets_T.tolist()
             assert found.inputs_I[: len(mode)].tolist() == list(mode)
@@ -117,7 +124,7 @@ def test_a_piece_gives_the_same_example_alone_and_among_others(objective: RawTex
 def test_examples_do_not_alter_the_record() -> None:
     tokens = {"inputs": np.array([7, 8], np.int32), "targets": np.array([9], np.int32)}
     for objective in (Supervised(), Supervised(eos_after_inputs=False, eos_after_targets=False)):
-        first, second = (of_record(objective, tokens, eos_id=1) for _ in range(2))
+        first, second = (example_of_record(objective, tokens, eos_id=1) for _ in range(2))
         np.testing.assert_array_equal(first.inputs_I, second.inputs_I)
         assert tokens["inputs"].tolist() == [7, 8] and tokens["targets"].tolist() == [9]
 
