@@ -115,13 +115,13 @@ def _try_smaller(
     experiment: Experiment, topology: Topology, compiled: dict[str, Compiled], console: Console
 ) -> list[str]:
     """If some arms do not fit, compiles smaller variants until one fits for all of them; returns a line about it."""
-    too_large = [arm for arm, answer in compiled.items() if answer.out_of_memory]
+    too_large = [arm for arm, program in compiled.items() if program.out_of_memory]
     if not too_large:
         return []
     only = dataclasses.replace(experiment, arms={arm: experiment.arms[arm] for arm in too_large})
     for changed, words in _smaller_variants(only):
         console.print(marked_up(f"trying {words}"))
-        if not any(answer.out_of_memory for answer in _compile(changed, topology, console).values()):
+        if not any(program.out_of_memory for program in _compile(changed, topology, console).values()):
             return [f"With {words} {' and '.join(too_large)} would fit."]
     return ["None of these variants fits: try --search for other meshes, or take more chips or fewer data.rows."]
 
@@ -163,7 +163,7 @@ def _plan_here(experiment: Experiment, console: Console) -> None:
             memory: Any = compiled_step(experiment, arm).memory_analysis()
         columns[name] = {
             "parameters": f"{arm.model.param_count():,}",
-            "FLOPs a step": f"{flops.train_full_attention:.4g}",
+            "FLOPs per step": f"{flops.train_full_attention:.4g}",
             "training FLOPs": f"{steps * flops.train_full_attention:.3e}",
             "  causal half": f"{steps * flops.train_causal_half:.3e}",
             "  6ND": f"{steps * flops.train_six_nd:.3e}",

@@ -66,12 +66,13 @@ class Candidate:
 
     @property
     def fits(self) -> bool:
-        return self.compiled is not None and all(answer.out_of_memory is None for answer in self.compiled.values())
+        return self.compiled is not None and all(program.out_of_memory is None for program in self.compiled.values())
 
     def seconds(self, topology: Topology) -> tuple[float, float]:
         """Lower and upper estimate by the compiled programs: one step of each arm."""
         assert self.compiled
-        times = [outlook(self.experiment, topology, arm, answer).time.seconds for arm, answer in self.compiled.items()]
+        outlooks = (outlook(self.experiment, topology, arm, program) for arm, program in self.compiled.items())
+        times = [one.time.seconds for one in outlooks]
         return sum(low for low, _ in times), sum(high for _, high in times)
 
 
@@ -212,6 +213,6 @@ def _divisors(number: int) -> list[int]:
 
 
 def _compiled_gib(compiled: dict[str, Compiled]) -> str:
-    if any(answer.out_of_memory for answer in compiled.values()):
+    if any(program.out_of_memory for program in compiled.values()):
         return "no room"
-    return f"{max(answer.memory.total for answer in compiled.values() if answer.memory) / 2**30:.1f}"
+    return f"{max(program.memory.total for program in compiled.values() if program.memory) / 2**30:.1f}"

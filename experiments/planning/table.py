@@ -79,7 +79,7 @@ def plan_table(
     experiment: Experiment, topology: Topology, compiled: Mapping[str, Compiled], price: float | None
 ) -> Table:
     """Returns the table of all arms: memory, communication, time and money; `price` (None: listed) is in USD."""
-    arms = {arm: outlook(experiment, topology, arm, answer) for arm, answer in compiled.items()}
+    arms = {arm: outlook(experiment, topology, arm, program) for arm, program in compiled.items()}
     rows, inputs, targets = experiment.row_slots()
     train = experiment.train
     table = Table(
@@ -103,14 +103,14 @@ def plan_table(
             table.add_row(marked_up(label), *shown)
 
     line("parameters", lambda one: f"{one.arm.model.param_count():,}")
-    line("training FLOPs a step", lambda one: scientific(experiment.flops_per_step(one.arm), 4))
+    line("training FLOPs per step", lambda one: scientific(experiment.flops_per_step(one.arm), 4))
     section("Memory of a device")
     _memory_rows(line, topology)
-    if any(answer.collectives for answer in compiled.values()):
+    if any(program.collectives for program in compiled.values()):
         section("Sent per step")
     for kind, axes in _largest_collectives(compiled):
         line(f"{kind} along {axes_name(axes)}", lambda one, key=(kind, axes): _sent(one.compiled, *key))  # type: ignore[misc]
-    if any(reduce_scatter_bytes(answer.collectives) for answer in compiled.values()):
+    if any(reduce_scatter_bytes(program.collectives) for program in compiled.values()):
         line("reduce-scatters kept", lambda one: _kept(one.compiled))
     if any(one.compiled.memory for one in arms.values()):
         section("Time (estimate)")
@@ -123,8 +123,8 @@ def plan_table(
 def advice(experiment: Experiment, topology: Topology, compiled: Mapping[str, Compiled]) -> list[str]:
     """Returns lines that explain the numbers and what would improve them; advice for several arms is one line."""
     arms_of: dict[str, list[str]] = {}
-    for arm, answer in compiled.items():
-        for words in _advice(outlook(experiment, topology, arm, answer)):
+    for arm, program in compiled.items():
+        for words in _advice(outlook(experiment, topology, arm, program)):
             arms_of.setdefault(words, []).append(arm)
     return [
         "Memory and bytes sent are per device; bytes sent are those of the partitioned program's collectives. The "
@@ -193,9 +193,9 @@ def _memory_rows(line: Line, topology: Topology) -> None:
     inside("  optimizer state", argument("state.opt_state"))
     inside("  batch", argument("batch"))
     inside("  temporaries", lambda one: _mib(_memory(one).temporaries))
-    inside("    at once", lambda one: _mib(_memory(one).at_peak))
+    inside("    in use at peak", lambda one: _mib(_memory(one).at_peak))
     for place in range(SHOWN_BUFFERS):
-        inside("    largest then" if place == 0 else "", buffer(place))
+        inside("    largest at peak" if place == 0 else "", buffer(place))
 
 
 def _time_rows(line: Line, topology: Topology) -> None:
@@ -233,8 +233,8 @@ def _memory(one: Outlook) -> Memory:
 def _largest_collectives(compiled: Mapping[str, Compiled]) -> list[tuple[str, tuple[str, ...]]]:
     """(kind, axes) of the collectives of any arm, most bytes first; skips those below a thousandth of all bytes."""
     sizes: dict[tuple[str, tuple[str, ...]], float] = {}
-    for answer in compiled.values():
-        for one in answer.collectives:
+    for program in compiled.values():
+        for one in program.collectives:
             sizes[one.kind, one.axes] = sizes.get((one.kind, one.axes), 0.0) + one.sent_bytes
     least = sum(sizes.values()) / 1000
     return sorted((key for key, size in sizes.items() if size > least), key=lambda key: -sizes[key])

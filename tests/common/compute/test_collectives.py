@@ -1,4 +1,4 @@
-"""What programs send, counted in their text: closed forms, on eight CPU devices."""
+"""Checks the bytes that programs send, counted in their text, against closed forms on eight CPU devices."""
 
 import math
 from collections.abc import Callable
@@ -21,8 +21,8 @@ def mesh() -> Mesh:
     return jax.make_mesh(tuple(SIZES.values()), tuple(SIZES), axis_types=(AxisType.Auto,) * 2)
 
 
-def sent(function: Callable[..., Any], *shapes_and_specs: tuple[tuple[int, ...], P]) -> list[Collective]:
-    """By the compiled program of `function` on float32 arguments."""
+def collectives_in(function: Callable[..., Any], *shapes_and_specs: tuple[tuple[int, ...], P]) -> list[Collective]:
+    """The collectives of `function` compiled for float32 arguments."""
     arguments = [
         jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh(), spec))
         for shape, spec in shapes_and_specs
@@ -32,22 +32,22 @@ def sent(function: Callable[..., Any], *shapes_and_specs: tuple[tuple[int, ...],
     return collectives(parse(text), SIZES)
 
 
-def gathered(w: jax.Array) -> jax.Array:
+def gather(w: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(w, NamedSharding(mesh(), P()))
 
 
-def test_a_matrix_in_parts_is_gathered_once() -> None:
-    found = sent(lambda x, w: x @ gathered(w), ((64, 32), P(("data", "fsdp"))), ((32, 48), P("fsdp")))
+def test_a_sharded_matrix_is_gathered_once() -> None:
+    found = collectives_in(lambda x, w: x @ gather(w), ((64, 32), P(("data", "fsdp"))), ((32, 48), P("fsdp")))
     assert found == [Collective(kind="all-gather", axes=("fsdp",), group=4, times=1, bytes=32 * 48 * 4)]
     assert found[0].sent_bytes == 32 * 48 * 4 * 3 / 4
 
 
 @pytest.mark.parametrize("layers", [1, 3, 11])
-def test_a_loop_over_layers_gathers_as_often_as_it_runs(layers: int) -> None:
+def test_a_loop_gathers_in_every_iteration(layers: int) -> None:
     def stack(x: jax.Array, ws: jax.Array) -> jax.Array:
-        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ gathered(w)), None), x, ws)[0]
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ gather(w)), None), x, ws)[0]
 
-    found = sent(stack, ((64, 32), P("data")), ((layers, 32, 32), P(None, "fsdp")))
+    found = collectives_in(stack, ((64, 32), P("data")), ((layers, 32, 32), P(None, "fsdp")))
     gathers = [one for one in found if one.kind == "all-gather" and one.axes == ("fsdp",)]
     assert sum(one.bytes for one in gathers) == layers * 32 * 32 * 4
 
@@ -63,23 +63,23 @@ def test_a_loop_over_layers_gathers_as_often_as_it_runs(layers: int) -> None:
     ids=["sum", "scatter", "gather", "exchange"],
 )
 @pytest.mark.parametrize("axes", [("data",), ("fsdp",), ("data", "fsdp")])
-def test_every_kind_along_every_axis(
+def test_each_kind_along_each_axis(
     body: Callable[..., Any], kind: str, share: Callable[[int], float], axes: tuple[str, ...]
 ) -> None:
-    """`share` is what a ring sends of the part that a device holds."""
+    """`share` of n is what one device sends in a ring of n, relative to the array that it passes in."""
     whole = jax.shard_map(lambda x: body(x, axes), mesh=mesh(), in_specs=P(), out_specs=P(), check_vma=False)
-    found = sent(whole, ((16, 8), P()))
+    found = collectives_in(whole, ((16, 8), P()))
     n = math.prod(SIZES[axis] for axis in axes)
     assert [(one.kind, one.axes, one.group, one.times) for one in found] == [(kind, axes, n, 1)]
     assert found[0].sent_bytes == pytest.approx(16 * 8 * 4 * share(n))
 
 
-def test_a_permutation_sends_all_of_it() -> None:
+def test_a_permutation_sends_the_whole_array() -> None:
     def shift(x: jax.Array) -> jax.Array:
         return jax.lax.ppermute(x, "fsdp", [(i, (i + 1) % 4) for i in range(4)])
 
     whole = jax.shard_map(shift, mesh=mesh(), in_specs=P(), out_specs=P(), check_vma=False)
-    (found,) = sent(whole, ((16, 8), P()))
+    (found,) = collectives_in(whole, ((16, 8), P()))
     assert (found.kind, found.axes, found.sent_bytes) == ("collective-permute", ("fsdp",), 16 * 8 * 4)
 
 
@@ -104,7 +104,7 @@ ENTRY %main (x: f32[64,8]) -> f32[16,8] {
     ],
 )
 @pytest.mark.parametrize(("rows", "kind"), [(16, "reduce-scatter"), (32, "all-reduce")])
-def test_a_sum_of_which_each_keeps_its_slice_is_a_reduce_scatter(
+def test_an_all_reduce_that_is_sliced_is_a_reduce_scatter(
     groups: str, axes: tuple[str, ...], rows: int, kind: str
 ) -> None:
     program = parse(SLICED.replace("GROUPS", groups).replace("ROWS", str(rows)))
@@ -132,8 +132,8 @@ ENTRY %main (x: f32[64,8]) -> (f32[16,8], f32[64,8]) {
 
 
 @pytest.mark.parametrize(("same", "sum_", "kind"), [(0, 1, "reduce-scatter"), (1, 0, "all-reduce")])
-def test_a_slice_may_be_taken_of_what_a_call_gives_back(same: int, sum_: int, kind: str) -> None:
-    """As `shard_map` leaves the sums of its gradients."""
+def test_the_slice_may_be_outside_of_the_call_that_reduces(same: int, sum_: int, kind: str) -> None:
+    """`shard_map` compiles to such calls for sums of gradients."""
     (found,) = collectives(parse(CALLED.replace("SAME", str(same)).replace("SUM", str(sum_))), SIZES)
     assert (found.kind, found.bytes) == (kind, 64 * 8 * 4)
 
@@ -155,7 +155,7 @@ ENTRY %main (x: bf16[64,8], y: bf16[64,8]) -> bf16[16,8] {
 """
 
 
-def test_of_two_gradients_the_compiler_scatters_one() -> None:
+def test_the_compiler_scatters_one_of_two_gradients() -> None:
     assert scattered_bytes(parse(FUSED)) == 64 * 8 * 2
     asked = [Collective(kind="reduce-scatter", axes=("fsdp",), group=4, times=2, bytes=2 * 64 * 8 * 2)]
     done = as_compiled(asked, 64 * 8 * 2)
@@ -163,7 +163,7 @@ def test_of_two_gradients_the_compiler_scatters_one() -> None:
     assert sum(one.sent_bytes for one in done) == 1.5 * asked[0].sent_bytes
 
 
-def test_groups_in_an_unknown_notation_are_refused() -> None:
+def test_groups_in_an_unknown_notation_are_an_error() -> None:
     with pytest.raises(ValueError, match="unknown notation"):
         groups_of("replica_groups=<dialect>", 8)
 

@@ -1,4 +1,4 @@
-"""Arms that were sized apart are said to be, and matched."""
+"""Arms whose training FLOPs differ are reported, and can be matched."""
 
 import dataclasses
 import itertools
@@ -23,57 +23,58 @@ from tests.helpers import gpt, t5like
 DEEPER = "arms.gpt.model.num_layers=5"
 
 
-def apart(experiment: Experiment) -> float:
+def relative_difference(experiment: Experiment) -> float:
     flops = [experiment.flops_per_step(arm) for arm in experiment.arms.values()]
     return max(flops) / min(flops) - 1
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_experiments_are_matched_as_they_come(name: str) -> None:
+def test_built_in_experiments_are_matched(name: str) -> None:
     experiment = load(name)
-    assert apart(experiment) <= FLOPS_TOLERANCE and experiment.remarks() == []
+    assert relative_difference(experiment) <= FLOPS_TOLERANCE and experiment.remarks() == []
 
 
 @pytest.mark.parametrize("change", [DEEPER, "arms.t5like.model.encoder_layers=3", "arms.gpt.model.d_ff=700"])
-def test_what_the_remark_proposes_makes_arms_equal(change: str) -> None:
+def test_the_proposed_override_makes_arms_equal(change: str) -> None:
     experiment = apply_overrides(load("first_light"), [change])
-    (said,) = experiment.remarks()
-    assert f"{apart(experiment):.2%} apart" in said and "(the certificate allows 1%)" in said
-    proposed = said.partition("--match gpt makes them equal: ")[2].split()[0]
+    (remark,) = experiment.remarks()
+    assert f"{relative_difference(experiment):.2%} apart" in remark and "(the certificate allows 1%)" in remark
+    proposed = remark.partition("--match gpt makes them equal: ")[2].split()[0]
     assert proposed.startswith("arms.t5like.model.d_ff=")
     assert apply_overrides(experiment, [proposed]).remarks() == []
 
 
-def test_the_fewest_arms_are_changed() -> None:
+def test_the_proposal_changes_the_fewest_arms() -> None:
     experiment = apply_overrides(load("ladder"), ["arms.4-causal.model.d_ff=900"])
-    (said,) = experiment.remarks()
-    assert said.count(".d_ff=") == 1 and "arms.4-causal.model.d_ff=" in said and "--match 4-causal" not in said
+    (remark,) = experiment.remarks()
+    assert remark.count(".d_ff=") == 1 and "arms.4-causal.model.d_ff=" in remark
+    assert "--match 4-causal" not in remark
 
 
-def test_any_two_of_many_arms_are_equal_then() -> None:
-    text = LengthSums.of_rows(4, 48, 32)
+def test_after_matching_any_two_of_many_arms_are_equal() -> None:
+    lengths = LengthSums.of_rows(4, 48, 32)
     models: dict[str, Any] = {
         str(rung): t5like(encoder_layers=2, decoder_layers=2, d_ff=40 + 8 * rung, **switches)
         for rung, switches in enumerate(RUNGS)
     }
     models["gpt"] = gpt(num_layers=3, d_ff=200)
-    assert unequal(models, text) is not None
-    for name, width in matching_widths(models, "gpt", text).items():
+    assert unequal(models, lengths) is not None
+    for name, width in matching_widths(models, "gpt", lengths).items():
         models[name] = dataclasses.replace(models[name], d_ff=width)
     for one, other in itertools.combinations(models.values(), 2):
-        assert unequal({"one": one, "other": other}, text) is None
-    assert matching_widths(models, "gpt", text) == {}
+        assert unequal({"one": one, "other": other}, lengths) is None
+    assert matching_widths(models, "gpt", lengths) == {}
 
 
-def test_the_command_line_matches(capsys: pytest.CaptureFixture[str]) -> None:
+def test_match_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "first_light", DEEPER, "--match", "gpt", "--print-config"]) == 0
-    said = capsys.readouterr()
-    experiment = from_json(Experiment, json.loads(said.out))
-    assert apart(experiment) <= FLOPS_TOLERANCE
-    assert said.err == f"--match gpt: arms.t5like.model.d_ff={experiment.arms['t5like'].model.d_ff}\n"
+    printed = capsys.readouterr()
+    experiment = from_json(Experiment, json.loads(printed.out))
+    assert relative_difference(experiment) <= FLOPS_TOLERANCE
+    assert printed.err == f"--match gpt: arms.t5like.model.d_ff={experiment.arms['t5like'].model.d_ff}\n"
     assert main(["plan", "first_light", "--match", "gpt", "--print-config"]) == 0
-    said = capsys.readouterr()
-    assert from_json(Experiment, json.loads(said.out)) == load("first_light") and "all arms do" in said.err
+    printed = capsys.readouterr()
+    assert from_json(Experiment, json.loads(printed.out)) == load("first_light") and "all arms do" in printed.err
 
 
 @pytest.mark.parametrize(
@@ -86,15 +87,15 @@ def test_the_command_line_matches(capsys: pytest.CaptureFixture[str]) -> None:
         ),
     ],
 )
-def test_what_cannot_be_matched_is_one_line(
+def test_an_arm_that_cannot_be_matched_is_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["compare", "first_light", *arguments]) == 2
-    said = capsys.readouterr()
-    assert message in said.err and said.err.count("\n") == 1 and said.out == ""
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.count("\n") == 1 and printed.out == ""
 
 
-def test_a_run_says_it_before_it_begins(
+def test_a_run_reports_the_difference_before_it_begins(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: Any) -> None:
@@ -102,6 +103,6 @@ def test_a_run_says_it_before_it_begins(
 
     monkeypatch.setattr(comparison, "open_data", stop)
     assert main(["train", "first_light", "--arm", "gpt", "--run-dir", str(tmp_path / "run"), DEEPER]) == 2
-    said = capsys.readouterr()
-    assert "as far as the data" in said.err
-    assert "training FLOPs of a step are" in " ".join(said.out.split())
+    printed = capsys.readouterr()
+    assert "as far as the data" in printed.err
+    assert "training FLOPs of a step are" in " ".join(printed.out.split())

@@ -1,4 +1,4 @@
-"""What is read from the files of XLA's buffer assignment, in the form that libtpu writes them."""
+"""Reads files of XLA's buffer assignment in the form that libtpu writes."""
 
 import pytest
 
@@ -42,11 +42,13 @@ LIVE = """HloLiveRange (max 9):
     ("end", "place", "size", "at_peak", "largest"),
     [
         (4, 8192, 20480, 20480, ["f32[24,128]", "f32[16,128]"]),  # both are alive at once
-        (2, 0, 12288, 12288, ["f32[24,128]"]),  # the second takes the first one's place
-        (2, 8192, 20480, 12288, ["f32[24,128]"]),  # or does not, which leaves a gap
+        (2, 0, 12288, 12288, ["f32[24,128]"]),  # the second reuses the first one's memory
+        (2, 8192, 20480, 12288, ["f32[24,128]"]),  # the second does not reuse it, which leaves a gap
     ],
 )
-def test_temporaries_that_are_alive_at_once(end: int, place: int, size: int, at_peak: int, largest: list[str]) -> None:
+def test_the_peak_counts_temporaries_that_are_alive_at_once(
+    end: int, place: int, size: int, at_peak: int, largest: list[str]
+) -> None:
     assignment = ASSIGNMENT.replace("PLACE", str(place)).replace("SIZE", str(size))
     memory = read_memory(assignment, LIVE.replace("END", str(end)), parse(PROGRAM))
     assert memory.arguments == {"state.params": 4096, "batch.targets_BT": 4096}

@@ -1,4 +1,4 @@
-"""Closed forms of the roofline, and of how groups of chips lie on their links."""
+"""Checks the roofline and the links of device groups against closed forms."""
 
 import numpy as np
 import pytest
@@ -9,22 +9,22 @@ from common.compute.roofline import ON_CHIP_LINKS, estimate, links_per_device
 from common.compute.topology import parse_topology
 
 
-def box(*sides: int) -> np.ndarray:
-    """Coordinates of all chips of a box."""
+def grid_coordinates(*sides: int) -> np.ndarray:
+    """Coordinates of all chips of a grid."""
     return np.stack(np.meshgrid(*map(np.arange, sides), indexing="ij"), axis=-1).reshape(-1, len(sides))
 
 
 @pytest.mark.parametrize(
     ("places", "topology", "links"),
     [
-        (box(16, 16), "v5e:16x16", 4),  # both directions are rings
-        (box(16, 1), "v5e:16x16", 2),
-        (box(4, 1), "v5e:16x16", 1),  # a part of a ring is a line
-        (box(4, 4), "v5e:4x4", 2),
-        (box(4, 1) * 4, "v5e:16x16", 1 / 4),  # four steps apart: four groups share each link
-        (box(4, 4, 8), "v5p:4x4x8", 6),
-        (box(2, 2, 4), "v5p:2x2x4", 1 + 1 + 2),
-        (np.repeat(box(4, 4, 4), 2, axis=0), "tpu7x:4x4x4", 3),  # two devices share a chip's six links
+        (grid_coordinates(16, 16), "v5e:16x16", 4),  # both directions are rings
+        (grid_coordinates(16, 1), "v5e:16x16", 2),
+        (grid_coordinates(4, 1), "v5e:16x16", 1),  # a part of a ring is a line
+        (grid_coordinates(4, 4), "v5e:4x4", 2),
+        (grid_coordinates(4, 1) * 4, "v5e:16x16", 1 / 4),  # four steps apart: four groups share each link
+        (grid_coordinates(4, 4, 8), "v5p:4x4x8", 6),
+        (grid_coordinates(2, 2, 4), "v5p:2x2x4", 1 + 1 + 2),
+        (np.repeat(grid_coordinates(4, 4, 4), 2, axis=0), "tpu7x:4x4x4", 3),  # two devices share a chip's six links
         (np.zeros((2, 3), int), "tpu7x:4x4x4", ON_CHIP_LINKS),
     ],
 )
@@ -32,8 +32,8 @@ def test_links_of_a_group(places: np.ndarray, topology: str, links: float) -> No
     assert links_per_device(places, parse_topology(topology)) == links
 
 
-def test_between_slices_each_device_sends_its_part_alone() -> None:
-    """All-reduce of S over 2 slices of 4: 2 S 3/4 within, and 2 (S / 4) 1/2 between."""
+def test_between_slices_each_device_sends_only_its_share() -> None:
+    """An all-reduce of S bytes over 2 slices of 4 devices sends 2 S 3/4 within slices, 2 (S / 4) 1/2 between them."""
     size = 10**9
     reduce = Collective(kind="all-reduce", axes=("replica", "fsdp"), group=8, times=1, bytes=size)
     within = Collective(kind="all-reduce", axes=("fsdp",), group=4, times=1, bytes=size)
@@ -47,7 +47,7 @@ def test_between_slices_each_device_sends_its_part_alone() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, chip in CHIPS.items() if chip.links])
-def test_a_step_is_no_shorter_than_its_longest_part(name: str) -> None:
+def test_a_step_is_at_least_as_long_as_its_longest_part(name: str) -> None:
     chip = CHIPS[name]
     topology = parse_topology(f"{name}-8")
     time = estimate(
@@ -62,11 +62,11 @@ def test_a_step_is_no_shorter_than_its_longest_part(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CHIPS)
-def test_what_chips_say_hangs_together(name: str) -> None:
+def test_numbers_of_chips_are_consistent(name: str) -> None:
     chip = CHIPS[name]
     assert chip.usable_hbm_bytes is None or 0.9 * chip.hbm_bytes < chip.usable_hbm_bytes < 1.01 * chip.hbm_bytes
     assert chip.price is None or chip.price.spot is None or chip.price.spot < chip.price.on_demand
-    # The bandwidths of a chip fall by orders: memory, links, data centre.
+    # Memory is faster than links, and links are faster than the data centre's network.
     if chip.links:
         links = chip.links * chip.link_bytes_per_second / chip.devices_per_chip
         assert chip.hbm_bytes_per_second > links > chip.dcn_bytes_per_second

@@ -1,4 +1,4 @@
-"""What programs compute and move, counted in their text."""
+"""Checks the FLOPs and bytes of programs, counted in their text."""
 
 import dataclasses
 from pathlib import Path
@@ -21,7 +21,7 @@ from tests.experiments.tiny_experiment import tiny_experiment
 
 @pytest.mark.parametrize(("remat", "passes"), [(False, 3), (True, 4)])
 @pytest.mark.parametrize("layers", [2, 5])
-def test_a_scan_computes_every_layer_three_times_and_with_rematerialisation_four(layers, remat, passes) -> None:
+def test_training_computes_each_layer_three_times_and_with_remat_four(layers, remat, passes) -> None:
     def layer(x: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
         return jnp.tanh(jnp.tanh(x @ w) @ w.T), None
 
@@ -34,8 +34,8 @@ def test_a_scan_computes_every_layer_three_times_and_with_rematerialisation_four
     assert product_flops(program) == passes * layers * 2 * (2 * 8 * 16 * 32)
 
 
-def deep(folder: Path, name: str) -> tuple[Experiment, Arm]:
-    """One arm of three layers a stack; `layerwise` is the ladder's last rung."""
+def three_layers(folder: Path, name: str) -> tuple[Experiment, Arm]:
+    """An arm with three layers per stack; `layerwise` is the ladder's last rung."""
     experiment = tiny_experiment(folder)
     arm = experiment.arms["gpt" if name == "gpt" else "t5like"]
     stacks = ("num_layers",) if name == "gpt" else ("encoder_layers", "decoder_layers")
@@ -45,7 +45,7 @@ def deep(folder: Path, name: str) -> tuple[Experiment, Arm]:
 
 
 def lowered(experiment: Experiment, arm: Arm, **execution: Any) -> Program:
-    """The step that XLA is given, with all logits of attention at once."""
+    """The step as it is lowered, with all attention logits at once."""
     chosen = dataclasses.replace(experiment.train.execution, attention="plain", **execution)
     train = dataclasses.replace(experiment.train, execution=chosen)
     setup = make_setup(dataclasses.replace(experiment, train=train), arm)
@@ -59,8 +59,8 @@ def lowered(experiment: Experiment, arm: Arm, **execution: Any) -> Program:
 @pytest.mark.parametrize(
     "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt", "t5like")), "layerwise"]
 )
-def test_the_ledger_knows_what_is_computed_anew(name: str, remat: Any, mlp_chunk: int | None, tmp_path: Path) -> None:
-    experiment, arm = deep(tmp_path, name)
+def test_the_ledger_counts_recomputation(name: str, remat: Any, mlp_chunk: int | None, tmp_path: Path) -> None:
+    experiment, arm = three_layers(tmp_path, name)
     flops = arm.model.flops(LengthSums.of_rows(*experiment.row_slots()))
     expected = flops.train_hardware(Execution(attention="plain", remat=remat, mlp_chunk=mlp_chunk))
     assert product_flops(lowered(experiment, arm, scan_layers=True, remat=remat, mlp_chunk=mlp_chunk)) == expected
@@ -98,8 +98,8 @@ ENTRY %main (y: f32[8,8]) -> f32[8,8] {
 
 @pytest.mark.parametrize("hashes", [False, True])
 @pytest.mark.parametrize(("begin", "limit", "turns"), [(0, 6, 3), (0, 5, 3), (2, 6, 2), (6, 6, 0)])
-def test_a_loop_may_begin_late_and_count_by_two(begin: int, limit: int, turns: int, hashes: bool) -> None:
-    """In either notation of a tuple's elements."""
+def test_a_loop_may_start_late_and_count_by_two(begin: int, limit: int, turns: int, hashes: bool) -> None:
+    """Programs write elements of a tuple as instructions or as `tuple#1`."""
     text = WINDOWED.replace("BEGIN", str(begin)).replace("LIMIT", str(limit))
     if hashes:
         lines = [line for line in text.splitlines() if "get-tuple-element(%carry" not in line]
@@ -108,7 +108,7 @@ def test_a_loop_may_begin_late_and_count_by_two(begin: int, limit: int, turns: i
     assert product_flops(parse(text)) == turns * 2 * 8**3
 
 
-def test_a_loop_without_a_constant_bound_is_refused() -> None:
+def test_a_loop_without_a_constant_bound_is_an_error() -> None:
     def until(x: jax.Array) -> jax.Array:
         return jax.lax.while_loop(lambda y: y.sum() < 100, lambda y: y * 2, x)
 
@@ -146,8 +146,8 @@ LAYER = 64 * 128 * 4
         ("broadcast(%sum), dimensions={0,1,2}", "S(1)", 1 + 24),
     ],
 )
-def test_of_a_stack_that_is_sliced_one_layer_is_read(write: str, memory: str, layers: int) -> None:
-    """Beside it all that is written, and the other operand where it does not lie in faster memory."""
+def test_a_fusion_that_slices_a_stack_reads_one_layer(write: str, memory: str, layers: int) -> None:
+    """It also writes its whole result, and reads the other operand unless that is in faster memory."""
     program = parse(FUSION.replace("WRITE", write).replace("MEMORY", memory))
     assert memory_traffic(program) == layers * LAYER
 
@@ -194,8 +194,8 @@ ENTRY %main (a: bf16[24,64,128], i: s32[], b: bf16[64,128], c: bf16[24,64,128]) 
 """
 
 
-def test_fusions_within_a_fusion_slice_and_update_too() -> None:
-    """As TPU's compiler nests them: read are one layer and `b`, written one layer and what is returned beside."""
+def test_fusions_inside_a_fusion_may_slice_and_update() -> None:
+    """TPU's compiler nests them. This one reads a layer and `b`, and writes a layer and its second result."""
     assert memory_traffic(parse(NESTED)) == 4 * LAYER // 2
 
 
@@ -216,11 +216,11 @@ ENTRY %main (a: f32[24,64,128], b: f32[1,64,128], i: s32[]) -> f32[24,64,128] {
 """
 
 
-def test_of_a_stack_that_is_updated_one_layer_is_written() -> None:
+def test_a_fusion_that_updates_a_stack_writes_one_layer() -> None:
     assert memory_traffic(parse(UPDATE)) == 2 * LAYER
 
 
-def test_room_that_is_only_set_aside_moves_nothing() -> None:
+def test_an_allocation_moves_nothing() -> None:
     text = """
 ENTRY %main () -> f32[8,128] {
   ROOT %a = f32[8,128]{1,0:T(8,128)} custom-call(), custom_call_target="AllocateBuffer"
@@ -229,8 +229,8 @@ ENTRY %main () -> f32[8,128] {
     assert memory_traffic(parse(text)) == 0
 
 
-def test_what_runs_in_the_background_is_read_and_written_once() -> None:
-    """As TPU7x's compiler hands sums to another core."""
+def test_an_asynchronous_computation_reads_and_writes_once() -> None:
+    """TPU7x's compiler runs sums on another core like this."""
     text = """
 %sum (p0: f32[8,128]) -> f32[8,128] {
   %p0 = f32[8,128]{1,0:T(8,128)} parameter(0)
@@ -247,7 +247,7 @@ ENTRY %main (a: f32[8,128]) -> f32[8,128] {
     assert memory_traffic(parse(text)) == 2 * 8 * 128 * 4
 
 
-def test_narrow_arrays_move_their_padding_too() -> None:
+def test_narrow_arrays_move_their_padding() -> None:
     text = """
 ENTRY %main (a: f32[512,32]) -> f32[512,32] {
   %a = f32[512,32]{1,0:T(8,128)} parameter(0)

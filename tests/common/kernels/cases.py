@@ -1,4 +1,4 @@
-"""Cases of attention, their definition in NumPy, and what an implementation makes of them."""
+"""Cases of attention, a reference in NumPy, and the outputs and gradients of an implementation."""
 
 import dataclasses
 import functools
@@ -15,14 +15,14 @@ from common.kernels.choice import Implementation
 from common.kernels.visibility import Visibility
 
 SCALE = 0.3
-# Kernels are interpreted by programs that take longer to compile than to run.
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-jit = functools.partial(jax.jit, compiler_options=QUICKLY)
+# An interpreted kernel takes longer to compile than to run.
+COMPILE_FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+jit = functools.partial(jax.jit, compiler_options=COMPILE_FAST)
 Operands = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
+class AttentionCase:
     queries: int = 100
     keys: int = 100
     heads: int = 2
@@ -36,14 +36,14 @@ class Case:
     rows: int = 2
 
     def operands(self, dtype: Any = jnp.float32) -> Operands:
-        """q_BQHC, k_BGKC, v_BGKC, table_HR."""
+        """Random q_BQHC, k_BGKC, v_BGKC and table_HR."""
         keys, C = jax.random.split(jax.random.key(0), 4), self.head_dim
         q = jax.random.normal(keys[0], (self.rows, self.queries, self.heads, C), dtype)
         k, v = (jax.random.normal(key, (self.rows, self.groups, self.keys, C), dtype) for key in keys[1:3])
         return q, k, v, jax.random.normal(keys[3], (self.heads, 32))
 
     def visibility(self, table_HR: jax.Array | None) -> Visibility:
-        """Rows of two segments, then padding; the last row is one segment with a hole of padding at its begin."""
+        """Rows of two segments and padding; the last row is padding and then one segment."""
         q_segments, k_segments = (np.ones((self.rows, n), np.int32) for n in (self.queries, self.keys))
         for segments in (q_segments, k_segments):
             length = segments.shape[1]
@@ -66,8 +66,8 @@ class Case:
         )
 
 
-def reference(case: Case, q: Any, k: Any, v: Any, table: Any) -> np.ndarray:
-    """From the definition, float64."""
+def reference(case: AttentionCase, q: Any, k: Any, v: Any, table: Any) -> np.ndarray:
+    """The definition of attention, in float64."""
     seen, bias = case.visibility(None), np.zeros((case.heads, case.queries, case.keys))
     q_segments, k_segments = np.asarray(seen.q_segments_BQ), np.asarray(seen.k_segments_BK)
     mask = (q_segments[:, :, None] == k_segments[:, None]) & (k_segments[:, None] != 0)
@@ -85,12 +85,14 @@ def reference(case: Case, q: Any, k: Any, v: Any, table: Any) -> np.ndarray:
     return np.einsum("bhqk,bhkc->bqhc", weights / np.where(total > 0, total, 1.0), v)
 
 
-def plain(case: Case, q: jax.Array, k: jax.Array, v: jax.Array, table: jax.Array) -> jax.Array:
+def plain(case: AttentionCase, q: jax.Array, k: jax.Array, v: jax.Array, table: jax.Array) -> jax.Array:
     return attention.attend(q, k, v, case.visibility(table), scale=SCALE, implementation=Implementation(kind="plain"))
 
 
-def outcome(attend: Callable[..., jax.Array], case: Case, operands: Operands) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The output, and under random weights for it the gradients of queries, keys, values and table."""
+def output_and_gradients(
+    attend: Callable[..., jax.Array], case: AttentionCase, operands: Operands
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The output, and the gradients of a random weighted sum of it: of queries, keys, values and table."""
     weights = jax.random.normal(jax.random.key(6), operands[0].shape)
 
     def total(*operands: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -102,13 +104,13 @@ def outcome(attend: Callable[..., jax.Array], case: Case, operands: Operands) ->
 
 
 def error(found: Any, expected: Any) -> float:
-    """The largest difference, relative to the largest value."""
+    """The largest difference, relative to the largest expected value."""
     found, expected = (np.asarray(x, np.float64) for x in (found, expected))
     return float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-30))
 
 
-def check_strangers(run: Callable[..., jax.Array], case: Case) -> None:
-    """Bit for bit: a key of segment 1 and a key of padding are planted, queries of segment 2 look."""
+def check_no_leak(run: Callable[..., jax.Array], case: AttentionCase) -> None:
+    """Checks bit for bit that huge keys in segment 1 and in padding do not change the output in segment 2."""
     q, k, v, table = case.operands()
     segments = np.asarray(case.visibility(None).q_segments_BQ)[0]
     others = jnp.array(segments == 2, jnp.float32)[:, None, None]

@@ -1,4 +1,4 @@
-"""Which implementation is taken, and what of it the backward pass keeps."""
+"""The choice among implementations, and what each keeps for the backward pass."""
 
 import contextlib
 import dataclasses
@@ -55,8 +55,8 @@ def test_auto(change: dict[str, Any], tpu: Kind, gpu: Kind, cpu: Kind) -> None:
     assert [choose(Implementation(), call) for call in calls] == [tpu, gpu, cpu]
 
 
-def test_a_name_is_taken_where_it_serves() -> None:
-    """Else what `auto` takes."""
+def test_the_named_implementation_is_chosen_if_it_serves() -> None:
+    """Otherwise the choice is that of `auto`."""
     assert choose(Implementation(kind="flash"), WHOLE) == "flash"
     assert choose(Implementation(kind="splash"), dataclasses.replace(WHOLE, biased=True)) == "flash"
     assert all(choose(Implementation(kind=kind), WHOLE) == kind for kind in ("blocked", "plain"))
@@ -65,9 +65,8 @@ def test_a_name_is_taken_where_it_serves() -> None:
         choose(Implementation(kind="cudnn"), WHOLE)
 
 
-def test_auto_on_a_cpu_is_what_blocked_was() -> None:
-    """Bit for bit."""
-    case = cases.Case()
+def test_auto_on_a_cpu_is_blocked_bit_for_bit() -> None:
+    case = cases.AttentionCase()
     q, k, v, table = case.operands()
     auto, blocked = (
         attend(q, k, v, case.visibility(table), scale=0.3, implementation=implementation)
@@ -77,7 +76,7 @@ def test_auto_on_a_cpu_is_what_blocked_was() -> None:
 
 
 def counted(jaxpr: Any) -> Counter[str]:
-    """How often each primitive, or each kernel by its name, stands in a program; kernels' own bodies apart."""
+    """How often each primitive, and each kernel by its name, is in a program; kernels' bodies do not count."""
     found: Counter[str] = Counter()
     for equation in jaxpr.eqns:
         kernel = equation.primitive.name == "pallas_call"
@@ -92,14 +91,14 @@ def counted(jaxpr: Any) -> Counter[str]:
     [("splash", "splash_mha_fwd_segmented_residuals", 1), ("flash", "flash_forward", 1), ("blocked", "dot_general", 2)],
 )
 @pytest.mark.parametrize("mesh", [None, MeshShape(data=2, context=2, tensor=2)], ids=str)
-def test_what_is_kept_by_name_is_not_computed_again(kind: Kind, counts: str, once: int, mesh: MeshShape | None) -> None:
-    """Of all that `counts`, a program that may keep nothing has the forward pass's once more."""
-    case = cases.Case(bias=kind == "flash", causal=True, rows=4)
+def test_what_is_saved_by_name_is_not_recomputed(kind: Kind, counts: str, once: int, mesh: MeshShape | None) -> None:
+    """A program that may save nothing has `once` more of what `counts` names: the forward pass runs again."""
+    case = cases.AttentionCase(bias=kind == "flash", causal=True, rows=4)
     implementation = Implementation(kind=kind, block=128, kernel_block=128, interpret=True)
 
     def attention(*operands: jax.Array) -> jax.Array:
         q, k, v, table = operands
-        # As in a layer, what attention reads and what reads it has to be computed too.
+        # As in a layer, there are operations before and after attention.
         return jnp.sin(attend(jnp.sin(q), k, v, case.visibility(table), scale=0.3, implementation=implementation))
 
     def number(policy: Any) -> int:

@@ -1,4 +1,4 @@
-"""What cuDNN is asked for, answered by XLA: lengths in place of segments. On a GPU it has never run."""
+"""Checks the arguments for cuDNN (lengths instead of segments) by passing them to XLA. None of it has run on a GPU."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ B, L, H, G, C = 4, 12, 4, 2, 8
 
 @pytest.mark.parametrize(("name", "causal"), [("self", False), ("self", True), ("cross", False)])
 def test_lengths_are_segments(name: str, causal: bool) -> None:
-    """Rows without queries and rows without keys among them; output and gradients."""
+    """Output and gradients agree, including rows without queries and rows without keys."""
     at = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32)[None], (B, L))
     q_segments, k_segments = ((at < jnp.array(x)[:, None]).astype(jnp.int32) for x in LENGTHS[name])
     seen = Visibility(

@@ -1,4 +1,4 @@
-"""Flash attention, interpreted on a CPU, against NumPy in float64 and the gradients of the plain implementation."""
+"""Compares flash attention, interpreted on a CPU, with NumPy in float64 and the plain implementation's gradients."""
 
 import dataclasses
 import functools
@@ -12,52 +12,61 @@ from jax.extend.core import jaxprs_in_params
 
 from common.kernels.flash import flash
 from common.kernels.toeplitz import diagonal_sums, toeplitz_tile
-from tests.common.kernels.cases import SCALE, Case, check_strangers, error, jit, outcome, plain, reference
+from tests.common.kernels.cases import (
+    SCALE,
+    AttentionCase,
+    check_no_leak,
+    error,
+    jit,
+    output_and_gradients,
+    plain,
+    reference,
+)
 
 CASES = {
-    "bidirectional": Case(),
-    "causal": Case(causal=True),
-    "causal, whole blocks, heads of 64": Case(causal=True, queries=128, keys=128, block=64, head_dim=64),
-    "causal, no bias": Case(causal=True, bias=False),
-    "prefix": Case(causal=True, prefix=45),
-    "prefix and offset": Case(causal=True, prefix=60, queries=70, keys=110, q_offset=40),
-    "last query": Case(causal=True, queries=1, keys=70, q_offset=69),
-    "keys that none can reach": Case(causal=True, queries=33, keys=160),
-    "cross, heads of 128": Case(queries=45, keys=130, bias=False, head_dim=128),
-    "cross with a table": Case(queries=130, keys=45),
-    "grouped": Case(heads=6, groups=2, causal=True),
-    "blocks of 128": Case(queries=250, keys=250, heads=1, groups=1, block=128, causal=True),
-    "unequal blocks, a strip in two": Case(queries=120, keys=250, heads=1, groups=1, block=256),
+    "bidirectional": AttentionCase(),
+    "causal": AttentionCase(causal=True),
+    "causal, whole blocks, heads of 64": AttentionCase(causal=True, queries=128, keys=128, block=64, head_dim=64),
+    "causal, no bias": AttentionCase(causal=True, bias=False),
+    "prefix": AttentionCase(causal=True, prefix=45),
+    "prefix and offset": AttentionCase(causal=True, prefix=60, queries=70, keys=110, q_offset=40),
+    "last query": AttentionCase(causal=True, queries=1, keys=70, q_offset=69),
+    "keys that no query sees": AttentionCase(causal=True, queries=33, keys=160),
+    "cross, heads of 128": AttentionCase(queries=45, keys=130, bias=False, head_dim=128),
+    "cross with a table": AttentionCase(queries=130, keys=45),
+    "grouped": AttentionCase(heads=6, groups=2, causal=True),
+    "blocks of 128": AttentionCase(queries=250, keys=250, heads=1, groups=1, block=128, causal=True),
+    "unequal blocks, a strip in two": AttentionCase(queries=120, keys=250, heads=1, groups=1, block=256),
 }
 EVERY_CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
-def run(case: Case, q: jax.Array, k: jax.Array, v: jax.Array, table: jax.Array) -> jax.Array:
+def run(case: AttentionCase, q: jax.Array, k: jax.Array, v: jax.Array, table: jax.Array) -> jax.Array:
     return flash(q, k, v, case.visibility(table), scale=SCALE, block=case.block, interpret=True)
 
 
 @functools.cache
-def found(case: Case) -> tuple[jax.Array, dict[str, jax.Array]]:
-    return outcome(run, case, case.operands())
+def computed(case: AttentionCase) -> tuple[jax.Array, dict[str, jax.Array]]:
+    return output_and_gradients(run, case, case.operands())
 
 
 @EVERY_CASE
-def test_output_is_the_definition(case: Case) -> None:
-    assert error(found(case)[0], reference(case, *case.operands())) <= 1e-5
+def test_output_is_the_definition(case: AttentionCase) -> None:
+    assert error(computed(case)[0], reference(case, *case.operands())) <= 1e-5
 
 
 @EVERY_CASE
-def test_gradients_are_those_of_the_plain_implementation(case: Case) -> None:
-    gradients, expected = found(case)[1], outcome(plain, case, case.operands())[1]
+def test_gradients_are_those_of_the_plain_implementation(case: AttentionCase) -> None:
+    gradients, expected = computed(case)[1], output_and_gradients(plain, case, case.operands())[1]
     assert {name: e for name in expected if (e := error(gradients[name], expected[name])) > 1e-5} == {}
     assert (np.asarray(gradients["table"]) != 0).any() == case.bias
 
 
 @pytest.mark.parametrize("name", ["bidirectional", "causal", "grouped"])
 def test_gradients_are_those_of_float64(name: str) -> None:
-    """Along random directions, against central differences of the definition."""
+    """Compared along random directions with central differences of the definition."""
     case, rng = CASES[name], np.random.default_rng(0)
-    operands, gradients = case.operands(), found(case)[1]
+    operands, gradients = case.operands(), computed(case)[1]
     weights = np.asarray(jax.random.normal(jax.random.key(6), operands[0].shape), np.float64)
     for at, key in enumerate(gradients):
         direction = rng.normal(size=operands[at].shape)
@@ -72,36 +81,36 @@ def test_gradients_are_those_of_float64(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bidirectional", "grouped"])
-def test_bfloat16_is_as_near_as_its_eight_bits_allow(name: str) -> None:
-    """Within 1 % of the largest value of float64 on the same rounded operands: weights and outputs have 8 bits each."""
+def test_bfloat16_is_as_close_as_its_eight_bits_allow(name: str) -> None:
+    """Within 1 % of the largest value, compared with float64 on the same rounded operands."""
     case = CASES[name]
     q, k, v, table = case.operands(jnp.bfloat16)
-    out, gradients = outcome(run, case, (q, k, v, table))
+    out, gradients = output_and_gradients(run, case, (q, k, v, table))
     assert [x.dtype.name for x in (out, *gradients.values())] == ["bfloat16"] * 4 + ["float32"]
     assert error(out, reference(case, q, k, v, table)) <= 1e-2
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-    expected = outcome(plain, case, (q, k, v, table))[1]
+    expected = output_and_gradients(plain, case, (q, k, v, table))[1]
     assert {name: e for name in expected if (e := error(gradients[name], expected[name])) > 1e-2} == {}
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_a_query_that_sees_nothing_is_zero_with_zero_gradient(causal: bool) -> None:
-    case = Case(causal=causal)
+def test_a_query_without_keys_is_zero_with_zero_gradient(causal: bool) -> None:
+    case = AttentionCase(causal=causal)
     operands = case.operands()
 
-    def blind(case: Case, q: jax.Array, k: jax.Array, v: jax.Array, table: jax.Array) -> jax.Array:
+    def blind(case: AttentionCase, q: jax.Array, k: jax.Array, v: jax.Array, table: jax.Array) -> jax.Array:
         seen = case.visibility(table)
         seen = dataclasses.replace(seen, k_segments_BK=jnp.full_like(seen.k_segments_BK, 7))
         return flash(q, k, v, seen, scale=SCALE, block=32, interpret=True)
 
-    out, gradients = outcome(blind, case, operands)
+    out, gradients = output_and_gradients(blind, case, operands)
     assert all((np.asarray(x) == 0).all() for x in (out, *gradients.values()))
 
 
 @pytest.mark.parametrize("name", ["bidirectional", "causal"])
-def test_padding_is_blind_and_unseen(name: str) -> None:
-    """Exactly: segment 0 gives no output and takes no gradient, among rows that do."""
-    out, gradients = found(CASES[name])
+def test_padding_sees_nothing_and_is_not_seen(name: str) -> None:
+    """Output and gradients of segment 0 are exactly 0."""
+    out, gradients = computed(CASES[name])
     padding = np.asarray(CASES[name].visibility(None).q_segments_BQ) == 0
     by_query = out, gradients["q"], gradients["k"].swapaxes(1, 2), gradients["v"].swapaxes(1, 2)
     of_padding = [np.asarray(x)[padding] for x in by_query]
@@ -110,13 +119,13 @@ def test_padding_is_blind_and_unseen(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bidirectional", "prefix"])
-def test_a_huge_key_of_a_stranger_changes_nothing(name: str) -> None:
-    check_strangers(run, CASES[name])
+def test_a_huge_key_of_another_segment_changes_nothing(name: str) -> None:
+    check_no_leak(run, CASES[name])
 
 
 def test_causality_by_gradient() -> None:
-    """Of every key in the output at one query: not zero up to the query, zero after it."""
-    case = Case(causal=True, rows=1, heads=1, groups=1)
+    """The gradient of one query's output with respect to each value: not zero up to the query, zero after it."""
+    case = AttentionCase(causal=True, rows=1, heads=1, groups=1)
     q, k, v, table = case.operands()
     at, begin = 65, case.queries // 6
     gradient = np.asarray(jit(jax.grad(lambda v: run(case, q, k, v, table)[0, at].sum()))(v))[0, 0]
@@ -125,8 +134,8 @@ def test_causality_by_gradient() -> None:
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(8, 8), (32, 16), (16, 64), (128, 128), (128, 256), (256, 384)])
-def test_tiles_and_vectors(queries: int, keys: int) -> None:
-    """A tile is the vector along its diagonals, and `diagonal_sums` sums each diagonal: exactly, on whole numbers."""
+def test_toeplitz_tiles_and_diagonal_sums(queries: int, keys: int) -> None:
+    """Both are exact on whole numbers, compared with NumPy's indexing."""
     vector = np.arange(1.0, queries + keys + 1, dtype=np.float32)
     c, r = np.indices((keys, queries))
     expanded = jit(toeplitz_tile, static_argnums=1)(jnp.array(vector)[None], keys)
@@ -137,9 +146,9 @@ def test_tiles_and_vectors(queries: int, keys: int) -> None:
     np.testing.assert_array_equal(jit(diagonal_sums)(jnp.array(tile))[0], sums)
 
 
-def test_nothing_as_large_as_queries_times_keys_is_made() -> None:
-    """In the program of value and gradients, kernels' own blocks apart: the largest array is one of the operands."""
-    case = Case(queries=1024, keys=1024, block=128, head_dim=32, rows=1)
+def test_no_array_is_as_large_as_queries_times_keys() -> None:
+    """In the program for the gradients, apart from blocks inside kernels, the largest array is one of the operands."""
+    case = AttentionCase(queries=1024, keys=1024, block=128, head_dim=32, rows=1)
     operands = case.operands()
     program = jax.make_jaxpr(jax.grad(lambda *x: run(case, *x).sum(), argnums=(0, 1, 2, 3)))(*operands)
     sizes: list[int] = []
@@ -156,7 +165,7 @@ def test_nothing_as_large_as_queries_times_keys_is_made() -> None:
 
 
 def test_no_keys_at_all() -> None:
-    case = Case(keys=0, bias=False)
+    case = AttentionCase(keys=0, bias=False)
     q, k, v, table = case.operands()
     assert run(case, q, k, v, table).shape == q.shape
     assert (np.asarray(run(case, q, k, v, table)) == 0).all()

@@ -1,4 +1,4 @@
-"""Attention on a mesh of eight devices, against the plain implementation on one."""
+"""Compares attention on a mesh of eight devices with the plain implementation on one."""
 
 import dataclasses
 from typing import Any
@@ -27,7 +27,7 @@ IMPLEMENTATIONS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
+class MeshCase:
     queries: int = 48
     keys: int = 48
     causal: bool = False
@@ -36,13 +36,13 @@ class Case:
     bias: bool = False
 
     def operands(self) -> Operands:
-        """q_BQHC, k_BGKC, v_BGKC, table_HR."""
+        """Random q_BQHC, k_BGKC, v_BGKC and table_HR."""
         keys = jax.random.split(jax.random.key(0), 4)
         k, v = (jax.random.normal(key, (B, G, self.keys, C)) for key in keys[1:3])
         return jax.random.normal(keys[0], (B, self.queries, H, C)), k, v, jax.random.normal(keys[3], (H, 32))
 
     def visibility(self, table_HR: jax.Array) -> Visibility:
-        """Each row is cut elsewhere into two segments and padding; the last row's inputs, its first keys, are empty."""
+        """Each row has two segments and padding, cut at different places; the last row's first keys are padding."""
         segments = []
         for length in (self.queries, self.keys):
             cuts = np.arange(B)[:, None] + length // 3
@@ -65,17 +65,17 @@ class Case:
 
 
 CASES = {
-    "bidirectional": Case(bias=True),
-    "causal": Case(causal=True, bias=True),
-    "no bias": Case(causal=True),
-    "prefix": Case(causal=True, prefix=29, bias=True),
-    "cross": Case(queries=32, keys=51),
-    "behind inputs": Case(queries=32, keys=56, q_offset=24, causal=True),
+    "bidirectional": MeshCase(bias=True),
+    "causal": MeshCase(causal=True, bias=True),
+    "no bias": MeshCase(causal=True),
+    "prefix": MeshCase(causal=True, prefix=29, bias=True),
+    "cross": MeshCase(queries=32, keys=51),
+    "after inputs": MeshCase(queries=32, keys=56, q_offset=24, causal=True),
 }
 
 
-def outcome(implementation: Implementation, case: Case, mesh: MeshShape | None) -> tuple[Any, ...]:
-    """Output, and under random weights for it the gradients of queries, keys, values and table."""
+def output_and_gradients(implementation: Implementation, case: MeshCase, mesh: MeshShape | None) -> tuple[Any, ...]:
+    """The output, and the gradients of a random weighted sum of it: of queries, keys, values and table."""
     weights = jax.random.normal(jax.random.key(6), (B, case.queries, H, C))
 
     def total(*operands: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -103,19 +103,19 @@ MESHES = [
 @pytest.mark.parametrize(
     ("kind", "name", "mesh"),
     [
-        (kind, *on)
+        (kind, name, mesh)
         for kind in IMPLEMENTATIONS
-        for on in MESHES
-        if kind != "splash" or not (CASES[on[0]].bias or CASES[on[0]].prefix)
+        for name, mesh in MESHES
+        if kind != "splash" or not (CASES[name].bias or CASES[name].prefix)
     ],
     ids=str,
 )
 def test_a_mesh_changes_neither_output_nor_gradients(kind: str, name: str, mesh: MeshShape) -> None:
     implementation, case = IMPLEMENTATIONS[kind], CASES[name]
-    found, expected = outcome(implementation, case, mesh), outcome(PLAIN, case, None)
+    found, expected = output_and_gradients(implementation, case, mesh), output_and_gradients(PLAIN, case, None)
     assert all(error(x, y) <= 1e-5 for x, y in zip(found, expected, strict=True))
-    blind = np.asarray(case.visibility(case.operands()[3]).mask_BQK()).sum(axis=-1) == 0
-    assert blind.any() and (np.asarray(found[0])[blind] == 0).all() and (np.asarray(found[1])[blind] == 0).all()
+    sees_nothing = np.asarray(case.visibility(case.operands()[3]).mask_BQK()).sum(axis=-1) == 0
+    assert sees_nothing.any() and all((np.asarray(x)[sees_nothing] == 0).all() for x in found[:2])
 
 
 @pytest.mark.parametrize("kind", ["splash", "flash", "cudnn"])

@@ -1,4 +1,4 @@
-"""The attention kernels compiled for TPUs that are not here: it is taken, and needs little memory."""
+"""Compiles the attention kernels for TPUs that are not here; checks that they compile and need little memory."""
 
 import importlib.util
 import json
@@ -18,7 +18,7 @@ pytestmark = [
 ]
 
 TOPOLOGIES = {"v4": "2x2x1", "v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2", "tpu7x": "2x2x1"}
-# They must stand before JAX is imported: none is looked for, and several compilers may run at once.
+# Set before JAX is imported: JAX then looks for no TPU, and several compilers may run at once.
 VARIABLES = environment(None)
 PROGRAM = """
 import json, re, sys
@@ -35,7 +35,7 @@ from common.sharding.shape import MESH_AXES, MeshShape
 case = json.loads(sys.argv[1])
 topology = topologies.get_topology_desc(topology_name=case["topology"], platform="tpu")
 shape = MeshShape(**case["mesh"])
-# By hand: what knows how devices are wired refuses a v4 whose two cores a chip stand apart, as they do here.
+# Not by jax.make_mesh, which refuses a v4 whose two cores per chip are separate devices, as here.
 devices = np.array(topology.devices[: shape.devices]).reshape(tuple(shape.sizes().values()))
 mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * devices.ndim)
 B, L, H, G, C = (case[size] for size in "BLHGC")
@@ -78,8 +78,8 @@ SIZES: dict[str, Any] = {"B": 4, "L": 4096, "H": 16, "G": 16, "C": 64, "dtype": 
 CASE: dict[str, Any] = {"kind": "auto", "mesh": {}, "bias": True, "prefix": 0, "causal": True, "backward": True}
 
 
-def compiled(chip: str, kernels: list[str], **case: Any) -> dict[str, int]:
-    """Bytes that the compiler wants, in a process of its own, of the program that runs these kernels."""
+def compile_attention(chip: str, kernels: list[str], **case: Any) -> dict[str, int]:
+    """Compiles in another process, checks which kernels the program has, and returns its memory in bytes."""
     case = SIZES | CASE | {"topology": f"{chip}:{TOPOLOGIES[chip]}"} | case
     command = [sys.executable, "-c", PROGRAM, json.dumps(case)]
     environment = os.environ | VARIABLES | {"PYTHONPATH": str(ROOT)}
@@ -100,7 +100,7 @@ def test_no_array_of_queries_times_keys(chip: str, kernel: str, causal: bool, ba
     Splash attention pads heads of 64 to 128 and writes its log-sums 128 times over: it needs more than the operands,
     but less than that.
     """
-    memory = compiled(chip, [kernel], kind=kernel, bias=kernel == "flash", causal=causal, backward=backward)
+    memory = compile_attention(chip, [kernel], kind=kernel, bias=kernel == "flash", causal=causal, backward=backward)
     print(chip, kernel, causal, backward, {name: f"{size / 2**20:.0f} MiB" for name, size in memory.items()})
     if kernel == "flash":
         assert memory["temporaries"] <= memory["arguments"]
@@ -111,9 +111,9 @@ def test_no_array_of_queries_times_keys(chip: str, kernel: str, causal: bool, ba
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_the_plain_implementation_needs_a_hundred_times_as_much(backward: bool) -> None:
-    """On the one chip here whose memory holds it."""
-    flash = compiled("v5p", ["flash"], backward=backward)
-    plain = compiled("v5p", [], backward=backward, kind="plain")
+    """Compiled for the one chip whose memory is large enough."""
+    flash = compile_attention("v5p", ["flash"], backward=backward)
+    plain = compile_attention("v5p", [], backward=backward, kind="plain")
     assert plain["peak"] > 100 * flash["peak"]
 
 
@@ -130,8 +130,8 @@ def test_the_plain_implementation_needs_a_hundred_times_as_much(backward: bool) 
     ],
     ids=["grouped", "one key head", "short", "float32", "long"],
 )
-def test_other_shapes_are_taken(chip: str, kernel: str, case: dict[str, Any]) -> None:
-    compiled(chip, [kernel], kind=kernel, bias=kernel == "flash", **case)
+def test_other_shapes_compile(chip: str, kernel: str, case: dict[str, Any]) -> None:
+    compile_attention(chip, [kernel], kind=kernel, bias=kernel == "flash", **case)
 
 
 @pytest.mark.parametrize("chip", TOPOLOGIES)
@@ -145,6 +145,6 @@ def test_other_shapes_are_taken(chip: str, kernel: str, case: dict[str, Any]) ->
     ],
     ids=str,
 )
-def test_a_mesh_is_taken(chip: str, kernel: str, case: dict[str, Any]) -> None:
-    """The length and the heads split in two, each device running the kernel on its part."""
-    compiled(chip, [kernel], kind=kernel, mesh={"context": 2, "tensor": 2}, **case)
+def test_kernels_compile_on_a_mesh(chip: str, kernel: str, case: dict[str, Any]) -> None:
+    """Length and heads are split in two, and each device runs the kernel on its shard."""
+    compile_attention(chip, [kernel], kind=kernel, mesh={"context": 2, "tensor": 2}, **case)

@@ -1,4 +1,4 @@
-"""`plan --topology`: what is asked of the compiler, and what is told of its answers, which are made up here."""
+"""`plan --topology`: which programs it compiles and what it prints of them. The compiler's results are made up here."""
 
 import dataclasses
 import importlib.util
@@ -50,16 +50,16 @@ FITS = Compiled(
 TOO_LARGE = dataclasses.replace(FITS, memory=None, out_of_memory=OutOfMemory(needed=47 * 2**30, available=15 * 2**30))
 
 
-class Compiler:
-    """Stands for the processes; remembers what it was asked."""
+class FakeCompiler:
+    """Stands in for the compilers' processes; records the programs."""
 
-    def __init__(self, answer: Callable[[PlannedProgram], Compiled]):
-        self.answer = answer
-        self.jobs: list[PlannedProgram] = []
+    def __init__(self, compile_: Callable[[PlannedProgram], Compiled]):
+        self.compile = compile_
+        self.programs: list[PlannedProgram] = []
 
-    def __call__(self, jobs: list[PlannedProgram], console: Console) -> list[Compiled]:
-        self.jobs += jobs
-        return [self.answer(job) for job in jobs]
+    def __call__(self, programs: list[PlannedProgram], console: Console) -> list[Compiled]:
+        self.programs += programs
+        return [self.compile(program) for program in programs]
 
 
 @pytest.fixture
@@ -67,13 +67,13 @@ def experiment(tmp_path: Path) -> Experiment:
     return tiny_experiment(tmp_path)
 
 
-def planned(
+def run_plan(
     monkeypatch: pytest.MonkeyPatch,
     experiment: Experiment,
     target: Target,
-    answer: Callable[[PlannedProgram], Compiled],
-) -> tuple[str, Compiler]:
-    compiler, out = Compiler(answer), io.StringIO()
+    compile_: Callable[[PlannedProgram], Compiled],
+) -> tuple[str, FakeCompiler]:
+    compiler, out = FakeCompiler(compile_), io.StringIO()
     monkeypatch.setattr(plan, "compile_all", compiler)
     monkeypatch.setattr(search, "compile_all", compiler)
     plan.plan(experiment, Console(file=out, width=200), target)
@@ -86,13 +86,14 @@ def cells(text: str) -> dict[str, list[str]]:
 
 
 def test_time_and_money_follow_from_peaks(monkeypatch, experiment) -> None:
-    """A second of products, half a second of HBM; of 4 GB to reduce and scatter a quarter is: 3/4 x 1 + 3/2 x 3 GB."""
-    text, compiler = planned(monkeypatch, experiment, Target(topology="v5e:2x2", price=36.0), lambda job: FITS)
+    """One second of products, half a second of HBM, and 4 GB of gradients: a quarter is reduce-scattered and the rest
+    all-reduced, so that a device sends 3/4 x 1 + 3/2 x 3 GB."""
+    text, compiler = run_plan(monkeypatch, experiment, Target(topology="v5e:2x2", price=36.0), lambda program: FITS)
     shown = cells(text)
     sending = 5.25 / (2 * CHIP.link_bytes_per_second / 1e9)
     steps = experiment.steps()
-    assert [job.arm for job in compiler.jobs] == list(experiment.arms)
-    assert {str(job.experiment.train.mesh) for job in compiler.jobs} == {"fsdp=4"}
+    assert [program.arm for program in compiler.programs] == list(experiment.arms)
+    assert {str(program.experiment.train.mesh) for program in compiler.programs} == {"fsdp=4"}
     assert shown["matrix products"] == ["1 s"] * 2
     assert shown["HBM"] == ["0.5 s"] * 2
     assert shown["links (ICI)"] == [f"{1000 * sending:.3g} ms"] * 2
@@ -105,63 +106,63 @@ def test_time_and_money_follow_from_peaks(monkeypatch, experiment) -> None:
     assert "libtpu all-reduces gradients" in text and "estimate" in text
 
 
-def test_memory_is_told_in_parts(monkeypatch, experiment) -> None:
-    text, _ = planned(monkeypatch, experiment, Target(topology="v5e-4"), lambda job: FITS)
+def test_memory_is_shown_in_parts(monkeypatch, experiment) -> None:
+    text, _ = run_plan(monkeypatch, experiment, Target(topology="v5e-4"), lambda program: FITS)
     shown = cells(text)
     assert shown["fits"] == ["yes"] * 2
     assert shown["parameters"] == [f"{arm.model.param_count():,}" for arm in experiment.arms.values()]
     assert shown["stored parameters"] == ["256 MiB"] * 2
     assert shown["optimizer state"] == ["512 MiB"] * 2
-    assert shown["largest then"] == ["256 MiB f32[8,4] (dot_general)"] * 2
+    assert shown["largest at peak"] == ["256 MiB f32[8,4] (dot_general)"] * 2
 
 
-def test_where_there_is_no_room_what_makes_room_is_found_by_compiling(monkeypatch, experiment) -> None:
-    def answer(job: PlannedProgram) -> Compiled:
-        train = job.experiment.train
+def test_a_smaller_variant_is_found_for_an_arm_that_does_not_fit(monkeypatch, experiment) -> None:
+    def compile_(program: PlannedProgram) -> Compiled:
+        train = program.experiment.train
         roomy = train.execution.remat == "full" and train.accumulation == 2
-        return FITS if roomy or job.arm == "gpt" else TOO_LARGE
+        return FITS if roomy or program.arm == "gpt" else TOO_LARGE
 
     experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, rows=32))
-    text, compiler = planned(monkeypatch, experiment, Target(topology="v5e:2x2"), answer)
+    text, compiler = run_plan(monkeypatch, experiment, Target(topology="v5e:2x2"), compile_)
     assert cells(text)["fits"] == ["yes", "no"]
     assert "t5like: does not fit: a device needs 47.0 GiB, and 15.00 can be used." in text
     assert "With train.execution.remat=full train.accumulation=2 t5like would fit." in text
-    assert [job.arm for job in compiler.jobs] == ["gpt", "t5like", "t5like", "t5like"]
+    assert [program.arm for program in compiler.programs] == ["gpt", "t5like", "t5like", "t5like"]
 
 
-def test_a_mesh_may_be_what_makes_room(monkeypatch, experiment) -> None:
+def test_another_mesh_may_be_the_variant_that_fits(monkeypatch, experiment) -> None:
     divided = MeshShape(fsdp=4)
-    text, _ = planned(
+    text, _ = run_plan(
         monkeypatch,
         dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, rows=32)),
         Target(topology="v5e:2x2", mesh="data=4"),
-        lambda job: FITS if job.experiment.train.mesh == divided else TOO_LARGE,
+        lambda program: FITS if program.experiment.train.mesh == divided else TOO_LARGE,
     )
     assert "With --mesh fsdp=4 train.execution.remat=full gpt and t5like would fit." in text
 
 
-def test_where_nothing_fits_it_says_so(monkeypatch, experiment) -> None:
-    text, _ = planned(monkeypatch, experiment, Target(topology="v5e:2x2"), lambda job: TOO_LARGE)
+def test_a_message_says_that_nothing_fits(monkeypatch, experiment) -> None:
+    text, _ = run_plan(monkeypatch, experiment, Target(topology="v5e:2x2"), lambda program: TOO_LARGE)
     assert "None of these variants fits" in text
     assert "step" not in cells(text) and "days" not in cells(text)
 
 
 def test_a_search_compiles_a_few_and_names_the_best(monkeypatch, experiment) -> None:
-    """`dots` and `full` fit, and data parallelism is quickest: that is what is named, as overrides."""
+    """`dots` and `full` fit, and data parallelism is fastest: the search prints the overrides for it."""
     experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, rows=32))
 
-    def answer(job: PlannedProgram) -> Compiled:
-        train = job.experiment.train
+    def compile_(program: PlannedProgram) -> Compiled:
+        train = program.experiment.train
         if train.execution.remat == "none":
             return TOO_LARGE
         slower = 1 + (train.execution.remat != "dots") + (train.mesh.data != 4)
         return dataclasses.replace(FITS, traffic_bytes=slower * int(CHIP.hbm_bytes_per_second) * 10)
 
-    text, compiler = planned(monkeypatch, experiment, Target(topology="v5e:2x2", search=True), answer)
-    asked = {job.experiment.train.execution.remat for job in compiler.jobs}
+    text, compiler = run_plan(monkeypatch, experiment, Target(topology="v5e:2x2", search=True), compile_)
+    asked = {program.experiment.train.execution.remat for program in compiler.programs}
     assert asked == set(search.REMATS)
-    assert {job.experiment.data.rows for job in compiler.jobs} == {32}
-    assert len(compiler.jobs) == 2 * (len(search.REMATS) + search.MORE_MESHES)
+    assert {program.experiment.data.rows for program in compiler.programs} == {32}
+    assert len(compiler.programs) == 2 * (len(search.REMATS) + search.MORE_MESHES)
     chosen = [line for line in text.splitlines() if "best:" in line]
     assert "train.execution.remat=dots" in chosen[0]
 
@@ -184,17 +185,17 @@ def test_every_candidate_has_the_topologys_devices_and_the_experiments_rows(expe
 
 
 def test_few_long_rows_are_split_along_their_length(monkeypatch, experiment) -> None:
-    """One row a step for four devices: only `context` and `tensor` can use them all."""
+    """With one row per step for four devices, only `context` and `tensor` can use them all."""
     data = dataclasses.replace(experiment.data, rows=1, input_length=2**15, target_length=2**15)
     experiment = dataclasses.replace(experiment, data=data)
-    text, compiler = planned(monkeypatch, experiment, Target(topology="v5e:2x2", search=True), lambda job: FITS)
-    assert all(job.experiment.train.mesh.row_parts == 1 for job in compiler.jobs)
-    assert all(job.experiment.train.mesh.context > 1 for job in compiler.jobs)
+    text, compiler = run_plan(monkeypatch, experiment, Target(topology="v5e:2x2", search=True), lambda program: FITS)
+    assert all(program.experiment.train.mesh.row_parts == 1 for program in compiler.programs)
+    assert all(program.experiment.train.mesh.context > 1 for program in compiler.programs)
     assert "best: train.mesh.context=" in text
 
 
 def test_the_last_queries_of_causal_attention_make_the_others_wait(experiment) -> None:
-    """Of a row of four parts, by counting the pairs that the last part sees."""
+    """Checked on a row in four parts, by counting the pairs that the last part sees."""
     mesh = MeshShape(context=4)
     split = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, mesh=mesh))
     _, inputs, targets = experiment.row_slots()
@@ -207,7 +208,7 @@ def test_the_last_queries_of_causal_attention_make_the_others_wait(experiment) -
     assert times[1] / times[0] == pytest.approx(share)
 
 
-def test_the_simple_model_keeps_less_with_more_rematerialisation_and_less_of_a_state_that_is_split() -> None:
+def test_the_simple_model_keeps_less_with_remat_and_less_of_a_sharded_state() -> None:
     xl = load("xl")
 
     def gib(**execution) -> float:
@@ -226,7 +227,7 @@ def test_the_simple_model_keeps_less_with_more_rematerialisation_and_less_of_a_s
     assert bytes_[1] - bytes_[0] == pytest.approx(state * 255 / 256)
 
 
-def test_the_experiments_own_mesh_stands_where_it_has_the_devices(experiment) -> None:
+def test_the_experiments_own_mesh_is_used_if_it_has_the_devices(experiment) -> None:
     own = MeshShape(data=2, fsdp=2)
     experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, mesh=own))
     assert on_mesh(experiment, V5E, None).train.mesh == own
@@ -256,42 +257,40 @@ def test_the_experiments_own_mesh_stands_where_it_has_the_devices(experiment) ->
         ),
     ],
 )
-def test_what_cannot_be_planned_is_one_line(monkeypatch, experiment, target, message) -> None:
+def test_a_plan_that_is_impossible_is_one_line(monkeypatch, experiment, target, message) -> None:
     with pytest.raises(UserError) as error:
-        planned(monkeypatch, experiment, target, lambda job: pytest.fail("compiled"))
+        run_plan(monkeypatch, experiment, target, lambda program: pytest.fail("compiled"))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_without_libtpu_one_line_says_what_to_install(monkeypatch, experiment) -> None:
+def test_without_libtpu_one_line_names_what_to_install(monkeypatch, experiment) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install"):
         compiling.compile_all([PlannedProgram(experiment=experiment, arm="gpt", topology=V5E)], Console())
 
 
-def test_an_answer_is_kept_for_what_it_depends_on(monkeypatch, experiment) -> None:
+def test_the_cache_key_depends_on_what_the_program_depends_on(monkeypatch, experiment) -> None:
     """Names and data sources change nothing; sizes, topology and versions do."""
     monkeypatch.setattr(compiling.importlib.metadata, "version", lambda name: "1")
-    job = PlannedProgram(experiment=experiment, arm="gpt", topology=V5E)
+    program = PlannedProgram(experiment=experiment, arm="gpt", topology=V5E)
     renamed = dataclasses.replace(experiment, name="other", question="?")
-    assert dataclasses.replace(job, experiment=renamed).key() == job.key()
+    assert dataclasses.replace(program, experiment=renamed).key() == program.key()
+    more_rows = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, rows=8))
+    accumulated = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, accumulation=2))
     others = [
-        dataclasses.replace(job, arm="t5like"),
-        dataclasses.replace(job, topology=parse_topology("v5p:2x2x1")),
-        dataclasses.replace(
-            job, experiment=dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, rows=8))
-        ),
-        dataclasses.replace(
-            job, experiment=dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, accumulation=2))
-        ),
+        dataclasses.replace(program, arm="t5like"),
+        dataclasses.replace(program, topology=parse_topology("v5p:2x2x1")),
+        dataclasses.replace(program, experiment=more_rows),
+        dataclasses.replace(program, experiment=accumulated),
     ]
     monkeypatch.setattr(compiling.importlib.metadata, "version", lambda name: "1")
-    keys = {job.key(), *(other.key() for other in others)}
+    keys = {program.key(), *(other.key() for other in others)}
     monkeypatch.setattr(compiling.importlib.metadata, "version", lambda name: "2")
-    assert len(keys | {job.key()}) == 6
+    assert len(keys | {program.key()}) == 6
 
 
-def test_an_answer_depends_on_every_module_that_makes_it() -> None:
-    """Whatever of this project the tests have loaded, and with it all that such a process loads."""
+def test_the_cache_key_depends_on_every_module_that_makes_the_program() -> None:
+    """Checked for every module of this project that the tests have loaded, which includes all that a compiler loads."""
     loaded = {Path(found) for module in list(sys.modules.values()) if (found := getattr(module, "__file__", None))}
     packages = [compiling.ROOT / name for name in ("common", "experiments", "gpt", "t5like")]
     ours = {file for file in loaded if any(file.is_relative_to(package) for package in packages)}
@@ -299,14 +298,14 @@ def test_an_answer_depends_on_every_module_that_makes_it() -> None:
     assert ours <= set(compiling._source_files())
 
 
-def test_answers_survive_json() -> None:
+def test_results_survive_json() -> None:
     assert from_json(Compiled, to_json(FITS)) == FITS
     assert from_json(Compiled, to_json(TOO_LARGE)) == TOO_LARGE
 
 
 @pytest.mark.parametrize(("remat", "products"), [("none", 9), ("attention", 9), ("dots", 11), ("full", 11)])
-def test_the_ledger_says_what_kernels_compute(experiment: Experiment, remat: Any, products: int) -> None:
-    """Beside what is seen: 2 products forward, once or twice, and 7 backward, each of 2 x pairs x width FLOPs."""
+def test_the_ledger_counts_the_flops_inside_kernels(experiment: Experiment, remat: Any, products: int) -> None:
+    """2 products forward, run once or twice, and 7 backward, of 2 x pairs x width FLOPs each, come on top."""
     execution = dataclasses.replace(experiment.train.execution, remat=remat)
     changed = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, execution=execution))
     model = changed.arms["gpt"].model
