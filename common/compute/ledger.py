@@ -44,17 +44,17 @@ class ForwardFlops:
         """6 x (matrix parameters that a token passes through) x (tokens), summed over the model's parts."""
         return TRAIN_OVER_FORWARD * self.dense
 
-    def of_slowest(self, parts: int) -> "ForwardFlops":
-        """Returns `parts` times the FLOPs of the slowest device, when devices share a row's queries in order.
+    def of_slowest(self, devices: int) -> "ForwardFlops":
+        """Returns `devices` times the FLOPs of the slowest of the devices that share each row's queries, in order.
 
         In causal attention the device with the last queries sees nearly all keys, and the others wait for it.
 
         >>> whole = ForwardFlops(dense=0, head=0, mlp=0, mlp_out=0, attention_full=80, attention_causal_half=40)
-        >>> [whole.of_slowest(parts).attention_causal_half for parts in (1, 2, 4)]
+        >>> [whole.of_slowest(devices).attention_causal_half for devices in (1, 2, 4)]
         [40, 60, 70]
         """
         causal = self.attention_full - self.attention_causal_half
-        return dataclasses.replace(self, attention_causal_half=self.attention_causal_half + causal - causal // parts)
+        return dataclasses.replace(self, attention_causal_half=self.attention_causal_half + causal - causal // devices)
 
     def train_hardware(self, execution: Execution) -> int:
         """Returns the FLOPs that the hardware computes in a training step, recomputation included.
@@ -92,52 +92,57 @@ class ForwardFlops:
         return self.attention_causal_half * products // 2
 
 
-def query_out_matrices(w: Widths) -> int:
+def query_out_matrices(widths: Widths) -> int:
     """Parameters of the matrices that project queries and attention's output."""
-    return 2 * w.d_model * w.num_heads * w.head_dim
+    return 2 * widths.d_model * widths.num_heads * widths.head_dim
 
 
-def key_value_matrices(w: Widths) -> int:
+def key_value_matrices(widths: Widths) -> int:
     """Parameters of the matrices that project keys and values."""
-    return 2 * w.d_model * w.num_kv_heads * w.head_dim
+    return 2 * widths.d_model * widths.num_kv_heads * widths.head_dim
 
 
-def mlp_matrices(w: Widths) -> int:
-    return (3 if w.recipe.gated_mlp else 2) * w.d_model * w.d_ff
+def mlp_matrices(widths: Widths) -> int:
+    """Parameters of an MLP's matrices."""
+    return (3 if widths.recipe.gated_mlp else 2) * widths.d_model * widths.d_ff
 
 
-def mlp_out_matrix(w: Widths) -> int:
-    return w.d_model * w.d_ff
+def mlp_out_matrix(widths: Widths) -> int:
+    """Parameters of an MLP's output matrix."""
+    return widths.d_model * widths.d_ff
 
 
-def pair_flops(w: Widths) -> int:
+def pair_flops(widths: Widths) -> int:
     """FLOPs of one query with one key in one layer: score and weighted value, all heads."""
-    return 4 * w.num_heads * w.head_dim
+    return 4 * widths.num_heads * widths.head_dim
 
 
-def norm_parameters(w: Widths) -> int:
-    return (2 if w.recipe.norm == "layernorm" else 1) * w.d_model
+def norm_parameters(widths: Widths) -> int:
+    """Parameters of one norm."""
+    return (2 if widths.recipe.norm == "layernorm" else 1) * widths.d_model
 
 
-def attention_parameters(w: Widths) -> int:
+def attention_parameters(widths: Widths) -> int:
     """Parameters of one attention and its norm: matrices, biases, norms."""
-    biases = (w.num_heads + 2 * w.num_kv_heads) * w.head_dim + w.d_model if w.recipe.biases else 0
-    head_norms = 2 * w.head_dim if w.recipe.qk_norm else 0
-    return query_out_matrices(w) + key_value_matrices(w) + biases + head_norms + norm_parameters(w)
+    biases = (
+        (widths.num_heads + 2 * widths.num_kv_heads) * widths.head_dim + widths.d_model if widths.recipe.biases else 0
+    )
+    head_norms = 2 * widths.head_dim if widths.recipe.qk_norm else 0
+    return query_out_matrices(widths) + key_value_matrices(widths) + biases + head_norms + norm_parameters(widths)
 
 
-def mlp_parameters(w: Widths) -> int:
+def mlp_parameters(widths: Widths) -> int:
     """Parameters of one MLP and its norm."""
-    biases = (2 if w.recipe.gated_mlp else 1) * w.d_ff + w.d_model if w.recipe.biases else 0
-    return mlp_matrices(w) + biases + norm_parameters(w)
+    biases = (2 if widths.recipe.gated_mlp else 1) * widths.d_ff + widths.d_model if widths.recipe.biases else 0
+    return mlp_matrices(widths) + biases + norm_parameters(widths)
 
 
-def table_parameters(w: Widths, vocab_size: int, max_positions: int | None) -> int:
+def table_parameters(widths: Widths, vocab_size: int, max_positions: int | None) -> int:
     """Parameters of the token table, the head and learned positions."""
-    tables = 1 if w.recipe.tied_embeddings else 2
-    return (tables * vocab_size + (max_positions or 0)) * w.d_model
+    tables = 1 if widths.recipe.tied_embeddings else 2
+    return (tables * vocab_size + (max_positions or 0)) * widths.d_model
 
 
-def bias_parameters(w: Widths) -> int:
+def bias_parameters(widths: Widths) -> int:
     """Parameters of one table of relative bias."""
-    return w.num_heads * w.recipe.relative_buckets if w.recipe.positions == "t5_bias" else 0
+    return widths.num_heads * widths.recipe.relative_buckets if widths.recipe.positions == "t5_bias" else 0

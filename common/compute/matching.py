@@ -36,7 +36,7 @@ def matching_widths(models: Mapping[str, ModelConfig], reference: str, lengths: 
     """Returns the `d_ff` at which each other model costs as much as `reference`, without those that already do.
 
     Each is the roundest width within half of FLOPS_TOLERANCE, so that any two models are within all of it. Raises
-    UserError that names the model that no width can match.
+    a UserError that names the model which no width can match.
     """
     widths = {}
     target = models[reference]

@@ -33,8 +33,8 @@ def guess(experiment: Experiment, topology: Topology, arm: str) -> Guess:
     """Memory and seconds of one step of `arm`, on the mesh that `experiment.train` has."""
     step, chip = _step(experiment, arm), topology.chip_spec
     rows, inputs, targets = experiment.row_slots()
-    text = LengthSums.of_rows(rows, inputs, targets)
-    flops = step.model.flops(text).of_slowest(step.mesh.context).train_hardware(step.train.execution)
+    lengths = LengthSums.of_rows(rows, inputs, targets)
+    flops = step.model.flops(lengths).of_slowest(step.mesh.context).train_hardware(step.train.execution)
     return Guess(
         bytes=sum(_memory(step).values()),
         time=Estimate(
@@ -53,7 +53,7 @@ class _Step:
     model: ModelConfig
     train: TrainConfig
     rows: float
-    """Of one micro-batch on one device."""
+    """Rows of one micro-batch on one device."""
     inputs: int
     targets: int
     stacks: tuple[Stack, ...]

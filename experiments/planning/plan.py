@@ -36,7 +36,7 @@ class Target:
     slices: int = 1
     mesh: str | None = None
     price: float | None = None
-    """USD a chip-hour; None: the list price."""
+    """USD per chip-hour; None: the list price."""
     search: bool = False
 
 
@@ -54,7 +54,7 @@ def plan(experiment: Experiment, console: Console, target: Target | None = None)
 def _plan_for_target(experiment: Experiment, console: Console, target: Target) -> None:
     topology = parse_topology(target.topology, target.slices)
     if target.price is not None and not target.price > 0:
-        raise UserError(f"--price is {target.price:g}: it must be more than 0, in USD a chip-hour")
+        raise UserError(f"--price is {target.price:g}: it must be more than 0, in USD per chip-hour")
     if target.search:
         found = search(experiment, topology, console, _parse_mesh(target.mesh, topology))
         console.print(candidates_table(experiment, found, topology))

@@ -218,9 +218,9 @@ def _budget_rows(line: Line, topology: Topology, price: float | None) -> None:
     line("days", lambda one: _span(one.days, lambda days: f"{days:.3g}"))
     listed = topology.chip_spec.price
     if price is not None:
-        line(f"USD at {price:.2f} a chip-hour", usd(price))
+        line(f"USD at {price:.2f} per chip-hour", usd(price))
     elif listed is not None:
-        line(f"USD on demand ({listed.on_demand:.2f} a chip-hour, {listed.region})", usd(listed.on_demand))
+        line(f"USD on demand ({listed.on_demand:.2f} per chip-hour, {listed.region})", usd(listed.on_demand))
         if listed.spot is not None:
             line(f"USD spot ({listed.spot:.2f})", usd(listed.spot))
 

@@ -100,7 +100,7 @@ def test_time_and_money_follow_from_peaks(monkeypatch, experiment) -> None:
     assert shown["step"] == [f"1 s to {1 + sending:.3g} s"] * 2
     assert shown["reduce-scatters kept"] == ["25 %"] * 2
     # Four chips at a cent a second.
-    assert shown["USD at 36.00 a chip-hour"] == [f"{steps * 0.04:.2f} to {steps * 0.04 * (1 + sending):.2f}"] * 2
+    assert shown["USD at 36.00 per chip-hour"] == [f"{steps * 0.04:.2f} to {steps * 0.04 * (1 + sending):.2f}"] * 2
     flops = [experiment.flops_per_step(arm) for arm in experiment.arms.values()]
     assert all(flop < FITS.flops * 4 for flop in flops)
     assert "libtpu all-reduces gradients" in text and "estimate" in text
