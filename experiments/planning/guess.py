@@ -147,16 +147,14 @@ def _memory(step: _Step) -> dict[str, float]:
 
 def _kept_activations(step: _Step) -> float:
     """Bytes of activations that all layers keep for the backward pass, by the remat policy."""
-    return (
-        step.layer_tokens
-        * {
-            "none": 3 * step.product_bytes,  # the products, and what lies between them: norms, activations, casts
-            "dots": step.product_bytes,  # the products alone
-            "attention": 2 * step.stream_bytes,  # each layer's input, and attention's output, about as wide
-            "full": step.stream_bytes,  # each layer's input
-            "offload": 0,  # the same, in the host's memory
-        }[step.train.execution.remat]
-    )
+    bytes_per_token = {
+        "none": 3 * step.product_bytes,  # results of products, and about twice as much from norms, activations, casts
+        "dots": step.product_bytes,  # results of products alone
+        "attention": 2 * step.stream_bytes,  # each layer's input, and attention's output, about as wide
+        "full": step.stream_bytes,  # each layer's input
+        "offload": 0,  # each layer's input, in the host's memory
+    }
+    return step.layer_tokens * bytes_per_token[step.train.execution.remat]
 
 
 def _working_memory(step: _Step) -> float:
@@ -178,8 +176,9 @@ def _working_memory(step: _Step) -> float:
 
 def _hbm_traffic(step: _Step) -> dict[str, float]:
     """Bytes that one device reads from and writes to its main memory."""
-    # Each product's result is written and read in the forward pass (2). The backward pass reads it again, and reads and
-    # writes gradients of it and of its input (4). A second forward pass writes and reads it once more (2).
+    # The forward pass writes and reads each product's result (2). The backward pass reads it again for the gradient of
+    # the weights, reads its gradient twice, for those of weights and input, and writes that of the input (4). A second
+    # forward pass writes and reads it once more (2).
     times = 6 + 2 * step.recompute
     return {
         # Gathered weights are written once and read once in each pass.
@@ -198,8 +197,8 @@ def _link_traffic(step: _Step, topology: Topology) -> dict[str, float]:
     """
     mesh = step.mesh
 
-    def ring(sent: float, size: int) -> float:
-        return sent * (size - 1) / size / _links(size, topology)
+    def ring(array_bytes: float, size: int) -> float:
+        return array_bytes * (size - 1) / size / _links(size, topology)
 
     gradients = 2 * BF16 * step.parameters / mesh.fsdp  # all-reduced: sent twice
     # The stream is all-reduced after attention and after the MLP: twice forward, twice backward, twice if recomputed.
