@@ -10,17 +10,14 @@ from decimal import Decimal
 from typing import Any
 
 from babel import Locale, dates, lists, numbers, units
-from babel.core import get_global
 
 from common.data.built_in.cldr_pair import PLURAL_PROBES, UNITS, Draw, LocalePair, distinct_forms, normalise_spaces
+from common.data.built_in.cldr_zones import common_zones
 
 DATE_STYLES = ("full", "long", "medium", "short")
 DATE_SKELETONS = ("yMMMEd", "MMMEd", "MMMMd", "yMMMM", "yQQQQ", "GyMMMd")
 INTERVAL_SKELETONS = ("yMMMd", "yMMMEd", "yMd", "yMMMM", "MMMd")
 TIME_INTERVAL_SKELETONS = ("Hm", "hm")
-ZONES_PER_COMMON_METAZONE = 10
-"""Names of time zones come from CLDR's metazones that at least this many zones share."""
-
 RELATIVE_DAYS = {
     "second": 1 / 86_400,
     "minute": 1 / 1_440,
@@ -46,6 +43,7 @@ def _no_phrase(draw: Draw) -> None:
 
 
 def _locales(pair: LocalePair) -> Maker:
+    """Returns the maker of locale names: "Arabic (Devanagari)" / "Arabisch (Devanagari)"."""
     common = {field: list(table.values()) for field, table in pair.common().items()}
     if not (common["languages"] and common["scripts"] and common["territories"]):
         return _no_phrase
@@ -64,6 +62,7 @@ def _locales(pair: LocalePair) -> Maker:
 
 
 def _lists(pair: LocalePair) -> Maker:
+    """Returns the maker of lists of names: "Norway, Bulgaria, or Greece" / "Norwegen, Bulgarien oder Griechenland"."""
     tables = [list(table.values()) for field, table in pair.common().items() if field != "scripts" and table]
     styles = _keys_in_both(("standard", "or"), pair, lambda locale: locale.list_patterns)
     if not (tables and styles):
@@ -84,6 +83,7 @@ def _lists(pair: LocalePair) -> Maker:
 
 
 def _dates(pair: LocalePair) -> Maker:
+    """Returns the maker of dates: "March 1, 2048" / "1. März 2048"."""
     skeletons = _keys_in_both(DATE_SKELETONS, pair, lambda locale: locale.datetime_skeletons)
 
     def render(style: str, day: datetime.date, locale: Locale) -> str:
@@ -111,7 +111,8 @@ def _by_month(styles: Iterable[str], render: Callable[[Style, datetime.date], st
 
 
 def _times(pair: LocalePair) -> Maker:
-    zones = _common_zones(pair)
+    """Returns the maker of times: "2:33:48 PM Greenwich Mean Time" / "14:33:48 Mittlere Greenwich-Zeit"."""
+    zones = common_zones(pair)
 
     def make(draw: Draw) -> Translation:
         style, zone, moment = draw.pick(("full", "full", "long", "medium", "short")), draw.pick(zones), draw.moment()
@@ -123,6 +124,8 @@ def _times(pair: LocalePair) -> Maker:
 
 
 def _datetimes(pair: LocalePair) -> Maker:
+    """Returns the maker of dates with times: "Aug 27, 1956, 4:15:06 PM" / "27.08.1956, 16:15:06"."""
+
     def render(moment: datetime.datetime, date_style: str, time_style: str, locale: Locale) -> str:
         pattern = str(locale.datetime_formats[date_style]).replace("'", "")
         time = dates.format_time(moment.time(), time_style, locale=locale)
@@ -139,6 +142,7 @@ def _datetimes(pair: LocalePair) -> Maker:
 
 
 def _ranges(pair: LocalePair) -> Maker:
+    """Returns the maker of ranges of dates, times and numbers: "2,444.1 – 2,472.1" / "2.444,1 – 2.472,1"."""
     skeletons = _keys_in_both(INTERVAL_SKELETONS, pair, lambda locale: locale.interval_formats)
     time_skeletons = _keys_in_both(TIME_INTERVAL_SKELETONS, pair, lambda locale: locale.interval_formats)
 
@@ -172,6 +176,8 @@ def _ranges(pair: LocalePair) -> Maker:
 
 
 def _relative(pair: LocalePair) -> Maker:
+    """Returns the maker of relative times: "8 weeks ago" / "vor 8 Wochen"."""
+
     def render(form: tuple[Style, int, Style], count: int, locale: Locale) -> str:
         unit, sign, width = form
         days = datetime.timedelta(days=RELATIVE_DAYS[unit] * count * sign)
@@ -198,6 +204,8 @@ def _relative(pair: LocalePair) -> Maker:
 
 
 def _units(pair: LocalePair) -> Maker:
+    """Returns the maker of amounts with units: "637.3 kilograms" / "637,3 Kilogramm"."""
+
     def render(form: tuple[str, Style], count: int | Decimal, locale: Locale) -> str:
         return units.format_unit(count, form[0], form[1], locale=locale)
 
@@ -219,6 +227,8 @@ def _units(pair: LocalePair) -> Maker:
 
 
 def _currencies(pair: LocalePair) -> Maker:
+    """Returns the maker of amounts of money: "DKK95.89" / "95,89 DKK"."""
+
     def render(form: tuple[str, Style], amount: int | Decimal, locale: Locale) -> str:
         return numbers.format_currency(amount, form[0], locale=locale, format_type=form[1])
 
@@ -241,6 +251,7 @@ def _currencies(pair: LocalePair) -> Maker:
 
 
 def _compact(pair: LocalePair) -> Maker:
+    """Returns the maker of large numbers in short form, some of them money: "HUF190M" / "190 Mio. HUF"."""
     styles = _keys_in_both(("short", "long"), pair, lambda locale: locale.compact_decimal_formats)
     codes = distinct_forms(
         pair.common()["currencies"] or ["USD"],
@@ -264,6 +275,8 @@ def _compact(pair: LocalePair) -> Maker:
 
 
 def _numbers(pair: LocalePair) -> Maker:
+    """Returns the maker of numbers, percentages and scientific notation: "219.43%" / "219,43 %"."""
+
     def make(draw: Draw) -> Translation:
         number = Decimal(draw.number(8)).scaleb(-draw.below(4)) * draw.pick((1, 1, 1, -1)) + 0  # never -0
         form = draw.pick(("decimal", "decimal", "percent", "scientific"))
@@ -279,40 +292,6 @@ def _numbers(pair: LocalePair) -> Maker:
         return (*pair.both(text), ())
 
     return make
-
-
-class _Zone(datetime.tzinfo):
-    """A time zone that babel can name without the machine's time zone tables, whose versions differ."""
-
-    def __init__(self, key: str, summer: bool):
-        self.key, self._summer = key, datetime.timedelta(hours=summer)
-
-    def utcoffset(self, moment: datetime.datetime | None) -> datetime.timedelta:
-        return self._summer
-
-    def dst(self, moment: datetime.datetime | None) -> datetime.timedelta:
-        return self._summer
-
-    def tzname(self, moment: datetime.datetime | None) -> str:
-        return self.key
-
-
-def _common_zones(pair: LocalePair) -> list[_Zone]:
-    """Returns standard and summer time of the metazones that many zones share and both locales name; else UTC."""
-    members: dict[str, list[str]] = {}
-    for key, metazone in sorted(get_global("meta_zones").items()):
-        members.setdefault(metazone, []).append(key)
-
-    def named(metazone: str, variant: str) -> bool:
-        return all(variant in locale.meta_zones.get(metazone, {}).get("long", {}) for locale in pair.locales)
-
-    return [
-        _Zone(keys[0], summer=variant == "daylight")
-        for metazone, keys in sorted(members.items())
-        if len(keys) >= ZONES_PER_COMMON_METAZONE
-        for variant in ("standard", "daylight")
-        if named(metazone, variant)
-    ] or [_Zone("Etc/UTC", summer=False)]
 
 
 def _keys_in_both(keys: Iterable[str], pair: LocalePair, table: Callable[[Locale], Any]) -> list[Style]:

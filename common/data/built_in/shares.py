@@ -13,6 +13,6 @@ def split_by_hash(text: str, shares: Mapping[str, int] = SPLIT_PER_MILLE) -> str
     >>> split_by_hash("apple"), split_by_hash("lime"), split_by_hash("apple")
     ('train', 'test', 'train')
     """
-    place = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") % sum(shares.values())
+    slot = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") % sum(shares.values())
     bounds = zip(shares, itertools.accumulate(shares.values()), strict=True)
-    return next(name for name, bound in bounds if place < bound)
+    return next(name for name, bound in bounds if slot < bound)

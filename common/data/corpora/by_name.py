@@ -32,19 +32,19 @@ class CorpusSource:
     """A split of a corpus, in memory."""
 
     content_id: str
-    rows: Sequence[Record]
+    records: Sequence[Record]
     """Records whose fields are named as in the corpus."""
     fields: dict[str, str]
     """Our name of a field -> its name in the corpus."""
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.records)
 
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        row = self.rows[index]
-        return {ours: row[theirs] for ours, theirs in self.fields.items()}
+        record = self.records[index]
+        return {ours: record[theirs] for ours, theirs in self.fields.items()}
 
     def read(self, indices: Sequence[int]) -> list[Record | Problem]:
         """Returns several records; none is a Problem, since all have been parsed."""
@@ -69,15 +69,15 @@ def open_corpus(name: str, split: str, fields: dict[str, str]) -> CorpusSource:
         raise UserError(f"corpus:{name} has no split {base!r}; {nearest(base, corpus.splits)}")
     paths = {file: _corpus_file(name, file) for file in corpus.splits[base]}
     stamps = tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths.values())
-    rows, digest = _split_records(name, base, stamps)
-    known = rows[0] if rows else corpus.fields
+    records, digest = _split_records(name, base, stamps)
+    known = records[0] if records else corpus.fields
     for ours, theirs in fields.items():
         if theirs not in known:
             raise UserError(f"source.{ours}: corpus:{name} {base} has no field {theirs!r}; {nearest(theirs, known)}")
-    low, high = slice_bounds(start, stop, len(rows))
-    reading = ",".join(f"{ours}={theirs}" for ours, theirs in fields.items() if ours != "group")
-    content_id = f"corpus:{name}:{split}:{reading}:blake2b-{digest}-parser-{PARSER_VERSION}"
-    return CorpusSource(content_id=content_id, rows=rows[low:high], fields=fields)
+    low, high = slice_bounds(start, stop, len(records))
+    fields_read = ",".join(f"{ours}={theirs}" for ours, theirs in fields.items() if ours != "group")
+    content_id = f"corpus:{name}:{split}:{fields_read}:blake2b-{digest}-parser-{PARSER_VERSION}"
+    return CorpusSource(content_id=content_id, records=records[low:high], fields=fields)
 
 
 def data_folder() -> Path:
@@ -101,19 +101,19 @@ def _split_records(name: str, split: str, stamps: tuple[tuple[Path, int, int], .
 
     `stamps` are (path, size, modification time) of the split's files, so that a changed file misses the cache.
     """
-    rows, digest = _parse_files(name, CORPORA[name].splits[split], stamps)
+    records, digest = _parse_files(name, CORPORA[name].splits[split], stamps)
     if (divide := CORPORA[name].divide) is None:
-        return rows, digest
+        return records, digest
 
     def write(part: Path) -> None:
         with spinner(f"splitting corpus:{name} by its source texts"):
-            part.write_text(json.dumps(divide(rows)))
+            part.write_text(json.dumps(divide(records)))
 
     # Cached, since dividing may take longer than reading.
     key = f"{name.replace('/', '-')}-{digest}-parser-{PARSER_VERSION}.json"
     text = build_once(default_cache_dir() / "corpora" / key, write).read_text()
     divided = hashlib.blake2b(f"{digest} {text}".encode(), digest_size=16).hexdigest()
-    return [row for row, its_split in zip(rows, json.loads(text), strict=True) if its_split == split], divided
+    return [record for record, its_split in zip(records, json.loads(text), strict=True) if its_split == split], divided
 
 
 @functools.lru_cache(maxsize=4)
@@ -124,7 +124,7 @@ def _parse_files(name: str, files: tuple[str, ...], stamps: tuple) -> tuple[list
         packed = path.read_bytes()
         digest.update(len(packed).to_bytes(8, "little") + packed)
         try:
-            contents.append(_unpack(packed, path.suffix, file.partition("!")[2]))
+            contents.append(_file_content(packed, path.suffix, file.partition("!")[2]))
         except (*UNPACKING_ERRORS, ValueError, tarfile.TarError, KeyError) as error:
             raise UserError(f"corpus:{name}: {path} cannot be unpacked ({error})") from error
     try:
@@ -134,7 +134,7 @@ def _parse_files(name: str, files: tuple[str, ...], stamps: tuple) -> tuple[list
         raise UserError(f"corpus:{name}: {shown} cannot be read: {error}") from error
 
 
-def _unpack(packed: bytes, suffix: str, member: str) -> bytes:
+def _file_content(packed: bytes, suffix: str, member: str) -> bytes:
     """Returns the content of a compressed file, or of a member of a compressed tar archive."""
     content = b"".join(UNPACKERS[suffix](io.BytesIO(packed)))
     if not member:

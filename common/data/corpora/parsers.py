@@ -30,7 +30,7 @@ def json_lines(files: Sequence[bytes], fields: Sequence[str]) -> list[Record]:
         if not isinstance(record, dict):
             raise ValueError(f"line {number} is not a JSON object")
         found.append({field: _value_text(record[field], field, number) for field in fields if field in record})
-    if any(row.keys() != found[0].keys() for row in found):
+    if any(record.keys() != found[0].keys() for record in found):
         raise ValueError(f"some records lack one of {', '.join(fields)}")
     return found
 
@@ -98,7 +98,7 @@ def last_words(files: Sequence[bytes], fields: Sequence[str]) -> list[Record]:
     >>> last_words([b'{"text": "He saw the ship"}'], ["text", "context", "last_word"])
     [{'text': 'He saw the ship', 'context': 'He saw the', 'last_word': 'ship'}]
     """
-    texts = [row["text"] for row in json_lines(files, ["text"])]
+    texts = [record["text"] for record in json_lines(files, ["text"])]
     return [dict(zip(fields, (text, *text.rpartition(" ")[::2]), strict=True)) for text in texts]
 
 
@@ -109,7 +109,7 @@ def articles(files: Sequence[bytes], fields: Sequence[str]) -> list[Record]:
     are the file, byte for byte, so a score per word or byte needs no correction.
 
     >>> text = b" \\n = Dog = \\n \\n A dog . \\n = 4 = \\n \\n = = Legs = = \\n \\n = Cat = \\n \\n A cat . \\n"
-    >>> [row["text"].count("\\n") for row in articles([text], ["text"])]
+    >>> [record["text"].count("\\n") for record in articles([text], ["text"])]
     [7, 4]
     """
     (field,), pieces = fields, []

@@ -29,14 +29,14 @@ class Corpus:
     """Returns the split of every record; for corpora whose splits are all in the same files."""
 
 
-def divide_in_order(rows: Sequence[Record]) -> list[str]:
+def divide_in_order(records: Sequence[Record]) -> list[str]:
     """Returns 90 % "train", then 5 % "validation" and 5 % "test", so that one long text is cut only twice.
 
     >>> [divide_in_order([{}] * 40).count(split) for split in ("train", "validation", "test")]
     [36, 2, 2]
     """
-    held_out = round(0.05 * len(rows))
-    return ["train"] * (len(rows) - 2 * held_out) + ["validation"] * held_out + ["test"] * held_out
+    held_out = round(0.05 * len(records))
+    return ["train"] * (len(records) - 2 * held_out) + ["validation"] * held_out + ["test"] * held_out
 
 
 def _all_splits_in(file: str) -> dict[str, tuple[str, ...]]:

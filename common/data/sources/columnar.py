@@ -39,33 +39,34 @@ class ParquetFile:
     def __len__(self) -> int:
         return self.index.records
 
-    def where(self, place: int) -> str:
-        return f"{self.shown} row {place}"
+    def where(self, position: int) -> str:
+        return f"{self.shown} row {position}"
 
-    def read(self, places: Sequence[int]) -> list[dict[str, Any] | Problem]:
+    def read(self, positions: Sequence[int]) -> list[dict[str, Any] | Problem]:
         starts = self.index.starts
-        groups = (np.searchsorted(starts, places, side="right") - 1).tolist()
+        groups = (np.searchsorted(starts, positions, side="right") - 1).tolist()
         found: list[dict[str, Any] | Problem] = []
-        for group, members in itertools.groupby(zip(groups, places, strict=True), key=lambda pair: pair[0]):
-            rows = [place for _, place in members]
+        for group, members in itertools.groupby(zip(groups, positions, strict=True), key=lambda pair: pair[0]):
+            in_group = [position for _, position in members]
             try:
                 table = _row_group(_FileVersion(self.path, self.index.folder, os.getpid()), group, self.wanted)
             except (OSError, ValueError, NotImplementedError) as error:  # pyarrow raises all three for damage
                 if isinstance(error, OSError) and error.errno:  # the disk or network failed, the file is not damaged
                     raise
                 what = f"its row group cannot be read ({first_line(error)})"
-                found += [Problem(where=self.where(row), what=what) for row in rows]
+                found += [Problem(where=self.where(position), what=what) for position in in_group]
             else:
-                found += [self._record(table, row, int(starts[group])) for row in rows]
+                found += [self._record(table, position, int(starts[group])) for position in in_group]
         return found
 
-    def _record(self, table: Any, row: int, first: int) -> dict[str, Any] | Problem:
+    def _record(self, table: Any, position: int, first: int) -> dict[str, Any] | Problem:
+        """Returns a record from its decoded row group, whose first row is at `first`."""
         try:
-            return {name: _json_value(table[name][row - first].as_py()) for name in self.wanted}
+            return {name: _json_value(table[name][position - first].as_py()) for name in self.wanted}
         except UnicodeDecodeError as error:
-            return Problem(where=self.where(row), what=f"byte {error.start + 1} of a field is not UTF-8")
+            return Problem(where=self.where(position), what=f"byte {error.start + 1} of a field is not UTF-8")
         except ValueError as error:  # two fields of a struct with one name
-            return Problem(where=self.where(row), what=first_line(error))
+            return Problem(where=self.where(position), what=first_line(error))
 
 
 def open_parquet(file: PlainFile, fields: Mapping[str, str], cache_dir: Path) -> ParquetFile:

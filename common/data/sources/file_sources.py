@@ -1,4 +1,9 @@
-"""Sources made of files: numbers records across files, slices them, and picks the requested fields."""
+"""Sources made of files: numbers records across files, slices them, and picks the requested fields.
+
+A source's index i is record `low + i` of all its files end to end, which is at some position in one file.
+
+Legend: R records of one read.
+"""
 
 import dataclasses
 import hashlib
@@ -59,11 +64,11 @@ class DataFile(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, places: Sequence[int]) -> list[dict[str, Any] | Problem]:
-        """Returns the records with these numbers in this file."""
+    def read(self, positions: Sequence[int]) -> list[dict[str, Any] | Problem]:
+        """Returns the records at these positions in the file."""
         ...
 
-    def where(self, place: int) -> str:
+    def where(self, position: int) -> str:
         """Returns where to look for a record, for messages."""
         ...
 
@@ -83,8 +88,6 @@ class FileSource(SourceBase):
     fields: Mapping[str, str]
     """Our name of a field -> its name in the files."""
 
-    # R records of one read; a place numbers records across all files.
-
     def __len__(self) -> int:
         return self.high - self.low
 
@@ -98,18 +101,18 @@ class FileSource(SourceBase):
         """Returns records as stored, in the order of `indices`; each file is read once, in ascending order."""
         check_range(indices, len(self))
         found: list[Any] = [None] * len(indices)
-        place_R = np.asarray(indices, np.int64) + self.low
-        file_R = np.searchsorted(self.ends, place_R, side="right")
-        order_R = np.lexsort((place_R, file_R))
+        record_R = np.asarray(indices, np.int64) + self.low
+        file_R = np.searchsorted(self.ends, record_R, side="right")
+        order_R = np.lexsort((record_R, file_R))
         for group in np.split(order_R, np.flatnonzero(np.diff(file_R[order_R])) + 1):
             if len(group):
                 file, begin = self._file_and_start(int(file_R[group[0]]))
-                for at, record in zip(group.tolist(), file.read((place_R[group] - begin).tolist()), strict=True):
+                for at, record in zip(group.tolist(), file.read((record_R[group] - begin).tolist()), strict=True):
                     found[at] = record
         return found
 
     def _file_and_start(self, number: int) -> tuple[DataFile, int]:
-        """Returns a file, and the place of its first record."""
+        """Returns a file, and the number of records in all files before it."""
         return self.files[number], self.ends[number - 1] if number else 0
 
     def _pick(self, raw: dict[str, Any], index: int) -> Record | Problem:

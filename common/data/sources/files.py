@@ -55,14 +55,14 @@ def slice_bounds(start: str, stop: str, count: int) -> tuple[int, int]:
     ((0, 2), (240, 250), (225, 250))
     """
 
-    def place(bound: str, default: int) -> int:
+    def resolve(bound: str, default: int) -> int:
         if not bound:
             return default
         number = round(int(bound[:-1]) * count / 100) if bound.endswith("%") else int(bound)
         return min(max(number + count if number < 0 else number, 0), count)
 
-    low = place(start, 0)
-    return low, max(place(stop, count), low)
+    low = resolve(start, 0)
+    return low, max(resolve(stop, count), low)
 
 
 def find_files(scheme: str, pattern: str, split: str, in_folder: Sequence[str] = ()) -> list[FoundFile]:
@@ -84,17 +84,17 @@ def find_files(scheme: str, pattern: str, split: str, in_folder: Sequence[str] =
             f"slice it (for example {ONLY_SPLIT + '[95%:]'!r}) or put {{split}} into the path"
         )
     path = pattern.replace("{split}", split)
-    place = _storage(path)
+    storage = _storage(path)
     wanted = path
-    if in_folder and place.is_folder(path):
+    if in_folder and storage.is_folder(path):
         wanted = path.rstrip("/") + "/*"
-        found = [file for file in place.find(wanted) if any(part in file.name for part in in_folder)]
+        found = [file for file in storage.find(wanted) if any(part in file.name for part in in_folder)]
         if not found:
             raise UserError(f"{scheme}:{path}: no file in this folder is named *{' or *'.join(in_folder)}*")
     else:
-        found = place.find(path)
+        found = storage.find(path)
     if not found:
-        raise UserError(_no_such_file(scheme, pattern, split, path, place.find))
+        raise UserError(_no_such_file(scheme, pattern, split, path, storage.find))
     _check_shards_complete(scheme, wanted.rsplit("/", 1)[-1], found)
     return found
 

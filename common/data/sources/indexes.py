@@ -31,7 +31,7 @@ class Index(NamedTuple):
     records: int
     """How many, including the one that stands for a tear."""
     digest: str
-    """BLAKE2b of the file's bytes and of `torn`."""
+    """BLAKE2b of `torn` and the file's bytes. It is part of content ids, so rewording `torn` changes these."""
     torn: str
     """Why the last record cannot be read (the file ends in the middle of it); "" if the file is whole."""
     columns: tuple[str, ...]
@@ -44,7 +44,7 @@ class Index(NamedTuple):
 
 
 class IndexResult(NamedTuple):
-    """What indexing a file returns; the fields are those of `Index`."""
+    """The result of indexing a file; its fields are those of `Index`."""
 
     records: int
     digest: str

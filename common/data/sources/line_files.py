@@ -46,17 +46,17 @@ class LineFile:
     def _header_lines(self) -> int:
         return 1 if self.header else 0
 
-    def read(self, places: Sequence[int]) -> list[dict[str, Any] | Problem]:
+    def read(self, positions: Sequence[int]) -> list[dict[str, Any] | Problem]:
         """Returns the records with these numbers, their fields named as in the file."""
-        spans = read_spans(self.path, self.index.starts[self._header_lines :], places)
-        return [self._record(line, place) for place, line in spans]
+        spans = read_spans(self.path, self.index.starts[self._header_lines :], positions)
+        return [self._record(line, position) for position, line in spans]
 
-    def where(self, place: int) -> str:
-        return f"{self.shown} line {place + self._header_lines + 1}"
+    def where(self, position: int) -> str:
+        return f"{self.shown} line {position + self._header_lines + 1}"
 
-    def _record(self, line: bytes | str, place: int) -> dict[str, Any] | Problem:
+    def _record(self, line: bytes | str, position: int) -> dict[str, Any] | Problem:
         """Parses a line; text instead of bytes is the reason that it was not read."""
-        number = place + self._header_lines
+        number = position + self._header_lines
         try:
             if isinstance(line, str):
                 raise UnusableRecord(line)
@@ -64,7 +64,7 @@ class LineFile:
                 raise UnusableRecord(self.index.torn)
             return self._parse(_decode_line(line))
         except UnusableRecord as error:
-            return Problem(where=self.where(place), what=str(error))
+            return Problem(where=self.where(position), what=str(error))
 
     def _parse(self, text: str) -> dict[str, Any]:
         if self.kind == "text":

@@ -41,7 +41,7 @@ class Problem(NamedTuple):
 class Source(Protocol):
     """Records by number; each maps our field names to text.
 
-    Sources can be pickled to other processes and read from several threads.
+    Sources can be sent to other processes, by pickling, and read from several threads.
     """
 
     @property
@@ -70,7 +70,7 @@ class UnusableRecord(ValueError):
 
 
 class SourceBase(abc.ABC):
-    """Implements `source[i]` by `read`."""
+    """Implements `source[i]` with `read`."""
 
     @abc.abstractmethod
     def read(self, indices: Sequence[int]) -> list[Record | Problem]: ...
@@ -130,7 +130,7 @@ def pick_fields(raw: Mapping[str, Any], fields: Mapping[str, str]) -> Record:
       raw: the stored record: names -> text, bytes, numbers, and dicts and lists of these.
       fields: our name of a field -> its name in `raw`, or a path into dicts and lists ("answers.0.text").
 
-    Raises UnusableRecord for a field that is missing or no text.
+    Raises UnusableRecord for a field that is missing or not text.
     """
     return {ours: _field_or_group(raw, ours, theirs) for ours, theirs in fields.items()}
 
@@ -160,7 +160,7 @@ def look_up_field(raw: Mapping[str, Any], ours: str, theirs: str) -> Any:
 
 
 def is_list(value: Any) -> bool:
-    """Whether the next part of a path can be a number."""
+    """Returns whether the next part of a path can be a number."""
     return isinstance(value, list) or (isinstance(value, np.ndarray) and value.ndim > 0)
 
 

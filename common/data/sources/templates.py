@@ -67,8 +67,8 @@ class JoinedSource(SourceBase):
         return sum(map(len, self.sources))
 
     def read(self, indices: Sequence[int]) -> list[Record | Problem]:
-        places = [self._locate(index) for index in indices]
-        runs = itertools.groupby(places, lambda place: place[0])
+        located = [self._locate(index) for index in indices]
+        runs = itertools.groupby(located, lambda pair: pair[0])
         return [record for source, run in runs for record in source.read([within for _, within in run])]
 
     def _locate(self, index: int) -> tuple[Source, int]:

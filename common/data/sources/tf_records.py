@@ -25,9 +25,11 @@ from common.errors import UserError
 
 LENGTH_BYTES, HEAD_BYTES, TAIL_BYTES = 8, 12, 4
 MASK_DELTA = 0xA282EAD8
+WRONG_LENGTH = "its length does not match its checksum, so that it and all behind it in the file cannot be found"
+"""Part of a damaged file's content id (see `Index.digest`), so its words must stay as they are."""
 READERS_OPEN = 256
 BUFFER_BYTES = 1 << 15
-"""Buffer of an ArrayRecord reader; small, since most reads are at random places."""
+"""Buffer of an ArrayRecord reader; small, since most reads are at random positions."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,21 +45,21 @@ class TfRecordFile:
     def __len__(self) -> int:
         return self.index.records
 
-    def where(self, place: int) -> str:
-        return f"{self.shown} record {place}"
+    def where(self, position: int) -> str:
+        return f"{self.shown} record {position}"
 
-    def read(self, places: Sequence[int]) -> list[dict[str, Any] | Problem]:
-        spans = read_spans(self.path, self.index.starts, places, self.index.torn)
-        return [self._record(framed, place) for place, framed in spans]
+    def read(self, positions: Sequence[int]) -> list[dict[str, Any] | Problem]:
+        spans = read_spans(self.path, self.index.starts, positions, self.index.torn)
+        return [self._record(framed, position) for position, framed in spans]
 
-    def _record(self, framed: bytes | str, place: int) -> dict[str, Any] | Problem:
+    def _record(self, framed: bytes | str, position: int) -> dict[str, Any] | Problem:
         """Checks and parses a record; text instead of bytes is the reason that it was not read."""
         if isinstance(framed, str):
-            return Problem(where=self.where(place), what=framed)
+            return Problem(where=self.where(position), what=framed)
         data = framed[HEAD_BYTES:-TAIL_BYTES]
         if masked_crc32c(data) != int.from_bytes(framed[-TAIL_BYTES:], "little"):
-            return Problem(where=self.where(place), what="its bytes do not match their checksum")
-        return _parse_example(data, self.where(place))
+            return Problem(where=self.where(position), what="its bytes do not match their checksum")
+        return _parse_example(data, self.where(position))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,18 +74,18 @@ class ArrayRecordFile:
     def __len__(self) -> int:
         return self.index.records
 
-    def where(self, place: int) -> str:
-        return f"{self.shown} record {place}"
+    def where(self, position: int) -> str:
+        return f"{self.shown} record {position}"
 
-    def read(self, places: Sequence[int]) -> list[dict[str, Any] | Problem]:
+    def read(self, positions: Sequence[int]) -> list[dict[str, Any] | Problem]:
         reader = _cached_array_reader(self.path, self.index.folder, os.getpid())
         try:
-            found = reader.read(list(places))
+            found = reader.read(list(positions))
         except RuntimeError as error:  # one of several records may be damaged: read them one by one
-            if len(places) == 1:
-                return [Problem(where=self.where(places[0]), what=first_line(error))]
-            return [record for place in places for record in self.read([place])]
-        return [_parse_example(data, self.where(place)) for data, place in zip(found, places, strict=True)]
+            if len(positions) == 1:
+                return [Problem(where=self.where(positions[0]), what=first_line(error))]
+            return [record for position in positions for record in self.read([position])]
+        return [_parse_example(data, self.where(position)) for data, position in zip(found, positions, strict=True)]
 
 
 def open_tf_record(file: PlainFile, cache_dir: Path) -> TfRecordFile:
@@ -110,24 +112,24 @@ def masked_crc32c(data: bytes) -> int:
 
 def _index_tf_record(file: PlainFile, starts: Path) -> IndexResult:
     """Writes the start of every whole record, and the end of the last, to `starts`."""
-    places, torn, wrong = array.array("q", [0]), file.torn, False
+    positions, torn, wrong = array.array("q", [0]), file.torn, False
     if size := file.path.stat().st_size:
         with open(file.path, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            while places[-1] + HEAD_BYTES <= size:
-                head = data[places[-1] : places[-1] + HEAD_BYTES]
+            while positions[-1] + HEAD_BYTES <= size:
+                head = data[positions[-1] : positions[-1] + HEAD_BYTES]
                 length, checksum = struct.unpack("<QI", head)
                 if wrong := masked_crc32c(head[:LENGTH_BYTES]) != checksum:
                     break
-                end = places[-1] + HEAD_BYTES + length + TAIL_BYTES
+                end = positions[-1] + HEAD_BYTES + length + TAIL_BYTES
                 if end > size:
                     break
-                places.append(end)
+                positions.append(end)
     if wrong:
-        torn = "its length does not match its checksum, so it and all records after it are lost"
-    elif places[-1] != size:
+        torn = WRONG_LENGTH
+    elif positions[-1] != size:
         torn = torn or "the file ends in the middle of it"
-    write_integers(starts, [np.frombuffer(places, np.int64)])
-    return IndexResult(records=len(places) - 1 + bool(torn), digest=file_digest(file.path, torn), torn=torn)
+    write_integers(starts, [np.frombuffer(positions, np.int64)])
+    return IndexResult(records=len(positions) - 1 + bool(torn), digest=file_digest(file.path, torn), torn=torn)
 
 
 def _index_array_record(file: PlainFile, starts: Path) -> IndexResult:

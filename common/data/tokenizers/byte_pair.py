@@ -48,7 +48,7 @@ WELL_KNOWN = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SpecialIds:
+class SpecialTokens:
     """Ids of special tokens, as in `Tokenizer`; several may be equal."""
 
     pad: int
@@ -62,7 +62,7 @@ class BytePairTokenizer:
     """A `Tokenizer` (see common/data/tokenizers/tokenizer.py) over one of the `tokenizers` library."""
 
     def __init__(
-        self, tokenizer: tokenizers.Tokenizer, special: SpecialIds, *, sentinels: int, files: Mapping[str, bytes]
+        self, tokenizer: tokenizers.Tokenizer, special: SpecialTokens, *, sentinels: int, files: Mapping[str, bytes]
     ) -> None:
         """Wraps `tokenizer`.
 
@@ -103,7 +103,7 @@ class BytePairTokenizer:
     @classmethod
     def trained(cls, model: bytes, *, sentinels: int) -> "BytePairTokenizer":
         """Returns a tokenizer from the bytes that `train_model` returned."""
-        special = SpecialIds(pad=0, eos=1, unk=2, start=0, bos=None)
+        special = SpecialTokens(pad=0, eos=1, unk=2, start=0, bos=None)
         return cls(tokenizers.Tokenizer.from_buffer(model), special, sentinels=sentinels, files={SINGLE_FILE: model})
 
     def files(self) -> dict[str, bytes]:
@@ -255,7 +255,7 @@ def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _find_special_ids(tokenizer: tokenizers.Tokenizer, names: Mapping[str, Any], eos: str | None) -> SpecialIds:
+def _find_special_ids(tokenizer: tokenizers.Tokenizer, names: Mapping[str, Any], eos: str | None) -> SpecialTokens:
     """Returns the special ids by `names`, the content of `tokenizer_config.json`; see `load_byte_pair`."""
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     if eos is not None and eos not in vocabulary:
@@ -279,7 +279,7 @@ def _find_special_ids(tokenizer: tokenizers.Tokenizer, names: Mapping[str, Any],
         before = [bos]
     if bos is None and before:
         bos = before[0]
-    return SpecialIds(
+    return SpecialTokens(
         pad=_first_known(pad, eos_id),
         eos=eos_id,
         unk=_first_known(named("unk"), eos_id),
@@ -302,7 +302,7 @@ def _ids_around_text(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[i
     return [], []
 
 
-def _skipped_ids(tokenizer: tokenizers.Tokenizer, special: SpecialIds) -> frozenset[int]:
+def _skipped_ids(tokenizer: tokenizers.Tokenizer, special: SpecialTokens) -> frozenset[int]:
     """Returns the ids that decoding skips: special tokens, but unk only if it is also pad, eos, start or bos."""
     added = tokenizer.get_added_tokens_decoder()
     named = {token for token, one in added.items() if one.special}

@@ -9,7 +9,7 @@ from typing import Literal
 
 from common.config import from_json, to_json
 from common.data.tokenizers import byte_pair
-from common.data.tokenizers.byte_pair import BytePairTokenizer, SpecialIds
+from common.data.tokenizers.byte_pair import BytePairTokenizer, SpecialTokens
 from common.data.tokenizers.sentence_piece import SentencePieceTokenizer
 from common.data.tokenizers.tokenizer import Tokenizer
 from common.errors import UserError
@@ -29,7 +29,7 @@ class _SavedSentencePiece:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _SavedBytePair:
     kind: Literal["byte_pair"] = "byte_pair"
-    special: SpecialIds
+    special: SpecialTokens
     sentinels: int
     content_hash: str
 

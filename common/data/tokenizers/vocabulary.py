@@ -38,7 +38,7 @@ def own_sentinels(vocabulary: Mapping[str, int], wanted: int) -> list[int]:
     while here := [name for mark in ("", SPACE_MARK) if (name := f"{mark}<extra_id_{len(ids)}>") in vocabulary]:
         ids.append(vocabulary[here[0]])
     if ids and wanted not in (0, len(ids)):
-        raise UserError(f"tokenizer.sentinels is {wanted}, but the tokenizer has {len(ids)} of its own; nearest: 0")
+        raise UserError(f"tokenizer.sentinels is {wanted}, but the tokenizer already has {len(ids)}; nearest: 0")
     return ids
 
 

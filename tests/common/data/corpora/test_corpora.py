@@ -1,4 +1,4 @@
-"""Corpora on small files of our own: each parser, slices and content ids, and errors."""
+"""Corpora on small files made here: each parser, slices and content ids, and errors."""
 
 import copy
 import gzip
@@ -166,7 +166,7 @@ def test_the_folder_has_no_default(folder, monkeypatch):
         ("multi30k", "validation", "mt_multi30k/val.fr.gz", gzip.compress(b"one\n" * 9)[:-3], "cannot be unpacked"),
         ("scan/simple", "test", "synthetic/scan.tar.xz", lzma.compress(b"no archive"), "cannot be unpacked"),
     ],
-    ids=lambda value: f"{len(value)} bytes" if isinstance(value, bytes) else None,  # gzip's tell the time
+    ids=lambda value: f"{len(value)} bytes" if isinstance(value, bytes) else None,  # gzip's depend on the time
 )
 def test_errors_of_unreadable_files_name_them(folder, name, split, file, content, words):
     pairs(folder)

@@ -262,7 +262,7 @@ def test_t5_style_special_tokens(tmp_path: Path) -> None:
     assert max(apples) < 340
     assert tokenizer.ordinary_ids.tolist() == list(range(3, 340))
     assert tokenizer.decode([344, *apples, 343, 341]) == "<extra_id_0> apples <extra_id_1>"
-    with pytest.raises(UserError, match="2 of its own; nearest: 0"):
+    with pytest.raises(UserError, match="already has 2; nearest: 0"):
         open_tokenizer(BytePairConfig(path=str(tmp_path), sentinels=100), MemorySource([]), tmp_path)
 
 

@@ -154,14 +154,14 @@ def test_sentinels_of_a_prompt_are_sentinels(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode_with_sentinels(text)
     assert ids.dtype == np.int32
     assert [token for token in ids.tolist() if token not in set(tokenizer.ordinary_ids.tolist())] == [first, last]
-    np.testing.assert_array_equal(ids[:-1], [*tokenizer.encode("take"), first, *behind(tokenizer, "apples")])
+    np.testing.assert_array_equal(ids[:-1], [*tokenizer.encode("take"), first, *in_mid_text(tokenizer, "apples")])
     assert tokenizer.decode(ids) == text
     np.testing.assert_array_equal(tokenizer.encode_with_sentinels(tokenizer.decode(ids)), ids)
     for plain in ("take</s>", f"<extra_id_{tokenizer.sentinels}>", "<extra_id_00>", "<extra_id_>", ""):
         np.testing.assert_array_equal(tokenizer.encode_with_sentinels(plain), tokenizer.encode(plain))
 
 
-def behind(tokenizer: Tokenizer, word: str) -> list[int]:
+def in_mid_text(tokenizer: Tokenizer, word: str) -> list[int]:
     """The ids of a word in the middle of a text."""
     first = tokenizer.encode("take").tolist()
     both = tokenizer.encode(f"take {word}").tolist()
@@ -205,5 +205,5 @@ def test_appending_sentinels_to_a_model_that_has_some_is_an_error(tmp_path: Path
     own = mt5_like(tmp_path)
     assert (own.sentinels, own.appended_sentinels, own.vocab_size) == (3, 0, 190)
     assert SentencePieceTokenizer(own.serialized(), sentinels=3).content_hash == own.content_hash
-    with pytest.raises(UserError, match="3 of its own; nearest: 0"):
+    with pytest.raises(UserError, match="already has 3; nearest: 0"):
         SentencePieceTokenizer(own.serialized(), sentinels=100)
