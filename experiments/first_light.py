@@ -1,12 +1,12 @@
 """First light: both families learn to translate real locale phrases, English to German.
 
-Question  At equal training FLOPs a step, on the same examples in the same steps and by one recipe: who learned what?
+Question  At equal training FLOPs a step, on the same examples in the same steps and by one recipe: who learns what?
 Data      `cldr_translate/en_de`, made from Unicode CLDR: dates, times, units, amounts, ranges, names.
 Command   make demo    (or: twinstack compare first_light)
-Sizes     The encoder-decoder has as many layers in each stack as the decoder-only model; d_ff makes FLOPs equal.
+Sizes     Each stack of the encoder-decoder has as many layers as the decoder-only model; d_ff makes FLOPs equal.
 
-Learning rates come from one sweep, the same for both: validation loss (nats a token) after 200 steps of 16 rows, which
-see as many examples as 400 steps here, one seed, everything else as below (2026-11-23).
+Both learning rates come from one sweep: validation loss (nats per token) after 200 steps of 16 rows, as many examples
+as 400 steps here, with one seed and everything else as below (2026-11-23).
 
     peak      t5like    gpt
     1e-3      0.952     1.118
@@ -22,9 +22,8 @@ from common.data.sources.config import SourceConfig
 from common.recipe import Execution, Recipe
 from common.train.config import AdamW, Budget, Linear, TrainConfig
 from experiments.config import Arm, Evaluation, Experiment
+from experiments.families import GPT, T5LIKE
 from experiments.registry import EXPERIMENTS
-from gpt.config import GptConfig
-from t5like.config import T5LikeConfig
 
 
 def first_light() -> Experiment:
@@ -37,20 +36,8 @@ def first_light() -> Experiment:
         input_length=64,
         target_length=64,
     )
-    gpt = GptConfig(
-        vocab_size=1024, num_layers=4, d_model=192, num_heads=6, num_kv_heads=6, head_dim=32, d_ff=512, recipe=recipe
-    )
-    t5like = T5LikeConfig(
-        vocab_size=1024,
-        encoder_layers=4,
-        decoder_layers=4,
-        d_model=192,
-        num_heads=6,
-        num_kv_heads=6,
-        head_dim=32,
-        d_ff=512,
-        recipe=recipe,
-    )
+    gpt = GPT.sized(width=192, layers=4, d_ff=512, vocab_size=1024, recipe=recipe)
+    t5like = T5LIKE.sized(width=192, layers=4, d_ff=512, vocab_size=1024, recipe=recipe)
     text = LengthSums.of_rows(data.rows, data.input_length, data.target_length)
     return Experiment(
         name="first_light",

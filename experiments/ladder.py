@@ -1,15 +1,15 @@
 """The ladder: an encoder-decoder turned into a decoder-only model, one structural assumption at a time.
 
-Source    Hyung Won Chung's part of Stanford CS25 V4 (2024-04-11): the order of the steps and the hypothesis about each
-          piece of structure are the talk's; how much each is worth is what a run measures.
+Source    Hyung Won Chung's part of Stanford CS25 V4 (2024-04-11): the talk gives the order of the steps and a
+          hypothesis about each piece of structure; a run measures how much each is worth.
 Question  What does each piece of structure buy, at equal data and equal compute?
 Data      `cldr_translate/en_de`, as in first_light: short inputs, short targets, two languages.
 Command   twinstack compare ladder
-Sizes     d_ff makes the training FLOPs of all rungs equal; parameters differ, since that is what sharing means.
-Rates     One learning rate for all rungs, the best of first_light's sweep for both of its arms; no rung was tuned.
+Sizes     d_ff makes the training FLOPs of all rungs equal. Parameters differ: sharing removes some.
+Rates     One learning rate for all rungs, the best of both arms in first_light's sweep; no rung was tuned.
 
-One seed cannot show an effect of a rung: this run shows that the path can be walked, what each rung costs, and what
-comes out once. Intervals over seeds, and all 16 combinations, are another experiment's.
+One seed cannot show the effect of a rung. This run shows that the whole path trains, what each rung costs, and one
+outcome. Intervals over seeds and all 16 combinations are left to another experiment.
 """
 
 import dataclasses

@@ -3,12 +3,12 @@
 Question  On a real translation set, at equal training FLOPs a step and by one recipe: what BLEU does each family reach?
 Data      Multi30k (Elliott et al. 2016, arXiv 1605.00459), 29,000 training captions, from `$TWINSTACK_SHARED_DATA`.
 Command   twinstack compare multi30k    (on an accelerator: twinstack compare multi30k_accelerator)
-Sizes     4 + 4 layers of width 128, as small as translates this set well (Wu et al. 2021, arXiv 2105.14462, use such a
-          model on it); the decoder-only model's d_ff makes training FLOPs equal.
-Baseline  The BLEU of copying the source, which the report has for every split.
+Sizes     4 + 4 layers of width 128, about the smallest that translates this set well (Wu et al. 2021, arXiv 2105.14462,
+          use such a model); the encoder-decoder's d_ff makes training FLOPs equal.
+Baseline  The BLEU of copying the source, which the report shows for every split.
 
-Learning rates come from one sweep, the same for both: validation loss (nats a token) after one epoch of 450 steps, one
-seed, warm-up over 100 steps, everything else as below (2026-11-23).
+Both learning rates come from one sweep: validation loss (nats per token) after one epoch of 450 steps, with one seed, a
+warm-up of 100 steps and everything else as below (2026-11-23).
 
     peak      t5like    gpt
     2e-3      3.879     3.663
@@ -24,9 +24,8 @@ from common.data.sources.config import SourceConfig
 from common.recipe import Execution, Recipe
 from common.train.config import AdamW, Budget, Linear, TrainConfig
 from experiments.config import Arm, Evaluation, Experiment
+from experiments.families import GPT, T5LIKE
 from experiments.registry import EXPERIMENTS
-from gpt.config import GptConfig
-from t5like.config import T5LikeConfig
 
 
 def multi30k() -> Experiment:
@@ -39,20 +38,8 @@ def multi30k() -> Experiment:
         input_length=128,
         target_length=128,
     )
-    gpt = GptConfig(
-        vocab_size=4096, num_layers=4, d_model=128, num_heads=4, num_kv_heads=4, head_dim=32, d_ff=512, recipe=recipe
-    )
-    t5like = T5LikeConfig(
-        vocab_size=4096,
-        encoder_layers=4,
-        decoder_layers=4,
-        d_model=128,
-        num_heads=4,
-        num_kv_heads=4,
-        head_dim=32,
-        d_ff=512,
-        recipe=recipe,
-    )
+    gpt = GPT.sized(width=128, layers=4, vocab_size=4096, recipe=recipe)
+    t5like = T5LIKE.sized(width=128, layers=4, vocab_size=4096, recipe=recipe)
     text = LengthSums.of_rows(data.rows, data.input_length, data.target_length)
     return Experiment(
         name="multi30k",

@@ -1,15 +1,15 @@
-"""T5-XL beside a decoder-only model of equal training FLOPs, on C4, for a pod slice of 256 TPU v5e.
+"""T5-XL and a decoder-only model of equal training FLOPs, on C4, for a pod slice of 256 TPU v5e.
 
 Source    T5 v1.1 (arXiv 1910.10683; T5X's t5_1_1 xl): sizes, batch, objective, optimizer and schedule.
 Question  At equal training FLOPs and at the scale of a pod slice: which family predicts spans better?
-Data      `tfds:c4/en` by span corruption, 512 inputs and 114 targets a row; prepared by TFDS beforehand.
+Data      `tfds:c4/en` with span corruption, 512 inputs and 114 targets a row; TFDS must have prepared it.
 Command   twinstack plan xl --topology v5e:16x16    (no data and no TPU needed; `pip install twinstack[plan]`)
           twinstack compare xl                      (on the slice)
-Sizes     T5-XL as published; the decoder-only model has its width, heads and depth of one stack, and the d_ff that
+Sizes     T5-XL as published. The decoder-only model has its width, its heads and the depth of one of its stacks; d_ff
           makes training FLOPs equal.
 Rates     T5's schedule, the same for both; not swept.
-Budget    20 tokens a parameter of the larger model (arXiv 2203.15556).
-Expected  Not run: no TPU was at hand. What `plan` says are a compiler's answer and an estimate, no measurement.
+Budget    20 tokens per parameter of T5-XL (arXiv 2203.15556).
+Expected  Not run: no TPU was at hand. `plan` reports the compiler's memory and an estimated time, not measurements.
 """
 
 from common.compute.length_sums import LengthSums
@@ -21,9 +21,8 @@ from common.recipe import Execution
 from common.sharding.shape import MeshShape
 from common.train.config import Adafactor, Budget, InverseSqrt, TrainConfig
 from experiments.config import Arm, Evaluation, Experiment
+from experiments.families import GPT, T5LIKE
 from experiments.registry import EXPERIMENTS
-from gpt.config import GptConfig
-from t5like.config import SIZES
 
 
 def xl() -> Experiment:
@@ -35,17 +34,8 @@ def xl() -> Experiment:
         input_length=512,
         target_length=114,
     )
-    t5like = SIZES["t5-v1.1-xl"]
-    gpt = GptConfig(
-        vocab_size=t5like.vocab_size,
-        num_layers=t5like.decoder_layers,
-        d_model=t5like.d_model,
-        num_heads=t5like.num_heads,
-        num_kv_heads=t5like.num_kv_heads,
-        head_dim=t5like.head_dim,
-        d_ff=t5like.d_ff,
-        recipe=t5like.recipe,
-    )
+    t5like = T5LIKE.sizes["t5-v1.1-xl"]
+    gpt = GPT.sized(width=2048, layers=24, d_ff=5120, vocab_size=t5like.vocab_size, recipe=t5like.recipe)
     text = LengthSums.of_rows(data.rows, data.input_length, data.target_length)
     return Experiment(
         name="xl",
@@ -60,7 +50,7 @@ def xl() -> Experiment:
             validate_every=1000,
             checkpoint_every=1000,
             mesh=MeshShape(fsdp=256),
-            # 626 slots in one block of a kernel: two of 384 would compute half as much again.
+            # One kernel block of 640 covers all 626 slots; two of 384 would compute half as much again.
             execution=Execution(dtype="bfloat16", remat="full", attention_block=512, attention_kernel_block=640),
         ),
         evaluation=Evaluation(splits=(), examples=1, rows=1, max_new_tokens=1, validation_batches=8),
