@@ -1,4 +1,4 @@
-"""Facts to check before paying for slices: their price, whether the arms fit, where the bucket lies."""
+"""What to check before paying for slices: their price, whether the arms fit in memory, where the bucket is."""
 
 import importlib.util
 import shlex
@@ -13,28 +13,29 @@ from experiments.launching.job import Job
 from experiments.planning.compiling import PlannedProgram, compile_all
 
 GIB = 2**30
-SECONDS = 60
-"""The longest that `gcloud` may take to answer."""
+GCLOUD_SECONDS = 60
+"""How long to wait for an answer from `gcloud`."""
 
 
 def facts(job: Job, experiment: Experiment, console: Console) -> dict[str, str]:
-    """Purpose -> words."""
+    """One line of text for each of price, fit and bucket."""
     return {"price": price(job), "fit": fit(job, experiment, console), "bucket": bucket(job)}
 
 
 def price(job: Job) -> str:
-    """The list price of an hour and of a day."""
+    """The list price of the slices for an hour and a day."""
     listed = job.topology.chip_spec.price
     if listed is None:
         return f"no list price of {job.topology.chip} is known"
-    each = listed.spot if job.spot and listed.spot is not None else listed.on_demand
-    kind = "spot" if job.spot and listed.spot is not None else "on demand"
-    hour = each * job.topology.chips
+    is_spot = job.spot and listed.spot is not None
+    chip_hour = listed.spot if job.spot and listed.spot is not None else listed.on_demand
+    kind = "spot" if is_spot else "on demand"
+    hour = chip_hour * job.topology.chips
     return f"{hour:,.2f} USD an hour, {24 * hour:,.0f} a day ({kind}, list price in {listed.region})"
 
 
 def fit(job: Job, experiment: Experiment, console: Console) -> str:
-    """Memory of a device, as the TPU's compiler reports it; answers are cached, including those of `twinstack plan`."""
+    """Memory per device for each arm, from the TPU compiler; shares the cache of `twinstack plan`."""
     arms = list(experiment.arms) if job.arm is None else [job.arm]
     command = shlex.join(["twinstack", "plan", *job.configured, "--topology", str(job.topology)])
     if not has_compiler():
@@ -44,41 +45,42 @@ def fit(job: Job, experiment: Experiment, console: Console) -> str:
         compiled = compile_all(steps, console)
     except UserError as error:
         return f"unknown: {error}"
-    told = []
+    answers = []
     for arm, answer in zip(arms, compiled, strict=True):
         if answer.out_of_memory is None:
             assert answer.memory is not None
-            told.append(f"{arm} fits, {answer.memory.total / GIB:.2f} GiB a device")
+            answers.append(f"{arm} fits, {answer.memory.total / GIB:.2f} GiB a device")
         else:
             needed, available = answer.out_of_memory.needed / GIB, answer.out_of_memory.available / GIB
-            told.append(f"{arm} does NOT fit, it needs {needed:.2f} GiB a device of {available:.2f}; ask {command}")
-    return "; ".join(told)
+            answers.append(f"{arm} does NOT fit, it needs {needed:.2f} GiB a device of {available:.2f}; try {command}")
+    return "; ".join(answers)
 
 
 def has_compiler() -> bool:
-    """Whether the TPU's compiler is installed here."""
+    """Whether the TPU compiler is installed on this machine."""
     return importlib.util.find_spec("libtpu") is not None
 
 
 def bucket(job: Job) -> str:
-    """The location of the bucket, beside that of the slices."""
+    """The bucket's region and the slices' zone, with a warning if they differ."""
     url = f"gs://{job.bucket.name}"
     command = ["gcloud", "storage", "buckets", "describe", url, "--format=value(location)"]
-    zone = "zones are the engine's choice" if job.zone is None else f"the slices are to be in {job.zone}"
-    location = _asked(command)
+    zone = "the engine chooses the zone" if job.zone is None else f"the slices will be in {job.zone}"
+    location = _output_of(command)
     if not location:
-        return f"{url}: its region could not be asked for ({shlex.join(command)}); {zone}"
-    apart = job.zone is not None and not job.zone.startswith(location.lower())
-    costs = ": traffic between regions is slow and paid for" if apart else ""
-    return f"{url} lies in {location}; {zone}{costs}"
+        return f"{url}: its region is unknown, as this failed: {shlex.join(command)}; {zone}"
+    elsewhere = job.zone is not None and not job.zone.startswith(location.lower())
+    costs = ": traffic between regions is slow and costs money" if elsewhere else ""
+    return f"{url} is in {location}; {zone}{costs}"
 
 
-def _asked(command: list[str]) -> str:
+def _output_of(command: list[str]) -> str:
+    """What a command prints; empty if it is not installed, fails or takes too long."""
     if shutil.which(command[0]) is None:
         return ""
     try:
         found = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SECONDS, check=False
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=GCLOUD_SECONDS, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""

@@ -1,25 +1,26 @@
 """A job as a queued resource of Cloud TPU, by plain `gcloud` (cloud.google.com/tpu/docs/queued-resources).
 
-Two scripts. Every host runs `startup.sh` when it boots: it mounts the bucket, installs the commit, runs the command,
-tries again after a failure, copies its log to the bucket, leaves the status that the run ended with there, and gives
-the slices back, at the latest when they are so many hours old: the API has a longest life for flex-start alone.
-`launch.sh` runs where a person is: it asks for the slices, asks again after a preemption, and gives back what the hosts
-may not, whose service account then lacks the role `roles/tpu.admin`.
+Two scripts do the work. Every host runs `startup.sh` when it boots: it mounts the bucket, installs the commit, runs the
+command, retries after a failure, copies its log to the bucket, records the run's exit status there, and deletes the
+slices. It deletes them after `hours` at the latest, since the API limits the life of flex-start requests only.
+`launch.sh` runs on the user's machine: it requests the slices, requests them again after a preemption, and deletes them
+in case the hosts cannot, because their service account lacks the role `roles/tpu.admin`.
 """
 
 import shlex
 from pathlib import Path
 
 from common.files import write_atomically
-from experiments.launching.job import AGAIN, BUNDLE, LOCAL, MAX_FAILURES, MOUNT, USER_ERROR, Job
+from experiments.launching.job import BUNDLE, LOCAL, MAX_FAILURES, MOUNT, RELAUNCH, USER_ERROR, Job
 from experiments.launching.slices import RENTED, accelerator_type
 
 PROGRAMS = ("bash", "gcloud")
-STARTUP, LAUNCH, ASKED = "startup.sh", "launch.sh", "asked"
+STARTUP, LAUNCH, REQUESTED = "startup.sh", "launch.sh", "asked"
+"""Files in the launch folder. `REQUESTED` exists while a request is being watched."""
 HOURS = 168
-"""The hours that slices live at most, by default."""
+"""Default of the slices' longest life."""
 TIMED_OUT = 124
-"""Status of a run whose slices reached their longest life; `timeout`'s own."""
+"""Exit status of a run whose slices reached their longest life; the same as `timeout`'s."""
 
 _RESOURCES = ["gcloud", "compute", "tpus", "queued-resources"]
 
@@ -37,7 +38,7 @@ if [ "${{1-}}" = job ]; then
     apt-get install --yes gcsfuse
   fi
   mkdir -p {mount}
-  # A checkpoint is finished by renaming its folder; a bucket without folders of its own does that file by file.
+  # A finished checkpoint's folder is renamed; a bucket without hierarchical namespace does that file by file.
   mountpoint --quiet {mount} || gcsfuse --implicit-dirs --rename-dir-limit=10000 {bucket} {mount}
 {job}
 fi
@@ -52,30 +53,30 @@ trap "kill $! 2>/dev/null || true" EXIT
 metadata() {{
   curl --silent --fail --header 'Metadata-Flavor: Google' "http://metadata.google.internal/computeMetadata/v1/instance/$1"
 }}
-# Status 0 counts on the first host alone: others may be done while it still writes results.
+# Status 0 counts on the first host only: the others may finish while it still writes results.
 first_host() {{
   [ "$(metadata attributes/agent-worker-number)" = 0 ] &&
     ! metadata attributes/tpu-env | grep "^MEGASCALE_SLICE_ID: '[^0]" >/dev/null
 }}
-again() {{ for _ in $(seq 20); do if "$@"; then return; fi; sleep 30; done; return 1; }}
-tell() {{ echo "$1" | gcloud storage cp - {ended_url}; }}
-give_back() {{
+retry() {{ for _ in $(seq 20); do if "$@"; then return; fi; sleep 30; done; return 1; }}
+record() {{ echo "$1" | gcloud storage cp - {ended_url}; }}
+delete_slices() {{
   local zone
   zone=$(metadata zone)
   {delete} --zone="${{zone##*/}}"
 }}
 end() {{
-  echo "the run has ended with status $1; the slices are given back"
-  again tell "$1" || true
-  again send_log >/dev/null 2>&1 || true
-  if ! again give_back; then
-    echo "the slices could not be given back from here: the service account needs roles/tpu.admin; {launch} does it too"
+  echo "the run has ended with status $1; deleting the slices"
+  retry record "$1" || true
+  retry send_log >/dev/null 2>&1 || true
+  if ! retry delete_slices; then
+    echo "this host may not delete the slices: its service account needs roles/tpu.admin; {launch} deletes them too"
     send_log >/dev/null 2>&1 || true
   fi
   exit "$1"
 }}
 
-if [ -n "$(gcloud storage cat {ended_url} 2>/dev/null)" ]; then again give_back || true; exit 0; fi
+if [ -n "$(gcloud storage cat {ended_url} 2>/dev/null)" ]; then retry delete_slices || true; exit 0; fi
 failures=0
 while true; do
   left=$(({life} - SECONDS))
@@ -83,19 +84,19 @@ while true; do
   status=0
   timeout --kill-after=600 $left bash "$0" job || status=$?
   case $status in
-    0) if first_host; then end 0; fi; again send_log >/dev/null 2>&1 || true; exit 0 ;;
+    0) if first_host; then end 0; fi; retry send_log >/dev/null 2>&1 || true; exit 0 ;;
     {user_error} | {timed_out}) end $status ;;
     {statuses}) failures=0 ;;
     *) failures=$((failures + 1)); if [ $failures -ge {max_failures} ]; then end $status; fi ;;
   esac
-  echo "status $status: the command is run again"
+  echo "status $status: running the command again"
   sleep 30
 done
 """
 
 _LAUNCH = """\
 #!/usr/bin/env bash
-# Where this is stopped a run goes on, but is not asked for again; started anew, this goes on watching.
+# If this script is stopped, the run continues, but slices are not requested again. Started again, it resumes watching.
 set -euo pipefail
 cd "$(dirname "$0")"
 create() {{ {create}; }}
@@ -104,30 +105,30 @@ delete() {{ {delete}; }}
 gone() {{ grep -qiE 'not.?found' <<<"$({state} 2>&1 || true)"; }}
 ended() {{ gcloud storage cat {ended_url} 2>/dev/null || true; }}
 
-if [ ! -e {asked} ] && [ -z "$(state)" ]; then
+if [ ! -e {requested} ] && [ -z "$(state)" ]; then
   gcloud storage cp {bundle} {bundle_url}
   gcloud storage rm {ended_url} 2>/dev/null || true
   create
 fi
-touch {asked}
+touch {requested}
 while status=$(ended); [ -z "$status" ]; do
   sleep 60
   case "$(state)" in
     SUSPENDED | FAILED) delete || true ;; # preempted
-    # Deleted by the line above a minute ago, or by a host that has just ended the run.
+    # Deleted a minute ago by the line above, or by a host that has just ended the run.
     '') [ -n "$(ended)" ] || create || true ;;
   esac
 done
-until delete || gone; do sleep 60; done # hosts may have done so
-rm {asked}
+until delete || gone; do sleep 60; done # hosts may have deleted them
+rm {requested}
 echo {run} has ended with status "$status", logs are in {logs_url}
-[ "$status" != {timed_out} ] || echo the slices reached their longest life: launched again, the run goes on
+[ "$status" != {timed_out} ] || echo the slices reached their longest life: launch again to resume the run
 exit "$status"
 """
 
 
 def startup_script(job: Job) -> str:
-    """What each host runs as root when it boots."""
+    """The script that each host runs as root when it boots."""
     return _STARTUP.format(
         exports="\n".join(
             f"export {name}={shlex.quote(value)}" for name, value in {"HOME": "/root", **job.environment()}.items()
@@ -143,18 +144,18 @@ def startup_script(job: Job) -> str:
         life=hours(job) * 3600,
         timed_out=TIMED_OUT,
         user_error=USER_ERROR,
-        statuses=" | ".join(map(str, AGAIN)),
+        statuses=" | ".join(map(str, RELAUNCH)),
         max_failures=MAX_FAILURES,
     )
 
 
 def hours(job: Job) -> int:
-    """The hours after which slices end by themselves."""
+    """The slices' longest life."""
     return HOURS if job.hours is None else job.hours
 
 
 def launch_script(job: Job) -> str:
-    """What stays with a person, or on a machine that is always on."""
+    """The script that requests and watches the slices, for the user's machine or one that is always on."""
     return _LAUNCH.format(
         create=shlex.join(create(job)),
         state=shlex.join([*_RESOURCES, "describe", job.run, *_zone(job), "--format=value(state.state)"]),
@@ -163,14 +164,14 @@ def launch_script(job: Job) -> str:
         bundle=BUNDLE,
         bundle_url=job.bundle_url,
         logs_url=job.bucket.url("logs", job.run),
-        asked=ASKED,
+        requested=REQUESTED,
         timed_out=TIMED_OUT,
         run=job.run,
     )
 
 
 def create(job: Job) -> list[str]:
-    """The request for all slices, to be made in the folder of `startup.sh`."""
+    """The command that requests all slices; it must run in the folder of `startup.sh`."""
     several = [f"--node-count={job.topology.slices}", f"--node-prefix={job.run}"]
     return [
         *_RESOURCES,
@@ -181,30 +182,30 @@ def create(job: Job) -> list[str]:
         f"--runtime-version={RENTED[job.topology.chip].runtime}",
         *([f"--node-id={job.run}"] if job.topology.slices == 1 else several),
         *(["--spot"] if job.spot else []),
-        "--scopes=https://www.googleapis.com/auth/cloud-platform",  # a bucket, and themselves to delete
+        "--scopes=https://www.googleapis.com/auth/cloud-platform",  # to use the bucket and to delete themselves
         f"--metadata-from-file=startup-script={STARTUP}",
     ]
 
 
 def delete(job: Job) -> list[str]:
-    """Gives the slices back, whatever they do."""
+    """The command that deletes the slices, whatever their state."""
     return [*_RESOURCES, "delete", job.run, *_zone(job), "--force", "--quiet"]
 
 
 def write(job: Job, folder: Path) -> list[list[str]]:
-    """Writes both scripts; returns the commands that launch, where the bundle lies in `folder` too."""
+    """Writes both scripts; returns the commands that launch the job, with the bundle in `folder` too."""
     write_atomically(folder / STARTUP, startup_script(job).encode())
     write_atomically(folder / LAUNCH, launch_script(job).encode())
-    (folder / ASKED).unlink(missing_ok=True)  # a launch anew, not a watch that goes on
+    (folder / REQUESTED).unlink(missing_ok=True)  # a new launch, not a resumed watch
     return [["bash", str(folder / LAUNCH)]]
 
 
 def afterwards(job: Job) -> dict[str, str]:
-    """Commands for later, and what each is for."""
+    """Commands for later, by purpose."""
     node = job.run if job.topology.slices == 1 else f"{job.run}-0"
     log = f"--command=sudo tail --lines=1000 --follow=name {LOCAL}/*.log"
     return {
-        f"{LAUNCH} asks by": shlex.join(create(job)),
+        f"{LAUNCH} requests by": shlex.join(create(job)),
         "state": shlex.join([*_RESOURCES, "describe", job.run, *_zone(job)]),
         "watch": shlex.join(["gcloud", "compute", "tpus", "tpu-vm", "ssh", node, *_zone(job), "--worker=0", log]),
         "logs": shlex.join(["gcloud", "storage", "ls", job.bucket.url("logs", job.run)]),

@@ -1,11 +1,11 @@
-"""What is launched: a command of ours at one commit on TPU slices, with everything that must outlive them in a bucket.
+"""A job: a twinstack command at one commit, run on TPU slices, with everything that must outlive them in a bucket.
 
-In the bucket: `source/COMMIT.bundle` (the code), `prepared/` (tokens), `data/` ($TWINSTACK_SHARED_DATA), `xla/`
-(compiled programs), `runs/RUN/` (the run directory) and, of gcloud's, `ended/RUN` (the status that the run ended with)
+The bucket holds `source/COMMIT.bundle` (the code), `prepared/` (tokens), `data/` ($TWINSTACK_SHARED_DATA), `xla/`
+(compiled programs) and `runs/RUN/` (the run directory); with the gcloud engine also `ended/RUN` (the run's exit status)
 and `logs/RUN/HOST.log`.
 
-Tokens and compiled programs are reached by url. A run directory must be a folder, so the bucket is mounted by gcsfuse,
-and hosts take the code from there too: a bundle needs no account anywhere else, and clones as the very commit.
+Hosts reach tokens and compiled programs by url. A run directory must be a folder, so gcsfuse mounts the bucket, and
+hosts clone the code from there too: a git bundle needs no other account and contains exactly the commit.
 """
 
 import dataclasses
@@ -20,17 +20,18 @@ from common.train import preemption, watchdog
 
 MOUNT = PurePosixPath("/mnt/twinstack")
 LOCAL = PurePosixPath("/tmp/twinstack")
-"""On each host's own disk."""
+"""On each host's local disk."""
 BUNDLE = "source.bundle"
-"""The code, in the folder of what is written here."""
+"""File name of the code, in the folder that `launch` writes."""
 MAX_FAILURES = 3
-"""How often in a row a run may fail; a preemption is no failure, and a run that saved something resets the count."""
+"""Failures in a row after which a run is given up. A preemption is not a failure, and a new checkpoint resets the
+count."""
 USER_ERROR = 2
-"""Status of a mistake that trying again does not mend."""
-AGAIN = (watchdog.STALLED, preemption.STATUS)
-"""Statuses that mean: launch again."""
+"""Exit status of a user's mistake; running again would not help."""
+RELAUNCH = (watchdog.STALLED, preemption.STATUS)
+"""Exit statuses that ask for another launch."""
 PYTHON = "3.12"
-"""Cloud TPU's images bring one that is too old; uv fetches this one."""
+"""The version that uv installs on hosts; the Python of Cloud TPU's images is too old."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,38 +48,41 @@ class Bucket:
 
     @classmethod
     def of(cls, url: str) -> "Bucket":
-        """Raises UserError where `url` is no `gs://BUCKET[/FOLDER]`."""
+        """Parses `gs://BUCKET[/FOLDER]`; raises UserError for anything else."""
         found = re.fullmatch(r"gs://([a-z0-9][a-z0-9._-]{1,61}[a-z0-9])((?:/[A-Za-z0-9_=-][A-Za-z0-9._=-]*)*)/?", url)
         if found is None:
             raise UserError(f"--bucket {url!r} must be gs://BUCKET or gs://BUCKET/FOLDER, such as gs://my-bucket/me")
         return cls(name=found[1], folder=found[2].removeprefix("/"))
 
     def url(self, *parts: str) -> str:
+        """The url of a path in the bucket."""
         return f"gs://{PurePosixPath(self.name, self.folder, *parts)}"
 
     def mounted(self, *parts: str) -> PurePosixPath:
-        """Where a host finds it."""
+        """The path on a host, where the bucket is mounted."""
         return MOUNT.joinpath(self.folder, *parts)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
+    """One launch. Raises UserError for a name or a zone that the engines would refuse."""
+
     run: str
-    """Name of the run, and of what the engine makes for it."""
+    """Name of the run, and of its resources at the engine."""
     experiment: str
     overrides: tuple[str, ...]
     arm: str | None
-    """None: all arms, one after the other."""
+    """None: all arms, one after another."""
     commit: str
     topology: Topology
     bucket: Bucket
     zone: str | None
-    """None: the engine's own choice or setting."""
+    """None: the engine chooses, or its settings do."""
     spot: bool
     variables: tuple[tuple[str, str], ...] = ()
-    """Further environment variables of every host's process, or other values of ours."""
+    """Environment variables for every host's process; they override those of `environment`."""
     hours: int | None = None
-    """How long the slices may last, from their boot; None: the engine's own choice."""
+    """Longest life of the slices, counted from boot; None: the engine's default."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", self.run):
@@ -91,15 +95,16 @@ class Job:
 
     @property
     def configured(self) -> list[str]:
-        """How a command is told of the experiment."""
+        """The arguments that name the experiment and its overrides in any twinstack command."""
         return [self.experiment, *self.overrides]
 
     @property
     def bundle_url(self) -> str:
+        """Where the code is uploaded to."""
         return self.bucket.url("source", f"{self.commit}.bundle")
 
     def environment(self) -> dict[str, str]:
-        """What every host's process is told."""
+        """Environment variables of every host's process."""
         return {
             "TWINSTACK_CACHE": str(LOCAL / "cache"),
             "TWINSTACK_PREPARED": self.bucket.url("prepared"),
@@ -110,7 +115,7 @@ class Job:
         }
 
     def setup(self) -> list[str]:
-        """Lines of bash that install the commit on a host where the bucket is mounted; they may run again."""
+        """Lines of bash that install the commit on a host with the bucket mounted; running them again is safe."""
         source = LOCAL / "source"
         bundle = self.bucket.mounted("source", f"{self.commit}.bundle")
         return [
@@ -124,13 +129,13 @@ class Job:
         ]
 
     def main(self) -> list[str]:
-        """Lines of bash that run or go on with the command on one host, and end with its status.
+        """Lines of bash that start or resume the command on one host, and exit with its status.
 
-        A failure after new checkpoints ends as what is to be launched again, so that engines do not count it.
+        After a failure that left new checkpoints the status is one of `RELAUNCH`, so that engines do not count it.
         """
         command = ["compare", *self.configured] if self.arm is None else ["train", *self.configured, "--arm", self.arm]
         run_dir = self.bucket.mounted("runs", self.run)
-        told = " | ".join(map(str, (0, USER_ERROR, *AGAIN)))
+        final = " | ".join(map(str, (0, USER_ERROR, *RELAUNCH)))
         find = f"find {run_dir} -mindepth 3 -maxdepth 3 -regex '.*/checkpoints/[0-9]+' 2>/dev/null"
         return [
             f"cd {LOCAL / 'source'}",
@@ -142,7 +147,7 @@ class Job:
             "status=0",
             "wait $run || status=$?",
             "while kill -0 $run 2>/dev/null; do status=0; wait $run || status=$?; done # a signal ends a wait",
-            f'case $status in {told}) ;; *) [ "$(saved)" = "$before" ] || status={watchdog.STALLED} ;; esac',
+            f'case $status in {final}) ;; *) [ "$(saved)" = "$before" ] || status={watchdog.STALLED} ;; esac',
             "exit $status",
         ]
 
@@ -151,12 +156,12 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def variables(given: Sequence[str], here: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    """Variables from `NAME=VALUE`, or from `NAME` with its value in `here`; of several with one name, the last counts.
+    """Parses `NAME=VALUE`, or `NAME` with its value taken from `here`; the last of several with one name counts.
 
     >>> variables(["A=1=2", "B"], {"B": "here"})
     (('A', '1=2'), ('B', 'here'))
 
-    Raises UserError for what is no name, for a value of several lines and for a variable that is not set here.
+    Raises UserError for an invalid name, for a value of several lines, and for a variable that `here` lacks.
     """
     found = {}
     for text in given:
@@ -172,7 +177,7 @@ def variables(given: Sequence[str], here: Mapping[str, str]) -> tuple[tuple[str,
 
 
 def run_name(text: str) -> str:
-    """The nearest name that a run may have.
+    """The valid run name closest to `text`.
 
     >>> run_name("first_light"), run_name("2 Dogs!")
     ('first-light', 'run-2-dogs')

@@ -1,9 +1,9 @@
-"""`twinstack launch`: writes what an engine needs to run a job, and with `go` has it run.
+"""`twinstack launch`: writes what an engine needs to run a job and, with `--go`, submits it.
 
     twinstack launch first_light --topology v5p-64 --spot --bucket gs://my-bucket train.mesh.fsdp=32 data.rows=32
     twinstack launch first_light --topology v6e:2x4 --engine gcloud --bucket gs://my-bucket/me train.mesh.fsdp=8 --go
 
-Who asks, and in which project, is the setting of `gcloud`, and not written; what --env passes on is.
+Account and project are `gcloud`'s settings and are not written to files; values of --env are.
 """
 
 import shlex
@@ -31,16 +31,16 @@ ENGINES: dict[str, ModuleType] = {"sky": sky, "gcloud": gcloud}
 
 
 def launch(job: Job, experiment: Experiment, engine: str, folder: Path, console: Console, *, go: bool) -> None:
-    """Writes the specification and the code into `folder`, prints what to know and what to do, and with `go` does it.
+    """Writes the job's files and code into `folder`, prints facts and next steps and, with `go`, submits the job.
 
-    Raises UserError where the mesh is not that of the slices, where rows do not divide over it, where the engine
-    cannot, and with `go` where a program is not installed or fails.
+    Raises UserError if the mesh does not match the slices, rows do not divide over it, or the engine does not support
+    the job; with `go` also if a program is not installed or fails.
     """
     check_mesh(experiment.train.mesh, job)
     check_rows(make_setup(experiment, next(iter(experiment.arms.values()))))
     commands = ENGINES[engine].write(job, folder)
     write_bundle(folder / BUNDLE)
-    _print(console, "written", f"{folder}: commit {job.commit[:12]} on {_words(job)}")
+    _print(console, "written", f"{folder}: commit {job.commit[:12]} on {_describe_slices(job)}")
     for purpose, text in facts(job, experiment, console).items():
         _print(console, purpose, text)
     if engine == "gcloud":
@@ -59,30 +59,30 @@ def launch(job: Job, experiment: Experiment, engine: str, folder: Path, console:
 
 
 def check_mesh(mesh: MeshShape, job: Job) -> None:
-    """Raises UserError where the mesh leaves chips idle, asks for more than there are, or joins slices as if one."""
+    """Raises UserError if the mesh needs more or fewer devices than there are, or its replicas are not the slices."""
     slices, devices = job.topology.slices, job.topology.devices
     fits = MeshShape(replica=slices, fsdp=devices // slices)
     if mesh.devices != devices or (slices > 1 and mesh.replica != slices):
         raise UserError(
-            f"train.mesh {mesh} is not for {_words(job)}; "
+            f"train.mesh {mesh} does not match {_describe_slices(job)}; "
             f"nearest: {' '.join(f'train.mesh.{part}' for part in str(fits).split(','))}"
         )
 
 
-def _words(job: Job) -> str:
+def _describe_slices(job: Job) -> str:
     topology = job.topology
     return f"{topology.slices} x {accelerator_type(topology)} ({topology}: {topology.chips} chips)"
 
 
 def submit(commands: list[list[str]], programs: Sequence[str]) -> None:
-    """Runs one after the other; raises UserError naming a program that is not installed, or the first that fails."""
+    """Runs commands in order; raises UserError for a program that is not installed, or for the first that fails."""
     for program in programs:
         if shutil.which(program) is None:
             raise UserError(f"--go needs the program {program!r}, which is not installed; without --go nothing is run")
     for command in commands:
         status = subprocess.run(command).returncode
         if status:
-            raise UserError(f"{shlex.join(command)} ended with status {status}")
+            raise UserError(f"{shlex.join(command)} failed with status {status}")
 
 
 def _print(console: Console, purpose: str, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Whether hosts can read what an experiment reads: they have the code, the bucket, and nothing of this machine."""
+"""Checks that hosts can read what an experiment reads: they reach the code and the bucket, not this machine."""
 
 import re
 import shlex
@@ -13,14 +13,15 @@ from common.errors import UserError
 from experiments.config import Experiment
 from experiments.launching.job import MOUNT, Job
 
-_NO_FILES = ("tfds", "corpus")
-"""Schemes."""
+_SCHEMES_WITHOUT_PATH = ("tfds", "corpus")
+"""Schemes of sources that are named, not given as a path."""
 
 
 def check_readable(experiment: Experiment, arms: Sequence[str], job: Job) -> None:
-    """Raises UserError for the first path of this machine that hosts would be sent to, and for an unnamed TFDS folder.
+    """Raises UserError for the first path that hosts cannot read, or if hosts would not find TFDS's folder.
 
-    Paths in the mounted bucket are theirs, and sources and tokenizers that are prepared in the bucket need no files.
+    Hosts can read urls and paths in the mounted bucket. Sources and tokenizers that are prepared in the bucket need no
+    files.
     """
     for name in arms:
         if (init := experiment.arms[name].init) is not None and not _on_hosts(init.path):
@@ -29,7 +30,7 @@ def check_readable(experiment: Experiment, arms: Sequence[str], job: Job) -> Non
             )
     tokenizer, modes = experiment.data.tokenizer, mode_names(experiment.data.objective)
     if tokenizer.path is not None and not _on_hosts(tokenizer.path):
-        lacking = _lacks(job, lambda where: has_tokenizer(tokenizer, modes, where))
+        lacking = _why_unprepared(job, lambda where: has_tokenizer(tokenizer, modes, where))
         if lacking:
             raise UserError(
                 f"data.tokenizer.path {tokenizer.path} is on this machine, where hosts cannot read it, and {lacking}: "
@@ -42,20 +43,20 @@ def check_readable(experiment: Experiment, arms: Sequence[str], job: Job) -> Non
 
 def _check_source(part: SourceConfig, splits: Sequence[str], job: Job) -> None:
     scheme, _, rest = part.name.partition(":")
-    named = job.environment().get(TFDS_FOLDER, "")
-    is_theirs = scheme == "corpus" or rest.partition(":")[0].partition("/")[0] in BUILT_IN
-    if is_theirs if scheme in _NO_FILES else _on_hosts(rest):
+    tfds_folder = job.environment().get(TFDS_FOLDER, "")
+    hosts_have_it = scheme == "corpus" or rest.partition(":")[0].partition("/")[0] in BUILT_IN
+    if hosts_have_it if scheme in _SCHEMES_WITHOUT_PATH else _on_hosts(rest):
         return
-    if scheme == "tfds" and _on_hosts(named):
+    if scheme == "tfds" and _on_hosts(tfds_folder):
         return
-    lacking = _lacks(job, lambda where: all(kept_source(part, split, where) is not None for split in splits))
+    lacking = _why_unprepared(job, lambda where: all(kept_source(part, split, where) is not None for split in splits))
     if not lacking:
         return
     if scheme == "tfds":
-        what = f"is a folder of this machine ({named})" if named else "nothing names"
+        what = f"is a folder of this machine ({tfds_folder})" if tfds_folder else "is not set"
         raise UserError(
-            f"data.source.name={part.name}: hosts find it in ${TFDS_FOLDER}, which {what}, and {lacking}: add --env "
-            f"{TFDS_FOLDER}={job.bucket.url('tfds')}, or the url where it lies; or {_prepare(job)}"
+            f"data.source.name={part.name}: hosts look for it in ${TFDS_FOLDER}, which {what}, and {lacking}: add "
+            f"--env {TFDS_FOLDER}={job.bucket.url('tfds')}, or the url where it is; or {_prepare(job)}"
         )
     raise UserError(
         f"data.source.name={part.name} is on this machine, where hosts cannot read it, and {lacking}: {_prepare(job)}; "
@@ -63,16 +64,17 @@ def _check_source(part: SourceConfig, splits: Sequence[str], job: Job) -> None:
     )
 
 
-def _lacks(job: Job, has: Callable[[str], bool]) -> str:
-    """Why the tokens that hosts read do not suffice; empty where they do."""
+def _why_unprepared(job: Job, is_prepared: Callable[[str], bool]) -> str:
+    """Why hosts cannot use prepared tokens instead; empty if they can."""
     where = job.environment()[VARIABLE]
     try:
-        return "" if has(where) else f"{where} has nothing prepared from it"
+        return "" if is_prepared(where) else f"{where} has nothing prepared from it"
     except UserError as error:
-        return f"whether it is prepared could not be asked ({error})"
+        return f"it is unknown whether it is prepared ({error})"
 
 
 def _on_hosts(path: str) -> bool:
+    """Whether hosts can read `path`: a url, or a path in the mounted bucket."""
     return bool(re.match(r"[a-z0-9]+://", path)) or path.startswith(f"{MOUNT}/")
 
 

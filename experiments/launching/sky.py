@@ -1,8 +1,8 @@
 """A job as a task of SkyPilot (docs.skypilot.co, YAML specification), for `sky jobs launch`.
 
-SkyPilot finds the capacity, mounts the bucket, runs the same commands on every host of the slice and, as the job is a
-managed one, asks again after a preemption, and gives the slice back when the job has ended. The statuses that mean
-"launch again" are answered so and not counted; other failures are tried again a few times.
+SkyPilot finds capacity, mounts the bucket and runs the same commands on every host of the slice. As the job is a
+managed one, it requests a slice again after a preemption, and deletes it when the job has ended. Exit statuses in
+`RELAUNCH` restart the job without being counted; other failures are retried a few times.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ import yaml
 
 from common.errors import UserError
 from common.files import write_atomically
-from experiments.launching.job import AGAIN, BUNDLE, MAX_FAILURES, MOUNT, Job
+from experiments.launching.job import BUNDLE, MAX_FAILURES, MOUNT, RELAUNCH, Job
 from experiments.launching.slices import RENTED, accelerator_type
 
 PROGRAMS = ("gcloud", "sky")
@@ -20,15 +20,17 @@ TASK = "sky.yaml"
 
 
 def task(job: Job) -> dict[str, Any]:
-    """Raises UserError for more than one slice, as SkyPilot asks for slices that do not know of each other, and for a
-    longest life, which it has no word for.
+    """The task specification.
+
+    Raises UserError for more than one slice, since SkyPilot would request slices that are not connected, and for a
+    longest life, which it does not support.
     """
     if job.topology.slices > 1:
         raise UserError(
-            f"--slices {job.topology.slices}: SkyPilot makes no Multislice; take --engine gcloud, or one slice"
+            f"--slices {job.topology.slices}: SkyPilot does not support Multislice; take --engine gcloud, or one slice"
         )
     if job.hours is not None:
-        raise UserError(f"--hours {job.hours} is for --engine gcloud: SkyPilot's controller gives slices back itself")
+        raise UserError(f"--hours {job.hours} is for --engine gcloud: SkyPilot's controller deletes slices itself")
     return {
         "name": job.run,
         "resources": {
@@ -39,7 +41,7 @@ def task(job: Job) -> dict[str, Any]:
             "job_recovery": {
                 "strategy": "FAILOVER",  # the same region first: the bucket is there
                 "max_restarts_on_errors": MAX_FAILURES - 1,
-                "recover_on_exit_codes": list(AGAIN),
+                "recover_on_exit_codes": list(RELAUNCH),
             },
         },
         "file_mounts": {str(MOUNT): {"source": f"gs://{job.bucket.name}", "mode": "MOUNT"}},
@@ -50,7 +52,7 @@ def task(job: Job) -> dict[str, Any]:
 
 
 def write(job: Job, folder: Path) -> list[list[str]]:
-    """Writes the task; returns the commands that submit it, where the bundle lies in `folder` too."""
+    """Writes the task; returns the commands that submit it, with the bundle in `folder` too."""
     text = yaml.dump(task(job), Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
     write_atomically(folder / TASK, text.encode())
     return [
@@ -60,7 +62,7 @@ def write(job: Job, folder: Path) -> list[list[str]]:
 
 
 def afterwards(job: Job) -> dict[str, str]:
-    """Commands for later, and what each is for."""
+    """Commands for later, by purpose."""
     return {"watch": f"sky jobs logs --name {job.run}", "stop": f"sky jobs cancel --name {job.run}"}
 
 
@@ -69,7 +71,7 @@ def _script(lines: list[str]) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Scripts as they are read: line by line."""
+    """Writes scripts as block text, line by line."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:

@@ -1,4 +1,4 @@
-"""The code that a job runs: the commit that is checked out here, as a git bundle."""
+"""The code that a job runs: the checked-out commit, as a git bundle."""
 
 import subprocess
 from pathlib import Path
@@ -10,23 +10,23 @@ ROOT = Path(__file__).parents[2]
 
 
 def committed(root: Path = ROOT) -> str:
-    """The commit that is checked out in `root`, in full.
+    """The full hash of the commit checked out in `root`.
 
-    Raises UserError where it is no git checkout, or where a run of that commit would not be what lies there.
+    Raises UserError if `root` is not a git checkout, or has changes that are not committed.
     """
     try:
         commit = _git(root, "rev-parse", "HEAD").decode().strip()
         changed = _git(root, "status", "--porcelain").decode().splitlines()
     except (OSError, subprocess.CalledProcessError):
-        raise UserError(f"{root} is no git checkout: hosts run a commit, so launch from a clone") from None
+        raise UserError(f"{root} is not a git checkout: hosts run a commit, so launch from a clone") from None
     if changed:
         names = ", ".join(line[3:] for line in changed[:3]) + (", ..." if changed[3:] else "")
-        raise UserError(f"{root} has changes in no commit ({names}): hosts run a commit, so commit or stash them")
+        raise UserError(f"{root} has uncommitted changes ({names}): hosts run a commit, so commit or stash them")
     return commit
 
 
 def write_bundle(path: Path, root: Path = ROOT) -> None:
-    """Writes what `git clone` makes a checkout from, history included."""
+    """Writes a bundle that `git clone` can read: the checked-out commit with its history."""
     write_atomically(path, _git(root, "bundle", "create", "--quiet", "-", "HEAD"))
 
 

@@ -30,12 +30,12 @@ COMPILED = {
     "t5like": SimpleNamespace(out_of_memory=None, memory=SimpleNamespace(total=3 * 2**29)),
     "gpt": SimpleNamespace(out_of_memory=OutOfMemory(needed=40 * 2**30, available=31 * 2**30), memory=None),
 }
-"""The compiler's answer, in place of a minute of its work."""
+"""Stand-ins for the compiler's answers, which take a minute."""
 
 
 @pytest.fixture
 def here(monkeypatch, tmp_path, repository) -> Path:
-    """A folder to launch from, on a machine that has neither engine, whatever is checked out there."""
+    """A folder to launch from, on a machine with neither engine; the repository fixture stands in for the checkout."""
     commit = source.committed(repository)
     monkeypatch.setattr(source, "committed", lambda: commit)
     monkeypatch.setattr(launching, "write_bundle", lambda path: source.write_bundle(path, repository))
@@ -49,7 +49,7 @@ def here(monkeypatch, tmp_path, repository) -> Path:
     return tmp_path
 
 
-def test_launch_writes_and_says_what_to_do(here, capsys):
+def test_launch_writes_a_task_and_prints_the_next_steps(here, capsys):
     assert main([*ARGUMENTS, "--run", "mine", "--spot"]) == 0
     printed = capsys.readouterr().out
     assert "twinstack data prepare first_light train.mesh.fsdp=4 --to gs://my-bucket/prepared\n" in printed
@@ -76,11 +76,11 @@ def test_launch_writes_scripts_for_gcloud(here, capsys):
         (["--arm", "gtp"], "unknown arm 'gtp': did you mean 'gpt'?"),
         (
             ["train.mesh.fsdp=8"],
-            "train.mesh fsdp=8 is not for 1 x v6e-4 (v6e:2x2: 4 chips); nearest: train.mesh.fsdp=4",
+            "train.mesh fsdp=8 does not match 1 x v6e-4 (v6e:2x2: 4 chips); nearest: train.mesh.fsdp=4",
         ),
         (["train.mesh.fdsp=8"], "unknown field 'fdsp' in train.mesh: did you mean 'fsdp'?"),
         (["--topology", "v6e:2x3"], "topology 'v6e:2x3': no slice has this shape; nearest: v6e:2x4"),
-        (["--slices", "2", "train.mesh.replica=2"], "--slices 2: SkyPilot makes no Multislice"),
+        (["--slices", "2", "train.mesh.replica=2"], "--slices 2: SkyPilot does not support Multislice"),
         (["--zone", "nowhere"], "--zone 'nowhere' must be a zone"),
         (["--run", "Mine"], "--run 'Mine' must be lower-case"),
         (["--bucket", "mine"], "--bucket 'mine' must be gs://BUCKET"),
@@ -105,12 +105,12 @@ def test_launch_writes_scripts_for_gcloud(here, capsys):
         ),
         (
             ["data.source.name=tfds:c4/en"],
-            "data.source.name=tfds:c4/en: hosts find it in $TFDS_DATA_DIR, which nothing names, and "
+            "data.source.name=tfds:c4/en: hosts look for it in $TFDS_DATA_DIR, which is not set, and "
             "gs://my-bucket/prepared has nothing prepared from it: add --env TFDS_DATA_DIR=gs://my-bucket/tfds",
         ),
         (
             ["data.source.name=tfds:c4/en", "--env", "TFDS_DATA_DIR=/home/me/tfds"],
-            "data.source.name=tfds:c4/en: hosts find it in $TFDS_DATA_DIR, which is a folder of this machine "
+            "data.source.name=tfds:c4/en: hosts look for it in $TFDS_DATA_DIR, which is a folder of this machine "
             "(/home/me/tfds)",
         ),
     ],
@@ -132,11 +132,11 @@ def test_mistakes_are_one_line_and_status_2(here, capsys, arguments, message):
         ['arms.gpt.init={"path":"runs/first"}', "--arm", "t5like"],
     ],
 )
-def test_what_hosts_can_read_is_launched(here, arguments):
+def test_paths_that_hosts_can_read_are_launched(here, arguments):
     assert main([*ARGUMENTS, *arguments]) == 0
 
 
-def test_what_is_prepared_in_the_bucket_needs_no_files(here):
+def test_sources_prepared_in_the_bucket_need_no_files(here):
     overrides = ["data.source.name=tsv:/a/laptop/path/{split}.tsv"]
     (part,) = parts_of(apply_overrides(load("first_light"), overrides).data.source)
     bucket = fsspec.filesystem("memory")
@@ -155,25 +155,25 @@ def test_variables_are_passed_on(here, monkeypatch, engine):
     monkeypatch.setenv("HERE", "it's `here`")
     assert main([*ARGUMENTS, "--engine", engine, "--env", "HERE", "--env", "THERE=a=b", "--out", "there"]) == 0
     if engine == "sky":
-        told = yaml.safe_load((here / "there/sky.yaml").read_text())["envs"]
+        values = yaml.safe_load((here / "there/sky.yaml").read_text())["envs"]
     else:
         script = (here / "there/startup.sh").read_text().partition("\nif ")[0]
-        told = subprocess.run(
+        printed = subprocess.run(
             ["bash", "-c", f"{script}\n/usr/bin/env -0"], capture_output=True, text=True, check=True
         ).stdout
-        told = dict(line.split("=", 1) for line in told.split("\0")[:-1])
-    assert (told["HERE"], told["THERE"]) == ("it's `here`", "a=b")
-    assert told["TWINSTACK_PREPARED"] == "gs://my-bucket/prepared"
+        values = dict(line.split("=", 1) for line in printed.split("\0")[:-1])
+    assert (values["HERE"], values["THERE"]) == ("it's `here`", "a=b")
+    assert values["TWINSTACK_PREPARED"] == "gs://my-bucket/prepared"
 
 
-def test_price_fit_region_and_remarks_are_said_before_anything_is_paid_for(here, capsys):
+def test_price_fit_region_and_remarks_are_printed_before_submitting(here, capsys):
     unequal = ["arms.gpt.model.d_ff=64", "--zone", "us-central1-b", "--engine", "gcloud"]
     program(here / "programs", "gcloud", 'case "$*" in *"buckets describe gs://my-bucket "*) echo US-EAST5 ;; esac')
     assert main([*ARGUMENTS, "--spot", *unequal]) == 0
     printed = capsys.readouterr().out
     assert "price: 5.40 USD an hour, 130 a day (spot, list price in us-east5)\n" in printed  # 4 chips
     assert "t5like fits, 1.50 GiB a device; gpt does NOT fit, it needs 40.00 GiB a device of 31.00" in printed
-    assert "bucket: gs://my-bucket lies in US-EAST5; the slices are to be in us-central1-b: traffic between" in printed
+    assert "bucket: gs://my-bucket is in US-EAST5; the slices will be in us-central1-b: traffic between" in printed
     assert "longest life: 168 hours" in printed
     assert re.search(r"^warning: .*FLOPs", printed, re.MULTILINE)
 
@@ -183,7 +183,7 @@ def test_without_gcloud_the_region_is_unknown(here, capsys):
     printed = capsys.readouterr().out
     assert "price: 10.80 USD an hour, 259 a day (on demand, list price in us-east5)\n" in printed
     assert "fit: t5like fits, 1.50 GiB a device\n" in printed
-    assert "bucket: gs://my-bucket: its region could not be asked for" in printed
+    assert "bucket: gs://my-bucket: its region is unknown, as this failed: gcloud storage" in printed
 
 
 def test_without_the_compiler_the_fit_is_unknown(here, monkeypatch, capsys):
@@ -201,12 +201,12 @@ def test_the_readme_launches_as_written(here, capsys):
 
 
 @pytest.mark.parametrize("status", [0, 7])
-def test_go_asks_the_engine(here, capsys, status):
+def test_go_submits_to_the_engine(here, capsys, status):
     for name in ("gcloud", "sky"):
-        program(here / "programs", name, f'echo "{name} $*" >>asked; exit {status if name == "sky" else 0}')
+        program(here / "programs", name, f'echo "{name} $*" >>calls; exit {status if name == "sky" else 0}')
     assert main([*ARGUMENTS, "--go"]) == (2 if status else 0)
-    region, upload, submit = (here / "asked").read_text().splitlines()
+    region, upload, submit = (here / "calls").read_text().splitlines()
     assert region == "gcloud storage buckets describe gs://my-bucket --format=value(location)"
     assert upload.startswith("gcloud storage cp runs/launch/first-light/source.bundle gs://my-bucket/source/")
     assert submit == "sky jobs launch --yes --name first-light runs/launch/first-light/sky.yaml"
-    assert ("ended with status 7" in capsys.readouterr().err) == bool(status)
+    assert ("failed with status 7" in capsys.readouterr().err) == bool(status)

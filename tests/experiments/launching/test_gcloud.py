@@ -17,7 +17,7 @@ from tests.experiments.launching.jobs import JOB, JOBS, TWO_SLICES, program
 
 
 def state_command(job: Job) -> list[str]:
-    """As the script asks."""
+    """The command by which the script asks for the state."""
     found = re.search(r"^state\(\) \{ (.*?) 2>", gcloud.launch_script(job), re.MULTILINE)
     assert found is not None
     return shlex.split(found[1])
@@ -37,8 +37,8 @@ def state_command(job: Job) -> list[str]:
         ([*gcloud.create(JOB), "--spots"], 2),
     ],
 )
-def test_gcloud_reads_the_commands(command, status, tmp_path):
-    """Without an account it reads its arguments, and stops (1); what it cannot read has status 2."""
+def test_gcloud_accepts_the_commands(command, status, tmp_path):
+    """Without an account, gcloud parses its arguments and stops with status 1; unknown arguments give status 2."""
     if shutil.which("gcloud") is None:
         pytest.skip("gcloud is not installed")
     (tmp_path / gcloud.STARTUP).touch()
@@ -51,7 +51,7 @@ def test_gcloud_reads_the_commands(command, status, tmp_path):
 
 
 @pytest.mark.parametrize("job", [*JOBS.values(), TWO_SLICES], ids=[*JOBS, "two-slices"])
-def test_the_request_has_what_gcloud_documents(job):
+def test_the_request_has_the_flags_that_gcloud_documents(job):
     words = gcloud.create(job)
     assert words[:6] == ["gcloud", "compute", "tpus", "queued-resources", "create", job.run]
     flags = dict(word.removeprefix("--").partition("=")[::2] for word in words[6:])
@@ -68,13 +68,13 @@ def test_the_request_has_what_gcloud_documents(job):
 
 
 @pytest.mark.parametrize("job", [*JOBS.values(), TWO_SLICES], ids=[*JOBS, "two-slices"])
-def test_bash_reads_every_script(job):
+def test_bash_accepts_every_script(job):
     task = sky.task(dataclasses.replace(job, topology=dataclasses.replace(job.topology, slices=1)))
     for script in (task["setup"], task["run"], gcloud.startup_script(job), gcloud.launch_script(job)):
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
-def test_a_longest_life_may_be_asked_for():
+def test_hours_set_the_longest_life():
     assert f"left=$(({5 * 3600} - SECONDS))" in gcloud.startup_script(dataclasses.replace(JOB, hours=5))
     with pytest.raises(UserError, match="--hours 5 is for --engine gcloud"):
         sky.task(dataclasses.replace(JOB, hours=5))
@@ -86,7 +86,7 @@ CLOUD = """case "$*" in
 *) echo "$*" | grep -oE "\\b(create|delete|cp|rm)\\b" | head -n 1 >>done; [ "$(tail -n 1 done)" != rm ] ;;
 esac"""
 GONE = """ && { [[ "$*" != *" delete "* ]] || [ -s states ]; }"""
-"""Once the run has ended there is nothing to delete any more."""
+"""Once the run has ended, the hosts have deleted the slices."""
 
 
 @pytest.mark.parametrize(
@@ -96,14 +96,14 @@ GONE = """ && { [[ "$*" != *" delete "* ]] || [ -s states ]; }"""
         (["", "WAITING_FOR_RESOURCES", "ACTIVE"], 2, "cp rm create delete"),
         (["", "ACTIVE", "SUSPENDING", "SUSPENDED", "", "ACTIVE"], 0, "cp rm create delete create delete"),
         (["", "FAILED", "", "SUSPENDED", "", "ACTIVE"], 1, "cp rm create delete create delete create delete"),
-        (["ACTIVE", "ACTIVE"], 0, "delete"),  # started anew: it watches, and forgets nothing
-        (["", "ACTIVE", ""], 0, "cp rm create delete"),  # a host has just ended the run, and gave the slices back
+        (["ACTIVE", "ACTIVE"], 0, "delete"),  # started again: it only watches
+        (["", "ACTIVE", ""], 0, "cp rm create delete"),  # a host has just ended the run and deleted the slices
     ],
 )
-@pytest.mark.parametrize("they_may", [True, False], ids=["hosts-give-back", "hosts-may-not"])
-def test_slices_are_asked_for_again_and_given_back(tmp_path, states, ended, done, they_may):
+@pytest.mark.parametrize("hosts_delete", [True, False], ids=["hosts-delete", "hosts-may-not"])
+def test_slices_are_requested_again_and_deleted(tmp_path, states, ended, done, hosts_delete):
     gcloud.write(JOB, tmp_path)
-    program(tmp_path / "programs", "gcloud", CLOUD + (GONE if they_may else ""))
+    program(tmp_path / "programs", "gcloud", CLOUD + (GONE if hosts_delete else ""))
     program(tmp_path / "programs", "sleep", "exit 0")
     (tmp_path / "states").write_text("".join(f"{state}\n" for state in states))
     (tmp_path / "ended").write_text(f"{ended}\n")
@@ -111,15 +111,15 @@ def test_slices_are_asked_for_again_and_given_back(tmp_path, states, ended, done
     run = subprocess.run(["bash", str(tmp_path / gcloud.LAUNCH)], env=environment, capture_output=True, text=True)
     assert run.returncode == ended and f"has ended with status {ended}" in run.stdout, run.stderr
     assert (tmp_path / "done").read_text().split() == done.split()
-    assert not (tmp_path / gcloud.ASKED).exists(), "launched once more, it asks for slices anew"
+    assert not (tmp_path / gcloud.REQUESTED).exists(), "launched again, it requests new slices"
 
 
-def test_a_watch_that_goes_on_after_the_end_asks_for_nothing(tmp_path):
+def test_a_watch_resumed_after_the_end_requests_nothing(tmp_path):
     gcloud.write(JOB, tmp_path)
     program(tmp_path / "programs", "gcloud", CLOUD + GONE)
     (tmp_path / "states").touch()
     (tmp_path / "ended").write_text("0\n")
-    (tmp_path / gcloud.ASKED).touch()
+    (tmp_path / gcloud.REQUESTED).touch()
     environment = {"PATH": f"{tmp_path}/programs:{os.environ['PATH']}"}
     subprocess.run(["bash", str(tmp_path / gcloud.LAUNCH)], env=environment, capture_output=True, check=True)
     assert (tmp_path / "done").read_text() == "delete\n"

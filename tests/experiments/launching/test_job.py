@@ -38,7 +38,7 @@ from tests.experiments.launching.jobs import JOB, JOBS, TWO_SLICES, git
         ],
     ],
 )
-def test_a_bucket_that_is_none(url):
+def test_an_invalid_bucket_is_refused(url):
     with pytest.raises(UserError, match="must be gs://BUCKET"):
         Bucket.of(url)
 
@@ -54,17 +54,17 @@ def test_a_bucket_that_is_none(url):
         ({"zone": "us-east5-a --quiet"}, "such as us-east5-a"),
     ],
 )
-def test_a_job_that_is_none(change, message):
+def test_an_invalid_job_is_refused(change, message):
     with pytest.raises(UserError, match=re.escape(message)):
         dataclasses.replace(JOB, **change)
 
 
-def test_the_mesh_is_that_of_the_slices():
+def test_the_mesh_must_match_the_slices():
     launching.check_mesh(MeshShape(data=4, fsdp=8), JOB)
     launching.check_mesh(MeshShape(replica=2, fsdp=8, tensor=4), TWO_SLICES)
     for mesh in (MeshShape(), MeshShape(fsdp=64)):
         with pytest.raises(
-            UserError, match=f"{mesh} is not for 1 x v5p-64 .v5p:2x4x4: 32 chips.; nearest: train.mesh.fsdp=32$"
+            UserError, match=f"{mesh} does not match 1 x v5p-64 .v5p:2x4x4: 32 chips.; nearest: train.mesh.fsdp=32$"
         ):
             launching.check_mesh(mesh, JOB)
     with pytest.raises(UserError, match="nearest: train.mesh.data=1$"):
@@ -74,7 +74,7 @@ def test_the_mesh_is_that_of_the_slices():
             launching.check_mesh(mesh, TWO_SLICES)
 
 
-def test_compiled_programs_go_where_a_job_says(monkeypatch, tmp_path):
+def test_compiled_programs_are_cached_where_the_job_says(monkeypatch, tmp_path):
     before = jax.config.jax_compilation_cache_dir
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "bucket"))
     try:
@@ -88,13 +88,13 @@ def test_compiled_programs_go_where_a_job_says(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["file", "untracked"])
-def test_what_is_in_no_commit_is_not_launched(repository, name):
+def test_uncommitted_changes_are_refused(repository, name):
     assert source.committed(repository) == git(repository, "rev-parse", "main~1")
     (repository / name).write_text("changed")
-    with pytest.raises(UserError, match=re.escape(f"changes in no commit ({name})")):
+    with pytest.raises(UserError, match=re.escape(f"uncommitted changes ({name})")):
         source.committed(repository)
 
 
-def test_only_a_checkout_is_launched(tmp_path):
-    with pytest.raises(UserError, match="is no git checkout"):
+def test_a_folder_that_is_not_a_checkout_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is not a git checkout"):
         source.committed(tmp_path)

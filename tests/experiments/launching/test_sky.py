@@ -33,10 +33,12 @@ print(json.dumps([found.name, *facts, resources.job_recovery, mounts, found.num_
 
 
 def ask_skypilot(text: str, home: Path) -> subprocess.CompletedProcess[str]:
-    """By the interpreter that its program has: its requirements do not go with constraints.txt."""
+    """Runs `CHECK_TASK` with SkyPilot's own interpreter: its requirements conflict with constraints.txt."""
     program = shutil.which("sky")
     if program is None:
-        pytest.skip("SkyPilot's program `sky` is not on the path; `make test-slow` installs it, apart from twinstack")
+        pytest.skip(
+            "SkyPilot's program `sky` is not on the path; `make test-slow` installs it in an environment of its own"
+        )
     python = Path(program).read_text().partition("\n")[0].removeprefix("#!").strip()
     environment = {"PATH": os.environ["PATH"], "HOME": str(home), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"}
     return subprocess.run([python, "-c", CHECK_TASK], input=text, env=environment, capture_output=True, text=True)
@@ -74,7 +76,7 @@ def test_skypilot_reads_the_task(name, tmp_path):
         {"accelerator": "tpu-v5p-64"},
     ],
 )
-def test_skypilot_refuses_what_is_no_task(change, tmp_path):
+def test_skypilot_refuses_an_invalid_task(change, tmp_path):
     task = sky.task(JOB)
     checked = ask_skypilot(yaml.safe_dump(task | {"resources": task["resources"] | change}), tmp_path)
     assert checked.returncode != 0 and "ValidationError" in checked.stderr
@@ -90,14 +92,14 @@ def test_the_file_is_the_task(name, tmp_path):
     assert submit[:4] == ["sky", "jobs", "launch", "--yes"] and submit[-1] == str(tmp_path / sky.TASK)
 
 
-def test_skypilot_makes_no_multislice():
-    with pytest.raises(UserError, match="--slices 2: SkyPilot makes no Multislice; take --engine gcloud"):
+def test_skypilot_does_not_support_multislice():
+    with pytest.raises(UserError, match="--slices 2: SkyPilot does not support Multislice; take --engine gcloud"):
         sky.task(TWO_SLICES)
 
 
 @pytest.mark.parametrize("status", [143, 0, 1])
 def test_a_signal_reaches_the_command_whose_status_counts(tmp_path, status):
-    """SkyPilot's may be sent to the script alone."""
+    """SkyPilot may send the signal to the script only."""
     source = tmp_path / "source"
     saving = f"trap 'sleep 0.3; echo saved >>saved; exit {status}' TERM; touch begun; while true; do sleep 0.1; done"
     program(source / ".venv/bin", "twinstack", saving)

@@ -10,7 +10,7 @@ from experiments.launching.slices import accelerator_type, rentable
 
 @pytest.mark.parametrize(
     ("name", "form", "chips"),
-    [  # of the tables in Cloud TPU's documentation
+    [  # from the tables in Cloud TPU's documentation
         ("v4-8", "v4:2x2x1", 4),
         ("v4-4096", "v4:8x16x16", 2048),
         ("v5litepod-1", "v5e:1x1", 1),
@@ -36,10 +36,10 @@ def test_accelerator_types_and_grids_name_the_same_slices(name, form, chips):
         ("v6e-16 --quiet", "must be CHIP:GRID"),
         ("v5p:4x8x4", "nearest: v5p:4x4x8"),
         ("v6e", "must be CHIP:GRID"),
-        ("v5p:4x4x16", "has no accelerator type of its own; nearest: v5p:4x8x8 (v5p-512)"),
-        ("tpu7x:2x2x1", "the Cloud TPU API, which both engines ask, has no tpu7x; it has v4, v5e, v5p, v6e"),
+        ("v5p:4x4x16", "has no accelerator type; nearest: v5p:4x8x8 (v5p-512)"),
+        ("tpu7x:2x2x1", "the Cloud TPU API, which both engines use, has no tpu7x; it has v4, v5e, v5p, v6e"),
     ],
 )
-def test_a_slice_that_cannot_be_rented(name, message):
+def test_a_slice_that_cannot_be_rented_is_refused(name, message):
     with pytest.raises(UserError, match=re.escape(message)):
         rentable(name, 1)

@@ -14,9 +14,9 @@ LOGS = "gs://my-bucket/me/logs/first-light"
 HOST = {
     "mountpoint": "exit 0",
     "gcsfuse": "exit 1",
-    "sleep": '[ "$1" != 300 ]',  # at once, but for the log, which is sent at the end alone
+    "sleep": '[ "$1" != 300 ]',  # returns at once, but fails for the loop that sends the log
     "hostname": "echo host-7",
-    # What Cloud TPU tells a host of itself.
+    # Cloud TPU's metadata of a host.
     "curl": """case "${@: -1}" in
 */agent-worker-number) echo "$WORKER" ;;
 */instance/zone) echo projects/12/zones/us-east5-a ;;
@@ -26,9 +26,9 @@ esac""",
 "storage cp - "*) echo "$4 $(cat)" >>ended ;;
 "storage cp "*) cp "$3" sent.log && echo "$4" >sent ;;
 "storage cat "*) cat before 2>/dev/null ;;
-*" delete "*) [ ! -e kept ] && echo "$*" >>given-back ;;
+*" delete "*) [ ! -e kept ] && echo "$*" >>deleted ;;
 esac""",
-    # Installs a twinstack that writes down how it was called and ends with the next status.
+    # Installs a twinstack that records its call and exits with the next status.
     "python3": """[ "$*" = "-m uv venv --quiet --python 3.12 .venv" ] || exit 0
 mkdir -p .venv/bin
 cp "$HOST/twinstack" .venv/bin/""",
@@ -45,7 +45,7 @@ exit "$status" """,
 
 @pytest.fixture
 def host(tmp_path, repository):
-    """Runs the startup script as a host does, given the statuses that the command ends with."""
+    """Runs the startup script as a host does, with a command that exits with the given statuses in turn."""
     for name, body in HOST.items():
         program(tmp_path / "host", name, body)
     job = dataclasses.replace(JOB, commit=source.committed(repository))
@@ -54,7 +54,7 @@ def host(tmp_path, repository):
     source.write_bundle(tmp_path / "mnt/me/source" / f"{job.commit}.bundle", repository)
 
     def boot(statuses: list[int | str], worker: int = 0, slice_id: str = "") -> tuple[int, str, int]:
-        """Exit status, what the bucket is told, times that the command was run."""
+        """(exit status, what the bucket records, how often the command ran)."""
         (tmp_path / "statuses").write_text("".join(f"{status}\n" for status in statuses))
         environment = {"PATH": f"{tmp_path}/host:{os.environ['PATH']}", "HOST": f"{tmp_path}/host"}
         environment |= {"WORKER": str(worker), "SLICE": slice_id, "GIT_CONFIG_GLOBAL": "/dev/null"}
@@ -73,33 +73,33 @@ def host(tmp_path, repository):
     ("statuses", "ended", "runs"),
     [
         ([0], 0, 1),
-        ([2], 2, 1),  # a mistake of the user's
-        ([1, 143, 1, 143, 0], 0, 5),  # asked to end is no failure
+        ([2], 2, 1),  # a user's mistake
+        ([1, 143, 1, 143, 0], 0, 5),  # a preemption is not a failure
         ([1, 134, 1], 1, 3),
-        ([75, 143, 75, 143, 75, 0], 0, 6),  # hung, or asked to end
-        (["1+", "1+", 1, "134+", 1, 1, 134], 134, 7),  # what saved something is no failure in a row
+        ([75, 143, 75, 143, 75, 0], 0, 6),  # stalled or preempted
+        (["1+", "1+", 1, "134+", 1, 1, 134], 134, 7),  # a new checkpoint resets the count of failures
     ],
 )
-def test_a_host_tries_again_and_says_how_it_ended(host, statuses, ended, runs):
+def test_a_host_retries_and_records_the_final_status(host, statuses, ended, runs):
     assert host(statuses) == (ended, f"gs://my-bucket/me/ended/first-light {ended}\n", runs)
 
 
 @pytest.mark.parametrize(("worker", "slice_id"), [(3, ""), (0, "1"), (0, "10")])
-def test_other_hosts_tell_only_of_failures(host, worker, slice_id):
+def test_other_hosts_record_only_failures(host, worker, slice_id):
     assert host([0], worker, slice_id) == (0, "", 1)
     assert host([2], worker, slice_id) == (2, "gs://my-bucket/me/ended/first-light 2\n", 2)
 
 
-def test_the_first_host_of_the_first_slice_tells_of_success(host):
+def test_the_first_host_of_the_first_slice_records_success(host):
     assert host([0], worker=0, slice_id="0")[1] == "gs://my-bucket/me/ended/first-light 0\n"
 
 
-def test_a_host_runs_the_command_as_it_was_given(host, tmp_path):
+def test_a_host_runs_the_command_unchanged(host, tmp_path):
     host([0])
     expected = ["train", *COMMAND[:-1], f"{tmp_path}/mnt/me/runs/first-light"]
     assert (tmp_path / "arguments").read_text().split("\0")[:-1] == expected
-    told = dict(line.split("=", 1) for line in (tmp_path / "environment").read_text().splitlines())
-    assert told == {
+    values = dict(line.split("=", 1) for line in (tmp_path / "environment").read_text().splitlines())
+    assert values == {
         "TWINSTACK_CACHE": f"{tmp_path}/local/cache",
         "TWINSTACK_PREPARED": "gs://my-bucket/me/prepared",
         "TWINSTACK_SHARED_DATA": f"{tmp_path}/mnt/me/data",
@@ -115,41 +115,41 @@ def test_skypilot_runs_the_same_commands():
 
 
 WAITING = """
-trap 'touch asked-to-end; exit 143' TERM
+trap 'touch terminated; exit 143' TERM
 while true; do /bin/sleep 0.1; done
 """
-GIVEN_BACK = "compute tpus queued-resources delete first-light --force --quiet --zone=us-east5-a\n"
+DELETED = "compute tpus queued-resources delete first-light --force --quiet --zone=us-east5-a\n"
 
 
-def test_the_last_host_gives_the_slices_back(host, tmp_path):
+def test_the_first_host_deletes_the_slices(host, tmp_path):
     host([0])
-    assert (tmp_path / "given-back").read_text() == GIVEN_BACK
+    assert (tmp_path / "deleted").read_text() == DELETED
     assert "the run has ended with status 0" in (tmp_path / "sent.log").read_text()
 
 
-def test_other_hosts_give_nothing_back(host, tmp_path):
+def test_other_hosts_delete_nothing(host, tmp_path):
     host([0], worker=3)
-    assert not (tmp_path / "given-back").exists()
+    assert not (tmp_path / "deleted").exists()
 
 
-def test_a_host_that_may_not_give_back_says_so_and_ends(host, tmp_path):
+def test_a_host_that_may_not_delete_logs_that_and_ends(host, tmp_path):
     (tmp_path / "kept").touch()
     assert host([2])[0] == 2
-    assert "the service account needs roles/tpu.admin" in (tmp_path / "sent.log").read_text()
+    assert "its service account needs roles/tpu.admin" in (tmp_path / "sent.log").read_text()
 
 
-def test_a_host_that_boots_after_the_end_gives_itself_back(host, tmp_path):
+def test_a_host_that_boots_after_the_end_deletes_the_slices(host, tmp_path):
     host([0])
     (tmp_path / "before").write_text("0\n")
-    assert host([1])[2] == 1, "run once more"
-    assert (tmp_path / "given-back").read_text() == 2 * GIVEN_BACK
+    assert host([1])[2] == 1, "the command must not run again"
+    assert (tmp_path / "deleted").read_text() == 2 * DELETED
 
 
-def test_slices_end_when_they_are_as_old_as_they_may_be(host, tmp_path):
-    """A second before its time is over, the command is asked to end."""
+def test_slices_end_at_their_longest_life(host, tmp_path):
+    """The command receives SIGTERM when its time is over."""
     script = (tmp_path / "startup.sh").read_text()
     assert "left=$((604800 - SECONDS))\n  if [ $left -lt 60 ]" in script
     (tmp_path / "startup.sh").write_text(script.replace("604800", "2").replace("-lt 60", "-lt 1"))
     program(tmp_path / "host", "twinstack", HOST["twinstack"].replace('exit "$status"', WAITING))
     assert host([0])[:2] == (124, "gs://my-bucket/me/ended/first-light 124\n")
-    assert (tmp_path / "asked-to-end").exists() and (tmp_path / "given-back").read_text() == GIVEN_BACK
+    assert (tmp_path / "terminated").exists() and (tmp_path / "deleted").read_text() == DELETED
