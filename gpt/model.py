@@ -1,4 +1,6 @@
-"""The decoder-only transformer: one stack over `[inputs | shifted targets]`.
+"""The decoder-only transformer: one stack of layers over `[inputs | shifted targets]`.
+
+    tokens -> embedding -> N x (x + attention(norm(x)); x + MLP(norm(x))) -> final norm -> head
 
 Legend: B batch rows, I input slots, T target slots, L = I + T, Q new tokens, S cache slots, D model, V vocab, N layers.
 """
@@ -39,19 +41,21 @@ class Layer(nnx.Module):
         key: jax.Array | None = None,
         cache: KeysValues | None = None,
     ) -> tuple[jax.Array, KeysValues]:
-        """The next stream, and the keys and values attended to (the updated cache, where one is given)."""
+        """The residual stream after this layer, and the keys and values attended to (the updated cache, given one)."""
         weights_key, attention_key, hidden_key, mlp_key = dropout_keys(key, 4)
         h_BLD = self.attention_norm(x_BLD)
-        seen = self.attention.keys_values(h_BLD, visibility.q_positions_BQ)
+        keys_values = self.attention.keys_values(h_BLD, visibility.q_positions_BQ)
         if cache is not None:
-            seen = cache.insert(seen, visibility.q_start)
-        h_BLD = self.attention(h_BLD, seen, visibility, weights_key)
+            keys_values = cache.insert(keys_values, visibility.q_start)
+        h_BLD = self.attention(h_BLD, keys_values, visibility, weights_key)
         x_BLD = x_BLD + dropout(h_BLD, self.dropout_rate, attention_key)
         h_BLD = self.mlp(self.mlp_norm(x_BLD), hidden_key)
-        return x_BLD + dropout(h_BLD, self.dropout_rate, mlp_key), seen
+        return x_BLD + dropout(h_BLD, self.dropout_rate, mlp_key), keys_values
 
 
 class Gpt(nnx.Module):
+    """A decoder-only model; a `common.model.Model`."""
+
     def __init__(self, config: GptConfig, execution: Execution, *, rngs: nnx.Rngs):
         self.config, self.execution = config, execution
         c, recipe = config, config.recipe
@@ -69,12 +73,12 @@ class Gpt(nnx.Module):
         positions_BL = jnp.concatenate([batch.input_positions_BI, batch.target_positions_BT], axis=1)
         tokens_BL = jnp.concatenate([batch.inputs_BI, batch.decoder_inputs_BT], axis=1)
         input_slots = batch.inputs_BI.shape[1]
-        # Behind inputs, positions go on from each example's own, not from the slot before.
+        # Target positions continue from the example's own inputs, so they do not follow the order of slots.
         consecutive = input_slots == 0
-        places_BT = None
+        target_slots_BT = None
         if self.relative_bias is not None and self.config.input_attention == "causal" and not consecutive:
-            # Kernels take the bias by distance in the row, so each example's targets go right behind its inputs.
-            order_BL, places_BT = side_by_side(segments_BL, input_slots)
+            # Kernels index the bias by distance in the row, so an example's targets must directly follow its inputs.
+            order_BL, target_slots_BT = group_by_example(segments_BL, input_slots)
             segments_BL, positions_BL, tokens_BL = (
                 jnp.take_along_axis(x_BL, order_BL, axis=1) for x_BL in (segments_BL, positions_BL, tokens_BL)
             )
@@ -85,14 +89,14 @@ class Gpt(nnx.Module):
         x_BLD = dropout(self._embed(tokens_BL, positions_BL), rate, embed_key)
         keys_N = None if layers_key is None else jax.random.split(layers_key, self.config.num_layers)
 
-        def layer(layer: Layer, x_BLD: jax.Array, key: jax.Array | None) -> tuple[jax.Array, None]:
+        def apply(layer: Layer, x_BLD: jax.Array, key: jax.Array | None) -> tuple[jax.Array, None]:
             return layer(x_BLD, visibility, key)[0], None
 
-        x_BLD, _ = run_layers(self.layers, layer, x_BLD, keys_N, self.execution)
-        if places_BT is None:
+        x_BLD, _ = run_layers(self.layers, apply, x_BLD, keys_N, self.execution)
+        if target_slots_BT is None:
             x_BTD = x_BLD[:, input_slots:]
         else:
-            x_BTD = jnp.take_along_axis(x_BLD, places_BT[..., None], axis=1)
+            x_BTD = jnp.take_along_axis(x_BLD, target_slots_BT[..., None], axis=1)
         return self.output(dropout(self.final_norm(x_BTD), rate, final_key))
 
     def head(self) -> jax.Array:
@@ -100,28 +104,28 @@ class Gpt(nnx.Module):
         return self.output.weights(self.embedding)
 
     def prefill(self, prompt: Prompt, max_new_tokens: int) -> Cache:
-        """Reads the inputs once; the cache has room for `max_new_tokens` decoder inputs behind them."""
+        """Reads the inputs; the returned cache holds them and has room for `max_new_tokens` decoder inputs."""
         segments_BI, positions_BI = prompt.segments_BI(), prompt.positions_BI()
         visibility = self._visibility(segments_BI, positions_BI, positions_BI.shape[1], consecutive=True)
         visibility = dataclasses.replace(visibility, one_segment=True)
 
-        def layer(layer: Layer, x_BID: jax.Array, _: None) -> tuple[jax.Array, KeysValues]:
-            x_BID, seen = layer(x_BID, visibility)
-            return x_BID, seen.extend(max_new_tokens)
+        def apply(layer: Layer, x_BID: jax.Array, _: None) -> tuple[jax.Array, KeysValues]:
+            x_BID, keys_values = layer(x_BID, visibility)
+            return x_BID, keys_values.extend(max_new_tokens)
 
         x_BID = self._embed(prompt.inputs_BI, positions_BI)
-        _, layers_N = run_layers(self.layers, layer, x_BID, None, self.execution)
+        _, layers_N = run_layers(self.layers, apply, x_BID, None, self.execution)
         return Cache.after_inputs(layers_N, prompt, max_new_tokens)
 
     def decode(self, tokens_BQ: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """h_BQD for the decoder inputs `tokens_BQ`, and the cache with them in it."""
+        """h_BQD after the decoder inputs `tokens_BQ`, and the cache with them added."""
         cache, visibility = cache.advance(tokens_BQ.shape[1], bias_table(self.relative_bias))
 
-        def layer(layer: Layer, x_BQD: jax.Array, cached: KeysValues) -> tuple[jax.Array, KeysValues]:
+        def apply(layer: Layer, x_BQD: jax.Array, cached: KeysValues) -> tuple[jax.Array, KeysValues]:
             return layer(x_BQD, visibility, cache=cached)
 
         x_BQD = self._embed(tokens_BQ, visibility.q_positions_BQ)
-        x_BQD, layers_N = run_layers(self.layers, layer, x_BQD, cache.layers, self.execution)
+        x_BQD, layers_N = run_layers(self.layers, apply, x_BQD, cache.layers, self.execution)
         return self.output(self.final_norm(x_BQD)), dataclasses.replace(cache, layers=layers_N)
 
     def _embed(self, tokens_BL: jax.Array, positions_BL: jax.Array) -> jax.Array:
@@ -142,11 +146,13 @@ class Gpt(nnx.Module):
         )
 
 
-def side_by_side(segments_BL: jax.Array, input_slots: int) -> tuple[jax.Array, jax.Array]:
-    """The slots of `[inputs | targets]` ordered by segment, padding last, and where the target slots are then (int32).
+def group_by_example(segments_BL: jax.Array, input_slots: int) -> tuple[jax.Array, jax.Array]:
+    """Orders the slots of `[inputs | targets]` by example, so that an example's targets directly follow its inputs.
 
-    >>> order_BL, places_BT = side_by_side(jnp.array([[1, 1, 2, 0, 1, 2, 2, 0]]), input_slots=4)
-    >>> order_BL.tolist(), places_BT.tolist()
+    Returns the order (padding last), and the new slots of the target slots; both int32.
+
+    >>> order_BL, target_slots_BT = group_by_example(jnp.array([[1, 1, 2, 0, 1, 2, 2, 0]]), input_slots=4)
+    >>> order_BL.tolist(), target_slots_BT.tolist()
     ([[0, 1, 4, 2, 5, 6, 3, 7]], [[2, 4, 5, 7]])
     """
     last = jnp.iinfo(segments_BL.dtype).max

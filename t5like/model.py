@@ -1,8 +1,11 @@
 """The encoder-decoder transformer: one stack over inputs, and a causal one over targets that reads it.
 
-Four switches of the config take away, one by one, what tells it from a decoder-only model. In this module they decide
-where a decoder layer finds its memory (`Layer.memory`, `T5Like._encode_beside`) and what its attention ranges over
-(`T5Like._visibilities`).
+    inputs  -> embedding -> N x encoder layer -> norm -> memory
+    targets -> embedding -> N x (self-attention, cross-attention to memory, MLP) -> norm -> head
+
+Four switches of the config each remove one difference from a decoder-only model. In this module they decide where a
+decoder layer finds its memory (`Layer.memory`, `T5Like._encode_layer`) and which keys its attention sees
+(`T5Like._decoder_visibility`).
 
 Legend: B batch rows, I input slots, T target slots, Q new tokens, D model, V vocab, N layers.
 """
@@ -26,15 +29,17 @@ from common.recipe import Execution
 from t5like.config import T5LikeConfig
 
 
-class Seen(NamedTuple):
-    """What a decoder layer's attentions range over; merged attention has no second one."""
+class DecoderVisibility(NamedTuple):
+    """What a decoder layer's attentions may see."""
 
     own: Visibility
+    """For self-attention; merged attention sees the memory in it too."""
     cross: Visibility | None
+    """For separate cross-attention."""
 
 
 class Layer(nnx.Module):
-    """Pre-norm residual layer of either stack: self-attention, cross-attention if it has any, then MLP."""
+    """Pre-norm residual layer of either stack: self-attention, cross-attention if `crosses`, then MLP."""
 
     def __init__(
         self, config: T5LikeConfig, execution: Execution, init: Initialisers, *, crosses: bool, rngs: nnx.Rngs
@@ -52,19 +57,19 @@ class Layer(nnx.Module):
     def encode(
         self, x_BID: jax.Array, visibility: Visibility, key: jax.Array | None = None
     ) -> tuple[jax.Array, KeysValues]:
-        """The next stream of the inputs, and the keys and values they attended to."""
+        """The inputs' residual stream after this layer, and the keys and values that they attended to."""
         weights_key, attention_key, hidden_key, mlp_key = dropout_keys(key, 4)
         h_BID = self.attention_norm(x_BID)
-        seen = self.attention.keys_values(h_BID, visibility.k_positions_BK)
-        h_BID = self.attention(h_BID, seen, visibility, weights_key)
+        keys_values = self.attention.keys_values(h_BID, visibility.k_positions_BK)
+        h_BID = self.attention(h_BID, keys_values, visibility, weights_key)
         x_BID = x_BID + dropout(h_BID, self.dropout_rate, attention_key)
         h_BID = self.mlp(self.mlp_norm(x_BID), hidden_key)
-        return x_BID + dropout(h_BID, self.dropout_rate, mlp_key), seen
+        return x_BID + dropout(h_BID, self.dropout_rate, mlp_key), keys_values
 
     def memory(self, memory_BID: jax.Array, positions_BI: jax.Array) -> KeysValues:
-        """Keys and values of the encoder's stream, normed by the norm of the attention that reads it.
+        """Keys and values of the encoder's stream, normed by the norm of the attention that reads them.
 
-        Separate cross-attention takes the encoder's final-normed output as it is (T5).
+        The encoder's output already has a final norm, so separate cross-attention does not norm it again (T5).
         """
         if self.cross_attention is None:
             return self.attention.keys_values(self.attention_norm(memory_BID), positions_BI)
@@ -75,32 +80,35 @@ class Layer(nnx.Module):
         self,
         x_BTD: jax.Array,
         memory: KeysValues | None,
-        seen: Seen,
+        visibility: DecoderVisibility,
         key: jax.Array | None = None,
         cache: KeysValues | None = None,
     ) -> tuple[jax.Array, KeysValues]:
-        """The next stream of the targets, and self-attention's keys and values (the updated cache, where one is given).
+        """The targets' residual stream after this layer, and self-attention's keys and values.
 
-        A cache of merged attention holds the memory already; then `memory` is None.
+        Given a cache, the latter are the updated cache. If attention is merged, the cache contains the memory, and
+        `memory` is None.
         """
         weights_key, attention_key, cross_weights_key, cross_key, hidden_key, mlp_key = dropout_keys(key, 6)
         h_BTD = self.attention_norm(x_BTD)
-        own = self.attention.keys_values(h_BTD, seen.own.q_positions_BQ)
+        own = self.attention.keys_values(h_BTD, visibility.own.q_positions_BQ)
         if cache is not None:
-            own = cache.insert(own, seen.own.q_start)
+            own = cache.insert(own, visibility.own.q_start)
         elif self.cross_attention is None:
             assert memory is not None
             own = own.after(memory)
-        h_BTD = self.attention(h_BTD, own, seen.own, weights_key)
+        h_BTD = self.attention(h_BTD, own, visibility.own, weights_key)
         x_BTD = x_BTD + dropout(h_BTD, self.dropout_rate, attention_key)
         if self.cross_attention is not None:
-            h_BTD = self.cross_attention(self.cross_norm(x_BTD), memory, seen.cross, cross_weights_key)
+            h_BTD = self.cross_attention(self.cross_norm(x_BTD), memory, visibility.cross, cross_weights_key)
             x_BTD = x_BTD + dropout(h_BTD, self.dropout_rate, cross_key)
         h_BTD = self.mlp(self.mlp_norm(x_BTD), hidden_key)
         return x_BTD + dropout(h_BTD, self.dropout_rate, mlp_key), own
 
 
 class T5Like(nnx.Module):
+    """An encoder-decoder; a `common.model.Model`."""
+
     def __init__(self, config: T5LikeConfig, execution: Execution, *, rngs: nnx.Rngs):
         self.config, self.execution = config, execution
         c, recipe = config, config.recipe
@@ -122,7 +130,7 @@ class T5Like(nnx.Module):
         )
         self.decoder_norm = make_norm(c.d_model, recipe, rngs)
         if self.shared:
-            # The same modules by their other names, so that what follows need not ask.
+            # The same modules under both names, so that the methods below need not distinguish.
             self.encoder_bias, self.encoder, self.encoder_norm = self.decoder_bias, self.decoder, self.decoder_norm
         self.output = Head(c.vocab_size, c.d_model, recipe, decoder_init, rngs=rngs)
 
@@ -133,32 +141,32 @@ class T5Like(nnx.Module):
         x_BID = dropout(self._embed(batch.inputs_BI, batch.input_positions_BI), rate, inputs_key)
         x_BTD = dropout(self._embed(batch.decoder_inputs_BT, batch.target_positions_BT), rate, targets_key)
         within = self._input_visibility(batch.input_segments_BI, batch.input_positions_BI)
-        seen = self._visibilities(batch)
+        visibility = self._decoder_visibility(batch)
         encoder_keys_N = _layer_keys(encoder_key, self.config.encoder_layers)
         decoder_keys_N = _layer_keys(decoder_key, self.config.decoder_layers)
 
         if self.config.memory == "layerwise":
-
-            def both(layers, x, keys):  # type: ignore[no-untyped-def]
+            # Layer l of both stacks runs together: the decoder's reads the stream that enters the encoder's.
+            def apply_both(layers, x, keys):  # type: ignore[no-untyped-def]
                 (encoder, decoder), (x_BID, x_BTD), (encoder_key, decoder_key) = layers, x, keys
-                x_BID, memory = self._encode_beside(encoder, decoder, x_BID, within, encoder_key)
-                return (x_BID, decoder.decode(x_BTD, memory, seen, decoder_key)[0]), None
+                x_BID, memory = self._encode_layer(encoder, decoder, x_BID, within, encoder_key)
+                return (x_BID, decoder.decode(x_BTD, memory, visibility, decoder_key)[0]), None
 
-            def last(layers, x, keys):  # type: ignore[no-untyped-def]
-                (_, decoder), (x_BID, x_BTD), (_, decoder_key) = layers, x, keys  # nothing reads the last encoder layer
+            def apply_last(layers, x, keys):  # type: ignore[no-untyped-def]
+                (_, decoder), (x_BID, x_BTD), (_, decoder_key) = layers, x, keys  # the last encoder layer is not read
                 memory = decoder.memory(x_BID, batch.input_positions_BI)
-                return decoder.decode(x_BTD, memory, seen, decoder_key)[0], None
+                return decoder.decode(x_BTD, memory, visibility, decoder_key)[0], None
 
             stacks, keys_N = (self.encoder, self.decoder), (encoder_keys_N, decoder_keys_N)
-            x_BTD, _ = run_layers(stacks, both, (x_BID, x_BTD), keys_N, self.execution, last)
+            x_BTD, _ = run_layers(stacks, apply_both, (x_BID, x_BTD), keys_N, self.execution, apply_last)
         else:
 
-            def layer(decoder: Layer, x_BTD: jax.Array, key: jax.Array | None) -> tuple[jax.Array, None]:
+            def apply(decoder: Layer, x_BTD: jax.Array, key: jax.Array | None) -> tuple[jax.Array, None]:
                 memory = decoder.memory(encoded_BID, batch.input_positions_BI)
-                return decoder.decode(x_BTD, memory, seen, key)[0], None
+                return decoder.decode(x_BTD, memory, visibility, key)[0], None
 
             encoded_BID = self._encode(x_BID, within, encoder_keys_N, memory_key)
-            x_BTD, _ = run_layers(self.decoder, layer, x_BTD, decoder_keys_N, self.execution)
+            x_BTD, _ = run_layers(self.decoder, apply, x_BTD, decoder_keys_N, self.execution)
         return self.output(dropout(self.decoder_norm(x_BTD), rate, final_key))
 
     def head(self) -> jax.Array:
@@ -166,45 +174,48 @@ class T5Like(nnx.Module):
         return self.output.weights(self.embedding)
 
     def prefill(self, prompt: Prompt, max_new_tokens: int) -> Cache:
-        """Encodes the inputs once, and projects them once for every decoder layer."""
+        """Encodes the inputs, and keeps their keys and values for every decoder layer.
+
+        The returned cache has room for `max_new_tokens` decoder inputs.
+        """
         segments_BI, positions_BI = prompt.segments_BI(), prompt.positions_BI()
         within = dataclasses.replace(self._input_visibility(segments_BI, positions_BI), one_segment=True)
         x_BID = self._embed(prompt.inputs_BI, positions_BI)
-        extra = max_new_tokens if self.merged else 0
+        extra = max_new_tokens if self.merged else 0  # merged attention keeps memory and targets in one cache
 
         if self.config.memory == "layerwise":
 
-            def both(layers: tuple[Layer, Layer], x_BID: jax.Array, _: None) -> tuple[jax.Array, KeysValues]:
-                x_BID, memory = self._encode_beside(*layers, x_BID, within, None)
+            def apply_both(layers: tuple[Layer, Layer], x_BID: jax.Array, _: None) -> tuple[jax.Array, KeysValues]:
+                x_BID, memory = self._encode_layer(*layers, x_BID, within, None)
                 return x_BID, memory.extend(extra)
 
-            def last(layers: tuple[Layer, Layer], x_BID: jax.Array, _: None) -> tuple[None, KeysValues]:
+            def apply_last(layers: tuple[Layer, Layer], x_BID: jax.Array, _: None) -> tuple[None, KeysValues]:
                 return None, layers[1].memory(x_BID, positions_BI).extend(extra)
 
-            _, memory_N = run_layers((self.encoder, self.decoder), both, x_BID, None, self.execution, last)
+            _, memory_N = run_layers((self.encoder, self.decoder), apply_both, x_BID, None, self.execution, apply_last)
         else:
 
-            def layer(decoder: Layer, _: None, __: None) -> tuple[None, KeysValues]:
+            def project(decoder: Layer, _: None, __: None) -> tuple[None, KeysValues]:
                 return None, decoder.memory(encoded_BID, positions_BI).extend(extra)
 
             encoded_BID = self._encode(x_BID, within, None, None)
-            _, memory_N = run_layers(self.decoder, layer, None, None, self.execution)
-        make = Cache.after_inputs if self.merged else Cache.with_memory
-        return make(memory_N, prompt, max_new_tokens)
+            _, memory_N = run_layers(self.decoder, project, None, None, self.execution)
+        make_cache = Cache.after_inputs if self.merged else Cache.with_memory
+        return make_cache(memory_N, prompt, max_new_tokens)
 
     def decode(self, tokens_BQ: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """h_BQD for the decoder inputs `tokens_BQ`, and the cache with them in it."""
+        """h_BQD after the decoder inputs `tokens_BQ`, and the cache with them added."""
         cache, own = cache.advance(tokens_BQ.shape[1], bias_table(self.decoder_bias))
-        seen = Seen(own, None if self.merged else cache.memory_visibility(own.q_positions_BQ))
+        visibility = DecoderVisibility(own, None if self.merged else cache.memory_visibility(own.q_positions_BQ))
 
-        def layer(
+        def apply(
             layer: Layer, x_BQD: jax.Array, caches: tuple[KeysValues | None, KeysValues]
         ) -> tuple[jax.Array, KeysValues]:
             memory, cached = caches
-            return layer.decode(x_BQD, memory, seen, cache=cached)
+            return layer.decode(x_BQD, memory, visibility, cache=cached)
 
         x_BQD = self._embed(tokens_BQ, own.q_positions_BQ)
-        x_BQD, layers_N = run_layers(self.decoder, layer, x_BQD, (cache.memory, cache.layers), self.execution)
+        x_BQD, layers_N = run_layers(self.decoder, apply, x_BQD, (cache.memory, cache.layers), self.execution)
         return self.output(self.decoder_norm(x_BQD)), dataclasses.replace(cache, layers=layers_N)
 
     def _embed(self, tokens_BL: jax.Array, positions_BL: jax.Array) -> jax.Array:
@@ -213,21 +224,24 @@ class T5Like(nnx.Module):
     def _encode(
         self, x_BID: jax.Array, within: Visibility, keys_N: jax.Array | None, memory_key: jax.Array | None
     ) -> jax.Array:
-        """The encoder's final-normed output."""
+        """The encoder's output, after its final norm."""
 
-        def layer(encoder: Layer, x_BID: jax.Array, key: jax.Array | None) -> tuple[jax.Array, None]:
+        def apply(encoder: Layer, x_BID: jax.Array, key: jax.Array | None) -> tuple[jax.Array, None]:
             return encoder.encode(x_BID, within, key)[0], None
 
-        x_BID, _ = run_layers(self.encoder, layer, x_BID, keys_N, self.execution)
+        x_BID, _ = run_layers(self.encoder, apply, x_BID, keys_N, self.execution)
         return dropout(self.encoder_norm(x_BID), self.config.recipe.dropout, memory_key)
 
-    def _encode_beside(
+    def _encode_layer(
         self, encoder: Layer, decoder: Layer, x_BID: jax.Array, within: Visibility, key: jax.Array | None
     ) -> tuple[jax.Array, KeysValues]:
-        """One encoder layer: the next stream, and what the decoder layer beside it reads of the stream that enters."""
-        next_BID, seen = encoder.encode(x_BID, within, key)
+        """Runs one encoder layer on the stream `x_BID`; returns the next stream, and the memory of its decoder layer.
+
+        Memory is layerwise: the decoder layer reads the stream that enters the encoder layer.
+        """
+        next_BID, keys_values = encoder.encode(x_BID, within, key)
         if self.config.reuses_keys_values:
-            return next_BID, seen
+            return next_BID, keys_values
         return next_BID, decoder.memory(x_BID, within.k_positions_BK)
 
     def _input_visibility(self, segments_BI: jax.Array, positions_BI: jax.Array) -> Visibility:
@@ -241,12 +255,15 @@ class T5Like(nnx.Module):
             consecutive=True,
         )
 
-    def _visibilities(self, batch: Batch) -> Seen:
-        """Targets see earlier targets, and all inputs: behind them in merged attention, apart in cross-attention."""
+    def _decoder_visibility(self, batch: Batch) -> DecoderVisibility:
+        """Targets see earlier targets and all inputs of their example.
+
+        Merged attention has the keys of `[inputs | targets]`; separate cross-attention has the inputs' by themselves.
+        """
         inputs = (batch.input_segments_BI, batch.input_positions_BI)
         targets = (batch.target_segments_BT, batch.target_positions_BT)
-        behind = [jnp.concatenate(pair, axis=1) for pair in zip(inputs, targets, strict=True)]
-        keys_segments, keys_positions = behind if self.merged else targets
+        concatenated = [jnp.concatenate(pair, axis=1) for pair in zip(inputs, targets, strict=True)]
+        keys_segments, keys_positions = concatenated if self.merged else targets
         own = Visibility(
             q_segments_BQ=batch.target_segments_BT,
             k_segments_BK=keys_segments,
@@ -258,8 +275,8 @@ class T5Like(nnx.Module):
             consecutive=not self.merged,
         )
         if self.merged:
-            return Seen(own, None)
-        # Cross-attention has no relative bias; RoPE goes on counting from the inputs.
+            return DecoderVisibility(own, None)
+        # Cross-attention has no relative bias. RoPE counts target positions on from the inputs'.
         cross = Visibility(
             q_segments_BQ=batch.target_segments_BT,
             k_segments_BK=batch.input_segments_BI,
@@ -267,7 +284,7 @@ class T5Like(nnx.Module):
             k_positions_BK=batch.input_positions_BI,
             causal=False,
         )
-        return Seen(own, cross)
+        return DecoderVisibility(own, cross)
 
 
 def _layer_keys(key: jax.Array | None, layers: int) -> jax.Array | None:
