@@ -16,7 +16,7 @@ from common.sharding.shape import MeshShape
 from common.train.config import AdamW, Cosine
 from experiments.config import Arm, Experiment
 from experiments.planning.compiling import PlannedProgram, compile_all
-from experiments.planning.table import outlook
+from experiments.planning.table import estimate_arm
 from experiments.xl import xl
 from gpt.config import SIZES, GptConfig
 
@@ -68,7 +68,7 @@ def estimates(console: Console) -> Iterator[tuple[str, tuple[float, float]]]:
     for name, case in CASES.items():
         topology, experiment = parse_topology(case.topology), _experiment(case)
         (compiled,) = compile_all([PlannedProgram(experiment=experiment, arm=ARM, topology=topology)], console)
-        yield name, outlook(experiment, topology, ARM, compiled).mfu_causal_half
+        yield name, estimate_arm(experiment, topology, ARM, compiled).mfu_causal_half
 
 
 def _experiment(case: Case) -> Experiment:

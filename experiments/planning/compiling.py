@@ -72,7 +72,7 @@ def compile_all(programs: Sequence[PlannedProgram], console: Console) -> list[Co
     return [from_json(Compiled, read_json(path)) for path in paths]
 
 
-def _compile_missing(missing: list[tuple[PlannedProgram, Path]], console: Console) -> None:
+def _compile_missing(missing: Sequence[tuple[PlannedProgram, Path]], console: Console) -> None:
     """Runs PROCESSES compilers at a time until every result is in the cache; ends all of them if one fails."""
     started = time.perf_counter()
     status: contextlib.AbstractContextManager[Status | None] = (
@@ -80,10 +80,10 @@ def _compile_missing(missing: list[tuple[PlannedProgram, Path]], console: Consol
     )
     with tempfile.TemporaryDirectory(prefix="twinstack-plan-") as folder, contextlib.ExitStack() as stack:
         shown = stack.enter_context(status)
-        running: list[_Compiler] = []
-        while missing or running:
-            while missing and len(running) < PROCESSES:
-                program, path = missing.pop(0)
+        waiting, running = list(missing), list[_Compiler]()
+        while waiting or running:
+            while waiting and len(running) < PROCESSES:
+                program, path = waiting.pop(0)
                 mesh = program.experiment.train.mesh
                 console.print(marked_up(f"compiling {program.arm} for {program.topology}, mesh {mesh}"))
                 compiler = _Compiler(program, path, Path(folder) / path.stem)

@@ -25,7 +25,7 @@ from common.terminal import marked_up
 from experiments.config import Experiment
 from experiments.planning.compiling import PlannedProgram, compile_all
 from experiments.planning.guess import Guess, guess
-from experiments.planning.table import outlook
+from experiments.planning.table import estimate_arm
 
 MORE_MESHES = 2
 """How many more candidates are compiled with the best remat policy."""
@@ -71,8 +71,8 @@ class Candidate:
     def seconds(self, topology: Topology) -> tuple[float, float]:
         """Lower and upper estimate by the compiled programs: one step of each arm."""
         assert self.compiled
-        outlooks = (outlook(self.experiment, topology, arm, program) for arm, program in self.compiled.items())
-        times = [one.time.seconds for one in outlooks]
+        estimates = (estimate_arm(self.experiment, topology, arm, program) for arm, program in self.compiled.items())
+        times = [estimate.time.seconds for estimate in estimates]
         return sum(low for low, _ in times), sum(high for _, high in times)
 
 

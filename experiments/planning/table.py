@@ -22,10 +22,10 @@ SMALLEST_SHOWN_BYTES = 2**17
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Outlook:
+class ArmEstimate:
     """One arm on a topology, and what follows from its estimated step time; pairs are (lowest, highest)."""
 
-    arm: Arm
+    config: Arm
     compiled: Compiled
     time: Estimate
     mfu_causal_half: tuple[float, float]
@@ -38,7 +38,7 @@ class Outlook:
         return low, high
 
 
-def outlook(experiment: Experiment, topology: Topology, arm: str, compiled: Compiled) -> Outlook:
+def estimate_arm(experiment: Experiment, topology: Topology, arm: str, compiled: Compiled) -> ArmEstimate:
     """Estimates one arm. The FLOPs inside kernels are not visible in the program and come from the ledger."""
     model = experiment.arms[arm].model
     rows, inputs, targets = experiment.row_slots()
@@ -64,8 +64,8 @@ def outlook(experiment: Experiment, topology: Topology, arm: str, compiled: Comp
         return experiment.steps() * seconds / 86_400
 
     tokens = rows * (inputs + targets) * 86_400
-    return Outlook(
-        arm=experiment.arms[arm],
+    return ArmEstimate(
+        config=experiment.arms[arm],
         compiled=compiled,
         time=time,
         mfu_causal_half=share(ledger.train_causal_half),
@@ -79,7 +79,7 @@ def plan_table(
     experiment: Experiment, topology: Topology, compiled: Mapping[str, Compiled], price: float | None
 ) -> Table:
     """Returns the table of all arms: memory, communication, time and money; `price` (None: listed) is in USD."""
-    arms = {arm: outlook(experiment, topology, arm, program) for arm, program in compiled.items()}
+    estimates = {arm: estimate_arm(experiment, topology, arm, program) for arm, program in compiled.items()}
     rows, inputs, targets = experiment.row_slots()
     train = experiment.train
     table = Table(
@@ -90,29 +90,29 @@ def plan_table(
         )
     )
     table.add_column("")
-    for arm in arms:
+    for arm in estimates:
         table.add_column(marked_up(arm), justify="right")
 
     def section(title: str) -> None:
         table.add_section()
         table.add_row(f"[bold]{title}[/bold]")
 
-    def line(label: str, cell: Callable[[Outlook], str]) -> None:
-        shown = [marked_up(cell(one)) for one in arms.values()]
+    def line(label: str, cell: Callable[[ArmEstimate], str]) -> None:
+        shown = [marked_up(cell(arm)) for arm in estimates.values()]
         if any(shown):
             table.add_row(marked_up(label), *shown)
 
-    line("parameters", lambda one: f"{one.arm.model.param_count():,}")
-    line("training FLOPs per step", lambda one: scientific(experiment.flops_per_step(one.arm), 4))
+    line("parameters", lambda arm: f"{arm.config.model.param_count():,}")
+    line("training FLOPs per step", lambda arm: scientific(experiment.flops_per_step(arm.config), 4))
     section("Memory of a device")
     _memory_rows(line, topology)
     if any(program.collectives for program in compiled.values()):
         section("Sent per step")
     for kind, axes in _largest_collectives(compiled):
-        line(f"{kind} along {axes_name(axes)}", lambda one, key=(kind, axes): _sent(one.compiled, *key))  # type: ignore[misc]
+        line(f"{kind} along {axes_name(axes)}", lambda arm, key=(kind, axes): _sent(arm.compiled, *key))  # type: ignore[misc]
     if any(reduce_scatter_bytes(program.collectives) for program in compiled.values()):
-        line("reduce-scatters kept", lambda one: _kept(one.compiled))
-    if any(one.compiled.memory for one in arms.values()):
+        line("reduce-scatters kept", lambda arm: _kept(arm.compiled))
+    if any(arm.compiled.memory for arm in estimates.values()):
         section("Time (estimate)")
         _time_rows(_where_it_fits(line), topology)
         section("Budget (estimate)")
@@ -124,7 +124,7 @@ def advice(experiment: Experiment, topology: Topology, compiled: Mapping[str, Co
     """Returns lines that explain the numbers and what would improve them; advice for several arms is one line."""
     arms_of: dict[str, list[str]] = {}
     for arm, program in compiled.items():
-        for words in _advice(outlook(experiment, topology, arm, program)):
+        for words in _advice(estimate_arm(experiment, topology, arm, program)):
             arms_of.setdefault(words, []).append(arm)
     return [
         "Memory and bytes sent are per device; bytes sent are those of the partitioned program's collectives. The "
@@ -135,8 +135,8 @@ def advice(experiment: Experiment, topology: Topology, compiled: Mapping[str, Co
     ]
 
 
-def _advice(one: Outlook) -> Iterator[str]:
-    compiled, requested = one.compiled, reduce_scatter_bytes(one.compiled.collectives)
+def _advice(arm: ArmEstimate) -> Iterator[str]:
+    compiled, requested = arm.compiled, reduce_scatter_bytes(arm.compiled.collectives)
     if compiled.out_of_memory:
         needed, available = compiled.out_of_memory.needed / GIB, compiled.out_of_memory.available / GIB
         yield f"does not fit: a device needs {needed:.1f} GiB, and {available:.2f} can be used."
@@ -146,38 +146,38 @@ def _advice(one: Outlook) -> Iterator[str]:
             f"libtpu all-reduces gradients on every device and slices them ({_kept(compiled)} stay reduce-scatters), "
             "which sends twice as much; the estimate includes this. A smaller fsdp axis with a data axis may help."
         )
-    if one.time.limit == "HBM":
+    if arm.time.limit == "HBM":
         yield "is limited by HBM; look at the largest temporaries above."
-    elif one.time.limit != "matrix products":
-        yield f"is limited by {one.time.limit}; more rows per step, or another mesh (--search), would help."
+    elif arm.time.limit != "matrix products":
+        yield f"is limited by {arm.time.limit}; more rows per step, or another mesh (--search), would help."
 
 
-Cell = Callable[[Outlook], str]
+Cell = Callable[[ArmEstimate], str]
 Line = Callable[[str, Cell], None]
 
 
 def _where_it_fits(line: Line) -> Line:
     """Returns `line` with "-" for arms that do not fit, which have no memory or time to show."""
-    return lambda label, cell: line(label, lambda one: cell(one) if one.compiled.memory else "-")
+    return lambda label, cell: line(label, lambda arm: cell(arm) if arm.compiled.memory else "-")
 
 
 def _memory_rows(line: Line, topology: Topology) -> None:
-    def total(one: Outlook) -> str:
+    def total(arm: ArmEstimate) -> str:
         usable = (topology.chip_spec.usable_hbm_bytes or topology.chip_spec.hbm_bytes) / GIB
-        if error := one.compiled.out_of_memory:
+        if error := arm.compiled.out_of_memory:
             return f"{error.needed / GIB:.2f} of {error.available / GIB:.2f} GiB"
-        return f"{_memory(one).total / GIB:.2f} of {usable:.2f} GiB"
+        return f"{_memory(arm).total / GIB:.2f} of {usable:.2f} GiB"
 
     def argument(name: str) -> Cell:
-        def size(one: Outlook) -> str:
-            parts = _memory(one).arguments.items()
+        def size(arm: ArmEstimate) -> str:
+            parts = _memory(arm).arguments.items()
             return _mib(sum(size for key, size in parts if key.startswith(name)))
 
         return size
 
     def buffer(place: int) -> Cell:
-        def words(one: Outlook) -> str:
-            largest = _memory(one).largest[place : place + 1]
+        def words(arm: ArmEstimate) -> str:
+            largest = _memory(arm).largest[place : place + 1]
             return "".join(
                 f"{_mib(buffer.bytes)} {buffer.array} ({buffer.made_by.rsplit('/', 1)[-1]})"
                 for buffer in largest
@@ -186,36 +186,36 @@ def _memory_rows(line: Line, topology: Topology) -> None:
 
         return words
 
-    line("fits", lambda one: "no" if one.compiled.out_of_memory else "yes")
+    line("fits", lambda arm: "no" if arm.compiled.out_of_memory else "yes")
     line("HBM", total)
     inside = _where_it_fits(line)
     inside("  stored parameters", argument("state.params"))
     inside("  optimizer state", argument("state.opt_state"))
     inside("  batch", argument("batch"))
-    inside("  temporaries", lambda one: _mib(_memory(one).temporaries))
-    inside("    in use at peak", lambda one: _mib(_memory(one).at_peak))
+    inside("  temporaries", lambda arm: _mib(_memory(arm).temporaries))
+    inside("    in use at peak", lambda arm: _mib(_memory(arm).at_peak))
     for place in range(SHOWN_BUFFERS):
         inside("    largest at peak" if place == 0 else "", buffer(place))
 
 
 def _time_rows(line: Line, topology: Topology) -> None:
-    line("matrix products", lambda one: _seconds(one.time.compute))
-    line("HBM", lambda one: _seconds(one.time.memory))
-    line("links (ICI)", lambda one: _seconds(one.time.links))
+    line("matrix products", lambda arm: _seconds(arm.time.compute))
+    line("HBM", lambda arm: _seconds(arm.time.memory))
+    line("links (ICI)", lambda arm: _seconds(arm.time.links))
     if topology.slices > 1:
-        line("between slices (DCN)", lambda one: _seconds(one.time.data_centre))
-    line("step", lambda one: _span(one.time.seconds, _seconds))
-    line("limited by", lambda one: one.time.limit)
-    line("MFU, causal half", lambda one: _span(one.mfu_causal_half, percent))
-    line("MFU, full attention", lambda one: _span(one.mfu_full, percent))
+        line("between slices (DCN)", lambda arm: _seconds(arm.time.data_centre))
+    line("step", lambda arm: _span(arm.time.seconds, _seconds))
+    line("limited by", lambda arm: arm.time.limit)
+    line("MFU, causal half", lambda arm: _span(arm.mfu_causal_half, percent))
+    line("MFU, full attention", lambda arm: _span(arm.mfu_full, percent))
 
 
 def _budget_rows(line: Line, topology: Topology, price: float | None) -> None:
     def usd(rate: float) -> Cell:
-        return lambda one: _span(one.usd(topology, rate), lambda usd: f"{usd:,.0f}" if usd >= 100 else f"{usd:.2f}")
+        return lambda arm: _span(arm.usd(topology, rate), lambda usd: f"{usd:,.0f}" if usd >= 100 else f"{usd:.2f}")
 
-    line("tokens a day", lambda one: _span(one.tokens_a_day, si))
-    line("days", lambda one: _span(one.days, lambda days: f"{days:.3g}"))
+    line("tokens a day", lambda arm: _span(arm.tokens_a_day, si))
+    line("days", lambda arm: _span(arm.days, lambda days: f"{days:.3g}"))
     listed = topology.chip_spec.price
     if price is not None:
         line(f"USD at {price:.2f} per chip-hour", usd(price))
@@ -225,9 +225,9 @@ def _budget_rows(line: Line, topology: Topology, price: float | None) -> None:
             line(f"USD spot ({listed.spot:.2f})", usd(listed.spot))
 
 
-def _memory(one: Outlook) -> Memory:
-    assert one.compiled.memory is not None
-    return one.compiled.memory
+def _memory(arm: ArmEstimate) -> Memory:
+    assert arm.compiled.memory is not None
+    return arm.compiled.memory
 
 
 def _largest_collectives(compiled: Mapping[str, Compiled]) -> list[tuple[str, tuple[str, ...]]]:

@@ -204,7 +204,7 @@ def test_the_last_queries_of_causal_attention_make_the_others_wait(experiment) -
     seen -= np.eye(length) / 2  # as the ledger halves the square
     share = seen[-length // 4 :].sum() / (seen.sum() / 4)
     unseen = dataclasses.replace(FITS, flops=0, has_kernels=True)
-    times = [table.outlook(one, V5E, "gpt", unseen).time.compute for one in (experiment, split)]
+    times = [table.estimate_arm(one, V5E, "gpt", unseen).time.compute for one in (experiment, split)]
     assert times[1] / times[0] == pytest.approx(share)
 
 
@@ -313,7 +313,7 @@ def test_the_ledger_counts_the_flops_inside_kernels(experiment: Experiment, rema
     pairs = rows * (inputs + targets) ** 2 / 2
     width = model.num_layers * model.num_heads * model.head_dim
     unseen = dataclasses.replace(FITS, flops=1000, has_kernels=True)
-    time = table.outlook(changed, V5E, "gpt", unseen).time
+    time = table.estimate_arm(changed, V5E, "gpt", unseen).time
     expected = 1000 + products * 2 * pairs * width / V5E.devices
     assert time.compute * CHIP.flops_per_second == pytest.approx(expected, rel=1e-6)
 
