@@ -13,7 +13,7 @@ from common.sharding.shape import MeshShape
 from experiments.launching import launch as launching
 from experiments.launching import source
 from experiments.launching.job import Bucket
-from experiments.running.comparison import prepare_jax
+from experiments.running.jax_setup import set_up_jax
 from tests.experiments.launching.jobs import JOB, JOBS, TWO_SLICES, git
 
 
@@ -78,10 +78,10 @@ def test_compiled_programs_are_cached_where_the_job_says(monkeypatch, tmp_path):
     before = jax.config.jax_compilation_cache_dir
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "bucket"))
     try:
-        prepare_jax()
+        set_up_jax()
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "bucket")
         monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-        prepare_jax()
+        set_up_jax()
         assert jax.config.jax_compilation_cache_dir == str(Path(os.environ["TWINSTACK_CACHE"]) / "xla")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
