@@ -100,6 +100,7 @@ def split(config: ModelConfig, execution: Execution = F32) -> tuple[Any, Any]:
     return graph(config, execution), jax.tree.map(jnp.asarray, random_params(config))
 
 
+@functools.cache
 def fresh(config: ModelConfig) -> tuple[Any, Any]:
     """(graphdef, parameters that the model's own initialisers draw); compiles them, which takes seconds."""
     build = builder(config, F32)

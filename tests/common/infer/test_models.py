@@ -22,7 +22,7 @@ from common.sharding.rules import parameter_shardings
 from common.sharding.shape import MeshShape
 from experiments.config import ModelConfig
 from experiments.families import builder
-from tests.helpers import F32, FAMILIES, families, rows_of, split
+from tests.helpers import F32, FAMILIES, families, fresh, rows_of, split
 
 PROMPTS = [[5, 6, 0, 7, 1], [], [11, 12], [0, 0, 3, 4, 90, 17, 23]]
 SLOTS, SOURCE = 8, 16
@@ -137,15 +137,16 @@ def test_room_that_grows_changes_nothing(
     name: str, method: Method, execution: Execution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = FAMILIES[name]
-    expected, cache = decode(config, method, Limits(max_new_tokens=SLOTS), execution=execution)
+    params = fresh(config)[1]
+    expected, cache = decode(config, method, Limits(max_new_tokens=SLOTS), params=params, execution=execution)
     for module in ("decode", "beam"):
         monkeypatch.setattr(f"common.infer.{module}.FIRST_ROOM", 2)
     monkeypatch.setattr("tests.common.infer.test_models.decoder_of", decoder_of.__wrapped__)
-    found, grown = decode(config, method, Limits(max_new_tokens=SLOTS), execution=execution)
+    found, grown = decode(config, method, Limits(max_new_tokens=SLOTS), params=params, execution=execution)
     assert made(found) == made(expected)
     np.testing.assert_allclose(found.log_probs_BRT, expected.log_probs_BRT, atol=1e-6)
     assert jax.tree.map(np.shape, grown) == jax.tree.map(np.shape, cache)
-    short, small = decode(config, method, Limits(max_new_tokens=3), execution=execution)
+    short, small = decode(config, method, Limits(max_new_tokens=3), params=params, execution=execution)
     assert made(short)[0] == made(expected)[0][:3] or isinstance(method, Beam)
     assert small.segments_BS.shape[1] == grown.segments_BS.shape[1] - SLOTS + 4, "room for 2, then for 4"
 
