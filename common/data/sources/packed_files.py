@@ -85,7 +85,7 @@ def _unpack(shown: str, chunks: Iterator[bytes], folder: Path) -> None:
             for chunk in chunks:
                 out.write(chunk)
         except UNPACKING_ERRORS as error:
-            if isinstance(error, OSError) and error.errno:  # a disk or a network, not the file
+            if isinstance(error, OSError) and error.errno:  # the disk or network failed, the file is not damaged
                 raise UserError(f"{shown} cannot be unpacked into {folder.parent}: {error}") from error
             if any(words in str(error) for words in TOO_LARGE):
                 raise UserError(
@@ -105,18 +105,18 @@ def _unpack_gzip(packed: BinaryIO) -> Iterator[bytes]:
             yield chunk
 
 
-def _unpack_streams(new: Callable[[], Any], packed: BinaryIO) -> Iterator[bytes]:
+def _unpack_streams(new_decompressor: Callable[[], Any], packed: BinaryIO) -> Iterator[bytes]:
     """Unpacks a file of several streams, with or without zero bytes between them.
 
     `bz2.open` and `lzma.open` take padding, or a later stream with a damaged head, for the end of the file.
 
     Args:
-      new: makes the decompressor of one stream, for example a `BZ2Decompressor`.
+      new_decompressor: makes the decompressor of one stream, for example `bz2.BZ2Decompressor`.
       packed: the packed file.
     """
     rest = packed.read(CHUNK_BYTES)
     while rest:
-        stream = new()
+        stream = new_decompressor()
         yield stream.decompress(rest, CHUNK_BYTES)
         while not stream.eof:
             rest = packed.read(CHUNK_BYTES) if stream.needs_input else b""

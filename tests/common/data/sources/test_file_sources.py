@@ -88,7 +88,7 @@ def test_opening_again_reads_no_data_until_the_file_changes(tmp_path, monkeypatc
         assert texts(again) == texts(first)[:10]
     path = tmp_path / "a-00000-of-00002.jsonl"
     stat = path.stat()
-    path.write_bytes(lines(20, 70))  # as many bytes
+    path.write_bytes(lines(20, 70))  # the same number of bytes
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     changed = open_fields(f"jsonl:{tmp_path}/a-*", TEXT, "train", tmp_path / "cache")
     assert texts(changed)[0] == "größe 70" and changed.content_id != first.content_id

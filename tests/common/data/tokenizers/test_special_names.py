@@ -170,7 +170,7 @@ def in_mid_text(tokenizer: Tokenizer, word: str) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", ["t5-pieces", "t5-json"])
-def test_t5s_own_prompts(kind: str, tmp_path: Path) -> None:
+def test_prompts_of_t5(kind: str, tmp_path: Path) -> None:
     tokenizer = KINDS[kind](tmp_path)
     assert tokenizer.encode_with_sentinels(PARK).tolist() == PARK_IDS
     assert tokenizer.encode(PARK).tolist() != PARK_IDS
