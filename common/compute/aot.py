@@ -2,7 +2,7 @@
 
 libtpu optimises a program and assigns its buffers in seconds, and then takes minutes to generate machine code, which
 says nothing more about memory, communication or time. So the compiler runs in a thread and dumps its intermediate
-programs to files; as soon as the last file needed is there, the files are read and the compiler is left behind. Use a
+programs to files; as soon as the last file needed is there, the files are read and the compiler is left running. Use a
 separate process for each compilation, and end it afterwards, since the thread goes on. Set the variables of
 `environment` before the process imports JAX.
 """

@@ -292,7 +292,7 @@ def _origin(body: dict[str, Instruction], name: str) -> Instruction | None:
 
 
 def _constant(instruction: Instruction | None) -> int | None:
-    """The value of a whole constant; None for anything else."""
+    """The value of an integer constant; None for anything else."""
     if instruction is None or instruction.opcode != "constant":
         return None
     value = re.match(r"\((\d+)\)", instruction.rest)

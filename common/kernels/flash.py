@@ -204,9 +204,9 @@ class _Specs:
 
     inputs: Inputs
     per_query: pl.BlockSpec
-    """Of an array with one number per query, [B, G, M, 1, Q]."""
+    """For an array with one number per query, [B, G, M, 1, Q]."""
     dbias: pl.BlockSpec | None
-    """Of the bias's gradient, [B, G, M, 1, N]: all of one batch row and group."""
+    """For the bias's gradient, [B, G, M, 1, N]: one block has all of a batch row and group."""
 
     @property
     def cotangents(self) -> Cotangents:

@@ -61,7 +61,7 @@ class Inputs(NamedTuple):
 
 
 class Cotangents(NamedTuple):
-    """What the gradients' kernels read besides."""
+    """What the kernels for gradients also read."""
 
     dout: Any
     log_sum: Any
@@ -70,12 +70,14 @@ class Cotangents(NamedTuple):
 
 
 class ForwardOutputs(NamedTuple):
+    """What the forward kernel writes."""
+
     out: Any
     log_sum: Any
 
 
 class ForwardScratch(NamedTuple):
-    """Of the keys so far, for each query: the largest logit, the sum of weights and the sum of weighted values."""
+    """Running results over the keys so far: each query's largest logit, sum of weights and sum of weighted values."""
 
     peak: Any
     total: Any
@@ -83,13 +85,17 @@ class ForwardScratch(NamedTuple):
 
 
 class KeyOutputs(NamedTuple):
+    """What the kernel for keys, values and bias writes."""
+
     dk: Any
     dv: Any
     dbias: Any
-    """Of one batch row; None without a bias."""
+    """The gradient from one batch row; None without a bias."""
 
 
 class KeyScratch(NamedTuple):
+    """Running sums over the queries so far, in float32."""
+
     dk: Any
     dv: Any
 

@@ -42,7 +42,7 @@ def splash(
     """Returns out_BQHC in the dtype of `q`, as `attention.attend` defines it; logits, softmax and sums are float32.
 
     Computes tiles of at most `block` queries and `block` keys, a multiple of 128; lengths need not be multiples of it.
-    `visibility` describes the queries of this shard, as if its first query were the sequence's first one.
+    `visibility` describes the queries of this shard, but its indices do not include the shard's own offset.
     """
     B, Q, H, C = q_BQHC.shape
     _, G, K, _ = k_BGKC.shape
@@ -95,12 +95,13 @@ def _mask(visibility: Visibility, queries: int, keys: int, shards: int) -> masks
         return masks.FullMask(shape)
     mask = masks.CausalMask(shape, offset=visibility.q_offset)
     shard, index = np.divmod(np.arange(shards * queries, dtype=np.int32), queries)
-    mask.q_sequence = shard * visibility.q_segments_BQ.shape[1] + index  # shards follow each other without padding
+    # Indices go on from shard to shard, not counting the padding between them.
+    mask.q_sequence = shard * visibility.q_segments_BQ.shape[1] + index
     return mask
 
 
 def _block_sizes(block_q: int, block_k: int) -> kernels.BlockSizes:
-    """The same blocks in all three kernels. dq has a kernel of its own: fused with dk and dv it would need memory for a
+    """The same blocks in all three kernels. dq has a separate kernel: fused with dk and dv it would need memory for a
     partial sum per block of keys."""
     return kernels.BlockSizes(
         block_q=block_q,

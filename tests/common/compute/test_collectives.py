@@ -157,10 +157,10 @@ ENTRY %main (x: bf16[64,8], y: bf16[64,8]) -> bf16[16,8] {
 
 def test_the_compiler_scatters_one_of_two_gradients() -> None:
     assert scattered_bytes(parse(FUSED)) == 64 * 8 * 2
-    asked = [Collective(kind="reduce-scatter", axes=("fsdp",), group=4, times=2, bytes=2 * 64 * 8 * 2)]
-    done = as_compiled(asked, 64 * 8 * 2)
-    assert [(one.kind, one.bytes) for one in done] == [("reduce-scatter", 1024), ("all-reduce", 1024)]
-    assert sum(one.sent_bytes for one in done) == 1.5 * asked[0].sent_bytes
+    requested = [Collective(kind="reduce-scatter", axes=("fsdp",), group=4, times=2, bytes=2 * 64 * 8 * 2)]
+    compiled = as_compiled(requested, 64 * 8 * 2)
+    assert [(one.kind, one.bytes) for one in compiled] == [("reduce-scatter", 1024), ("all-reduce", 1024)]
+    assert sum(one.sent_bytes for one in compiled) == 1.5 * requested[0].sent_bytes
 
 
 def test_groups_in_an_unknown_notation_are_an_error() -> None:

@@ -159,8 +159,8 @@ def test_a_search_compiles_a_few_and_names_the_best(monkeypatch, experiment) -> 
         return dataclasses.replace(FITS, traffic_bytes=slower * int(CHIP.hbm_bytes_per_second) * 10)
 
     text, compiler = run_plan(monkeypatch, experiment, Target(topology="v5e:2x2", search=True), compile_)
-    asked = {program.experiment.train.execution.remat for program in compiler.programs}
-    assert asked == set(search.REMATS)
+    compiled_remats = {program.experiment.train.execution.remat for program in compiler.programs}
+    assert compiled_remats == set(search.REMATS)
     assert {program.experiment.data.rows for program in compiler.programs} == {32}
     assert len(compiler.programs) == 2 * (len(search.REMATS) + search.MORE_MESHES)
     chosen = [line for line in text.splitlines() if "best:" in line]
@@ -218,11 +218,11 @@ def test_the_simple_model_keeps_less_with_remat_and_less_of_a_sharded_state() ->
 
     sizes = [gib(remat=remat) for remat in ("offload", "full", "attention", "dots", "none")]
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
-    split, whole = (
+    sharded, replicated = (
         dataclasses.replace(xl, train=dataclasses.replace(xl.train, mesh=mesh))
         for mesh in (MeshShape(fsdp=256), MeshShape(data=256))
     )
-    bytes_ = [guess(one, parse_topology("v5e:16x16"), "t5like").bytes for one in (split, whole)]
+    bytes_ = [guess(one, parse_topology("v5e:16x16"), "t5like").bytes for one in (sharded, replicated)]
     state = 8 * xl.arms["t5like"].model.param_count()  # parameters and gradients; Adafactor keeps next to nothing
     assert bytes_[1] - bytes_[0] == pytest.approx(state * 255 / 256)
 
