@@ -17,10 +17,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if (shared := Path(__file__).parents[2] / "shared/data").is_dir():
     os.environ.setdefault("TWINSTACK_SHARED_DATA", str(shared))
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # where libtpu is installed, it would ask for a TPU by the network
-XLA_FLAGS = [os.environ.get("XLA_FLAGS", ""), "--xla_cpu_parallel_codegen_split_count=1"]
-if version("jaxlib").startswith("0.10."):  # XLA aborts on flags that it does not know; later ones have no other emitters
-    XLA_FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join(XLA_FLAGS)
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_cpu_parallel_codegen_split_count=1",
+        # XLA aborts on a flag that it does not know, as later versions do not know this one.
+        "--xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else "",
+    )
+)
 # By the environment, so that the programs that tests start do the same.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
