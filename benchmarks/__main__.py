@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: see `benchmarks.run`."""
+"""Runs `python -m benchmarks`; see `benchmarks.run`."""
 
 import sys
 

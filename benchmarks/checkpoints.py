@@ -1,4 +1,4 @@
-"""What saving costs a run: the time in which it holds training up, and by how much it slows the steps beside it."""
+"""What a checkpoint costs: how long it blocks training, and how much it slows the steps while it is written."""
 
 import dataclasses
 import itertools
@@ -20,44 +20,36 @@ from common.train.loop import fit
 from common.train.programs import Setup
 from common.train.run_files import RunFiles
 from common.train.task import Task
-from experiments.families import builder
-from gpt.config import GptConfig
+from experiments.families import GPT, builder
 
-MODEL = GptConfig(
-    vocab_size=8192,
-    num_layers=4,
-    d_model=512,
-    num_heads=8,
-    num_kv_heads=8,
-    head_dim=64,
-    d_ff=1408,
-    recipe=Recipe(positions="rope", mlp="swiglu", init="fan_in"),
+MODEL = GPT.sized(
+    width=512, layers=4, d_ff=1408, vocab_size=8192, recipe=Recipe(positions="rope", mlp="swiglu", init="fan_in")
 )
 ROWS, LENGTH = 4, 128
 PERIOD_SECONDS = 100.0
-"""Of training to a save, such as 100 steps of a second: what is measured is told as a share of it."""
+"""Training time per checkpoint, such as 100 steps of a second; results are given as a share of it."""
 BETWEEN = 4
-"""Steps that are looked at before and after a save; writing it takes less time than they do."""
+"""Steps compared before and after a checkpoint; writing it takes less time than they do."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Saves:
-    """Of one run, in seconds a save."""
+    """Costs of one run's checkpoints, in seconds each."""
 
     parameters: int
     state_bytes: int
     step: Spread
-    """Of steps beside which nothing is written."""
+    """Steps during which nothing is written."""
     blocking: Spread
-    """Until training went on, the arrays copied and their checksums taken."""
+    """Time until training continues: arrays are copied and checksummed."""
     slowdown: Spread
-    """What `BETWEEN` steps after a save took beyond as many quiet ones: about 0 where writing is free."""
+    """How much longer `BETWEEN` steps after a checkpoint take than as many before it; 0 if writing costs nothing."""
     share: Spread
-    """Both together, of `PERIOD_SECONDS`."""
+    """`blocking` and `slowdown` together, as a share of `PERIOD_SECONDS`."""
 
 
 class _Stream:
-    """One batch again and again."""
+    """The same batch at every step."""
 
     content = "random"
 
@@ -87,6 +79,8 @@ class _Stream:
 
 
 class _Watcher:
+    """Advances a progress bar; a benchmark's run has nothing to note."""
+
     def __init__(self, advance: Callable[[int], None]):
         self.advance = advance
 
@@ -101,11 +95,12 @@ class _Watcher:
 
 
 def measured_steps(saves: int) -> int:
+    """How many steps `measure` trains."""
     return (2 * saves + 1) * BETWEEN
 
 
 def measure(saves: int, advance: Callable[[int], None]) -> Saves:
-    """Trains by the loop itself, with `saves` saves and one more at the end, which is not counted."""
+    """Trains with the training loop and measures `saves` checkpoints; the last one, at the end, is not counted."""
     execution = Execution(dtype="float32", scan_layers=False)
     steps = measured_steps(saves)
     train = TrainConfig(
@@ -141,13 +136,13 @@ def measure(saves: int, advance: Callable[[int], None]) -> Saves:
 
 
 def _saves(rows: list[dict[str, Any]], saves: int, state_bytes: int) -> Saves:
-    """Steps 2kB + 1 to 2kB + B come after a save, the B before them have nothing beside them (B: `BETWEEN`)."""
+    """With B = `BETWEEN`: steps 2kB + 1 to 2kB + B follow a checkpoint; during the B before, nothing is written."""
     seconds = np.array([row["step_seconds"] for row in rows])
-    held = np.diff([row["checkpoint_seconds"] for row in rows])
+    checkpoint_seconds = np.diff([row["checkpoint_seconds"] for row in rows])
     blocking, slowdown, shares = [], [], []
     for save in range(2 * BETWEEN, 2 * BETWEEN * saves + 1, 2 * BETWEEN):
         quiet = np.median(seconds[save - BETWEEN : save])
-        blocking.append(float(held[save - 1]))
+        blocking.append(float(checkpoint_seconds[save - 1]))
         slowdown.append(float(seconds[save : save + BETWEEN].sum() - BETWEEN * quiet))
         shares.append((blocking[-1] + slowdown[-1]) / PERIOD_SECONDS)
     return Saves(

@@ -1,6 +1,6 @@
-"""How fast tokenised text becomes batches, and text becomes tokens; beside each what bounds it.
+"""How fast tokens become batches, and text becomes tokens, each with its upper bound.
 
-Tokens are counted as text: those that an objective takes from the corpus, not sentinels, eos or padding.
+Only tokens of the corpus count, not sentinels, eos or padding.
 """
 
 import dataclasses
@@ -31,31 +31,36 @@ SHAPES: dict[str, tuple[RawText, int, int, int]] = {
     "span corruption, rows of 512 + 114": (SpanCorruption(), 128, 512, 114),
     "language model, rows of 2,048": (FullLM(), 64, 0, 2048),
 }
-"""Objective, rows, input and target slots of a batch."""
+"""(objective, rows, input slots, target slots) of a batch."""
 BATCHES = 40
 TEXTS, WORDS = 100_000, 60
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Making:
+    """Corpus tokens per second."""
+
     tokens_per_second: Spread
-    """Into batches, by as many threads as the loader is given here."""
+    """Into batches, with `THREADS` threads."""
     one_thread: Spread
     copying: Spread
-    """The same batches' bytes copied once in memory."""
+    """Copying the same batches once in memory: the upper bound."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tokenizing:
+    """Characters per second."""
+
     ours: Spread
-    """Characters/s from a source into files."""
+    """From a source into files."""
     sentence_piece: Spread
-    """Characters/s of SentencePiece's own `encode` over the same lists of texts."""
+    """SentencePiece's own `encode` on the same texts: the upper bound."""
     paired: Spread
-    """Their ratio, round by round."""
+    """Ratio of the two, round by round."""
 
 
 def time_making(name: str, rounds: int, advance: Callable[[int], None]) -> Making:
+    """Times the batches of one of `SHAPES`; calls `advance(1)` after each round."""
     objective, rows, input_length, target_length = SHAPES[name]
     with tempfile.TemporaryDirectory() as folder:
         loader = _loader(Path(folder), objective, rows, input_length, target_length)
@@ -81,7 +86,7 @@ def time_making(name: str, rounds: int, advance: Callable[[int], None]) -> Makin
 
 
 def _loader(folder: Path, objective: RawText, rows: int, input_length: int, target_length: int) -> Loader:
-    """Over random tokens on disk."""
+    """A loader of random tokens on disk."""
     rng = np.random.default_rng(0)
     writer = ShardWriter(folder, 0, "text", VOCAB)
     for _ in range(CORPUS_TOKENS >> 20):
@@ -109,7 +114,7 @@ def _loader(folder: Path, objective: RawText, rows: int, input_length: int, targ
 
 
 class _Texts:
-    """Made-up texts of made-up words."""
+    """A source of random texts of random words."""
 
     content_id = "made-up"
 
@@ -131,6 +136,7 @@ class _Texts:
 
 
 def time_tokenizing(rounds: int, advance: Callable[[int], None]) -> Tokenizing:
+    """Times tokenization; calls `advance(1)` after each round."""
     source = _Texts()
     model = train_model(source.texts[:5000], SentencePieceConfig(vocab_size=2048))
     tokenizer = SentencePieceTokenizer(model)

@@ -1,7 +1,7 @@
-"""What `twinstack plan` estimates beside what others measured and published: how far true steps stay behind a roofline.
+"""Estimates of `twinstack plan` next to published measurements: how far real steps fall short of a roofline.
 
-Published are the figures of MaxText 0.2.5 for its own steps (causal-half FLOPs). Rematerialisation is `full` here, and
-rows are as many as are named; neither need be what MaxText took.
+The published figures are MaxText 0.2.5's for its own steps (causal-half FLOPs). Here rematerialisation is `full`, and
+rows are as given below; MaxText may have used others.
 """
 
 import dataclasses
@@ -24,11 +24,13 @@ ARM = "gpt"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
+class PublishedRun:
+    """A training step whose MFU was published."""
+
     model: GptConfig
     topology: str
     rows: int
-    """A device."""
+    """Rows per device."""
     length: int
     published_mfu: float
 
@@ -38,22 +40,22 @@ def _llama_3_1(size: str, d_ff: int) -> GptConfig:
     return dataclasses.replace(SIZES[size], vocab_size=128_256, num_kv_heads=8, d_ff=d_ff)
 
 
-CASES = {
-    "Llama 2 70B": Case(
+PUBLISHED = {
+    "Llama 2 70B": PublishedRun(
         model=dataclasses.replace(SIZES["llama-2-70b"], vocab_size=32_128),
         topology="v5p:4x8x8",
         rows=4,
         length=4096,
         published_mfu=0.654,
     ),
-    "Llama 3.1 8B": Case(
+    "Llama 3.1 8B": PublishedRun(
         model=_llama_3_1("llama-2-7b", 14_336),
         topology="v6e:16x16",
         rows=2,
         length=8192,
         published_mfu=0.455,
     ),
-    "Llama 3.1 70B": Case(
+    "Llama 3.1 70B": PublishedRun(
         model=_llama_3_1("llama-2-70b", 28_672),
         topology="v6e:16x16",
         rows=2,
@@ -64,23 +66,24 @@ CASES = {
 
 
 def estimates(console: Console) -> Iterator[tuple[str, tuple[float, float]]]:
-    """MFU by causal-half FLOPs of each case, from nothing that is sent hidden behind computing to all of it."""
-    for name, case in CASES.items():
-        topology, experiment = parse_topology(case.topology), _experiment(case)
+    """Yields (name, MFU by causal-half FLOPs) of each run; the MFU ranges from no communication overlapped with compute
+    to all of it."""
+    for name, run in PUBLISHED.items():
+        topology, experiment = parse_topology(run.topology), _experiment(run)
         (compiled,) = compile_all([PlannedProgram(experiment=experiment, arm=ARM, topology=topology)], console)
         yield name, estimate_arm(experiment, topology, ARM, compiled).mfu_causal_half
 
 
-def _experiment(case: Case) -> Experiment:
-    """A language model on rows of one text, everything divided over all devices."""
-    base, devices = xl(), parse_topology(case.topology).devices
+def _experiment(run: PublishedRun) -> Experiment:
+    """A language model on rows of one text, fully sharded over all devices."""
+    base, devices = xl(), parse_topology(run.topology).devices
     return dataclasses.replace(
         base,
         name="estimate",
         varies=(),
-        arms={ARM: Arm(model=case.model, learning_rate=1e-3)},
+        arms={ARM: Arm(model=run.model, learning_rate=1e-3)},
         data=dataclasses.replace(
-            base.data, objective=FullLM(), rows=case.rows * devices, input_length=0, target_length=case.length
+            base.data, objective=FullLM(), rows=run.rows * devices, input_length=0, target_length=run.length
         ),
         train=dataclasses.replace(
             base.train,

@@ -1,6 +1,6 @@
-"""Greedy decoding beside Hugging Face's `generate`: two processes take turns, with models of equal shapes.
+"""Compares greedy decoding with Hugging Face's `generate`: two processes take turns, with models of equal shapes.
 
-Weights are random and each side's own: what is compared is the work, and no end token may come early.
+Each side has its own random weights: only the work is compared, and end tokens are suppressed.
 """
 
 import contextlib
@@ -9,17 +9,13 @@ from collections.abc import Callable
 
 from benchmarks.decoder import Spread
 from benchmarks.side_by_side import Worker
-from experiments.config import ModelConfig
-from gpt.config import GptConfig
-from t5like.config import SIZES
+from experiments.families import GPT, T5LIKE, ModelConfig
 
 ROWS, PROMPT, NEW = 8, 128, 128
 EOS = 1
 MODELS: dict[str, ModelConfig] = {
-    "t5-v1.1-small": SIZES["t5-v1.1-small"],
-    "llama-71m": GptConfig(
-        vocab_size=32000, num_layers=8, d_model=512, num_heads=8, num_kv_heads=8, head_dim=64, d_ff=2432
-    ),
+    "t5-v1.1-small": T5LIKE.sizes["t5-v1.1-small"],
+    "llama-71m": GPT.sized(width=512, layers=8, d_ff=2432, vocab_size=32000),
 }
 
 
@@ -27,18 +23,18 @@ MODELS: dict[str, ModelConfig] = {
 class Generation:
     versions: tuple[str, str]
     parameters: int
-    """The same on both sides."""
+    """Equal on both sides."""
     ours: Spread
-    """New tokens per second, reading the prompts included."""
+    """New tokens per second, including prefill."""
     theirs: Spread
     ratio: float
-    """Our tokens per second over theirs, of the medians."""
+    """Our median tokens per second over theirs."""
     paired: Spread
-    """The same, round by round."""
+    """The ratio, round by round."""
 
 
 def compare(name: str, rounds: int, advance: Callable[[int], None]) -> Generation:
-    """One batch a turn. Raises RuntimeError where the two models differ in size."""
+    """Decodes one batch per turn; raises RuntimeError if the two models have different sizes."""
     seconds: tuple[list[float], list[float]] = ([], [])
     with contextlib.ExitStack() as stack:
         workers = [

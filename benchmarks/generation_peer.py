@@ -1,4 +1,4 @@
-"""Our side of the comparison with Hugging Face: `python -m benchmarks.generation_peer NAME` decodes when it is told.
+"""Our side of the comparison with Hugging Face: `python -m benchmarks.generation_peer NAME` decodes on request.
 
 Legend: B rows, V vocab.
 """

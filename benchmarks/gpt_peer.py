@@ -1,4 +1,4 @@
-"""Our side of the comparison with PyTorch: `python -m benchmarks.gpt_peer WEIGHTS.npz` writes its weights, then serves.
+"""Our side of the comparison with PyTorch: `python -m benchmarks.gpt_peer WEIGHTS.npz` writes its weights, then trains.
 
 Legend: B rows, L length (target slots; there are no input slots).
 """
@@ -22,7 +22,7 @@ from gpt.config import GptConfig
 
 
 def make_setup(config: GptConfig, optimizer: AdamW, learning_rate: float, rows: int, length: int) -> Setup:
-    """A float32 training step at a constant learning rate, on rows of target slots alone."""
+    """A float32 training step at a constant learning rate, on rows of target slots only."""
     train = TrainConfig(
         budget=Budget(unit="steps", amount=1),
         optimizer=optimizer,
@@ -59,7 +59,7 @@ def random_batch(setup: Setup) -> Batch:
 
 
 def named_weights(params: Any) -> dict[str, np.ndarray]:
-    """By dotted names, as a copy (a step gives its buffers away)."""
+    """Copies of the parameters by dotted name; a step donates the originals."""
     return {name: np.array(x) for name, x in nnx.traversals.flatten_mapping(params, sep=".").items()}
 
 

@@ -1,7 +1,7 @@
-"""What a training step wants of a TPU's memory, as the TPU's compiler plans it: no TPU is needed, `libtpu` is.
+"""Memory of a training step on TPU, as the TPU compiler plans it. This needs `libtpu`, but no TPU.
 
-Beside MaxText 0.2.5's figures for the same models, measured with jax 0.11.1 and libtpu 0.0.46, full rematerialisation,
-scanned layers, parameters and AdamW's state in float32 over all devices.
+MaxText 0.2.5's figures for the same models were measured with jax 0.11.1 and libtpu 0.0.46, full rematerialisation,
+scanned layers, and parameters and AdamW's state in float32, sharded over all devices.
 """
 
 import dataclasses
@@ -13,29 +13,29 @@ from typing import Any
 
 from common.compute.aot import environment
 from common.recipe import Execution
-from experiments.config import ModelConfig
-from gpt.config import GptConfig
-from t5like.config import SIZES
+from experiments.families import GPT, T5LIKE, ModelConfig
 
 KEPT_SMALL = Execution(remat="full", mlp_chunk=512, loss_chunk=512)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
+class MemoryCase:
+    """A training step to compile."""
+
     model: ModelConfig
     topology: str
     rows: int
-    """A device."""
+    """Rows per device."""
     input_length: int = 0
     target_length: int
     execution: Execution = KEPT_SMALL
     maxtext_mib: tuple[int, int] | None = None
-    """Arguments and temporaries of one device."""
+    """(arguments, temporaries) of one device."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Planned:
-    """Bytes of one device; or what the compiler said where it found no room."""
+class PlannedMemory:
+    """Bytes of one device, or the compiler's message if the step does not fit."""
 
     arguments: int = 0
     temporaries: int = 0
@@ -47,21 +47,9 @@ class Planned:
         return self.arguments + self.temporaries
 
 
-def _decoder(layers: int, d_model: int, heads: int, d_ff: int, vocab_size: int) -> GptConfig:
-    return GptConfig(
-        vocab_size=vocab_size,
-        num_layers=layers,
-        d_model=d_model,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=d_model // heads,
-        d_ff=d_ff,
-    )
-
-
-def _t5_xl(execution: Execution) -> Case:
-    return Case(
-        model=SIZES["t5-v1.1-xl"],
+def _t5_xl(execution: Execution) -> MemoryCase:
+    return MemoryCase(
+        model=T5LIKE.sizes["t5-v1.1-xl"],
         topology="v5e:4x4",
         rows=2,
         input_length=4096,
@@ -71,22 +59,22 @@ def _t5_xl(execution: Execution) -> Case:
 
 
 CASES = {
-    "134M decoder": Case(
-        model=_decoder(12, 768, 12, 2048, 32128),
+    "134M decoder": MemoryCase(
+        model=GPT.sized(width=768, layers=12, d_ff=2048, vocab_size=32128),
         topology="v5e:4x4",
         rows=16,
         target_length=1024,
         maxtext_mib=(117, 2746),
     ),
-    "1.10B decoder": Case(
-        model=_decoder(16, 2048, 16, 7168, 32000),
+    "1.10B decoder": MemoryCase(
+        model=GPT.sized(width=2048, layers=16, heads=16, d_ff=7168, vocab_size=32000),
         topology="v5e:4x4",
         rows=12,
         target_length=2048,
         maxtext_mib=(791, 8881),
     ),
-    "Llama-2-7B": Case(
-        model=_decoder(32, 4096, 32, 11008, 32000),
+    "Llama-2-7B": MemoryCase(
+        model=GPT.sized(width=4096, layers=32, heads=32, d_ff=11008, vocab_size=32000),
         topology="v5e:8x8",
         rows=4,
         target_length=2048,
@@ -97,10 +85,10 @@ CASES = {
 }
 
 
-def plan(name: str) -> Planned:
-    """Compiles in a process of its own, which has to know before it imports JAX that no TPU is to be looked for.
+def plan(name: str) -> PlannedMemory:
+    """Compiles a case in a separate process, which must know before it imports JAX not to look for a TPU.
 
-    Machine code is written too, which the planner leaves out: it takes minutes, and nothing else of it is used here.
+    Unlike `twinstack plan` it generates machine code too, which takes minutes and is not used.
     """
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory", name],
@@ -110,11 +98,11 @@ def plan(name: str) -> Planned:
     )
     if done.returncode:
         raise RuntimeError(f"compiling {name} ended with status {done.returncode}: {done.stderr[-2000:]}")
-    return Planned(**json.loads(done.stdout.splitlines()[-1]))
+    return PlannedMemory(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def compile_case(case: Case) -> Planned:
-    """In the process that knows."""
+def compile_case(case: MemoryCase) -> PlannedMemory:
+    """Compiles a case; only for the process that `plan` starts."""
     import jax
 
     from common.compute.aot import devices_of, parse_out_of_memory
@@ -150,8 +138,8 @@ def compile_case(case: Case) -> Planned:
         room = parse_out_of_memory(str(error))
         if room is None:
             raise
-        return Planned(no_room=f"{room.needed / 2**30:.1f} GiB wanted, {room.available / 2**30:.2f} there")
-    return Planned(
+        return PlannedMemory(no_room=f"{room.needed / 2**30:.1f} GiB needed, {room.available / 2**30:.2f} available")
+    return PlannedMemory(
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         peak=memory.peak_memory_in_bytes,

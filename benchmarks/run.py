@@ -1,6 +1,6 @@
-"""Where a training step's time goes in both families, `gpt`'s step beside PyTorch's, decoding beside Hugging Face's,
-how fast data become batches, and what saving costs (`make bench`); what a step wants of a TPU's memory, and plans
-beside published speeds."""
+"""Benchmarks (`make bench`): where a training step's time goes in both families; a step of `gpt` compared with PyTorch;
+decoding compared with Hugging Face; how fast data become batches; what a checkpoint costs. On request: a step's memory
+on TPU, and `twinstack plan` compared with published speeds."""
 
 import argparse
 import contextlib
@@ -18,12 +18,11 @@ from rich.text import Text
 from benchmarks.checkpoints import BETWEEN, PERIOD_SECONDS, measure, measured_steps
 from benchmarks.data import BATCHES, SHAPES, THREADS, time_making, time_tokenizing
 from benchmarks.decoder import DECODER, LENGTH, ROWS, Spread, cores
-from benchmarks.estimates import CASES as ESTIMATED
-from benchmarks.estimates import estimates
+from benchmarks.estimates import PUBLISHED, estimates
 from benchmarks.generation import MODELS, NEW, PROMPT, Generation
 from benchmarks.generation import ROWS as PROMPTS
 from benchmarks.generation import compare as compare_generation
-from benchmarks.memory import CASES, Case, Planned, plan
+from benchmarks.memory import CASES, MemoryCase, PlannedMemory, plan
 from benchmarks.side_by_side import SideBySide, compare
 from benchmarks.train_step import Parts, time_arm, time_loader
 from common.files import write_json
@@ -51,7 +50,7 @@ def main() -> int:
         found["data"] = _data(console, options.rounds)
     if options.only in (None, "checkpoints"):
         found["checkpoints"] = _checkpoints(console, options.rounds)
-    for name, of_tpu in (("memory", _memory), ("estimates", _estimates)):  # nothing of them is this machine's speed
+    for name, of_tpu in (("memory", _memory), ("estimates", _estimates)):  # these do not measure this machine
         if options.only == name and _has_libtpu(console):
             found[name] = of_tpu(console)
     if options.json:
@@ -64,7 +63,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=_positive, default=7, help="repeated measurements (default: %(default)s)")
     parser.add_argument("--steps", type=_positive, default=3, help="steps in each of them (default: %(default)s)")
     parts = ["families", "torch", "generation", "data", "checkpoints", "memory", "estimates"]
-    parser.add_argument("--only", choices=parts, help="one part of it")
+    parser.add_argument("--only", choices=parts, help="run one part only")
     parser.add_argument("--torch", choices=["eager", "compiled"], default="eager", help="how PyTorch runs")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures there")
     return parser.parse_args()
@@ -73,7 +72,7 @@ def _options() -> argparse.Namespace:
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
     return number
 
 
@@ -100,7 +99,7 @@ def _families(console: Console, rounds: int, steps: int) -> dict[str, Any]:
             arms[name] = time_arm(experiment, name, batch, rounds, steps, advance)
     rows, inputs, targets = experiment.row_slots()
     caption = (
-        f"median [least, most] of {rounds} rounds of {steps} steps; tokens are slots, FLOPs full attention, both padded"
+        f"median [min, max] of {rounds} rounds of {steps} steps; tokens are slots, FLOPs full attention, both padded"
     )
     table = _table(f"Training step of {experiment.name}: {rows} rows of {inputs} + {targets} slots", arms, caption)
     _fill(table, list(arms.values()), loading)
@@ -133,10 +132,10 @@ def _fill(table: Table, arms: list[Parts], loading: Spread) -> None:
 
 def _torch(console: Console, rounds: int, steps: int, mode: str) -> dict[str, Any] | None:
     if importlib.util.find_spec("torch") is None:
-        console.print("PyTorch is not installed: nothing to stand beside. Its CPU build comes by")
+        console.print("PyTorch is not installed, so gpt is not compared with it. To install its CPU build:")
         console.print(Text(f"  {INSTALL}"), soft_wrap=True)
         return None
-    with _bar(console, "timing gpt beside PyTorch", rounds) as advance:
+    with _bar(console, "timing gpt and PyTorch", rounds) as advance:
         found = compare(rounds, steps, mode, advance)
     console.print(_torch_table(found, rounds, steps, mode))
     console.print(f"gpt over PyTorch: [bold]{found.ratio:.3f}[/] (above 1: gpt is faster)")
@@ -156,7 +155,7 @@ def _torch_table(found: SideBySide, rounds: int, steps: int, mode: str) -> Table
         f"Decoder: {c.num_layers} layers, d_model {c.d_model}, {c.num_heads} heads of {c.head_dim}, SwiGLU {c.d_ff},\n"
         f"vocabulary {c.vocab_size}, RoPE, RMSNorm, AdamW, clipping; {ROWS} rows of {LENGTH} tokens, float32 on CPU"
     )
-    caption = f"median [least, most] of {rounds} rounds in turn, {steps} steps each; FLOPs full attention"
+    caption = f"median [min, max] of {rounds} alternating rounds of {steps} steps; FLOPs full attention"
     table = _table(title, ["gpt", f"PyTorch, {mode}"], caption)
 
     def row(label: str, cells: Iterable[str]) -> None:
@@ -169,18 +168,18 @@ def _torch_table(found: SideBySide, rounds: int, steps: int, mode: str) -> Table
     row("GFLOP/s by the ledger", (_number(found.gflop_per_step / side.step_seconds.median) for side in sides))
     row("loss before a step", (f"{side.losses[0]:.6f}" for side in sides))
     row("loss after it", (f"{side.losses[1]:.6f}" for side in sides))
-    row("CPU s in others' turns", (f"{side.idle_cpu_seconds:.2f}" for side in sides))
+    row("CPU s in the other's turns", (f"{side.idle_cpu_seconds:.2f}" for side in sides))
     return table
 
 
 def _generation(console: Console, rounds: int) -> dict[str, Any] | None:
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
-        console.print(f"{' and '.join(missing)} not installed: decoding has nothing to stand beside")
+        console.print(f"{' and '.join(missing)} not installed, so decoding is not compared with Hugging Face")
         return None
     found = {}
     for name in MODELS:
-        with _bar(console, f"decoding {name} beside Hugging Face", rounds) as advance:
+        with _bar(console, f"decoding {name} here and with Hugging Face", rounds) as advance:
             found[name] = compare_generation(name, rounds, advance)
     console.print(_generation_table(found, rounds))
     return {name: dataclasses.asdict(one) for name, one in found.items()}
@@ -189,9 +188,9 @@ def _generation(console: Console, rounds: int) -> dict[str, Any] | None:
 def _generation_table(found: dict[str, Generation], rounds: int) -> Table:
     title = (
         f"Greedy decoding, tokens/s: {PROMPTS} prompts of {PROMPT} tokens, {NEW} new tokens each, float32 on CPU;\n"
-        f"{' beside '.join(next(iter(found.values())).versions)}"
+        f"{' and '.join(next(iter(found.values())).versions)}"
     )
-    caption = f"median [least, most] of {rounds} rounds in turn, one batch each, reading the prompts included"
+    caption = f"median [min, max] of {rounds} alternating rounds of one batch, including prefill"
     table = _table(title, ["parameters", "twinstack", "Hugging Face", "ratio", "round by round"], caption)
     for name, one in found.items():
         cells = (f"{one.parameters:,}", _spread(one.ours), _spread(one.theirs), f"{one.ratio:.2f}", _spread(one.paired))
@@ -205,8 +204,8 @@ def _data(console: Console, rounds: int) -> dict[str, Any]:
         with _bar(console, f"making batches: {name}", rounds) as advance:
             making[name] = time_making(name, rounds, advance)
     title = f"Tokens on disk to packed batches, million tokens/s; {BATCHES} batches at a time"
-    caption = f"median [least, most] of {rounds} rounds"
-    table = _table(title, [f"{THREADS} threads", "one thread", "copying the batches once"], caption)
+    caption = f"median [min, max] of {rounds} rounds"
+    table = _table(title, [f"{THREADS} threads", "one thread", "copying the batches"], caption)
     for name, one in making.items():
         cells = (_spread(spread, 1e-6) for spread in (one.tokens_per_second, one.one_thread, one.copying))
         table.add_row(name, *(Text(cell) for cell in cells))
@@ -225,15 +224,15 @@ def _data(console: Console, rounds: int) -> dict[str, Any]:
 
 
 def _checkpoints(console: Console, saves: int) -> dict[str, Any]:
-    with _bar(console, "saving", measured_steps(saves)) as advance:
+    with _bar(console, "saving checkpoints", measured_steps(saves)) as advance:
         found = measure(saves, advance)
     title = (
         f"Saving {si(found.parameters)} parameters with AdamW's moments, {si(found.state_bytes)}B on disk, by the loop"
     )
-    caption = f"median [least, most] of {saves} saves; the steps are {BETWEEN} before and {BETWEEN} after each"
-    table = _table(title, ["a save"], caption)
+    caption = f"median [min, max] of {saves} checkpoints, each with {BETWEEN} steps before and {BETWEEN} after it"
+    table = _table(title, ["per checkpoint"], caption)
     table.add_row("step, s", Text(_spread(found.step)))
-    table.add_row("training held up, s", Text(_spread(found.blocking)))
+    table.add_row("training blocked, s", Text(_spread(found.blocking)))
     table.add_row("steps slowed, s", Text(_spread(found.slowdown)))
     table.add_row(f"share of {PERIOD_SECONDS:.0f} s, %", Text(_spread(found.share, 100.0)))
     console.print(table, "")
@@ -249,9 +248,9 @@ def _has_libtpu(console: Console) -> bool:
 
 def _memory(console: Console) -> dict[str, Any]:
     table = _table(
-        "Training step on TPU, memory of one device, GiB; no TPU is needed for this",
+        "Memory of a training step on TPU, GiB per device, without a TPU",
         ["TPU", "rows x length", "arguments + temporaries", "MaxText 0.2.5's", "peak"],
-        "full rematerialisation, bf16, AdamW in float32, as the TPU's compiler plans it",
+        "full rematerialisation, bf16, AdamW in float32, as the TPU compiler plans it",
     )
     found = {}
     with _bar(console, "compiling for TPU", len(CASES)) as advance:
@@ -265,20 +264,20 @@ def _memory(console: Console) -> dict[str, Any]:
 
 def _estimates(console: Console) -> dict[str, Any]:
     table = _table(
-        "MFU that `twinstack plan` estimates, and what MaxText publishes of its own steps",
+        "MFU estimated by `twinstack plan`, and published by MaxText for its own steps",
         ["TPU", "rows x length", "estimated, %", "published, %"],
-        "causal-half FLOPs; full rematerialisation; nothing that is sent hidden behind computing to all of it",
+        "causal-half FLOPs; full rematerialisation; from no communication overlapped with compute to all of it",
     )
     found = dict(estimates(console))
     for name, (low, high) in found.items():
-        case = ESTIMATED[name]
-        shape = [case.topology, f"{case.rows} x {case.length}"]
-        table.add_row(name, *shape, f"{100 * low:.0f} to {100 * high:.0f}", f"{100 * case.published_mfu:.1f}")
+        run = PUBLISHED[name]
+        shape = [run.topology, f"{run.rows} x {run.length}"]
+        table.add_row(name, *shape, f"{100 * low:.0f} to {100 * high:.0f}", f"{100 * run.published_mfu:.1f}")
     console.print(table)
     return found
 
 
-def _memory_cells(case: Case, found: Planned) -> list[str]:
+def _memory_cells(case: MemoryCase, found: PlannedMemory) -> list[str]:
     length = f"{case.input_length} + {case.target_length}" if case.input_length else f"{case.target_length}"
     shape = [case.topology, f"{case.rows} x {length}"]
     if found.no_room:

@@ -1,4 +1,4 @@
-"""`gpt` beside PyTorch: two processes take turns at one training step, so that idle threads slow nobody."""
+"""Compares `gpt` with PyTorch: two processes take turns at training steps, so that neither slows the other."""
 
 import contextlib
 import dataclasses
@@ -14,18 +14,20 @@ from typing import Any
 from benchmarks.decoder import LENGTH, ROWS, Spread
 
 SAME_LOSS = 1e-4
-"""Nats a token by which the two may differ, before and after a step; more would be another piece of work."""
+"""Largest difference in nats per token, before and after a step; more would mean that the two do different work."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Side:
+    """Measurements of one of the two processes."""
+
     version: str
     step_seconds: Spread
     tokens_per_second: Spread
     losses: tuple[float, float]
-    """Before the first step and after it."""
+    """Before and after the first step."""
     idle_cpu_seconds: float
-    """CPU time used during the other's turns."""
+    """CPU time used during the other process's turns."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,14 +35,14 @@ class SideBySide:
     gpt: Side
     torch: Side
     ratio: float
-    """Our tokens per second over PyTorch's, of the medians."""
+    """Our median tokens per second over PyTorch's."""
     paired: Spread
-    """The same, round by round."""
+    """The ratio, round by round."""
     gflop_per_step: float
 
 
 def compare(rounds: int, steps: int, mode: str, advance: Callable[[int], None]) -> SideBySide:
-    """`steps` steps at a turn; PyTorch's `mode` is eager or compiled. Raises RuntimeError where the losses differ."""
+    """Trains `steps` steps per turn; `mode` of PyTorch is eager or compiled. Raises RuntimeError if losses differ."""
     seconds: tuple[list[float], list[float]] = ([], [])
     with contextlib.ExitStack() as stack:
         weights = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "weights.npz"
@@ -73,7 +75,7 @@ def compare(rounds: int, steps: int, mode: str, advance: Callable[[int], None]) 
 
 
 class Worker:
-    """A child process that waits for its turn; use it as a context."""
+    """A child process that waits for its turn (see `decoder.serve`); a context manager."""
 
     def __init__(self, module: str, *arguments: str):
         self.module = module
@@ -95,7 +97,7 @@ class Worker:
         self._process.communicate()
 
     def run(self, steps: int) -> float:
-        """Seconds for so many steps."""
+        """Runs `steps` steps and returns the seconds that they took."""
         assert self._process.stdin is not None
         print(steps, file=self._process.stdin, flush=True)
         answer = self._answer()
@@ -106,5 +108,5 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.module} ended with status {self._process.wait()}")
+            raise RuntimeError(f"{self.module} exited with status {self._process.wait()}")
         return json.loads(line)

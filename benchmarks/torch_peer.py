@@ -1,6 +1,6 @@
 """The same decoder and training step in PyTorch, from the same weights.
 
-Run as a worker: `python -m benchmarks.torch_peer WEIGHTS.npz {eager,compiled}`.
+Run as a worker process: `python -m benchmarks.torch_peer WEIGHTS.npz {eager,compiled}`.
 
 Legend: B rows, L length, D model, H heads, C head dim, N layers, V vocab.
 """
@@ -20,6 +20,8 @@ from gpt.config import GptConfig
 
 
 class Layer(nn.Module):
+    """Pre-norm residual layer: causal self-attention, then SwiGLU."""
+
     def __init__(self, config: GptConfig):
         super().__init__()
         D, self.head_dim, self.epsilon = config.d_model, config.head_dim, config.recipe.norm_epsilon
@@ -82,7 +84,7 @@ def rotate(x_BHLC: Tensor, cos_LC: Tensor, sin_LC: Tensor) -> Tensor:
 
 @torch.no_grad()
 def load(model: Decoder, weights: Mapping[str, np.ndarray]) -> None:
-    """Takes over `gpt`'s parameters, by their dotted names; layers are stacked in front."""
+    """Copies `gpt`'s parameters, given by dotted name with layers stacked on the first axis."""
 
     def matrix(linear: nn.Linear, *arrays: np.ndarray) -> None:
         parts = [torch.tensor(array).reshape(linear.in_features, -1).T for array in arrays]
@@ -121,7 +123,7 @@ class Trainer:
         )
 
     def step(self, tokens_BL: Tensor, targets_BL: Tensor) -> float:
-        """The loss before the update."""
+        """Trains one step; returns the loss before the update."""
         self.optimizer.zero_grad()
         loss = self.model(tokens_BL, targets_BL)
         loss.backward()

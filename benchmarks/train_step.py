@@ -1,4 +1,4 @@
-"""Where a training step's time goes, for any arm of an experiment.
+"""Measures where the time of a training step goes, for any arm of an experiment.
 
 Legend: B rows, Q and K query and key slots, I input slots, T target slots, L = I + T, D model, V vocab.
 """
@@ -31,22 +31,21 @@ from common.nn.layers import MLP, RMSNorm
 from common.nn.loss import cross_entropy
 from common.nn.parameters import Initialisers
 from common.recipe import Execution
-from common.train.programs import make_programs
+from common.train.programs import Programs, Setup, make_programs
 from common.train.state import TrainState, init_state
 from common.train.step import weighted_loss
-from experiments.config import Experiment, ModelConfig
+from experiments.config import Experiment
+from experiments.families import ModelConfig, family_of
 from experiments.running.pipeline import compiled_step, make_setup
-from gpt.config import GptConfig
-from t5like.config import T5LikeConfig
 
 Program = Callable[[], Any]
 TEXTS, LONGEST = 4096, 48
-"""Made-up texts, and their tokens at most."""
+"""Random texts, and the most tokens in one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parts:
-    """One arm's step. Shares are of the step's median."""
+    """Measurements of one arm's step. Shares are fractions of the step's median time."""
 
     parameters: int
     step_seconds: Spread
@@ -54,13 +53,13 @@ class Parts:
     ledger_flops_per_second: Spread
     compile_seconds: float
     shares: dict[str, float]
-    """Forward and optimizer (each compiled by itself), backward (the rest): they add up to 1."""
+    """Forward and optimizer, each compiled separately, and backward, which is the rest; they add up to 1."""
     alone: dict[str, float]
-    """All branches of a kind, forward and backward, compiled and timed by themselves: near what they take inside."""
+    """All layers' branches of one kind, forward and backward, compiled separately: about what they take in the step."""
 
 
 def time_loader(experiment: Experiment, count: int) -> tuple[Batch, Spread]:
-    """A batch of made-up texts, and the seconds that one thread takes to build one (`count` are timed)."""
+    """A batch of random texts, and the seconds that one thread takes to build a batch, over `count` batches."""
     with tempfile.TemporaryDirectory() as folder:
         loader = _random_loader(experiment, Path(folder))
         batch = loader.batch(0).batch  # makes the plan
@@ -95,45 +94,17 @@ def _random_loader(experiment: Experiment, folder: Path) -> Loader:
 def time_arm(
     experiment: Experiment, name: str, host: Batch, rounds: int, steps: int, advance: Callable[[int], None]
 ) -> Parts:
-    """`rounds` rounds, in each of which every program runs `steps` times, so that a busy machine slows them alike."""
-    arm, execution = experiment.arms[name], experiment.train.execution
+    """Times every program `steps` times in each of `rounds` rounds, so that a busy machine slows all equally."""
+    arm = experiment.arms[name]
     setup = make_setup(experiment, arm)
     programs = make_programs(setup)
     begun = time.perf_counter()
     step = compiled_step(experiment, arm)
     compile_seconds = time.perf_counter() - begun
-
-    @jax.jit
-    def forward(params: Any, batch: Batch) -> jax.Array:
-        return weighted_loss(programs.model, params, batch, execution, arm.model.recipe.z_loss, None)[0]
-
-    @partial(jax.jit, donate_argnums=0)
-    def update(state: TrainState, grads: Any) -> TrainState:
-        updates, opt_state = programs.optimizer.update(grads, state.opt_state, state.params)
-        return TrainState(step=state.step, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
-
     with jax.set_mesh(programs.mesh):
-        states = {
-            name: init_state(programs.model, programs.optimizer, experiment.train.seed, programs.shardings)
-            for name in ("step", "optimizer")
-        }
-        grads = jax.tree.map(jnp.ones_like, states["optimizer"].params)
         batch = programs.put(host)
-
-        def train_step() -> Any:
-            states["step"], metrics = step(states["step"], batch)
-            return metrics
-
-        def update_step() -> Any:
-            states["optimizer"] = update(states["optimizer"], grads)
-            return states["optimizer"]
-
-        whole: dict[str, Program] = {
-            "step": train_step,
-            "forward": lambda: forward(states["step"].params, batch),
-            "optimizer": update_step,
-        }
-        branches = _branches(arm.model, execution, batch)
+        whole = _whole_programs(setup, programs, step, batch)
+        branches = _branches(arm.model, experiment.train.execution, batch)
         timed = _measure(whole | branches, rounds, steps, advance)
     median = {name: float(np.median(seconds)) for name, seconds in timed.items()}
     spread = Spread.of(timed["step"])
@@ -153,10 +124,44 @@ def time_arm(
     )
 
 
+def _whole_programs(setup: Setup, programs: Programs, step: Callable[..., Any], batch: Batch) -> dict[str, Program]:
+    """Programs for the whole step, its forward pass and its optimizer, each on a state of its own."""
+    execution, z_loss = setup.train.execution, setup.model.recipe.z_loss
+
+    @jax.jit
+    def forward(params: Any, batch: Batch) -> jax.Array:
+        return weighted_loss(programs.model, params, batch, execution, z_loss, None)[0]
+
+    @partial(jax.jit, donate_argnums=0)
+    def update(state: TrainState, grads: Any) -> TrainState:
+        updates, opt_state = programs.optimizer.update(grads, state.opt_state, state.params)
+        return TrainState(step=state.step, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+
+    states = {
+        name: init_state(programs.model, programs.optimizer, setup.train.seed, programs.shardings)
+        for name in ("step", "optimizer")
+    }
+    grads = jax.tree.map(jnp.ones_like, states["optimizer"].params)
+
+    def train_step() -> Any:
+        states["step"], metrics = step(states["step"], batch)
+        return metrics
+
+    def update_step() -> Any:
+        states["optimizer"] = update(states["optimizer"], grads)
+        return states["optimizer"]
+
+    return {
+        "step": train_step,
+        "forward": lambda: forward(states["step"].params, batch),
+        "optimizer": update_step,
+    }
+
+
 def _measure(
     programs: dict[str, Program], rounds: int, steps: int, advance: Callable[[int], None]
 ) -> dict[str, list[float]]:
-    """Seconds a call, one number a round; compiled and warm before the first."""
+    """Seconds per call in each round; every program is compiled and run once before the first round."""
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for run in programs.values():
         jax.block_until_ready(run())
@@ -178,22 +183,24 @@ Slots = tuple[jax.Array, jax.Array]
 
 
 def _branches(config: ModelConfig, execution: Execution, batch: Batch) -> dict[str, Program]:
-    """Forward and backward of the model's branches, all of one kind in a row, each with its norm and residual."""
+    """Forward and backward programs for the branches of all layers, by kind, each with its norm and residual."""
     inputs = jnp.asarray(batch.input_segments_BI), jnp.asarray(batch.input_positions_BI)
     targets = jnp.asarray(batch.target_segments_BT), jnp.asarray(batch.target_positions_BT)
     both = (jnp.concatenate([inputs[0], targets[0]], axis=1), jnp.concatenate([inputs[1], targets[1]], axis=1))
     attention, mlp = partial(_attention, config, execution), partial(_mlp, config, execution)
-    match config:
-        case GptConfig(num_layers=n):
-            branches = {"attention": attention(n, both, causal=True), "MLP": mlp(n, both)}
-        case T5LikeConfig(encoder_layers=n, decoder_layers=m):
-            branches = {
-                "encoder attention": attention(n, inputs, causal=False),
-                "encoder MLP": mlp(n, inputs),
-                "decoder attention": attention(m, targets, causal=True),
-                "cross-attention": attention(m, targets, causal=False, memory=inputs),
-                "decoder MLP": mlp(m, targets),
-            }
+    family = family_of(config)
+    layers = [stack.layers for stack in family.stacks(config, inputs[0].shape[1], targets[0].shape[1])]
+    if family.encodes_inputs:
+        encoder, decoder = layers
+        branches = {
+            "encoder attention": attention(encoder, inputs, causal=False),
+            "encoder MLP": mlp(encoder, inputs),
+            "decoder attention": attention(decoder, targets, causal=True),
+            "cross-attention": attention(decoder, targets, causal=False, memory=inputs),
+            "decoder MLP": mlp(decoder, targets),
+        }
+    else:
+        branches = {"attention": attention(layers[0], both, causal=True), "MLP": mlp(layers[0], both)}
     return branches | {"head and loss": _head(config, execution, batch)}
 
 
@@ -253,9 +260,9 @@ def _forward_backward(
     x_BLD: jax.Array,
     memory_BKD: jax.Array | None,
 ) -> Program:
-    """`layers` times `x + apply(block, norm(x), memory)` in one program, and gradients from some gradient of the end.
+    """One program of `layers` times `x + apply(block, norm(x), memory)`, and its gradients.
 
-    All layers have the same weights, which costs what different ones do.
+    The layers share weights, which costs as much as weights of their own. The gradient of the output is arbitrary.
     """
     graphdef, params = nnx.split((RMSNorm(c.d_model, c.recipe.norm_epsilon, rngs=nnx.Rngs(0)), block))
 

@@ -1,60 +1,37 @@
-"""Hugging Face's side: `python -m benchmarks.transformers_peer NAME` decodes with `generate` when it is told."""
+"""Hugging Face's side: `python -m benchmarks.transformers_peer NAME` decodes with `generate` on request."""
 
 import sys
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
+from transformers import AutoConfig
 
 from benchmarks import decoder
 from benchmarks.generation import EOS, MODELS, NEW, PROMPT, ROWS
-from gpt.config import GptConfig
-from t5like.config import T5LikeConfig
+from experiments.families import ModelConfig, family_of
 
 
-def t5(c: T5LikeConfig) -> PreTrainedModel:
-    assert c.encoder_layers == c.decoder_layers and c.num_heads == c.num_kv_heads and c.recipe.mlp == "geglu"
-    config = T5Config(
-        vocab_size=c.vocab_size,
-        d_model=c.d_model,
-        d_kv=c.head_dim,
-        d_ff=c.d_ff,
-        num_layers=c.encoder_layers,
-        num_heads=c.num_heads,
-        feed_forward_proj="gated-gelu",
-        pad_token_id=0,
-        eos_token_id=EOS,
-    )
-    model = T5ForConditionalGeneration(config)
-    model.generation_config.decoder_start_token_id = 0
-    if not c.recipe.tied_embeddings:  # recent versions tie the two whatever the config says, until a file unties them
-        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    return model
-
-
-def llama(c: GptConfig) -> PreTrainedModel:
-    assert (c.recipe.positions, c.recipe.mlp, c.recipe.norm) == ("rope", "swiglu", "rmsnorm")
-    config = LlamaConfig(
-        vocab_size=c.vocab_size,
-        hidden_size=c.d_model,
-        intermediate_size=c.d_ff,
-        num_hidden_layers=c.num_layers,
-        num_attention_heads=c.num_heads,
-        num_key_value_heads=c.num_kv_heads,
-        head_dim=c.head_dim,
-        tie_word_embeddings=c.recipe.tied_embeddings,
-        pad_token_id=0,
-        eos_token_id=EOS,
-    )
-    return LlamaForCausalLM(config)
+def make_model(config: ModelConfig) -> Any:
+    """The same network in Transformers, with its own random weights."""
+    values = family_of(config).load_formats().write_config(config, None)
+    network = getattr(transformers, values["architectures"][0])
+    ids: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": EOS, "decoder_start_token_id": 0}
+    model = network(AutoConfig.for_model(**values, **ids))
+    head = model.get_output_embeddings()
+    if not config.recipe.tied_embeddings:
+        # Recent versions tie T5's head whatever the config says, unless a file has other values for it.
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    return model.eval()
 
 
 def main(name: str) -> None:
     torch.set_num_threads(decoder.cores())
-    c = MODELS[name]
-    model = (t5(c) if isinstance(c, T5LikeConfig) else llama(c)).eval()
-    tokens = torch.from_numpy(np.random.default_rng(0).integers(2, c.vocab_size, (ROWS, PROMPT)))
+    config = MODELS[name]
+    model = make_model(config)
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(2, config.vocab_size, (ROWS, PROMPT)))
+    before = 1 if family_of(config).encodes_inputs else PROMPT  # a start token, or the prompt
 
     def run(batches: int) -> None:
         for _ in range(batches):
@@ -66,7 +43,6 @@ def main(name: str) -> None:
                 max_new_tokens=NEW,
                 min_new_tokens=NEW,
             )
-            before = 1 if isinstance(c, T5LikeConfig) else PROMPT
             assert made.shape == (ROWS, before + NEW), made.shape
 
     with torch.inference_mode():
