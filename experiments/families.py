@@ -43,7 +43,7 @@ class Family(Generic[Config]):
     """What a model family provides."""
 
     kind: str
-    """Its name in configs and on the command line."""
+    """Its name in configs and on the command line, and the name of its package."""
     config: type[Config]
     sizes: Mapping[str, Config]
     """Published models by name."""

@@ -29,9 +29,10 @@ from common.errors import UserError
 from common.files import read_json, write_json
 from common.terminal import marked_up
 from experiments.config import Experiment
+from experiments.families import FAMILIES
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("common", "experiments", "gpt", "t5like")
+PACKAGES = ("common", "experiments", *(family.kind for family in FAMILIES))
 """Packages whose modules a compiled step may depend on."""
 PROCESSES = 2
 """How many compile at once; each takes one core and some GB of memory."""

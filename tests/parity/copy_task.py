@@ -1,4 +1,4 @@
-"""A pair of transformers trained to copy, from npz files of arrays in the order in which the network has them.
+"""Two transformers trained to copy, read from npz files whose arrays are in the order of the network.
 
 Axes: V vocab, D model, H heads, C head dim, F mlp, I source tokens.
 """
@@ -36,16 +36,16 @@ def decoder_only(path: Path) -> tuple[GptConfig, Tree]:
 
 
 def encoder_decoder(path: Path, source_length: int) -> tuple[T5LikeConfig, Tree]:
-    """(config, parameters) for sources of that length only.
+    """(config, parameters) for sources of `source_length` only.
 
-    Our targets' positions go on from the source's in one table; these count anew in a table of their own. So the
-    first rows are the source's, and those behind them the target's.
+    Here target positions continue from the source's in one table; this network numbers them from 0 in a second table.
+    So our table is the first rows of the source's, followed by the target's.
     """
     read = _arrays(path)
     table_VD, source_SD = next(read), next(read)[0]
     encoder = _stack([_layer(read), _layer(read)])
     encoder_norm = _norm(read)
-    target_SD = next(read)[0]  # not a second token table, whose shape would be table_VD's: both sides have one
+    target_SD = next(read)[0]  # targets share the token table: only their positions have a table
     decoder = _stack([_layer(read, crosses=True), _layer(read, crosses=True)])
     decoder_norm, output = _head(read)
     positions_SD = np.concatenate([source_SD[:source_length], target_SD])
@@ -98,7 +98,7 @@ def _attention(read: Iterator[np.ndarray]) -> Tree:
 
 
 def _head(read: Iterator[np.ndarray]) -> tuple[Tree, Tree]:
-    """(final norm, head). The head's bias b_V, which ours lacks, is c_D @ weight_DV: c_D goes to the norm's bias."""
+    """(final norm, head). Our head has no bias: b_V = c_D @ weight_DV, and c_D is added to the norm's bias."""
     norm, weight_DV, bias_V = _norm(read), next(read), next(read)
     c_D = np.linalg.lstsq(weight_DV.T.astype(np.float64), bias_V.astype(np.float64))[0]
     np.testing.assert_allclose(c_D @ weight_DV, bias_V, atol=1e-6)

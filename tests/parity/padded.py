@@ -1,4 +1,4 @@
-"""Padded texts for two libraries at once: ids and masks for one, a `Batch` for ours.
+"""Padded texts for two libraries: ids and masks for the other, a `Batch` for ours.
 
 Legend: B rows, L slots of a text, I input slots, T target slots.
 """
@@ -17,20 +17,20 @@ Side = Literal["left", "right"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Padded:
-    """One text a row; padding holds random ids, so that whatever reads it shows."""
+    """One text per row; padding holds random ids, so that a model that reads it gives other results."""
 
     tokens_BL: np.ndarray
     real_BL: np.ndarray
-    """Bool."""
+    """Bool: which slots are not padding."""
 
     @property
     def positions_BL(self) -> np.ndarray:
-        """Counted from a text's first token; 0 in padding in front of it."""
+        """Counted from a text's first token; 0 in padding before it."""
         return np.maximum(np.cumsum(self.real_BL, axis=1) - 1, 0)
 
 
 def padded(lengths: Sequence[int], width: int, side: Side, *, vocab_size: int, seed: int) -> Padded:
-    """Random texts of those lengths; padding is on that side."""
+    """Random texts of the given lengths, padded on `side` to `width`."""
     slots = np.arange(width)[None]
     lengths_B1 = np.array(lengths)[:, None]
     real_BL = slots < lengths_B1 if side == "right" else slots >= width - lengths_B1
@@ -39,9 +39,9 @@ def padded(lengths: Sequence[int], width: int, side: Side, *, vocab_size: int, s
 
 
 def one_text(text: Padded, input_slots: int) -> tuple[Batch, np.ndarray]:
-    """A language model's batch, each token predicting the next, its first slots being inputs; and labels_BL.
+    """A language model's batch, in which each token predicts the next and the first slots are inputs; and labels_BL.
 
-    Labels are by the convention that slot l is predicted from slot l - 1; -100 is none.
+    Labels follow Transformers' convention: slot l is predicted from slot l - 1, and -100 means no label.
     """
     tokens_BL, real_BL = text.tokens_BL, text.real_BL
     predicted_BL = real_BL.copy()
@@ -59,7 +59,7 @@ def one_text(text: Padded, input_slots: int) -> tuple[Batch, np.ndarray]:
 
 
 def two_texts(inputs: Padded, decoder: Padded, targets_BT: np.ndarray) -> tuple[Batch, np.ndarray]:
-    """An encoder-decoder's batch; and labels_BT, each predicted from its own slot."""
+    """An encoder-decoder's batch, and labels_BT, each predicted from the same slot; -100 means no label."""
     lengths_B1 = inputs.real_BL.sum(axis=1, keepdims=True)
     batch = _batch(
         inputs=(inputs.tokens_BL, inputs.real_BL, inputs.positions_BL),

@@ -1,4 +1,4 @@
-"""Real data that the repository does not hold."""
+"""Real data that is not in the repository."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ HERE = Path(os.environ.get("TWINSTACK_SHARED_DATA") or Path(__file__).parents[2]
 
 
 def shared_file(name: str) -> Path:
-    """A file of the shared data; skips the test where it is absent."""
+    """A file of the shared data; skips the test if it is absent."""
     path = HERE / name
     if not path.is_file():
         pytest.skip(f"{path} is absent: set TWINSTACK_SHARED_DATA")

@@ -1,4 +1,4 @@
-"""stories260K, a trained Llama in llama2.c's files: as a Hugging Face folder, and its tokenizer.
+"""stories260K, a trained Llama stored in llama2.c's format: conversion to a Hugging Face folder, and its tokenizer.
 
 Axes: N layers, V vocab, D model, H heads, G key-value heads, C head dim, F mlp, S positions.
 """
@@ -13,11 +13,11 @@ from safetensors.numpy import save_file
 
 BOS, EOS = 1, 2
 NORM_EPSILON = 1e-5
-"""llama2.c's, which its files do not hold."""
+"""A constant in llama2.c's source; its files do not store it."""
 
 
 def write_hugging_face(path: Path, folder: Path) -> None:
-    """The model of llama2.c's first file format (no magic number, float32), as Transformers would save it."""
+    """Writes a model in llama2.c's first file format (no magic number, float32) as Transformers would save it."""
     data = path.read_bytes()
     D, F, N, H, G, signed_V, S = struct.unpack("<7i", data[:28])
     V, tied, C = abs(signed_V), signed_V > 0, D // H
@@ -46,7 +46,7 @@ def write_hugging_face(path: Path, folder: Path) -> None:
     take(2, S, C // 2)  # cosines and sines of RoPE
     if not tied:
         tensors["lm_head.weight"] = take(V, D)
-    assert not rest.size, f"{path} has {rest.size} numbers too many"
+    assert not rest.size, f"{path} has {rest.size} unread numbers"
     config = {
         "model_type": "llama",
         "vocab_size": V,
@@ -66,24 +66,24 @@ def write_hugging_face(path: Path, folder: Path) -> None:
 
 
 def _halves(rows_NHCD: np.ndarray) -> np.ndarray:
-    """Each head's rows, in which RoPE turns neighbours, in the order in which it turns halves."""
+    """Reorders each head's rows, where RoPE rotates adjacent pairs, so that it rotates the two halves instead."""
     return np.concatenate([rows_NHCD[:, :, 0::2], rows_NHCD[:, :, 1::2]], axis=2)
 
 
 class StoriesTokenizer:
-    """Ids to text, by llama2.c's tokenizer file; it only decodes."""
+    """Decodes ids with llama2.c's tokenizer file."""
 
     def __init__(self, path: Path):
         data = path.read_bytes()
         self._pieces: list[bytes] = []
-        at = 4  # behind the longest piece's length
+        at = 4  # after the longest piece's length
         while at < len(data):
             _, length = struct.unpack_from("<fi", data, at)
             self._pieces.append(data[at + 8 : at + 8 + length])
             at += 8 + length
 
     def decode(self, ids: Iterable[int]) -> str:
-        """A text's first token loses its space."""
+        """Joins the pieces; the first one loses its leading space."""
         text = b"".join(self._piece(i) for i in ids if i not in (BOS, EOS))
         return text.removeprefix(b" ").decode()
 

@@ -1,4 +1,4 @@
-"""Networks that others have trained and published, reproducing their published outputs."""
+"""Networks trained and published by others reproduce their published outputs."""
 
 import dataclasses
 import io
@@ -34,7 +34,7 @@ Lily's mom said, "Lily, let's go to the park." Lily was sad and didn't know what
 your ball, but I can't find it."
 Lily was sad and didn't know what to do. She said, "I'm sorry, Lily. I didn't know what to do."
 Lily didn't want to help her mom, so she"""
-"""What llama2.c's own test expects of 200 greedy steps."""
+"""The text that llama2.c's own test expects from 200 greedy steps."""
 
 
 def complete(
@@ -98,6 +98,6 @@ def test_the_encoder_decoder_copies():
 
 def test_the_decoder_copies():
     config, params = copy_task.decoder_only(shared_file("weights/trax_copy/transformerlm_copy.npz"))
-    # Shifted right by a 0; its last token is the first to be answered.
+    # Shifted right by a 0. The network copies what follows the second 0.
     prompt = EncodedPrompt(inputs_I=np.array([0, 0, 3, 7, 5, 3, 2, 4], np.int32), start=0)
     assert copying("gpt", config, params, prompt, 6).tokens == (3, 7, 5, 3, 2, 4)

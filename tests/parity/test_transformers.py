@@ -1,9 +1,8 @@
-"""The same weights in Hugging Face Transformers: logits, loss, gradients and a step of AdamW, in float32."""
+"""Parity with Hugging Face Transformers on the same weights: logits, loss, gradients, a step of AdamW; in float32."""
 
 import copy
 import dataclasses
 import io
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,68 +29,20 @@ from common.weights.folder import leaf_shapes, read_leaf
 from experiments.models.convert import convert
 from experiments.models.finding import Loaded, open_model
 from tests.parity.padded import Side, one_text, padded, two_texts
+from tests.parity.their_models import ENCODER_DECODERS, LLAMA, T5, VOCAB, random_model
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
 pytestmark = pytest.mark.slow
 PROGRESS = ProgressBars(Console(file=io.StringIO()))
 EXECUTION = Execution(dtype="float32", matmul_precision="highest", attention_block=8, loss_chunk=32)
 
-VOCAB = 61
 TOLERANCE = 2e-5
 LEARNING_RATE = 1e-3
-# A first step is the gradient's sign but for epsilon, which must drown gradients that are no more than rounding.
+# Adam's first step is the gradient's sign, unless epsilon is large: it must dominate gradients that are only rounding.
 OPTIMIZER = AdamW(clip_norm=1e9, epsilon=1e-6)
 
-# Epsilons are large and buckets few, so that a model which ignores config.json shows.
-T5 = {
-    "vocab_size": VOCAB,
-    "d_model": 24,
-    "d_kv": 8,
-    "d_ff": 40,
-    "num_layers": 2,
-    "num_decoder_layers": 3,
-    "num_heads": 4,
-    "relative_attention_num_buckets": 8,
-    "relative_attention_max_distance": 12,
-    "layer_norm_epsilon": 1e-3,
-    "dropout_rate": 0.0,
-}
-GPT2 = {
-    "vocab_size": VOCAB,
-    "n_positions": 24,
-    "n_embd": 24,
-    "n_layer": 3,
-    "n_head": 4,
-    "layer_norm_epsilon": 1e-3,
-    "resid_pdrop": 0.0,
-    "embd_pdrop": 0.0,
-    "attn_pdrop": 0.0,
-}
-LLAMA = {
-    "vocab_size": VOCAB,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "rms_norm_eps": 1e-3,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 50.0},
-}
-GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
-MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "t5-v1.0": ("T5ForConditionalGeneration", "T5Config", T5 | {"feed_forward_proj": "relu"}),
-    "t5-v1.1": ("T5ForConditionalGeneration", "T5Config", T5 | GATED),
-    "mt5": ("MT5ForConditionalGeneration", "MT5Config", T5 | GATED),
-    "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
-    "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA),
-    "llama-tied": ("LlamaForCausalLM", "LlamaConfig", LLAMA | {"tie_word_embeddings": True}),
-}
-ENCODER_DECODERS = ("t5-v1.0", "t5-v1.1", "mt5")
 CASES = [
     *((name, side, 12) for name in ("t5-v1.0", "t5-v1.1") for side in ("left", "right")),
     *((name, side, slots) for name in ("gpt2", "llama") for side in ("left", "right") for slots in (0, 7)),
@@ -101,7 +52,7 @@ CASES = [
 """(model, padding, input slots)."""
 
 ALWAYS_ZERO = {"gpt2": {"layers/attention/key_bias_GC"}}
-"""Softmax does not see what is added to the logits of all keys, so these have no gradient but rounding."""
+"""Adding a constant to the logits of all keys leaves softmax unchanged, so these gradients are only rounding."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,19 +62,21 @@ class Peers:
     theirs: Any
     ours: Loaded
     saved: Path
-    """The folder that theirs was saved in."""
+    """The folder of Transformers' files."""
 
     def parameters(self) -> dict[str, np.ndarray]:
         return {leaf: np.asarray(value) for leaf, value in flatten(self.ours.params, "/").items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
+class PaddedTexts:
+    """The same texts for both libraries."""
+
     batch: Batch
     arguments: dict[str, Any]
-    """Of their model's call."""
+    """Arguments of their model's call."""
     compared_BT: np.ndarray
-    """Target slots that are no padding."""
+    """Target slots that are not padding."""
 
 
 @pytest.fixture(scope="module")
@@ -146,22 +99,7 @@ def _make(name: str, folder: Path) -> Peers:
     return Peers(theirs=theirs, ours=ours, saved=folder / "theirs")
 
 
-def random_model(name: str) -> Any:
-    """No parameter is what it is at initialisation, norms' scales and biases neither."""
-    model_class, config_class, sizes = MODELS[name]
-    torch.manual_seed(1)
-    config = getattr(transformers, config_class)(**sizes, attn_implementation="eager")
-    model = getattr(transformers, model_class)(config).float()
-    if name in ("t5-v1.1", "mt5"):
-        assert model.lm_head.weight is model.shared.weight, "it is tied whatever its config says"
-        model.lm_head.weight = torch.nn.Parameter(torch.randn(VOCAB, T5["d_model"]) * 0.3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model
-
-
-def make_case(name: str, side: Side, input_slots: int) -> Case:
+def make_texts(name: str, side: Side, input_slots: int) -> PaddedTexts:
     text = padded([20, 11, 15, 18], 20, side, vocab_size=VOCAB, seed=1)
     if name not in ENCODER_DECODERS:
         batch, labels = one_text(text, input_slots)
@@ -183,7 +121,7 @@ def make_case(name: str, side: Side, input_slots: int) -> Case:
         }
         compared_BT = text.real_BL
     tensors = {key: torch.from_numpy(np.ascontiguousarray(x)) for key, x in (arguments | {"labels": labels}).items()}
-    return Case(batch=batch, arguments=tensors, compared_BT=compared_BT)
+    return PaddedTexts(batch=batch, arguments=tensors, compared_BT=compared_BT)
 
 
 @jax.default_matmul_precision("highest")
@@ -206,13 +144,13 @@ def our_loss_and_gradient(peers: Peers, batch: Batch) -> tuple[float, dict[str, 
 
 
 def as_ours(folder: Path) -> dict[str, np.ndarray]:
-    """By our names, what a folder of their tensors holds."""
+    """The tensors of one of their folders, by our names."""
     destination = folder.with_name(f"{folder.name}-as-ours")
     convert(folder, destination, PROGRESS)
     return {leaf: read_leaf(destination, leaf).read().result() for leaf in flatten(leaf_shapes(destination), "/")}
 
 
-def their_gradient(peers: Peers, case: Case, folder: Path) -> dict[str, np.ndarray]:
+def their_gradient(peers: Peers, case: PaddedTexts, folder: Path) -> dict[str, np.ndarray]:
     """Their gradients, named and laid out by the tables that convert weights."""
     peers.theirs.zero_grad()
     peers.theirs(**case.arguments).loss.backward()
@@ -225,7 +163,7 @@ def their_gradient(peers: Peers, case: Case, folder: Path) -> dict[str, np.ndarr
 
 
 def assert_close(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> None:
-    """Relative norms of differences, leaf by leaf."""
+    """Compares leaf by leaf, by the relative norm of the difference."""
     assert ours.keys() == theirs.keys()
     errors = {}
     for leaf, reference in theirs.items():
@@ -238,16 +176,14 @@ def assert_close(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray
     assert errors[worst] <= TOLERANCE, f"{worst}: {errors[worst]:.1e}"
 
 
-@pytest.mark.parametrize(
-    ("name", "tied", "scaled"), [("t5-v1.0", True, True), ("t5-v1.1", False, False), ("mt5", False, False)]
-)
-def test_the_reference_is_the_t5_that_is_meant(peers, name, tied, scaled):
+@pytest.mark.parametrize(("name", "tied", "scaled"), [("t5-v1.0", 1, 1), ("t5-v1.1", 0, 0), ("mt5", 0, 0)])
+def test_the_reference_t5_is_tied_and_scaled_as_expected(peers, name, tied, scaled):
     both = peers(name)
     model, recipe = both.theirs, both.ours.config.recipe
     assert (model.lm_head.weight is model.shared.weight) == tied
     assert model.encoder.embed_tokens.weight is model.decoder.embed_tokens.weight is model.shared.weight
     with torch.no_grad():
-        out = model(**make_case(name, "right", 12).arguments, output_hidden_states=True)
+        out = model(**make_texts(name, "right", 12).arguments, output_hidden_states=True)
         hidden_BTD = out.decoder_hidden_states[-1] * (T5["d_model"] ** -0.5 if scaled else 1.0)
         torch.testing.assert_close(out.logits, hidden_BTD @ model.lm_head.weight.T)
     assert (recipe.tied_embeddings, recipe.scale_logits) == (tied, scaled)
@@ -260,7 +196,7 @@ def test_the_tied_llama_is_tied(peers):
     assert both.ours.config.recipe.tied_embeddings
 
 
-def test_the_reference_is_the_llama_that_is_meant(peers):
+def test_the_reference_llama_has_grouped_heads_and_its_rope_theta(peers):
     both = peers("llama")
     steps = torch.arange(0, LLAMA["head_dim"], 2) / LLAMA["head_dim"]
     torch.testing.assert_close(both.theirs.model.rotary_emb.inv_freq, 50.0**-steps)
@@ -272,8 +208,8 @@ def test_the_reference_is_the_llama_that_is_meant(peers):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_no_relu_is_at_its_kink(peers, side):
-    """Where an input of ReLU is nearly 0, rounding decides its derivative, and gradients could not be compared."""
-    model, case, seen = peers("t5-v1.0").theirs, make_case("t5-v1.0", side, 12), []
+    """If an input of ReLU were nearly 0, rounding would decide its derivative, and gradients could not be compared."""
+    model, case, seen = peers("t5-v1.0").theirs, make_texts("t5-v1.0", side, 12), []
     hooks = [
         block.layer[-1].DenseReluDense.wi.register_forward_hook(lambda _, __, out: seen.append(out.detach()))
         for block in (*model.encoder.block, *model.decoder.block)
@@ -288,10 +224,10 @@ def test_no_relu_is_at_its_kink(peers, side):
 
 @pytest.mark.parametrize(("name", "side", "input_slots"), CASES)
 def test_logits_and_loss(peers, name, side, input_slots):
-    both, case = peers(name), make_case(name, side, input_slots)
+    both, case = peers(name), make_texts(name, side, input_slots)
     with torch.no_grad():
         out = both.theirs(**case.arguments)
-    # Target slots are the last ones of a language model's text, and all of a decoder's.
+    # Target slots are the last slots of a language model's text, and all slots of a decoder's.
     theirs = out.logits.numpy()[:, -case.compared_BT.shape[1] :][case.compared_BT]
     ours = our_logits(both, case.batch)[case.compared_BT]
     error = np.abs(ours - theirs).max() / np.abs(theirs).max()
@@ -304,7 +240,7 @@ def test_logits_and_loss(peers, name, side, input_slots):
 
 @pytest.mark.parametrize(("name", "side", "input_slots"), CASES)
 def test_gradients(peers, tmp_path, name, side, input_slots):
-    both, case = peers(name), make_case(name, side, input_slots)
+    both, case = peers(name), make_texts(name, side, input_slots)
     _, ours = our_loss_and_gradient(both, case.batch)
     theirs = their_gradient(both, case, tmp_path / "gradient")
     for leaf in ALWAYS_ZERO.get(name, ()):
@@ -315,19 +251,19 @@ def test_gradients(peers, tmp_path, name, side, input_slots):
 
 @pytest.mark.parametrize(("name", "side", "input_slots"), CASES)
 def test_one_step_of_adamw(peers, tmp_path, name, side, input_slots):
-    both, case = peers(name), make_case(name, side, input_slots)
+    both, case = peers(name), make_texts(name, side, input_slots)
     before = both.parameters()
     ours, theirs = our_step(both, case), their_step(both, case, tmp_path / "stepped")
     for leaf in ALWAYS_ZERO.get(name, ()):
         del before[leaf], ours[leaf], theirs[leaf]
     for leaf, value in before.items():
-        # So that a step which is wrong by a few hundredths would show.
+        # Large enough that a step wrong by a few percent fails.
         assert np.linalg.norm(theirs[leaf] - value) > 30 * TOLERANCE * np.linalg.norm(value), leaf
     assert_close(ours, theirs)
 
 
-def our_step(peers: Peers, case: Case) -> dict[str, np.ndarray]:
-    """Our parameters after a step of the training loop's own function."""
+def our_step(peers: Peers, case: PaddedTexts) -> dict[str, np.ndarray]:
+    """Our parameters after one training step."""
     model = peers.ours.model
     optimizer = make_optimizer(OPTIMIZER, optax.constant_schedule(LEARNING_RATE), model.logical_axes)
     step = make_train_step(model, optimizer, execution=EXECUTION, z_loss=0.0, accumulation=1, seed=0)
@@ -336,8 +272,8 @@ def our_step(peers: Peers, case: Case) -> dict[str, np.ndarray]:
     return {leaf: np.asarray(x) for leaf, x in flatten(stepped.params, "/").items()}
 
 
-def their_step(peers: Peers, case: Case, folder: Path) -> dict[str, np.ndarray]:
-    """Their parameters after a step, by our names; matrices alone decay."""
+def their_step(peers: Peers, case: PaddedTexts, folder: Path) -> dict[str, np.ndarray]:
+    """Their parameters after one step, by our names; only matrices decay."""
     model = copy.deepcopy(peers.theirs)
     groups = [
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": OPTIMIZER.weight_decay},
