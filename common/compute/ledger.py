@@ -89,7 +89,7 @@ class ForwardFlops:
         keep attention's output.
         """
         products = 2 + 3 + 4 + (0 if execution.remat in ("none", "attention") else 2)
-        return self.attention_causal_half * products // 2
+        return self.attention_causal_half * products // 2  # attention_causal_half has the two forward products
 
 
 def query_out_matrices(widths: Widths) -> int:

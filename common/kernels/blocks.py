@@ -8,7 +8,9 @@ SUBLANES, LANES = 8, 128
 
 
 def even_block(length: int, block: int) -> int:
-    """Returns the smallest block that cuts `length` into as few pieces as `block` does, so that little is padded.
+    """Returns the block length that pads least among those with as few pieces of `length` as `block` gives.
+
+    It is a multiple of 128, or of `block` if that is smaller.
 
     >>> [even_block(length, 512) for length in (1, 128, 512, 640, 4096)]
     [128, 128, 512, 384, 512]

@@ -144,7 +144,11 @@ class Blocks:
         return jnp.where(first_key < self.prefix_length, 0, first) if self.prefix_length else first
 
     def distances(self, i: jax.Array, j: jax.Array) -> Any:
-        """The slice of the W distances between blocks `i` and `j` in the N of all, which run from far keys to near."""
+        """Returns where the W distances within tile (i, j) are among all N, which run from far keys to near ones.
+
+        With four queries and four keys in blocks of two, the distances (key - query) are 4, 3, ..., -3. Tile (0, 1), of
+        queries 0 and 1 and keys 2 and 3, has the first four of them, of which the 4 is not used.
+        """
         begin = i * self.block_q - j * self.block_k + self.keys - self.block_k
         step = min(self.block_q, self.block_k, LANES)
         return pl.ds(pl.multiple_of(begin, step), self.block_q + self.block_k)

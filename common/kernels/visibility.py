@@ -77,8 +77,8 @@ class Visibility:
 
     def mask_BQK(self) -> jax.Array:
         """Returns the dense mask: True where a query sees a key."""
-        same = self.q_segments_BQ[:, :, None] == self.k_segments_BK[:, None, :]
-        mask = same & (self.k_segments_BK != 0)[:, None, :]
+        same_segment = self.q_segments_BQ[:, :, None] == self.k_segments_BK[:, None, :]
+        mask = same_segment & (self.k_segments_BK != 0)[:, None, :]
         if not self.causal:
             return mask
         q_index = self.q_offset + jnp.arange(self.q_segments_BQ.shape[1], dtype=jnp.int32)[:, None]

@@ -158,7 +158,7 @@ def _kept_activations(step: _Step) -> float:
 
 
 def _working_memory(step: _Step) -> float:
-    """Bytes that the layer at work holds at once."""
+    """Bytes that computing one layer, or the loss, needs besides what is kept."""
     model, mesh, execution = step.model, step.mesh, step.train.execution
     layer = (attention_parameters(model) + mlp_parameters(model)) / mesh.tensor
     queries = min(execution.attention_block, step.inputs / mesh.context)

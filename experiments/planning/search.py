@@ -174,7 +174,7 @@ def overrides(base: Experiment, changed: Experiment) -> str:
         words.append(f"train.execution.remat={train.execution.remat}")
     if train.accumulation != before.accumulation:
         words.append(f"train.accumulation={train.accumulation}")
-    return " ".join(words) or "as the experiment has it"
+    return " ".join(words) or "the experiment's own settings"
 
 
 def _candidates(experiment: Experiment, topology: Topology, mesh: MeshShape | None) -> Iterator[Experiment]:
