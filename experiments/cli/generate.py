@@ -24,7 +24,7 @@ from common.recipe import Execution
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
 from common.terminal import harmless, marked_up
-from experiments.models.finding import Found, find_model, open_found
+from experiments.models.finding import FoundModel, find_model, open_found
 from experiments.running.jax_setup import set_up_jax
 
 
@@ -240,7 +240,7 @@ def read_prompts(path: Path | None, stdin: TextIO) -> list[str]:
 
 
 def _settings(
-    found: Found, codec: TextCodec, prompts: Sequence[str], request: GenerateRequest, execution: Execution
+    found: FoundModel, codec: TextCodec, prompts: Sequence[str], request: GenerateRequest, execution: Execution
 ) -> str:
     """Changes with whatever changes the texts, beyond rounding."""
     described = {

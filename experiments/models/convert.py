@@ -1,4 +1,4 @@
-"""`twinstack convert`: foreign checkpoints to model folders and back, and from one family to the other."""
+"""Converts foreign checkpoints and runs into model folders, and model folders further (`convert_out`)."""
 
 import contextlib
 import re
@@ -40,15 +40,18 @@ def convert(
     config_name: str | None = None,
     tokenizer: Path | None = None,
 ) -> list[str]:
-    """Converts what `source` is, and returns remarks for the user.
+    """Converts `source` and returns remarks for the user.
 
-    A Hugging Face folder, a T5X checkpoint or an arm's run directory becomes a model folder. With `to` that becomes
-    a Hugging Face folder (`to="hf"`), or one of the other family (`to="t5like"`, at a rung of the ladder; `to="gpt"`).
-    `config_name` is one of the sizes, for a T5X checkpoint, whose shapes do not tell everything, and `tokenizer` the
-    SentencePiece model that it lacks.
+    A Hugging Face folder, a T5X checkpoint or an arm's run directory becomes a model folder. With `to`, that model
+    folder is converted further: to a Hugging Face folder (`to="hf"`), or to the other family (`to="gpt"`, or
+    `to="t5like"` at a rung of the ladder).
+
+    Args:
+        config_name: name of a size, for a T5X checkpoint whose shapes do not determine the config.
+        tokenizer: SentencePiece model for a T5X checkpoint, which contains none.
 
     Raises:
-        UserError: where the source is none of these, or does not convert; nothing is left at `destination` then.
+        UserError: where `source` is none of these or cannot be converted; `destination` is not created then.
     """
     _check_destination(source, destination)
     if to is not None and to not in TARGETS:
@@ -57,14 +60,14 @@ def convert(
         raise UserError("--rung is for --to t5like")
     for option, value in (("--config", config_name), ("--tokenizer", tokenizer)):
         if value is not None and not is_checkpoint(source):
-            raise UserError(f"{option} is for T5X checkpoints, and {source} is none")
+            raise UserError(f"{option} is for T5X checkpoints, and {source} is not one")
     if model_folder.is_folder(source):
         if to is None:
-            raise UserError(f"{source} is a model folder: say --to {', --to '.join(TARGETS)}")
+            raise UserError(f"{source} is a model folder: add --to {', --to '.join(TARGETS)}")
         return convert_folder(source, destination, progress, to, rung)
     if to is None:
         return _into_folder(source, destination, progress, config_name, tokenizer)
-    if destination.exists():  # known before the first half of the work
+    if destination.exists():  # fails here rather than after the first half of the work
         raise UserError(f"{destination} exists: name a folder that does not")
     with scratch_folder(destination.with_name(f"{destination.name}-model")) as scratch:
         *remarks, _ = _into_folder(source, scratch / "model", progress, config_name, tokenizer)
@@ -74,7 +77,7 @@ def convert(
 def _into_folder(
     source: Path, destination: Path, progress: ProgressBars, config_name: str | None, tokenizer: Path | None
 ) -> list[str]:
-    """Makes a model folder; the last remark says what it is."""
+    """Makes a model folder and returns remarks, the last of which describes the model."""
     if is_checkpoint(source):
         return _from_t5x(source, destination, progress, config_name, tokenizer)
     if (_without_step(source) / RunFiles.ENVIRONMENT).is_file():
@@ -87,20 +90,21 @@ def _check_destination(source: Path, destination: Path) -> None:
     if str(destination) == "-":
         raise UserError("the destination is '-', but a folder cannot go to standard output: name one")
     if destination.resolve().is_relative_to(_without_step(source).resolve()):
-        raise UserError(f"{destination} lies inside {source}: name a folder outside of what is converted")
+        raise UserError(f"{destination} lies inside {source}: name a folder outside of it")
 
 
 def _without_step(source: Path) -> Path:
-    """The directory of a run that is named as `DIRECTORY@STEP`."""
+    """Returns the run directory of `DIRECTORY@STEP`."""
     return source if source.exists() else Path(re.sub(r"@\d+$", "", str(source)))
 
 
 def _refuse_unreadable(source: Path) -> None:
+    """Raises UserError unless `source` has the files of a Hugging Face folder with safetensors."""
     kinds = "a Hugging Face folder (config.json and safetensors), a T5X checkpoint or a model folder"
     if source.is_file() and source.suffix in PICKLES:
         raise UserError(f"{source} is a pickle, which can run code when it is read; convert takes {kinds}")
     if not source.is_dir():
-        raise UserError(f"{source} is no folder; convert takes {kinds}")
+        raise UserError(f"{source} is not a folder; convert takes {kinds}")
     if not (source / SINGLE).is_file() and not (source / INDEX).is_file():
         pickles = sorted(path.name for path in source.iterdir() if path.suffix in PICKLES)
         if pickles:
@@ -115,14 +119,11 @@ def _refuse_unreadable(source: Path) -> None:
         raise UserError(f"{source} has no config.json")
 
 
-# In.
-
-
 def _from_hugging_face(source: Path, destination: Path, progress: ProgressBars) -> list[str]:
     where = str(source / "config.json")
     values = read_json(source / "config.json")
     if not isinstance(values, dict):
-        raise UserError(f"{where} is no JSON object")
+        raise UserError(f"{where} is not a JSON object")
     formats = hugging_face_formats()
     model_type = str(values.get("model_type"))
     if model_type not in formats:
@@ -144,10 +145,10 @@ def _from_hugging_face(source: Path, destination: Path, progress: ProgressBars) 
 def _read_config(
     format: HuggingFaceFormat, values: dict[str, Any], where: str, checkpoint: Checkpoint
 ) -> tuple[ModelConfig, list[str]]:
-    """(config, remarks) of a Hugging Face folder with that config.json and those tensors."""
+    """Returns (config, remarks) of a Hugging Face folder from its config.json and tensors."""
     settings = Settings(values, where)
     embedding = next((name for name in format.embeddings if name in checkpoint.tensors), None)
-    with _blaming(where):
+    with _errors_name(where):
         wants_tied = None if format.wants_tied is None else format.wants_tied(settings)
         tied = wants_tied is not False and _is_tied(checkpoint, embedding)
         config, remarks = format.read_config(settings, tied)
@@ -157,8 +158,8 @@ def _read_config(
 
 
 @contextlib.contextmanager
-def _blaming(where: str) -> Iterator[None]:
-    """Errors inside say where the value stands that they complain of."""
+def _errors_name(where: str) -> Iterator[None]:
+    """Prefixes UserErrors with the file of the faulty value."""
     try:
         yield
     except UserError as error:
@@ -166,7 +167,7 @@ def _blaming(where: str) -> Iterator[None]:
 
 
 def _is_tied(checkpoint: Checkpoint, embedding: str | None) -> bool:
-    """Whether the head is the token table: it is not stored, or stored as a copy."""
+    """Whether the output head is the token table: it is absent, or stored as a copy of it."""
     return embedding is None or HEAD not in checkpoint.tensors or same_bytes(checkpoint, HEAD, embedding)
 
 
@@ -179,15 +180,15 @@ def _from_t5x(
     remarks = ["layers are stacked (scanned)"] if checkpoint.scanned else []
     config: ModelConfig
     if config_name is not None:
-        config = _named(config_name, family)
+        config = _size(config_name, family)
     else:
         config, assumed = format.read_config(checkpoint.tensors, str(source))
         sizes = {name: value for name, value in to_json(config).items() if isinstance(value, int)}
         remarks += [f"read from shapes: {', '.join(f'{name}={value}' for name, value in sizes.items())}", *assumed]
     if tokenizer is None:
-        remarks.append("T5X keeps no tokenizer with its checkpoints: --tokenizer FILE adds its SentencePiece model")
+        remarks.append("T5X checkpoints contain no tokenizer: --tokenizer FILE adds the SentencePiece model")
     elif not tokenizer.is_file():
-        raise UserError(f"--tokenizer {tokenizer} is no file")
+        raise UserError(f"--tokenizer {tokenizer} is not a file")
     text = {"tokenizer": tokenizer and sentence_piece(tokenizer.name, SENTINELS), **format.text}
     with write_folder(destination) as writer:
         _import(format.table(config), checkpoint, writer, progress)
@@ -197,9 +198,9 @@ def _from_t5x(
     return [*remarks, summary(config, destination)]
 
 
-def _named(name: str, family: Family[Any]) -> ModelConfig:
+def _size(name: str, family: Family[Any]) -> ModelConfig:
     if name not in family.sizes:
-        raise UserError(f"--config {name!r} names no size of a {family.kind}: {nearest(name, family.sizes)}")
+        raise UserError(f"--config {name!r} is not a size of {family.kind}: {nearest(name, family.sizes)}")
     return family.sizes[name]
 
 

@@ -1,4 +1,4 @@
-"""A model folder in Hugging Face's layout, or as one of the other family."""
+"""Converts a model folder to Hugging Face's layout, or to the other family."""
 
 import dataclasses
 import shutil
@@ -26,14 +26,14 @@ HUGGING_FACE = "hugging_face"
 
 
 def hugging_face_formats() -> dict[str, HuggingFaceFormat]:
-    """The formats of all families by `model_type`."""
+    """Returns the formats of all families by `model_type`."""
     return {format.model_type: format for family in FAMILIES for format in family.load_formats().hugging_face}
 
 
 def convert_folder(source: Path, destination: Path, progress: ProgressBars, to: str, rung: int | None) -> list[str]:
     """Converts a model folder to Hugging Face's layout (`to="hf"`), or to the other family; returns remarks.
 
-    Raises UserError where it has no counterpart there.
+    Raises UserError where the target cannot express the model.
     """
     described = describe_folder(source)
     config, manifest = described.model, described.manifest
@@ -47,7 +47,7 @@ def convert_folder(source: Path, destination: Path, progress: ProgressBars, to: 
     change = changes[to]
     changed: ModelConfig = change.config(config, rung or 0)
     leaves: dict[str, Any] = flatten(leaf_shapes(source), "/")
-    _rename(source, destination, progress, change.origins(leaves, changed), changed, manifest)
+    _copy_renamed(source, destination, progress, change.origins(leaves, changed), changed, manifest)
     return [summary(changed, destination)]
 
 
@@ -55,7 +55,7 @@ def _to_hugging_face(
     source: Path, destination: Path, progress: ProgressBars, described: FolderDescription
 ) -> list[str]:
     config, recorded = described.model, described.manifest["source"]
-    origin = recorded if _is_what_it_was(source, config, recorded) else {}
+    origin = recorded if _is_unchanged(source, config, recorded) else {}
     written = None if origin else _config_json(described)
     model_type = str((written or origin)["model_type"])
     names = [key for file in origin.get("files", ()) for key, _ in file["tensors"]]
@@ -71,12 +71,12 @@ def _to_hugging_face(
             write_json(temporary / "config.json", written)
         if index is not None:
             write_json(temporary / INDEX, index)
-    remarks = [] if origin else _read_ids(described)
+    remarks = [] if origin else _remarks_on_ids(described)
     return [*remarks, f"{destination}: {model_type} in Hugging Face's layout"]
 
 
-def _read_ids(described: FolderDescription) -> list[str]:
-    """Remarks on the ids that an exported model was trained to read, and how its tokenizer in Transformers differs."""
+def _remarks_on_ids(described: FolderDescription) -> list[str]:
+    """Returns remarks on the ids that the model was trained to read, and where Transformers' tokenizer differs."""
     text, config = described.text, described.model
     if text.alignment == "native":
         return []
@@ -96,18 +96,18 @@ def _read_ids(described: FolderDescription) -> list[str]:
             theirs = f"reads no {name} for this kind of model:"
         remarks.append(f"Transformers {theirs} encode with {name} and the library sentencepiece")
     elif described.tokenizer is not None:
-        remarks.append("tokenizer.json writes the same ids as here, without end and start token")
+        remarks.append("tokenizer.json writes the same ids as here, without end and start tokens")
     return remarks
 
 
-def _is_what_it_was(source: Path, config: ModelConfig, origin: dict[str, Any]) -> bool:
-    """Whether a model folder's config is still that of the Hugging Face folder that it was made from."""
+def _is_unchanged(source: Path, config: ModelConfig, origin: dict[str, Any]) -> bool:
+    """Whether a model folder came from a Hugging Face folder and still has the config of that."""
     path = source / model_folder.SOURCE / "config.json"
     if origin.get("format") != HUGGING_FACE or not path.is_file():
         return False
     model_type, tied, values = origin["model_type"], config.recipe.tied_embeddings, read_json(path)
     if not isinstance(values, dict):
-        raise UserError(f"{path} is no JSON object")
+        raise UserError(f"{path} is not a JSON object")
     formats = {format.model_type: format for format in family_of(config).load_formats().hugging_face}
     if model_type not in formats:
         return False
@@ -118,6 +118,7 @@ def _is_what_it_was(source: Path, config: ModelConfig, origin: dict[str, Any]) -
 
 
 def _config_json(described: FolderDescription) -> dict[str, Any]:
+    """Returns the contents of config.json in Hugging Face's layout."""
     config, text = described.model, described.text
     ids: dict[str, Any] = {"eos_token_id": text.eos_ids[0] if len(text.eos_ids) == 1 else list(text.eos_ids) or None}
     formats = family_of(config).load_formats()
@@ -125,7 +126,7 @@ def _config_json(described: FolderDescription) -> dict[str, Any]:
     return written | ids | formats.special_ids(text)
 
 
-def _rename(
+def _copy_renamed(
     source: Path,
     destination: Path,
     progress: ProgressBars,
@@ -133,7 +134,7 @@ def _rename(
     new: ModelConfig,
     manifest: dict[str, Any],
 ) -> None:
-    """Writes the same arrays under the other family's names."""
+    """Writes a model folder of the other family: copies the leaf `origins[name]` under each new `name`."""
     leaves: dict[str, Any] = flatten(leaf_shapes(source), "/")
     stacked = family_of(new).stacked
     with write_folder(destination) as writer, progress.bar("copying arrays", len(origins)) as advance:

@@ -1,4 +1,4 @@
-"""Trained models on disk, ours and converted ones: found by path, opened with their text."""
+"""Finds trained models on disk by path, runs and model folders, and opens them."""
 
 import dataclasses
 import difflib
@@ -37,21 +37,22 @@ from experiments.families import builder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Found:
-    """A model on disk, of which only the description has been read."""
+class FoundModel:
+    """A model on disk. Only its description has been read."""
 
     config: ModelConfig
     parameters: StoredParameters
     open_text: Callable[[], TextCodec]
+    """Loads the tokenizer and the conventions of the model's texts."""
     row_length: int | None = None
-    """Slots of the rows that a run was trained on, inputs and targets together; None where it is not known."""
+    """Input and target slots per row in training; None where unknown."""
     tokenizer_path: str | None = None
-    """Where another run can load the same tokenizer from; None if nowhere, or if its file does not hold everything."""
+    """A path from which another run can load the same tokenizer; None if there is none that describes it fully."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Loaded:
-    """A model ready to be used."""
+class LoadedModel:
+    """A model with its parameters, ready for use."""
 
     config: ModelConfig
     model: Skeleton
@@ -60,23 +61,25 @@ class Loaded:
     mesh: Mesh
     text: TextCodec
     origin: str
-    """Where it comes from; of a run also the step."""
+    """Where it was found, with the step of a run."""
 
 
-def open_model(path: str, execution: Execution, mesh: Mesh, dtype: Any = jnp.float32) -> Loaded:
-    """The model at `path` (see `find_model`), its parameters in `dtype`, each device's part read by itself.
+def open_model(path: str, execution: Execution, mesh: Mesh, dtype: Any = jnp.float32) -> LoadedModel:
+    """Opens the model at `path` (see `find_model`). Each device reads its own shards of the parameters, as `dtype`.
 
-    Raises UserError where there is none, it cannot be read, or the mesh does not divide it.
+    Raises UserError where there is no model, it cannot be read, or the mesh does not divide it.
     """
     found = find_model(path)
     return open_found(found, found.open_text(), execution, mesh, dtype)
 
 
-def open_found(found: Found, text: TextCodec, execution: Execution, mesh: Mesh, dtype: Any = jnp.float32) -> Loaded:
-    """As `open_model`, for a model that has been found, and its text."""
+def open_found(
+    found: FoundModel, text: TextCodec, execution: Execution, mesh: Mesh, dtype: Any = jnp.float32
+) -> LoadedModel:
+    """Does what `open_model` does, for a model that has been found and its text codec."""
     model = skeleton(builder(found.config, execution))
     params, _ = load_parameters(found.parameters, model, check_divides(model, mesh), dtype=dtype)
-    return Loaded(
+    return LoadedModel(
         config=found.config,
         model=model,
         params=params,
@@ -86,18 +89,18 @@ def open_found(found: Found, text: TextCodec, execution: Execution, mesh: Mesh, 
     )
 
 
-def find_model(path: str) -> Found:
-    """What lies at `path`: a model folder, an arm's directory (its newest good checkpoint; `PATH@STEP` names another),
-    or one of its checkpoints.
+def find_model(path: str) -> FoundModel:
+    """Finds the model at `path`.
 
-    Raises UserError for anything else, saying what it is.
+    `path` is a model folder, an arm's run directory (the newest good checkpoint; `PATH@STEP` names another), or the
+    directory of a checkpoint. Raises UserError for anything else, with what it seems to be.
     """
     where, step = _split_step(path)
     found = _find(where, step)
     return dataclasses.replace(found, open_text=functools.partial(_fitting_text, found))
 
 
-def _find(where: Path, step: int | None) -> Found:
+def _find(where: Path, step: int | None) -> FoundModel:
     if step is None and folder.is_folder(where):
         return _in_folder(where)
     if step is None and where.name.isdecimal() and where.parent.name == RunFiles.CHECKPOINTS:
@@ -107,27 +110,32 @@ def _find(where: Path, step: int | None) -> Found:
     raise UserError(_no_model(where, step))
 
 
-def _fitting_text(found: Found) -> TextCodec:
-    """The model's text. Raises UserError where that has ids for which the model has no rows.
+def _fitting_text(found: FoundModel) -> TextCodec:
+    """Opens the model's text codec. Raises UserError where it has ids for which the token table has no rows.
 
-    Without a tokenizer it depends on who uses the model which ids there are.
+    Not checked without a tokenizer: then whoever calls the model chooses the ids.
     """
     text, rows = found.open_text(), found.config.vocab_size
     if text.tokenizer is None:
         return text
     ids = text.conventions
-    named = {"the tokenizer": (text.tokenizer.vocab_size - 1,), "start_id": (ids.start_id,), "eos_ids": ids.eos_ids}
-    named["bos_id"] = () if ids.bos_id is None else (ids.bos_id,)
-    for name, tokens in named.items():
+    ids_by_name = {
+        "the tokenizer": (text.tokenizer.vocab_size - 1,),
+        "start_id": (ids.start_id,),
+        "eos_ids": ids.eos_ids,
+    }
+    ids_by_name["bos_id"] = () if ids.bos_id is None else (ids.bos_id,)
+    for name, tokens in ids_by_name.items():
         if wrong := [token for token in tokens if not 0 <= token < rows]:
             raise UserError(
                 f"{found.parameters.origin}: {name} has id {wrong[0]}, but the model's table has {rows} rows "
-                f"(ids 0 to {rows - 1}): one of them is another model's"
+                f"(ids 0 to {rows - 1}): one of them belongs to another model"
             )
     return text
 
 
 def _split_step(path: str) -> tuple[Path, int | None]:
+    """Splits `DIRECTORY@STEP`, unless a file has that very name."""
     match = re.fullmatch(r"(.+)@(\d+)", path)
     if match is None or user_path(path).exists():
         return user_path(path), None
@@ -139,24 +147,24 @@ def _split_step(path: str) -> tuple[Path, int | None]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _RunDescription:
-    """What of a run's config.json says what it has made."""
+    """The fields of a run's config.json that describe its model."""
 
     model: ModelConfig
     data: DataConfig
 
 
-def _of_run(arm_dir: Path, step: int | None) -> Found:
+def _of_run(arm_dir: Path, step: int | None) -> FoundModel:
     described = rd.read_described(arm_dir / RunFiles.CONFIG)
     try:
         run = from_json(_RunDescription, {key: described[key] for key in ("model", "data")})
     except (KeyError, TypeError, UserError) as error:
         raise UserError(f"{arm_dir / RunFiles.CONFIG} is not of this version: {error}") from None
-    return Found(
+    return FoundModel(
         config=run.model,
         parameters=RunParameters(arm_dir / RunFiles.CHECKPOINTS, step),
         open_text=functools.partial(_text_of_run, arm_dir, run.data),
         row_length=run.data.input_length + run.data.target_length,
-        # Byte pairs' special tokens are not in the file.
+        # A byte-pair tokenizer is never named here: its file lacks the special tokens.
         tokenizer_path=str(kept) if (kept := arm_dir / RunFiles.TOKENIZER / MODEL).is_file() else None,
     )
 
@@ -175,27 +183,29 @@ def _text_of_run(arm_dir: Path, data: DataConfig) -> TextCodec:
 
 
 def tokenizer_of_run(arm_dir: Path, data: DataConfig) -> Tokenizer:
-    """The tokenizer that the run keeps; if it kept none yet, the one that its data config gives.
+    """Loads the tokenizer that the run saved, or makes it from the data config of a run that saved none.
 
-    Raises UserError if the run was trained with another one.
+    Raises UserError if the run was trained with another tokenizer.
     """
-    then = read_object(arm_dir / RunFiles.ENVIRONMENT).get("tokenizer_hash")
+    trained_hash = read_object(arm_dir / RunFiles.ENVIRONMENT).get("tokenizer_hash")
     if (arm_dir / RunFiles.TOKENIZER).is_dir():
         tokenizer = load_saved(arm_dir / RunFiles.TOKENIZER)
         source = f"{RunFiles.TOKENIZER}/ holds"
-        cause = "without that folder, its data config gives the tokenizer again where its data are still there"
+        cause = "without that folder, the tokenizer is made again from the data config, if the data are still there"
     else:
         cache_dir = default_cache_dir()
         tokenizer = open_tokenizer_of(data, open_training_text(data, cache_dir), cache_dir)
         source = "its data config now gives"
         cause = "the source, the tokenizer's file or the library that trains it has changed"
-    if then != tokenizer.content_hash:
-        raise UserError(f"{arm_dir} was trained with tokenizer {then}, but {source} {tokenizer.content_hash}: {cause}")
+    if trained_hash != tokenizer.content_hash:
+        raise UserError(
+            f"{arm_dir} was trained with tokenizer {trained_hash}, but {source} {tokenizer.content_hash}: {cause}"
+        )
     return tokenizer
 
 
 def _ends_inputs(objective: Objective) -> bool:
-    """Whether eos stood after the inputs in training."""
+    """Whether eos followed the inputs in training."""
     match objective:
         case Supervised(eos_after_inputs=ends):
             return ends
@@ -216,18 +226,18 @@ class _Described:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FolderDescription:
-    """The contents of a model folder's model.json."""
+    """The contents of model.json in a model folder."""
 
     model: ModelConfig
     text: TextConventions
     tokenizer: TokenizerConfig | None
     add_bos: bool
     manifest: dict[str, Any]
-    """The model.json as it stands, for the files made from the folder."""
+    """model.json unchanged, for files that are made from it."""
 
 
 def describe_folder(path: Path) -> FolderDescription:
-    """Raises UserError where `path` is no model folder, or its model.json is not of the expected form."""
+    """Reads model.json. Raises UserError where `path` is no model folder, or model.json is malformed."""
     manifest = folder.read_manifest(path)
     defaults = {field.name: field.default for field in dataclasses.fields(TextConventions)}
     text = {name: value for name, value in defaults.items() if value is not dataclasses.MISSING} | manifest["text"]
@@ -246,9 +256,9 @@ def describe_folder(path: Path) -> FolderDescription:
     )
 
 
-def _in_folder(path: Path) -> Found:
+def _in_folder(path: Path) -> FoundModel:
     described = describe_folder(path)
-    return Found(
+    return FoundModel(
         config=described.model,
         parameters=FolderParameters(path),
         tokenizer_path=None if described.tokenizer is None else described.tokenizer.path,
@@ -261,7 +271,10 @@ def _in_folder(path: Path) -> Found:
 
 
 def _tokenizer_config(described: Any, path: Path) -> TokenizerConfig:
-    """Of `text.tokenizer`, whose files are relative to the folder (`common.weights.text` writes it)."""
+    """Returns the config for `text.tokenizer` of model.json, whose file names are relative to the folder.
+
+    `common.weights.text` writes it. Raises UserError where it is malformed.
+    """
     match described:
         case {"kind": "sentencepiece", "file": str(file), "sentinels": int(sentinels)}:
             return SentencePieceConfig(path=str(inside(path, file, "text.tokenizer")), sentinels=sentinels)
@@ -275,16 +288,16 @@ def _tokenizer_config(described: Any, path: Path) -> TokenizerConfig:
     )
 
 
-# What is no model.
+# Errors for paths without a model.
 
 _MARKS = (
     ("model.safetensors*", "a Hugging Face folder: `twinstack convert` makes a model folder of it"),
-    ("pytorch_model*.bin", "a Hugging Face folder without safetensors, which is never read: save it as safetensors"),
+    ("pytorch_model*.bin", "a Hugging Face folder without safetensors; pickles are never read: save it as safetensors"),
 )
 
 
 def _no_model(path: Path, step: int | None) -> str:
-    """What is at `path`, for an error message."""
+    """Returns an error message that describes what is at `path`."""
     wanted = "a model folder, an arm's run directory, DIRECTORY@STEP or a checkpoint's directory"
     if not path.exists():
         there = [str(other) for other in path.parent.glob("*")] if path.parent.is_dir() else []
@@ -293,7 +306,7 @@ def _no_model(path: Path, step: int | None) -> str:
     if not path.is_dir():
         return f"{path} is a file; expected {wanted}"
     if step is not None and folder.is_folder(path):
-        return f"{path} is a model folder, which has no steps: leave out @{step}"
+        return f"{path} is a model folder, which has no steps: drop @{step}"
     arms = sorted(str(config.parent) for config in path.glob(f"*/{RunFiles.CONFIG}"))
     if (path / ExperimentFiles.EXPERIMENT).is_file() and arms:
         return f"{path} is a whole comparison's directory: name one of its arms, {', '.join(arms)}"
@@ -304,4 +317,4 @@ def _no_model(path: Path, step: int | None) -> str:
             return f"{path} is {what}"
     names = sorted(child.name for child in path.iterdir())
     listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    return f"{path} is neither of {wanted}; it holds {listed or 'nothing'}"
+    return f"{path} is not {wanted}; it holds {listed or 'nothing'}"

@@ -17,7 +17,7 @@ from common.train.stored import has_checkpoint
 from common.train.task import Initial
 from experiments.config import Arm, Experiment, ModelConfig
 from experiments.families import builder
-from experiments.models.finding import Found, find_model
+from experiments.models.finding import FoundModel, find_model
 
 TRAINED_WITH = ("recipe.dropout", "recipe.z_loss", "recipe.init")
 """Fields of a model's config that change no weight's name or shape."""
@@ -84,7 +84,7 @@ def check_tokenizers(
 
 def _initial_models(
     experiment: Experiment, run_dir: Path | None, arms: Iterable[str] | None
-) -> Iterator[tuple[str, Arm, Found, Skeleton]]:
+) -> Iterator[tuple[str, Arm, FoundModel, Skeleton]]:
     """Yields, for each arm that starts from another model: its name, the arm, that model, the arm's own skeleton."""
     for name in experiment.arms if arms is None else arms:
         arm = experiment.arms[name]
@@ -121,7 +121,7 @@ def _describe_ids(different: list[int], compared: int, ours: Tokenizer, theirs: 
     return f"{len(different):,} of {compared:,} ids stand for other tokens ({pair})"
 
 
-def _overrides_for_tokenizer(found: Found, theirs: Tokenizer) -> str:
+def _overrides_for_tokenizer(found: FoundModel, theirs: Tokenizer) -> str:
     """Returns how to train with the model's own tokenizer, or "" if it has no path."""
     if found.tokenizer_path is None:
         return ""

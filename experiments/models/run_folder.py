@@ -1,4 +1,4 @@
-"""A model folder made from a run of ours, so that it can be converted further."""
+"""Makes a model folder from a run, so that it can be converted further."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from common.progress import ProgressBars
 from common.weights.folder import SOURCE, FolderWriter, write_folder
 from common.weights.text import byte_pair, sentence_piece
 from experiments.families import family_of
-from experiments.models.finding import Found, find_model
+from experiments.models.finding import FoundModel, find_model
 
 TOKENIZER = "spiece.model"
 
@@ -25,7 +25,7 @@ TOKENIZER = "spiece.model"
 def folder_from_run(source: str, destination: Path, progress: ProgressBars) -> list[str]:
     """Writes the parameters and the tokenizer of an arm's run directory (or `DIRECTORY@STEP`); returns remarks.
 
-    Raises UserError where `source` is none, and as `write_folder` does.
+    Raises UserError where `source` is no run, and as `write_folder` does.
     """
     found = find_model(source)
     text = found.open_text()
@@ -38,8 +38,8 @@ def folder_from_run(source: str, destination: Path, progress: ProgressBars) -> l
     return [f"from {found.parameters.origin}", f"{destination}: {found.config.kind} with {count:,} parameters"]
 
 
-def _copy_parameters(found: Found, writer: FolderWriter, progress: ProgressBars) -> None:
-    """One array at a time, as saved."""
+def _copy_parameters(found: FoundModel, writer: FolderWriter, progress: ProgressBars) -> None:
+    """Copies one array at a time, with the saved dtype."""
     stacked_names = family_of(found.config).stacked
     sharding = SingleDeviceSharding(jax.devices()[0])
     with progress.bar("reading parameters", len(found.parameters.shapes)) as advance:
@@ -53,10 +53,10 @@ def _copy_parameters(found: Found, writer: FolderWriter, progress: ProgressBars)
 
 
 def _write_tokenizer(text: TextCodec, writer: FolderWriter) -> dict[str, Any]:
-    """Its files, and its entry in the manifest."""
+    """Writes the tokenizer's files and returns its entry for the manifest."""
     match text.tokenizer:
         case SentencePieceTokenizer() as pieces:
-            # What Transformers would otherwise take to be T5's hundred.
+            # Without extra_ids, Transformers assumes T5's 100 sentinels.
             files = {
                 TOKENIZER: pieces.serialized(),
                 "tokenizer_config.json": json_bytes({"extra_ids": pieces.appended_sentinels}),
@@ -66,7 +66,7 @@ def _write_tokenizer(text: TextCodec, writer: FolderWriter) -> dict[str, Any]:
             files = pairs.files()
             entry = byte_pair(pairs.appended_sentinels)
         case other:
-            raise AssertionError(f"no way is known to write a {type(other).__name__}")
+            raise AssertionError(f"cannot write a {type(other).__name__}")
     (writer.path / SOURCE).mkdir()
     for name, content in files.items():
         write_atomically(writer.path / SOURCE / name, content)

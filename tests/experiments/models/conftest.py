@@ -1,0 +1,61 @@
+"""A small run and a model folder with the same parameters."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from common.config import to_json
+from common.data.config import SentencePieceConfig
+from common.data.tokenizers.sentence_piece import train_model
+from common.train.config import Budget
+from common.train.loop import Fitted
+from common.weights.folder import write_folder
+from experiments.config import Experiment
+from experiments.running.pipeline import open_data, train_arm
+from tests.experiments.tiny_experiment import WORDS, tiny_experiment, write_data
+from tests.tiny import Observer
+
+
+@pytest.fixture(scope="session")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    folder = tmp_path_factory.mktemp("data")
+    write_data(folder)
+    made = tiny_experiment(folder)
+    train = dataclasses.replace(made.train, budget=Budget(unit="steps", amount=4), checkpoint_every=2)
+    return dataclasses.replace(made, train=train)
+
+
+@pytest.fixture(scope="session")
+def run_dir(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Fitted]:
+    """A run of which only `gpt` has been trained."""
+    path = tmp_path_factory.mktemp("runs") / "tiny"
+    fitted = train_arm(experiment, "gpt", open_data(experiment), path, Observer())
+    (path / "experiment.json").write_text("{}")
+    return path, fitted
+
+
+@pytest.fixture(scope="session")
+def model_folder(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory, run_dir: Any) -> Path:
+    """The same parameters as a model folder, in bfloat16, with a SentencePiece model."""
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    text = {
+        "tokenizer": {"kind": "sentencepiece", "file": "source/spiece.model", "sentinels": 3, "add_bos": True},
+        "alignment": "native",
+        "start_id": 0,
+        "eos_ids": [1, 7],
+        "bos_id": 2,
+    }
+    with write_folder(path) as writer:
+        writer.manifest(model=to_json(experiment.arms["gpt"].model), text=text, source={})
+        (writer.path / "source").mkdir()
+        lines = [" ".join(WORDS)] * 20
+        config = SentencePieceConfig(vocab_size=28, byte_fallback=False, character_coverage=1.0)
+        (writer.path / "source" / "spiece.model").write_bytes(train_model(lines, config))
+        params = jax.tree.map(lambda x: np.asarray(x.astype(jnp.bfloat16)), run_dir[1].params)
+        writer.write_tree(params, stacked=("layers",))
+    return path
