@@ -89,20 +89,20 @@ families = pytest.mark.parametrize(
 
 @functools.cache
 def graph(config: ModelConfig, execution: Execution = F32) -> Any:
-    """The model without its numbers; the same object for equal arguments."""
+    """The model's graphdef; equal arguments return the same object."""
     build = builder(config, execution)
     return nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))[0]
 
 
 @functools.cache
 def split(config: ModelConfig, execution: Execution = F32) -> tuple[Any, Any]:
-    """(graphdef, random parameters as a nested dict of arrays); the same objects for equal arguments."""
+    """(graphdef, random parameters as a nested dict of arrays); equal arguments return the same objects."""
     return graph(config, execution), jax.tree.map(jnp.asarray, random_params(config))
 
 
 @functools.cache
 def fresh(config: ModelConfig) -> tuple[Any, Any]:
-    """(graphdef, parameters that the model's own initialisers draw); compiles them, which takes seconds."""
+    """(graphdef, parameters from the model's own initialisers); compiling these takes seconds."""
     build = builder(config, F32)
     return graph(config), jax.jit(lambda: nnx.to_pure_dict(nnx.state(build(nnx.Rngs(0)))))()
 
@@ -124,13 +124,13 @@ def random_params(config: ModelConfig) -> Any:
 
 
 def run(config: ModelConfig, method: Callable[..., Any], *args: Any) -> Any:
-    """`method(model, *args)`, jitted."""
+    """Returns `method(model, *args)`, jitted."""
     graphdef, params = split(config)
     return jax.jit(lambda params, args: method(nnx.merge(graphdef, params), *args))(params, args)
 
 
 def logits(config: ModelConfig, batch: Batch) -> jax.Array:
-    """logits_BTV, all at once."""
+    """logits_BTV, computed all at once."""
     return run(config, lambda model, batch: model.hidden(batch) @ model.head(), batch)
 
 
@@ -161,7 +161,7 @@ def random_rows(rows: int = 8, input_length: int = 16, target_length: int = 16, 
 
 
 def close(a: Any, b: Any, relative: float) -> None:
-    """Largest difference against largest value, leaf by leaf."""
+    """Asserts leaf by leaf that the largest difference is at most `relative` times the largest value of `b`."""
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         assert x.shape == y.shape

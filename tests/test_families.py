@@ -1,4 +1,4 @@
-"""What both families promise: counts, causality, no leaks, packing, caches."""
+"""Properties that every family has: exact counts, causality, no leaks between packed examples, exact caches."""
 
 import dataclasses
 import math
@@ -44,13 +44,13 @@ from tests.helpers import (
     t5like,
 )
 
-# For what compiles many programs and depends on no recipe.
+# For tests that compile many programs and do not depend on the recipe.
 SIBLINGS = ("gpt-rope", "t5like-bias")
 siblings = pytest.mark.parametrize("config", [FAMILIES[name] for name in SIBLINGS], ids=SIBLINGS)
 
 
 @families
-def test_parameters_are_counted_to_the_unit(config: ModelConfig) -> None:
+def test_param_count_is_exact(config: ModelConfig) -> None:
     _, params = split(config)
     assert sum(x.size for x in jax.tree.leaves(params)) == config.param_count()
 
@@ -86,7 +86,7 @@ def test_parameters_are_counted_to_the_unit(config: ModelConfig) -> None:
 def test_published_sizes(size: str, count: int) -> None:
     config: ModelConfig = {**gpt_config.SIZES, **t5like_config.SIZES}[size]
     shapes = skeleton(builder(config, Execution())).shapes
-    # In Python's integers: JAX's would overflow.
+    # Multiplied as Python integers: JAX's would overflow.
     assert config.param_count() == count == sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
 
 
@@ -98,8 +98,8 @@ def test_published_sizes(size: str, count: int) -> None:
         *((name, True, (0, 32)) for name in (*SIBLINGS, "t5like-learned")),
     ],
 )
-def test_ledger_counts_the_program_that_xla_is_given(name: str, scan_layers: bool, lengths: tuple[int, int]) -> None:
-    """Counts agree to the unit in plain attention (the blocked one skips and recomputes), also without input slots."""
+def test_the_ledger_counts_the_lowered_program(name: str, scan_layers: bool, lengths: tuple[int, int]) -> None:
+    """Counts agree exactly with plain attention (blocked attention skips and recomputes), with and without inputs."""
     config = FAMILIES[name]
     execution = dataclasses.replace(F32, attention="plain", scan_layers=scan_layers)
     rows = 4
@@ -116,11 +116,11 @@ def test_ledger_counts_the_program_that_xla_is_given(name: str, scan_layers: boo
 
 
 def test_conventions_by_hand() -> None:
-    """Model width 1, one head of 2: every term can be counted on fingers."""
+    """With model width 1 and one head of 2 every term can be counted by hand."""
     text = LengthSums.of_rows(1, 3, 2)
     small = {"vocab_size": 7, "d_model": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 2, "d_ff": 1}
     flops = gpt(num_layers=1, **small).flops(text)
-    # 4 x 2 attention and 3 MLP weights on 5 tokens, the head's 7 on 2; 25 pairs, 8 a pair for scores and values.
+    # 4 x 2 attention and 3 MLP weights on 5 tokens, the head's 7 on 2; 25 pairs, 8 FLOPs each for scores and values.
     assert (flops.dense, flops.attention_full, flops.attention_causal_half) == (2 * (5 * 11 + 2 * 7), 8 * 25, 4 * 25)
     prefix = gpt(num_layers=1, input_attention="bidirectional", **small).flops(text)
     assert prefix.attention_causal_half == 8 * (25 + 9) / 2
@@ -133,10 +133,10 @@ def test_conventions_by_hand() -> None:
 
 @families
 def test_causality_by_gradient(config: ModelConfig) -> None:
-    """A target's hidden state depends on its own decoder input and earlier ones, and on no later one."""
+    """A target's hidden state depends on its own and earlier decoder inputs, and not on later ones."""
     batch = rows_of([[([5, 6, 7], [8, 9, 10, 11, 12, 13])]], 4, 8)
     at = 3
-    # Gradients with respect to the embedding of every decoder input, by way of a table with one row a slot.
+    # Each decoder input has its own row of the token table, so the table's gradient has one row per slot.
     table = jax.random.normal(jax.random.key(1), (VOCAB, config.d_model))
     graphdef, params = split(config)
     distinct = dataclasses.replace(batch, decoder_inputs_BT=jnp.arange(100, 108, dtype=jnp.int32)[None])
@@ -151,8 +151,8 @@ def test_causality_by_gradient(config: ModelConfig) -> None:
 
 
 @families
-def test_inputs_are_seen_as_the_family_says(config: ModelConfig) -> None:
-    """The first target depends on every input; whether an early input sees a later one is the family's choice."""
+def test_the_first_target_depends_on_every_input(config: ModelConfig) -> None:
+    """The first target's hidden state depends on every input, and not on the target itself."""
     batch = rows_of([[([5, 6, 7], [8, 9])]], 4, 4)
     graphdef, params = split(config)
 
@@ -162,12 +162,12 @@ def test_inputs_are_seen_as_the_family_says(config: ModelConfig) -> None:
     gradient = np.abs(np.asarray(jax.jit(jax.grad(first))(params["embedding"]["table_VD"]))).sum(axis=1)
     assert (gradient[[5, 6, 7]] > 0).all()
     if config.recipe.tied_embeddings is False:
-        assert gradient[8] == 0  # the first target is predicted, not read
+        assert gradient[8] == 0  # the first target is predicted, not an input
 
 
 @families
 def test_packing_and_padding_change_no_loss(config: ModelConfig) -> None:
-    """Each example alone in its row, in longer rows, and packed with strangers: the same logits on its targets."""
+    """An example has the same logits alone in its row, in a longer row, and packed with others."""
     alone = logits(config, rows_of([[pair] for pair in PAIRS]))
     longer = logits(config, rows_of([[pair] for pair in PAIRS], 24, 20))
     packed = logits(config, rows_of([PAIRS]))[0]
@@ -182,7 +182,7 @@ def test_packing_and_padding_change_no_loss(config: ModelConfig) -> None:
 
 @pytest.mark.parametrize("name", [*SIBLINGS, "t5like-relaxed"])
 def test_rows_may_have_no_input_slots(name: str) -> None:
-    """As a language model's have: the same logits, loss and gradients as with slots that nothing fills."""
+    """A language model's rows have none. Logits, loss and gradients are those of rows with empty input slots."""
     config = FAMILIES[name]
     pairs: list[Pair] = [([], [5, 6, 0, 1]), ([], [7, 1])]
     graphdef, params = split(config)
@@ -200,7 +200,7 @@ def test_rows_may_have_no_input_slots(name: str) -> None:
 
 @families
 def test_no_leak_between_packed_segments(config: ModelConfig) -> None:
-    """A stranger whose embedding is huge leaves its neighbours' logits and gradients bit-equal."""
+    """A neighbour with huge embeddings leaves other examples' loss and gradients equal to the bit."""
     stranger: Pair = ([120, 121], [122, 123, 1])
     others: list[Pair] = [([5, 6, 1], [7, 8, 1]), ([], [9, 1])]
     batch = rows_of([[others[0], stranger, others[1]]])
@@ -252,7 +252,7 @@ def test_execution_changes_no_result(config: ModelConfig, execution: Execution) 
 
 @families
 def test_cached_equals_uncached(config: ModelConfig) -> None:
-    """Teacher-forced logits through the cache, for prompts of unequal length in one batch, an empty one among them."""
+    """Teacher-forced logits through the cache, for prompts of unequal length in one batch, one of them empty."""
     pairs: list[Pair] = [([5, 6, 0, 7, 1], [8, 0, 9, 1]), ([], [3, 4, 7, 1]), ([11, 1], [13, 2, 5, 1])]
     batch = rows_of([[pair] for pair in pairs], 8, 4)
     lengths = jnp.array([len(inputs) for inputs, _ in pairs], jnp.int32)
@@ -298,7 +298,7 @@ def test_a_fresh_model_is_almost_uniform(tied: bool, vocab: int) -> None:
     ids=lambda x: "/".join(x) if isinstance(x, tuple) else "",
 )
 def test_t5_initialisers(path: tuple[str, ...], std: float) -> None:
-    """Standard deviations measured on T5X's own initialisers."""
+    """Expected standard deviations were measured on T5X's own initialisers."""
     sizes = {"vocab_size": 512, "d_model": 256, "num_heads": 4, "num_kv_heads": 4, "head_dim": 32, "d_ff": 320}
     _, leaf = fresh(t5like(BIAS, **sizes))
     for key in path:
@@ -308,7 +308,7 @@ def test_t5_initialisers(path: tuple[str, ...], std: float) -> None:
 
 
 @siblings
-def test_dropout_is_off_without_a_key_and_shared_along_the_length(config: ModelConfig) -> None:
+def test_dropout_needs_a_key_and_its_mask_has_no_length_axis(config: ModelConfig) -> None:
     dropped = dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, dropout=0.5))
     batch = rows_of([[([5, 6, 7], list(range(20, 36)))], [([9], list(range(40, 56)))]])  # no padded target slots
 
@@ -319,7 +319,7 @@ def test_dropout_is_off_without_a_key_and_shared_along_the_length(config: ModelC
     first, again, other = (hidden(dropped, jax.random.key(k)) for k in (0, 0, 1))
     assert (np.asarray(first) == np.asarray(again)).all()
     assert not np.allclose(first, other)
-    # The last dropout's mask has no length axis: a feature is dropped on a whole row or nowhere.
+    # The last dropout drops a feature in a whole row or not at all.
     zero = np.asarray(first == 0)
     assert (zero.all(axis=1) == zero.any(axis=1)).all()
     assert 0.3 < zero.mean() < 0.7

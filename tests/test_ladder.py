@@ -68,7 +68,7 @@ UNPACKED = [[pair] for pair in PAIRS]
 
 
 def results(config: ModelConfig, params: Any, batch: Batch, execution: Execution = F32) -> tuple[Any, Any, Any]:
-    """(logits on real target slots, loss, gradients), in one program."""
+    """(logits on target slots that are not padding, loss, gradients), computed in one program."""
     graphdef = graph(config, execution)
 
     def loss(params: Any) -> tuple[jax.Array, jax.Array]:
@@ -90,10 +90,10 @@ def results(config: ModelConfig, params: Any, batch: Batch, execution: Execution
         for quick in (f"{name}-{attention}" in ("rope-causal", "bias-bidirectional", "gemma-causal"),)
     ],
 )
-def test_relaxed_encoder_decoder_is_the_decoder_only_model(recipe: Recipe, input_attention: Any) -> None:
-    """All four switches: the causal model; three: the prefix LM. Logits, loss and gradients, every leaf.
+def test_the_relaxed_encoder_decoder_is_the_decoder_only_model(recipe: Recipe, input_attention: Any) -> None:
+    """With all four switches removed it is the causal model, with three the prefix LM.
 
-    One row packs the examples that stand alone in the others.
+    Compares logits, loss and every leaf's gradient. The last row packs the examples of the other rows.
     """
     decoder_only = gpt(recipe, input_attention=input_attention)
     relaxed = t5like(recipe, **LAYERS, **{**RUNGS[3], "input_attention": input_attention})
@@ -105,7 +105,7 @@ def test_relaxed_encoder_decoder_is_the_decoder_only_model(recipe: Recipe, input
     for tree in (gradients, expected_gradients):
         attention = tree["layers"]["attention"]
         if recipe.biases:
-            # A constant on all of a query's logits changes no softmax: this gradient is zero but for rounding.
+            # Adding a constant to all of a query's logits leaves softmax unchanged: the gradient is only rounding.
             assert np.abs(attention.pop("key_bias_GC")).max() < 1e-5 * np.abs(attention["query_bias_HC"]).max()
     close(gradients, expected_gradients, 1e-5)
 
@@ -123,8 +123,8 @@ def test_relaxed_equality_at_depth() -> None:
 
 @all_combinations
 def test_every_combination_trains_and_decodes(switches: dict[str, str]) -> None:
-    """Counted to the unit, a gradient for every parameter, packed = alone, cached = uncached."""
-    # Relative bias where it crosses the border between memory and targets.
+    """Exact parameter count, a gradient for every parameter; packing and caching change no logits."""
+    # Merged attention has a relative bias from targets to memory, so it is tested with one.
     config = t5like(BIAS if switches["cross_attention"] == "merged" else ROPE, **LAYERS, **switches)
     params = random_params(config)
     assert sum(x.size for x in jax.tree.leaves(params)) == config.param_count()
@@ -156,8 +156,8 @@ def test_every_combination_trains_and_decodes(switches: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("parameters", SWITCHES["parameters"])
 @pytest.mark.parametrize("input_attention", SWITCHES["input_attention"])
-def test_what_inputs_see_is_the_switchs_choice(parameters: Any, input_attention: Any) -> None:
-    """The targets' stream is causal; where inputs are causal too, nothing of a later input reaches an earlier one."""
+def test_input_attention_decides_whether_inputs_see_later_ones(parameters: Any, input_attention: Any) -> None:
+    """If inputs are causal, a later input does not affect an earlier one's stream."""
     config = t5like(ROPE, **LAYERS, parameters=parameters, input_attention=input_attention)
     graphdef, params = graph(config), random_params(config)
     within = rows_of([[(list(range(100, 106)), [1, 2])]], 6, 4)
@@ -178,8 +178,8 @@ def test_what_inputs_see_is_the_switchs_choice(parameters: Any, input_attention:
 
 
 @all_combinations
-def test_ledger_counts_the_program_that_xla_is_given(switches: dict[str, str]) -> None:
-    """Counts are equal to the unit with scanned layers: no layer runs whose output is never read."""
+def test_the_ledger_counts_the_lowered_program(switches: dict[str, str]) -> None:
+    """Counts agree exactly with scanned layers: no layer runs whose output nothing reads."""
     execution = dataclasses.replace(F32, attention="plain", scan_layers=True)
     config = t5like(ROPE, encoder_layers=3, decoder_layers=3, **switches)
     rows, lengths = 4, (48, 32)
@@ -201,8 +201,8 @@ def test_ledger_counts_the_program_that_xla_is_given(switches: dict[str, str]) -
 
 
 @pytest.mark.parametrize(("rung", "layers"), [pytest.param(3, 3, marks=pytest.mark.slow), (4, 1)])
-def test_scanned_layers_compute_what_unrolled_ones_do(rung: int, layers: int) -> None:
-    """Covers a last encoder layer outside the scan: in training, rematerialised, and in a prompt's cache."""
+def test_scanned_and_unrolled_layers_agree(rung: int, layers: int) -> None:
+    """Covers the last encoder layer, which runs outside the scan: in training with remat, and in a prompt's cache."""
     config = t5like(ROPE, encoder_layers=layers, decoder_layers=layers, **RUNGS[rung])
     params, batch = random_params(config), random_rows(4)
     scanned = dataclasses.replace(F32, scan_layers=True, remat="full")
@@ -218,8 +218,8 @@ def test_scanned_layers_compute_what_unrolled_ones_do(rung: int, layers: int) ->
     close(jax.jit(lambda: caches(scanned))(), unrolled, 1e-5)
 
 
-def test_relaxed_costs_what_the_decoder_only_model_costs() -> None:
-    """With causal attention at half, but for the last layer's work on inputs, which nothing reads."""
+def test_the_relaxed_encoder_decoder_costs_as_much_as_the_decoder_only_model() -> None:
+    """By causal-half FLOPs, and except for the last layer's work on inputs, which nothing reads."""
     text = LengthSums.of_rows(1, 48, 32)
     sizes = {"d_model": 8, "d_ff": 16}
     relaxed = t5like(ROPE, encoder_layers=3, decoder_layers=3, **RUNGS[4], **sizes).flops(text)

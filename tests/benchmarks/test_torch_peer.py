@@ -1,4 +1,4 @@
-"""PyTorch's decoder is timed beside ours: first, that it does the same work."""
+"""The PyTorch decoder of the benchmarks does the same work as ours."""
 
 import jax
 import pytest
@@ -15,10 +15,10 @@ LEARNING_RATE = 0.01
 
 
 def test_steps_agree() -> None:
-    """Two steps from equal weights: losses, and every weight after the first step."""
+    """Compares the losses of two steps from equal weights, and every weight after the first step."""
     from benchmarks import torch_peer
 
-    # So large an epsilon lets the size of a gradient, and so its clipping, show in Adam's first step.
+    # With a large epsilon Adam's first step depends on the size of the gradient, and so on its clipping.
     optimizer = AdamW(weight_decay=0.5, clip_norm=0.5, epsilon=0.01)
     config = gpt(num_layers=2, num_kv_heads=4)
     setup = gpt_peer.make_setup(config, optimizer, LEARNING_RATE, rows=4, length=16)
