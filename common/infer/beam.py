@@ -1,9 +1,10 @@
-"""Beam search with a length penalty, as T5 does it.
+"""Beam search with a length penalty, as in T5.
 
-Finished texts are kept apart from live ones, and a row ends when no live beam can beat its worst finished text, however
-it goes on (Wu et al. 2016, arXiv 1609.08144, section 7; Raffel et al. 2020, arXiv 1910.10683, section 2.1).
+A row keeps its K best finished texts (those with an end token) separate from its K best live ones. It stops when no
+continuation of a live text can score more than its worst finished text (Wu et al. 2016, arXiv 1609.08144, section 7;
+Raffel et al. 2020, arXiv 1910.10683, section 2.1).
 
-Legend: B batch rows, K beams, N candidates, V vocab, T token slots.
+Legend: B batch rows, K beams, N candidates of a step, V vocab, T token slots, X = B * K, E = K * V extensions.
 """
 
 import dataclasses
@@ -23,24 +24,24 @@ from common.infer.decode import (
     Seeds,
     Weights,
     forbid,
-    in_rooms,
     is_one_of,
     next_logits,
-    read,
+    read_prompt,
+    run_in_rooms,
 )
 from common.model import Skeleton
 from common.sharding.hosts import gather_to_host
 
 
 def penalty(length: jax.Array, alpha: float) -> jax.Array:
-    """((5 + length) / 6)^alpha, float32: what a log-probability is divided by."""
+    """Returns ((5 + length) / 6)^alpha, float32, by which a log-probability is divided."""
     return ((5.0 + length.astype(jnp.float32)) / 6.0) ** alpha
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Texts:
-    """K texts a row; a score of -inf marks an empty place."""
+    """K texts per row; a score of -inf marks an empty place."""
 
     tokens_BKT: jax.Array
     token_log_probs_BKT: jax.Array
@@ -49,7 +50,7 @@ class Texts:
     scores_BK: jax.Array
 
     @classmethod
-    def none(cls, rows: int, beams: int, slots: int) -> "Texts":
+    def empty(cls, rows: int, beams: int, slots: int) -> "Texts":
         return cls(
             tokens_BKT=jnp.zeros((rows, beams, slots), jnp.int32),
             token_log_probs_BKT=jnp.zeros((rows, beams, slots), jnp.float32),
@@ -59,49 +60,51 @@ class Texts:
         )
 
     def with_room(self, room: int) -> "Texts":
-        more = ((0, 0), (0, 0), (0, room - self.tokens_BKT.shape[2]))
+        padding = ((0, 0), (0, 0), (0, room - self.tokens_BKT.shape[2]))
         return dataclasses.replace(
-            self, tokens_BKT=jnp.pad(self.tokens_BKT, more), token_log_probs_BKT=jnp.pad(self.token_log_probs_BKT, more)
+            self,
+            tokens_BKT=jnp.pad(self.tokens_BKT, padding),
+            token_log_probs_BKT=jnp.pad(self.token_log_probs_BKT, padding),
         )
 
     def take(self, places_BK: jax.Array) -> "Texts":
         return jax.tree.map(lambda x: _take(x, places_BK), self)
 
     def best(self, count: int) -> tuple["Texts", jax.Array]:
-        """The `count` best texts, best first, and their places."""
+        """Returns the `count` best texts of each row, best first, and their places."""
         places_BK = jax.lax.top_k(self.scores_BK, count)[1]
         return self.take(places_BK), places_BK
 
-    def and_also(self, other: "Texts") -> "Texts":
+    def joined(self, other: "Texts") -> "Texts":
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), self, other)
 
     def where(self, condition_B: jax.Array, other: "Texts") -> "Texts":
-        """Rows of this where the condition holds, of `other` elsewhere."""
+        """Returns the rows of `self` where the condition holds, those of `other` elsewhere."""
         return jax.tree.map(lambda a, b: jnp.where(condition_B.reshape(-1, *(1,) * (a.ndim - 1)), a, b), self, other)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BeamState:
-    """Between two steps."""
+    """The state of a beam search between two steps."""
 
     step: jax.Array
-    """Tokens made."""
+    """Tokens generated so far; int32 scalar."""
     token_BK: jax.Array
     """The next decoder inputs."""
     cache: Any
-    """Its rows are B * K; what was read of the prompt may be shared by a row's beams."""
+    """Has B * K rows; a row's beams may share its cache of the prompt."""
     live: Texts
-    """Best first; all of the same length, and without an end token."""
+    """Best first; all have the same length and no end token."""
     finished: Texts
     """Best first."""
     stopped_B: jax.Array
     slots: int = dataclasses.field(metadata={"static": True})
-    """Tokens for which there can be room."""
+    """The greatest room."""
 
     @property
     def room(self) -> int:
-        """Tokens for which there is room."""
+        """The number of new tokens that fit."""
         return self.live.tokens_BKT.shape[2]
 
     def with_room(self, room: int) -> "BeamState":
@@ -114,9 +117,9 @@ class BeamState:
 
 
 class BeamDecoder:
-    """Compiled programs for beam search: one for each shape of prompt and each room for tokens.
+    """Beam search; compiles one program for each shape of prompts and each room.
 
-    The methods are those of `common.infer.decode.Decoder`; nothing is drawn, so seeds do not matter.
+    Its methods are those of `common.infer.decode.Decoder`. Nothing is random, so seeds have no effect.
     """
 
     def __init__(self, model: Skeleton, method: Beam, eos_ids: Sequence[int]):
@@ -138,12 +141,15 @@ class BeamDecoder:
         stop_B: np.ndarray | None = None,
     ) -> BeamState:
         stop_B = np.zeros(state.stopped_B.shape, bool) if stop_B is None else stop_B
-        bounds = Bounds.of(limits, until)
-        return in_rooms(state, bounds, self._grow, lambda state, bounds: self._advance(weights, state, stop_B, bounds))
+
+        def run(state: BeamState, bounds: Bounds) -> BeamState:
+            return self._advance(weights, state, stop_B, bounds)
+
+        return run_in_rooms(state, Bounds.of(limits, until), self._grow, run)
 
     def read(self, state: BeamState) -> Decoded:
-        """Finished texts first, best first among them, then live ones."""
-        texts, K = state.finished.and_also(state.live), self._method.size
+        """Copies the texts to the host: the finished ones, best first, then live ones."""
+        texts, K = state.finished.joined(state.live), self._method.size
         scores_BK, ended_BK = gather_to_host(texts.scores_BK), np.arange(2 * K) < K
         order_BK = np.lexsort((-scores_BK, np.broadcast_to(~ended_BK, scores_BK.shape), np.isneginf(scores_BK)))[:, :K]
 
@@ -163,15 +169,15 @@ class BeamDecoder:
 
     def _begin(self, weights: Weights, prompt: Prompt, present_B: jax.Array, slots: int) -> BeamState:
         B, K, room = prompt.lengths_B.shape[0], self._method.size, min(slots, FIRST_ROOM)
-        none = Texts.none(B, K, room)
-        # All beams begin alike, so that only the first may go on.
+        no_texts = Texts.empty(B, K, room)
+        # All beams begin alike, so only the first is live.
         first_BK = jnp.broadcast_to(jnp.where(jnp.arange(K) == 0, 0.0, -jnp.inf)[None], (B, K))
         return BeamState(
             step=jnp.int32(0),
             token_BK=jnp.repeat(prompt.starts_B[:, None], K, axis=1),
-            cache=read(self._model.merge(weights.params), prompt, room).repeat_rows(K),
-            live=dataclasses.replace(none, log_probs_BK=first_BK, scores_BK=first_BK),
-            finished=none,
+            cache=read_prompt(self._model.merge(weights.params), prompt, room).repeat_rows(K),
+            live=dataclasses.replace(no_texts, log_probs_BK=first_BK, scores_BK=first_BK),
+            finished=no_texts,
             stopped_B=~present_B,
             slots=slots,
         )
@@ -192,40 +198,51 @@ class BeamDecoder:
         return jax.lax.while_loop(unfinished, step, dataclasses.replace(state, stopped_B=state.stopped_B | stop_B))
 
     def _select(self, state: BeamState, log_probs_BKV: jax.Array, cache: Any, max_new_tokens: jax.Array) -> BeamState:
-        B, K, V = log_probs_BKV.shape
-        alpha = self._method.length_penalty
-        # Enough candidates that K of them live on, even where every beam could end in every way.
-        count = K * min(V, 1 + len(self._eos_ids))
-        total_BX = (state.live.log_probs_BK[..., None] + log_probs_BKV).reshape(B, K * V)
-        total_BN, place_BN = jax.lax.top_k(total_BX, count)
-        beam_BN, token_BN = place_BN // V, (place_BN % V).astype(jnp.int32)
-        candidates = _append(
-            state.live.take(beam_BN), token_BN, _take(log_probs_BKV.reshape(B, K * V), place_BN), total_BN, state.step
-        )
-        ended_BN = is_one_of(token_BN, self._eos_ids)
-        made = state.step + 1
-        scores_BN = jnp.where(ended_BN, total_BN / penalty(made, alpha), -jnp.inf)
-        finished, _ = state.finished.and_also(dataclasses.replace(candidates, scores_BK=scores_BN)).best(K)
-        # Live beams are all of one length, so that their order needs no penalty.
-        live, places_BK = dataclasses.replace(candidates, scores_BK=jnp.where(ended_BN, -jnp.inf, total_BN)).best(K)
-        live = dataclasses.replace(live, log_probs_BK=live.scores_BK, scores_BK=live.scores_BK / penalty(made, alpha))
-        # Log-probabilities only fall: the best score that a beam can still reach has the present one and the length
-        # that flatters it most.
-        flattering = jnp.maximum(penalty(made + 1, alpha), penalty(max_new_tokens, alpha))
-        bound_B = live.log_probs_BK[:, 0] / flattering
-        rows_BK = jnp.arange(B, dtype=jnp.int32)[:, None] * K + _take(beam_BN, places_BK)
+        """Extends every live text by every token and keeps the K best texts that ended and the K best that did not."""
+        B, K, _ = log_probs_BKV.shape
+        alpha, length = self._method.length_penalty, state.step + 1
+        candidates, token_BN, beam_BN = self._candidates(state, log_probs_BKV)
+        total_BN, ended_BN = candidates.log_probs_BK, is_one_of(token_BN, self._eos_ids)
+        scores_BN = jnp.where(ended_BN, total_BN / penalty(length, alpha), -jnp.inf)
+        finished, _ = state.finished.joined(dataclasses.replace(candidates, scores_BK=scores_BN)).best(K)
+        # All live texts have the same length, so the penalty does not change their order.
+        live, place_BK = dataclasses.replace(candidates, scores_BK=jnp.where(ended_BN, -jnp.inf, total_BN)).best(K)
+        live = dataclasses.replace(live, log_probs_BK=live.scores_BK, scores_BK=live.scores_BK / penalty(length, alpha))
+        # Log-probabilities only fall. So no continuation of a live text can score more than the text's present
+        # log-probability, divided by the greatest penalty of the lengths that are still possible.
+        greatest = jnp.maximum(penalty(length + 1, alpha), penalty(max_new_tokens, alpha))
+        bound_B = live.log_probs_BK[:, 0] / greatest
+        # The cache row of beam k of row b is b * K + k.
+        cache_row_BK = jnp.arange(B, dtype=jnp.int32)[:, None] * K + _take(beam_BN, place_BK)
         return BeamState(
-            step=made,
-            token_BK=_take(token_BN, places_BK),
-            cache=cache.take_rows(rows_BK.reshape(B * K)),
+            step=length,
+            token_BK=_take(token_BN, place_BK),
+            cache=cache.take_rows(cache_row_BK.reshape(B * K)),
             live=live.where(~state.stopped_B, state.live),
             finished=finished.where(~state.stopped_B, state.finished),
             stopped_B=state.stopped_B | (finished.scores_BK[:, -1] >= bound_B),
             slots=state.slots,
         )
 
+    def _candidates(self, state: BeamState, log_probs_BKV: jax.Array) -> tuple[Texts, jax.Array, jax.Array]:
+        """Returns the N most probable one-token extensions of live texts, their last tokens [B, N] and beams [B, N].
+
+        N is K * (1 + number of end tokens): a beam can end in as many ways as there are end tokens, so at least K
+        candidates do not end.
+        """
+        B, K, V = log_probs_BKV.shape
+        N = K * min(V, 1 + len(self._eos_ids))
+        # [B, K, 1] + [B, K, V], then one axis of K * V extensions: extension x is token x % V of beam x // V.
+        total_BE = (state.live.log_probs_BK[..., None] + log_probs_BKV).reshape(B, K * V)
+        total_BN, extension_BN = jax.lax.top_k(total_BE, N)
+        beam_BN, token_BN = extension_BN // V, (extension_BN % V).astype(jnp.int32)
+        token_log_prob_BN = _take(log_probs_BKV.reshape(B, K * V), extension_BN)
+        texts = _append(state.live.take(beam_BN), token_BN, token_log_prob_BN, total_BN, state.step)
+        return texts, token_BN, beam_BN
+
 
 def _append(texts: Texts, token_BN: jax.Array, log_prob_BN: jax.Array, total_BN: jax.Array, step: jax.Array) -> Texts:
+    """Appends one token to each of N texts (the K of `Texts` is N here); `total_BN` are their log-probabilities."""
     return Texts(
         tokens_BKT=_write(texts.tokens_BKT, token_BN, step),
         token_log_probs_BKT=_write(texts.token_log_probs_BKT, log_prob_BN, step),
@@ -236,8 +253,10 @@ def _append(texts: Texts, token_BN: jax.Array, log_prob_BN: jax.Array, total_BN:
 
 
 def _write(x_BNT: jax.Array, value_BN: jax.Array, step: jax.Array) -> jax.Array:
+    """Writes the values at token slot `step`."""
     return jax.lax.dynamic_update_slice_in_dim(x_BNT, value_BN[..., None], step, axis=2)
 
 
 def _take(x: jax.Array, places_BK: jax.Array) -> jax.Array:
+    """Selects entries along axis 1 of [B, N, ...] by their places; [B, K, ...]."""
     return jnp.take_along_axis(x, places_BK.reshape(*places_BK.shape, *(1,) * (x.ndim - 2)), axis=1)

@@ -1,4 +1,4 @@
-"""How to decode: the method, and where a text ends."""
+"""Configs of decoding: the method, and where a text ends."""
 
 import dataclasses
 from typing import Annotated, Literal
@@ -9,22 +9,22 @@ from common.ranges import Range, Width, check_ranges
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Greedy:
-    """The likeliest token at every step."""
+    """Chooses the most probable token at every step."""
 
     kind: Literal["greedy"] = "greedy"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Draws from the model's distribution: temperature first, then top-k, then top-p."""
+    """Draws from the model's distribution; the temperature applies first, then top-k, then top-p."""
 
     kind: Literal["sample"] = "sample"
     temperature: Annotated[float, Range(1e-30, 1e6)] = 1.0
-    """Logits are divided by it; greedy decoding is its limit at 0."""
+    """Divides the logits; as it goes to 0, sampling becomes greedy decoding."""
     top_k: Width | None = None
-    """Keep the k likeliest tokens (Fan et al. 2018, arXiv 1805.04833)."""
+    """Keep the k most probable tokens (Fan et al. 2018, arXiv 1805.04833)."""
     top_p: Annotated[float, Range(0, 1, "(]")] = 1.0
-    """Keep the smallest set of likeliest tokens with this mass (Holtzman et al. 2019, arXiv 1904.09751)."""
+    """Keep the fewest most probable tokens whose probabilities sum to this (Holtzman et al. 2019, arXiv 1904.09751)."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -32,9 +32,9 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Beam:
-    """Beam search; a text's score is its log-probability over ((5 + length) / 6)^length_penalty.
+    """Beam search. A text's score is its log-probability divided by ((5 + length) / 6)^length_penalty.
 
-    The length counts the end token (Wu et al. 2016, arXiv 1609.08144, eq. 14; T5 uses 0.6).
+    The length includes the end token (Wu et al. 2016, arXiv 1609.08144, eq. 14; T5 uses 0.6).
     """
 
     kind: Literal["beam"] = "beam"
@@ -52,14 +52,14 @@ NewTokens = Annotated[int, Range(1, 2**20, unit="tokens")]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Where a text ends besides its end token."""
+    """Where a text ends, apart from its end token."""
 
     max_new_tokens: NewTokens = 128
-    """The end token counts."""
+    """Includes the end token."""
     min_new_tokens: Annotated[int, Range(0, 2**20, unit="tokens")] = 0
-    """As many tokens come before an end token may."""
+    """No end token is generated before this many tokens."""
     stop: tuple[str, ...] = ()
-    """A text ends before the first of these strings."""
+    """A text is cut before the first of these strings."""
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -1,7 +1,10 @@
-"""Decoding with a cache, one token a row at a time: greedy or sampled.
+"""Decodes with a cache, one token per row and step, greedily or by sampling.
 
-Legend: B batch rows, W slots of decoder inputs, P pieces of Q of them, D model, V vocab, U tiles of X words, T token
-slots (room for new tokens), R texts a row.
+A state is arrays whose shapes are fixed while a program runs. It has room for a number of new tokens; when the room is
+used up it is doubled, and the program of the new shape goes on.
+
+Legend: B batch rows, W decoder input slots of a prompt, P pieces of Q slots each, D model, V vocab, U tiles of X ids,
+T token slots (the room), R texts per row.
 """
 
 import dataclasses
@@ -22,55 +25,57 @@ from common.sharding.hosts import gather_to_host
 from common.sharding.rules import constrain
 
 TILE = 128
+"""Most ids per tile of `first_argmax`."""
 READ_AT_ONCE = 128
-"""Decoder inputs of a prompt that are read together: attention holds the logits of all of them at once."""
+"""Most decoder inputs of a prompt that are read at once, because attention holds the logits of all of them."""
 FIRST_ROOM = 64
-"""Tokens for which there is room at first; each time it is used up, there is twice as much."""
+"""The room of a new state, in tokens."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Weights:
-    """What every step reads: parameters, and the head as the matrix it is used as."""
+    """What every decoding step reads."""
 
     params: Any
+    """As `Skeleton.for_decoding` returns them."""
     head_DV: jax.Array
 
 
 def decoding_weights(model: Skeleton, params: Any) -> Weights:
-    """Done once a model, so that no step and no batch has to."""
+    """Converts parameters once per model, so that no batch and no step has to."""
     return Weights(params=model.for_decoding(params), head_DV=model.merge(params).head())
 
 
-def read(model: Model, prompt: Prompt, room: int) -> Any:
-    """A cache that holds all of the prompt but its `starts_B`, and has room for `room` decoder inputs after it."""
+def read_prompt(model: Model, prompt: Prompt, room: int) -> Any:
+    """Returns a cache that holds the prompt without its `starts_B`, with room for `room` more decoder inputs."""
     if prompt.written_BW is None:
         return model.prefill(prompt, room)
     tokens_BW = prompt.written_BW
     B, W = tokens_BW.shape
-    at_once = math.gcd(W, READ_AT_ONCE) if W > READ_AT_ONCE else W
+    Q = math.gcd(W, READ_AT_ONCE) if W > READ_AT_ONCE else W
 
-    def go_on(cache: Any, tokens_BQ: jax.Array) -> tuple[Any, None]:
+    def read_piece(cache: Any, tokens_BQ: jax.Array) -> tuple[Any, None]:
         return model.decode(tokens_BQ, cache)[1], None
 
-    pieces_PBQ = tokens_BW.reshape(B, W // at_once, at_once).swapaxes(0, 1)
-    cache, _ = jax.lax.scan(go_on, model.prefill(prompt, W + room), pieces_PBQ)
+    pieces_PBQ = tokens_BW.reshape(B, W // Q, Q).swapaxes(0, 1)
+    cache, _ = jax.lax.scan(read_piece, model.prefill(prompt, W + room), pieces_PBQ)
     return cache.mask_padding(W, prompt.written_lengths_B)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Seeds:
-    """Where each row's random numbers come from: the run's seed, then the row's own two numbers; uint32 each.
-
-    They belong to the prompt, not to its place in a batch: `prompts_B` is a hash of it, `samples_B` tells apart several
-    texts made from one prompt.
-    """
+    """What each row's random key is folded from. It does not depend on the row's place in a batch."""
 
     seed: int
     prompts_B: np.ndarray
+    """uint32, a hash of each prompt."""
     samples_B: np.ndarray
+    """uint32, which of several texts drawn for one prompt."""
 
     def keys_B(self) -> jax.Array:
+        """Returns one key per row."""
+
         def key(prompt: jax.Array, sample: jax.Array) -> jax.Array:
             return jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), prompt), sample)
 
@@ -79,44 +84,45 @@ class Seeds:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decoded:
-    """What has been made so far, best first where a row has several texts; NumPy arrays that nothing will change."""
+    """The texts generated so far, best first if a row has several; copies on the host."""
 
     tokens_BRT: np.ndarray
-    """The end token included; arbitrary after `lengths_BR`."""
+    """int32, with the end token; arbitrary after `lengths_BR`."""
     log_probs_BRT: np.ndarray
-    """Each token's log-probability under the model itself: no temperature, no filter."""
+    """Each token's log-probability, float32 in nats, without temperature and filters."""
     lengths_BR: np.ndarray
     ended_BR: np.ndarray
     """Whether the text has its end token."""
     scores_BR: np.ndarray
-    """What texts are ordered by."""
+    """Scores that order the texts of a row."""
     running_B: np.ndarray
-    """Whether the row would go on."""
+    """Whether more tokens would be generated for the row."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class State:
-    """Between two steps."""
+    """The state of greedy decoding or sampling between two steps."""
 
     step: jax.Array
-    """Tokens made."""
+    """Tokens generated so far; int32 scalar."""
     token_B: jax.Array
     """The next decoder inputs."""
     cache: Any
+    """As `Model.prefill` and `Model.decode` return it."""
     keys_B: jax.Array
     tokens_BT: jax.Array
     log_probs_BT: jax.Array
     lengths_B: jax.Array
     ended_B: jax.Array
     stopped_B: jax.Array
-    """Ended, or told to stop."""
+    """Whether the row has ended or the caller has stopped it."""
     slots: int = dataclasses.field(metadata={"static": True})
-    """Tokens for which there can be room."""
+    """The greatest room."""
 
     @property
     def room(self) -> int:
-        """Tokens for which there is room."""
+        """The number of new tokens that fit."""
         return self.tokens_BT.shape[1]
 
     def with_room(self, room: int) -> "State":
@@ -132,11 +138,14 @@ class State:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """Limits as the programs take them: numbers that may change without compiling anew; int32 scalars."""
+    """Limits as arguments of a compiled program, int32 scalars: other values need no new compilation."""
 
     until: Any
+    """The number of tokens after which this call returns."""
     at_most: Any
+    """`Limits.max_new_tokens`."""
     at_least: Any
+    """`Limits.min_new_tokens`."""
 
     @classmethod
     def of(cls, limits: Limits, until: int | None) -> "Bounds":
@@ -149,7 +158,7 @@ class Bounds:
 
 
 class Decoder:
-    """Compiled programs for greedy decoding or sampling: one for each shape of prompt and each room for tokens."""
+    """Greedy decoding or sampling; compiles one program for each shape of prompts and each room."""
 
     def __init__(self, model: Skeleton, method: Greedy | Sample, eos_ids: Sequence[int]):
         self._model, self._method, self._eos_ids = model, method, tuple(eos_ids)
@@ -158,7 +167,7 @@ class Decoder:
         self._grow = jax.jit(State.with_room, static_argnames="room")
 
     def start(self, weights: Weights, prompt: Prompt, seeds: Seeds, present_B: np.ndarray, *, slots: int) -> State:
-        """Reads the prompts; rows that are not `present_B` make nothing. `slots` bounds what can be made."""
+        """Reads the prompts. Rows outside `present_B` generate nothing. At most `slots` tokens fit."""
         return self._start(weights, prompt, seeds.keys_B(), present_B, slots=slots)
 
     def advance(
@@ -170,17 +179,19 @@ class Decoder:
         until: int | None = None,
         stop_B: np.ndarray | None = None,
     ) -> State:
-        """Goes on until every row has ended or has as many tokens as `limits` say, or `until` of them.
+        """Generates until every row has ended or has `until` tokens (default and maximum: `limits.max_new_tokens`).
 
-        Rows of `stop_B` are told to stop. `state` is given away. However the steps are divided among calls, the tokens
-        are the same.
+        Stops the rows in `stop_B`. Donates `state`. Dividing the steps among several calls does not change the tokens.
         """
         stop_B = np.zeros(state.stopped_B.shape, bool) if stop_B is None else stop_B
-        bounds = Bounds.of(limits, until)
-        return in_rooms(state, bounds, self._grow, lambda state, bounds: self._advance(weights, state, stop_B, bounds))
+
+        def run(state: State, bounds: Bounds) -> State:
+            return self._advance(weights, state, stop_B, bounds)
+
+        return run_in_rooms(state, Bounds.of(limits, until), self._grow, run)
 
     def read(self, state: State) -> Decoded:
-        """Copies, so that the state can still be given away."""
+        """Copies the results to the host, so the state can still be donated."""
         log_probs_BT, lengths_B = gather_to_host(state.log_probs_BT), gather_to_host(state.lengths_B)
         made_BT = np.arange(log_probs_BT.shape[1]) < lengths_B[:, None]
         return Decoded(
@@ -193,16 +204,16 @@ class Decoder:
         )
 
     def programs(self) -> tuple[int, int]:
-        """How many have been compiled so far: for reading prompts, and for going on."""
+        """Returns how many programs have been compiled: for reading prompts, and for generating."""
         return self._start._cache_size(), self._advance._cache_size()  # type: ignore[attr-defined]
 
     def _begin(self, weights: Weights, prompt: Prompt, keys_B: jax.Array, present_B: jax.Array, slots: int) -> State:
         B, room = prompt.lengths_B.shape[0], min(slots, FIRST_ROOM)
-        # Apart, because each is given away with the state.
+        # Separate arrays: each is donated with the state, and donated buffers must not alias.
         return State(
             step=jnp.int32(0),
             token_B=prompt.starts_B,
-            cache=read(self._model.merge(weights.params), prompt, room),
+            cache=read_prompt(self._model.merge(weights.params), prompt, room),
             keys_B=keys_B,
             tokens_BT=jnp.zeros((B, room), jnp.int32),
             log_probs_BT=jnp.zeros((B, room), jnp.float32),
@@ -223,8 +234,8 @@ class Decoder:
             logits_BV = next_logits(h_B1D[:, 0], weights.head_DV)
             allowed_BV = forbid(logits_BV, self._eos_ids, state.step < bounds.at_least)
             token_B = self._choose(allowed_BV, state)
-            at_B1 = token_B[:, None]
-            log_probs_B1 = jnp.take_along_axis(logits_BV, at_B1, axis=1) - jax.nn.logsumexp(
+            token_B1 = token_B[:, None]
+            log_probs_B1 = jnp.take_along_axis(logits_BV, token_B1, axis=1) - jax.nn.logsumexp(
                 logits_BV, axis=-1, keepdims=True
             )
             running_B = ~state.stopped_B
@@ -235,7 +246,7 @@ class Decoder:
                 token_B=token_B,
                 cache=cache,
                 keys_B=state.keys_B,
-                tokens_BT=write(state.tokens_BT, at_B1),
+                tokens_BT=write(state.tokens_BT, token_B1),
                 log_probs_BT=write(state.log_probs_BT, log_probs_B1),
                 lengths_B=state.lengths_B + running_B.astype(jnp.int32),
                 ended_B=ended_B,
@@ -254,8 +265,8 @@ class Decoder:
                 return sample(logits_BV, keys_B, self._method)
 
 
-class Roomy(Protocol):
-    """A state between two steps."""
+class HasRoom(Protocol):
+    """What `run_in_rooms` reads of a state."""
 
     @property
     def stopped_B(self) -> jax.Array: ...
@@ -267,19 +278,19 @@ class Roomy(Protocol):
     def room(self) -> int: ...
 
 
-Growing = TypeVar("Growing", bound=Roomy)
+Growing = TypeVar("Growing", bound=HasRoom)
 
 
-def in_rooms(
+def run_in_rooms(
     state: Growing,
     bounds: Bounds,
     grow: Callable[..., Growing],
     run: Callable[[Growing, Bounds], Growing],
 ) -> Growing:
-    """Runs to the bounds, and makes room on the way.
+    """Runs until the bounds and doubles the room on the way, up to `state.slots`.
 
-    A step reads its whole cache, so that its cost follows what has been made instead of what could be; and a short
-    answer needs no program for long ones.
+    A step reads its whole cache, so its cost follows the tokens generated so far rather than the most that could be,
+    and short answers need no program for long ones.
     """
     until = min(int(bounds.until), state.slots)
     while True:
@@ -291,9 +302,9 @@ def in_rooms(
 
 
 def first_argmax(logits_BV: jax.Array) -> jax.Array:
-    """The lowest id among the largest, int32: the tile of U that holds it, then its place there.
+    """Returns the lowest id of the largest logit, int32 [B]: finds its tile first, then its place within the tile.
 
-    XLA's argmax is slow on a CPU, where this reads all logits once, in a plain maximum.
+    XLA's argmax is slow on a CPU; here all logits are read only once, by a plain maximum.
     """
     tiles_BUX = logits_BV.reshape(len(logits_BV), -1, math.gcd(logits_BV.shape[1], TILE))
     tile_B = jnp.argmax(tiles_BUX.max(axis=2), axis=1).astype(jnp.int32)
@@ -302,13 +313,13 @@ def first_argmax(logits_BV: jax.Array) -> jax.Array:
 
 
 def next_logits(h_BD: jax.Array, head_DV: jax.Array) -> jax.Array:
-    """logits_BV in float32."""
+    """Returns the logits of the next token, float32 [B, V]."""
     logits_BV = jnp.dot(h_BD, head_DV.astype(h_BD.dtype), preferred_element_type=jnp.float32)
     return constrain(logits_BV, "batch", "vocab")
 
 
 def is_one_of(tokens: jax.Array, ids: tuple[int, ...]) -> jax.Array:
-    """Of any shape; a few comparisons."""
+    """Returns whether each token is one of `ids`; bool, in the shape of `tokens`."""
     found = jnp.zeros(tokens.shape, bool)
     for i in ids:
         found |= tokens == i
@@ -316,6 +327,6 @@ def is_one_of(tokens: jax.Array, ids: tuple[int, ...]) -> jax.Array:
 
 
 def forbid(logits_BV: jax.Array, ids: tuple[int, ...], when: jax.Array) -> jax.Array:
-    """With `ids` impossible `when` (a scalar) says so."""
+    """Sets the logits of `ids` to -inf if `when`, a bool scalar, is true."""
     forbidden_1V = is_one_of(jnp.arange(logits_BV.shape[1], dtype=jnp.int32)[None], ids) & when
     return jnp.where(forbidden_1V, -jnp.inf, logits_BV)

@@ -1,7 +1,7 @@
-"""Log-likelihoods of given targets, token by token, many examples a row.
+"""Scores given targets: their log-likelihood under a model, token by token.
 
-Examples are packed as in training, with those of a similar length into rows of one of few shapes, so that few programs
-are compiled. What an example scores depends on nothing but itself, beyond rounding.
+Examples are packed as in training, into rows of a few shapes by length, so that few programs are compiled. An
+example's score depends on the example only, apart from rounding.
 
 Legend: B batch rows, I an example's inputs or a row's input slots, T its targets or target slots, U positions in one
 chunk, D model, V vocab.
@@ -31,49 +31,49 @@ from common.sharding.rules import constrain, num_shards
 from common.sharding.shape import ROW_AXES
 
 LENGTHS = (32, 128, 512, 2048)
-"""Slots of a row, of its inputs and of its targets each: the least that holds an example; packing fills the rest."""
+"""Input slots and target slots of a row. An example goes to the shortest that holds it; packing fills the rest."""
 PAD = 0
-"""Padding is never read, so any id will do."""
+"""Any id will do, since padding is never read."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Targets to be scored behind inputs; made by `pair` or `continuation`."""
+    """Inputs and the targets to score after them; made by `pair` or `continuation`."""
 
     example: Example
     start_id: int
-    """The first decoder input; the others are the targets but the last."""
+    """The first decoder input; all targets but the last follow."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score:
-    """What a model says of one pair's targets, each given the inputs and the targets before it."""
+    """A model's score of one pair's targets, each given the inputs and the targets before it."""
 
     log_probs_T: np.ndarray
     """float32, in nats."""
     greedy_T: np.ndarray
-    """bool: the target is the model's first choice."""
+    """bool: whether the target is the model's most probable token."""
     weights_T: np.ndarray
-    """The pair's own: which targets were asked for."""
+    """The pair's weights: 1 for targets that count, 0 for others."""
 
     @property
     def log_likelihood(self) -> float:
-        """Of the targets that were asked for; 0 where there is none."""
+        """The sum over targets that count, in nats; 0 if there are none."""
         return float(np.dot(self.log_probs_T.astype(np.float64), self.weights_T))
 
     @property
     def is_greedy(self) -> bool:
-        """Whether greedy decoding would have written every target that was asked for."""
+        """Whether greedy decoding would have generated every target that counts."""
         return bool(self.greedy_T[self.weights_T > 0].all())
 
     @property
     def tokens(self) -> int:
-        """How many targets were asked for."""
+        """The number of targets that count."""
         return int(np.count_nonzero(self.weights_T))
 
 
 def pair(inputs: Sequence[int] | np.ndarray, targets: Sequence[int] | np.ndarray, *, start_id: int) -> Pair:
-    """All targets behind inputs; either may be empty."""
+    """Returns a pair whose targets all count; inputs and targets may be empty."""
     targets_T = np.asarray(targets, np.int32)
     weights_T = np.ones(len(targets_T), np.float32)
     return Pair(
@@ -85,10 +85,10 @@ def pair(inputs: Sequence[int] | np.ndarray, targets: Sequence[int] | np.ndarray
 def continuation(
     context: Sequence[int] | np.ndarray, text: Sequence[int] | np.ndarray, *, start_id: int | None
 ) -> Pair:
-    """For a language model: empty inputs, context and continuation are targets, weights choose the continuation.
+    """Returns a pair for a language model: inputs are empty, context and text are targets, and only the text counts.
 
-    Without a start token (`start_id` None: models that know none between texts) the context's first token is the first
-    decoder input, and must be there.
+    For a model without a start token (`start_id` None) the context's first token is the first decoder input, so the
+    context must not be empty.
 
     >>> native = continuation([7, 8], [9], start_id=None)
     >>> native.start_id, native.example.targets_T.tolist(), native.example.weights_T.tolist()
@@ -105,8 +105,8 @@ def continuation(
     )
 
 
-def refuse_long(name: str, pair: Pair, longest: int, model: Skeleton) -> None:
-    """Raises UserError for a pair that no row can hold, or with more positions than the model has."""
+def check_fits(name: str, pair: Pair, longest: int, model: Skeleton) -> None:
+    """Raises UserError if no row can hold the pair, or if it exceeds the model's positions."""
     max_positions = model.max_positions
     inputs, targets = len(pair.example.inputs_I), len(pair.example.targets_T)
     has = f"{name} has {inputs} input and {targets} target tokens"
@@ -127,14 +127,14 @@ def score(
     lengths: Sequence[int] = LENGTHS,
     advance: Callable[[int], None] = lambda done: None,
 ) -> list[Score]:
-    """The score of each pair, in the order given.
+    """Returns the score of each pair, in order.
 
-    `rows` rows of packed examples go through the model at a time, and logits exist for `execution.loss_chunk` positions
-    of a device's rows. `advance` is called with the number of examples just done. Compiled programs serve later
-    calls with the same model.
+    The model reads `rows` rows of packed examples at a time; logits exist for `execution.loss_chunk` positions of a
+    device's rows at a time. `advance` is called with the number of pairs just scored. Later calls with the same model
+    reuse the compiled programs.
 
-    Raises UserError, naming the example, for one that is longer than the greatest of `lengths`, or whose inputs and
-    targets together have more positions than the model, and where `rows` do not divide over the mesh.
+    Raises UserError naming the pair if it is longer than the longest of `lengths` or exceeds the model's positions, and
+    if `rows` cannot be divided over the mesh.
     """
     row_parts = math.prod(mesh.shape[axis] for axis in ROW_AXES)
     if rows % row_parts:
@@ -143,39 +143,40 @@ def score(
             f"nearest: {-(-rows // row_parts) * row_parts}"
         )
     for i, p in enumerate(pairs):
-        refuse_long(f"pairs[{i}]", p, max(lengths), model)
+        check_fits(f"pairs[{i}]", p, max(lengths), model)
     program = _program(model, execution)
     scores = [_score(p.example, np.zeros(0, np.float32), np.zeros(0, bool)) for p in pairs]
     advance(sum(not len(p.example.targets_T) for p in pairs))
     with jax.set_mesh(mesh):
-        for chosen, batch in _batches(pairs, rows, sorted(lengths)):
+        for packed, batch in _batches(pairs, rows, sorted(lengths)):
             log_probs_BT, greedy_BT = map(gather_to_host, program(params, batch))
-            for b, row in enumerate(chosen):
+            for b, members in enumerate(packed):
                 begin = 0
-                for i in row:
+                for i in members:
                     slots = slice(begin, begin := begin + len(pairs[i].example.targets_T))
                     scores[i] = _score(pairs[i].example, log_probs_BT[b, slots], greedy_BT[b, slots])
-            advance(sum(map(len, chosen)))
+            advance(sum(map(len, packed)))
     return scores
 
 
 def target_log_probs(
     h_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, chunk: int, unroll: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """(float32 [B, T] log-probability of each target, bool [B, T] whether no other id has a greater one).
+    """Returns the log-probability of each target, float32 [B, T], and whether it is the most probable id, bool [B, T].
 
-    Logits never exist for more than `chunk` positions of a device's rows, or one of each row. Products are taken in the
-    dtype of `h_BTD` and summed in float32; of equal logits the lowest id is first, as in greedy decoding.
+    Logits exist for at most `chunk` positions of a device's rows at a time, or one position per row if that is more.
+    Products are computed in the dtype of `h_BTD` and summed in float32. Of equal logits, the lowest id counts as the
+    most probable, as in greedy decoding.
     """
     B, T, _ = h_BTD.shape
     U = slots_at_once(B // num_shards("batch"), T, chunk)
     w_DV = w_DV.astype(h_BTD.dtype)
 
-    def one(h_BUD: jax.Array, targets_BU: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def score_chunk(h_BUD: jax.Array, targets_BU: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_BUV = jnp.einsum("BUD,DV->BUV", h_BUD, w_DV, preferred_element_type=jnp.float32)
-        of_target_BU = jnp.take_along_axis(logits_BUV, targets_BU[..., None], axis=-1)[..., 0]
+        target_logit_BU = jnp.take_along_axis(logits_BUV, targets_BU[..., None], axis=-1)[..., 0]
         best_BU = jnp.argmax(logits_BUV, axis=-1).astype(jnp.int32)
-        return of_target_BU - jax.nn.logsumexp(logits_BUV, axis=-1), best_BU == targets_BU
+        return target_logit_BU - jax.nn.logsumexp(logits_BUV, axis=-1), best_BU == targets_BU
 
     scanned = 0 if unroll else T // U
     pieces = []
@@ -183,16 +184,18 @@ def target_log_probs(
         split = [
             jnp.moveaxis(x[:, : scanned * U].reshape(B, scanned, U, *x.shape[2:]), 1, 0) for x in (h_BTD, targets_BT)
         ]
-        pieces.append([jnp.moveaxis(x, 0, 1).reshape(B, scanned * U) for x in jax.lax.map(lambda x: one(*x), split)])
+        pieces.append(
+            [jnp.moveaxis(x, 0, 1).reshape(B, scanned * U) for x in jax.lax.map(lambda x: score_chunk(*x), split)]
+        )
     for start in range(scanned * U, T, U):
-        pieces.append([*one(h_BTD[:, start : start + U], targets_BT[:, start : start + U])])
+        pieces.append([*score_chunk(h_BTD[:, start : start + U], targets_BT[:, start : start + U])])
     log_probs, greedy = (jnp.concatenate(x, axis=1) for x in zip(*pieces, strict=True))
     return log_probs, greedy
 
 
 @functools.lru_cache(maxsize=4)
 def _program(model: Skeleton, execution: Execution) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
-    """Compiled once for each shape of a batch."""
+    """Returns a program of (params, batch), as `target_log_probs`; jit compiles it once per batch shape."""
 
     def program(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         precision = None if execution.matmul_precision == "default" else execution.matmul_precision
@@ -206,7 +209,7 @@ def _program(model: Skeleton, execution: Execution) -> Callable[[Any, Batch], tu
 
 
 def _batches(pairs: Sequence[Pair], rows: int, lengths: Sequence[int]) -> Iterator[tuple[list[list[int]], Batch]]:
-    """Which examples stand in each row, and the batch; the last of a shape is filled up with empty rows."""
+    """Yields the indices of the pairs in each row, and the batch. Empty rows complete the last batch of a shape."""
     by_shape: dict[tuple[int, int], list[int]] = {}
     for i, p in enumerate(pairs):
         if len(p.example.targets_T):
@@ -236,7 +239,7 @@ def _batches(pairs: Sequence[Pair], rows: int, lengths: Sequence[int]) -> Iterat
 
 
 def _bucket(length: int, lengths: Sequence[int]) -> int:
-    """The least row that holds `length` tokens; none at all for none."""
+    """Returns the shortest row length that holds `length` tokens; 0 for 0."""
     return 0 if length == 0 else next(x for x in lengths if x >= length)
 
 

@@ -1,13 +1,13 @@
-"""Stop strings, looked for in text: a tokenizer may cut the same string in many ways."""
+"""Finds stop strings in text rather than in tokens, since a tokenizer may split the same string in many ways."""
 
 from collections.abc import Callable, Sequence
 
 UNFINISHED = "\ufffd"
-"""What a tokenizer writes for bytes that are no character, or not yet one."""
+"""What a tokenizer decodes bytes to that are not, or not yet, a character."""
 
 
 def find_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the first stop string begins.
+    """Returns where the first stop string begins; None if there is none.
 
     >>> find_stop("one. two.", [" two", ". "])
     3
@@ -16,12 +16,12 @@ def find_stop(text: str, stops: Sequence[str]) -> int | None:
     return min(found, default=None)
 
 
-def settled(text: str, stops: Sequence[str]) -> int:
-    """How many characters can be shown already, whatever follows.
+def settled_length(text: str, stops: Sequence[str]) -> int:
+    """Returns how many characters can be shown now, whatever follows.
 
-    Kept back are the beginning of what may become a stop string, and the bytes of what may become a character.
+    Excludes the beginning of a possible stop string, and trailing bytes that may become a character.
 
-    >>> settled("Hello. Q", ["Q:"]), settled("Hello. Q!", ["Q:"]), settled("caf\ufffd", [])
+    >>> settled_length("Hello. Q", ["Q:"]), settled_length("Hello. Q!", ["Q:"]), settled_length("caf\ufffd", [])
     (7, 9, 3)
     """
     end = len(text.rstrip(UNFINISHED)) if len(text) - len(text.rstrip(UNFINISHED)) < 4 else len(text)
@@ -35,9 +35,9 @@ def settled(text: str, stops: Sequence[str]) -> int:
 def tokens_to_stop(
     write: Callable[[int], str], checked: int, length: int, stops: Sequence[str]
 ) -> tuple[int, str] | None:
-    """The fewest tokens whose text holds a stop string, and the text before it; None where there is none.
+    """Returns the fewest tokens whose text contains a stop string, and the text before it; None if there is none.
 
-    `write(n)` is the text of the first n tokens; those of the first `checked` hold none.
+    `write(n)` returns the text of the first n tokens. The first `checked` tokens are known to contain none.
     """
     if find_stop(write(length), stops) is None:
         return None
@@ -46,4 +46,4 @@ def tokens_to_stop(
         place = find_stop(text, stops)
         if place is not None:
             return count, text[:place]
-    raise AssertionError("the last count holds one")
+    raise AssertionError("the text of all tokens contains a stop string")

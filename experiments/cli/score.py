@@ -60,7 +60,7 @@ def score(
     for number, record in enumerate(records, 1):
         try:
             pairs.append(to_pair(record, loaded.text, loaded.config.vocab_size, eos=eos))
-            scoring.refuse_long("it", pairs[-1], max(lengths), loaded.model)
+            scoring.check_fits("it", pairs[-1], max(lengths), loaded.model)
         except UserError as error:
             raise UserError(f"{file}, line {number}: {error}") from None
     with ProgressBars(Console(stderr=True)).bar(f"scoring with {loaded.origin}", len(pairs)) as advance:

@@ -1,4 +1,4 @@
-"""Beam search against all texts there are, and against a plain search that recomputes everything."""
+"""Compares beam search with an enumeration of all texts, and with a plain search that recomputes everything."""
 
 import functools
 import itertools
@@ -26,7 +26,7 @@ Text = tuple[float, tuple[int, ...], bool]
 
 @functools.cache
 def decoder_of(method: Beam | Greedy, eos_ids: tuple[int, ...]) -> BeamDecoder | Decoder:
-    """It depends on no numbers, so that all toys share it."""
+    """Returns a decoder; it does not depend on parameters, so all toys share it."""
     if isinstance(method, Greedy):
         return Decoder(toy(VOCAB), method, eos_ids)
     return BeamDecoder(toy(VOCAB), method, eos_ids)
@@ -69,11 +69,11 @@ def divisor(length: int, alpha: float) -> float:
 def all_texts(
     model: Toy, inputs: list[int], vocab: int, eos_ids: tuple[int, ...], limits: Limits, alpha: float
 ) -> list[Text]:
-    """Every text that ends, best first."""
-    going_on = [token for token in range(vocab) if token not in eos_ids]
+    """Lists every text that ends, best first."""
+    not_ends = [token for token in range(vocab) if token not in eos_ids]
     found = []
     for length in range(max(1, limits.min_new_tokens + 1), limits.max_new_tokens + 1):
-        for body in itertools.product(going_on, repeat=length - 1):
+        for body in itertools.product(not_ends, repeat=length - 1):
             rows = log_probs(model, inputs, 0, list(body))
             before = rows[np.arange(length - 1), list(body)].sum()
             found += [((before + rows[-1, e]) / divisor(length, alpha), (*body, e), True) for e in eos_ids]
@@ -88,7 +88,7 @@ def same(found: list[Text], expected: list[Text]) -> None:
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 1.0, 3.0, -1.0])
 @pytest.mark.parametrize(("vocab", "eos_ids"), [(4, (1,)), (4, (1, 3))], ids=["one-end", "two-ends"])
 def test_a_wide_beam_finds_the_best_of_all_texts(alpha: float, vocab: int, eos_ids: tuple[int, ...]) -> None:
-    """As wide as there are texts to begin, nothing is lost, and the order is exact."""
+    """With as many beams as there are live texts, nothing is lost, and the order is exact."""
     limits, size = Limits(max_new_tokens=4), 81
     for seed in range(2):
         found = search(Beam(size=size, length_penalty=alpha), limits, vocab=vocab, seed=seed, eos_ids=eos_ids)
@@ -102,7 +102,7 @@ def test_a_wide_beam_finds_the_best_of_all_texts(alpha: float, vocab: int, eos_i
 def plain_search(
     model: Toy, inputs: list[int], vocab: int, eos_ids: tuple[int, ...], limits: Limits, size: int, alpha: float
 ) -> list[Text]:
-    """The same search without a bound or a cache: it always goes on to the last step."""
+    """Does the same search without a bound or a cache: it never stops early."""
     live: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
     finished: list[Text] = []
     for step in range(limits.max_new_tokens):
@@ -132,10 +132,10 @@ def plain_search(
         (Limits(max_new_tokens=3), ()),
         (Limits(max_new_tokens=3, min_new_tokens=3), (1,)),
     ],
-    ids=["free", "least", "two-ends", "no-end", "never-ends"],
+    ids=["no-minimum", "minimum", "two-ends", "no-end", "never-ends"],
 )
 def test_narrow_beams(size: int, alpha: float, limits: Limits, eos_ids: tuple[int, ...]) -> None:
-    """The bound ends rows early, at no loss; caches follow their beams."""
+    """The bound stops rows early without losing a text; caches follow their beams."""
     for seed in (0, 1, 2):
         found = search(Beam(size=size, length_penalty=alpha), limits, seed=seed, eos_ids=eos_ids)
         for row, inputs in enumerate(PROMPTS):
@@ -147,8 +147,8 @@ def test_narrow_beams(size: int, alpha: float, limits: Limits, eos_ids: tuple[in
                 same(have, expected)
 
 
-def test_rows_end_early_somewhere() -> None:
-    """The bound is at work in the test above."""
+def test_some_rows_stop_early() -> None:
+    """So the test above does test the bound."""
     model, decoder = toy(VOCAB), decoder_of(Beam(size=1, length_penalty=0.0), (1,))
     weights = decoding_weights(model, model.params)
     seeds = Seeds(seed=0, prompts_B=np.zeros(1, np.uint32), samples_B=np.zeros(1, np.uint32))
@@ -160,8 +160,8 @@ def test_rows_end_early_somewhere() -> None:
     assert min(steps) < 6
 
 
-def test_company_and_calls_change_nothing() -> None:
-    """Of the texts and their order; programs for other numbers of rows may round scores otherwise."""
+def test_batch_composition_and_calls_do_not_change_texts() -> None:
+    """Texts and their order stay; programs for other numbers of rows may round scores differently."""
     method, limits = Beam(size=3), Limits(max_new_tokens=6)
     together = search(method, limits)
     chunked = search(method, limits, chunk=2)
@@ -193,7 +193,7 @@ def test_penalty_by_hand() -> None:
     assert float(penalty(jnp.int32(19), 0.5)) == pytest.approx(math.sqrt(4))
 
 
-def test_beams_along_eight_devices() -> None:
+def test_beam_search_on_eight_devices() -> None:
     method, limits = Beam(size=2), Limits(max_new_tokens=5)
     prompts = PROMPTS * 2
     expected = search(method, limits, prompts=prompts)

@@ -1,4 +1,4 @@
-"""Greedy decoding and sampling on a toy model; the families' own tests are in test_families.py beside this file."""
+"""Greedy decoding and sampling on a toy model; test_models.py tests the families."""
 
 import functools
 import itertools
@@ -38,7 +38,7 @@ def decode(
     chunk: int = SLOTS,
     start: int = 0,
 ) -> Decoded:
-    """As one batch, `chunk` steps a call; a row's seed is its prompt's length and sum."""
+    """Decodes as one batch, `chunk` steps per call; a row's seed is its prompt's length and sum."""
     rows = rows or len(prompts)
     weights, decoder = decoding_weights(MODEL, MODEL.params), decoder_of(method, eos_ids)
     missing = [0] * (rows - len(prompts))
@@ -63,7 +63,7 @@ def texts(found: Decoded) -> list[list[int]]:
 
 
 def greedily(inputs: list[int], limits: Limits, eos_ids: tuple[int, ...] = (EOS,), start: int = 0) -> list[int]:
-    """By recomputing everything for every token."""
+    """Decodes greedily by recomputing everything for every token."""
     made: list[int] = []
     while len(made) < limits.max_new_tokens:
         scores = log_probs(MODEL, inputs, start, made)[-1]
@@ -105,14 +105,14 @@ def test_log_probabilities_are_the_models_own(method: Greedy | Sample) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 3, 5, 16])
 @pytest.mark.parametrize("method", [Greedy(), Sample(temperature=1.5)], ids=["greedy", "sample"])
-def test_steps_may_be_divided_among_calls(method: Greedy | Sample, chunk: int) -> None:
+def test_dividing_steps_among_calls_does_not_change_tokens(method: Greedy | Sample, chunk: int) -> None:
     whole, chunked = (decode(method, Limits(max_new_tokens=13), chunk=c) for c in (16, chunk))
     assert texts(whole) == texts(chunked)
     assert (whole.scores_BR == chunked.scores_BR).all()
 
 
-def test_a_texts_random_numbers_are_its_own() -> None:
-    """Whatever its place, its company and the size of the batch."""
+def test_samples_do_not_depend_on_the_batch() -> None:
+    """Not on the row, the other rows or the number of rows."""
     method, limits = Sample(temperature=1.5), Limits(max_new_tokens=12)
     together = texts(decode(method, limits))
     assert texts(decode(method, limits, PROMPTS[::-1])) == together[::-1]
@@ -133,8 +133,8 @@ def test_sampled_first_tokens_have_the_models_frequencies() -> None:
         assert ((observed - expected) ** 2 / expected).sum() < (VOCAB - 1) + 4 * np.sqrt(2 * (VOCAB - 1))
 
 
-def test_the_loop_ends_with_the_last_row() -> None:
-    """Counted in the state: no step is made once all rows have ended, and missing rows never count."""
+def test_the_loop_ends_when_the_last_row_ends() -> None:
+    """The state counts steps: none follows once all rows have ended, and empty rows do not delay the end."""
     limits = Limits(max_new_tokens=16)
     ending = [p for p in PROMPTS if len(greedily(p, limits)) < 16]
     assert ending
@@ -147,7 +147,7 @@ def test_the_loop_ends_with_the_last_row() -> None:
     assert not decoder.read(state).running_B.any()
 
 
-def test_rows_can_be_told_to_stop() -> None:
+def test_rows_can_be_stopped() -> None:
     limits = Limits(max_new_tokens=9)
     weights, decoder = decoding_weights(MODEL, MODEL.params), Decoder(MODEL, Greedy(), ())
     seeds = Seeds(seed=0, prompts_B=np.zeros(2, np.uint32), samples_B=np.zeros(2, np.uint32))
@@ -159,7 +159,7 @@ def test_rows_can_be_told_to_stop() -> None:
     found = decoder.read(state)
     assert found.lengths_BR.tolist() == [[9], [4]]
     assert not found.ended_BR.any()
-    assert seen.lengths_BR.tolist() == [[4], [4]]  # what was read earlier is not overwritten
+    assert seen.lengths_BR.tolist() == [[4], [4]]  # earlier results are copies
     assert texts(found)[0] == greedily(PROMPTS[0], limits, ())
 
 
@@ -182,8 +182,8 @@ def test_buckets() -> None:
     assert len(sizes) < 20
 
 
-def test_sharded_rows_make_the_same_tokens() -> None:
-    """Eight devices, two rows each: the cache lies along its rows."""
+def test_sharded_rows_generate_the_same_tokens() -> None:
+    """Eight devices, two rows each: the cache is sharded by rows."""
     prompts = [*PROMPTS, *([i] for i in range(11))]
     method, limits = Sample(temperature=1.2), Limits(max_new_tokens=10)
     expected = texts(decode(method, limits, prompts))
@@ -193,7 +193,7 @@ def test_sharded_rows_make_the_same_tokens() -> None:
 
 
 @pytest.mark.parametrize("vocab", [7, 128, 256, 320])
-def test_first_of_the_largest(vocab: int) -> None:
+def test_first_argmax_takes_the_lowest_id(vocab: int) -> None:
     logits = np.random.default_rng(0).integers(-3, 3, (200, vocab)).astype(np.float32)
     logits[0] = -np.inf
     logits[1, 4:] = np.inf

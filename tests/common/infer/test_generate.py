@@ -1,4 +1,4 @@
-"""Requests to texts, on a toy model that writes letters."""
+"""Tests `Generator` from requests to texts, on a toy model whose tokens are letters."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -17,12 +17,12 @@ from common.sharding.shape import MeshShape
 from tests.common.infer.toy import log_probs, toy
 
 LETTERS = "~.abcdefgh"
-"""Token 0 starts, token 1 ends; a text's first letter loses a space, as with SentencePiece."""
+"""Token 0 is the start token, 1 the end token; a text's first letter loses its space, as with SentencePiece."""
 MODEL = toy(len(LETTERS), seed=19)
 
 
 class Letters:
-    """As much of a tokenizer as is needed: every token is a space and a letter."""
+    """The part of a tokenizer that `Generator` uses; every token is a space and a letter."""
 
     def encode(self, text: str) -> np.ndarray:
         return np.array([LETTERS.index(c) for c in text if c != " "], np.int32)
@@ -68,7 +68,7 @@ def greedily(prompt: EncodedPrompt, most: int) -> list[int]:
     return made
 
 
-def test_texts_come_with_their_requests() -> None:
+def test_each_request_gets_its_text() -> None:
     found = in_order(generator().complete(requests()))
     for request, [one] in zip(requests(), found, strict=True):
         made = greedily(request.prompt, 12)
@@ -89,7 +89,7 @@ def test_batches_of_any_size(rows: int) -> None:
 
 
 def test_stop_strings() -> None:
-    """Strings that span tokens; the text is cut, its tokens reach to the end of the string."""
+    """The string spans tokens: the text is cut before it, the tokens extend to its end."""
     free = in_order(generator().complete(requests()))
     long = max(range(len(PROMPTS)), key=lambda i: len(free[i][0].tokens))
     text = free[long][0].text
@@ -104,19 +104,19 @@ def test_stop_strings() -> None:
         assert one.log_probability > free[long][0].log_probability
 
 
-def test_pieces_add_up_to_the_text() -> None:
+def test_streamed_pieces_join_to_the_text() -> None:
     for stop in ((), ("a b",), ("h",)):
-        heard = [""] * len(PROMPTS)
+        streamed = [""] * len(PROMPTS)
 
-        def hear(index: int, piece: str, heard: list[str] = heard) -> None:
-            heard[index] += piece
+        def on_text(index: int, piece: str, streamed: list[str] = streamed) -> None:
+            streamed[index] += piece
 
         method = Sample(temperature=1.2)
-        found = in_order(generator(method, stop=stop, max_new_tokens=11).complete(requests(), hear))
-        assert heard == [one.text for [one] in found]
+        found = in_order(generator(method, stop=stop, max_new_tokens=11).complete(requests(), on_text))
+        assert streamed == [one.text for [one] in found]
 
 
-def test_native_alignment_goes_on_with_the_text() -> None:
+def test_native_alignment_continues_the_text() -> None:
     codec = codec_of(alignment="native")
     prompt = encode_prompt("abc", codec)
     assert (prompt.inputs_I.tolist(), prompt.start) == ([2, 3], 4)
@@ -141,45 +141,43 @@ def test_native_alignment_goes_on_with_the_text() -> None:
         (codec_of(alignment="native", eos_ids=()), "", ([], 0)),
     ],
 )
-def test_what_is_read(codec: TextCodec, text: str, expected: tuple[list[int], int]) -> None:
+def test_encoded_prompts(codec: TextCodec, text: str, expected: tuple[list[int], int]) -> None:
     prompt = encode_prompt(text, codec)
     assert (prompt.inputs_I.tolist(), prompt.start, prompt.written) == (*expected, ())
 
 
 @pytest.mark.parametrize(("text", "written", "start"), [("", (), 0), ("a", (0,), 2), ("abc", (0, 2, 3), 4)])
-def test_a_language_models_prompt_stands_behind_the_start_token(
-    text: str, written: tuple[int, ...], start: int
-) -> None:
+def test_a_language_models_prompt_follows_the_start_token(text: str, written: tuple[int, ...], start: int) -> None:
     codec = codec_of(prompts="targets", eos_after_inputs=True)
     prompt = encode_prompt(text, codec)
     assert (prompt.inputs_I.tolist(), prompt.written, prompt.start) == ([], written, start)
-    assert decode_continuation(prompt, [5, 6], codec) == (" d e" if text else "d e"), "the same text goes on"
+    assert decode_continuation(prompt, [5, 6], codec) == (" d e" if text else "d e"), "the text is continued"
 
 
-def test_more_positions_than_the_model_has_are_refused() -> None:
-    """Before anything is made; a prompt among the targets counts as one among the inputs."""
+def test_too_many_positions_raise() -> None:
+    """Raises before generating; a prompt in the targets takes as many positions as one in the inputs."""
     model, mesh = toy(len(LETTERS)), make_mesh(MeshShape())
     model = dataclasses.replace(model, max_positions=15)
     for codec in (codec_of(), codec_of(prompts="targets")):
         made = Generator(model, model.params, mesh, codec, method=Greedy(), limits=Limits(max_new_tokens=12), rows=4)
-        with pytest.raises(UserError, match=r"longest prompt has 4 .* knows 15 positions; nearest: max_new_tokens=11"):
+        with pytest.raises(UserError, match=r"longest prompt has 4 .* has 15 positions; nearest: max_new_tokens=11"):
             made.complete(requests(["a", "hhhh"], codec))
         assert len(made.complete(requests(["a", "hhh"], codec_of())).__next__()) == 2
 
 
-def test_hashes_tell_prompts_apart() -> None:
+def test_hashes_distinguish_prompts() -> None:
     hashes = {encode_prompt(p, codec_of()).hash() for p in ["", "a", "b", "aa", "ab", "ba", "~", "a~", "~a"]}
     hashes |= {encode_prompt("ab", codec_of(alignment="native")).hash()}
     hashes |= {encode_prompt(p, codec_of(prompts="targets")).hash() for p in ("ab", "abc")}
     assert len(hashes) == 12
 
 
-def test_text_of_the_tokens_alone_where_nothing_fits() -> None:
-    class Contrary(Letters):
+def test_tokens_are_decoded_alone_if_the_whole_text_changes_the_prompt() -> None:
+    class Unstable(Letters):
         def decode(self, ids: Iterable[int]) -> str:
             return str(len(list(ids)))
 
-    codec = codec_of(alignment="native", tokenizer=Contrary())
+    codec = codec_of(alignment="native", tokenizer=Unstable())
     assert decode_continuation(encode_prompt("abc", codec), [5, 6], codec) == "2"
 
 
@@ -192,12 +190,12 @@ def test_beams_give_several_texts() -> None:
         assert ended == sorted(ended, reverse=True)
 
 
-def test_a_model_without_a_tokenizer_cannot_read() -> None:
+def test_prompts_need_a_tokenizer() -> None:
     with pytest.raises(UserError, match="has no tokenizer"):
         encode_prompt("abc", codec_of(tokenizer=None))
 
 
-def test_rows_fit_the_mesh() -> None:
+def test_rows_are_rounded_up_to_the_mesh() -> None:
     mesh = make_mesh(MeshShape(data=8))
     expected = in_order(generator().complete(requests()))
     sharded = Generator(

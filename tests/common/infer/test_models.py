@@ -1,4 +1,4 @@
-"""Decoding with a cache against both families' training path, which has none."""
+"""Compares decoding with a cache to both families' training path, which has no cache."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ siblings = pytest.mark.parametrize("config", [FAMILIES[name] for name in SIBLING
 
 @functools.cache
 def decoder_of(config: ModelConfig, method: Method, eos_ids: tuple[int, ...], execution: Execution) -> Any:
-    """A decoder and its model; their programs are compiled once."""
+    """Returns a model and its decoder; cached, so programs are compiled once."""
     model = skeleton(builder(config, execution))
     return model, (BeamDecoder if isinstance(method, Beam) else Decoder)(model, method, eos_ids)  # type: ignore[arg-type]
 
@@ -51,7 +51,7 @@ def decode(
     params: Any = None,
     written: list[list[int]] | None = None,
 ) -> tuple[Decoded, Any]:
-    """What is made, and the last cache."""
+    """Returns the texts and the final cache."""
     model, decoder = decoder_of(config, method, eos_ids, execution)
     rows = len(prompts)
     weights = decoding_weights(model, split(config)[1] if params is None else params)
@@ -80,7 +80,7 @@ def forward(config: ModelConfig) -> Callable[[Any], jax.Array]:
 
 
 def teacher_forced(config: ModelConfig, prompts: list[list[int]], texts: list[list[int]]) -> np.ndarray:
-    """log-probabilities [rows, SLOTS, V] on the training path: one row an example, targets behind start token 0."""
+    """log-probabilities [rows, SLOTS, V] on the training path: one row an example, targets after start token 0."""
     rows = rows_of([[(prompt, text)] for prompt, text in zip(prompts, texts, strict=True)], SOURCE, SLOTS)
     return np.asarray(forward(config)(rows))
 
@@ -93,12 +93,12 @@ def test_greedy_is_argmax_of_the_training_path(config: ModelConfig) -> None:
     assert np.argmax(expected, axis=-1).tolist() == texts
     at = np.take_along_axis(expected, np.array(texts)[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(found.log_probs_BRT[:, 0], at, atol=2e-5)
-    assert len({tuple(text) for text in texts}) > 1  # a model that always says the same would prove nothing
+    assert len({tuple(text) for text in texts}) > 1  # a model with one answer would prove nothing
 
 
 @siblings
 def test_ends_and_limits(config: ModelConfig) -> None:
-    """Several end tokens; none before the least length; none needed at the most."""
+    """With several end tokens, a minimum length and a maximum length."""
     free = made(decode(config, Greedy(), Limits(max_new_tokens=SLOTS))[0])
     eos_ids = (free[0][2], free[3][0])
     for limits in (Limits(max_new_tokens=SLOTS), Limits(max_new_tokens=6, min_new_tokens=4)):
@@ -114,7 +114,7 @@ def test_ends_and_limits(config: ModelConfig) -> None:
 
 
 @siblings
-def test_scanned_layers_make_the_same_tokens(config: ModelConfig) -> None:
+def test_scanned_layers_generate_the_same_tokens(config: ModelConfig) -> None:
     method = Sample(temperature=1.0)
     unrolled, cache = decode(config, method, Limits(max_new_tokens=SLOTS))
     scanned, stacked = decode(config, method, Limits(max_new_tokens=SLOTS), execution=SCAN)
@@ -131,9 +131,9 @@ def test_scanned_layers_make_the_same_tokens(config: ModelConfig) -> None:
         ("t5like-relaxed", Beam(size=2), F32),
         ("t5like-bias", Beam(size=2), F32),
     ],
-    ids=["gpt-greedy", "t5like-drawn-scanned", "t5like-relaxed-beams", "t5like-beams"],
+    ids=["gpt-greedy", "t5like-sampled-scanned", "t5like-relaxed-beams", "t5like-beams"],
 )
-def test_room_that_grows_changes_nothing(
+def test_growing_the_room_does_not_change_texts(
     name: str, method: Method, execution: Execution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = FAMILIES[name]
@@ -152,7 +152,7 @@ def test_room_that_grows_changes_nothing(
 
 
 @siblings
-def test_beams_score_what_the_training_path_scores(config: ModelConfig) -> None:
+def test_beam_scores_equal_the_training_path(config: ModelConfig) -> None:
     """Caches follow their beams, and beams share the memory of their prompt."""
     size, limits = 3, Limits(max_new_tokens=5)
     free = made(decode(config, Greedy(), limits)[0])
@@ -169,8 +169,8 @@ def test_beams_score_what_the_training_path_scores(config: ModelConfig) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt-rope", pytest.param("gpt-bias", marks=pytest.mark.slow), "gpt-learned"])
-def test_a_text_goes_on_without_a_start_token(name: str) -> None:
-    """Native alignment: the last token of the prompt is the first decoder input, and all of it is one text."""
+def test_native_alignment_continues_without_a_start_token(name: str) -> None:
+    """The last token of the prompt is the first decoder input; prompt and answer are one text."""
     config = FAMILIES[name]
     prompts = [[5, 6, 7], [9], [11, 12, 13, 14]]
     found, _ = decode(
@@ -181,7 +181,7 @@ def test_a_text_goes_on_without_a_start_token(name: str) -> None:
         starts=[p[-1] for p in prompts],
     )
     for prompt, text in zip(prompts, made(found), strict=True):
-        # As targets of an empty input behind a start token that is the text's first token.
+        # The text as targets of an empty input, with its first token as the start token.
         whole = [*prompt, *text]
         rows = rows_of([[([], whole[1:])]], SOURCE, SLOTS)
         rows = dataclasses.replace(rows, decoder_inputs_BT=rows.decoder_inputs_BT.at[0, 0].set(whole[0]))
@@ -199,7 +199,7 @@ def test_a_text_goes_on_without_a_start_token(name: str) -> None:
     ],
     ids=["gpt-prefix-in-pieces", "t5like-bias", "t5like-relaxed-beams"],
 )
-def test_targets_go_on_where_a_prompt_among_them_ends(
+def test_a_prompt_in_the_targets_is_continued(
     name: str, method: Method, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A language model's prompt follows the start token; other rows have none, or have inputs too."""
@@ -237,7 +237,7 @@ ROWS_AND_HEADS, AND_LENGTH = MeshShape(fsdp=2, tensor=2), MeshShape(fsdp=2, cont
         pytest.param("t5like-relaxed", Beam(size=2), ROWS_AND_HEADS, marks=pytest.mark.slow),
     ],
 )
-def test_a_sharded_cache_makes_the_same_tokens(name: str, method: Method, shape: MeshShape) -> None:
+def test_a_sharded_cache_generates_the_same_tokens(name: str, method: Method, shape: MeshShape) -> None:
     """Rows along the mesh axes of rows, heads along `tensor`; one token has no length to divide along `context`."""
     config, limits = FAMILIES[name], Limits(max_new_tokens=5)
     expected, _ = decode(config, method, limits)

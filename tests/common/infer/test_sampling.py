@@ -12,7 +12,7 @@ LOGITS_BV = (3 * RNG.normal(size=(6, 301))).astype(np.float32)
 
 
 def by_sorting(logits_V: np.ndarray, method: Sample) -> np.ndarray:
-    """The probabilities drawn from: float64, one row, sorted (the lower id first among equals)."""
+    """Returns one row's sampling probabilities by sorting, float64; of equal ones the lower id comes first."""
     logits_V = logits_V.astype(np.float64) / method.temperature
     p_V = np.exp(logits_V - logits_V.max())
     order = np.argsort(-p_V, kind="stable")
@@ -42,7 +42,7 @@ def by_sorting(logits_V: np.ndarray, method: Sample) -> np.ndarray:
     ],
     ids=str,
 )
-def test_distribution_is_what_sorting_gives(method: Sample) -> None:
+def test_distribution_equals_the_one_by_sorting(method: Sample) -> None:
     found_BV = np.asarray(jax.jit(lambda x: sampling_weights(x, method))(LOGITS_BV), np.float64)
     found_BV /= found_BV.sum(axis=1, keepdims=True)
     expected_BV = np.array([by_sorting(row, method) for row in LOGITS_BV])
@@ -50,7 +50,7 @@ def test_distribution_is_what_sorting_gives(method: Sample) -> None:
     np.testing.assert_allclose(found_BV, expected_BV, rtol=2e-5)
 
 
-def test_equals_at_the_border_stay_by_id() -> None:
+def test_ties_at_the_border_keep_the_lowest_ids() -> None:
     weights = jnp.array([[1.0, 4.0, 1.0, 1.0, 1.0], [2.0, 2.0, 2.0, 2.0, 2.0], [0.0, 1.0, 0.0, 0.0, 0.0]])
     kept = np.asarray(keep_top_k(weights, 3))
     assert kept.tolist() == [[1, 4, 1, 0, 0], [2, 2, 2, 0, 0], [0, 1, 0, 0, 0]]
@@ -58,15 +58,15 @@ def test_equals_at_the_border_stay_by_id() -> None:
     assert kept.tolist() == [[1, 4, 0, 0, 0], [2, 2, 2, 0, 0], [0, 1, 0, 0, 0]]
 
 
-def test_smallest_set_with_the_mass() -> None:
-    """Exactly enough is enough, and one token always stays."""
+def test_top_p_keeps_the_smallest_set_with_the_mass() -> None:
+    """A mass of exactly p is enough, and at least one token is kept."""
     halves = jnp.array([[0.25, 0.5, 0.125, 0.125]])
     for p, kept in [(0.5, [1]), (0.501, [0, 1]), (0.75, [0, 1]), (0.76, [0, 1, 2]), (1e-9, [1])]:
         assert np.flatnonzero(np.asarray(keep_top_p(halves, p))[0]).tolist() == kept
 
 
 @pytest.mark.parametrize("method", [Sample(), Sample(temperature=0.8, top_k=5, top_p=0.9)], ids=str)
-def test_frequencies(method: Sample) -> None:
+def test_sampled_frequencies(method: Sample) -> None:
     """Chi-square over 20,000 draws of independent keys."""
     logits_V = LOGITS_BV[0, :12]
     count = 20_000

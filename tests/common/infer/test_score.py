@@ -1,4 +1,4 @@
-"""Scores against the log-softmax of logits taken one example a row and all at once."""
+"""Compares scores with the log-softmax of all logits, one example per row."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ both_families = pytest.mark.parametrize("name", ["gpt-learned", "gpt-prefix", "t
 
 @functools.cache
 def log_softmax(config: ModelConfig) -> Callable[[Any, Batch], jax.Array]:
-    """[B, T, V] from all logits at once; compiled once a model."""
+    """Returns a program for the log-softmax of all logits, [B, T, V]; compiled once per model."""
     graphdef, _ = split(config)
 
     def full(params: Any, batch: Batch) -> jax.Array:
@@ -43,7 +43,7 @@ def log_softmax(config: ModelConfig) -> Callable[[Any, Batch], jax.Array]:
 
 
 def text(rng: np.random.Generator, most: int) -> list[int]:
-    """Any ids, 0 among them, of any length from none on."""
+    """Returns random ids, 0 included, of a random length from 0 to `most`."""
     return rng.integers(0, VOCAB, rng.integers(0, most + 1)).tolist()
 
 
@@ -69,7 +69,7 @@ def scores(name: str, pairs: list[Pair], mesh_shape: MeshShape = ONE_DEVICE, **o
 
 
 def alone(config: ModelConfig, p: Pair) -> tuple[np.ndarray, np.ndarray]:
-    """(log-softmax [T, V] at each target slot, targets [T]): one example in a row of its own, padded to one width."""
+    """Returns the log-softmax [T, V] at each target slot and the targets [T], from one example alone in a row."""
     inputs, targets = p.example.inputs_I.tolist(), p.example.targets_T.tolist()
     I, T = len(inputs), len(targets)  # noqa: E741 (a shape letter)
 
@@ -104,7 +104,7 @@ def test_scores_are_log_softmax_of_each_example_alone(name: str) -> None:
 
 
 @both_families
-def test_order_and_company_change_nothing(name: str) -> None:
+def test_scores_do_not_depend_on_the_other_pairs(name: str) -> None:
     pairs = examples(40)
     together = scores(name, pairs)
     order = np.random.default_rng(1).permutation(len(pairs))
@@ -118,7 +118,7 @@ def test_order_and_company_change_nothing(name: str) -> None:
 
 
 def test_packing_takes_fewer_rows_than_examples() -> None:
-    """Short examples share rows: what is asked of the model is counted in the shapes that are traced."""
+    """Short examples share rows, so fewer batches are needed."""
     batches = 0
 
     def advance(done: int) -> None:
@@ -127,11 +127,11 @@ def test_packing_takes_fewer_rows_than_examples() -> None:
 
     pairs = [pair([5] * 4, [6] * 4, start_id=START)] * 32
     scores("gpt-rope", pairs, lengths=(32,), rows=2, advance=advance)
-    assert batches == 1 + 2, "nothing for empty ones, then 4 rows of 8 examples, 2 at a time"
+    assert batches == 1 + 2, "one call for empty pairs, then 4 rows of 8 examples, 2 rows at a time"
 
 
-def test_continuations_score_the_same_text_however_it_is_said() -> None:
-    """For a causal decoder, prompt behind inputs or among targets, and a native start by hand or by None."""
+def test_continuations_score_the_same_in_every_form() -> None:
+    """For a causal decoder: the prompt in inputs or in targets, the first token given or taken from the context."""
     context, rest = [7, 0, 8, 5], [9, 10, 0]
     as_inputs, as_targets, native = scores(
         "gpt-rope",
@@ -142,14 +142,14 @@ def test_continuations_score_the_same_text_however_it_is_said() -> None:
         ],
     )
     close(as_targets.log_probs_T[-3:], as_inputs.log_probs_T, 1e-5)
-    close(native.log_probs_T, as_targets.log_probs_T, 1e-6)  # rows of one batch may round otherwise
+    close(native.log_probs_T, as_targets.log_probs_T, 1e-6)  # rows of one batch may round differently
     assert native.weights_T.tolist() == [0, 0, 0, 1, 1, 1]
     assert as_targets.log_likelihood == pytest.approx(as_inputs.log_likelihood, rel=1e-5)
     assert as_inputs.tokens == native.tokens == 3
 
 
-def test_greedy_is_what_greedy_decoding_writes() -> None:
-    """Targets built one first choice at a time are greedy; one other token makes them no longer so."""
+def test_is_greedy_matches_greedy_decoding() -> None:
+    """Targets of argmax tokens are greedy; changing one token makes them not greedy."""
     config, written = FAMILIES["gpt-rope"], []
     for _ in range(5):
         log_probs_TV, _ = alone(config, pair([5, 6], [*written, 0], start_id=START))
@@ -173,7 +173,7 @@ def test_nothing_to_score() -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt-rope", "t5like-bias"])
-def test_a_mesh_changes_nothing(name: str) -> None:
+def test_scores_do_not_depend_on_the_mesh(name: str) -> None:
     pairs = examples(12)
     one = scores(name, pairs, rows=4)
     for found, expected in zip(scores(name, pairs, mesh_shape=EIGHT_DEVICES, rows=4), one, strict=True):
@@ -192,12 +192,12 @@ def test_a_mesh_changes_nothing(name: str) -> None:
         ),
     ],
 )
-def test_what_does_not_fit_is_named(pairs: list, options: dict[str, Any], message: str) -> None:
+def test_pairs_that_do_not_fit_raise(pairs: list, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         scores("gpt-rope", [pair(*p, start_id=START) for p in pairs], **options)
 
 
-def test_as_many_positions_as_the_model_has_are_scored_and_no_more() -> None:
+def test_a_pair_may_take_all_positions_of_the_model_but_no_more() -> None:
     full = pair([5] * 16, [6] * (MAX_POSITIONS - 16), start_id=START)
     (found,) = scores("gpt-learned", [full], lengths=(64,))
     log_probs_TV, _ = alone(FAMILIES["gpt-learned"], full)
@@ -208,8 +208,8 @@ def test_as_many_positions_as_the_model_has_are_scored_and_no_more() -> None:
             scores(name, [more], lengths=(64,))
 
 
-def test_programs_are_kept_between_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program that is traced merges the model with its parameters."""
+def test_calls_share_compiled_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts traces: tracing a program merges the model with its parameters."""
     traced: list[Any] = []
     merge = Skeleton.merge
     monkeypatch.setattr(Skeleton, "merge", lambda self, params: traced.append(self) or merge(self, params))
@@ -224,7 +224,7 @@ def test_programs_are_kept_between_calls(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("unroll", [False, True])
 @pytest.mark.parametrize("chunk", [1, 9, 12, 16, 33, 100])
-def test_chunks_change_nothing(chunk: int, unroll: bool) -> None:
+def test_chunk_size_does_not_change_scores(chunk: int, unroll: bool) -> None:
     rng = np.random.default_rng(0)
     h_BTD, w_DV = (jnp.array(rng.normal(size=shape), jnp.float32) for shape in ((3, 11, 5), (5, 11)))
     targets_BT = jnp.array(rng.integers(0, 11, (3, 11)), jnp.int32)
@@ -238,7 +238,7 @@ def test_large_logits_do_not_overflow() -> None:
     h_BTD, w_DV = jnp.full((1, 2, 1), 1e4), jnp.array([[1.0, -1.0, 1.0]])
     log_probs, greedy = target_log_probs(h_BTD, w_DV, jnp.array([[0, 2]], jnp.int32), 8, False)
     np.testing.assert_allclose(log_probs, [[-np.log(2), -np.log(2)]], atol=1e-3)
-    assert greedy.tolist() == [[True, False]], "of equal logits the lowest id is first"
+    assert greedy.tolist() == [[True, False]], "of equal logits the lowest id counts"
 
 
 @pytest.mark.parametrize("unroll", [False, True])
@@ -257,7 +257,7 @@ def test_logits_never_exist_for_more_than_a_chunk(unroll: bool) -> None:
     assert chunk * V <= largest < 2 * chunk * V
 
 
-def test_scanned_layers_and_other_chunks_score_the_same() -> None:
+def test_scanned_layers_and_chunked_heads_score_the_same() -> None:
     pairs = examples(6)
     scanned = dataclasses.replace(F32, scan_layers=True, loss_chunk=10)
     for a, b in zip(scores("t5like-bias", pairs), scores("t5like-bias", pairs, execution=scanned), strict=True):

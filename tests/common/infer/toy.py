@@ -1,4 +1,4 @@
-"""A recurrent stand-in that keeps the protocol of decoding: every token depends on all before it, and on the prompt.
+"""A recurrent toy model with the decoding protocol: every token depends on all before it, and on the prompt.
 
 Legend: B rows, Q new tokens, I input slots, D state, V vocab.
 """
@@ -18,7 +18,7 @@ from common.data.batch import Prompt
 class ToyCache:
     state_BD: jax.Array
     memory_BD: jax.Array
-    """Of the prompt; shared by all rows that `repeat_rows` made of one."""
+    """Of the prompt; shared by all rows that `repeat_rows` makes of one row."""
 
     def extend(self, slots: int) -> "ToyCache":
         return self
@@ -48,7 +48,7 @@ class Toy:
 
     def prefill(self, prompt: Prompt, max_new_tokens: int) -> ToyCache:
         embedded_BID = self.params["embedding"][prompt.inputs_BI] * prompt.segments_BI()[..., None].astype(jnp.float32)
-        # Depends on order, as a model's memory does.
+        # Depends on the order of the inputs, as a model's memory does.
         weight_1I1 = 1.0 + jnp.arange(prompt.inputs_BI.shape[1], dtype=jnp.float32)[None, :, None]
         memory_BD = (embedded_BID / weight_1I1).sum(axis=1)
         return ToyCache(state_BD=jnp.zeros_like(memory_BD), memory_BD=memory_BD)
@@ -61,7 +61,7 @@ class Toy:
 
 
 def toy(vocab: int, width: int = 16, seed: int = 0, sharpness: float = 2.0) -> Toy:
-    """`sharpness` is the spread of its logits."""
+    """Makes a random toy; `sharpness` scales its logits."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int) -> jax.Array:
@@ -77,7 +77,7 @@ def toy(vocab: int, width: int = 16, seed: int = 0, sharpness: float = 2.0) -> T
 
 
 def log_probs(model: Toy, inputs: list[int], start: int, tokens: list[int]) -> np.ndarray:
-    """[len(tokens) + 1, V] in float64 NumPy: of every next token, by another way than the cache's."""
+    """Returns log-probabilities of every next token, float64 [len(tokens) + 1, V], computed without a cache."""
     p = {name: np.asarray(x, np.float64) for name, x in model.params.items()}
     memory = sum((p["embedding"][x] / (1.0 + i) for i, x in enumerate(inputs)), np.zeros(p["mix"].shape[0]))
     state, rows = np.zeros_like(memory), []
