@@ -1,4 +1,4 @@
-"""A measured value and how sure it is."""
+"""A measured value with its uncertainty."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""How sure a measured share, or a difference of two shares, is.
+"""Intervals and tests for shares and their differences.
 
 Legend: E examples, R resamples.
 """
@@ -13,21 +13,21 @@ import numpy as np
 from common.analysis.interval import Interval
 
 CONFIDENCE = 0.95
-"""Of every interval in the project."""
+"""The confidence level of every interval in the project."""
 Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
-"""How many standard errors such an interval reaches to either side of a normal mean."""
+"""Half the width of such an interval around a normal mean, in standard errors."""
 
 
 def wilson(successes: int, trials: int) -> Interval:
-    """A share of independent yes/no outcomes with its score interval (Wilson 1927, without continuity correction).
+    """Returns a share of independent yes/no outcomes with its score interval (Wilson 1927, no continuity correction).
 
-    Unlike the normal interval it never collapses: nothing wrong in ten trials is no proof of perfection.
+    Unlike the normal interval it always has a width: ten successes in ten trials do not prove a share of 1.
 
     >>> interval = wilson(10, 10)
     >>> round(interval.low, 4), interval.high
     (0.7225, 1.0)
     """
-    # Written out here, since importing scipy.stats takes longer than scoring a small run.
+    # Not scipy.stats, because importing it takes longer than scoring a small run.
     assert 0 <= successes <= trials and trials > 0, (successes, trials)
     share, spread = successes / trials, Z**2 / trials
     centre = share + spread / 2
@@ -38,7 +38,7 @@ def wilson(successes: int, trials: int) -> Interval:
 
 
 def percentile_interval(value: float, resampled_R: np.ndarray) -> Interval:
-    """`value` with the bootstrap percentile interval of its resampled copies.
+    """Returns `value` with the bootstrap percentile interval of its resampled values.
 
     >>> percentile_interval(1.0, np.arange(0.0, 101.0))
     Interval(value=1.0, low=2.5, high=97.5)
@@ -50,17 +50,17 @@ def percentile_interval(value: float, resampled_R: np.ndarray) -> Interval:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairedComparison:
-    """Two systems' answers to the same examples."""
+    """A comparison of two systems on the same examples."""
 
     both: int
     only_first: int
     only_second: int
     neither: int
-    """Examples that both, one, or none of the two answered correctly."""
+    """The four counts: examples that both systems, only one, or neither answered correctly."""
     difference: Interval
-    """Share correct of the first less that of the second, -1..1, with its score interval."""
+    """The first system's share of correct examples minus the second's, -1..1, with its score interval."""
     p_value: float
-    """McNemar's exact test (binomial on the examples that exactly one of the two got right)."""
+    """Of McNemar's exact test, a binomial test on the examples that exactly one system got right."""
 
     @property
     def examples(self) -> int:
@@ -68,7 +68,7 @@ class PairedComparison:
 
 
 def compare_paired(first_E: np.ndarray, second_E: np.ndarray) -> PairedComparison:
-    """Compares two systems on the same examples, given which of them each got right (two bool arrays [E]).
+    """Compares two systems on the same examples; each array, bool [E], has which examples a system got right.
 
     >>> compared = compare_paired(np.array([True] * 5 + [False]), np.array([False] * 5 + [True]))
     >>> compared.only_first, compared.only_second, round(compared.p_value, 5)
@@ -92,21 +92,21 @@ def compare_paired(first_E: np.ndarray, second_E: np.ndarray) -> PairedCompariso
 
 
 def paired_difference(won: int, lost: int, examples: int) -> Interval:
-    """The difference of two shares of the same examples with its score interval (Tango 1998, Statistics in Medicine
-    17: 891-908): all differences that a score test does not reject.
+    """Returns the difference of two shares of the same examples with its score interval.
 
-    `won` and `lost` count the examples that only the first and only the second got right. Unlike a bootstrap it has a
-    width where one side never wins, or neither ever does.
+    The interval holds all differences that a score test does not reject (Tango 1998, Statistics in Medicine 17:
+    891-908). `won` and `lost` count the examples that only the first and only the second system got right. Unlike a
+    bootstrap interval, it has a width even if a system never wins.
 
-    >>> nobody_wins = paired_difference(0, 0, 3739)
-    >>> round(nobody_wins.low, 5), round(nobody_wins.high, 5)
+    >>> no_wins = paired_difference(0, 0, 3739)
+    >>> round(no_wins.low, 5), round(no_wins.high, 5)
     (-0.00103, 0.00103)
     """
     assert min(won, lost) >= 0 and won + lost <= examples and examples > 0, (won, lost, examples)
     value = (won - lost) / examples
 
     def accepted(delta: float) -> bool:
-        # The likeliest share that only the second gets right, were the difference `delta`.
+        # The most likely share that only the second system gets right, if the true difference is `delta`.
         a, b = 2 * examples, (2 * examples - won + lost) * delta - won - lost
         lost_share = (np.sqrt(b * b + 4 * a * lost * delta * (1 - delta)) - b) / (2 * a)
         variance = examples * (2 * lost_share + delta * (1 - delta))
@@ -116,7 +116,7 @@ def paired_difference(won: int, lost: int, examples: int) -> Interval:
 
 
 def _edge(accepted: Callable[[float], bool], inside: float, outside: float) -> float:
-    """Finds by bisection where `accepted` ends between `inside` and `outside`; `outside` if `inside` equals it."""
+    """Bisects for the end of the accepted values between `inside` and `outside`."""
     for _ in range(60):
         middle = (inside + outside) / 2
         inside, outside = (middle, outside) if accepted(middle) else (inside, middle)
@@ -124,7 +124,9 @@ def _edge(accepted: Callable[[float], bool], inside: float, outside: float) -> f
 
 
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:
-    """p-values corrected for how many there are (Holm 1979): below 0.05 in at most 5 % of reports without any effect.
+    """Corrects p-values for their number (Holm 1979).
+
+    In a report without any effect, the chance that one falls below 0.05 is at most 5 %.
 
     >>> [round(p, 3) for p in holm([0.04, 0.01, 0.03])]
     [0.06, 0.03, 0.06]

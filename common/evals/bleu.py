@@ -1,8 +1,10 @@
-"""Corpus BLEU (0..100), as sacrebleu computes it, with intervals and a paired test.
+"""Corpus BLEU (0..100), as sacrebleu computes it, with bootstrap intervals and a paired test.
 
-Corpus BLEU is a function of ten sums over sentences, so that a resample only re-weighs them.
+Corpus BLEU is a function of ten sums over sentences, so a resample is one product of sentence counts [E] with the
+sentences' ten statistics [E, 10]. `scipy.stats.bootstrap` would copy all statistics for every resample, and importing
+it takes longer than scoring a small run.
 
-Legend: E examples, R resamples, M ways to swap, S the ten sums that BLEU is made of.
+Legend: E examples, R resamples, M ways to swap outputs, S the ten sums.
 """
 
 import dataclasses
@@ -18,24 +20,24 @@ from common.analysis.statistics import percentile_interval
 
 WESTERN, JAPANESE = "13a", "ja-mecab"
 CHARACTERS = "char"
-"""The tokenizer for scripts that sacrebleu cannot split into words, and for Japanese without MeCab."""
+"""sacrebleu's tokenizer for scripts that it cannot split into words, and for Japanese without MeCab."""
 _TOKENIZER_OF_SCRIPT = {
     "CJK": "zh",
     "HIRAGANA": JAPANESE,
     "KATAKANA": JAPANESE,
     **dict.fromkeys(("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"), CHARACTERS),
 }
-"""Scripts without spaces between words, by the first word of their letters' names."""
+"""The tokenizers of scripts without spaces between words, by the first word of their letters' Unicode names."""
 WITHOUT_SPACES = 0.25
-"""The share of letters above which a language counts as one without spaces; names in a Western text are fewer."""
+"""A text counts as one without spaces if more than this share of its letters is; names in a Western text are fewer."""
 KANA = 0.05
-"""The share of kana among Chinese characters and kana above which a text counts as Japanese."""
+"""A text counts as Japanese from this share of kana among its kana and Chinese characters."""
 EXACT_SWAPS = 12
-"""The most sentences for which every way to swap two systems' outputs is tried."""
+"""Up to this many sentences, the test tries every way to swap two systems' outputs."""
 
 
 def tokenizer_for(references: Iterable[str]) -> str:
-    """The name of sacrebleu's tokenizer for the language of `references`, by their script.
+    """Returns the name of sacrebleu's tokenizer for the language of `references`, judged by their script.
 
     >>> tokenizer_for(["Provinz Rom"]), tokenizer_for(["猫坐在垫子上。"]), tokenizer_for(["แมวนั่งบนเสื่อ"])
     ('13a', 'zh', 'char')
@@ -56,7 +58,7 @@ def tokenizer_for(references: Iterable[str]) -> str:
 
 
 def has_mecab() -> bool:
-    """Whether sacrebleu can split Japanese into words (`pip install "sacrebleu[ja]"`)."""
+    """Returns whether sacrebleu can split Japanese into words (`pip install "sacrebleu[ja]"`)."""
     try:
         import ipadic  # type: ignore[import-not-found]  # noqa: F401
         import MeCab  # type: ignore[import-not-found]  # noqa: F401
@@ -66,7 +68,7 @@ def has_mecab() -> bool:
 
 
 def signature(tokenizer: str) -> str:
-    """sacrebleu's own description of how a score was computed.
+    """Returns sacrebleu's description of how a score is computed.
 
     >>> signature("13a").split("version")[0]
     'nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|'
@@ -79,30 +81,30 @@ def signature(tokenizer: str) -> str:
 
 
 def tokenizer_in(signature: str | None) -> str:
-    """The name of its tokenizer; scores without a signature were all computed with one.
+    """Returns the tokenizer that a signature names; scores without a signature were computed with "13a".
 
     >>> tokenizer_in("nrefs:1|tok:zh|smooth:exp"), tokenizer_in("nrefs:1|tok:ja-mecab-0.996-IPA"), tokenizer_in(None)
     ('zh', 'ja-mecab', '13a')
     """
     named = re.search(r"(?:^|\|)tok:([^|]+)", signature or "")
     name = named[1] if named else WESTERN
-    return JAPANESE if name.startswith(JAPANESE) else name  # MeCab's version and dictionary follow
+    return JAPANESE if name.startswith(JAPANESE) else name  # followed by MeCab's version and dictionary
 
 
 def sentence_statistics(predictions: Sequence[str], references: Sequence[str], tokenizer: str) -> np.ndarray:
-    """int64 [E, 10]: prediction length, reference length, matching n-grams of order 1 to 4, n-grams of order 1 to 4."""
+    """Returns int64 [E, 10]: prediction length, reference length, matching 1- to 4-grams, all 1- to 4-grams."""
     from sacrebleu.metrics import BLEU
 
-    # effective_order only silences a warning about sentence scores, which are not used
+    # `effective_order` only silences a warning about sentence scores, which are not used here.
     metric = BLEU(tokenize=tokenizer, effective_order=True)
     scores = [metric.sentence_score(p, [r]) for p, r in zip(predictions, references, strict=True)]
     return np.array([[s.sys_len, s.ref_len, *s.counts, *s.totals] for s in scores], np.int64)
 
 
 def bleu_of(sums_RS: np.ndarray) -> np.ndarray:
-    """sacrebleu's `compute_bleu` with "exp" smoothing, for many sums at once: float64 [R]."""
+    """Computes BLEU from sums, as sacrebleu's `compute_bleu` with "exp" smoothing; float64 [R]."""
     sys_len_R, ref_len_R, correct_R4, total_R4 = sums_RS[:, 0], sums_RS[:, 1], sums_RS[:, 2:6], sums_RS[:, 6:10]
-    # The k-th order without a match counts as 1 / 2^k matches; an order without n-grams, and so all above it, as none.
+    # The k-th order without a match counts as 1 / 2^k matches. Orders without n-grams have precision 0.
     halvings_R4 = np.cumsum(correct_R4 == 0, axis=1)
     matches_R4 = np.where(correct_R4 > 0, correct_R4, 0.5**halvings_R4)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -115,25 +117,25 @@ def bleu_of(sums_RS: np.ndarray) -> np.ndarray:
 def corpus_bleu(
     predictions: Sequence[str], references: Sequence[str], tokenizer: str, *, seed: int = 0, resamples: int = 1000
 ) -> Interval | None:
-    """Corpus BLEU with a bootstrap interval over sentences (Koehn 2004, W04-3250).
+    """Returns corpus BLEU with a bootstrap interval over sentences (Koehn 2004, W04-3250).
 
-    None where no reference is four tokens long: sacrebleu calls even a perfect translation of such texts 0.
+    Returns None if no reference has four tokens: sacrebleu gives 0 even to a perfect translation of such texts.
     """
     statistics_ES = sentence_statistics(predictions, references, tokenizer)
     if statistics_ES[:, 1].max() < 4:
         return None
-    return percentile_interval(_whole(statistics_ES), bleu_of(_drawn_sums(statistics_ES, seed, resamples)))
+    return percentile_interval(_corpus_score(statistics_ES), bleu_of(_resampled_sums(statistics_ES, seed, resamples)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BleuComparison:
-    """Two systems' outputs for the same sentences."""
+    """A comparison of two systems' outputs for the same sentences."""
 
     difference: Interval
-    """BLEU of the first less that of the second, with its paired bootstrap interval (Koehn 2004)."""
+    """BLEU of the first system minus that of the second, with its paired bootstrap interval (Koehn 2004)."""
     p_value: float
-    """The p-value of approximate randomisation (Riezler & Maxwell 2005, W05-0908): how often outputs swapped at random
-    sentence by sentence differ as much. Unlike the bootstrap it keeps its level with few sentences."""
+    """Of approximate randomisation (Riezler & Maxwell 2005, W05-0908): how often a difference is as large when outputs
+    are swapped at random, sentence by sentence. Unlike the bootstrap, it keeps its level with few sentences."""
 
 
 def compare_bleu(
@@ -145,25 +147,25 @@ def compare_bleu(
     seed: int = 0,
     resamples: int = 1000,
 ) -> BleuComparison:
-    """Every resample draws the same sentences for both."""
+    """Compares two systems; every resample draws the same sentences for both."""
     one_ES, other_ES = (sentence_statistics(predictions, references, tokenizer) for predictions in (first, second))
-    value = _whole(one_ES) - _whole(other_ES)
-    drawn_R = bleu_of(_drawn_sums(one_ES, seed, resamples)) - bleu_of(_drawn_sums(other_ES, seed, resamples))
+    value = _corpus_score(one_ES) - _corpus_score(other_ES)
+    drawn_R = bleu_of(_resampled_sums(one_ES, seed, resamples)) - bleu_of(_resampled_sums(other_ES, seed, resamples))
     swaps_ME = _swaps(len(references), seed, 2 * resamples)
-    moved_MS = swaps_ME @ (other_ES - one_ES)
-    swapped_M = bleu_of(one_ES.sum(axis=0) + moved_MS) - bleu_of(other_ES.sum(axis=0) - moved_MS)
-    as_far = int((np.abs(swapped_M) >= abs(value) - 1e-9).sum())
-    # All ways hold the one that was seen; drawn ones need it added.
-    p_value = as_far / len(swaps_ME) if len(references) <= EXACT_SWAPS else (as_far + 1) / (len(swaps_ME) + 1)
+    change_MS = swaps_ME @ (other_ES - one_ES)
+    swapped_M = bleu_of(one_ES.sum(axis=0) + change_MS) - bleu_of(other_ES.sum(axis=0) - change_MS)
+    as_large = int((np.abs(swapped_M) >= abs(value) - 1e-9).sum())
+    # All ways to swap include the observed one; random ones need it added.
+    p_value = as_large / len(swaps_ME) if len(references) <= EXACT_SWAPS else (as_large + 1) / (len(swaps_ME) + 1)
     return BleuComparison(difference=percentile_interval(value, drawn_R), p_value=p_value)
 
 
-def _whole(statistics_ES: np.ndarray) -> float:
+def _corpus_score(statistics_ES: np.ndarray) -> float:
     return float(bleu_of(statistics_ES.sum(axis=0, keepdims=True))[0])
 
 
-def _drawn_sums(statistics_ES: np.ndarray, seed: int, resamples: int) -> np.ndarray:
-    """Sums over sentences drawn with replacement, the same for every system of one seed: int64 [R, S]."""
+def _resampled_sums(statistics_ES: np.ndarray, seed: int, resamples: int) -> np.ndarray:
+    """Sums the statistics of sentences drawn with replacement; a seed draws the same for every system; int64 [R, S]."""
     generator, examples = np.random.default_rng(seed), len(statistics_ES)
     sums_RS = np.empty((resamples, statistics_ES.shape[1]), np.int64)
     for row_S in sums_RS:
@@ -172,7 +174,7 @@ def _drawn_sums(statistics_ES: np.ndarray, seed: int, resamples: int) -> np.ndar
 
 
 def _swaps(examples: int, seed: int, count: int) -> np.ndarray:
-    """Which sentences' outputs change sides: all ways where there are few, else `count` random ones; int8 [M, E]."""
+    """Returns which outputs are swapped in each way: all ways if they are few, else `count` random; int8 [M, E]."""
     if examples <= EXACT_SWAPS:
         return (np.arange(2**examples)[:, None] >> np.arange(examples) & 1).astype(np.int8)
     return np.random.default_rng(seed).integers(2, size=(count, examples), dtype=np.int8)

@@ -1,4 +1,4 @@
-"""Texts decoded greedily from a trained model, in length buckets."""
+"""Decodes texts greedily with a trained model, batched by length."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,10 +15,10 @@ from common.model import Skeleton
 def greedy_decoder(
     model: Skeleton, params: object, mesh: Mesh, tokenizer: Tokenizer, *, rows: int, max_new_tokens: int
 ) -> Callable[[Sequence[np.ndarray], Callable[[int], None]], list[str]]:
-    """Returns `decode(inputs, advance)`: the text of each row of input ids, in their order.
+    """Returns `decode(inputs, advance)`, which returns the text for each array of input ids, in order.
 
-    `advance` is called with the number of examples that have just been decoded. Inputs of similar length are decoded
-    together; an example's text does not depend on its company. All calls share their compiled programs.
+    `advance` is called with the number of examples just decoded. Inputs of similar lengths are decoded together; an
+    example's text does not depend on the others. All calls share compiled programs.
     """
     # Inputs come as ids with their end token, so `eos_after_inputs` has no effect.
     conventions = TextConventions(

@@ -1,9 +1,9 @@
 """Finds texts of a test set that also occur in the training data.
 
-Texts are compared as a model reads them, by their token ids, through 64-bit hashes: two different ones are taken for
-the same with a chance of about 1 in 10^19.
+Texts are compared by 64-bit hashes of their token ids; two different texts have the same hash with a chance of about
+1 in 10^19. Most records of the training data are ruled out by a cheaper hash, the sketch.
 
-Legend: E records, P tokens of all of them in a row, S texts that are searched for.
+Legend: E records, P their tokens, concatenated, S texts that are searched for.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,18 +15,19 @@ from common.data.tokenized.token_store import StoredShard, TokenStream
 from common.evals.measure import InTraining
 
 SEARCHED_TOKENS = 1 << 28
-"""The most training tokens that are searched, which takes seconds."""
+"""Most training tokens that are searched; this takes seconds."""
 RECORDS_TOGETHER = 1 << 14
+"""Records that are hashed at a time."""
 INPUTS, TARGETS, BOTH = "inputs", "targets", "both"
 Shard = Ragged | StoredShard
 _NEVER = np.uint64(0)
-"""The hash of what is no evidence: an empty text, and one with unknown signs, which others may share."""
+"""The hash of texts that are never counted: empty ones, and ones with unknown tokens, which may hide a difference."""
 
 
 def count_in_training(
     train: Sequence[Mapping[str, TokenStream]], test: Mapping[str, TokenStream], places_S: np.ndarray, unk_id: int
 ) -> InTraining:
-    """How many of the records `places_S` of `test` have inputs, targets or both that a record of `train` has.
+    """Counts the records `places_S` of `test` whose inputs, targets or both also occur in a record of `train`.
 
     >>> records = {"inputs": TokenStream.of([[3], [4], [5]]), "targets": TokenStream.of([[7], [8], [9]])}
     >>> test = {"inputs": TokenStream.of([[3], [4], [6]]), "targets": TokenStream.of([[7], [9], [6]])}
@@ -36,7 +37,7 @@ def count_in_training(
     """
     texts = {name: Ragged.of(test[name][place].tolist() for place in places_S.tolist()) for name in (INPUTS, TARGETS)}
     wanted = {name: _hashes(text, np.arange(len(text)), unk_id) for name, text in texts.items()}
-    wanted[BOTH] = _paired(wanted[INPUTS], wanted[TARGETS])
+    wanted[BOTH] = _pair_hashes(wanted[INPUTS], wanted[TARGETS])
     sketches = {name: _sketches(text, 0, len(text)) for name, text in texts.items()}
     known = {name: np.zeros(len(places_S), bool) for name in wanted}
     searched, complete = 0, True
@@ -50,7 +51,7 @@ def count_in_training(
             (alike,) = np.nonzero(np.isin(_sketches(shard, first, last), sketches[name]))
             found[name] = np.full(last - first, _NEVER)
             found[name][alike] = _hashes(shard, first + alike, unk_id)
-        found[BOTH] = _paired(found[INPUTS], found[TARGETS])
+        found[BOTH] = _pair_hashes(found[INPUTS], found[TARGETS])
         for name, hash_S in wanted.items():
             known[name] |= np.isin(hash_S, found[name])
     counts = {name: int((known[name] & (wanted[name] != _NEVER)).sum()) for name in known}
@@ -64,7 +65,7 @@ def count_in_training(
 
 
 def _ranges(train: Sequence[Mapping[str, TokenStream]]) -> Iterator[tuple[dict[str, Shard], int, int]]:
-    """A shard's fields, and the first of its records and the one after the last to be looked at together."""
+    """Yields the two fields of a shard with a range [first, last) of its records."""
     for part in train:
         for inputs, targets in zip(part[INPUTS].shards, part[TARGETS].shards, strict=True):
             for first in range(0, len(inputs), RECORDS_TOGETHER):
@@ -72,38 +73,39 @@ def _ranges(train: Sequence[Mapping[str, TokenStream]]) -> Iterator[tuple[dict[s
 
 
 def _sketches(shard: Shard, first: int, last: int) -> np.ndarray:
-    """Hashes of records `first` to `last - 1`, uint64 [E], by length and three tokens, in which most texts differ."""
+    """Hashes the length and three tokens of records `first` to `last - 1`, uint64 [E]; most texts differ in these."""
     offsets = np.asarray(shard.offsets[first : last + 1])
     length_E = np.diff(offsets)
     sketch_E = length_E.astype(np.uint64)
     (long,) = np.nonzero(length_E)
     for place_E in (offsets[:-1][long], (offsets[:-1] + offsets[1:])[long] // 2, offsets[1:][long] - 1):
-        sketch_E[long] = _mixed(sketch_E[long] + shard.tokens_P[place_E].astype(np.uint64))
+        sketch_E[long] = _mix(sketch_E[long] + shard.tokens_P[place_E].astype(np.uint64))
     return sketch_E
 
 
 def _hashes(shard: Shard, record_E: np.ndarray, unk_id: int) -> np.ndarray:
-    """Hashes of some records, uint64 [E]: sums over tokens and places, and so differences of two prefix sums."""
+    """Hashes whole records, uint64 [E]: a sum over tokens and places, computed as the difference of two prefix sums."""
     begin_E, end_E = (np.asarray(shard.offsets)[record_E + more] for more in (0, 1))
     offsets = np.concatenate([[0], np.cumsum(end_E - begin_E)])
     within_P = np.arange(offsets[-1]) - np.repeat(offsets[:-1], end_E - begin_E)
     tokens_P = shard.tokens_P[within_P + np.repeat(begin_E, end_E - begin_E)]
-    weight_P = _mixed(within_P.astype(np.uint64) + np.uint64(1 << 40)) | np.uint64(1)
+    weight_P = _mix(within_P.astype(np.uint64) + np.uint64(1 << 40)) | np.uint64(1)
     sums = np.zeros(len(tokens_P) + 1, np.uint64)
-    np.cumsum(_mixed(tokens_P.astype(np.uint64)) * weight_P, out=sums[1:])
+    np.cumsum(_mix(tokens_P.astype(np.uint64)) * weight_P, out=sums[1:])
     unknown = np.concatenate([[0], np.cumsum(tokens_P == unk_id)])
     usable_E = (end_E > begin_E) & (unknown[offsets[1:]] == unknown[offsets[:-1]])
-    hash_E = _mixed((sums[offsets[1:]] - sums[offsets[:-1]]) + (end_E - begin_E).astype(np.uint64))
+    hash_E = _mix((sums[offsets[1:]] - sums[offsets[:-1]]) + (end_E - begin_E).astype(np.uint64))
     return np.where(usable_E, hash_E, _NEVER)
 
 
-def _paired(inputs_E: np.ndarray, targets_E: np.ndarray) -> np.ndarray:
-    both_E = _mixed(inputs_E * np.uint64(3) + _mixed(targets_E))
+def _pair_hashes(inputs_E: np.ndarray, targets_E: np.ndarray) -> np.ndarray:
+    """Combines hashes of inputs and targets, uint64 [E]."""
+    both_E = _mix(inputs_E * np.uint64(3) + _mix(targets_E))
     return np.where((inputs_E != _NEVER) & (targets_E != _NEVER), both_E, _NEVER)
 
 
-def _mixed(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser (Steele et al. 2014), which spreads neighbouring numbers."""
+def _mix(x: np.ndarray) -> np.ndarray:
+    """Applies SplitMix64's finaliser (Steele et al. 2014), which spreads neighbouring numbers."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

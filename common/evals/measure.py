@@ -1,4 +1,4 @@
-"""What evaluators measure: scores of decoded text, texts shared with the training data, costs of turns."""
+"""Results of evaluators: scores of decoded text, overlap with the training data, costs of conversation turns."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ from common.analysis.interval import Interval
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InTraining:
-    """Examples of a test set whose texts stand in the training data as well."""
+    """How many examples of a test set also occur in the training data."""
 
     examples: int
     """The number of examples searched for."""
@@ -16,10 +16,11 @@ class InTraining:
     both: int
     """The number of examples whose inputs and targets occur together in one record."""
     complete: bool
-    """Whether all of the training data were searched, and not the first part of very large ones."""
+    """False if only the first part of very large training data was searched."""
 
     def sentence(self, split: str) -> str:
-        """
+        """Returns the counts as a sentence.
+
         >>> InTraining(examples=1000, inputs=328, targets=12, both=10, complete=True).sentence("test")
         'test: of 1,000 examples, the training data hold the inputs of 328, the targets of 12, and both together of 10'
         """
@@ -34,33 +35,33 @@ class InTraining:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextScore:
-    """Decoded text against its references, for one group of examples."""
+    """Scores of decoded text against its references, for one group of examples."""
 
     split: str
     group: str
-    """Kind of phrase; "all" is the whole split."""
+    """The kind of example; "all" is the whole split."""
     examples: int
     exact_match: Interval
-    """Share in 0..1."""
+    """A share, 0..1."""
     bleu: Interval | None
-    """0..100 (sacrebleu); None where the group is not scored with it."""
+    """0..100, as sacrebleu computes it; None if the group has no BLEU."""
     bleu_signature: str | None = None
     """sacrebleu's description of how BLEU was computed."""
     in_training: InTraining | None = None
-    """None where it was not counted, and for groups of a split."""
+    """None if it was not counted, and for groups of a split."""
     copied_bleu: float | None = None
-    """BLEU of the inputs themselves against the same references: what a model must beat that translates."""
+    """BLEU of the inputs against the same references, which a translation must beat."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TurnCost:
-    """Of one turn of a conversation: from a message to the state that the answer's first token is drawn from."""
+    """Time of one conversation turn, from a user's message to the state that gives the answer's first token."""
 
     turn: int
     history_tokens: int
-    """Read or written in the turns before."""
+    """Tokens of earlier turns, read or generated."""
     read_again_seconds: float
-    """Median; the whole conversation is read."""
+    """Median; reads the whole conversation again."""
     read_new_seconds: float | None
-    """Median; the cache of the turns before is kept and the message alone is read. None where the family's attention
-    forbids it."""
+    """Median; keeps the cache of earlier turns and reads only the message. None if the family's attention does not
+    allow it."""

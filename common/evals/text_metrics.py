@@ -1,4 +1,4 @@
-"""Decoded text against its references: exact match and BLEU.
+"""Scores decoded text against its references by exact match and BLEU.
 
 Legend: E examples.
 """
@@ -26,12 +26,12 @@ def score_texts(
     in_training: InTraining | None = None,
     seed: int = 0,
 ) -> tuple[TextScore, ...]:
-    """Scores for the whole split ("all", first) and, where `groups` names each example's kind, for each kind by name.
+    """Returns scores for the whole split ("all") and then, if `groups` has each example's kind, for each kind by name.
 
-    Exact match compares strings as they are, with no normalisation. BLEU is for "all" only: it is a statistic of a
-    corpus, and a kind of phrase of two or three words has hardly any 4-grams, so its BLEU would be smoothing. Its words
-    are those of the references' language. With `inputs`, their BLEU is reported beside it.
-    Raises `UserError` where a kind is itself called "all".
+    Exact match compares strings without normalisation. Only "all" has BLEU, which is a statistic of a corpus: a kind of
+    phrases of two or three words has hardly any 4-grams, so its BLEU would mostly be smoothing. BLEU splits words by
+    the references' language. With `inputs`, the BLEU of the inputs themselves is measured too.
+    Raises `UserError` if a kind is called "all".
 
     >>> [(s.group, s.examples, s.exact_match.value) for s in score_texts(["a", "b"], ["a", "c"], ["x", "x"], "test")]
     [('all', 2, 0.5), ('x', 2, 0.5)]
@@ -53,7 +53,7 @@ def score_texts(
             bleu=bleu,
             in_training=in_training,
             bleu_signature=None if bleu is None else signature(tokenizer),
-            copied_bleu=None if inputs is None else _copied(inputs, references, tokenizer),
+            copied_bleu=None if inputs is None else _copying_score(inputs, references, tokenizer),
         )
     ]
     groups_E = np.array(groups if groups is not None else [], dtype=object)
@@ -64,12 +64,12 @@ def score_texts(
     return tuple(scores)
 
 
-def _copied(inputs: Sequence[str], references: Sequence[str], tokenizer: str) -> float:
+def _copying_score(inputs: Sequence[str], references: Sequence[str], tokenizer: str) -> float:
     return float(bleu_of(sentence_statistics(inputs, references, tokenizer).sum(axis=0, keepdims=True))[0])
 
 
 def check_groups(groups: Iterable[str | None], split: str) -> None:
-    """Raises UserError where a group is itself called "all"."""
+    """Raises UserError if a group is called "all"."""
     if ALL in groups:
         raise UserError(
             f"split {split!r}: a group may not be called {ALL!r}, which stands for the whole split; nearest: call it "

@@ -1,8 +1,8 @@
-"""The parity certificate: were the arms of a comparison given the same, and does the ledger count what runs?"""
+"""The parity certificate: did all arms get the same data and compute, and does XLA's count confirm the ledger's?"""
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from common.compute.ledger import FLOPS_TOLERANCE
@@ -12,20 +12,21 @@ from common.report.units import fill, percent, scientific, si
 from common.train.config import only_how
 
 LEDGER_TOLERANCE = 0.02
-"""Between the ledger and XLA's count, relative."""
+"""Largest relative difference between the ledger and XLA's count of FLOPs."""
 
 OWN_FIELDS = frozenset(
     {"d_ff", "d_model", "head_dim", "num_heads", "num_kv_heads", "num_layers"}
     | {"encoder_layers", "decoder_layers", "learning_rate"}
 )
-"""Config fields that arms may have to themselves: sizes, by which compute is matched, and the tuned learning rate."""
+"""Last names of config fields that may differ between arms: sizes, which match compute, and the tuned learning rate."""
 IDENTITY_FIELDS = frozenset({"arm", "about", "model.kind"})
+"""Config fields that say which arm it is; they always differ."""
 DATA_IDENTITIES = {"content_id": "same dataset version", "tokenizer_hash": "same tokenizer"}
-"""Entries of environment.json that must agree, with the name of the check."""
+"""Entries of environment.json that must be equal, with the name of the check."""
 
 
 class _Absent:
-    """Stands for a field that an arm's config lacks; equal to no value that a config can hold."""
+    """Stands for a field that an arm's config does not have; differs from every value of a config."""
 
     def __repr__(self) -> str:
         return "absent"
@@ -36,17 +37,17 @@ ABSENT = _Absent()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Check:
-    """One question, its answer, and the numbers behind it."""
+    """A question, its answer and the numbers that support it."""
 
     name: str
     agrees: bool | None
-    """None: it could not be checked."""
+    """None if it could not be checked."""
     detail: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fact:
-    """One measured quantity, a value for each arm."""
+    """A quantity, with one value per arm."""
 
     name: str
     values: tuple[str, ...]
@@ -54,7 +55,7 @@ class Fact:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """Checks over all arms and the facts that they rest on; `facts[i].values` follow `arms`."""
+    """Checks over all arms, and the facts that support them; `facts[i].values` has the order of `arms`."""
 
     arms: tuple[str, ...]
     checks: tuple[Check, ...]
@@ -62,13 +63,13 @@ class Certificate:
 
     @property
     def agrees(self) -> bool | None:
-        """None: no check differs, but some could not be made."""
+        """None if no check differs but some could not be made."""
         return _all_known([check.agrees for check in self.checks])
 
     @property
     def headline(self) -> str:
         if self.agrees:
-            return "every check agrees" if len(self.arms) > 1 else "one arm alone: there is nothing to compare it with"
+            return "every check agrees" if len(self.arms) > 1 else "only one arm: nothing to compare"
         failed = sum(check.agrees is False for check in self.checks)
         open_ = sum(check.agrees is None for check in self.checks)
         verdict = f"{failed} of {len(self.checks)} checks DIFFER" if failed else "no check differs"
@@ -76,7 +77,7 @@ class Certificate:
 
 
 def certify_run(run: Run) -> Certificate:
-    """The certificate of a run directory, from all that its arms recorded."""
+    """Certifies a run directory from everything that its arms recorded."""
     return certify(
         run.results,
         configs={arm.name: arm.config for arm in run.arms},
@@ -94,12 +95,15 @@ def certify(
     fingerprints: Mapping[str, Mapping[int, str]] | None = None,
     varies: Sequence[str] = (),
 ) -> Certificate:
-    """Checks finished arms against one another; mappings are by arm name.
+    """Checks finished arms against each other.
 
-    `fingerprints` are each arm's chained fingerprints by step: with them the first step at which arms part is named.
-    `configs` are resolved configs, which may differ in the fields named by `varies`; `environments` what
-    `environment.json` holds; checks that need one that is not given are left out, as are all checks between arms where
-    there is only one.
+    All mappings are by arm name; checks without their mapping are skipped, as are, with one arm, checks between arms.
+
+    Args:
+      configs: resolved configs.
+      environments: contents of `environment.json`.
+      fingerprints: chained fingerprints by step; they give the first step at which arms differ.
+      varies: config fields that the comparison is about, so they may differ.
     """
     assert results
     checks = []
@@ -113,10 +117,10 @@ def certify(
     return Certificate(arms=tuple(result.arm for result in results), checks=tuple(checks), facts=tuple(_facts(results)))
 
 
-def first_parting(fingerprints: Mapping[str, Mapping[int, str]]) -> int | None:
-    """The first step whose fingerprint some arm lacks or has otherwise; None where all arms agree throughout.
+def first_difference(fingerprints: Mapping[str, Mapping[int, str]]) -> int | None:
+    """Returns the first step whose fingerprint differs between arms or is missing in one; None if there is none.
 
-    >>> first_parting({"a": {1: "x", 2: "y"}, "b": {1: "x", 2: "z"}})
+    >>> first_difference({"a": {1: "x", 2: "y"}, "b": {1: "x", 2: "z"}})
     2
     """
     arms = list(fingerprints.values())
@@ -132,18 +136,18 @@ def _same_data(results: Sequence[ArmResult], fingerprints: Mapping[str, Mapping[
     for result in results:
         recorded = steps.get(result.arm)
         if recorded and recorded[max(recorded)] != result.fingerprint:
-            detail = f"{result.arm}: the last fingerprint of its metrics is not that of its result; the files are mixed"
+            detail = f"{result.arm}: the last fingerprint in its metrics is not the one in its result: mixed files"
             return Check(name=name, agrees=False, detail=detail)
-    if len({result.fingerprint for result in results}) == 1 and first_parting(steps) is None:
+    if len({result.fingerprint for result in results}) == 1 and first_difference(steps) is None:
         detail = f"{results[0].steps:,} batches, chained fingerprint {results[0].fingerprint}"
         return Check(name=name, agrees=True, detail=detail)
-    parting = first_parting(steps)
-    if parting is None:
-        detail = "the chained fingerprints are not the same"
-    elif parting == min(min(arm, default=parting) for arm in steps.values()):
-        detail = f"the arms part at their first step ({parting}): other order, tokenizer, dataset version or objective"
+    step = first_difference(steps)
+    if step is None:
+        detail = "the chained fingerprints differ"
+    elif step == min(min(arm, default=step) for arm in steps.values()):
+        detail = f"the arms differ from their first step ({step}): other order, tokenizer, dataset version or objective"
     else:
-        detail = f"the arms agree up to step {parting - 1} and part at step {parting}: other examples or another order"
+        detail = f"the arms agree up to step {step - 1} and differ from step {step}: other examples or another order"
     return Check(name=name, agrees=False, detail=detail)
 
 
@@ -193,7 +197,7 @@ def _ledger_is_xla(results: Sequence[ArmResult]) -> Check:
 
 
 def _within_tolerance(ratio: float | None) -> bool | None:
-    return None if ratio is None else abs(ratio) <= LEDGER_TOLERANCE  # a NaN does not agree
+    return None if ratio is None else abs(ratio) <= LEDGER_TOLERANCE  # False for NaN
 
 
 def _all_known(answers: Sequence[bool | None]) -> bool | None:
@@ -205,73 +209,79 @@ def _all_known(answers: Sequence[bool | None]) -> bool | None:
 
 
 def one_recipe(configs: Mapping[str, Mapping[str, Any]], varies: Sequence[str]) -> Check:
-    """Whether arms' resolved configs differ in nothing but sizes, rates, how they are computed, what a family has to
-    itself, and what the comparison `varies` (a field, or all fields below it).
+    """Checks that arms' resolved configs are equal, except in what may differ.
 
-    A field that an arm lacks is absent, a value like any other.
+    These may: sizes and the learning rate, how a run is computed, what only one family has, and what the comparison
+    `varies` (a field, or all fields below it). A field that an arm does not have counts as a value, `ABSENT`.
     """
-    flat = {arm: flatten(config) for arm, config in configs.items()}
-    values = {path: {arm: config.get(path, ABSENT) for arm, config in flat.items()} for path in _paths(flat)}
-    apart = [path for path, by_arm in values.items() if _differ(by_arm.values())]
-    free = IDENTITY_FIELDS.union(varies)
-    own = [path for path in apart if path.rsplit(".", 1)[-1] in OWN_FIELDS or _within(path, free) or only_how(path)]
-    structure = [path for path in apart if path not in own and _of_one_family(path, values)]
-    if wrong := [path for path in apart if path not in own and path not in structure]:
-        detail = "; ".join(f"{path}: {_by_arm(values[path])}" for path in wrong)
+    values = _values_by_field(configs)
+    unequal = {field: by_arm for field, by_arm in values.items() if _differ(by_arm.values())}
+    allowed = [field for field in unequal if _may_differ(field, varies)]
+    family = [field for field in unequal if field not in allowed and _is_of_one_family(field, values)]
+    if wrong := [field for field in unequal if field not in allowed and field not in family]:
+        detail = "; ".join(f"{field}: {_by_arm(values[field])}" for field in wrong)
         return Check(name="one recipe", agrees=False, detail=detail)
-    told = [path for path in own if path not in IDENTITY_FIELDS] + structure
-    shown = [f"{path} ({' / '.join(map(str, values[path].values()))})" for path in told]
-    detail = f"{len(values) - len(apart)} shared fields are equal"
+    own = [field for field in allowed if field not in IDENTITY_FIELDS] + family
+    shown = [f"{field} ({' / '.join(map(str, values[field].values()))})" for field in own]
+    detail = f"{len(values) - len(unequal)} shared fields are equal"
     detail += f"; each arm has its own {', '.join(shown)}" if shown else ""
     return Check(name="one recipe", agrees=True, detail=detail)
 
 
-def _paths(flat: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The paths of any arm's fields. If some arms have an object and others null or {}, its fields stand for it."""
-    paths = dict.fromkeys(path for config in flat.values() for path in config)
-    inner = {path[:dot] for path in paths for dot in range(len(path)) if path[dot] == "."}
-    return [
-        path
-        for path in paths
-        if path not in inner or any(config.get(path) not in (None, {}) for config in flat.values())
-    ]
+def _values_by_field(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns each arm's value of every field that some arm has, by dotted path.
 
-
-def _of_one_family(path: str, values: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether `path` is a model's field that other kinds of model do not have, equal in all arms of the kind that has.
-
-    Such fields distinguish the families.
+    Where some arms have an object and others have null or {}, only the object's fields count.
     """
+    fields = {arm: dotted_fields(config) for arm, config in configs.items()}
+    paths = dict.fromkeys(path for config in fields.values() for path in config)
+    prefixes = {path[:dot] for path in paths for dot in range(len(path)) if path[dot] == "."}
+
+    def is_empty_object(path: str) -> bool:
+        return path in prefixes and all(config.get(path) in (None, {}) for config in fields.values())
+
+    return {
+        path: {arm: config.get(path, ABSENT) for arm, config in fields.items()}
+        for path in paths
+        if not is_empty_object(path)
+    }
+
+
+def _may_differ(field: str, varies: Sequence[str]) -> bool:
+    """Returns whether arms may set a field differently, whatever their families."""
+    named = IDENTITY_FIELDS.union(varies)
+    is_named = any(field == name or field.startswith(f"{name}.") for name in named)
+    return is_named or field.rsplit(".", 1)[-1] in OWN_FIELDS or only_how(field)
+
+
+def _is_of_one_family(field: str, values: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Returns whether a field belongs to some kinds of model only and is equal in all arms of the same kind."""
     kinds = values.get("model.kind", {})
     by_kind: dict[str, list[Any]] = {}
-    for arm, value in values[path].items():
+    for arm, value in values[field].items():
         by_kind.setdefault(kinds.get(arm, ABSENT), []).append(value)
-    missing = [found for found in by_kind.values() if ABSENT in found]
-    direct = path.startswith("model.") and path.count(".") == 1  # what lies deeper, a recipe, is every family's
-    return direct and bool(missing) and not any(map(_differ, by_kind.values()))
-
-
-def _within(path: str, fields: Collection[str]) -> bool:
-    return any(path == field or path.startswith(f"{field}.") for field in fields)
+    is_missing_in_a_kind = any(ABSENT in found for found in by_kind.values())
+    is_direct = field.startswith("model.") and field.count(".") == 1  # deeper fields, a recipe's, are in every family
+    return is_direct and is_missing_in_a_kind and not any(map(_differ, by_kind.values()))
 
 
 def _differ(values: Iterable[Any]) -> bool:
     return len({repr(value) for value in values}) > 1
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, by dotted path; lists and empty mappings stay whole.
+def dotted_fields(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the fields of nested mappings by dotted path; lists and empty mappings are values.
 
-    >>> flatten({"model": {"d_ff": 8, "axes": [1, 2]}, "seed": 0})
+    >>> dotted_fields({"model": {"d_ff": 8, "axes": [1, 2]}, "seed": 0})
     {'model.d_ff': 8, 'model.axes': [1, 2], 'seed': 0}
     """
-    flat: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
+            fields |= dotted_fields(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            fields[f"{prefix}{key}"] = value
+    return fields
 
 
 def _facts(results: Sequence[ArmResult]) -> Iterator[Fact]:
@@ -285,13 +295,13 @@ def _facts(results: Sequence[ArmResult]) -> Iterator[Fact]:
         ("FLOPs, causal half, padded", lambda r: scientific(r.flops.causal_half, 4)),
         ("FLOPs, 6ND, padded", lambda r: scientific(r.flops.six_nd, 4)),
         ("FLOPs of a step by the ledger", lambda r: scientific(r.ledger_flops_per_step, 4)),
-        ("FLOPs of a step in XLA's program", _counted),
+        ("FLOPs of a step in XLA's program", _shown_xla_flops),
         ("parameters", lambda r: f"{r.parameters:,} ({si(r.parameters)})"),
     ):
         yield Fact(name=name, values=tuple(show(result) for result in results))
 
 
-def _counted(result: ArmResult) -> str:
+def _shown_xla_flops(result: ArmResult) -> str:
     return scientific(result.xla_flops_per_step, 4) if result.xla_flops_per_step else "not counted"
 
 

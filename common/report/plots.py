@@ -1,7 +1,7 @@
-"""Inline SVG by matplotlib, with the same bytes for the same data.
+"""Draws a report's plots as inline SVG with matplotlib; the same data give the same bytes.
 
-Colours are CSS variables that the page defines, so that one drawing serves a light and a dark page, and text is text
-(`svg.fonttype: none`) in the page's own font. Every label is drawn without math parsing: names from data may hold "$".
+Colours are CSS variables that the page defines, so one drawing serves light and dark pages. Text stays text
+(`svg.fonttype: none`), in the page's font. Labels are drawn without math parsing: names from data may contain "$".
 
 Legend: P points.
 """
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 MARKERS = "osD^vP"
 MAX_POINTS = 800
-"""Of a curve in the report."""
+"""Most points of a curve."""
 
-# Stand-ins that matplotlib accepts as colours; `_svg` puts CSS variables in their place.
+# Placeholders that matplotlib accepts as colours; `_svg` replaces them by CSS variables.
 _ARM_COLOURS = [f"#0a0b{i:02x}" for i in range(len(MARKERS))]
 _INK, _FAINT, _GROUND = "#0a0c01", "#0a0c02", "#0a0c03"
 _VARIABLES = {colour: f"var(--arm-{i})" for i, colour in enumerate(_ARM_COLOURS)} | {
@@ -64,9 +64,9 @@ LOSS_AXES = ("tokens", "FLOPs", "seconds")
 
 
 def loss_plot(arms: Sequence[ArmRun], axis: str) -> "Markup":
-    """Training loss (smoothed; raw behind it) and validation points against one of `LOSS_AXES`.
+    """Draws training loss (smoothed, with faint raw values) and validation loss against one of `LOSS_AXES`.
 
-    Loss is on a log scale, since its interesting part is the last tenth of its fall. A non-finite loss is not drawn.
+    The loss axis is logarithmic, because the last tenth of the fall matters most. Non-finite losses are not drawn.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -91,12 +91,12 @@ def loss_plot(arms: Sequence[ArmRun], axis: str) -> "Markup":
 
 def _draw_loss(axes: "Axes", arm: ArmRun, axis: str, colour: str, marker: str) -> None:
     seconds = {row.step: row.seconds for row in arm.timings}
-    x_by_row = {
+    x_of = {
         "tokens": lambda row: row.tokens,
         "FLOPs": lambda row: row.flops,
         "seconds": lambda row: seconds.get(row.step, np.nan),
     }[axis]
-    x_P = np.array([x_by_row(row) for row in arm.metrics], float)
+    x_P = np.array([x_of(row) for row in arm.metrics], float)
     loss_P = np.array([row.loss for row in arm.metrics], float)
     kept = np.isfinite(x_P) & np.isfinite(loss_P) & (loss_P > 0)
     x_P, loss_P = x_P[kept], loss_P[kept]
@@ -104,7 +104,7 @@ def _draw_loss(axes: "Axes", arm: ArmRun, axis: str, colour: str, marker: str) -
         thin = np.unique(np.linspace(0, len(x_P) - 1, MAX_POINTS).round().astype(int))
         axes.plot(x_P[thin], loss_P[thin], color=colour, linewidth=0.8, alpha=0.25)
         axes.plot(x_P[thin], smooth(loss_P)[thin], color=colour, linewidth=1.6)
-    validated = [(x_by_row(row), row.validation_loss) for row in arm.metrics if row.validation_loss]
+    validated = [(x_of(row), row.validation_loss) for row in arm.metrics if row.validation_loss]
     points = [(x, y) for x, y in validated if np.isfinite(x) and np.isfinite(y) and y > 0]
     if points:
         axes.plot(
@@ -113,12 +113,12 @@ def _draw_loss(axes: "Axes", arm: ArmRun, axis: str, colour: str, marker: str) -
 
 
 def smoothing_window(points: int) -> int:
-    """Steps that a smoothed point is the mean of."""
+    """Returns how many steps a smoothed point averages."""
     return max(1, points // 40)
 
 
 def smooth(values_P: np.ndarray) -> np.ndarray:
-    """Trailing mean over `smoothing_window` points, over what there is at the start; float64 [P].
+    """Returns the trailing mean over `smoothing_window` points, over fewer at the start; float64 [P].
 
     >>> smooth(np.arange(80.0))[[0, 1, 79]].tolist()
     [0.0, 0.5, 78.5]
@@ -131,12 +131,12 @@ def smooth(values_P: np.ndarray) -> np.ndarray:
 
 
 def groups_plot(results: Sequence[ArmResult], split: str) -> "Markup":
-    """Exact match of `split` and of each kind in it: a dot an arm, with its 95 % interval."""
+    """Draws exact match of `split` and of each kind in it: one dot per arm, with its 95 % interval."""
     from matplotlib.ticker import FuncFormatter
 
     names = ["all", *(row.label for row in group_rows(results, split))]
     scores = [[find_score(result, split, name) for result in results] for name in names]
-    labels = [f"{name} ({_examples(row)})" for name, row in zip(names, scores, strict=True)]
+    labels = [f"{name} ({_example_counts(row)})" for name, row in zip(names, scores, strict=True)]
 
     def draw(figure: "Figure") -> None:
         axes = figure.add_subplot()
@@ -156,13 +156,13 @@ def groups_plot(results: Sequence[ArmResult], split: str) -> "Markup":
 
 
 def arms_plot(results: Sequence[ArmResult]) -> "Markup":
-    """Arms in their order, each with what it reached: exact match of the first split, validation loss, parameters."""
+    """Draws exact match on the first split, validation loss and parameters of all arms in order."""
     from matplotlib.ticker import FuncFormatter
 
     split = next((score.split for result in results for score in result.scores), "")
     wholes = [find_score(result, split, "all") for result in results]
     columns: list[tuple[str, list[tuple[float, float, float] | None], Callable[[float], str]]] = [
-        ("validation loss, nats a token", [(r.validation_loss,) * 3 for r in results], lambda x: f"{x:g}"),
+        ("validation loss, nats per token", [(r.validation_loss,) * 3 for r in results], lambda x: f"{x:g}"),
         ("parameters", [(float(r.parameters),) * 3 for r in results], si),
     ]
     if any(wholes):
@@ -190,16 +190,16 @@ def arms_plot(results: Sequence[ArmResult]) -> "Markup":
 
 
 def _draw_value(axes: "Axes", y: float, value: tuple[float, float, float], colour: str, marker: str) -> None:
-    """A point (value, low, high) with its interval."""
+    """Draws a point with its interval from (value, low, high)."""
     middle, low, high = value
     axes.plot([low, high], [y, y], color=colour, linewidth=1.6, solid_capstyle="round")
     axes.plot([middle], [y], marker, color=colour, markersize=7, markeredgecolor=_GROUND, markeredgewidth=1)
 
 
 def turns_plot(results: Sequence[ArmResult]) -> "Markup":
-    """Seconds before a turn's answer begins, against the length of the conversation so far.
+    """Draws the seconds before a turn's answer begins, against the length of the conversation so far.
 
-    Lines: everything is read again. Dashed, where an arm can: the cache is kept and the message alone is read.
+    Solid lines: everything is read again. Dashed, if the arm can: the cache is kept and only the message is read.
     """
 
     def draw(figure: "Figure") -> None:
@@ -225,17 +225,17 @@ def _draw_scores(axes: "Axes", scores: Sequence[TextScore | None], shift: float,
         _draw_value(axes, y, (100 * match.value, 100 * match.low, 100 * match.high), colour, marker)
 
 
-def _examples(scores: Sequence[TextScore | None]) -> str:
+def _example_counts(scores: Sequence[TextScore | None]) -> str:
     return " / ".join(dict.fromkeys(f"{score.examples:,}" for score in scores if score))
 
 
 def _svg(name: str, size: tuple[float, float], draw: Callable[["Figure"], Any]) -> "Markup":
-    """`draw` on a figure of `size` inches, as an <svg> element whose ids are its own within a page."""
+    """Returns what `draw` draws on a figure of `size` inches, as an <svg> element with ids unique in a page."""
     import matplotlib
     from markupsafe import Markup, escape
     from matplotlib.figure import Figure
 
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # a user's matplotlibrc must not change the bytes
         settings: Any = matplotlib.rcParams  # typed by a Literal of its 300 keys
@@ -243,12 +243,12 @@ def _svg(name: str, size: tuple[float, float], draw: Callable[["Figure"], Any]) 
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         out = io.StringIO()
-        figure.savefig(out, format="svg", metadata=nothing)
+        figure.savefig(out, format="svg", metadata=no_metadata)
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<style.*?</style>", "", svg, count=1, flags=re.DOTALL)  # it would style the whole page
-    svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)  # numbered ids, to which nothing refers
-    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)  # the page's font
+    svg = re.sub(r"<style.*?</style>", "", svg, count=1, flags=re.DOTALL)  # would apply to the whole page
+    svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)  # numbered ids that nothing refers to
+    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)  # use the page's font
     svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', f'role="img" aria-label="{escape(name)}"', svg, count=1)
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, variable)
@@ -256,7 +256,7 @@ def _svg(name: str, size: tuple[float, float], draw: Callable[["Figure"], Any]) 
 
 
 def standalone(svg: "Markup", palette: Mapping[str, str], font: str) -> str:
-    """A drawing of this module as a file of its own: `palette` gives the page's CSS variables their values."""
+    """Returns a drawing as a separate SVG file; `palette` gives the values of the page's CSS variables."""
     text = str(svg)
     for name, colour in palette.items():
         text = text.replace(f"var({name})", colour)

@@ -1,4 +1,4 @@
-"""Reads what a comparison left in its run directory; a missing or broken file is an error that names it."""
+"""Reads a comparison's run directory. A missing or broken file raises an error that names it."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -20,11 +20,11 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MetricsRow:
-    """One step's line of `metrics.jsonl`, as far as reports read it."""
+    """One step: a line of `metrics.jsonl`, as far as reports read it."""
 
     step: int
     loss: float | None = None
-    """None for a batch that was left out."""
+    """None for a skipped batch."""
     tokens: int
     flops: float
     fingerprint: str
@@ -33,15 +33,15 @@ class MetricsRow:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TimingRow:
-    """One step's line of `timings.jsonl`, as far as reports read it."""
+    """One step: a line of `timings.jsonl`, as far as reports read it."""
 
     step: int
     seconds: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One decoded example, a line of `samples.jsonl`."""
+class ScoredSample:
+    """One decoded example: a line of `samples.jsonl`."""
 
     split: str
     inputs: str
@@ -53,7 +53,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArmRun:
-    """Everything an arm left behind that a report shows."""
+    """Everything that a report shows of one arm."""
 
     name: str
     result: ArmResult
@@ -61,18 +61,18 @@ class ArmRun:
     environment: Mapping[str, Any]
     metrics: tuple[MetricsRow, ...]
     timings: tuple[TimingRow, ...]
-    samples: tuple[Sample, ...]
+    samples: tuple[ScoredSample, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """A comparison's run directory; arms in the experiment's order."""
+    """A comparison's run directory; arms are in the experiment's order."""
 
     experiment: Mapping[str, Any]
     arms: tuple[ArmRun, ...]
-    """Those that have a result."""
+    """The arms that have a result."""
     unfinished: tuple[str, ...] = ()
-    """Names of the others."""
+    """Names of the arms that have none."""
 
     @property
     def results(self) -> tuple[ArmResult, ...]:
@@ -80,13 +80,12 @@ class Run:
 
 
 def read_run(run_dir: Path) -> Run:
-    """Reads RUN/experiment.json and the folder of each arm that it names (keys of its "arms") and that has a result.
+    """Reads RUN/experiment.json and the folder of each arm with a result; the keys of its "arms" name the folders.
 
-    Raises `UserError` naming the file, and the line where it has lines, for whatever is missing, unreadable or not of
-    the expected form.
+    Raises `UserError` naming the file, and the line if it has lines, if one is missing, unreadable or malformed.
     """
     path = run_dir / ExperimentFiles.EXPERIMENT
-    experiment = _read_described(path)
+    experiment = _read_versioned(path)
     arms = experiment.get("arms")
     if not isinstance(arms, dict) or not arms:
         raise UserError(f'{path}: has no "arms"; run the comparison again in a fresh run directory')
@@ -108,52 +107,53 @@ def _read_arm(arm_dir: Path) -> ArmRun:
     result = arm_dir / RunFiles.RESULT
     return ArmRun(
         name=arm_dir.name,
-        result=_parse(TypeAdapter(ArmResult), _read(result), result),
-        config=_read_described(arm_dir / RunFiles.CONFIG),
+        result=_parse(TypeAdapter(ArmResult), _read_text(result), result),
+        config=_read_versioned(arm_dir / RunFiles.CONFIG),
         environment=_read_object(arm_dir / RunFiles.ENVIRONMENT),
-        metrics=_read_rows(MetricsRow, arm_dir / RunFiles.METRICS),
-        timings=_read_rows(TimingRow, arm_dir / RunFiles.TIMINGS),
-        samples=_read_rows(Sample, arm_dir / RunFiles.SAMPLES),
+        metrics=_read_lines(MetricsRow, arm_dir / RunFiles.METRICS),
+        timings=_read_lines(TimingRow, arm_dir / RunFiles.TIMINGS),
+        samples=_read_lines(ScoredSample, arm_dir / RunFiles.SAMPLES),
     )
 
 
-def _read(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path} is missing: the run is not finished; repeat its command, which resumes it") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); {_mend(path)}") from None
+        raise UserError(f"{path} cannot be read ({error}); {_remedy(path)}") from None
 
 
-def _mend(path: Path) -> str:
+def _remedy(path: Path) -> str:
     what = "it" if path.name == ExperimentFiles.EXPERIMENT else f"the folder {path.parent}"
     return f"delete {what} and repeat the run's command"
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    text = _read(path)
+    text = _read_text(path)
     try:
         value = parse_json(text)
     except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); {_mend(path)}") from None
+        raise UserError(f"{path} is not JSON ({error}); {_remedy(path)}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} does not hold a JSON object; {_mend(path)}")
+        raise UserError(f"{path} does not hold a JSON object; {_remedy(path)}")
     return value
 
 
-def _read_described(path: Path) -> dict[str, Any]:
+def _read_versioned(path: Path) -> dict[str, Any]:
+    """Reads a JSON object whose schema version this code knows."""
     found = _read_object(path)
     check_schema(found, path)
     return found
 
 
-def _read_rows(row_type: type[T], path: Path) -> tuple[T, ...]:
+def _read_lines(line_type: type[T], path: Path) -> tuple[T, ...]:
     from pydantic import TypeAdapter
 
-    adapter = TypeAdapter(row_type)
-    # split("\n"), not splitlines(): a text may hold U+2028 and its like, which need no escape in JSON
-    lines = enumerate(_read(path).split("\n"), start=1)
+    adapter = TypeAdapter(line_type)
+    # splitlines() would also split at U+2028 and the like, which JSON need not escape.
+    lines = enumerate(_read_text(path).split("\n"), start=1)
     return tuple(_parse(adapter, line, path, f" line {number}") for number, line in lines if line.strip())
 
 
@@ -165,4 +165,4 @@ def _parse(adapter: "TypeAdapter[T]", text: str, path: Path, place: str = "") ->
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path}{place}: {field + ': ' if field else ''}{first['msg']}; {_mend(path)}") from None
+        raise UserError(f"{path}{place}: {field + ': ' if field else ''}{first['msg']}; {_remedy(path)}") from None

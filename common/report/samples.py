@@ -1,18 +1,18 @@
-"""Which examples a report shows, errors first, and how a prediction differs from its target."""
+"""Chooses the examples that a report shows, and marks how a prediction differs from its target."""
 
 import difflib
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from common.report.verdicts import Example
+from common.report.verdicts import PairedExample
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
 MAX_CHARACTERS = 600
-"""Of a text in the report; longer ones are cut."""
+"""Longest text in the report; longer ones are cut."""
 _SPACES = {
     " ": "⟨space⟩",
     "\u00a0": "⟨no-break space⟩",
@@ -23,12 +23,12 @@ _SPACES = {
 }
 
 
-def choose(examples: Sequence[Example], count: int) -> tuple[Example, ...]:
-    """Up to `count` examples, one of each (split, group) in turn, so that no kind crowds out the others.
+def choose(examples: Sequence[PairedExample], count: int) -> tuple[PairedExample, ...]:
+    """Returns up to `count` examples, one of each kind (split, group) in turn, so that no kind crowds out the others.
 
-    Kinds come in order of appearance, and so do the examples within a kind.
+    Kinds, and examples within a kind, are in order of appearance.
     """
-    kinds: dict[tuple[str, str], list[Example]] = {}
+    kinds: dict[tuple[str, str], list[PairedExample]] = {}
     for example in examples:
         kinds.setdefault((example.split, example.group), []).append(example)
     turns = itertools.zip_longest(*kinds.values())
@@ -36,17 +36,17 @@ def choose(examples: Sequence[Example], count: int) -> tuple[Example, ...]:
 
 
 def mark_difference(target: str, prediction: str) -> "Markup":
-    """`prediction` as HTML, with what is wrong in <del> and what should stand there in <ins>.
+    """Returns `prediction` as HTML, with wrong pieces in <del> and the target's in <ins>.
 
-    Texts are escaped piece by piece before any tag is put around them. Words, runs of spaces and single signs are
-    compared, and a difference in spaces alone is named.
+    Pieces are words, runs of spaces and single signs. Each is escaped before a tag is put around it. A difference in
+    spaces only is spelled out.
 
     >>> mark_difference("5 € & mehr", "5 $ & mehr")
     Markup('5 <del>$</del><ins>€</ins> &amp; mehr')
     """
     from markupsafe import Markup, escape
 
-    wanted, found = _pieces(target), _pieces(prediction)
+    wanted, found = _split_words(target), _split_words(prediction)
     parts = []
     for kind, i, j, k, m in difflib.SequenceMatcher(None, wanted, found, autojunk=False).get_opcodes():
         if kind == "equal":
@@ -54,7 +54,7 @@ def mark_difference(target: str, prediction: str) -> "Markup":
             continue
         for tag, pieces in (("del", found[k:m]), ("ins", wanted[i:j])):
             if pieces:
-                parts.append(Markup(f"<{tag}>%s</{tag}>") % _show_spaces("".join(pieces)))
+                parts.append(Markup(f"<{tag}>%s</{tag}>") % _spell_spaces("".join(pieces)))
     return Markup("").join(parts)
 
 
@@ -66,15 +66,10 @@ def shorten(text: str) -> str:
     return text if len(text) <= MAX_CHARACTERS else text[: MAX_CHARACTERS - 1] + "…"
 
 
-def _pieces(text: str) -> list[str]:
+def _split_words(text: str) -> list[str]:
     return re.findall(r"\w+|\s+|[^\w\s]", shorten(text))
 
 
-def _show_spaces(text: str) -> str:
-    """Names spaces that stand alone: as a difference they would be invisible."""
+def _spell_spaces(text: str) -> str:
+    """Spells out text that is only spaces, because a difference in spaces would be invisible."""
     return "".join(_SPACES.get(sign, f"⟨U+{ord(sign):04X}⟩") for sign in text) if text.isspace() else text
-
-
-def count_wrong(examples: Iterable[Example]) -> int:
-    """Examples that at least one arm got wrong."""
-    return sum(example.wrong > 0 for example in examples)

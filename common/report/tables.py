@@ -1,6 +1,6 @@
-"""Side-by-side tables, once as rows of text (which the HTML report shows as well) and once for the terminal.
+"""Tables of arms side by side: as rows of text, which the HTML report shows too, and as tables for the terminal.
 
-Cells are `rich.text.Text`, never markup: names and texts from data may hold square brackets.
+Cells are `rich.text.Text`, never markup, since names and texts from data may contain square brackets.
 """
 
 import dataclasses
@@ -22,16 +22,16 @@ NOT_SCORED = "–"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """One quantity; `values` follow the arms, `note` says how to read it."""
+class TableRow:
+    """One quantity; `values` has the order of the arms, `note` explains the quantity."""
 
     label: str
     values: tuple[str, ...]
     note: str = ""
 
 
-def comparison_rows(results: Sequence[ArmResult]) -> tuple[Row, ...]:
-    """What was trained, what it cost and what came out."""
+def comparison_rows(results: Sequence[ArmResult]) -> tuple[TableRow, ...]:
+    """Returns what was trained, what it cost and what it scored."""
     rows = [
         _row(results, "parameters", lambda r: si(r.parameters)),
         _row(results, "training FLOPs", lambda r: scientific(r.flops.full_attention), "full attention, padded"),
@@ -46,9 +46,9 @@ def comparison_rows(results: Sequence[ArmResult]) -> tuple[Row, ...]:
     ]
     for split in splits(results):
         whole = [find_score(r, split, "all") for r in results]
-        rows.append(Row(label=f"exact match, {split}", values=tuple(map(_exact, whole)), note=_counted(whole)))
+        rows.append(_exact_match_row(f"exact match, {split}", whole))
         if any(score and score.bleu for score in whole):
-            rows.append(Row(label=f"BLEU, {split}", values=tuple(map(_bleu, whole)), note=_beside_copying(whole)))
+            rows.append(TableRow(label=f"BLEU, {split}", values=tuple(map(_bleu_cell, whole)), note=_bleu_note(whole)))
     rows += [
         _row(results, "tokens per second", lambda r: si(r.tokens_per_second), "training, without padding"),
         _row(results, "training time", lambda r: duration(r.train_seconds), "without compilation and evaluation"),
@@ -57,8 +57,8 @@ def comparison_rows(results: Sequence[ArmResult]) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def group_rows(results: Sequence[ArmResult], split: str) -> tuple[Row, ...]:
-    """Exact match of each kind of example in `split`, best first by the first arm; none where all are of one kind."""
+def group_rows(results: Sequence[ArmResult], split: str) -> tuple[TableRow, ...]:
+    """Returns exact match by kind of example in `split`, best of the first arm first; empty if all are of one kind."""
     names = list(dict.fromkeys(s.group for r in results for s in r.scores if s.split == split and s.group != "all"))
     if len(names) == 1:
         return ()
@@ -69,37 +69,36 @@ def group_rows(results: Sequence[ArmResult], split: str) -> tuple[Row, ...]:
         return score.exact_match.value if score else -1.0
 
     names.sort(key=lambda name: (-share(name), name))
-    return tuple(
-        Row(label=name, values=tuple(map(_exact, scores[name])), note=_counted(scores[name])) for name in names
-    )
+    return tuple(_exact_match_row(name, scores[name]) for name in names)
 
 
 def splits(results: Sequence[ArmResult]) -> tuple[str, ...]:
-    """Every split that some arm was scored on, in order of appearance."""
+    """Returns every split that some arm was scored on, in order of appearance."""
     return tuple(dict.fromkeys(score.split for result in results for score in result.scores))
 
 
 def find_score(result: ArmResult, split: str, group: str) -> TextScore | None:
+    """Returns an arm's score for a group of a split; None if it was not scored."""
     return next((score for score in result.scores if (score.split, score.group) == (split, group)), None)
 
 
 def comparison_table(results: Sequence[ArmResult]) -> "Table":
-    """All arms side by side; intervals are 95 %."""
+    """Returns all arms side by side; intervals are 95 %."""
     return _table("Comparison", [r.arm for r in results], comparison_rows(results), "95 % intervals in brackets")
 
 
 def groups_table(results: Sequence[ArmResult]) -> "Table":
-    """Exact match per kind of example, split by split, unseen names included."""
+    """Returns exact match by kind of example, for every split."""
     rows = []
     for split in splits(results):
         whole = [find_score(r, split, "all") for r in results]
-        rows.append(Row(label=f"{split}: all", values=tuple(map(_exact, whole)), note=_counted(whole)))
+        rows.append(_exact_match_row(f"{split}: all", whole))
         rows += [dataclasses.replace(row, label=f"  {row.label}") for row in group_rows(results, split)]
     return _table("Exact match by kind", [r.arm for r in results], rows, "95 % intervals in brackets")
 
 
 def certificate_panel(certificate: Certificate) -> "Panel":
-    """The certificate for the terminal: green where all agree, red where something differs, else yellow."""
+    """Returns the certificate for the terminal: green if all checks agree, red if one differs, else yellow."""
     from rich.console import Group
     from rich.panel import Panel
     from rich.table import Table
@@ -108,19 +107,19 @@ def certificate_panel(certificate: Certificate) -> "Panel":
     answers = {True: ("agree", "green"), False: ("DIFFERS", "bold red"), None: ("unchecked", "yellow")}
     checks = Table.grid(padding=(0, 2))
     for check in certificate.checks:
-        checks.add_row(_shown(*answers[check.agrees]), _shown(check.name), _shown(check.detail, "dim"))
+        checks.add_row(_plain_text(*answers[check.agrees]), _plain_text(check.name), _plain_text(check.detail, "dim"))
     style = answers[certificate.agrees][1]
-    headline = _shown(certificate.headline, style)
+    headline = _plain_text(certificate.headline, style)
     return Panel(Group(headline, checks), title=Text("Parity certificate"), border_style=style, expand=False)
 
 
-def _shown(text: str, style: str = "") -> "Text":
+def _plain_text(text: str, style: str = "") -> "Text":
     from rich.text import Text
 
     return Text(harmless(text), style)
 
 
-def _table(title: str, arms: Sequence[str], rows: Sequence[Row], caption: str) -> "Table":
+def _table(title: str, arms: Sequence[str], rows: Sequence[TableRow], caption: str) -> "Table":
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -128,34 +127,38 @@ def _table(title: str, arms: Sequence[str], rows: Sequence[Row], caption: str) -
     table = Table(title=Text(title, "bold"), caption=Text(caption), box=box.SIMPLE_HEAD)
     table.add_column("")
     for arm in arms:
-        table.add_column(_shown(arm), justify="right")
+        table.add_column(_plain_text(arm), justify="right")
     table.add_column("", style="dim")
     for row in rows:
-        table.add_row(_shown(row.label), *map(_shown, row.values), _shown(row.note))
+        table.add_row(_plain_text(row.label), *map(_plain_text, row.values), _plain_text(row.note))
     return table
 
 
-def _row(results: Sequence[ArmResult], label: str, show: Callable[[ArmResult], str], note: str = "") -> Row:
-    return Row(label=label, values=tuple(show(result) for result in results), note=note)
+def _row(results: Sequence[ArmResult], label: str, show: Callable[[ArmResult], str], note: str = "") -> TableRow:
+    return TableRow(label=label, values=tuple(show(result) for result in results), note=note)
 
 
-def _exact(score: TextScore | None) -> str:
+def _exact_match_row(label: str, scores: Sequence[TextScore | None]) -> TableRow:
+    return TableRow(label=label, values=tuple(map(_exact_match_cell, scores)), note=_examples_note(scores))
+
+
+def _exact_match_cell(score: TextScore | None) -> str:
     return percent_interval(score.exact_match) if score else NOT_SCORED
 
 
-def _bleu(score: TextScore | None) -> str:
+def _bleu_cell(score: TextScore | None) -> str:
     if score is None or score.bleu is None:
         return NOT_SCORED
     return f"{score.bleu.value:.1f} [{score.bleu.low:.1f}, {score.bleu.high:.1f}]"
 
 
-def _beside_copying(scores: Sequence[TextScore | None]) -> str:
+def _bleu_note(scores: Sequence[TextScore | None]) -> str:
     copied = {f"{score.copied_bleu:.2f}" for score in scores if score and score.copied_bleu is not None}
     copying = [f"the inputs themselves score {bleu}" for bleu in sorted(copied)]
     words = {s.bleu_signature.split("tok:")[-1].split("|")[0] for s in scores if s and s.bleu_signature} - {"13a"}
-    return "; ".join([_counted(scores), *copying, *(f"sacrebleu's tokenizer {name}" for name in sorted(words))])
+    return "; ".join([_examples_note(scores), *copying, *(f"sacrebleu's tokenizer {name}" for name in sorted(words))])
 
 
-def _counted(scores: Iterable[TextScore | None]) -> str:
+def _examples_note(scores: Iterable[TextScore | None]) -> str:
     counts = dict.fromkeys(f"{score.examples:,}" for score in scores if score)
     return f"n = {' / '.join(counts)}"

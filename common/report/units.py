@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Formats numbers for people."""
 
 import math
 
@@ -7,7 +7,7 @@ from common.report.results import ArmResult
 
 
 def si(number: float) -> str:
-    """Three significant digits and a decimal multiple.
+    """Formats with three significant digits and an SI prefix.
 
     >>> si(2_310_456), si(950), si(12_345), si(0), si(999_960)
     ('2.31 M', '950', '12.3 k', '0', '1.00 M')
@@ -19,7 +19,7 @@ def si(number: float) -> str:
 
 
 def scientific(number: float, digits: int = 3) -> str:
-    """`digits` significant digits and a power of ten, without a sign or leading zeros in the exponent.
+    """Formats with `digits` significant digits and a power of ten, without plus sign or leading zeros in the exponent.
 
     >>> scientific(4.1234e14), scientific(0.0), scientific(2e13, 1)
     ('4.12e14', '0', '2e13')
@@ -47,7 +47,7 @@ def percent_interval(share: Interval) -> str:
 
 
 def fill(result: ArmResult) -> str:
-    """The fill of input slots, where rows have any, and of target slots."""
+    """Formats the fill of input slots, if rows have any, and of target slots."""
     inputs = "no slots" if result.input_fill is None else percent(result.input_fill)
     return f"{inputs} / {percent(result.target_fill)}"
 

@@ -1,4 +1,4 @@
-"""What a comparison shows and what it does not: sentences over paired examples."""
+"""States what a comparison shows and what it does not, from paired examples."""
 
 import dataclasses
 from collections import Counter
@@ -8,37 +8,38 @@ import numpy as np
 
 from common.analysis.interval import Interval
 from common.analysis.statistics import CONFIDENCE, compare_paired, holm
-from common.report.run_files import ArmRun, Run, Sample
+from common.report.run_files import ArmRun, Run, ScoredSample
 from common.report.tables import find_score, splits
 from common.report.units import scientific, si
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Example:
-    """One example and what each arm made of it; `answers` follow the arms, None where an arm kept none."""
+class PairedExample:
+    """One example with each arm's answer; `answers` has the order of the arms, None where an arm kept no sample."""
 
     split: str
     group: str
     inputs: str
     target: str
-    answers: tuple[Sample | None, ...]
+    answers: tuple[ScoredSample | None, ...]
 
     @property
     def wrong(self) -> int:
+        """The number of arms that got it wrong."""
         return sum(answer is not None and not answer.correct for answer in self.answers)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """A sentence, and the counts behind it ("" where there are none)."""
+    """A sentence, and the counts that support it ("" if there are none)."""
 
     text: str
     detail: str = ""
 
 
-def pair_examples(arms: tuple[ArmRun, ...]) -> tuple[Example, ...]:
-    """The arms' samples brought together by split, input and target; repeated ones pair in order."""
-    by_arm = [dict(_keyed(arm.samples)) for arm in arms]
+def pair_examples(arms: tuple[ArmRun, ...]) -> tuple[PairedExample, ...]:
+    """Pairs the arms' samples by split, input and target; repeated ones are paired in order."""
+    by_arm = [dict(_samples_by_key(arm.samples)) for arm in arms]
     keys = dict.fromkeys(key for samples in by_arm for key in samples)
     examples = []
     for key in keys:
@@ -46,12 +47,13 @@ def pair_examples(arms: tuple[ArmRun, ...]) -> tuple[Example, ...]:
         known = next(answer for answer in answers if answer is not None)
         group = known.group or ""
         examples.append(
-            Example(split=known.split, group=group, inputs=known.inputs, target=known.target, answers=answers)
+            PairedExample(split=known.split, group=group, inputs=known.inputs, target=known.target, answers=answers)
         )
     return tuple(examples)
 
 
-def _keyed(samples: tuple[Sample, ...]) -> Iterator[tuple[tuple[str, str, str, int], Sample]]:
+def _samples_by_key(samples: tuple[ScoredSample, ...]) -> Iterator[tuple[tuple[str, str, str, int], ScoredSample]]:
+    """Yields samples with the key that pairs them: split, inputs, target, and the number of earlier repetitions."""
     seen: Counter[tuple[str, str, str]] = Counter()
     for sample in samples:
         key = (sample.split, sample.inputs, sample.target)
@@ -61,7 +63,7 @@ def _keyed(samples: tuple[Sample, ...]) -> Iterator[tuple[tuple[str, str, str, i
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Comparison:
-    """One test of two arms."""
+    """One statistical test of two arms."""
 
     first: str
     second: str
@@ -73,7 +75,7 @@ class _Comparison:
 
 
 def verdicts(run: Run) -> tuple[Verdict, ...]:
-    """Sentences for each split and pair of arms (the first against each other one), and one on the validation loss."""
+    """Returns sentences for every split and pair of arms (the first with each other), and one on validation loss."""
     examples = pair_examples(run.arms)
     found = [
         made
@@ -84,12 +86,12 @@ def verdicts(run: Run) -> tuple[Verdict, ...]:
     tests = [made for made in found if isinstance(made, _Comparison)]
     corrected = iter(holm([test.p_value for test in tests]))
     lines = [
-        _judge(made, next(corrected), len(tests), run) if isinstance(made, _Comparison) else made for made in found
+        _verdict(made, next(corrected), len(tests), run) if isinstance(made, _Comparison) else made for made in found
     ]
     known = [Verdict(text=f"{line}.") for line in in_training(run)]
-    absent = [Verdict(text=f"Not in this report, for want of a result: {', '.join(run.unfinished)}.")]
+    absent = [Verdict(text=f"Not in this report, because they have no result: {', '.join(run.unfinished)}.")]
     losses = ", ".join(f"{r.arm} {r.validation_loss:.4f}" for r in run.results)
-    counted = [Verdict(text=_count(len(tests)))] if tests else []
+    counted = [Verdict(text=_tests_sentence(len(tests)))] if tests else []
     return (
         *lines,
         *counted,
@@ -100,40 +102,40 @@ def verdicts(run: Run) -> tuple[Verdict, ...]:
 
 
 def in_training(run: Run) -> list[str]:
-    """One sentence for each split on its texts in the training data; arms that share a stream share it."""
+    """Returns one sentence per split on its texts in the training data, without repetition between arms."""
     counts = [(s.split, s.in_training) for r in run.results for s in r.scores if s.in_training is not None]
     return list(dict.fromkeys(known.sentence(split) for split, known in counts))
 
 
-def _count(tests: int) -> str:
+def _tests_sentence(tests: int) -> str:
     if tests == 1:
         return "This report makes 1 comparison."
     return (
-        f"This report makes {tests} comparisons: by chance alone one in 20 would look like a difference, so verdicts "
-        f"go by p-values corrected for {tests} (Holm)."
+        f"This report makes {tests} comparisons: by chance alone, one in 20 would look like a difference, so verdicts "
+        f"use p-values corrected for {tests} comparisons (Holm)."
     )
 
 
-def _judge(made: _Comparison, corrected: float, tests: int, run: Run) -> Verdict:
-    """A difference is resolved where its interval excludes 0 and the corrected test agrees.
+def _verdict(made: _Comparison, corrected: float, tests: int, run: Run) -> Verdict:
+    """Calls a difference resolved if its interval excludes 0 and its corrected p-value is below 0.05.
 
-    Both are required because the bootstrap's interval is too sure of itself with few sentences, and a lone p-value
-    hides how small a difference is.
+    Both are required: the bootstrap interval is too narrow with few sentences, and a p-value alone does not show how
+    small a difference is.
     """
-    numbers = made.numbers + (f" ({_shown_p(corrected)} corrected for {tests} comparisons)" if tests > 1 else "")
+    numbers = made.numbers + (f" ({_p_text(corrected)} corrected for {tests} comparisons)" if tests > 1 else "")
     outside = made.difference.low > 0 or made.difference.high < 0
     if not outside or corrected >= 1 - CONFIDENCE:
         return Verdict(text=f"{numbers}: no difference resolved.", detail=made.detail)
     better, worse = (made.first, made.second)[:: 1 if made.difference.value > 0 else -1]
     verdict = (
         f"the {better} model trained here{_seeds(run)} is better on these examples than the {worse} model; one seed "
-        f"says nothing of {better} and {worse} in general"
+        f"says nothing about {better} and {worse} in general"
     )
     return Verdict(text=f"{numbers}: {verdict}.", detail=made.detail)
 
 
 def _seeds(run: Run) -> str:
-    """The seeds of the first arm, which a comparison's arms share."""
+    """Names the seeds of the first arm; all arms of a comparison share them."""
     config = run.arms[0].config
     seeds = {name: config.get(name, {}).get("seed") for name in ("train", "data")}
     known = ", ".join(f"{name}.seed {seed}" for name, seed in seeds.items() if seed is not None)
@@ -141,17 +143,17 @@ def _seeds(run: Run) -> str:
 
 
 def caveat(run: Run) -> str:
-    """What no interval in this report covers."""
+    """Returns what no interval in this report covers."""
     largest = max(run.results, key=lambda result: result.parameters)
     return (
-        "Each arm was trained once: the intervals cover the choice of examples, not another seed or order of data, and "
-        f"at this size ({si(largest.parameters)} parameters, {scientific(largest.flops.full_attention, 2)} training "
-        "FLOPs an arm) nothing follows for larger models."
+        "Each arm was trained once: the intervals cover the choice of examples, not other seeds or data orders. "
+        f"Results at this size ({si(largest.parameters)} parameters, {scientific(largest.flops.full_attention, 2)} "
+        "training FLOPs per arm) say nothing about larger models."
     )
 
 
-def _compare(run: Run, examples: tuple[Example, ...], split: str, other: int) -> list[_Comparison | Verdict]:
-    """By exact match and, where it is scored, by BLEU; the experiment's headline first."""
+def _compare(run: Run, examples: tuple[PairedExample, ...], split: str, other: int) -> list[_Comparison | Verdict]:
+    """Compares by exact match and, if both arms have one, by BLEU; the experiment's headline metric comes first."""
     first, second = run.arms[0], run.arms[other]
     pairs = [
         (a, b)
@@ -161,7 +163,7 @@ def _compare(run: Run, examples: tuple[Example, ...], split: str, other: int) ->
     scores = [find_score(arm.result, split, "all") for arm in (first, second)]
     scored = {score.examples if score else 0 for score in scores}
     if scored != {len(pairs)}:
-        # a selection of samples (errors first, say) must not pass for the whole split
+        # A selection of the samples, such as errors only, must not count as the whole split.
         text = f"Exact match, {split}: {first.name} and {second.name} are not compared example by example"
         counts = " and ".join(f"{n:,}" for n in sorted(scored))
         return [Verdict(text=f"{text}: samples.jsonl pairs {len(pairs):,} of {counts} examples.")]
@@ -174,12 +176,12 @@ def _compare(run: Run, examples: tuple[Example, ...], split: str, other: int) ->
 
 
 def headline(run: Run) -> str:
-    """Which score stands first: "exact_match" or "bleu"."""
+    """Returns the metric that comes first: "exact_match" or "bleu"."""
     return run.experiment.get("evaluation", {}).get("headline", "exact_match")
 
 
 def _compare_bleu(
-    split: str, first: str, second: str, pairs: list[tuple[Sample, Sample]], signatures: list[str | None]
+    split: str, first: str, second: str, pairs: list[tuple[ScoredSample, ScoredSample]], signatures: list[str | None]
 ) -> _Comparison | Verdict:
     from common.evals.bleu import JAPANESE, compare_bleu, has_mecab, tokenizer_in
 
@@ -197,14 +199,16 @@ def _compare_bleu(
     return _Comparison(
         first=first,
         second=second,
-        numbers=f"{numbers}, {_shown_p(found.p_value)}",
+        numbers=f"{numbers}, {_p_text(found.p_value)}",
         difference=found.difference,
         p_value=found.p_value,
         detail=signatures[0] or "",
     )
 
 
-def _compare_exactly(split: str, first: str, second: str, pairs: list[tuple[Sample, Sample]]) -> _Comparison:
+def _compare_exactly(
+    split: str, first: str, second: str, pairs: list[tuple[ScoredSample, ScoredSample]]
+) -> _Comparison:
     correct_E2 = np.array([(a.correct, b.correct) for a, b in pairs], bool)
     compared = compare_paired(correct_E2[:, 0], correct_E2[:, 1])
     interval = compared.difference
@@ -213,7 +217,7 @@ def _compare_exactly(split: str, first: str, second: str, pairs: list[tuple[Samp
     return _Comparison(
         first=first,
         second=second,
-        numbers=f"{numbers}, {_shown_p(compared.p_value)}",
+        numbers=f"{numbers}, {_p_text(compared.p_value)}",
         difference=interval,
         p_value=compared.p_value,
         detail=(
@@ -232,5 +236,5 @@ def _signed(x: float) -> str:
     return f"{x:+.{digits}f}".replace("-", "−")
 
 
-def _shown_p(p_value: float) -> str:
+def _p_text(p_value: float) -> str:
     return "p < 0.0001" if p_value < 1e-4 else f"p = {p_value:.2g}"

@@ -15,7 +15,7 @@ from common.evals.measure import TextScore, TurnCost
 from common.evals.text_metrics import ALL, score_texts
 from common.files import read_json, read_rows, write_json, write_rows
 from common.progress import ProgressBars
-from common.report.certificate import flatten
+from common.report.certificate import dotted_fields
 from common.report.results import ArmResult, Flops
 from common.sharding.hosts import on_first_process
 from common.train.config import only_how
@@ -117,7 +117,7 @@ def finished_result(opened: Opened, name: str) -> ArmResult | None:
 def _made_from(opened: Opened, name: str) -> str:
     """Returns a hash of everything that decides the arm's result."""
     task = make_task(opened.experiment, name, opened.data)
-    config = {path: value for path, value in flatten(task.config).items() if not only_how(path)}
+    config = {path: value for path, value in dotted_fields(task.config).items() if not only_how(path)}
     decides = {"config": config, "data": task.data, "evaluation": to_json(opened.experiment.evaluation)}
     return hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=16).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Texts of test sets that stand in training data, against sets of tuples."""
+"""Compares counts of test texts in training data with counts by sets of tuples."""
 
 import itertools
 import random
@@ -18,7 +18,7 @@ UNKNOWN = 2
 
 
 def texts(dice: random.Random, count: int) -> Texts:
-    """Short ones over few signs, so that many come twice, some are empty and some are beginnings of others."""
+    """Makes short texts over few tokens: many occur twice, some are empty, some are prefixes of others."""
     return [tuple(dice.choices((UNKNOWN, 3, 4, 5), (1, 5, 5, 5), k=dice.randint(0, 4))) for _ in range(count)]
 
 
@@ -42,7 +42,7 @@ def by_sets(train: list[tuple[Texts, Texts]], inputs: Texts, targets: Texts) -> 
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_counts_are_those_of_sets(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counts_equal_those_by_sets(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     dice = random.Random(seed)
     train = [(texts(dice, count), texts(dice, count)) for count in (40, 25)]
     inputs, targets = (train[0][side][:15] + texts(dice, 45) for side in (0, 1))
@@ -57,7 +57,7 @@ def test_counts_are_those_of_sets(seed: int, monkeypatch: pytest.MonkeyPatch) ->
     assert 0 < found.both < found.inputs < 60 and found.complete
 
 
-def test_only_the_chosen_records_are_searched_for_and_a_short_search_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_chosen_records_are_counted_and_a_partial_search_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     train = {"inputs": stream([(3,), (4,), (5,)]), "targets": stream([(3,), (4,), (5,)])}
     test = {"inputs": stream([(5,), (9,), (3,)]), "targets": stream([(9,), (9,), (3,)])}
     found = count_in_training([train], test, np.array([0, 1]), UNKNOWN)
@@ -70,8 +70,8 @@ def test_only_the_chosen_records_are_searched_for_and_a_short_search_says_so(mon
     assert "the first part of the training data holds" in found.sentence("test")
 
 
-def test_ids_of_any_width_are_the_same_text(tmp_path: Path) -> None:
-    """Tokens on disk take two bytes where they can."""
+def test_texts_are_equal_whatever_the_width_of_their_ids(tmp_path: Path) -> None:
+    """Tokens on disk take two bytes if they fit."""
     wide = stream([(3, 70), (4, 5)])
     narrow = TokenStream((Ragged(tokens_P=np.array([4, 5], np.uint16), offsets=np.array([0, 2])),))
     found = count_in_training(

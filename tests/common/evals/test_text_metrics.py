@@ -1,4 +1,4 @@
-"""Scores equal sacrebleu's, intervals are those of a real resampling."""
+"""Compares scores with sacrebleu's, and intervals with those of texts actually resampled."""
 
 import time
 
@@ -34,18 +34,18 @@ def corpus(examples: int, seed: int = 0) -> tuple[list[str], list[str]]:
         (["der a b c"], ["der d e f"]),
     ],
 )
-def test_bleu_is_sacrebleus(predictions: list[str], references: list[str]) -> None:
+def test_bleu_equals_sacrebleus(predictions: list[str], references: list[str]) -> None:
     interval = corpus_bleu(predictions, references, "13a", resamples=20)
     assert interval is not None
     assert interval.value == pytest.approx(sacrebleu.corpus_bleu(predictions, [references]).score, abs=1e-9)
 
 
 def test_texts_too_short_for_bleu_have_none() -> None:
-    assert sacrebleu.corpus_bleu(["Provinz Rom"], [["Provinz Rom"]]).score == 0  # though it is perfect
+    assert sacrebleu.corpus_bleu(["Provinz Rom"], [["Provinz Rom"]]).score == 0  # although it is perfect
     assert corpus_bleu(["Provinz Rom"], ["Provinz Rom"], "13a") is None
 
 
-def test_a_resample_is_scored_as_the_texts_drawn() -> None:
+def test_a_resample_scores_as_the_drawn_texts() -> None:
     predictions, references = corpus(50)
     statistics = sentence_statistics(predictions, references, "13a")
     for seed in range(5):
@@ -54,7 +54,7 @@ def test_a_resample_is_scored_as_the_texts_drawn() -> None:
         assert bleu_of(np.bincount(drawn, minlength=50)[None] @ statistics)[0] == pytest.approx(want, abs=1e-9)
 
 
-def test_bleu_interval_surrounds_the_score_and_narrows_as_examples_grow() -> None:
+def test_bleu_interval_contains_the_score_and_narrows_with_more_examples() -> None:
     few, many = corpus_bleu(*corpus(100), "13a"), corpus_bleu(*corpus(1600), "13a")
     assert few is not None and many is not None
     assert few.low < few.value < few.high and many.low < many.value < many.high
@@ -62,7 +62,7 @@ def test_bleu_interval_surrounds_the_score_and_narrows_as_examples_grow() -> Non
     assert corpus_bleu(*corpus(100), "13a") == few
 
 
-def test_a_difference_of_bleu_is_of_the_same_sentences() -> None:
+def test_a_bleu_difference_resamples_the_same_sentences_for_both() -> None:
     better, references = corpus(300)
     worse = [" ".join(text.split()[:-1]) for text in better]
     found = compare_bleu(better, worse, references, "13a", resamples=5).difference
@@ -83,8 +83,8 @@ def test_a_difference_of_bleu_is_of_the_same_sentences() -> None:
 
 
 @pytest.mark.parametrize("sentences", [5, 20])
-def test_equal_systems_are_seldom_told_apart_by_bleu(sentences: int) -> None:
-    """With 5 sentences the bootstrap interval alone excludes 0 far more often than it should."""
+def test_equal_systems_rarely_differ_by_the_bleu_test(sentences: int) -> None:
+    """With 5 sentences, the bootstrap interval alone excludes 0 far too often."""
     generator, trials, intervals, tests = np.random.default_rng(1), 150, 0, 0
     for _ in range(trials):
         references = [generator.choice(WORDS, size=8).tolist() for _ in range(sentences)]
@@ -99,7 +99,7 @@ def test_equal_systems_are_seldom_told_apart_by_bleu(sentences: int) -> None:
     assert sentences > 5 or (intervals / trials > 0.09 and tests == 0)
 
 
-def test_a_clear_difference_of_bleu_is_found_by_the_test() -> None:
+def test_the_bleu_test_finds_a_clear_difference() -> None:
     better, references = corpus(40)
     worse = [" ".join(text.split()[:-1]) for text in better]
     assert compare_bleu(better, worse, references, "13a").p_value < 0.01
@@ -120,7 +120,7 @@ def test_a_clear_difference_of_bleu_is_found_by_the_test() -> None:
         ("", "13a"),
     ],
 )
-def test_languages_without_spaces_have_words_of_their_own(
+def test_languages_without_spaces_have_their_own_tokenizers(
     text: str, tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("common.evals.bleu.has_mecab", lambda: False)
@@ -130,7 +130,7 @@ def test_languages_without_spaces_have_words_of_their_own(
     assert tokenizer_for([text, ""]) == ("ja-mecab" if "カ" in text or "が" in text else tokenizer)
 
 
-def test_chinese_is_scored_with_sacrebleus_chinese_words() -> None:
+def test_chinese_is_scored_with_sacrebleus_chinese_tokenizer() -> None:
     predictions, references = ["猫坐在垫子上面。", "狗在花园里跑。"], ["猫坐在垫子上。", "狗在花园里走。"]
     (score,) = score_texts(predictions, references, None, "test", inputs=references)
     assert score.bleu is not None and score.bleu_signature == signature("zh")
@@ -143,7 +143,7 @@ def test_four_thousand_sentences_are_scored_quickly() -> None:
     corpus_bleu(predictions[:2], references[:2], "13a", resamples=1)  # imports
     start = time.process_time()
     corpus_bleu(predictions, references, "13a")
-    assert time.process_time() - start < 4  # twice the aim: other work may share the core
+    assert time.process_time() - start < 4  # twice the target, since other work may share the core
 
 
 def test_groups_partition_the_examples() -> None:
@@ -159,7 +159,7 @@ def test_groups_partition_the_examples() -> None:
     assert whole.bleu is not None and dates.bleu is None and units.bleu is None
 
 
-def test_copying_the_inputs_is_scored_beside() -> None:
+def test_the_inputs_are_scored_as_well() -> None:
     references = ["the cat sat on the mat", "a dog ran over the road"]
     inputs = ["the cat sat on a chair", "ein Hund lief"]
     (score,) = score_texts(references, references, None, "test", inputs=inputs)
@@ -167,11 +167,11 @@ def test_copying_the_inputs_is_scored_beside() -> None:
     assert score.copied_bleu == pytest.approx(sacrebleu.corpus_bleu(inputs, [references]).score)
 
 
-def test_exact_match_is_exact() -> None:
+def test_exact_match_does_not_normalise() -> None:
     (score,) = score_texts(["5\u00a0€", "Tag ", "Tag"], ["5 €", "Tag", "Tag"], None, "test")
     assert score.exact_match.value == pytest.approx(1 / 3)
 
 
-def test_a_group_called_all_is_refused() -> None:
+def test_a_group_called_all_raises() -> None:
     with pytest.raises(UserError, match="'all'"):
         score_texts(["a"], ["a"], ["all"], "test")

@@ -80,7 +80,7 @@ def forward(config: ModelConfig) -> Callable[[Any], jax.Array]:
 
 
 def teacher_forced(config: ModelConfig, prompts: list[list[int]], texts: list[list[int]]) -> np.ndarray:
-    """log-probabilities [rows, SLOTS, V] on the training path: one row an example, targets after start token 0."""
+    """log-probabilities [rows, SLOTS, V] on the training path: one example per row, targets after start token 0."""
     rows = rows_of([[(prompt, text)] for prompt, text in zip(prompts, texts, strict=True)], SOURCE, SLOTS)
     return np.asarray(forward(config)(rows))
 

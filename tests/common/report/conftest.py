@@ -1,4 +1,4 @@
-"""A synthetic run directory of two arms, with the texts that break careless reports in it."""
+"""Makes a synthetic run directory of two arms, with texts that break careless reports."""
 
 import dataclasses
 import functools
@@ -46,7 +46,7 @@ def mistake(text: str, generator: np.random.Generator) -> str:
 
 
 def decode(share: float, seed: int) -> list[dict[str, Any]]:
-    """Samples of a made-up arm: harder examples are hard for every arm, as they are in life."""
+    """Makes samples of a made-up arm; hard examples are hard for every arm, as in reality."""
     hardness, own = np.random.default_rng(0), np.random.default_rng(seed)
     rows = []
     plan = [("validation", kind, i, right) for kind, right in KINDS.items() for i in range(240)]
@@ -71,7 +71,7 @@ def scores_of(rows: Sequence[dict[str, Any]]) -> tuple[Any, ...]:
 
 
 def _make_result(arm: str, **changes: Any) -> ArmResult:
-    """A finished arm's result; `changes` replace fields."""
+    """Makes a finished arm's result; `changes` replace fields."""
     flops = Flops(full_attention=4.1e14, causal_half=3.9e14, six_nd=3.7e14, useful_full_attention=3.55e14)
     result = ArmResult(
         arm=arm,
@@ -123,7 +123,7 @@ def make_result() -> Callable[..., ArmResult]:
 
 @functools.cache
 def intact_files() -> str:
-    """JSON of every file of an intact run directory by name: an object, or a list for a file of lines."""
+    """Returns a JSON object of every file of an intact run directory by name: an object, or a list for JSON lines."""
     question = "What does the structure of an encoder-decoder buy, at equal data and equal compute?"
     experiment: dict[str, Any] = {"schema_version": 1, "name": "first light", "question": question}
     experiment |= {"expectation": "Both learn; neither is ahead.", "arms": {}}
@@ -144,7 +144,7 @@ def intact_files() -> str:
 
 @pytest.fixture
 def write_run(tmp_path: Path) -> Callable[..., Path]:
-    """Writes RUN and returns it; `edit(files)` may change what is written, a mapping from name to JSON value."""
+    """Writes a run directory and returns it; `edit(files)` may change the files, JSON values by name."""
 
     def write(edit: Edit = lambda files: None) -> Path:
         run, files = tmp_path / "run", json.loads(intact_files())

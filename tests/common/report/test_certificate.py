@@ -1,4 +1,4 @@
-"""Arms that differ are reported as differing, with the step or field named."""
+"""The certificate reports arms that differ, and names the step or field."""
 
 import dataclasses
 import io
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from common.report.certificate import Certificate, Check, certify, certify_run, first_parting, one_recipe
+from common.report.certificate import Certificate, Check, certify, certify_run, first_difference, one_recipe
 from common.report.run_files import read_run
 from common.report.tables import certificate_panel
 
@@ -36,12 +36,12 @@ def test_equal_arms_agree_in_every_check(write_run: Callable[..., Path]) -> None
         "one recipe",
         "ledger = XLA within 2 %",
     ]
-    assert "model.d_ff (512 / 464)" in check(certificate, "recipe").detail  # own sizes are allowed, but told
+    assert "model.d_ff (512 / 464)" in check(certificate, "recipe").detail  # sizes may differ, but are shown
     assert all(len(fact.values) == 2 for fact in certificate.facts)
 
 
-def test_how_arms_are_computed_is_no_part_of_the_recipe() -> None:
-    """Told, as sizes are; precision is one."""
+def test_how_arms_are_computed_is_not_part_of_the_recipe() -> None:
+    """It is shown, as sizes are. Precision is part of the recipe."""
     configs = {
         arm: {"train": {"mesh": {"fsdp": fsdp}, "execution": {"remat": "full", "dtype": dtype}}}
         for arm, fsdp, dtype in (("a", 4, "float32"), ("b", 2, "float32"), ("c", 2, "bfloat16"))
@@ -61,7 +61,7 @@ OTHER_FAMILY = {"kind": "enc-dec", "d_ff": 9, "encoder_layers": 2, "memory": "fi
         ({"init": None}, {"init": {"path": "runs/x", "rules": []}}, (), "init.path: a absent, b runs/x"),
         ({"init": {"path": "runs/x", "rules": []}}, {}, (), "init.path: a runs/x, b absent"),
         ({"data": {"words": {}}}, {"data": {}}, (), "data.words: a {}, b absent"),
-        ({"seed": "absent"}, {}, (), "seed: a absent, b absent"),  # a text is not what it stands for
+        ({"seed": "absent"}, {}, (), "seed: a absent, b absent"),  # the text "absent" is a value
         ({"model": MODEL}, {"model": MODEL | {"memory": "final"}}, (), "model.memory: a absent, b final"),
         ({"model": MODEL}, {"model": OTHER_FAMILY | {"recipe": {}}}, (), "model.recipe.norm: a rms, b absent"),
         ({"init": None}, {"init": {"path": "runs/x"}}, ("init",), None),
@@ -69,10 +69,10 @@ OTHER_FAMILY = {"kind": "enc-dec", "d_ff": 9, "encoder_layers": 2, "memory": "fi
         ({"model": MODEL}, {"model": OTHER_FAMILY}, (), None),
     ],
 )
-def test_what_one_arm_has_and_another_lacks_is_a_difference(
+def test_a_field_that_one_arm_lacks_is_a_difference(
     first: dict[str, Any], second: dict[str, Any], varies: tuple[str, ...], detail: str | None
 ) -> None:
-    """Fields that belong to one family are no difference, but are reported."""
+    """Fields of one family only are no difference, but they are shown."""
     for configs in ({"a": first, "b": second}, {"b": second, "a": first}):
         found = one_recipe(configs, varies)
         assert found.agrees is (detail is None), found.detail
@@ -84,8 +84,8 @@ def test_what_one_arm_has_and_another_lacks_is_a_difference(
         assert not three.agrees and "model.memory: b final, a absent, c layerwise" in three.detail
 
 
-def part_at(step: int) -> Callable[[Files], None]:
-    """Another order from `step` on: chained fingerprints stay apart once they have parted."""
+def differ_from(step: int) -> Callable[[Files], None]:
+    """Changes the order from `step` on: once chained fingerprints differ, they stay different."""
 
     def edit(files: Files) -> None:
         for row in files["dec-only/metrics.jsonl"]:
@@ -115,9 +115,9 @@ def stop_early(files: Files) -> None:
 @pytest.mark.parametrize(
     ("edit", "name", "detail"),
     [
-        (part_at(57), "same order", "agree up to step 56 and part at step 57"),
-        (part_at(1), "same order", "part at their first step (1)"),
-        (stop_early, "same order", "part at step 101"),
+        (differ_from(57), "same order", "agree up to step 56 and differ from step 57"),
+        (differ_from(1), "same order", "differ from their first step (1)"),
+        (stop_early, "same order", "differ from step 101"),
         (setting("dec-only/result.json", "fingerprint", value="0"), "same order", "dec-only: the last fingerprint"),
         (
             setting("dec-only/environment.json", "tokenizer_hash", value="beef"),
@@ -135,7 +135,7 @@ def stop_early(files: Files) -> None:
         (setting("dec-only/config.json", "optimizer", "kind", value="lion"), "recipe", "optimizer.kind"),
     ],
 )
-def test_a_difference_is_named_and_alone(
+def test_only_the_check_of_a_difference_fails(
     write_run: Callable[..., Path], edit: Callable[[Files], None], name: str, detail: str
 ) -> None:
     certificate = certify_run(read_run(write_run(edit)))
@@ -151,10 +151,10 @@ def uncount(files: Files) -> None:
 
 
 @pytest.mark.parametrize("edit", [uncount, setting("dec-only/result.json", "xla_flops_per_step", value=0.0)])
-def test_a_check_that_could_not_be_made_neither_agrees_nor_differs(
+def test_an_unmade_check_neither_agrees_nor_differs(
     write_run: Callable[..., Path], edit: Callable[[Files], None]
 ) -> None:
-    """Where nothing could be counted (0: by versions that knew a CPU's programs alone) the certificate says so."""
+    """The certificate shows that nothing was counted (earlier versions wrote 0, except for CPU programs)."""
     certificate = certify_run(read_run(write_run(edit)))
     found = check(certificate, "XLA")
     why = " (ValueError: no bound)" if edit is uncount else ""
@@ -164,7 +164,7 @@ def test_a_check_that_could_not_be_made_neither_agrees_nor_differs(
     assert fact.values == ("3.430e12", "not counted")
 
 
-def test_a_difference_counts_more_than_a_check_that_could_not_be_made(write_run: Callable[..., Path]) -> None:
+def test_a_difference_outranks_an_unmade_check(write_run: Callable[..., Path]) -> None:
     def edit(files: Files) -> None:
         uncount(files)
         files["enc-dec/result.json"]["xla_flops_per_step"] = 1.0
@@ -181,7 +181,7 @@ def test_a_difference_counts_more_than_a_check_that_could_not_be_made(write_run:
     assert certify_run(read_run(write_run(without))).headline == "1 of 7 checks DIFFER, 1 could not be made"
 
 
-def test_tolerances_are_inclusive_on_either_side(make_result: Callable[..., Any]) -> None:
+def test_tolerances_hold_in_both_directions(make_result: Callable[..., Any]) -> None:
     base = make_result("a")
     for factor, agrees in ((1.0099, True), (0.9902, True), (1.0101, False), (0.9899, False)):
         flops = dataclasses.replace(base.flops, full_attention=base.flops.full_attention * factor)
@@ -196,18 +196,18 @@ def test_a_lone_arm_is_checked_against_xla_only(make_result: Callable[..., Any])
     assert [c.name for c in certificate.checks] == ["ledger = XLA within 2 %"]
 
 
-def test_three_arms_of_which_the_middle_one_differs(make_result: Callable[..., Any]) -> None:
+def test_the_middle_of_three_arms_differs(make_result: Callable[..., Any]) -> None:
     results = [make_result("a"), make_result("b", fingerprint="1"), make_result("c")]
     assert not check(certify(results), "same order").agrees
 
 
-def test_first_parting_is_found_by_brute_force() -> None:
+def test_first_difference_equals_brute_force() -> None:
     for a, b in itertools.product(itertools.product("xy", repeat=3), repeat=2):
         want = next((i for i in range(3) if a[i] != b[i]), None)
-        assert first_parting({"a": dict(enumerate(a)), "b": dict(enumerate(b))}) == want
+        assert first_difference({"a": dict(enumerate(a)), "b": dict(enumerate(b))}) == want
 
 
-def test_panel_shows_text_and_never_markup(make_result: Callable[..., Any]) -> None:
+def test_panel_shows_names_as_text_not_markup(make_result: Callable[..., Any]) -> None:
     console = Console(width=200, record=True, file=io.StringIO())
     results = [
         make_result("[bold]a[/bold]"),

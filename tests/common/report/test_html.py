@@ -1,4 +1,4 @@
-"""The page: complete, alone in the world, escaped everywhere, the same bytes twice."""
+"""The report page is complete and self-contained, escapes all texts, and has the same bytes when written again."""
 
 import html.parser
 import json
@@ -16,14 +16,14 @@ import pytest
 from common.errors import UserError
 from common.report.html import write_report
 from common.report.samples import choose, mark_difference
-from common.report.verdicts import Example
+from common.report.verdicts import PairedExample
 
 Files = dict[str, Any]
 EVIL = "<script>alert(1)</script>&\"' $x^2$ {{ 7*7 }} -->]]>"
 
 
 class Page(html.parser.HTMLParser):
-    """Tags, ids and what the page would load."""
+    """Collects a page's tags, ids and links."""
 
     VOID = frozenset({"meta", "br"})
 
@@ -63,7 +63,7 @@ def read(path: Path) -> tuple[str, Page]:
     return text, Page(text)
 
 
-def test_page_is_whole_and_needs_no_network(write_run: Callable[..., Path]) -> None:
+def test_page_is_complete_and_loads_nothing(write_run: Callable[..., Path]) -> None:
     run = write_run()
     path = write_report(run)
     assert path == run / "report.html" and {p.name for p in run.iterdir()} == {
@@ -98,7 +98,7 @@ def test_same_files_same_bytes(write_run: Callable[..., Path]) -> None:
     assert write_report(run).read_bytes() == first
 
 
-def test_text_from_anywhere_is_escaped(write_run: Callable[..., Path]) -> None:
+def test_all_texts_are_escaped(write_run: Callable[..., Path]) -> None:
     def plant(files: Files) -> None:
         files["experiment.json"] |= {"name": EVIL, "question": EVIL, EVIL: EVIL}
         arm = 'b" onload=alert(1) <b>'
@@ -117,7 +117,7 @@ def test_text_from_anywhere_is_escaped(write_run: Callable[..., Path]) -> None:
 
     text, page = read(write_report(write_run(plant)))
     assert page.open == [] and page.tags["script"] == 0 and page.tags["b"] == 0
-    assert page.text.count(EVIL) >= 10, "shown as it is, in tables, samples and drawings"
+    assert page.text.count(EVIL) >= 10, "shown literally in tables, samples and drawings"
     assert "<script" not in text and "49" not in re.findall(r"<title>(.*?)</title>", text)[0]
 
 
@@ -127,19 +127,19 @@ def test_a_differing_certificate_is_red_and_stated_before_the_verdicts(write_run
 
     text, page = read(write_report(write_run(differ)))
     assert "certificate differ" in text and "certificate agree" not in text
-    assert page.text.index("The arms were not given the same") < page.text.index("Exact match, validation")
+    assert page.text.index("The arms were not treated the same") < page.text.index("Exact match, validation")
     assert "1 of 7 checks DIFFER" in page.text
     agreeing, _ = read(write_report(write_run()))
-    assert "certificate agree" in agreeing and "not given the same" not in agreeing
+    assert "certificate agree" in agreeing and "not treated the same" not in agreeing
 
 
-def test_a_certificate_that_was_not_checked_in_full_is_neither_green_nor_red(write_run: Callable[..., Path]) -> None:
+def test_a_partly_checked_certificate_is_neither_green_nor_red(write_run: Callable[..., Path]) -> None:
     def uncount(files: Files) -> None:
         files["dec-only/result.json"] |= {"xla_flops_per_step": None, "why_not_counted": "XlaError: <no> bound"}
         files["dec-only/result.json"] |= {"input_fill": None}
 
     text, page = read(write_report(write_run(uncount)))
-    assert not any(words in text for words in ("certificate agree", "certificate differ", "not given the same"))
+    assert not any(words in text for words in ("certificate agree", "certificate differ", "not treated the same"))
     assert "no check differs, 1 could not be made" in page.text
     assert "dec-only not counted (XlaError: <no> bound)" in page.text and "no slots / 88.0 %" in page.text
 
@@ -203,7 +203,7 @@ def breaking(name: str, text: str | None) -> Callable[[Path], None]:
         ("dec-only/environment.json", None, "environment.json is missing"),
     ],
 )
-def test_a_missing_or_broken_file_is_named(
+def test_errors_name_a_missing_or_broken_file(
     write_run: Callable[..., Path], name: str, text: str | None, message: str
 ) -> None:
     run = write_run()
@@ -219,8 +219,8 @@ def test_a_run_with_one_arm_has_a_report(write_run: Callable[..., Path]) -> None
     run = write_run()
     shutil.rmtree(run / "enc-dec")
     _, page = read(write_report(run))
-    assert "Not in this report, for want of a result: enc-dec." in page.text and "BLEU" in page.text
-    assert "one arm alone" in page.text and "points [" not in page.text
+    assert "Not in this report, because they have no result: enc-dec." in page.text and "BLEU" in page.text
+    assert "only one arm" in page.text and "points [" not in page.text
     (run / "dec-only" / "result.json").unlink()
     with pytest.raises(UserError, match="has no finished arm"):
         write_report(run)
@@ -235,7 +235,7 @@ def test_a_failed_report_leaves_the_old_one(write_run: Callable[..., Path]) -> N
     assert (run / "report.html").read_bytes() == old and len(list(run.iterdir())) == 4
 
 
-def test_texts_with_unusual_line_ends_stay_one_line_of_jsonl(write_run: Callable[..., Path]) -> None:
+def test_unusual_line_separators_do_not_split_json_lines(write_run: Callable[..., Path]) -> None:
     def plant(files: Files) -> None:
         files["enc-dec/samples.jsonl"][0]["prediction"] = "a\u2028b\x85c"
 
@@ -259,7 +259,7 @@ def test_marked_difference(target: str, prediction: str, marked: str) -> None:
 
 def test_samples_take_turns_by_kind() -> None:
     examples = [
-        Example(split="v", group=group, inputs=f"{group}{i}", target="", answers=())
+        PairedExample(split="v", group=group, inputs=f"{group}{i}", target="", answers=())
         for group, n in (("a", 5), ("b", 1), ("c", 2))
         for i in range(n)
     ]

@@ -1,4 +1,4 @@
-"""What a report shows of many arms in an order: their hypotheses, one drawing, the cost of a conversation."""
+"""The parts of a report on several ordered arms: their descriptions, one drawing, the cost of a conversation."""
 
 import re
 import xml.etree.ElementTree as ElementTree
@@ -17,7 +17,7 @@ EVIL = "<b>not bold</b> $x^2$ {{ 7*7 }}"
 
 
 def three_arms(files: Files) -> None:
-    """A third arm, what each stands for, and conversations: only the last arm keeps its cache."""
+    """Adds a third arm, descriptions, and conversations in which only the last arm keeps its cache."""
     arms = files["experiment.json"]["arms"]
     arms["third"] = arms["dec-only"]
     files |= {name.replace("dec-only", "third"): value for name, value in files.items() if name.startswith("dec-only/")}
@@ -31,7 +31,7 @@ def three_arms(files: Files) -> None:
         ]
 
 
-def test_arms_in_their_order(write_run: Callable[..., Path]) -> None:
+def test_arms_are_shown_in_order(write_run: Callable[..., Path]) -> None:
     page = write_report(write_run(three_arms)).read_text(encoding="utf-8")
     assert EVIL not in page
     assert all(f"&lt;b&gt;not bold&lt;/b&gt; $x^2$ {{{{ 7*7 }}}} {i}" in page for i in range(3))
@@ -42,12 +42,12 @@ def test_arms_in_their_order(write_run: Callable[..., Path]) -> None:
     ]
 
 
-def test_two_plain_arms_have_none_of_it(write_run: Callable[..., Path]) -> None:
+def test_two_plain_arms_have_no_such_parts(write_run: Callable[..., Path]) -> None:
     page = write_report(write_run()).read_text(encoding="utf-8")
     assert "arm by arm" not in page and "conversation" not in page
 
 
-def test_figure_is_a_picture_of_its_own(write_run: Callable[..., Path], tmp_path: Path) -> None:
+def test_figure_is_a_separate_file(write_run: Callable[..., Path], tmp_path: Path) -> None:
     figure = tmp_path / "figure.svg"
     write_figure(write_run(three_arms), figure)
     text = figure.read_text(encoding="utf-8")
@@ -60,7 +60,7 @@ def test_figure_is_a_picture_of_its_own(write_run: Callable[..., Path], tmp_path
 
 
 @pytest.mark.parametrize("declared", [True, False])
-def test_only_what_a_comparison_is_about_may_vary(write_run: Callable[..., Path], declared: bool) -> None:
+def test_only_fields_that_the_comparison_varies_may_differ(write_run: Callable[..., Path], declared: bool) -> None:
     def edit(files: Files) -> None:
         three_arms(files)
         files["third/config.json"] = {**files["third/config.json"]}

@@ -1,4 +1,4 @@
-"""The terminal's tables: every promised row, human units, and text that is never markup."""
+"""The terminal's tables have every row, readable units, and names as text, never as markup."""
 
 import dataclasses
 import io
@@ -23,7 +23,7 @@ def line(text: str, label: str) -> list[str]:
     return found.split()
 
 
-def test_comparison_table_shows_what_a_user_is_promised(write_run: Callable[..., Path]) -> None:
+def test_comparison_table_has_every_row(write_run: Callable[..., Path]) -> None:
     results = read_run(write_run()).results
     text = shown(comparison_table(results))
     assert line(text, "parameters") == ["parameters", "2.31", "M", "2.27", "M"]
@@ -37,7 +37,7 @@ def test_comparison_table_shows_what_a_user_is_promised(write_run: Callable[...,
     assert score.bleu is not None
     interval = f"{100 * score.exact_match.value:.1f} % [{100 * score.exact_match.low:.1f}"
     assert interval in text and f"{score.bleu.value:.1f} [{score.bleu.low:.1f}" in text
-    assert "BLEU, unseen names" not in text  # two words a text: no 4-grams
+    assert "BLEU, unseen names" not in text  # two words per text have no 4-grams
     for row in comparison_rows(results):
         assert len(row.values) == 2 and row.label in text
 
@@ -47,7 +47,7 @@ def test_groups_are_complete_and_best_first(write_run: Callable[..., Path]) -> N
     rows = group_rows(results, "validation")
     values = {s.group: s.exact_match.value for s in results[0].scores if s.split == "validation" and s.group != "all"}
     assert [row.label for row in rows] == sorted(values, key=lambda name: (-values[name], name))
-    assert group_rows(results, "unseen names") == ()  # one kind only: it is the whole split
+    assert group_rows(results, "unseen names") == ()  # of one kind only, which is the whole split
     text = shown(groups_table(results))
     assert "validation: all" in text and "unseen names: all" in text and "n = 400" in text
 
@@ -60,7 +60,7 @@ def test_arms_without_some_scores_have_a_dash(make_result: Callable[..., Any], w
     assert not [row for row in comparison_rows([make_result("b")]) if "exact" in row.label]
 
 
-def test_names_from_data_are_never_markup(write_run: Callable[..., Path]) -> None:
+def test_names_from_data_are_not_markup(write_run: Callable[..., Path]) -> None:
     result = read_run(write_run()).results[0]
     scores = tuple(dataclasses.replace(s, group=s.group.replace("dates", "[bold]dates[/]")) for s in result.scores)
     odd = dataclasses.replace(result, arm="[red]x[/red]", scores=scores)
@@ -68,7 +68,7 @@ def test_names_from_data_are_never_markup(write_run: Callable[..., Path]) -> Non
     assert "[bold]dates[/]" in shown(groups_table([odd]))
 
 
-def test_controls_in_names_from_data_do_not_reach_the_terminal(write_run: Callable[..., Path]) -> None:
+def test_control_characters_in_names_are_escaped(write_run: Callable[..., Path]) -> None:
     result = read_run(write_run()).results[0]
     evil, seen = "\x1b[2J\x9b\u202e", r"\u001b[2J\u009b\u202e"
     scores = tuple(dataclasses.replace(s, group=s.group.replace("dates", f"dates{evil}")) for s in result.scores)

@@ -1,4 +1,4 @@
-"""Verdicts rest on paired examples, or say that they do not."""
+"""Verdicts compare paired examples, or state that they cannot."""
 
 import dataclasses
 import random
@@ -34,7 +34,7 @@ def test_verdict_is_the_paired_comparison_of_all_examples(write_run: Callable[..
     assert "trained once" in caveat(run) and "2.31 M" in caveat(run)
 
 
-def test_the_headline_stands_first(write_run: Callable[..., Path]) -> None:
+def test_the_headline_metric_comes_first(write_run: Callable[..., Path]) -> None:
     def by_bleu(files: Files) -> None:
         files["experiment.json"] |= {"evaluation": {"headline": "bleu"}}
         for row in files["dec-only/samples.jsonl"]:
@@ -46,7 +46,7 @@ def test_the_headline_stands_first(write_run: Callable[..., Path]) -> None:
 
 
 def judged(write_run: Callable[..., Path], *counts: int, splits: int = 1, seeds: dict[str, Any] | None = None) -> Any:
-    """Verdicts on splits where so many examples are right in both, only the first, only the second, and neither."""
+    """Returns verdicts on splits; `counts` examples are right in both arms, one, the other, neither."""
 
     def edit(files: Files) -> None:
         rights = [(True, True)] * counts[0] + [(True, False)] * counts[1]
@@ -75,7 +75,7 @@ def judged(write_run: Callable[..., Path], *counts: int, splits: int = 1, seeds:
         ((90, 4, 0, 6), None),
     ],
 )
-def test_verdicts_claim_no_more_than_examples_and_seed_show(
+def test_verdicts_are_about_these_examples_and_this_seed(
     write_run: Callable[..., Path], counts: tuple[int, ...], better: str | None
 ) -> None:
     seeds = {"train": {"seed": 3}, "data": {"seed": 4}}
@@ -86,11 +86,11 @@ def test_verdicts_claim_no_more_than_examples_and_seed_show(
     else:
         assert f"the {better} model trained here (train.seed 3, data.seed 4) is better on these examples" in exact.text
         worse = {"enc-dec": "dec-only", "dec-only": "enc-dec"}[better]
-        assert exact.text.endswith(f"one seed says nothing of {better} and {worse} in general.")
+        assert exact.text.endswith(f"one seed says nothing about {better} and {worse} in general.")
 
 
-def test_many_comparisons_are_counted_and_corrected_for(write_run: Callable[..., Path]) -> None:
-    """p = 0.021: a difference if it is the only comparison, and none of six."""
+def test_p_values_are_corrected_for_the_number_of_comparisons(write_run: Callable[..., Path]) -> None:
+    """p = 0.021 is a difference for one comparison, but not for one of six."""
     (alone, *_), (among, *_, counted, _) = (judged(write_run, 80, 13, 3, 4, splits=n) for n in (1, 6))
     assert "the enc-dec model trained here (data.seed 0) is better" in alone.text
     assert "(p = 0.13 corrected for 6 comparisons): no difference resolved" in among.text
@@ -104,7 +104,7 @@ def test_many_comparisons_are_counted_and_corrected_for(write_run: Callable[...,
         (["enc-dec", "dec-only"], "ja-mecab-0.996-IPA", "they were scored with MeCab, which is not installed here"),
     ],
 )
-def test_bleus_that_cannot_be_compared_are_not(
+def test_incomparable_bleu_scores_are_not_compared(
     write_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, arms: list[str], tokenizer: str, why: str
 ) -> None:
     def edit(files: Files) -> None:
@@ -122,7 +122,7 @@ def test_the_order_of_samples_does_not_matter(write_run: Callable[..., Path]) ->
     assert plain == shuffled
 
 
-def test_a_selection_of_samples_does_not_pass_for_the_split(write_run: Callable[..., Path]) -> None:
+def test_a_selection_of_samples_is_not_compared_as_the_split(write_run: Callable[..., Path]) -> None:
     def keep_errors(files: Files) -> None:
         for arm in ("enc-dec", "dec-only"):
             files[f"{arm}/samples.jsonl"] = [row for row in files[f"{arm}/samples.jsonl"] if not row["correct"]]

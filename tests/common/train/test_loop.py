@@ -504,5 +504,7 @@ def test_the_certificate_tells_arms_with_other_data(
     assert {check.name for check in certificate.checks if not check.agrees} == differ
     assert certificate.agrees == (not differ)
     if differ:
-        assert certificate.checks[0].detail.startswith("the arms part at their first step (1): other order, tokenizer")
+        assert certificate.checks[0].detail.startswith(
+            "the arms differ from their first step (1): other order, tokenizer"
+        )
         assert not certify(results).agrees  # by the last fingerprints alone
