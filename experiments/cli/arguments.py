@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from common.errors import UserError, nearest
 from common.ranges import Range, Rows
-from experiments.cli.options import AsDataAction, AsExperiment, AsLengths, AsPath, real, whole
+from experiments.cli.options import AsDataAction, AsDtype, AsExperiment, AsLengths, AsPath, real, whole
 
 RUNS = Path("runs")
 PROFILE_STEPS = 5
@@ -233,7 +233,9 @@ def _add_score(score: argparse.ArgumentParser) -> None:
         metavar="N,N",
         help="allowed lengths of rows in tokens; the longest limits a text",
     )
-    score.add_argument("--dtype", default="float32", metavar="DTYPE", help="float32 (default) or bfloat16")
+    score.add_argument(
+        "--dtype", action=AsDtype, default="float32", metavar="DTYPE", help="float32 (default) or bfloat16"
+    )
 
 
 def _add_generate(generate: argparse.ArgumentParser) -> None:
@@ -270,7 +272,9 @@ def _add_generate(generate: argparse.ArgumentParser) -> None:
     generate.add_argument("--samples", action=whole(), default=1, metavar="N", help="texts per prompt (1)")
     generate.add_argument("--seed", action=whole(), default=0, metavar="N", help="seed of sampling (0)")
     generate.add_argument("--rows", action=whole(), default=8, metavar="N", help="prompts per device and batch (8)")
-    generate.add_argument("--dtype", metavar="DTYPE", help="float32 or bfloat16 (default: float32 on CPU only)")
+    generate.add_argument(
+        "--dtype", action=AsDtype, metavar="DTYPE", help="float32 or bfloat16 (default: float32 on CPU)"
+    )
 
 
 def take_late_overrides(options: argparse.Namespace, rest: list[str], command: argparse.ArgumentParser) -> None:

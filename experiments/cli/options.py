@@ -5,7 +5,7 @@ import math
 import re
 import typing
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from common.errors import UserError, nearest
 from common.paths import user_path
@@ -17,6 +17,7 @@ ANY = Range(-math.inf, math.inf)
 LONGEST = 30
 """Characters of a number."""
 DATA_ACTIONS = ("show", "prepare")
+Dtype = Literal["float32", "bfloat16"]
 
 
 def storing(read: Callable[[str, str], Any]) -> type[argparse.Action]:
@@ -54,6 +55,13 @@ def _data_action(name: str, text: str) -> str:
     return text
 
 
+def _dtype(name: str, text: str) -> str:
+    valid = typing.get_args(Dtype)
+    if text not in valid:
+        raise UserError(f"{name} {text}: {nearest(text, valid)}")
+    return text
+
+
 def _lengths(name: str, text: str) -> tuple[int, ...]:
     numbers = text.split(",")
     if not all(re.fullmatch(rf"[1-9]\d{{0,{LONGEST}}}", number, flags=re.ASCII) for number in numbers):
@@ -70,6 +78,8 @@ AsExperiment = storing(_experiment)
 """Stores the name of a registered experiment."""
 AsDataAction = storing(_data_action)
 """Stores what `twinstack data` does."""
+AsDtype = storing(_dtype)
+"""Stores the name of a dtype of computation."""
 AsLengths = storing(_lengths)
 """Stores whole numbers that are separated by commas."""
 

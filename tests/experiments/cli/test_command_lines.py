@@ -1,4 +1,4 @@
-"""Mistaken command lines: each is refused by one line and status 2, and changes nothing."""
+"""Mistaken command lines: each ends with a one-line error and status 2, and changes nothing."""
 
 import json
 import os
@@ -35,7 +35,7 @@ NO_FILE = [
 ]
 """Paths where no file can be written."""
 NO_FOLDER = ["", " ", "/", "{file}", "{file}/x", LONG, f"new/{LONG}", "~nosuchuser/x", "{loop}", "a\udcff", "a\0"]
-"""Paths where no folder can be, or be made."""
+"""Paths where no folder exists or can be created."""
 NO_MODEL = ["", ".", "/", "{folder}", "{file}", "{file}/x", LONG, "~nosuchuser/x", "{loop}", "a\udcff", "a\0"]
 NO_MODEL += ["{folder}@3", "{file}@3", f"{{folder}}@{DIGITS}", "missing@", "@1", "-"]
 BAD_NUMBERS = ["", "x", "1.5.2", "nan", "inf", "-inf", "1e400", "1_0", "٣", "0x10", DIGITS, f"-{DIGITS}", "1e999999999"]
@@ -190,7 +190,7 @@ BAD_JSON = {
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The values of the names in braces in the command lines."""
+    """Makes files, and returns the paths that replace names in braces in the command lines."""
     root = tmp_path_factory.mktemp("places")
     (root / "folder").mkdir()
     (root / "file").write_text("kept")
@@ -215,7 +215,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory; a clean checkout for `launch`."""
+    """Changes to an empty working directory, and gives `launch` a clean checkout."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("experiments.launching.source.committed", lambda root=None: "0" * 40)
     return tmp_path
@@ -228,12 +228,12 @@ def filled(command: list[str], places: dict[str, str]) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", [destinations, sources, numbers, overrides, files])
-def test_what_nobody_should_ask_for_is_one_line_and_status_2(here, places, capsys, kind):
+def test_mistakes_are_one_line_and_status_2(here, places, capsys, kind):
     wrong = []
     for command in kind():
         try:
             status = main(filled(command, places))
-        except Exception as error:  # so that all that is wrong is seen at once
+        except Exception as error:  # so that the test reports all of them at once
             status = repr(error)
         captured = capsys.readouterr().err
         line = captured.removesuffix("\n")
@@ -244,7 +244,7 @@ def test_what_nobody_should_ask_for_is_one_line_and_status_2(here, places, capsy
 
 
 @pytest.mark.parametrize("variable", ["TWINSTACK_CACHE", "XDG_CACHE_HOME"])
-def test_a_cache_that_can_be_no_folder_is_one_line(places, monkeypatch, capsys, variable):
+def test_an_impossible_cache_folder_is_one_line(places, monkeypatch, capsys, variable):
     monkeypatch.delenv("TWINSTACK_CACHE")
     for path in ("{file}", "{file}/x", "~nosuchuser/x", "{loop}", LONG):
         monkeypatch.setenv(variable, *filled([path], places))
@@ -253,7 +253,7 @@ def test_a_cache_that_can_be_no_folder_is_one_line(places, monkeypatch, capsys, 
         assert error.startswith("twinstack: error: ") and error.count("\n") == 1
 
 
-def test_a_question_is_no_markup(monkeypatch, capsys):
+def test_a_question_is_never_markup(monkeypatch, capsys):
     def no_data(*_):
         raise UserError("enough")
 

@@ -65,7 +65,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 @both
-def test_prompts_of_a_file_in_their_order(name: str, folders: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
+def test_output_has_the_order_of_the_prompts(name: str, folders: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
     file, out = tmp_path / "prompts.txt", tmp_path / "texts.jsonl"
     file.write_text("".join(f"{p}\n" for p in PROMPTS))
     assert run(folders[name], "--file", str(file), "--out", str(out)) == 0
@@ -86,8 +86,8 @@ def test_prompts_of_a_file_in_their_order(name: str, folders: dict[str, Path], t
 
 
 @both
-def test_a_language_models_text_goes_on_as_it_is_scored(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    """A prompt is the context of what follows, for models whose inputs were empty in training and for native ones."""
+def test_generated_text_is_scored_as_a_continuation(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """A prompt is the context of its text, for models that were trained with empty inputs and for native ones."""
     model, out, file = tmp_path / "model", tmp_path / "texts.jsonl", tmp_path / "pairs.jsonl"
     shutil.copytree(folders[name], model)
     manifest = read_json(model / "model.json")
@@ -106,7 +106,7 @@ def test_a_language_models_text_goes_on_as_it_is_scored(name: str, folders: dict
             assert scored["is_greedy"]
 
 
-def test_a_pipe_gets_the_rows_and_nothing_lies_beside_it(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_output_to_a_pipe_makes_no_partial_file(folders: dict[str, Path], tmp_path: Path) -> None:
     pipe, heard = tmp_path / "pipe", []
     os.mkfifo(pipe)
     reader = threading.Thread(target=lambda: heard.append(pipe.read_text()), daemon=True)
@@ -117,14 +117,14 @@ def test_a_pipe_gets_the_rows_and_nothing_lies_beside_it(folders: dict[str, Path
     assert os.listdir(tmp_path) == ["pipe"] and pipe.is_fifo()
 
 
-def test_many_prompts_without_a_file(folders: dict[str, Path], capsys: Any, monkeypatch: Any) -> None:
+def test_several_prompts_are_printed_as_json_lines(folders: dict[str, Path], capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(PROMPTS)))
     assert run(folders["t5like-bias"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [json.loads(line)["prompt"] for line in lines] == PROMPTS
 
 
-def test_interrupted_work_is_gone_on_with(
+def test_an_interrupted_command_resumes(
     folders: dict[str, Path], tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
     model, out, whole = folders["t5like-bias"], tmp_path / "texts.jsonl", tmp_path / "whole.jsonl"
@@ -149,7 +149,7 @@ def test_interrupted_work_is_gone_on_with(
     partial = tmp_path / "texts.jsonl.partial"
     assert not out.exists()
     assert len(rows(partial)) == 16  # two batches, of eight devices a row each
-    partial.write_text(partial.read_text() + '{"index": 23, "te')  # a line that a killed writer left
+    partial.write_text(partial.read_text() + '{"index": 23, "te')  # as a killed command may leave it
     batches = 10
     with monkeypatch.context() as patch:
         patch.setattr(module.Generator, "_batch", third_fails)
@@ -157,24 +157,24 @@ def test_interrupted_work_is_gone_on_with(
     assert batches == 10 + 1
     assert out.read_bytes() == whole.read_bytes()
     assert not partial.exists()
-    # Done already: nothing is opened.
+    # The output is complete: no model is opened.
     with monkeypatch.context() as patch:
         patch.setattr("experiments.cli.generate.open_found", None)
         assert run(model, *options, "--out", str(out)) == 0
-    # Other options are other texts.
+    # With other options, the output is not reused.
     capsys.readouterr()
     assert run(model, *options[:-1], "4", "--out", str(out)) == 2
-    assert "not of this model, these prompts and these options" in capsys.readouterr().err
+    assert "from another model, other prompts or other options" in capsys.readouterr().err
 
 
-def test_another_model_is_not_gone_on_with(folders: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
+def test_the_texts_of_another_model_are_not_resumed(folders: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
     """A path with other weights, another dtype or another tokenizer is another model; a moved model is the same one."""
     model, moved, out = tmp_path / "model", tmp_path / "moved", tmp_path / "texts.jsonl"
     shutil.copytree(folders["gpt-learned"], model)
     options = ["--prompt", PROMPTS[0], "--out", str(out)]
     assert run(model, *options) == 0
     shutil.copytree(model, moved)
-    assert run(moved, *options) == 0 and "whole already" in capsys.readouterr().err
+    assert run(moved, *options) == 0 and "complete already" in capsys.readouterr().err
     assert run(model, *options, "--dtype", "bfloat16") == 2
     table = sorted((model / "parameters").glob("*table_VD*/**/c/**/*"))[-1]
     table.write_bytes(bytes([*table.read_bytes()[:-1], table.read_bytes()[-1] ^ 1]))
@@ -182,7 +182,7 @@ def test_another_model_is_not_gone_on_with(folders: dict[str, Path], tmp_path: P
     manifest = read_json(moved / "model.json")
     write_json(moved / "model.json", manifest | {"text": manifest["text"] | {"eos_ids": [1, 5]}})
     assert run(moved, *options) == 2
-    assert capsys.readouterr().err.count("not of this model, these prompts and these options") == 3
+    assert capsys.readouterr().err.count("from another model, other prompts or other options") == 3
 
 
 def test_samples_and_beams(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_samples_and_beams(folders: dict[str, Path], tmp_path: Path) -> None:
         assert all(a["tokens"] != b["tokens"] for a, b in (made[:2], made[2:]))
 
 
-def test_one_text_is_shown_as_it_grows(folders: dict[str, Path], monkeypatch: Any) -> None:
+def test_one_text_is_streamed(folders: dict[str, Path], monkeypatch: Any) -> None:
     class Terminal(io.StringIO):
         pieces: list[str]
 
@@ -214,7 +214,7 @@ def test_one_text_is_shown_as_it_grows(folders: dict[str, Path], monkeypatch: An
     assert terminal.pieces[-1] == "\n"
 
 
-def test_control_characters_are_spelt_out() -> None:
+def test_control_characters_are_escaped() -> None:
     assert harmless("a\x1b]0;owned\x07b\r\x9b2J") == r"a\u001b]0;owned\u0007b\r\u009b2J"
     assert harmless("tab\tnew\nline é 漢 🙂 [red]") == "tab\tnew\nline é 漢 🙂 [red]"
     assert harmless("\u202eabc\ud800") == r"\u202eabc\ud800"
@@ -240,8 +240,8 @@ def test_methods(options: dict[str, Any], expected: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--beams", "2", "--temperature", "1"], "draws nothing"),
-        (["--beams", "2", "--temperature", "0"], "draws nothing"),
+        (["--beams", "2", "--temperature", "1"], "does not sample"),
+        (["--beams", "2", "--temperature", "0"], "does not sample"),
         (["--length-penalty", "1"], "give --beams"),
         (["--temperature", "0", "--top-p", "0.5"], "greedy"),
         (["--temperature", "-1"], "temperature is -1.0"),
@@ -263,7 +263,7 @@ def test_mistakes(options: list[str], message: str, folders: dict[str, Path], ca
     assert error.count("\n") == 1
 
 
-def test_no_prompt_is_no_mistake(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_no_prompts_write_an_empty_file(folders: dict[str, Path], tmp_path: Path) -> None:
     empty, out = tmp_path / "empty.txt", tmp_path / "out.jsonl"
     empty.write_text("")
     assert run(folders["gpt-learned"], "--file", str(empty), "--out", str(out)) == 0

@@ -48,7 +48,7 @@ BASE = Experiment(name="first", question="Who learns?", arms={"left": Model(), "
 
 @pytest.fixture
 def calls(monkeypatch, tmp_path):
-    """Calls from the command line to the commands, whose stand-ins take what the real ones take and nothing else."""
+    """Records calls of the functions behind the commands; the mocks have the signatures of these functions."""
     calls: list[tuple] = []
 
     def stand_in(module, name, result=lambda *given: None):
@@ -109,7 +109,7 @@ def test_commands_get_the_experiment_and_the_run_directory(calls, command, expec
         "compare --run-dir there first train.steps=1 train.steps=20 arms.left.d_ff=8",
     ],
 )
-def test_overrides_may_stand_before_and_behind_options(calls, command):
+def test_overrides_may_precede_and_follow_options(calls, command):
     assert main(command.split()) == 0
     assert calls[0][1].train == Train(steps=20)
     assert calls[0][1].arms == {"left": Model(d_ff=8), "right": Model(d_ff=32)}
@@ -185,7 +185,7 @@ def test_an_error_about_a_path_is_one_line_of_visible_characters(calls, monkeypa
     assert error == f"twinstack: error: {tmp_path}/a\\u001b[2J\\u202e[red]: no such file or directory\n"
 
 
-def test_nobody_reads_the_output_any_more():
+def test_a_closed_output_pipe_is_no_error():
     process = subprocess.Popen(
         [sys.executable, "-m", "experiments.cli", "list"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -206,7 +206,7 @@ def test_other_errors_keep_their_traceback(calls, monkeypatch):
 
 
 @pytest.mark.parametrize(("command", "resumes"), [("compare", True), ("plan", False)])
-def test_an_interruption_says_how_to_go_on(calls, monkeypatch, capsys, command, resumes):
+def test_an_interruption_prints_the_command_that_resumes(calls, monkeypatch, capsys, command, resumes):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
@@ -243,7 +243,7 @@ def test_the_module_runs_commands_too():
     ],
     ids=["a laptop", "a GPU", "a TPU", "no libtpu"],
 )
-def test_jax_is_told_where_no_tpu_is(calls, monkeypatch, tmp_path, vendors, installed, told):
+def test_jax_does_not_search_for_absent_tpus(calls, monkeypatch, tmp_path, vendors, installed, told):
     for number, vendor in enumerate(vendors):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "vendor").write_text(f"{vendor}\n")

@@ -52,7 +52,7 @@ def settings(tokenizer: Any, *, add_bos: bool = False, **change: Any) -> TextCod
 
 
 @pytest.mark.parametrize(("name", "alignment"), [("gpt-learned", "native"), ("t5like-bias", "start_token")])
-def test_a_file_of_ids_is_scored_in_its_order(name: str, alignment: str, tmp_path: Path, capsys: Any) -> None:
+def test_scores_have_the_order_of_the_file(name: str, alignment: str, tmp_path: Path, capsys: Any) -> None:
     records = [
         {"inputs": [7, 0, 8], "targets": [9, 0], "note": "kept"},
         {"context": [4], "continuation": [6, 6, 6]},
@@ -93,10 +93,10 @@ def test_supervised_pairs_end_inputs_with_eos(tokenizer: BytePairTokenizer) -> N
 
 
 @pytest.mark.parametrize("change", [{"start_id": VOCAB}, {"eos_ids": (VOCAB,)}, {"add_bos": True, "bos_id": VOCAB}])
-def test_ids_of_the_models_own_beyond_its_table(change: dict[str, Any]) -> None:
-    """The ids of a model that came without a tokenizer have not been compared with its table."""
+def test_special_ids_beyond_the_table_are_errors(change: dict[str, Any]) -> None:
+    """Without a tokenizer, nothing has compared a model's special ids with its token table before."""
     text = settings(None, alignment="native", **change)
-    with pytest.raises(UserError, match=f"it holds token {VOCAB}; ids go from 0 to {VOCAB - 1}"):
+    with pytest.raises(UserError, match=f"it contains token {VOCAB}; ids go from 0 to {VOCAB - 1}"):
         to_pair({"text": []}, text, VOCAB, eos=True)
 
 
@@ -119,15 +119,15 @@ def test_language_models_with_a_start_token(tokenizer: BytePairTokenizer) -> Non
     assert p.example.targets_T.tolist() == ids(tokenizer, "one two")
 
 
-def test_a_continuation_that_would_swallow_its_context_is_written_apart(tokenizer: BytePairTokenizer) -> None:
+def test_texts_are_encoded_separately_where_a_token_would_span_both(tokenizer: BytePairTokenizer) -> None:
     assert ids(tokenizer, " three")[:2] != ids(tokenizer, " t"), "together they would be one token"
     text = settings(tokenizer, alignment="native")
     p = to_pair({"context": " t", "continuation": "hree"}, text, MODEL_VOCAB, eos=False)
     assert [p.start_id, *p.example.targets_T.tolist()] == ids(tokenizer, " t") + ids(tokenizer, "hree")
 
 
-def test_a_continuation_goes_on_in_mid_text() -> None:
-    """A tokenizer that writes a mark before every text: none comes between a context and what follows."""
+def test_a_continuation_is_encoded_as_the_middle_of_a_text() -> None:
+    """A tokenizer may mark the beginning of a text; the continuation gets no mark."""
     fake = types.SimpleNamespace(encode_with_sentinels=lambda text: np.array([9, *map(ord, text)], np.int32))
     p = to_pair({"context": "a", "continuation": "b"}, settings(fake, alignment="native"), MODEL_VOCAB, eos=False)
     assert [p.start_id, *p.example.targets_T.tolist()] == [9, ord("a"), ord("b")]
@@ -144,9 +144,9 @@ def test_a_continuation_goes_on_in_mid_text() -> None:
         (['{"text": 3}'], "line 1: text must be a text, or a list of token ids"),
         (['{"text": [1.5]}'], "line 1: text must be a text, or a list"),
         (['{"text": [true]}'], "line 1: text must be a text, or a list"),
-        ([f'{{"text": [1, {VOCAB}]}}'], f"line 1: text holds token {VOCAB}; ids go from 0 to {VOCAB - 1}"),
-        (['{"text": [-1]}'], "line 1: text holds token -1"),
-        (['{"text": "one"}'], "line 1: text is text, but the model came without a tokenizer"),
+        ([f'{{"text": [1, {VOCAB}]}}'], f"line 1: text contains token {VOCAB}; ids go from 0 to {VOCAB - 1}"),
+        (['{"text": [-1]}'], "line 1: text contains token -1"),
+        (['{"text": "one"}'], "line 1: text is text, but the model has no tokenizer"),
         (['{"text": [1]}', json.dumps({"text": [1] * 40})], "line 2: it has 0 input and 40 target tokens"),
     ],
 )
@@ -160,7 +160,7 @@ def test_mistakes_name_the_line(lines: list[str], message: str, tmp_path: Path, 
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_more_positions_than_the_model_has(tmp_path: Path, capsys: Any) -> None:
+def test_a_text_longer_than_the_models_positions_is_an_error(tmp_path: Path, capsys: Any) -> None:
     path = model_folder(tmp_path / "model", "gpt-learned", "native")
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"text": [1] * (MAX_POSITIONS + 1)}))
     assert main(f"score {path} --file {tmp_path}/pairs.jsonl --out {tmp_path}/out.jsonl".split()) == 2
@@ -181,13 +181,13 @@ def test_options_are_checked(options: str, message: str, tmp_path: Path, capsys:
     assert message in capsys.readouterr().err
 
 
-def test_no_more_rows_are_computed_than_there_are_examples(tmp_path: Path) -> None:
+def test_a_batch_has_no_more_rows_than_examples(tmp_path: Path) -> None:
     path = model_folder(tmp_path / "model", "gpt-learned", "native")
     one, many = (scored(path, [{"text": [5, 4]}], tmp_path, "--rows", rows) for rows in ("1", str(2**20)))
     assert one == many
 
 
-def test_the_texts_are_not_written_over(tmp_path: Path, capsys: Any) -> None:
+def test_the_input_file_is_not_overwritten(tmp_path: Path, capsys: Any) -> None:
     file = tmp_path / "pairs.jsonl"
     file.write_text('{"text": [1]}\n')
     (tmp_path / "same").symlink_to(file)
@@ -197,5 +197,5 @@ def test_the_texts_are_not_written_over(tmp_path: Path, capsys: Any) -> None:
     assert file.read_text() == '{"text": [1]}\n'
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     assert main(f"score nothing --file {tmp_path}/a --out b".split()) == 2
