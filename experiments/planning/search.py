@@ -129,39 +129,38 @@ def candidates_table(base: Experiment, candidates: Sequence[Candidate], topology
     The column `rows` has the rows that a device computes at a time, and how many times per step.
     """
     best = best_of(candidates, topology)
-    first = candidates[0].experiment
+    experiment = candidates[0].experiment
     shown = [one for i, one in enumerate(candidates) if i < SHOWN or one.compiled]
-    table = Table(
-        title=marked_up(
-            f"{first.name} on {topology}: {len(candidates)} candidates, {first.data.rows:,} rows a step; rows of a "
-            "device at a time, seconds for all arms"
-        ),
-        box=box.SIMPLE_HEAD,
-        padding=0,  # fits 80 columns
-        caption=marked_up(
-            f"best: {overrides(base, best.experiment)}"
-            if best
-            else "none of the compiled ones fits: take more chips, or chips with more memory"
-        ),
+    title = (
+        f"{experiment.name} on {topology}: {len(candidates)} candidates, {experiment.data.rows:,} rows a step; "
+        "rows of a device at a time, seconds for all arms"
     )
-    meshes = [one.mesh.sizes() for one in shown]
-    axes = [axis for axis in MESH_AXES if any(mesh[axis] > 1 for mesh in meshes)]
+    caption = "none of the compiled ones fits: take more chips, or chips with more memory"
+    if best:
+        caption = f"best: {overrides(base, best.experiment)}"
+    table = Table(title=marked_up(title), box=box.SIMPLE_HEAD, padding=0, caption=marked_up(caption))  # fits 80 columns
+    axes = [axis for axis in MESH_AXES if any(one.mesh.sizes()[axis] > 1 for one in shown)]
     for column in (*axes, "remat", "rows", "guess\nGiB", "guess\ns", "libtpu\nGiB", "libtpu\ns"):
         table.add_column(column, justify="right", no_wrap=True)
-    for one, mesh in zip(shown, meshes, strict=True):
-        train = one.experiment.train
-        table.add_row(
-            *(str(mesh[axis]) for axis in axes),
-            one.remat,
-            f"{first.data.rows / train.mesh.row_parts / train.accumulation:g}"
-            + (f" x {train.accumulation}" if train.accumulation > 1 else ""),
-            f"{one.bytes / 2**30:.1f}",
-            f"{one.guessed_seconds:.3g}",
-            "" if not one.compiled else _compiled_gib(one.compiled),
-            "" if not one.fits else "{:.3g}-{:.3g}".format(*one.seconds(topology)),
-            style="bold" if one is best else None,
-        )
+    for one in shown:
+        table.add_row(*_candidate_cells(one, axes, topology), style="bold" if one is best else None)
     return table
+
+
+def _candidate_cells(candidate: Candidate, axes: Sequence[str], topology: Topology) -> list[str]:
+    """Returns one line of the table: sizes of the mesh `axes`, then the other columns."""
+    experiment, sizes = candidate.experiment, candidate.mesh.sizes()
+    accumulation = experiment.train.accumulation
+    rows = f"{experiment.data.rows / candidate.mesh.row_parts / accumulation:g}"
+    return [
+        *(str(sizes[axis]) for axis in axes),
+        candidate.remat,
+        f"{rows} x {accumulation}" if accumulation > 1 else rows,
+        f"{candidate.bytes / 2**30:.1f}",
+        f"{candidate.guessed_seconds:.3g}",
+        _compiled_gib(candidate.compiled) if candidate.compiled else "",
+        "{:.3g}-{:.3g}".format(*candidate.seconds(topology)) if candidate.fits else "",
+    ]
 
 
 def overrides(base: Experiment, changed: Experiment) -> str:
