@@ -7,10 +7,10 @@ the family: it reads the config, matches the tensors to a `Table` and copies the
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from common.errors import UserError
-from common.recipe import Recipe
+from common.recipe import Recipe, Widths
 from common.weights.mapping import Table, TensorInfo
 from common.weights.settings import Settings
 
@@ -53,19 +53,6 @@ class T5XFormat:
     """Text conventions, apart from the tokenizer."""
 
 
-class SpecialIds(Protocol):
-    """The text conventions that decide which special ids a written config.json names."""
-
-    @property
-    def alignment(self) -> str: ...
-    @property
-    def prompts(self) -> str: ...
-    @property
-    def start_id(self) -> int: ...
-    @property
-    def bos_id(self) -> int | None: ...
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Formats:
     """The checkpoint formats of one family."""
@@ -74,42 +61,21 @@ class Formats:
     t5x: T5XFormat
     write_config: Callable[[Any, int | None], dict[str, Any]]
     """(model config, row length in training or None) -> config.json; UserError names a field without counterpart."""
-    special_ids: Callable[[SpecialIds], dict[str, int | None]]
-    """Fields of config.json that name special ids, apart from the end token's."""
+    special_ids: Callable[[Any], dict[str, int | None]]
+    """(text conventions) -> fields of config.json that name special ids, apart from the end token's."""
 
 
-class Sizes(Protocol):
-    """The sizes of a model config that determine the shapes of its parameters."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def d_model(self) -> int: ...
-    @property
-    def num_heads(self) -> int: ...
-    @property
-    def num_kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def d_ff(self) -> int: ...
-    @property
-    def max_positions(self) -> int | None: ...
-    @property
-    def recipe(self) -> Recipe: ...
-
-
-def axis_sizes(config: Sizes) -> dict[str, int]:
+def axis_sizes(widths: Widths, vocab_size: int) -> dict[str, int]:
     """The size of each axis letter of a `Table`."""
     return {
-        "V": config.vocab_size,
-        "S": config.max_positions or 0,
-        "D": config.d_model,
-        "H": config.num_heads,
-        "G": config.num_kv_heads,
-        "C": config.head_dim,
-        "F": config.d_ff,
-        "R": config.recipe.relative_buckets,
+        "V": vocab_size,
+        "S": widths.max_positions or 0,
+        "D": widths.d_model,
+        "H": widths.num_heads,
+        "G": widths.num_kv_heads,
+        "C": widths.head_dim,
+        "F": widths.d_ff,
+        "R": widths.recipe.relative_buckets,
     }
 
 

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from common.weights.formats import Formats, SpecialIds
+from common.infer.texts import TextConventions
+from common.weights.formats import Formats
 from gpt.config import GptConfig
 from gpt.convert import gpt2, llama, t5x
 
@@ -20,7 +21,7 @@ def write_config(config: GptConfig, row_length: int | None = None) -> dict[str, 
     return llama.write_config(config, row_length)
 
 
-def _special_ids(text: SpecialIds) -> dict[str, int | None]:
+def _special_ids(text: TextConventions) -> dict[str, int | None]:
     # A language model trained here begins every text with its start token, which then is what others call bos.
     begins_with_start = text.alignment == "start_token" and text.prompts == "targets"
     return {"bos_token_id": text.start_id if begins_with_start else text.bos_id}

@@ -16,7 +16,9 @@ def make_table(
 
     All names but the head's start with `prefix`, except in checkpoints of headless models (GPT2Model, LlamaModel).
     """
-    table = Table(rules=rules, sizes=axis_sizes(config), layers={"layers": config.num_layers}, extras=extras)
+    table = Table(
+        rules=rules, sizes=axis_sizes(config, config.vocab_size), layers={"layers": config.num_layers}, extras=extras
+    )
     names = list(names)
     headless = bool(names) and not any(name.startswith(prefix) for name in names)
     return table.without_prefix(prefix) if headless else table

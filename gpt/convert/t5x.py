@@ -28,7 +28,7 @@ def _table(config: GptConfig) -> Table:
         LoadRule("final_norm/scale_D", "decoder/decoder_norm/scale", "D"),
         *head_rules(config.recipe),
     )
-    return Table(rules=rules, sizes=axis_sizes(config), layers={"layers": config.num_layers})
+    return Table(rules=rules, sizes=axis_sizes(config, config.vocab_size), layers={"layers": config.num_layers})
 
 
 def _read_config(tensors: Mapping[str, TensorInfo], where: str) -> tuple[GptConfig, list[str]]:

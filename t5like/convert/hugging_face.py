@@ -41,7 +41,7 @@ def _table(config: T5LikeConfig, names: Iterable[str] = ()) -> Table:
     # Early T5 folders store a cross-attention bias that the network does not read.
     unused = Extra(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight")
     layers = {"encoder": config.encoder_layers, "decoder": config.decoder_layers}
-    return Table(rules=_rules(config), sizes=axis_sizes(config), layers=layers, extras=(unused,))
+    return Table(rules=_rules(config), sizes=axis_sizes(config, config.vocab_size), layers=layers, extras=(unused,))
 
 
 def _rules(config: T5LikeConfig) -> tuple[LoadRule, ...]:

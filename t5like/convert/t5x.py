@@ -36,7 +36,7 @@ def _table(config: T5LikeConfig) -> Table:
         *head_rules(config.recipe),
     )
     layers = {"encoder": config.encoder_layers, "decoder": config.decoder_layers}
-    return Table(rules=rules, sizes=axis_sizes(config), layers=layers)
+    return Table(rules=rules, sizes=axis_sizes(config, config.vocab_size), layers=layers)
 
 
 def _read_config(tensors: Mapping[str, TensorInfo], where: str) -> tuple[T5LikeConfig, list[str]]:
