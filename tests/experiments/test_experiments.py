@@ -1,4 +1,4 @@
-"""Every registered experiment loads, plans and survives JSON; what cannot work is one line before anything is done."""
+"""Every registered experiment loads, plans and survives JSON; impossible settings are errors before any work."""
 
 import copy
 import dataclasses
@@ -33,7 +33,7 @@ from tests.experiments.tiny_experiment import STEPS, tiny_experiment, write_data
 
 registered = pytest.mark.parametrize("name", EXPERIMENTS)
 FOR_A_SLICE = ("xl",)
-"""Their mesh is a pod slice's, which no test machine has."""
+"""Experiments with the mesh of a pod slice, which no test machine has."""
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_every_experiment_plans(name: str) -> None:
 
 @registered
 def test_arms_of_every_experiment_share_one_recipe(name: str) -> None:
-    """What the certificate will say, but for what the experiment says that it varies."""
+    """As the certificate requires, apart from the fields in `varies`."""
     experiment = load(name)
     resolved = to_json(experiment)
     configs = {arm: {**config, "train": resolved["train"]} for arm, config in resolved["arms"].items()}
@@ -67,7 +67,7 @@ def test_arms_of_every_experiment_share_one_recipe(name: str) -> None:
 
 
 def objects(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Paths to all JSON objects in `data`."""
+    """Yields the paths to all JSON objects in `data`."""
     if isinstance(data, dict):
         yield path
     items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
@@ -84,7 +84,7 @@ def test_either_kind_of_tokenizer_is_printed_and_read_back(capsys: pytest.Captur
 
 
 @registered
-def test_json_brings_back_the_very_same_experiment(name: str) -> None:
+def test_json_restores_the_same_experiment(name: str) -> None:
     experiment = load(name)
     data = json.loads(json.dumps(to_json(experiment)))
     restored = from_json(Experiment, data)
@@ -93,7 +93,7 @@ def test_json_brings_back_the_very_same_experiment(name: str) -> None:
 
 
 @registered
-def test_a_typo_in_json_is_refused_wherever_it_is(name: str) -> None:
+def test_a_typo_anywhere_in_json_is_an_error(name: str) -> None:
     data = to_json(load(name))
     places = [path for path in objects(data) if path not in (("arms",),)]
     assert len(places) > 10
@@ -109,7 +109,7 @@ def test_a_typo_in_json_is_refused_wherever_it_is(name: str) -> None:
 
 
 def test_first_light_is_fair() -> None:
-    """One recipe, one learning rate or each its own, and training FLOPs a step within 1 %."""
+    """Arms have one recipe, and training FLOPs per step within 1 %."""
     experiment = load("first_light")
     flops = [experiment.flops_per_step(arm) for arm in experiment.arms.values()]
     assert len(flops) == 2 and max(flops) / min(flops) - 1 < 0.01
@@ -163,7 +163,7 @@ def test_first_light_is_fair() -> None:
         ("plan frist_light", "unknown experiment 'frist_light': did you mean 'first_light'?"),
     ],
 )
-def test_what_cannot_work_is_one_line(
+def test_impossible_settings_are_one_line(
     command: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -178,16 +178,16 @@ def test_what_cannot_work_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_compare_from_the_files_to_the_report(
+def test_compare_local_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole path on one's own files."""
+    """The whole path from the user's own files to the report."""
     write_data(tmp_path)
     experiment, run_dir = tiny_experiment(tmp_path), tmp_path / "run"
     before_the_audit = []
 
     def noted(setup: Setup) -> StepCount:
-        """An audit that takes all memory would end the process here."""
+        """Stands for an audit that uses up all memory and ends the process."""
         before_the_audit.append(read_json(run_dir / setup.model.kind / "result.json"))
         return count_step(setup)
 
@@ -221,12 +221,12 @@ def test_compare_from_the_files_to_the_report(
     changed = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, seed=1))
     with pytest.raises(UserError, match="another config of tiny .train.seed: 0 -> 1."):
         compare(changed, run_dir)
-    finished_work_is_not_done_again(experiment, run_dir, capsys, monkeypatch)
+    check_finished_work_is_skipped(experiment, run_dir, capsys, monkeypatch)
     a_lone_arm_is_scored_and_reported(experiment, run_dir, capsys)
 
 
-def test_each_seed_moves_what_it_says(tmp_path: Path) -> None:
-    """The data's the batches, training's nothing of them; README's recipe for another seed moves both."""
+def test_each_seed_changes_only_its_part(tmp_path: Path) -> None:
+    """data.seed changes the batches, train.seed does not; README's recipe for another seed changes both."""
     write_data(tmp_path)
     experiment = tiny_experiment(tmp_path)
     of_training = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, seed=1))
@@ -249,10 +249,10 @@ def a_lone_arm_is_scored_and_reported(
     assert "without t5like, not trained and scored yet: the run's command with --arm" in capsys.readouterr().err
 
 
-def finished_work_is_not_done_again(
+def check_finished_work_is_skipped(
     experiment: Experiment, run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Unless a result is not of this config, or not whole."""
+    """Also checks that incomplete results, and those of another config, are made again."""
     files = {path: path.read_bytes() for path in run_dir.rglob("*.json*")}
     page = (run_dir / "report.html").read_bytes()
 
@@ -280,13 +280,13 @@ def finished_work_is_not_done_again(
             compare(experiment, run_dir)
         path.write_bytes(files[path])
     other = dataclasses.replace(experiment, evaluation=dataclasses.replace(experiment.evaluation, examples=4))
-    with pytest.raises(AssertionError, match="work"):  # scored anew, and not refused as another run
+    with pytest.raises(AssertionError, match="work"):  # scored again, and no error about another run
         compare(other, run_dir)
     compare(experiment, run_dir)
 
 
-def test_a_command_that_fails_before_training_claims_nothing(tmp_path: Path) -> None:
-    """The corrected command is taken in the same directory; after a trained step another one is not."""
+def test_a_command_that_fails_before_training_does_not_claim_the_directory(tmp_path: Path) -> None:
+    """The corrected command may use the same directory; after a trained step, another config may not."""
     write_data(tmp_path)
     experiment, run_dir = tiny_experiment(tmp_path), tmp_path / "run"
     other = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, seed=1))

@@ -1,4 +1,4 @@
-"""Every number of every config has a range, and nothing outside it gets in."""
+"""Every number in every config has a range, and values outside it are errors."""
 
 import dataclasses
 import math
@@ -35,10 +35,10 @@ EXAMPLES = [
     *(tiny("gpt"), tiny("t5like")),
     *(Greedy(), Sample(), Beam(), Limits(), GenerateRequest(method=Sample(), limits=Limits())),
 ]
-"""At least one of each config that has numbers; what they hold counts too."""
+"""At least one of each config class with numbers, directly or inside another one."""
 
 PROBES = (-1, 0, math.nan, math.inf, -math.inf, 2**110, 1e300)
-"""Values written by mistake; one of them is meaningful only for the fields listed below."""
+"""Values written by mistake; 0 is valid only for the fields listed below."""
 
 ZEROS = """
     Adafactor.min_factored AdamW.b1 AdamW.b2 AdamW.weight_decay BertStyle.random_share Beam.length_penalty
@@ -50,7 +50,7 @@ ZEROS = """
 
 
 def types_within(annotation: Any) -> Iterator[type]:
-    """All dataclasses that an annotation can hold, and those that they hold."""
+    """Yields all dataclasses that an annotation allows, and those inside them."""
     if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         yield annotation
         for hint in typing.get_type_hints(annotation).values():
@@ -73,7 +73,7 @@ def is_number(annotation: Any) -> bool:
 
 
 def numbers(cls: type) -> list[str]:
-    """Its fields that hold a number, or several."""
+    """Yields the fields that contain numbers."""
     hints = typing.get_type_hints(cls)
     own = {name: hint for name, hint in hints.items() if not list(types_within(hint))}
     return [name for name, hint in own.items() if is_number(hint)]
@@ -93,7 +93,7 @@ def test_every_number_has_a_range_with_two_ends():
 
 
 @pytest.mark.parametrize(("cls", "name"), FIELDS, ids=lambda x: x if isinstance(x, str) else x.__qualname__)
-def test_what_is_written_by_mistake_is_refused(cls, name):
+def test_mistaken_values_are_errors(cls, name):
     example = EXAMPLE_OF[cls]
     many = isinstance(getattr(example, name), tuple)
     dataclasses.replace(example)
@@ -125,13 +125,13 @@ def test_what_is_written_by_mistake_is_refused(cls, name):
         ("arms.gpt.model.num_layers=1000000000", "arms.gpt.model: num_layers is 1,000,000,000: it must be at most"),
     ],
 )
-def test_overrides_are_refused_with_their_path(override, message):
+def test_errors_of_overrides_have_the_path(override, message):
     with pytest.raises(UserError) as caught:
         apply_overrides(FIRST_LIGHT, override.split())
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
 
-def test_a_warm_up_longer_than_the_run_is_said():
+def test_a_warm_up_longer_than_the_run_is_a_warning():
     def remarks(*overrides: str) -> list[str]:
         return apply_overrides(FIRST_LIGHT, ["train.schedule.kind=linear", *overrides]).remarks()
 

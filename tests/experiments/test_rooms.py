@@ -1,4 +1,4 @@
-"""What lies where in `experiments/`: studies at the top, and below them rooms that import only lower rooms."""
+"""The layout of `experiments/`: studies at the top, in folders below them rooms that import only lower rooms."""
 
 from pathlib import Path
 
@@ -7,14 +7,14 @@ from tests.common.test_imports import TOP, arrows, read_sources
 
 ROOMS = {
     "models": "finds and converts trained models; with the modules at the top, which name conversions",
-    "running": "trains, scores and compares; begins from found models",
+    "running": "trains, scores and compares; starts from found models",
     "planning": "predicts cost and memory of what running would do",
     "launching": "submits a run to Cloud TPU, with its plan",
-    "cli": "one function a command",
+    "cli": "one function per command",
 }
-"""Lowest first. A room imports itself and those before it."""
+"""Folders, lowest first. A room imports itself and those before it."""
 SHARED = {"config", "families", "registry"}
-"""Modules at the top that are no studies."""
+"""Modules at the top that are not studies."""
 
 
 def room(module: str) -> str:

@@ -1,4 +1,4 @@
-"""An experiment of seconds on local files, and a program that trains one arm: `FOLDER ARM RUN_DIR [RUN_DIR ...]`."""
+"""An experiment that takes seconds, on local files. As a program, trains one arm: FOLDER ARM RUN_DIR [RUN_DIR ...]."""
 
 import json
 import random
@@ -20,7 +20,7 @@ WORDS = "no one two three four five six seven eight nine ten and plus minus time
 
 
 def write_data(folder: Path) -> None:
-    """Sums in words, as JSON lines."""
+    """Writes sums in words, as JSON lines."""
     dice = random.Random(0)
     for split, records in (("train", 300), ("validation", 40)):
         lines = []
@@ -31,7 +31,7 @@ def write_data(folder: Path) -> None:
 
 
 def tiny_experiment(folder: Path) -> Experiment:
-    """Over the files that `write_data` wrote."""
+    """Returns the experiment on the files that `write_data` wrote."""
     return Experiment(
         name="tiny",
         question="Who reverses words?",
@@ -53,7 +53,7 @@ def tiny_experiment(folder: Path) -> Experiment:
 
 
 class Slow:
-    """Says when training begins, and takes its time, so that there is a moment to be killed at."""
+    """Prints when training begins, and slows it down so that it can be killed."""
 
     def note(self, message: str) -> None:
         print(message, flush=True)

@@ -32,7 +32,7 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
 
 @pytest.fixture(scope="session")
 def run_dir(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Fitted]:
-    """A run of which only `gpt` has been trained."""
+    """Trains the arm `gpt` of a run; the other arm has not begun."""
     path = tmp_path_factory.mktemp("runs") / "tiny"
     fitted = train_arm(experiment, "gpt", open_data(experiment), path, Observer())
     (path / "experiment.json").write_text("{}")
@@ -41,7 +41,7 @@ def run_dir(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def model_folder(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory, run_dir: Any) -> Path:
-    """The same parameters as a model folder, in bfloat16, with a SentencePiece model."""
+    """Makes a model folder with the same parameters in bfloat16, and a SentencePiece model."""
     path = tmp_path_factory.mktemp("models") / "tiny"
     text = {
         "tokenizer": {"kind": "sentencepiece", "file": "source/spiece.model", "sentinels": 3, "add_bos": True},

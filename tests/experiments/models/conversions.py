@@ -39,7 +39,7 @@ def module_shapes(config):
 
 
 def round_trip(tmp_path, config, tensors, **write):
-    """The model folder, after checking that what comes back is what went in."""
+    """Converts to a model folder and back, checks that all bytes are equal, and returns the model folder."""
     source = foreign.write_hugging_face(tmp_path / "in", config, tensors, **write)
     run(source, tmp_path / "ours")
     run(tmp_path / "ours", tmp_path / "out", to="hf")

@@ -24,7 +24,7 @@ def test_round_trip(tmp_path, name, dtype, shards):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_leaves_are_the_models_parameters(tmp_path, name):
-    """The shapes that tables take from letters are those of the modules themselves."""
+    """The shapes that tables derive from suffixes are those of the modules."""
     config, make = MODELS[name]
     run(foreign.write_hugging_face(tmp_path / "in", config, make(config)), tmp_path / "ours")
     found = {leaf: info.shape for leaf, info in flatten(leaf_shapes(tmp_path / "ours"), "/").items()}
@@ -33,7 +33,7 @@ def test_leaves_are_the_models_parameters(tmp_path, name):
 
 
 def test_values_by_index(tmp_path):
-    """Entry by entry against the layouts' definitions: T5's (out, in), GPT-2's (in, out) with q, k, v side by side."""
+    """Compares entries with the layouts' definitions: T5's (out, in), GPT-2's (in, out) with q, k, v side by side."""
     tensors = foreign.t5()
     run(foreign.write_hugging_face(tmp_path / "t5", T5, tensors), tmp_path / "ours-t5")
     ours = leaves(tmp_path / "ours-t5")
@@ -116,7 +116,7 @@ def test_a_copy_that_differs_is_an_error(tmp_path):
     ("config", "make", "scaled"),
     [(T5, foreign.t5, True), (T5_V1_1, foreign.t5, False), (GPT2, foreign.gpt2, False)],
 )
-def test_a_head_of_its_own_unties_whatever_the_config_says(tmp_path, config, make, scaled):
+def test_a_separate_head_unties_embeddings_despite_the_config(tmp_path, config, make, scaled):
     tensors = make(config)
     tensors["lm_head.weight"] = foreign.fill({"w": (config["vocab_size"], 12)}, seed=9)["w"]
     recipe = config_of(round_trip(tmp_path, config, tensors)).recipe
@@ -124,7 +124,7 @@ def test_a_head_of_its_own_unties_whatever_the_config_says(tmp_path, config, mak
 
 
 @pytest.mark.parametrize("stored", [True, False])
-def test_a_v1_1_without_a_head_of_its_own_is_tied_and_not_scaled(tmp_path, stored):
+def test_a_v1_1_without_a_separate_head_is_tied_and_not_scaled(tmp_path, stored):
     tensors = foreign.t5(T5_V1_1)
     del tensors["lm_head.weight"]
     if stored:
@@ -151,7 +151,7 @@ def test_buffers_of_llama_and_t5(tmp_path):
     round_trip(tmp_path / "t5", T5, foreign.t5() | {unused: np.ones((8, 5), np.float32)})
 
 
-def test_a_buffer_that_is_another_is_an_error(tmp_path):
+def test_a_buffer_with_other_values_is_an_error(tmp_path):
     tensors = foreign.gpt2() | {"transformer.h.0.attn.bias": np.ones((1, 1, 16, 16), bool)}
     with pytest.raises(UserError, match=r"transformer.h.0.attn.bias should be a causal mask"):
         run(foreign.write_hugging_face(tmp_path / "in", GPT2, tensors), tmp_path / "ours")
@@ -159,7 +159,7 @@ def test_a_buffer_that_is_another_is_an_error(tmp_path):
 
 
 def test_blocks_and_chunks_of_any_size(tmp_path, monkeypatch):
-    """Tensors that are read and stored in several pieces."""
+    """Tensors may be read and stored in several pieces."""
     monkeypatch.setattr(stream, "BLOCK_BYTES", 200)
     monkeypatch.setattr(model_folder, "CHUNK_BYTES", 150)
     for name, (config, make) in MODELS.items():

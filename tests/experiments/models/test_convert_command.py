@@ -13,7 +13,7 @@ from tests.common.weights.foreign import GPT2, LLAMA
 from tests.experiments.models.conversions import config_of, leaves, round_trip, run
 
 
-def test_wrong_keys_end_with_status_2_and_nothing_behind(tmp_path, capsys):
+def test_wrong_keys_end_with_status_2_and_leave_no_files(tmp_path, capsys):
     tensors = foreign.llama()
     del tensors["model.norm.weight"], tensors["model.layers.1.mlp.up_proj.weight"]
     tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].T.copy()
@@ -46,7 +46,7 @@ def test_the_command_line(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_pickles_and_other_sources_are_refused(tmp_path):
+def test_pickles_and_other_sources_are_errors(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "config.json").write_text(json.dumps(GPT2))
     for source, message in [
@@ -68,7 +68,7 @@ def test_pickles_and_other_sources_are_refused(tmp_path):
 
 
 def test_one_command_converts_a_foreign_checkpoint_further(tmp_path):
-    """One command writes what two would, and leaves nothing of the intermediate folder."""
+    """One command writes the same files as two would, and leaves no intermediate folder."""
     source = foreign.write_t5x(tmp_path / "t5x", foreign.t5x(tied=True, gated=False))
     run(source, tmp_path / "ours")
     run(tmp_path / "ours", tmp_path / "two", to="hf")
@@ -82,7 +82,7 @@ def test_one_command_converts_a_foreign_checkpoint_further(tmp_path):
 
 
 def test_a_trained_model_exports_in_its_own_dtype(tmp_path):
-    """The half-precision source is not what float32 leaves are rounded to."""
+    """Float32 leaves are not rounded to the half precision of the original source."""
     ours = round_trip(tmp_path, LLAMA, foreign.llama(dtype=np.float16))
     manifest = read_manifest(ours)
     trained = {leaf: value.astype(np.float32) * np.float32(1.0001) for leaf, value in leaves(ours).items()}
@@ -96,7 +96,7 @@ def test_a_trained_model_exports_in_its_own_dtype(tmp_path):
     assert data == trained["final_norm/scale_D"].tobytes()
 
 
-def test_a_model_without_counterpart_is_refused(tmp_path):
+def test_a_model_that_the_target_cannot_express_is_an_error(tmp_path):
     run(foreign.write_hugging_face(tmp_path / "in", LLAMA, foreign.llama()), tmp_path / "ours")
     run(tmp_path / "ours", tmp_path / "other", to="t5like", rung=3)
     with pytest.raises(UserError, match=r"model.cross_attention is 'merged'"):

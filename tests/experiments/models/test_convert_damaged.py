@@ -27,7 +27,7 @@ def run(source, destination, **options):
 
 
 def test_a_model_folder_writes_nowhere_else(tmp_path):
-    """Whatever file names its model.json has."""
+    """Whatever file names model.json contains."""
     run(foreign.write_hugging_face(tmp_path / "in", LLAMA, foreign.llama()), tmp_path / "ours")
     manifest = json.loads((tmp_path / "ours" / "model.json").read_text())
     for name in (str(tmp_path / "x.safetensors"), "../x.safetensors", "a/x.safetensors", "..", "", "config.json", None):
@@ -39,7 +39,7 @@ def test_a_model_folder_writes_nowhere_else(tmp_path):
 
 
 def places(value, path=()):
-    """The path of everything in a JSON value; of lists, the first entries."""
+    """Yields the path of every value in a JSON value; in lists, of the first entries."""
     yield path
     inner = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
     for key, one in inner:
@@ -51,7 +51,7 @@ WRONG = (ABSENT, None, True, -1, 1e400, 10**12, 0.5, "text", [], ["x", 1], {})
 
 
 def mutations(value):
-    """(place, value there, the whole with that value): each key absent, and of every kind of wrong value."""
+    """Yields (path, wrong value, the JSON with it), where each key is absent or has each kind of wrong value."""
     for path in places(value):
         for wrong in WRONG if path else WRONG[1:]:
             changed = {"": copy.deepcopy(value)}
@@ -65,7 +65,7 @@ def mutations(value):
             yield path, wrong, changed[""]
 
 
-def test_a_manifest_of_any_shape_is_understood_or_refused(tmp_path):
+def test_any_manifest_is_read_or_a_one_line_error(tmp_path):
     source = foreign.write_hugging_face(tmp_path / "in", GPT2 | {"vocab_size": 41}, foreign.gpt2())
     run(source, tmp_path / "ours")
     good = json.loads((tmp_path / "ours" / "model.json").read_text())
@@ -126,7 +126,7 @@ SPECIALS = {"eos_token": {"content": "</s>"}, "unk_token": "<unk>", "add_bos_tok
 
 
 def small_tokenizers():
-    """The bytes of a SentencePiece model, and a tokenizer.json that puts a token in front of each text."""
+    """Returns a SentencePiece model, and a tokenizer.json that puts a token before each text."""
     lines = ["some words to be trained on, and more of them"] * 20
     pieces = sentence_piece.train_model(lines, SentencePieceConfig(vocab_size=275))
     model = tokenizers.Tokenizer.from_buffer(byte_pair.train_model(lines, BytePairConfig(vocab_size=262)))
@@ -137,8 +137,8 @@ def small_tokenizers():
 
 
 @pytest.mark.parametrize(("config", "make"), [(T5, foreign.t5), (GPT2, foreign.gpt2), (LLAMA, foreign.llama)])
-def test_a_foreign_file_of_any_shape_is_understood_or_refused(tmp_path, monkeypatch, config, make):
-    """Every key that is read, absent, null, and of every wrong kind or size: one line, and quickly."""
+def test_any_foreign_file_is_read_or_a_one_line_error(tmp_path, monkeypatch, config, make):
+    """Every key that is read, if absent, null or of a wrong kind or size, causes a one-line error quickly."""
     monkeypatch.setattr("experiments.models.convert.import_weights", lambda *_: None)
     config = config | {"vocab_size": 512}
     pieces, pairs = small_tokenizers()
@@ -175,7 +175,7 @@ def test_a_foreign_file_of_any_shape_is_understood_or_refused(tmp_path, monkeypa
     assert ends.count("refused") > 150 and ends.count("understood") > 50
 
 
-def test_a_key_that_stands_twice_is_refused(tmp_path):
+def test_a_duplicate_key_is_an_error(tmp_path):
     source = foreign.write_hugging_face(tmp_path / "in", GPT2, foreign.gpt2())
     text = (source / "config.json").read_text()
     (source / "config.json").write_text(text.replace("{", '{"n_layer": 1,', 1))
@@ -183,14 +183,14 @@ def test_a_key_that_stands_twice_is_refused(tmp_path):
         run(source, tmp_path / "ours")
 
 
-def test_layers_without_end_are_refused_at_once(tmp_path):
+def test_a_huge_number_of_layers_is_an_error_at_once(tmp_path):
     for config, make, name in ((LLAMA, foreign.llama, "num_hidden_layers"), (T5, foreign.t5, "num_layers")):
         source = foreign.write_hugging_face(tmp_path / name, config | {name: 10**9}, make(config))
         with pytest.raises(UserError, match=r"config.json: .*layers"):
             run(source, tmp_path / "ours")
 
 
-def test_a_destination_that_cannot_be_one(tmp_path):
+def test_impossible_destinations_are_errors(tmp_path):
     source = foreign.write_hugging_face(tmp_path / "in", GPT2, foreign.gpt2())
     for destination, message in (
         (source / "ours", "lies inside"),

@@ -10,7 +10,7 @@ from tests.common.weights.foreign import GPT2, LLAMA
 from tests.experiments.models.conversions import MODELS, config_of, leaves, module_shapes, run
 
 
-def test_the_relaxed_rung_is_the_same_weights_and_goes_back_to_the_same_bytes(tmp_path):
+def test_the_relaxed_rung_has_the_same_weights_and_converts_back_to_the_same_bytes(tmp_path):
     for name, config, make in (("gpt2", GPT2, foreign.gpt2), ("llama", LLAMA, foreign.llama)):
         source = foreign.write_hugging_face(tmp_path / name, config, make(config))
         at = tmp_path / f"{name}-ours"
@@ -41,7 +41,7 @@ def test_every_rung_has_the_models_parameters(tmp_path, name, rung):
             run(tmp_path / "other", tmp_path / "back", to="gpt")
 
 
-def test_carried_files_go_along(tmp_path):
+def test_files_of_the_source_are_copied(tmp_path):
     files = {"tokenizer.json": "{}", "generation_config.json": "{}"}
     source = foreign.write_hugging_face(tmp_path / "in", LLAMA, foreign.llama(), files=files)
     run(source, tmp_path / "ours")

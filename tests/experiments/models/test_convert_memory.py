@@ -18,7 +18,7 @@ from common.progress import ProgressBars
 from experiments.models.convert import convert
 
 def peak():
-    # Not getrusage: what it calls the peak begins with that of the process that started this one.
+    # Not getrusage: its peak includes that of the parent process.
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 before = peak()
@@ -28,7 +28,7 @@ print(peak() - before, file=sys.stderr)
 
 
 def peak_bytes(source, destination, to=""):
-    """What a process of its own needs for a conversion, beyond what its imports need."""
+    """Converts in a new process; returns its peak memory, without that of its imports."""
     command = [sys.executable, "-c", MEASURE, str(source), str(destination), to]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     return int(done.stderr.split()[-1])
@@ -44,7 +44,7 @@ def test_memory_stays_far_below_the_checkpoints_size(tmp_path):
     largest = 100_000 * 768 * 4
     assert total > 7e8
     for begin, end, to in (("in", "ours", ""), ("ours", "out", "hf"), ("ours", "other", "t5like")):
-        # Promised is 2 * largest + 2**30; this tells streaming from loading.
+        # The documented bound is 2 * largest + 2**30; this tighter one distinguishes streaming from loading.
         assert peak_bytes(tmp_path / begin, tmp_path / end, to) < 2 * largest < total
     assert digest(source) == digest(tmp_path / "out")
 
@@ -52,7 +52,7 @@ def test_memory_stays_far_below_the_checkpoints_size(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 @pytest.mark.slow
 def test_memory_with_stacked_t5x(tmp_path):
-    """Stacked arrays are read whole, one at a time."""
+    """A stacked array is read whole, but only one at a time."""
     tensors = foreign.scanned(foreign.t5x(vocab=1000, d=512, heads=8, size=64, f=16384, tied=True, gated=True))
     source = foreign.write_t5x(tmp_path / "in", tensors, chunk=512)
     largest, total = 3 * 512 * 16384 * 4, sum(value.nbytes for value in tensors.values())

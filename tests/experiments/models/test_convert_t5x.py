@@ -12,7 +12,7 @@ from tests.experiments.models.conversions import leaves, run
 
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize(("tied", "gated"), [(True, False), (False, True)])
-def test_t5x_is_what_the_same_hugging_face_folder_is(tmp_path, tied, gated, stacked):
+def test_t5x_and_hugging_face_folders_of_one_model_become_the_same(tmp_path, tied, gated, stacked):
     """The key maps of both formats lead to the same leaves."""
     theirs = foreign.t5x(tied=tied, gated=gated)
     written = foreign.scanned(theirs) if stacked else theirs
@@ -24,7 +24,7 @@ def test_t5x_is_what_the_same_hugging_face_folder_is(tmp_path, tied, gated, stac
         name: np.frombuffer(data, np.float32).reshape(shape)
         for name, (_, shape, data) in foreign.read_hugging_face(tmp_path / "hf").items()
     }
-    # From the table of T5X's own names: every kernel transposed.
+    # T5X transposes every kernel.
     block = "decoder.block.2.layer."
     for key, value in {
         "shared.weight": theirs["token_embedder/embedding"],
@@ -55,8 +55,8 @@ def test_t5x_with_a_named_size(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["t5x"]
 
 
-def test_t5x_with_a_tokenizer_of_the_users(tmp_path):
-    """The checkpoint has none; a file that is named goes along, anything else is one line."""
+def test_a_tokenizer_is_added_to_t5x(tmp_path):
+    """The checkpoint has none; --tokenizer adds a file, anything else is a one-line error."""
     source = foreign.write_t5x(tmp_path / "t5x", foreign.t5x(tied=True, gated=False))
     (tmp_path / "pieces.model").write_bytes(b"a model")
     with pytest.raises(UserError, match="nowhere.model is not a file"):
@@ -69,7 +69,7 @@ def test_t5x_with_a_tokenizer_of_the_users(tmp_path):
         run(tmp_path / "ours", tmp_path / "more", to="hf", tokenizer=tmp_path / "pieces.model")
 
 
-def test_a_folder_of_checkpoints_names_them(tmp_path):
+def test_a_folder_of_checkpoints_is_an_error_that_lists_them(tmp_path):
     foreign.write_t5x(tmp_path / "run" / "checkpoint_100", foreign.t5x(tied=True, gated=False))
     with pytest.raises(UserError, match="it holds checkpoints: checkpoint_100"):
         run(tmp_path / "run", tmp_path / "ours")

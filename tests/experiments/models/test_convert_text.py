@@ -93,7 +93,7 @@ WORDS = {"<unk>": 2, "</s>": 1, "<pad>": 0, "<s>": 3, "<sep>": 4, "take": 5, "tw
 
 
 def word_tokenizer(post_processor):
-    """A tokenizer.json of whole words."""
+    """Returns a tokenizer of whole words."""
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(WORDS, unk_token="<unk>"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     made.add_special_tokens([name for name in WORDS if name.startswith("<")])
@@ -122,9 +122,9 @@ NESTED = tokenizers.processors.Sequence([tokenizers.processors.ByteLevel(), temp
         (template("<s> <sep> $A </s>"), "tokenizer.json puts <s> <sep> before every text, which is ignored"),
         (template("$A <sep> </s>"), "tokenizer.json puts <sep> </s> after every text, which is ignored"),
     ],
-    ids=["none", "t5", "start", "nested", "roberta", "no-end", "two-before", "two-behind"],
+    ids=["none", "t5", "start", "nested", "roberta", "no-end", "two-before", "two-after"],
 )
-def test_a_tokenizers_own_rules_for_inputs_are_followed_or_remarked_upon(tmp_path, post, remark):
+def test_special_tokens_around_inputs_are_added_or_reported(tmp_path, post, remark):
     theirs = word_tokenizer(post)
     source = foreign.write_hugging_face(tmp_path / "in", T5, foreign.t5(T5), files={"tokenizer.json": theirs.to_str()})
     *remarks, _ = run(source, tmp_path / "ours")
@@ -146,7 +146,7 @@ def test_a_tokenizers_own_rules_for_inputs_are_followed_or_remarked_upon(tmp_pat
         ("$A", [5, 6], None),
     ],
 )
-def test_a_tokenizers_own_rules_for_texts_that_go_on(tmp_path, single, expected, remark):
+def test_special_tokens_around_texts_to_continue(tmp_path, single, expected, remark):
     files = {"tokenizer.json": word_tokenizer(template(single)).to_str()}
     source = foreign.write_hugging_face(tmp_path / "in", LLAMA, foreign.llama(LLAMA), files=files)
     *remarks, _ = run(source, tmp_path / "ours")

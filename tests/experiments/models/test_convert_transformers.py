@@ -82,8 +82,8 @@ def test_a_saved_model_comes_back_identical(tmp_path, name, dtype):
     assert (recipe.tied_embeddings, recipe.scale_logits) == THEIRS[name][3]
 
 
-def test_a_head_of_its_own_stays_one(tmp_path):
-    """Transformers ties T5 in the making; a file whose head differs is loaded untied, and so are we."""
+def test_a_separate_head_stays_separate(tmp_path):
+    """Transformers ties T5 when it makes a model, but loads a file with a different head untied; so do we."""
     model = random_model("t5-v1.1")
     model.lm_head.weight = torch.nn.Parameter(torch.randn(96, 16))
     model.save_pretrained(tmp_path / "in")
@@ -129,8 +129,8 @@ def write_random(folder, config, model_type, text):
 
 
 @pytest.mark.parametrize("ends", [True, False])
-def test_the_ids_that_an_export_names_score_as_here(tmp_path, ends):
-    """The remark, taken at its word: inputs, end token where training had one, start token, targets."""
+def test_the_ids_in_an_exports_remark_score_the_same_in_transformers(tmp_path, ends):
+    """Builds the ids as the remark states: inputs, end token if training had one, start token, targets."""
     text = {"tokenizer": None, "alignment": "start_token", "start_id": 0, "eos_ids": [1], "bos_id": None}
     write_random(tmp_path / "ours", OURS["llama"][0], "llama", text | {"eos_after_inputs": ends})
     remarks = convert(tmp_path / "ours", tmp_path / "hf", PROGRESS, to="hf")
@@ -149,7 +149,7 @@ def test_the_ids_that_an_export_names_score_as_here(tmp_path, ends):
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_a_model_of_our_own_is_loaded_as_the_same_architecture(tmp_path, name):
+def test_a_model_trained_here_is_loaded_as_the_same_architecture(tmp_path, name):
     config, model_class = OURS[name]
     model_type = {"T5": "t5", "GPT2": "gpt2", "Llama": "llama"}[model_class.partition("For")[0].partition("LM")[0]]
     text = {"tokenizer": None, "alignment": "native", "start_id": 0, "eos_ids": [1, 5], "bos_id": 2}

@@ -68,7 +68,7 @@ def test_a_model_without_a_tokenizer(model_folder: Path, tmp_path: Path) -> None
 def test_a_run_is_used_without_its_training_data(
     experiment: Experiment, run_dir: tuple[Path, Fitted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file is gone, and so is the cache: the tokenizer lies in the run directory."""
+    """Without source file and cache, the tokenizer comes from the run directory."""
     then = open_data(experiment).tokenizer
     monkeypatch.setenv("TWINSTACK_CACHE", str(tmp_path / "cache"))
     config = read_json(run_dir[0] / "gpt" / RunFiles.CONFIG)
@@ -80,7 +80,7 @@ def test_a_run_is_used_without_its_training_data(
     assert tokenizer is not None and tokenizer.content_hash == then.content_hash
     assert main(["convert", str(moved), str(tmp_path / "folder")]) == 0
     assert find_model(str(tmp_path / "folder")).open_text().tokenizer.content_hash == then.content_hash  # type: ignore
-    shutil.rmtree(moved / RunFiles.TOKENIZER)  # as runs were before they kept it
+    shutil.rmtree(moved / RunFiles.TOKENIZER)  # as in runs from before tokenizers were saved
     with pytest.raises(UserError, match="moved"):
         find_model(str(moved)).open_text()
 
@@ -115,7 +115,7 @@ def test_a_run_has_its_tokenizer_before_its_first_step(
         ({"bos_id": 10**6}, "bos_id has id 1000000"),
     ],
 )
-def test_ids_beyond_the_table_are_refused(
+def test_ids_beyond_the_table_are_errors(
     model_folder: Path, experiment: Experiment, tmp_path: Path, change: dict[str, Any], said: str
 ) -> None:
     path, rows = tmp_path / "other", experiment.arms["gpt"].model.vocab_size
@@ -128,10 +128,10 @@ def test_ids_beyond_the_table_are_refused(
         find_model(str(path)).open_text()
 
 
-def test_the_content_of_parameters(
+def test_the_content_hash_of_parameters(
     run_dir: tuple[Path, Fitted], model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same wherever they lie; another at another step or in another folder."""
+    """It is independent of the path, and differs between steps and models."""
     arm = run_dir[0] / "gpt"
     shutil.copytree(arm, tmp_path / "arm")
     shutil.copytree(model_folder, tmp_path / "folder")
@@ -142,7 +142,9 @@ def test_the_content_of_parameters(
 
 
 @pytest.mark.parametrize(("kept", "said"), [(True, "tokenizer/ holds"), (False, "its data config now gives")])
-def test_another_tokenizer_is_noticed(run_dir: tuple[Path, Fitted], tmp_path: Path, kept: bool, said: str) -> None:
+def test_a_tokenizer_other_than_in_training_is_an_error(
+    run_dir: tuple[Path, Fitted], tmp_path: Path, kept: bool, said: str
+) -> None:
     arm = tmp_path / "gpt"
     shutil.copytree(run_dir[0] / "gpt", arm)
     environment = read_json(arm / RunFiles.ENVIRONMENT)
@@ -153,7 +155,7 @@ def test_another_tokenizer_is_noticed(run_dir: tuple[Path, Fitted], tmp_path: Pa
         opened(arm)
 
 
-def test_a_folder_that_lacks_a_parameter(model_folder: Path, tmp_path: Path) -> None:
+def test_a_folder_without_one_parameter_is_an_error(model_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "torn"
     shutil.copytree(model_folder, path)
     shutil.rmtree(path / "parameters" / "layers.mlp.in_DF")
@@ -175,7 +177,7 @@ def test_a_folder_that_lacks_a_parameter(model_folder: Path, tmp_path: Path) -> 
         ("{here}/empty", "it holds nothing"),
     ],
 )
-def test_anything_else_is_named(
+def test_anything_else_is_described(
     run_dir: tuple[Path, Fitted], model_folder: Path, tmp_path: Path, path: str, said: str
 ) -> None:
     for name, file in (("hf", "model.safetensors"), ("pickled", "pytorch_model.bin"), ("empty", None)):
@@ -198,9 +200,7 @@ def test_anything_else_is_named(
         ({"eos": 1}, "unknown field 'eos' in text"),
     ],
 )
-def test_a_manifest_that_says_something_else(
-    model_folder: Path, tmp_path: Path, change: dict[str, Any], said: str
-) -> None:
+def test_malformed_manifests_are_errors(model_folder: Path, tmp_path: Path, change: dict[str, Any], said: str) -> None:
     manifest = read_json(model_folder / "model.json")
     manifest["text"] |= change
     (tmp_path / "model.json").write_text(json.dumps(manifest))

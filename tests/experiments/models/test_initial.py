@@ -62,8 +62,8 @@ def beginning(experiment: Experiment, arm: str, path: Path, *overrides: str) -> 
 # --- Sizes
 
 
-def test_another_models_config_is_offered(experiment: Experiment, tmp_path: Path) -> None:
-    """The message is one short line, and the options it suggests are enough."""
+def test_the_error_suggests_overrides_with_the_other_models_config(experiment: Experiment, tmp_path: Path) -> None:
+    """The message is one short line, and its overrides suffice."""
     source = write_model(tmp_path / "model", experiment.arms["gpt"].model, None)
     other = ("d_model=24", "d_ff=48", "num_layers=2", "recipe.mlp=gelu", "recipe.dropout=0.1")
     wrong = beginning(experiment, "gpt", source, *(f"arms.gpt.model.{change}" for change in other))
@@ -78,7 +78,7 @@ def test_another_models_config_is_offered(experiment: Experiment, tmp_path: Path
     ]
 
 
-def test_rules_are_offered_where_little_differs(experiment: Experiment, tmp_path: Path) -> None:
+def test_the_error_suggests_rules_where_little_differs(experiment: Experiment, tmp_path: Path) -> None:
     source = write_model(tmp_path / "model", experiment.arms["gpt"].model, None)
     with pytest.raises(UserError) as caught:
         check_initial(beginning(experiment, "gpt", source, "arms.gpt.model.vocab_size=256"), None)
@@ -88,7 +88,7 @@ def test_rules_are_offered_where_little_differs(experiment: Experiment, tmp_path
     assert check_initial(wide, None) == [f"gpt: not as in {source}: vocab_size: 128 -> 256"]
 
 
-def test_the_other_family_is_named(experiment: Experiment, tmp_path: Path) -> None:
+def test_the_error_suggests_converting_the_other_family(experiment: Experiment, tmp_path: Path) -> None:
     source = write_model(tmp_path / "model", experiment.arms["gpt"].model, None)
     wrong = beginning(experiment, "t5like", source)
     with pytest.raises(UserError, match=f"It is a gpt: run `twinstack convert {source} NEW --to t5like` first"):
@@ -96,10 +96,10 @@ def test_the_other_family_is_named(experiment: Experiment, tmp_path: Path) -> No
     assert check_initial(wrong, None, ["gpt"]) == [], "another arm's beginning is not this one's affair"
 
 
-def test_an_arm_alone_is_checked_alone(
+def test_only_the_trained_arm_is_checked(
     experiment: Experiment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """The other's table may be too small."""
+    """The token table of another arm may be too small."""
 
     def opened(_: Experiment, arms: list[str]) -> None:
         raise UserError(f"data for {arms}")
@@ -122,10 +122,10 @@ def test_an_arm_alone_is_checked_alone(
 # --- Tokenizers
 
 
-def test_another_tokenizer_is_refused_unless_told(
+def test_another_tokenizer_is_an_error_unless_permitted(
     experiment: Experiment, tokenizer: SentencePieceTokenizer, tmp_path: Path
 ) -> None:
-    """The other tokenizer has as many ids, but other tokens."""
+    """The other tokenizer has the same number of ids, but other tokens."""
     theirs = SentencePieceTokenizer(train_model([line.upper() for line in LINES], PIECES))
     source = write_model(tmp_path / "model", tiny("gpt"), theirs)
     begun = beginning(experiment, "gpt", source)
@@ -156,7 +156,7 @@ def test_the_same_tokenizer_is_recognised(
     assert line == f"gpt: {source} has no tokenizer, so it may have been trained with another"
 
 
-def test_what_ids_stand_for_is_compared_not_files(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
+def test_tokens_are_compared_and_not_files(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
     more: Tokenizer = SentencePieceTokenizer(tokenizer.serialized(), sentinels=5)
     assert differing_ids(tokenizer, more) == ([], 36)
     model = byte_pair.train_model(LINES, BytePairConfig(vocab_size=280))
@@ -168,7 +168,7 @@ def test_what_ids_stand_for_is_compared_not_files(tmp_path: Path, tokenizer: Sen
     assert differing_ids(one, other) == ([280, 281], 282), "sentinels count down from the top"
 
 
-def test_runs_from_before_tokenizers_were_compared_go_on() -> None:
+def test_runs_from_before_the_comparison_of_tokenizers_resume() -> None:
     now = {"arms": {"gpt": {"init": {"path": "x", "rules": [], "tokenizer": "same"}}}}
     before = {"arms": {"gpt": {"init": {"path": "x", "rules": []}}}}
     assert identity_changes(before, now) == []

@@ -40,7 +40,7 @@ OBJECTIVES = {"causal_lm": CausalLM(), "full_lm": FullLM(), "prefix_lm": PrefixL
 
 
 def test_a_run_becomes_a_model_folder(run_dir: tuple[Path, Fitted], tmp_path: Path) -> None:
-    """Bit for bit, with its tokenizer; from there it goes on into other forms."""
+    """It has the same bits and tokenizer, and can be converted further."""
     path, fitted = run_dir
     assert main(["convert", str(path / "gpt"), str(tmp_path / "folder")]) == 0
     assert read_json(tmp_path / "folder" / "model.json")["source"] == {"format": "run", "row_length": 48}
@@ -63,10 +63,8 @@ def test_a_run_becomes_a_model_folder(run_dir: tuple[Path, Fitted], tmp_path: Pa
 @pytest.mark.parametrize(
     ("kind", "prompts"), [("causal_lm", "targets"), ("full_lm", "targets"), ("prefix_lm", "inputs")]
 )
-def test_where_a_prompt_stands_goes_along(
-    run_dir: tuple[Path, Fitted], tmp_path: Path, kind: str, prompts: str
-) -> None:
-    """Behind the start token where inputs were empty in training."""
+def test_the_place_of_prompts_is_kept(run_dir: tuple[Path, Fitted], tmp_path: Path, kind: str, prompts: str) -> None:
+    """A prompt follows the start token if inputs were empty in training."""
     arm = tmp_path / "run" / "gpt"
     shutil.copytree(run_dir[0] / "gpt", arm)
     config = read_json(arm / RunFiles.CONFIG)
@@ -81,10 +79,10 @@ def test_where_a_prompt_stands_goes_along(
 @pytest.mark.parametrize(
     "objective", [Supervised(eos_after_inputs=False), Supervised(), PrefixLM(complementary=True), CausalLM()]
 )
-def test_what_a_text_was_goes_along(
+def test_all_forms_of_a_model_read_the_same_ids(
     experiment: Experiment, run_dir: tuple[Path, Fitted], tmp_path: Path, objective: Any
 ) -> None:
-    """A run, its folder, and that folder as the other family read the same ids for the same text."""
+    """The forms: the run, its model folder, and that folder converted to the other family."""
     arm = tmp_path / "gpt"
     shutil.copytree(run_dir[0] / "gpt", arm)
     config = read_json(arm / RunFiles.CONFIG)
@@ -103,10 +101,10 @@ def test_what_a_text_was_goes_along(
     assert read[0] == read[1] == read[2]
 
 
-def test_an_export_says_what_the_model_reads(
+def test_an_export_remarks_on_the_ids_to_read(
     run_dir: tuple[Path, Fitted], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One command; positions are those of the rows, and the remarks state what another program would not know."""
+    """Positions are those of the rows; the remarks describe what other programs cannot know."""
     arm = tmp_path / "gpt"
     shutil.copytree(run_dir[0] / "gpt", arm)
     config = read_json(arm / RunFiles.CONFIG)
@@ -126,7 +124,7 @@ def test_an_export_says_what_the_model_reads(
     assert (written["max_position_embeddings"], written["eos_token_id"]) == (48, 1)
 
 
-def test_a_trained_byte_pair_tokenizer_goes_along(
+def test_a_trained_byte_pair_tokenizer_is_kept(
     run_dir: tuple[Path, Fitted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = byte_pair.train_model([" ".join(WORDS)] * 20, BytePairConfig(vocab_size=280, sentinels=3))

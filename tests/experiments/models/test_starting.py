@@ -26,7 +26,7 @@ def beginning(experiment: Experiment, path: Any, *overrides: str) -> Experiment:
 
 
 @pytest.mark.parametrize("kind", ["run", "folder"])
-def test_an_arm_begins_as_a_model(
+def test_an_arm_starts_from_a_model(
     experiment: Experiment, run_dir: tuple[Path, Fitted], model_folder: Path, kind: str, tmp_path: Path
 ) -> None:
     source = {"run": run_dir[0] / "gpt", "folder": model_folder}[kind]
@@ -43,7 +43,7 @@ def test_an_arm_begins_as_a_model(
     assert "fresh: output.weight_DV" in watcher.notes[0]
 
 
-def test_what_does_not_fit_is_known_before_anything_is_written(
+def test_a_model_that_does_not_fit_is_an_error_before_anything_is_written(
     experiment: Experiment, run_dir: tuple[Path, Fitted], tmp_path: Path
 ) -> None:
     source = run_dir[0] / "gpt"
@@ -53,7 +53,7 @@ def test_what_does_not_fit_is_known_before_anything_is_written(
     assert check_initial(beginning(experiment, source), tmp_path) == []
     other = beginning(experiment, source, "arms.gpt.model.recipe.norm_epsilon=0.5")
     assert check_initial(other, None) == [f"gpt: not as in {source}@4: recipe.norm_epsilon: 1e-06 -> 0.5"]
-    # An arm with checkpoints of its own never reads another's again.
+    # An arm that has checkpoints resumes from them and does not open the other model.
     assert check_initial(beginning(experiment, tmp_path / "gone"), run_dir[0]) == []
 
 
@@ -67,7 +67,7 @@ def test_what_does_not_fit_is_known_before_anything_is_written(
         ("compare tiny arms.gpt.init.path=there", {"gpt": "there", "t5like": None}),
     ],
 )
-def test_the_command_line_says_what_arms_begin_as(
+def test_init_from_on_the_command_line(
     experiment: Experiment,
     run_dir: tuple[Path, Fitted],
     monkeypatch: pytest.MonkeyPatch,

@@ -1,7 +1,7 @@
-"""Kills a run of `tiny_experiment` at random moments until it has ended by itself: `FOLDER ARM RUN_DIR KILLS SEED`.
+"""Kills runs of `tiny_experiment` at random moments and relaunches them until they finish.
 
-Launches are forks of one process that has imported everything, so that most of their time is training. What becomes of
-each is printed, a JSON object a line.
+Arguments: FOLDER ARM RUN_DIR KILLS SEED. Launches are forks of one process that has imported everything, so that most
+of their time is training. Prints a JSON object for each launch.
 """
 
 import json
@@ -16,12 +16,12 @@ from common.train.run_files import RunFiles
 from tests.experiments.tiny_experiment import main as train
 
 SPAN_SECONDS = 0.7
-"""Kills come up to so long after training has begun."""
+"""A kill comes at most this long after training has begun."""
 PATIENCE = 120.0
 
 
 def launch(folder: Path, arm: str, run_dir: Path) -> tuple[int, int]:
-    """Process id, and what to read its standard output from."""
+    """Returns the process id and the file descriptor of the process's standard output."""
     reading, writing = os.pipe()
     if process := os.fork():
         os.close(writing)
@@ -44,43 +44,45 @@ def saving(checkpoints: Path) -> bool:
 
 
 def ended(process: int) -> bool:
-    """Leaves it to be waited for."""
+    """Whether the process has ended; it can still be waited for."""
     return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def main(folder: Path, arm: str, run_dir: Path, kills: int, seed: int) -> None:
-    """Whole runs in `run_dir`/0, 1, ...: the last one is begun when there are fewer than `kills` kills."""
-    dice, done, run = random.Random(seed), 0, 0
+    """Finishes runs in `run_dir`/0, 1, ...; starts another one while there have been fewer than `kills` kills."""
+    rng, done, run = random.Random(seed), 0, 0
     while done < kills:
-        of_run, status = run_dir / str(run), 1
+        folder_of_run, status = run_dir / str(run), 1
         while status != 0:
-            process, output = launch(folder, arm, of_run)
+            process, output = launch(folder, arm, folder_of_run)
             with os.fdopen(output) as lines:
                 begun = any(line == "begin\n" for line in lines)
                 how = (
-                    random_kill(dice, process, of_run / arm / RunFiles.CHECKPOINTS) if begun and done < kills else None
+                    random_kill(rng, process, folder_of_run / arm / RunFiles.CHECKPOINTS)
+                    if begun and done < kills
+                    else None
                 )
                 sent = time.monotonic()
                 lines.read()
             status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
             done += status != 0
-            said = {"run": run, "signal": how, "status": status, "seconds": time.monotonic() - sent}
-            print(json.dumps(said), flush=True)
-            assert status == 0 or how is not None, "it failed by itself"
+            report = {"run": run, "signal": how, "status": status, "seconds": time.monotonic() - sent}
+            print(json.dumps(report), flush=True)
+            assert status == 0 or how is not None, "the run failed without a kill"
         run += 1
 
 
-def random_kill(dice: random.Random, process: int, checkpoints: Path) -> str:
-    """After a while, or in the midst of the next save; returns the signal's name."""
-    end = time.monotonic() + dice.uniform(0.0, SPAN_SECONDS)
-    if dice.random() < 0.4:
+def random_kill(rng: random.Random, process: int, checkpoints: Path) -> str:
+    """Kills the process after a random time, or during its next save; returns the signal's name."""
+    end = time.monotonic() + rng.uniform(0.0, SPAN_SECONDS)
+    if rng.random() < 0.4:
         give_up = time.monotonic() + PATIENCE
         while not saving(checkpoints) and not ended(process):
             assert time.monotonic() < give_up
             time.sleep(0.0005)
-        end = time.monotonic() + dice.uniform(0.0, 0.01)
+        end = time.monotonic() + rng.uniform(0.0, 0.01)
     time.sleep(max(0.0, end - time.monotonic()))
-    how = dice.choice([signal.SIGKILL, signal.SIGTERM])
+    how = rng.choice([signal.SIGKILL, signal.SIGTERM])
     os.kill(process, how)
     return how.name
 

@@ -1,4 +1,4 @@
-"""The audit of a step's FLOPs: exact, small however large the batch is, and no end to a finished run."""
+"""The audit of a step's FLOPs: exact, cheap for any batch, and never the end of a run."""
 
 import dataclasses
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_a_step_for_a_pod_is_counted_here_without_compiling(
 
 
 @pytest.mark.parametrize("error", [MemoryError(), KeyError("%while.3"), RuntimeError("RESOURCE_EXHAUSTED:\n  17 GiB")])
-def test_what_goes_wrong_is_the_reason(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_is_returned_as_the_reason(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise error
 

@@ -1,4 +1,4 @@
-"""What is shown of a run, with and without a terminal."""
+"""What the console shows of a run, with and without a terminal."""
 
 import datetime
 import io
@@ -15,7 +15,7 @@ STEPS = 1000
 
 
 class Shown:
-    """A bar on a console of its own, and a clock that is set by hand."""
+    """A console that writes to memory, and a clock that the test advances."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, terminal: bool):
         self.now = 1000.0
@@ -41,8 +41,8 @@ def _utc(seconds: float) -> Any:
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).timetuple()
 
 
-def test_without_a_terminal_there_is_a_plain_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what a status line has, and the time by the clock when it will be over."""
+def test_without_a_terminal_plain_lines_are_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They contain what the status line does, and the time of day at which training ends."""
     shown = Shown(monkeypatch, terminal=False)
     with training_bar(shown.console, "gpt") as bar:
         bar.begin(400, STEPS)
@@ -55,7 +55,7 @@ def test_without_a_terminal_there_is_a_plain_line_now_and_then(monkeypatch: pyte
     assert "\x1b" not in shown.file.getvalue()
 
 
-def test_the_last_line_says_what_the_time_went_into(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_line_has_the_shares_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = Shown(monkeypatch, terminal=False)
     with training_bar(shown.console, "gpt") as bar:
         bar.begin(0, 2)
@@ -67,8 +67,8 @@ def test_the_last_line_says_what_the_time_went_into(monkeypatch: pytest.MonkeyPa
     ]
 
 
-def test_in_a_terminal_the_line_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only validation losses and remarks are left behind."""
+def test_in_a_terminal_the_status_line_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only validation losses and notes remain."""
     shown = Shown(monkeypatch, terminal=True)
     with training_bar(shown.console, "gpt") as bar:
         bar.begin(0, STEPS)
@@ -79,7 +79,7 @@ def test_in_a_terminal_the_line_stays_where_it_is(monkeypatch: pytest.MonkeyPatc
     assert "step 31/1000" not in text and "500 tokens/s" in text and "gpt: [not markup]" in text
 
 
-def test_a_batch_that_was_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_skipped_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = Shown(monkeypatch, terminal=False)
     with training_bar(shown.console, "gpt") as bar:
         bar.begin(0, 1)
@@ -94,7 +94,7 @@ def _timing() -> dict[str, float]:
     return dict.fromkeys(("seconds", "data_seconds", "checkpoint_seconds", "eval_seconds", "goodput"), 0.0)
 
 
-def test_controls_and_markup_in_names_are_shown_as_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_characters_and_markup_in_names_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Notes, titles of bars and names of arms come from data, paths and files."""
     evil, seen = "[/red]a\x1b[2J\u202e", r"[/red]a\u001b[2J\u202e"
     shown = Shown(monkeypatch, terminal=False)
@@ -105,6 +105,6 @@ def test_controls_and_markup_in_names_are_shown_as_characters(monkeypatch: pytes
     assert shown.lines[-2] == f"{seen}: {seen}" and shown.lines[-1].startswith(f"{seen}: step 1/{STEPS}")
 
 
-def test_controls_in_log_lines_are_shown_as_characters() -> None:
+def test_control_characters_in_log_lines_are_escaped() -> None:
     record = logging.LogRecord("x", logging.WARNING, "x.py", 1, "%s cannot be read", ("a\x1b[2J",), None)
     assert Harmless("%(message)s").format(record) == r"a\u001b[2J cannot be read"

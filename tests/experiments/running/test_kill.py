@@ -1,4 +1,4 @@
-"""Killed with SIGKILL or SIGTERM at any moment and launched again, a run ends with the bits of an unbroken one."""
+"""A run that is killed at any moment, with SIGKILL or SIGTERM, and resumed ends with the bits of an unbroken one."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ from tests.experiments.tiny_experiment import STEPS, tiny_experiment, write_data
 
 ROOT = Path(__file__).parents[3]
 PATIENCE = 120
-"""Seconds for a start on a busy machine."""
+"""Seconds that a start may take on a busy machine."""
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def launched(folder: Path, arm: str, *run_dirs: Path) -> Iterator[subprocess.Pop
 
 @contextlib.contextmanager
 def program(name: str, folder: Path, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """A program beside this file, on one device; what was compiled once is taken from the session's cache."""
+    """Starts a module of `tests.experiments` on one device, with the compile cache of this session."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -61,7 +61,7 @@ def program(name: str, folder: Path, *arguments: object) -> Iterator[subprocess.
 
 
 def killed(folder: Path, arm: str, run_dir: Path, now: Callable[[], bool]) -> bool:
-    """Launches and kills as soon as training has begun and `now` says so; False where the run had ended by itself."""
+    """Launches a run and kills it once it trains and `now()` is true; returns False if it finished before that."""
     with launched(folder, arm, run_dir) as process:
         assert process.stdout is not None and any(line == "begin\n" for line in process.stdout)
         give_up = time.monotonic() + PATIENCE
@@ -80,7 +80,7 @@ def finished(folder: Path, arm: str, *run_dirs: Path) -> str:
 
 
 def final_state(folder: Path, arm: str, run_dir: Path) -> Any:
-    """All arrays of the last checkpoint: parameters, optimizer, step."""
+    """Returns the arrays of the last checkpoint: parameters, optimizer, step."""
     experiment = tiny_experiment(folder)
     made = make_programs(make_setup(experiment, experiment.arms[arm]))
     abstract = abstract_state(made.model, made.optimizer, made.shardings)
@@ -108,7 +108,7 @@ def rows_written(run_dir: Path, arm: str, count: int) -> bool:
 
 
 def checkpoint_begun(run_dir: Path, arm: str, step: int) -> bool:
-    """Its folder is there, be it under the temporary name or its own."""
+    """Whether the checkpoint's folder exists, under its temporary or its final name."""
     path = run_dir / arm / RunFiles.CHECKPOINTS
     return path.exists() and any(entry.name.split(".")[0] == str(step) for entry in path.iterdir())
 
@@ -117,7 +117,7 @@ def check_resumed(output: str, at: tuple[int, ...]) -> None:
     assert any(f"resuming after step {step} of {STEPS}\n" in output for step in at), output
 
 
-@pytest.mark.slow  # starts a run again and again
+@pytest.mark.slow  # starts many runs
 def test_killed_between_checkpoints(folder: Path, tmp_path: Path) -> None:
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
     assert killed(folder, "gpt", broken, lambda: rows_written(broken, "gpt", 13))
@@ -126,7 +126,7 @@ def test_killed_between_checkpoints(folder: Path, tmp_path: Path) -> None:
     check_same(folder, "gpt", broken, unbroken)
 
 
-@pytest.mark.slow  # starts a run again and again
+@pytest.mark.slow  # starts many runs
 def test_killed_while_a_checkpoint_is_written(folder: Path, tmp_path: Path) -> None:
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
     assert killed(folder, "t5like", broken, lambda: checkpoint_begun(broken, "t5like", 25))
@@ -135,7 +135,7 @@ def test_killed_while_a_checkpoint_is_written(folder: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_asked_to_end_it_saves_the_step_it_is_at(folder: Path, tmp_path: Path) -> None:
+def test_sigterm_saves_the_current_step(folder: Path, tmp_path: Path) -> None:
     arm, broken, unbroken = "t5like", tmp_path / "broken", tmp_path / "unbroken"
     with launched(folder, arm, broken) as process:
         assert process.stdout is not None and any(line == "begin\n" for line in process.stdout)
@@ -153,8 +153,8 @@ def test_asked_to_end_it_saves_the_step_it_is_at(folder: Path, tmp_path: Path) -
 
 @pytest.mark.slow  # 50 launches of a run
 @pytest.mark.parametrize(("arm", "seed"), [("gpt", 0), ("t5like", 1)])
-def test_killed_again_and_again(folder: Path, arm: str, seed: int, tmp_path: Path) -> None:
-    """25 kills of each arm by SIGKILL or SIGTERM, anywhere and in the midst of saves: every run's bits are the same."""
+def test_many_kills(folder: Path, arm: str, seed: int, tmp_path: Path) -> None:
+    """Kills each arm 25 times by SIGKILL or SIGTERM, anywhere and during saves: all runs end with the same bits."""
     kills, broken, unbroken = 25, tmp_path / "broken", tmp_path / "unbroken"
     finished(folder, arm, unbroken)
     with program("running.chaos", folder, arm, broken, kills, seed) as process:

@@ -1,4 +1,4 @@
-"""A kept cache is worth keeping only where reading on gives what reading anew gives."""
+"""A cache may be kept only where reading on gives the same state as reading everything again."""
 
 import dataclasses
 import itertools
@@ -30,12 +30,12 @@ CONFIGS: dict[str, ModelConfig] = {
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_families_say_whether_a_cache_stays_valid(config: ModelConfig) -> None:
-    """Two texts read one after the other, against both at once: the same next state, or not."""
+def test_reads_incrementally_is_true_only_where_a_cache_stays_valid(config: ModelConfig) -> None:
+    """Compares reading two texts one after the other with reading both at once."""
     tokens_BI = jnp.asarray(np.random.default_rng(0).integers(2, 100, (2, 12)), jnp.int32)
 
     def after(model: Any, tokens_BI: jax.Array, read: int) -> jax.Array:
-        """The last state, where `read` tokens are inputs and what follows is read on in the cache."""
+        """Returns the last state if `read` tokens are inputs and the others are read with the cache."""
         lengths_B = jnp.full((2,), read, jnp.int32)
         prompt = Prompt(inputs_BI=tokens_BI[:, :read], lengths_B=lengths_B, starts_B=jnp.zeros_like(lengths_B))
         return model.decode(tokens_BI[:, read:], model.prefill(prompt, tokens_BI.shape[1] - read))[0][:, -1]

@@ -1,4 +1,4 @@
-"""Every objective from the command line: trained by both families, scored, reported, converted, generated from."""
+"""Every objective from the command line: train both families, score, report, convert, generate."""
 
 import json
 import random
@@ -41,7 +41,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def overrides(texts: Path, kind: str) -> list[str]:
-    """Overrides of the experiment `pydocs`: models of one narrow layer, two steps of two short rows of small texts."""
+    """Returns overrides of the experiment `pydocs`: tiny models and two steps on two short rows."""
     sizes = {"vocab_size": 128, "d_model": 16, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8, "d_ff": 16}
     layers = {"gpt": ["num_layers"], "t5like": ["encoder_layers", "decoder_layers"]}
     inputs, targets = SLOTS.get(kind, USUAL_SLOTS)

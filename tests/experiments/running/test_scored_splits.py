@@ -25,8 +25,8 @@ def with_source(experiment: Experiment, source: SourceConfig | SourceMixture) ->
     return dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, source=source))
 
 
-def test_parts_of_one_source_are_all_scored(experiment: Experiment) -> None:
-    """Once each, though they have one name."""
+def test_every_part_of_a_mixture_is_scored(experiment: Experiment) -> None:
+    """Also where parts have the same source."""
     there = experiment.data.source
     assert isinstance(there, SourceConfig)
     back = dataclasses.replace(there, inputs="reversed", targets="en")
@@ -37,7 +37,7 @@ def test_parts_of_one_source_are_all_scored(experiment: Experiment) -> None:
     assert len(one) == mixed.evaluation.examples and one == [(y, x) for x, y in other] != other
 
 
-def test_texts_of_the_training_data_are_counted(experiment: Experiment, tmp_path: Path) -> None:
+def test_scored_texts_in_the_training_data_are_counted(experiment: Experiment, tmp_path: Path) -> None:
     train = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     new = {"en": "one two three four five six", "reversed": "six five four three two one"}
     rows = [*train[:3], train[5] | {"reversed": "ten ten ten ten ten ten"}, new]
@@ -49,7 +49,7 @@ def test_texts_of_the_training_data_are_counted(experiment: Experiment, tmp_path
     assert (found.examples, found.inputs, found.targets, found.both, found.complete) == (5, 4, 3, 3, True)
 
 
-def test_a_group_called_all_is_refused_before_training(experiment: Experiment, tmp_path: Path) -> None:
+def test_a_group_called_all_is_an_error_before_training(experiment: Experiment, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
     kinds = ["short"] * (len(rows) - 1) + ["all"]
     lines = [json.dumps(row | {"kind": kind}) + "\n" for row, kind in zip(rows, kinds, strict=True)]
