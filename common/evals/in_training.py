@@ -36,25 +36,20 @@ def count_in_training(
     (2, 2, 1, True)
     """
     texts = {name: Ragged.of(test[name][place].tolist() for place in places_S.tolist()) for name in (INPUTS, TARGETS)}
-    wanted = {name: _hashes(text, np.arange(len(text)), unk_id) for name, text in texts.items()}
-    wanted[BOTH] = _pair_hashes(wanted[INPUTS], wanted[TARGETS])
     sketches = {name: _sketches(text, 0, len(text)) for name, text in texts.items()}
-    known = {name: np.zeros(len(places_S), bool) for name in wanted}
+    test_hashes = {name: _hashes(text, np.arange(len(text)), unk_id) for name, text in texts.items()}
+    test_hashes[BOTH] = _pair_hashes(test_hashes[INPUTS], test_hashes[TARGETS])
+    occurs = {name: np.zeros(len(places_S), bool) for name in test_hashes}
     searched, complete = 0, True
-    for shards, first, last in _ranges(train):
+    for shards, first, last in _record_ranges(train):
         if searched >= SEARCHED_TOKENS:
             complete = False
             break
-        found = {}
-        for name, shard in shards.items():
-            searched += int(shard.offsets[last] - shard.offsets[first])
-            (alike,) = np.nonzero(np.isin(_sketches(shard, first, last), sketches[name]))
-            found[name] = np.full(last - first, _NEVER)
-            found[name][alike] = _hashes(shard, first + alike, unk_id)
-        found[BOTH] = _pair_hashes(found[INPUTS], found[TARGETS])
-        for name, hash_S in wanted.items():
-            known[name] |= np.isin(hash_S, found[name])
-    counts = {name: int((known[name] & (wanted[name] != _NEVER)).sum()) for name in known}
+        searched += sum(int(shard.offsets[last] - shard.offsets[first]) for shard in shards.values())
+        train_hashes = _hashes_of_candidates(shards, first, last, sketches, unk_id)
+        for name, hash_S in test_hashes.items():
+            occurs[name] |= np.isin(hash_S, train_hashes[name])
+    counts = {name: int((occurs[name] & (test_hashes[name] != _NEVER)).sum()) for name in occurs}
     return InTraining(
         examples=len(places_S),
         inputs=counts[INPUTS],
@@ -64,7 +59,22 @@ def count_in_training(
     )
 
 
-def _ranges(train: Sequence[Mapping[str, TokenStream]]) -> Iterator[tuple[dict[str, Shard], int, int]]:
+def _hashes_of_candidates(
+    shards: Mapping[str, Shard], first: int, last: int, sketches: Mapping[str, np.ndarray], unk_id: int
+) -> dict[str, np.ndarray]:
+    """Hashes inputs, targets and both of records `first` to `last - 1`, uint64 [E].
+
+    Only texts whose sketch is among `sketches` are hashed; the others get `_NEVER`.
+    """
+    hashes = {}
+    for name, shard in shards.items():
+        (candidates,) = np.nonzero(np.isin(_sketches(shard, first, last), sketches[name]))
+        hashes[name] = np.full(last - first, _NEVER)
+        hashes[name][candidates] = _hashes(shard, first + candidates, unk_id)
+    return hashes | {BOTH: _pair_hashes(hashes[INPUTS], hashes[TARGETS])}
+
+
+def _record_ranges(train: Sequence[Mapping[str, TokenStream]]) -> Iterator[tuple[dict[str, Shard], int, int]]:
     """Yields the two fields of a shard with a range [first, last) of its records."""
     for part in train:
         for inputs, targets in zip(part[INPUTS].shards, part[TARGETS].shards, strict=True):

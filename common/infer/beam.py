@@ -124,8 +124,8 @@ class BeamDecoder:
 
     def __init__(self, model: Skeleton, method: Beam, eos_ids: Sequence[int]):
         self._model, self._method, self._eos_ids = model, method, tuple(eos_ids)
-        self._start = jax.jit(self._begin, static_argnames="slots")
-        self._advance = jax.jit(self._run, donate_argnames="state")
+        self._start = jax.jit(self._first_state, static_argnames="slots")
+        self._advance = jax.jit(self._generate, donate_argnames="state")
         self._grow = jax.jit(BeamState.with_room, static_argnames="room")
 
     def start(self, weights: Weights, prompt: Prompt, seeds: Seeds, present_B: np.ndarray, *, slots: int) -> BeamState:
@@ -167,7 +167,8 @@ class BeamDecoder:
             running_B=~gather_to_host(state.stopped_B),
         )
 
-    def _begin(self, weights: Weights, prompt: Prompt, present_B: jax.Array, slots: int) -> BeamState:
+    def _first_state(self, weights: Weights, prompt: Prompt, present_B: jax.Array, slots: int) -> BeamState:
+        """Reads the prompts and returns the state before the first step."""
         B, K, room = prompt.lengths_B.shape[0], self._method.size, min(slots, FIRST_ROOM)
         no_texts = Texts.empty(B, K, room)
         # All beams begin alike, so only the first is live.
@@ -182,7 +183,8 @@ class BeamDecoder:
             slots=slots,
         )
 
-    def _run(self, weights: Weights, state: BeamState, stop_B: jax.Array, bounds: Bounds) -> BeamState:
+    def _generate(self, weights: Weights, state: BeamState, stop_B: jax.Array, bounds: Bounds) -> BeamState:
+        """Takes steps until `bounds.until` tokens or until all rows have stopped."""
         model = self._model.merge(weights.params)
 
         def unfinished(state: BeamState) -> jax.Array:

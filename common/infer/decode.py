@@ -162,8 +162,8 @@ class Decoder:
 
     def __init__(self, model: Skeleton, method: Greedy | Sample, eos_ids: Sequence[int]):
         self._model, self._method, self._eos_ids = model, method, tuple(eos_ids)
-        self._start = jax.jit(self._begin, static_argnames="slots")
-        self._advance = jax.jit(self._run, donate_argnames="state")
+        self._start = jax.jit(self._first_state, static_argnames="slots")
+        self._advance = jax.jit(self._generate, donate_argnames="state")
         self._grow = jax.jit(State.with_room, static_argnames="room")
 
     def start(self, weights: Weights, prompt: Prompt, seeds: Seeds, present_B: np.ndarray, *, slots: int) -> State:
@@ -207,7 +207,10 @@ class Decoder:
         """Returns how many programs have been compiled: for reading prompts, and for generating."""
         return self._start._cache_size(), self._advance._cache_size()  # type: ignore[attr-defined]
 
-    def _begin(self, weights: Weights, prompt: Prompt, keys_B: jax.Array, present_B: jax.Array, slots: int) -> State:
+    def _first_state(
+        self, weights: Weights, prompt: Prompt, keys_B: jax.Array, present_B: jax.Array, slots: int
+    ) -> State:
+        """Reads the prompts and returns the state before the first step."""
         B, room = prompt.lengths_B.shape[0], min(slots, FIRST_ROOM)
         # Separate arrays: each is donated with the state, and donated buffers must not alias.
         return State(
@@ -223,7 +226,8 @@ class Decoder:
             slots=slots,
         )
 
-    def _run(self, weights: Weights, state: State, stop_B: jax.Array, bounds: "Bounds") -> State:
+    def _generate(self, weights: Weights, state: State, stop_B: jax.Array, bounds: "Bounds") -> State:
+        """Takes steps until `bounds.until` tokens or until all rows have stopped."""
         model = self._model.merge(weights.params)
 
         def unfinished(state: State) -> jax.Array:

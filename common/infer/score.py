@@ -210,12 +210,7 @@ def _program(model: Skeleton, execution: Execution) -> Callable[[Any, Batch], tu
 
 def _batches(pairs: Sequence[Pair], rows: int, lengths: Sequence[int]) -> Iterator[tuple[list[list[int]], Batch]]:
     """Yields the indices of the pairs in each row, and the batch. Empty rows complete the last batch of a shape."""
-    by_shape: dict[tuple[int, int], list[int]] = {}
-    for i, p in enumerate(pairs):
-        if len(p.example.targets_T):
-            shape = _bucket(len(p.example.inputs_I), lengths), _bucket(len(p.example.targets_T), lengths)
-            by_shape.setdefault(shape, []).append(i)
-    for (input_length, target_length), members in sorted(by_shape.items()):
+    for (input_length, target_length), members in sorted(_indices_by_shape(pairs, lengths).items()):
         plan = plan_epoch(
             np.array([len(pairs[i].example.inputs_I) for i in members]),
             np.array([len(pairs[i].example.targets_T) for i in members]),
@@ -236,6 +231,16 @@ def _batches(pairs: Sequence[Pair], rows: int, lengths: Sequence[int]) -> Iterat
                 target_length=target_length,
             )
             yield chosen, batch
+
+
+def _indices_by_shape(pairs: Sequence[Pair], lengths: Sequence[int]) -> dict[tuple[int, int], list[int]]:
+    """Groups the pairs that have targets by the lengths (inputs, targets) of the shortest rows that hold them."""
+    by_shape: dict[tuple[int, int], list[int]] = {}
+    for i, p in enumerate(pairs):
+        if len(p.example.targets_T):
+            shape = _bucket(len(p.example.inputs_I), lengths), _bucket(len(p.example.targets_T), lengths)
+            by_shape.setdefault(shape, []).append(i)
+    return by_shape
 
 
 def _bucket(length: int, lengths: Sequence[int]) -> int:

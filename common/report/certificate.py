@@ -63,17 +63,17 @@ class Certificate:
 
     @property
     def agrees(self) -> bool | None:
-        """None if no check differs but some could not be made."""
-        return _all_known([check.agrees for check in self.checks])
+        """Whether all checks agree; None if none differs but some could not be made."""
+        return _all_agree([check.agrees for check in self.checks])
 
     @property
     def headline(self) -> str:
         if self.agrees:
             return "every check agrees" if len(self.arms) > 1 else "only one arm: nothing to compare"
         failed = sum(check.agrees is False for check in self.checks)
-        open_ = sum(check.agrees is None for check in self.checks)
+        unmade = sum(check.agrees is None for check in self.checks)
         verdict = f"{failed} of {len(self.checks)} checks DIFFER" if failed else "no check differs"
-        return f"{verdict}, {open_} could not be made" if open_ else verdict
+        return f"{verdict}, {unmade} could not be made" if unmade else verdict
 
 
 def certify_run(run: Run) -> Certificate:
@@ -113,7 +113,7 @@ def certify(
         checks.append(_same_counts(results))
         checks.append(_same_flops(results))
         checks += [one_recipe(configs, varies)] if configs else []
-    checks.append(_ledger_is_xla(results))
+    checks.append(_ledger_matches_xla(results))
     return Certificate(arms=tuple(result.arm for result in results), checks=tuple(checks), facts=tuple(_facts(results)))
 
 
@@ -185,13 +185,13 @@ def _same_flops(results: Sequence[ArmResult]) -> Check:
     )
 
 
-def _ledger_is_xla(results: Sequence[ArmResult]) -> Check:
+def _ledger_matches_xla(results: Sequence[ArmResult]) -> Check:
     ratios = {r.arm: r.ledger_flops_per_step / r.xla_flops_per_step - 1 for r in results if r.xla_flops_per_step}
     signed = {arm: "+" * (ratio >= 0) + percent(ratio, 2) for arm, ratio in ratios.items()}
     reasons = {r.arm: f"not counted{f' ({r.why_not_counted})' if r.why_not_counted else ''}" for r in results}
     return Check(
         name=f"ledger = XLA within {100 * LEDGER_TOLERANCE:g} %",
-        agrees=_all_known([_within_tolerance(ratios.get(r.arm)) for r in results]),
+        agrees=_all_agree([_within_tolerance(ratios.get(r.arm)) for r in results]),
         detail=_by_arm(reasons | signed),
     )
 
@@ -200,9 +200,10 @@ def _within_tolerance(ratio: float | None) -> bool | None:
     return None if ratio is None else abs(ratio) <= LEDGER_TOLERANCE  # False for NaN
 
 
-def _all_known(answers: Sequence[bool | None]) -> bool | None:
-    """
-    >>> _all_known([True, True]), _all_known([True, None, False]), _all_known([True, None])
+def _all_agree(answers: Sequence[bool | None]) -> bool | None:
+    """Returns False if any check differs, else None if any could not be made, else True.
+
+    >>> _all_agree([True, True]), _all_agree([True, None, False]), _all_agree([True, None])
     (True, False, None)
     """
     return False if False in answers else None if None in answers else True

@@ -77,28 +77,25 @@ class _Comparison:
 def verdicts(run: Run) -> tuple[Verdict, ...]:
     """Returns sentences for every split and pair of arms (the first with each other), and one on validation loss."""
     examples = pair_examples(run.arms)
-    found = [
-        made
+    compared = [
+        result
         for split in splits(run.results)
         for other in range(1, len(run.arms))
-        for made in _compare(run, examples, split, other)
+        for result in _compare(run, examples, split, other)
     ]
-    tests = [made for made in found if isinstance(made, _Comparison)]
+    tests = [result for result in compared if isinstance(result, _Comparison)]
     corrected = iter(holm([test.p_value for test in tests]))
     lines = [
-        _verdict(made, next(corrected), len(tests), run) if isinstance(made, _Comparison) else made for made in found
+        _verdict(result, next(corrected), len(tests), run) if isinstance(result, _Comparison) else result
+        for result in compared
     ]
-    known = [Verdict(text=f"{line}.") for line in in_training(run)]
-    absent = [Verdict(text=f"Not in this report, because they have no result: {', '.join(run.unfinished)}.")]
+    if tests:
+        lines.append(Verdict(text=_tests_sentence(len(tests))))
+    lines += [Verdict(text=f"{line}.") for line in in_training(run)]
+    if run.unfinished:
+        lines.append(Verdict(text=f"Not in this report, because they have no result: {', '.join(run.unfinished)}."))
     losses = ", ".join(f"{r.arm} {r.validation_loss:.4f}" for r in run.results)
-    counted = [Verdict(text=_tests_sentence(len(tests)))] if tests else []
-    return (
-        *lines,
-        *counted,
-        *known,
-        *(absent if run.unfinished else []),
-        Verdict(text=f"Validation loss: {losses} nats per token."),
-    )
+    return (*lines, Verdict(text=f"Validation loss: {losses} nats per token."))
 
 
 def in_training(run: Run) -> list[str]:
@@ -116,22 +113,22 @@ def _tests_sentence(tests: int) -> str:
     )
 
 
-def _verdict(made: _Comparison, corrected: float, tests: int, run: Run) -> Verdict:
+def _verdict(test: _Comparison, corrected: float, tests: int, run: Run) -> Verdict:
     """Calls a difference resolved if its interval excludes 0 and its corrected p-value is below 0.05.
 
     Both are required: the bootstrap interval is too narrow with few sentences, and a p-value alone does not show how
     small a difference is.
     """
-    numbers = made.numbers + (f" ({_p_text(corrected)} corrected for {tests} comparisons)" if tests > 1 else "")
-    outside = made.difference.low > 0 or made.difference.high < 0
+    numbers = test.numbers + (f" ({_p_text(corrected)} corrected for {tests} comparisons)" if tests > 1 else "")
+    outside = test.difference.low > 0 or test.difference.high < 0
     if not outside or corrected >= 1 - CONFIDENCE:
-        return Verdict(text=f"{numbers}: no difference resolved.", detail=made.detail)
-    better, worse = (made.first, made.second)[:: 1 if made.difference.value > 0 else -1]
+        return Verdict(text=f"{numbers}: no difference resolved.", detail=test.detail)
+    better, worse = (test.first, test.second)[:: 1 if test.difference.value > 0 else -1]
     verdict = (
         f"the {better} model trained here{_seeds(run)} is better on these examples than the {worse} model; one seed "
         f"says nothing about {better} and {worse} in general"
     )
-    return Verdict(text=f"{numbers}: {verdict}.", detail=made.detail)
+    return Verdict(text=f"{numbers}: {verdict}.", detail=test.detail)
 
 
 def _seeds(run: Run) -> str:
