@@ -148,6 +148,7 @@ class StoredTensor:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The key and its aliases, in order of preference."""
         return (self.key, *self.aliases)
 
 

@@ -41,12 +41,14 @@ class Settings:
         return value if value is None else float(value)
 
     def flag(self, name: str, default: bool) -> bool:
+        """A boolean; `default` if it is absent or null."""
         _, value = self._first((name,), default)
         if not isinstance(value, bool):
             raise self.refusal(name, value, "true, false")
         return value
 
     def text(self, name: str, default: Any = _REQUIRED) -> Any:
+        """A string; `default` if it is absent or null."""
         _, value = self._first((name,), default)
         if value is not default and not isinstance(value, str):
             raise self.refusal(name, value, "a string")

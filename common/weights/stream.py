@@ -195,11 +195,13 @@ class _Extras:
         return self._file is not None and name in self._file.tensors
 
     def plan(self, name: str) -> TensorToWrite:
+        """The entry of a kept tensor in a file to be written."""
         assert self._file is not None, f"{name} is not kept"
         entry = self._file.tensors[name]
         return TensorToWrite(name, entry.shape, entry.dtype)
 
     def blocks(self, planned: TensorToWrite) -> Iterator[np.ndarray]:
+        """Yields the rows of a kept tensor, in one block."""
         assert self._file is not None, f"{planned.key} is not kept"
         yield self._file.read(planned.key)
 

@@ -56,12 +56,12 @@ def start_token_text(folder: Path, config: dict[str, Any], *, sentinels: int) ->
         text["bos_id"], text["tokenizer"]["add_bos"] = frame.bos_id, True
         remarks.append(f"inputs begin with {frame.before[0]} (id {frame.bos_id}), as {TOKENIZER} says")
     elif frame.before:
-        remarks.append(frame.not_followed("before", frame.before))
+        remarks.append(frame.ignored("before", frame.before))
     if not frame.after:
         text["eos_after_inputs"] = False
         remarks.append(f"inputs end without an end token, as {TOKENIZER} says")
     elif [frame.ids.get(name) for name in frame.after] != text["eos_ids"][:1]:
-        remarks.append(frame.not_followed("after", frame.after))
+        remarks.append(frame.ignored("after", frame.after))
     return text, remarks
 
 
@@ -86,9 +86,9 @@ def native_text(
             bos_ids = [frame.bos_id]
             remarks.append(f"texts begin with {frame.before[0]} (id {frame.bos_id}), as {TOKENIZER} says")
         if from_template and len(frame.before) > 1:
-            remarks.append(frame.not_followed("before", frame.before))
+            remarks.append(frame.ignored("before", frame.before))
         if frame.after:
-            remarks.append(f"{frame.not_followed('after', frame.after)}, since a completion continues its prompt")
+            remarks.append(f"{frame.ignored('after', frame.after)}, since a completion continues its prompt")
     text = {
         "tokenizer": tokenizer,
         "alignment": "native",
@@ -113,7 +113,8 @@ class Frame:
         """The id of the token before a text; None unless there is exactly one."""
         return self.ids.get(self.before[0]) if len(self.before) == 1 else None
 
-    def not_followed(self, side: str, names: list[str]) -> str:
+    def ignored(self, side: str, names: list[str]) -> str:
+        """The remark that the tokens `names`, before or after every text, are ignored."""
         return f"{TOKENIZER} puts {' '.join(names)} {side} every text, which is ignored"
 
 

@@ -68,7 +68,7 @@ def bucket(job: Job) -> str:
     zone = "the engine chooses the zone" if job.zone is None else f"the slices will be in {job.zone}"
     location = _output_of(command)
     if not location:
-        return f"{url}: its region is unknown, as this failed: {shlex.join(command)}; {zone}"
+        return f"{url}: its region is unknown ({shlex.join(command)} failed); {zone}"
     elsewhere = job.zone is not None and not job.zone.startswith(location.lower())
     costs = ": traffic between regions is slow and costs money" if elsewhere else ""
     return f"{url} is in {location}; {zone}{costs}"

@@ -56,7 +56,7 @@ def _check_source(part: SourceConfig, splits: Sequence[str], job: Job) -> None:
         what = f"is a folder of this machine ({tfds_folder})" if tfds_folder else "is not set"
         raise UserError(
             f"data.source.name={part.name}: hosts look for it in ${TFDS_FOLDER}, which {what}, and {lacking}: add "
-            f"--env {TFDS_FOLDER}={job.bucket.url('tfds')}, or the url where it is; or {_prepare(job)}"
+            f"--env {TFDS_FOLDER}={job.bucket.url('tfds')}, or another url; or {_prepare(job)}"
         )
     raise UserError(
         f"data.source.name={part.name} is on this machine, where hosts cannot read it, and {lacking}: {_prepare(job)}; "

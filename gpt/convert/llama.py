@@ -110,7 +110,7 @@ def write_config(config: GptConfig, row_length: int | None) -> dict[str, Any]:
     recipe = config.recipe
     require_network(config, like=LLAMA, name="Llama", free=("tied_embeddings",))
     if config.d_model % config.num_heads:
-        raise UserError(f"model.num_heads is {config.num_heads}: Llama's divides d_model ({config.d_model})")
+        raise UserError(f"model.num_heads is {config.num_heads}: Llama needs a divisor of d_model ({config.d_model})")
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -1,10 +1,10 @@
 """Hugging Face's T5 (v1.0, v1.1, FLAN) and mT5. Key table from transformers' `modeling_t5.py`; Linear is (out, in).
 
-Tied or not, scaled or not. Transformers 5 shares one table between `shared`, both `embed_tokens` and `lm_head` whatever
-`tie_word_embeddings` says, unless the file holds an `lm_head.weight` with other values; the config's flag only decides
-whether hidden states are divided by sqrt(d_model) before the head (and `scale_decoder_outputs`, where a config has it,
-overrules the flag; mT5 never divides). So the file says whether embeddings are tied, and the config whether logits are
-scaled: v1.0 is tied and scaled; v1.1, FLAN and mT5 are neither.
+The tensors decide whether embeddings are tied, and config.json whether logits are scaled. Transformers 5 uses one table
+for `shared`, both `embed_tokens` and `lm_head`, whatever `tie_word_embeddings` is, unless the file has an
+`lm_head.weight` with other values. The flag decides only whether hidden states are divided by sqrt(d_model) before the
+head; `scale_decoder_outputs`, if present, overrides it, and mT5 never divides. So v1.0 is tied and scaled; v1.1, FLAN
+and mT5 are neither.
 
 Axes: V vocab, D model, H heads, G key-value heads, C head dim, F mlp, R buckets.
 """
@@ -123,7 +123,7 @@ def _scales_logits(settings: Settings) -> bool:
 
 
 def _read_mlp(settings: Settings, default: str) -> Mlp:
-    """The MLP that `feed_forward_proj` names, unless the derived `dense_act_fn` and `is_gated_act` are stored too."""
+    """The MLP that `feed_forward_proj` names; `dense_act_fn` and `is_gated_act`, if present, override it."""
     proj = settings.text("feed_forward_proj", default=default)
     gate, _, name = proj.rpartition("-")
     if gate not in ("", "gated"):

@@ -17,7 +17,7 @@ from tests.experiments.launching.jobs import JOB, JOBS, TWO_SLICES, program
 
 
 def state_command(job: Job) -> list[str]:
-    """The command by which the script asks for the state."""
+    """The command with which the script queries the state."""
     found = re.search(r"^state\(\) \{ (.*?) 2>", gcloud.launch_script(job), re.MULTILINE)
     assert found is not None
     return shlex.split(found[1])
