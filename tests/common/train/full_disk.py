@@ -1,8 +1,10 @@
 """Trains a tiny model while no file may grow beyond some bytes: `RUN_DIR BYTES FROM_STEP SECONDS STORAGE_SECONDS`.
 
-The operating system refuses such writes with EFBIG, as a full disk does with ENOSPC.
+The limit holds from a step until SECONDS after the first refusal. The operating system refuses such writes with EFBIG,
+as a full disk does with ENOSPC.
 """
 
+import contextlib
 import resource
 import sys
 import threading
@@ -20,14 +22,19 @@ from tests.tiny import task
 
 
 class Disk:
-    """A watcher that limits the size of files for a while, and says what it is told."""
+    """A watcher that limits the size of files for a while, and prints notes."""
 
     def __init__(self, limit_bytes: int, from_step: int, seconds: float):
         self.limit_bytes, self.from_step, self.seconds = limit_bytes, from_step, seconds
         self.hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        self.timer = threading.Timer(seconds, self._limit, [self.hard])
+        self.timer.daemon = True
 
     def note(self, message: str) -> None:
         print(message, flush=True)
+        if "File too large" in message and not self.timer.is_alive():
+            with contextlib.suppress(RuntimeError):  # it has started and ended
+                self.timer.start()
 
     def begin(self, step: int, steps: int) -> None:
         pass
@@ -35,9 +42,6 @@ class Disk:
     def step(self, row: dict[str, Any], timing: dict[str, Any]) -> None:
         if row["step"] == self.from_step and self.seconds:
             self._limit(self.limit_bytes)
-            timer = threading.Timer(self.seconds, self._limit, [self.hard])
-            timer.daemon = True
-            timer.start()
         time.sleep(0.1)
 
     def _limit(self, size: int) -> None:

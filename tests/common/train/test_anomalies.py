@@ -1,4 +1,4 @@
-"""Losses that are not finite or leap: found by a closed form, and left out without a trace."""
+"""Losses that are not finite or are spikes: the limit is a closed form, and skipped batches leave no trace."""
 
 import dataclasses
 import math
@@ -25,26 +25,20 @@ from common.train.run_files import RunFiles
 from common.train.state import init_state
 from common.train.task import Stream, Task
 from experiments.running.pipeline import compiled_step
+from tests.common.train.runs import STEPS, same_bits
 from tests.experiments.tiny_experiment import tiny_experiment
 from tests.tiny import Observer, Stopped, loader, task
-
-STEPS = 8
-
-
-def same_bits(found: Any, expected: Any) -> None:
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 @dataclasses.dataclass
 class Spoilt:
-    """A stream, some of whose batches have other loss weights or targets."""
+    """A stream with other loss weights or targets in some batches."""
 
     stream: Stream
     infinite: frozenset[int] = frozenset()
     """Numbers of batches, from 1, with infinite weights: the loss is not finite."""
     leaping: frozenset[int] = frozenset()
-    """Of batches of targets that no text has: their losses stand out."""
+    """Numbers of batches with targets that no text has, so that their losses are spikes."""
 
     @property
     def content(self) -> str:
@@ -62,7 +56,7 @@ class Spoilt:
 
 @dataclasses.dataclass
 class Without:
-    """A stream that lacks some batches."""
+    """A stream from which some batches are removed."""
 
     stream: Stream
     numbers: frozenset[int]
@@ -93,7 +87,7 @@ def test_the_limit_is_median_and_deviation() -> None:
 
 
 def test_the_limit_looks_two_steps_back() -> None:
-    """Neither at the step before, whose loss may not have arrived, nor beyond the window."""
+    """It uses neither the step before, whose loss may not have arrived, nor steps beyond the window."""
     judge = Judge(Anomalies(on_spike="stop", spike_window=3, spike_deviations=2.0), ())
     losses = [5.0, 1.0, 2.0, 4.0, 8.0, 16.0]
     for step, loss in enumerate(losses, start=1):
@@ -134,7 +128,7 @@ def test_a_guarded_step_keeps_the_state_to_the_bit(spoilt: str) -> None:
 
 
 def test_a_guarded_step_is_planned_as_it_runs(tmp_path: Path) -> None:
-    """Compiling ahead of time gives it a limit too."""
+    """Ahead-of-time compilation includes the limit as an argument."""
     experiment = tiny_experiment(tmp_path)
     guarded = dataclasses.replace(experiment.train, anomalies=Anomalies(on_nonfinite="skip"))
     plain, other = (
@@ -149,8 +143,8 @@ def test_a_guarded_step_is_planned_as_it_runs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("policy", ["skip", "roll_back"])
 @pytest.mark.parametrize("bad", [(1,), (5,), (4, 5, 8), (3, 6)], ids=str)
-def test_a_left_out_batch_leaves_no_trace(policy: Any, bad: tuple[int, ...], tmp_path: Path) -> None:
-    """Parameters, losses and fingerprints are those of a run over a stream that lacks it, up to the last bit."""
+def test_a_skipped_batch_leaves_no_trace(policy: Any, bad: tuple[int, ...], tmp_path: Path) -> None:
+    """Parameters, losses and fingerprints equal, to the bit, those of a run over a stream without it."""
     numbers, observer = frozenset(bad), Observer()
     of, fitted = run(tmp_path / "a", Spoilt(loader(), infinite=numbers), observer, on_nonfinite=policy)
     # The same number of updates and the same schedule; the step is compiled with or without its guard, as above.
@@ -191,8 +185,8 @@ def test_resumed_in_between_it_is_the_same_run(policy: str, tmp_path: Path) -> N
     )
 
 
-def test_killed_behind_the_decision_a_run_still_rolls_back(tmp_path: Path) -> None:
-    """What is to be left out is written down first; a checkpoint that has learnt from it is passed over."""
+def test_a_run_killed_after_the_decision_still_rolls_back(tmp_path: Path) -> None:
+    """The batches to skip are recorded first, and a checkpoint that has learnt from them is not restored."""
     of, whole = run(tmp_path / "whole", Spoilt(loader(), infinite=frozenset({4})), on_nonfinite="roll_back")
     clean = task("gpt", loader(), anomalies=Anomalies(on_nonfinite="roll_back"))
     fit(clean, tmp_path / "killed", Observer())  # to the end: its checkpoints, 6 and 8, have learnt from batch 4
@@ -204,7 +198,7 @@ def test_killed_behind_the_decision_a_run_still_rolls_back(tmp_path: Path) -> No
 
 
 def test_a_range_is_rolled_back(tmp_path: Path) -> None:
-    """Batches 5 to 7 are left out because of the last of them, from the checkpoint before them."""
+    """Batches 5 to 7 are skipped because of the last of them, starting from the checkpoint before them."""
     observer = Observer()
     policy = {"on_nonfinite": "roll_back", "rolled_back": 3}
     _, fitted = run(tmp_path, Spoilt(loader(), infinite=frozenset({7})), observer, **policy)

@@ -1,10 +1,12 @@
-"""A run directory: when it is claimed, what is noticed of damage to it, and when its rows are safe."""
+"""Run directories: when one is claimed, which runs it refuses, what damage is noticed, and when its rows are safe."""
 
 import contextlib
 import dataclasses
 import os
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,25 +18,29 @@ from common.errors import UserError
 from common.files import read_rows, write_rows
 from common.train import run_dir as rd
 from common.train.checkpoints import Checkpoints
+from common.train.config import Budget
 from common.train.environment import commit_of
 from common.train.json_lines import JsonLines
 from common.train.loop import fit
 from common.train.metrics_log import last_losses
 from common.train.run_files import RunFiles
-from tests.tiny import Observer, task
+from tests.common.train.runs import Unbroken
+from tests.tiny import DATA, EXECUTION, Observer, task
 
-CONFIG, DATA = {"model": {"d_ff": 0}}, {"content_id": "a"}
+ROOT = Path(__file__).parents[3]
+
+MODEL, SOURCE = {"model": {"d_ff": 0}}, {"content_id": "a"}
 
 
 # --- Claims
 
 
 def test_nothing_is_claimed_before_something_is_trained(tmp_path: Path) -> None:
-    """A mistake may be mended in the same directory; what has been trained is not trained over."""
-    rd.claim(tmp_path, CONFIG, DATA, {})
-    rd.note_launch(tmp_path, CONFIG, 1.0)
+    """A mistake can be corrected in the same directory, until something has been trained there."""
+    rd.claim(tmp_path, MODEL, SOURCE, {})
+    rd.note_launch(tmp_path, MODEL, 1.0)
     changed = {"model": {"d_ff": 1}}
-    for config, data in ((changed, DATA), (changed, {"content_id": "b"})):
+    for config, data in ((changed, SOURCE), (changed, {"content_id": "b"})):
         assert rd.claim(tmp_path, config, data, {}) == []
         assert not (tmp_path / RunFiles.LAUNCHES).exists()
     rd.note_launch(tmp_path, changed, 2.0)
@@ -42,9 +48,9 @@ def test_nothing_is_claimed_before_something_is_trained(tmp_path: Path) -> None:
     assert rd.note_launch(tmp_path, changed, 3.0) == 2.0  # the same run, launched again before it had trained
     write_rows(tmp_path / RunFiles.METRICS, [{"step": 1}])
     with pytest.raises(UserError, match="another config .model.d_ff: 1 -> 0."):
-        rd.claim(tmp_path, CONFIG, {"content_id": "b"}, {})
+        rd.claim(tmp_path, MODEL, {"content_id": "b"}, {})
     with pytest.raises(UserError, match="begun on other data .content_id: b -> a."):
-        rd.claim(tmp_path, changed, DATA, {})
+        rd.claim(tmp_path, changed, SOURCE, {})
 
 
 DAMAGES = {
@@ -59,13 +65,13 @@ DAMAGES = {
 
 @pytest.mark.parametrize(("name", "content", "message"), DAMAGES.values(), ids=DAMAGES.keys())
 def test_a_damaged_file_is_named(name: str, content: str | None, message: str, tmp_path: Path) -> None:
-    rd.claim(tmp_path, CONFIG, DATA, {})
+    rd.claim(tmp_path, MODEL, SOURCE, {})
     write_rows(tmp_path / RunFiles.METRICS, [{"step": 1}])
     (tmp_path / name).unlink()
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
-        rd.claim(tmp_path, CONFIG, DATA, {})
+        rd.claim(tmp_path, MODEL, SOURCE, {})
 
 
 @pytest.mark.parametrize(
@@ -80,7 +86,7 @@ def test_rolled_back_batches_are_the_runs_own(row: dict[str, Any], tmp_path: Pat
 
 
 def test_the_commit_is_that_of_the_repository_that_tracks_the_code(tmp_path: Path) -> None:
-    """And not of a project in whose folder the package happens to be installed."""
+    """Not that of a project in whose folder the package is installed."""
 
     def git(*arguments: str) -> str:
         who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
@@ -101,13 +107,55 @@ def test_the_commit_is_that_of_the_repository_that_tracks_the_code(tmp_path: Pat
     assert commit_of(tmp_path / "code.py").endswith("-dirty")
 
 
+# --- Another run
+
+
+def test_another_config_is_refused_with_the_difference(unbroken: dict[str, Unbroken]) -> None:
+    run = unbroken["gpt"]
+    before = run.metrics()
+    with pytest.raises(UserError, match="another config .train.budget.amount: 8.0 -> 9.0.: choose another"):
+        fit(task("gpt", budget=Budget(unit="steps", amount=9)), run.folder, Observer())
+    wide = dataclasses.replace(EXECUTION, dtype="bfloat16", scan_layers=not EXECUTION.scan_layers)
+    with pytest.raises(UserError, match=r'config \(train.execution.dtype: "float32" -> "bfloat16"\): choose'):
+        fit(task("gpt", execution=wide), run.folder, Observer())
+    with pytest.raises(UserError, match='model.kind: "gpt" -> "t5like"'):
+        fit(task("t5like"), run.folder, Observer())
+    assert run.metrics() == before
+
+
+@pytest.mark.parametrize("key", DATA)
+def test_other_data_is_refused(unbroken: dict[str, Unbroken], key: str) -> None:
+    changed = dataclasses.replace(unbroken["gpt"].task, data={**DATA, key: "other"})
+    with pytest.raises(UserError, match=f"was begun on other data .{key}: {DATA[key]} -> other.: choose another"):
+        fit(changed, unbroken["gpt"].folder, Observer())
+
+
+def test_a_second_process_is_refused(unbroken: dict[str, Unbroken], tmp_path: Path) -> None:
+    """The lock of a killed process ends with it."""
+    code = (
+        "import sys, time; from pathlib import Path; from common.train.run_dir import owned\n"
+        "with owned(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+            with pytest.raises(UserError, match=f"is being trained by process {holder.pid}"):
+                fit(unbroken["gpt"].task, tmp_path, Observer())
+        finally:
+            holder.send_signal(signal.SIGKILL)
+    assert not (tmp_path / RunFiles.CONFIG).exists()
+    with rd.owned(tmp_path):
+        pass
+
+
 # --- Rows
 
 
 def test_rows_are_safe_and_the_file_closed_before_a_checkpoint_is_begun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All of them, up to the checkpoint's own step: a mount that uploads at close has them then."""
+    """All rows up to the checkpoint's step are safe, also on a mount that uploads a file when it is closed."""
     synced: list[str] = []
     seen: list[tuple[int, list[int], list[str], list[str]]] = []
     real_save, real_sync = Checkpoints.save, os.fsync
@@ -133,7 +181,7 @@ def test_rows_are_safe_and_the_file_closed_before_a_checkpoint_is_begun(
 
 
 def open_files(suffix: str) -> list[str]:
-    """Returns the paths of this process's open files that end so; other threads close theirs meanwhile."""
+    """Returns the paths of this process's open files that end in `suffix`; other threads may close theirs meanwhile."""
     found = []
     for link in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -156,7 +204,7 @@ def test_lost_rows_are_named(tmp_path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a directory also while a checkpoint is being written into it."""
+    """Removes a file or directory, even while a checkpoint is being written into it."""
     if not path.is_dir():
         path.unlink()
     while path.exists():
@@ -184,10 +232,10 @@ class Vandal(Observer):
     ],
     ids=["all", "metrics", "emptied"],
 )
-def test_a_directory_that_is_damaged_while_the_run_goes_on_is_noticed(
+def test_damage_to_the_directory_during_the_run_is_noticed(
     damage: Callable[[Path], None], message: str, tmp_path: Path
 ) -> None:
-    """Noticed at the next checkpoint, not at the end. The run resumes from what is left and reports what is lost."""
+    """It is noticed at the next checkpoint, not at the end. The run resumes from what is left and reports the rest."""
     run_dir = tmp_path / "arm"
     observer = Vandal(damage=lambda: damage(run_dir))
     with pytest.raises(UserError, match=message):
