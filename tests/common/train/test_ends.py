@@ -1,4 +1,4 @@
-"""Runs that hang, and runs that are asked to end while they cannot listen."""
+"""Runs that hang, and runs that are asked to end while their main thread is blocked."""
 
 import dataclasses
 import os
@@ -26,20 +26,20 @@ HANG = """
 import sys, threading, time
 from pathlib import Path
 from common.train.watchdog import watched
-def waits_for_a_batch_that_never_comes(): time.sleep(600)
-threading.Thread(target=waits_for_a_batch_that_never_comes, daemon=True).start()
+def waits_forever_for_a_batch(): time.sleep(600)
+threading.Thread(target=waits_forever_for_a_batch, daemon=True).start()
 with watched(Path(sys.argv[1]), 0.5) as alive:
     for _ in range(8):
         alive(); time.sleep(0.2)
     print("moved", flush=True)
-    waits_for_a_batch_that_never_comes()
+    waits_forever_for_a_batch()
 """
-DEAF = """
+BLOCKED = """
 import contextlib, hashlib, sys
 from common.train.preemption import Preemption
 with contextlib.closing(Preemption(float(sys.argv[1]), lambda: "last words")) as preemption:
     print("begun", flush=True)
-    hashlib.pbkdf2_hmac("sha256", b"", b"", int(sys.argv[2]))  # in C: no handler of Python's is run meanwhile
+    hashlib.pbkdf2_hmac("sha256", b"", b"", int(sys.argv[2]))  # in C: no Python handler runs meanwhile
     print(preemption.requested(), flush=True)
 """
 
@@ -57,19 +57,19 @@ def test_a_run_that_hangs_is_ended_with_its_stacks(tmp_path: Path) -> None:
     assert output == "moved\n" and process.returncode == STALLED == 75
     assert f"no progress for 0.5 s; the stacks of all threads are in {stacks}" in errors
     for found in (stacks.read_text(), errors):
-        assert found.count("waits_for_a_batch_that_never_comes") == 2  # the main thread and the other one
+        assert found.count("waits_forever_for_a_batch") == 2  # in the main thread and in the other one
 
 
 def test_a_run_that_ends_is_not_watched_any_more(tmp_path: Path) -> None:
     with watched(tmp_path / "stacks.txt", 0.05) as alive:
         alive()
-    time.sleep(0.2)  # or this process would be gone
+    time.sleep(0.2)  # otherwise this process would have ended
     assert not (tmp_path / "stacks.txt").exists()
 
 
 @dataclasses.dataclass
 class Stuck:
-    """A stream that goes no further than a batch until it is let go."""
+    """A stream that blocks before one of its batches until it is let go."""
 
     stream: Stream
     step: int
@@ -87,11 +87,11 @@ class Stuck:
 
 
 def test_a_stream_that_hangs_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loop says that it is alive at each step, and not while it waits for a batch."""
+    """The loop sends a heartbeat at each step, and none while it waits for a batch."""
     begun, let_go, steps = Observer(), threading.Event(), []
 
     def end(stacks: Path, stall_seconds: float) -> None:
-        if begun.steps:  # compiling may take longer, too
+        if begun.steps:  # compiling may also take longer
             steps.append(begun.steps[-1])
             assert stacks == tmp_path / "stacks-0.txt" and stall_seconds == 0.5
             let_go.set()
@@ -104,8 +104,8 @@ def test_a_stream_that_hangs_is_noticed(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("twice", [False, True])
-def test_ctrl_c_waits_and_a_second_one_ends_at_once(twice: bool) -> None:
-    with program(DEAF, "60", str(10**9 if twice else 10**6)) as process:
+def test_ctrl_c_is_deferred_and_a_second_one_ends_at_once(twice: bool) -> None:
+    with program(BLOCKED, "60", str(10**9 if twice else 10**6)) as process:
         assert process.stdout is not None and process.stdout.readline() == "begun\n"
         process.send_signal(signal.SIGINT)
         assert process.stderr is not None and process.stderr.readline() == "\n"
@@ -124,8 +124,8 @@ def test_ctrl_c_waits_and_a_second_one_ends_at_once(twice: bool) -> None:
 
 @pytest.mark.parametrize("grace", ["0.5", "60"])
 def test_sigterm_ends_a_process_in_time(grace: str) -> None:
-    """Where its main thread is in a long call of C's: by force when the grace is over, and with the call where not."""
-    with program(DEAF, grace, str(10**9 if grace == "0.5" else 10**6)) as process:
+    """During a long call of C code in the main thread: by force when the grace is over, else when the call returns."""
+    with program(BLOCKED, grace, str(10**9 if grace == "0.5" else 10**6)) as process:
         assert process.stdout is not None and process.stdout.readline() == "begun\n"
         process.send_signal(signal.SIGTERM)
         sent = time.monotonic()

@@ -1,4 +1,4 @@
-"""What a run says of its time: clocks, shares, utilisation, goodput, traces."""
+"""What a run records about its time: clocks, shares, utilisation, goodput, traces."""
 
 import dataclasses
 import itertools
@@ -29,7 +29,7 @@ STEPS = 8
 # --- Clock
 
 
-def test_time_beside_the_steps_is_not_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_for_saving_and_validation_is_not_counted_as_training(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("common.train.clock.time.perf_counter", lambda: now)
     clock = Clock(Progress(consumed_batches=4, fingerprint="", train_seconds=100.0, data_seconds=9.0, eval_seconds=5.0))
@@ -49,7 +49,7 @@ def test_time_beside_the_steps_is_not_theirs(monkeypatch: pytest.MonkeyPatch) ->
 
 @dataclasses.dataclass
 class Late:
-    """A stream, one of whose batches comes late."""
+    """A stream with one late batch."""
 
     stream: Stream
     step: int
@@ -66,7 +66,7 @@ class Late:
             yield host
 
 
-def test_the_time_that_a_run_takes_is_told_apart(tmp_path: Path) -> None:
+def test_waiting_training_saving_and_validation_are_recorded_apart(tmp_path: Path) -> None:
     of = task("gpt", Late(loader(), step=6, seconds=0.3))
     begun = time.perf_counter()
     fit(of, tmp_path, Observer())
@@ -88,7 +88,7 @@ def test_the_time_that_a_run_takes_is_told_apart(tmp_path: Path) -> None:
 # --- Speed
 
 
-def test_speed_leaves_out_the_first_steps_of_each_launch(tmp_path: Path) -> None:
+def test_speed_skips_the_first_steps_of_each_launch(tmp_path: Path) -> None:
     of = dataclasses.replace(task("gpt"), peak_flops_per_second=1e9)
     with pytest.raises(Stopped):
         fit(of, tmp_path, Observer(stop_at=7))
@@ -105,7 +105,7 @@ def test_speed_leaves_out_the_first_steps_of_each_launch(tmp_path: Path) -> None
 
 
 def test_utilisation_is_flops_over_peak() -> None:
-    """At twice the peak's time it is half, over four devices a quarter; and with an unknown peak it is left out."""
+    """It is a half at twice the peak's time, and a quarter of that over four devices."""
     of = setup(tiny("gpt"), train_config())
     forward = of.flops_per_step() / 3
     found = utilisation(of, step_seconds=2.0, peak_flops_per_second=3 * forward)
@@ -132,14 +132,14 @@ def test_utilisation_is_flops_over_peak() -> None:
     ],
 )
 def test_hardware_flops_count_what_is_done_twice(execution: Execution, expected: int) -> None:
-    """What compilers make of it is compared in tests/common/compute/test_traffic.py."""
+    """tests/common/compute/test_traffic.py compares with what compilers do."""
     flops = ForwardFlops(dense=1000, head=100, mlp=600, mlp_out=200, attention_full=40, attention_causal_half=20)
     assert flops.train_hardware(execution) == expected
 
 
 @pytest.mark.parametrize("family", ["gpt", "t5like"])
 def test_the_parts_of_dense_products(family: str) -> None:
-    """Closed forms: one layer a stack, two matrices of 16 x 32 in an MLP, a head of 16 x vocabulary."""
+    """Closed forms: one layer per stack, two matrices of 16 x 32 in an MLP, a head of 16 x vocabulary."""
     of = setup(tiny(family), train_config())
     rows, inputs, targets = of.row_slots
     flops = of.model.flops(LengthSums.of_rows(*of.row_slots))
@@ -185,7 +185,7 @@ def test_goodput_counts_lost_steps_and_the_time_between_launches(tmp_path: Path)
     assert last["seconds"] + sum(row["step_seconds"] for row in lost) < wall
 
 
-def test_a_launch_long_ago_lowers_it(tmp_path: Path) -> None:
+def test_a_launch_long_ago_lowers_goodput(tmp_path: Path) -> None:
     of = task("gpt")
     with pytest.raises(Stopped):
         fit(of, tmp_path, Observer(stop_at=4))
@@ -200,8 +200,8 @@ def test_a_launch_long_ago_lowers_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("steps", "traced"), [(2, True), (100, True), (0, False)])
-def test_a_trace(steps: int, traced: bool, tmp_path: Path) -> None:
-    """Of some steps, or of all that there are; the run's numbers are the same."""
+def test_steps_are_traced(steps: int, traced: bool, tmp_path: Path) -> None:
+    """A trace covers some steps, or all if there are fewer, and does not change the recorded steps."""
     observer = Observer()
     fit(dataclasses.replace(task("gpt"), profile_steps=steps), tmp_path, observer)
     found = [path.name for path in tmp_path.rglob("*.xplane.pb")]
@@ -211,7 +211,7 @@ def test_a_trace(steps: int, traced: bool, tmp_path: Path) -> None:
 
 
 def test_rows_of_metrics_hold_no_times(tmp_path: Path) -> None:
-    """They are to be the same bits whenever they are written."""
+    """They must be the same to the bit whenever they are written."""
     fit(dataclasses.replace(task("gpt"), peak_flops_per_second=1e9), tmp_path, Observer())
     keys: set[str] = set().union(*map(dict[str, Any].keys, read_rows(tmp_path / RunFiles.METRICS)))
     assert not [key for key in keys if "second" in key or "time" in key or "mfu" in key or "goodput" in key]

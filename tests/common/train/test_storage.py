@@ -1,4 +1,4 @@
-"""Storage that refuses for a while, or for too long: nothing that was good is lost."""
+"""Storage that refuses for a while or for too long: no good checkpoint is lost."""
 
 import contextlib
 import os
@@ -26,7 +26,7 @@ BUCKET = ValueError("UNAVAILABLE: Error reading gs://bucket/run: HTTP response c
 
 
 class Gone(Exception):
-    """As clients of buckets raise it."""
+    """An error as clients of buckets raise it."""
 
     code = 503
 
@@ -47,7 +47,7 @@ class Gone(Exception):
         (ValueError("its arrays are not those that were saved"), False),
     ],
 )
-def test_what_waiting_may_mend(error: Exception, refused: bool) -> None:
+def test_refusals_that_waiting_may_cure(error: Exception, refused: bool) -> None:
     assert (refusal(error) is not None) == refused
     outer = RuntimeError("a save failed")
     outer.__cause__ = error
@@ -123,7 +123,7 @@ LIMITS = pytest.mark.parametrize(
 def test_a_disk_that_is_full_for_a_while(
     unbroken: Path, cache: Path, limit_bytes: str, said: str, tmp_path: Path
 ) -> None:
-    """Each refusal is said aloud; the run ends as if there had been none, without being launched again."""
+    """Each refusal is noted; the run ends as if there had been none, without another launch."""
     status, output = train(cache, tmp_path, limit_bytes, "2", "2.5", "600")
     assert status == 0 and said in output and "File too large" in output
     check_same(tmp_path, unbroken)
@@ -133,7 +133,7 @@ def test_a_disk_that_is_full_for_a_while(
 @pytest.mark.slow  # a process each, which waits
 @LIMITS
 def test_a_disk_that_stays_full(unbroken: Path, cache: Path, limit_bytes: str, said: str, tmp_path: Path) -> None:
-    """The run stops, names the last good checkpoint, and goes on from it when there is room again."""
+    """The run stops, names the last good checkpoint, and resumes from it when there is room again."""
     status, output = train(cache, tmp_path, limit_bytes, "5", FOREVER, "1.5")
     assert status == 2 and said in output
     (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
@@ -163,7 +163,7 @@ def saved(learnt: TrainState, tmp_path: Path) -> Path:
 
 
 class Bucket:
-    """Refuses some reads."""
+    """A bucket that refuses some reads."""
 
     def __init__(self, refusals: int):
         self.refusals = refusals
