@@ -2,10 +2,10 @@
 
 import sys
 
-from experiments.cli.main import tell_jax_where_no_tpu_is
+from experiments.cli.main import skip_tpu_search
 
 if __name__ == "__main__":
-    tell_jax_where_no_tpu_is()
+    skip_tpu_search()
     from benchmarks.run import main
 
     sys.exit(main())

@@ -1,6 +1,6 @@
 """The command line: `twinstack list | plan | data | train | compare | launch | report | convert | score | generate`.
 
-Each command is one typed function in a file of its own. That file is imported when the command is run, so that
+Each command is one typed function in its own file. That file is imported only when the command runs, so that
 `twinstack --help` answers at once.
 """
 
@@ -57,19 +57,19 @@ def _run(arguments: list[str]) -> int:
         parser.print_help()
         return 2
     else:
-        tell_jax_where_no_tpu_is()
-        function(command)(**options)
+        skip_tpu_search()
+        load_command(command)(**options)
     return 0
 
 
-def function(command: str) -> Callable[..., None]:
-    """Returns the function that runs a command, which imports what the command needs."""
+def load_command(command: str) -> Callable[..., None]:
+    """Imports the module of a command and returns its function."""
     module = importlib.import_module(f"experiments.cli.{COMMANDS[command]}")
     found: Callable[..., None] = getattr(module, COMMANDS[command])
     return found
 
 
-def tell_jax_where_no_tpu_is() -> None:
+def skip_tpu_search() -> None:
     """Keeps JAX from searching for TPUs on a machine without any; must be called before JAX is imported.
 
     Where libtpu is installed for planning alone, JAX would query the network for TPUs and print warnings.

@@ -111,4 +111,4 @@ def check_text(arguments: Sequence[str]) -> None:
     """Raises UserError for an argument that is not valid UTF-8 or holds a NUL character."""
     for argument in arguments:
         if "\0" in argument or any("\ud800" <= character <= "\udfff" for character in argument):
-            raise UserError(f"the argument {argument!r} is no text: it is not UTF-8, or holds a NUL character")
+            raise UserError(f"the argument {argument!r} is not text: it is not UTF-8, or contains a NUL character")

@@ -88,7 +88,7 @@ def read_records(file: Path) -> list[dict[str, Any]]:
 
 
 def to_pair(record: dict[str, Any], codec: TextCodec, vocab_size: int, *, eos: bool) -> Pair:
-    """Returns the pair to score for one record. Raises UserError for a value that is no text, and for unknown ids."""
+    """Returns the pair to score for one record. Raises UserError for values that are not texts, and for unknown ids."""
     before, after = next((form[0] if len(form) == 2 else None, form[-1]) for form in FORMS if form[-1] in record)
     conventions = codec.conventions
     separate = conventions.alignment == "start_token" and conventions.prompts == "inputs"

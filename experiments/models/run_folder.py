@@ -25,7 +25,7 @@ TOKENIZER = "spiece.model"
 def folder_from_run(source: str, destination: Path, progress: ProgressBars) -> list[str]:
     """Writes the parameters and the tokenizer of an arm's run directory (or `DIRECTORY@STEP`); returns remarks.
 
-    Raises UserError where `source` is no run, and as `write_folder` does.
+    Raises UserError where `source` is not a run, or `destination` cannot be written.
     """
     found = find_model(source)
     text = found.open_text()

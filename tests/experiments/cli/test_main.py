@@ -13,7 +13,7 @@ from rich.console import Console
 from common.errors import UserError
 from experiments import registry
 from experiments.cli.arguments import parsers
-from experiments.cli.main import COMMANDS, function, main
+from experiments.cli.main import COMMANDS, load_command, main
 from experiments.planning import plan
 from experiments.running import comparison
 
@@ -259,7 +259,7 @@ def test_every_command_is_a_function_of_its_options():
     assert list(COMMANDS) == list(parsers_of)
     for command, parser in parsers_of.items():
         options = {action.dest for action in parser._actions} - {"help"}
-        assert options == inspect.signature(function(command)).parameters.keys()
+        assert options == inspect.signature(load_command(command)).parameters.keys()
 
 
 def test_help_and_version_import_few_modules_and_none_of_other_packages():
