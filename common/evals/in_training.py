@@ -94,12 +94,16 @@ def _sketches(shard: Shard, first: int, last: int) -> np.ndarray:
 
 
 def _hashes(shard: Shard, record_E: np.ndarray, unk_id: int) -> np.ndarray:
-    """Hashes whole records, uint64 [E]: a sum over tokens and places, computed as the difference of two prefix sums."""
+    """Hashes whole records, uint64 [E]: the sum over tokens of mix(token) * weight(its place), mixed with the length.
+
+    Sums are differences of two prefix sums over the concatenated records. Texts that are never counted get `_NEVER`.
+    """
     begin_E, end_E = (np.asarray(shard.offsets)[record_E + more] for more in (0, 1))
+    # The chosen records, concatenated: record e is [offsets[e], offsets[e + 1]).
     offsets = np.concatenate([[0], np.cumsum(end_E - begin_E)])
-    within_P = np.arange(offsets[-1]) - np.repeat(offsets[:-1], end_E - begin_E)
-    tokens_P = shard.tokens_P[within_P + np.repeat(begin_E, end_E - begin_E)]
-    weight_P = _mix(within_P.astype(np.uint64) + np.uint64(1 << 40)) | np.uint64(1)
+    place_P = np.arange(offsets[-1]) - np.repeat(offsets[:-1], end_E - begin_E)
+    tokens_P = shard.tokens_P[place_P + np.repeat(begin_E, end_E - begin_E)]
+    weight_P = _mix(place_P.astype(np.uint64) + np.uint64(1 << 40)) | np.uint64(1)
     sums = np.zeros(len(tokens_P) + 1, np.uint64)
     np.cumsum(_mix(tokens_P.astype(np.uint64)) * weight_P, out=sums[1:])
     unknown = np.concatenate([[0], np.cumsum(tokens_P == unk_id)])

@@ -181,6 +181,7 @@ def target_log_probs(
     scanned = 0 if unroll else T // U
     pieces = []
     if scanned:
+        # [B, scanned * U, ...] to [scanned, B, U, ...], and back after the map.
         split = [
             jnp.moveaxis(x[:, : scanned * U].reshape(B, scanned, U, *x.shape[2:]), 1, 0) for x in (h_BTD, targets_BT)
         ]
