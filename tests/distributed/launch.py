@@ -1,4 +1,4 @@
-"""Real processes on this machine, each with devices of its own; none outlives its test."""
+"""Starts real processes on this machine, each with its own devices; none outlives its test."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 240
-"""Seconds for anything at all on a busy machine."""
+"""Seconds to wait for anything on a busy machine."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Job:
     logs: list[Path]
 
     def output(self, index: int) -> str:
-        """What process `index` has written so far, to either stream."""
+        """Returns what process `index` has written so far, to either stream."""
         return self.logs[index].read_text(errors="replace")
 
     def wait(self, seconds: float = PATIENCE) -> list[int]:
-        """Exit statuses of all."""
+        """Waits for all processes and returns their exit statuses."""
         give_up = time.monotonic() + seconds
         try:
             return [process.wait(max(0.1, give_up - time.monotonic())) for process in self.processes]
@@ -33,7 +33,7 @@ class Job:
             raise AssertionError(self.everything()) from None
 
     def wait_until(self, now: Callable[[], bool]) -> None:
-        """Fails where any of them ends before."""
+        """Waits until `now` returns True; fails if a process ends before."""
         give_up = time.monotonic() + PATIENCE
         while not now():
             alive = all(process.poll() is None for process in self.processes)
@@ -48,7 +48,7 @@ class Job:
 def launched(
     program: Sequence[str], arguments: Sequence[Sequence[str]], *, devices: int, cache: Path, logs: Path
 ) -> Iterator[Job]:
-    """`python -m program`, once for each entry of `arguments`, with so many CPU devices each."""
+    """Runs `python -m program` once per entry of `arguments`, each with `devices` CPU devices."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -73,7 +73,7 @@ def launched(
 
 
 def flags(count: int) -> list[list[str]]:
-    """What joins `count` processes at a free port of this machine."""
+    """Returns the flags that join `count` processes at a free port of this machine."""
     if count == 1:
         return [["--processes", "1"]]
     with socket.socket() as free:

@@ -15,13 +15,13 @@ from tests.experiments.tiny_experiment import tiny_experiment
 
 
 def take_time(bar: TrainingBar, row: dict[str, Any], timing: dict[str, Any], step: Any = TrainingBar.step) -> None:
-    """So that there is a moment to be killed at."""
+    """Delays each step, so that a test has time to kill the process."""
     time.sleep(0.05)
     step(bar, row, timing)
 
 
-def tell_of_writing(event: str, arguments: tuple[Any, ...]) -> None:
-    """Names every file that Python's own functions open for writing, make or rename."""
+def print_writes(event: str, arguments: tuple[Any, ...]) -> None:
+    """Audit hook that prints every file that Python itself opens for writing, makes, renames or removes."""
     opened = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
     if opened or event in ("os.mkdir", "os.rename", "os.remove"):
         sys.stdout.write(f"writes {arguments[0]}\n")
@@ -35,7 +35,7 @@ def main(folder: Path, heartbeat_seconds: int, arguments: list[str]) -> int:
     registry.EXPERIMENTS[experiment.name] = experiment.question
     registry.load = lambda name: experiment
     TrainingBar.step = take_time  # type: ignore[method-assign]
-    sys.addaudithook(tell_of_writing)
+    sys.addaudithook(print_writes)
     return cli.main(arguments)
 
 

@@ -1,4 +1,4 @@
-"""Training by several real processes: the numbers of one, one that writes, and what a lost one leaves behind."""
+"""Training by several real processes: equal to one process, one of them writes, and a lost one ends the others."""
 
 import contextlib
 import dataclasses
@@ -25,9 +25,9 @@ from tests.experiments.tiny_experiment import STEPS, tiny_experiment, write_data
 pytestmark = pytest.mark.slow  # several processes that compile, each test
 MEASURED = ("loss", "grad_norm", "validation_loss")
 HEARTBEAT_SECONDS = 10
-"""Less than in earnest, where the same takes a minute."""
+"""Less than the real one, so that the tests do not wait for a minute."""
 STOPPED = 120
-"""Seconds in which the others are to stop."""
+"""Seconds within which the other processes must stop."""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def training(
     scored: bool = False,
     last: tuple[str, ...] = (),
 ) -> Iterator[Job]:
-    """Arm `arm` by `count` processes; `last` goes to the last of them alone."""
+    """Trains `arm` with `count` processes; only the last one gets the arguments `last`."""
     command = ["train", "tiny", "--arm", arm, "--run-dir", str(run_dir)]
     command += [] if scored else ["evaluation.splits=[]"]
     command += [f"train.mesh.{field.name}={getattr(mesh, field.name)}" for field in dataclasses.fields(mesh)]
@@ -72,7 +72,7 @@ def rows_written(run_dir: Path, arm: str) -> int:
 
 
 def final_state(folder: Path, run_dir: Path, arm: str, mesh: MeshShape) -> list[np.ndarray]:
-    """All arrays of the last checkpoint, read onto `mesh` by this process."""
+    """Returns all arrays of the last checkpoint, read onto `mesh` by this process."""
     experiment = tiny_experiment(folder)
     experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, mesh=mesh))
     made = make_programs(make_setup(experiment, experiment.arms[arm]))
@@ -95,7 +95,7 @@ def final_state(folder: Path, run_dir: Path, arm: str, mesh: MeshShape) -> list[
     ids=["2", "4-same-rows", "4"],
 )
 def test_several_train_what_one_does(folder: Path, tmp_path: Path, arm: str, mesh: MeshShape, count: int) -> None:
-    """Losses to 1e-6, everything counted exactly, the same texts decoded; the first one alone writes and prints."""
+    """Losses agree to 1e-6, counts and decoded texts exactly; only the first process writes and prints."""
     one, several = tmp_path / "one", tmp_path / "several"
     trained(folder, one, arm, mesh, 1, scored=True)
     job = trained(folder, several, arm, mesh, count, scored=True)
@@ -134,7 +134,7 @@ def test_several_train_what_one_does(folder: Path, tmp_path: Path, arm: str, mes
 
 @pytest.fixture(scope="module")
 def unbroken(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A run to the end by two processes of two devices."""
+    """Returns a function that trains an arm to the end with two processes of two devices, once."""
     made: dict[str, Path] = {}
 
     def run(arm: str) -> Path:
@@ -150,7 +150,7 @@ PAIR = MeshShape(data=2, fsdp=2)
 
 
 def check_resumed(folder: Path, broken: Path, unbroken: Path, arm: str, at: set[int]) -> None:
-    """The same command goes on from a checkpoint and ends with what the unbroken run has."""
+    """Asserts that the same command resumes from a checkpoint and ends with the results of the unbroken run."""
     job = trained(folder, broken, arm, PAIR, 2)
     assert any(f"resuming after step {step} of {STEPS}\n" in job.output(0) for step in at), job.everything()
     a, b = ((run_dir / arm / RunFiles.METRICS).read_bytes() for run_dir in (broken, unbroken))
@@ -185,7 +185,7 @@ def test_one_is_killed(
 
 
 def last_line(job: Job, index: int) -> str:
-    """Whoever reads standard error has a moment more to live than the process."""
+    """Returns the last line of a process's output; waits, since its standard error is copied by another process."""
     time.sleep(1)
     return job.output(index).rstrip().splitlines()[-1]
 
@@ -208,8 +208,8 @@ def test_asked_to_end_all_save_the_same_step(
     check_resumed(folder, broken, unbroken(arm), arm, {saved})
 
 
-def test_a_run_of_two_goes_on_as_one(folder: Path, tmp_path: Path, unbroken: Callable[[str], Path]) -> None:
-    """On other devices in another mesh: the same batches, and losses but for rounding."""
+def test_one_process_resumes_a_run_of_two(folder: Path, tmp_path: Path, unbroken: Callable[[str], Path]) -> None:
+    """On other devices in another mesh: the same batches, and losses equal up to rounding."""
     broken = tmp_path / "broken"
     with training(folder, broken, "gpt", PAIR, 2) as job:
         job.wait_until(lambda: rows_written(broken, "gpt") >= 3)
@@ -230,7 +230,7 @@ def test_another_config_in_one_stops_all(folder: Path, tmp_path: Path) -> None:
     assert "train.seed: 0 -> 1" in job.output(1)
 
 
-def test_a_directory_of_ones_own_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_run_directory_that_is_not_shared_is_refused(folder: Path, tmp_path: Path) -> None:
     alone = tmp_path / "alone"
     with training(folder, tmp_path / "run", "gpt", PAIR, 2, last=("--run-dir", str(alone))) as job:
         assert job.wait() == [2, 2], job.everything()
@@ -239,7 +239,7 @@ def test_a_directory_of_ones_own_is_refused(folder: Path, tmp_path: Path) -> Non
 
 
 def test_an_error_in_one_ends_the_other(folder: Path, tmp_path: Path) -> None:
-    """One finds no data of its own, and says so; the other hears that it has gone."""
+    """One process does not find its data and reports that; the other reports that it ended."""
     with training(folder, tmp_path / "run", "gpt", PAIR, 2, last=(f"data.source.name=jsonl:{tmp_path}/x",)) as job:
         began = time.monotonic()
         assert all(status != 0 for status in job.wait(STOPPED)), job.everything()

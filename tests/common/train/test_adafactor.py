@@ -59,7 +59,7 @@ def draw(seed: int, scale: float = 1.0, shapes: dict[str, tuple[int, ...]] = SHA
 
 
 def run(params: Tree, gradients: Sequence[Tree], axes: Any = AXES, config: Adafactor = CONFIG) -> tuple[Tree, Any]:
-    """Parameters and state after an update by each gradient, at rates 0.1, 0.075, 0.05, ..."""
+    """Returns parameters and state after an update by each gradient, at rates 0.1, 0.075, 0.05, ..."""
     optimizer = make_optimizer(config, make_schedule(Linear(), 0.1, 4), axes)
 
     @jax.jit
@@ -115,7 +115,7 @@ def by_numpy(params: Tree, gradients: Sequence[Tree]) -> Tree:
 
 
 def test_it_is_numpys() -> None:
-    """Three steps of gradients of very different size, on layers of very different size."""
+    """Three steps, with gradients and layers of very different magnitudes."""
     params = draw(0)
     for name, axes in AXES.items():
         if axes[0] == "layers":
@@ -129,7 +129,7 @@ def test_it_is_numpys() -> None:
 
 
 def test_stacked_layers_are_separate_layers() -> None:
-    """To the bit: a layer neither sees the others' statistics nor their sizes."""
+    """Updates are equal to the bit: no layer sees another's statistics or magnitude."""
     params, gradients = draw(0), [draw(1), draw(2, 100.0)]
     stacked, _ = run(params, gradients)
     names = [name for name, axes in AXES.items() if axes[0] == "layers"]
@@ -142,7 +142,7 @@ def test_stacked_layers_are_separate_layers() -> None:
 
 
 def test_a_matrix_is_as_optaxs() -> None:
-    """Where a leaf is one matrix or one vector, optax's own Adafactor does the same."""
+    """For a leaf that is one matrix or one vector, optax's Adafactor gives the same updates."""
     axes = {"matrix": MATRIX, "vector": ("embed",)}
     shapes = {"matrix": (130, 140), "vector": (130,)}
     params, gradients = draw(0, 1.0, shapes), [draw(seed, 1.0, shapes) for seed in (1, 2, 3)]
@@ -163,7 +163,7 @@ def moments_of(state: Any) -> dict[str, Any]:
 
 
 def test_statistics_are_as_small_as_they_should_be() -> None:
-    """A row mean and a column mean of each layer's matrix; whole ones only for what is small or no matrix."""
+    """Each layer's matrix has row and column means; only small matrices and vectors are not factored."""
     _, state = run(draw(0), [])
     shapes = jax.tree.map(np.shape, moments_of(state))
     for name, moment in moments_of(state).items():
@@ -177,7 +177,7 @@ def test_statistics_are_as_small_as_they_should_be() -> None:
 
 @pytest.mark.parametrize(("heads", "factored"), [(1, False), (2, True)])
 def test_heads_and_head_dim_are_one_axis(heads: int, factored: bool) -> None:
-    """64 channels are too few to be factored, 2 x 64 are not."""
+    """64 channels are too few to be factored, 2 x 64 are enough."""
     params = {"query": np.ones((1, 128, heads, 64), np.float32)}
     _, state = run(params, [], {"query": AXES["query"]}, Adafactor())
     assert isinstance(moments_of(state)["query"], Factored) == factored
@@ -228,7 +228,7 @@ def advance(state: TrainState, optimizer: Any, grads: Tree) -> TrainState:
 
 
 def trained(mesh_shape: MeshShape) -> tuple[TrainState, TrainState]:
-    """State and shardings after two updates."""
+    """Returns state and shardings after two updates."""
     optimizer = optimizer_of(MODEL.logical_axes)
     shardings = state_shardings(MODEL, optimizer, make_mesh(mesh_shape))
     state = init_state(MODEL, optimizer, 0, shardings)
@@ -269,7 +269,7 @@ def test_it_comes_back_from_a_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.slow  # compiles a sharded network
 def test_t5s_whole_recipe_trains(tmp_path: Path) -> None:
-    """T5 v1.1's network, Adafactor and its schedule, sharded; no first step is over 0.01 of its parameter's RMS."""
+    """T5 v1.1 with Adafactor and its schedule, sharded: the first step is at most 0.01 of a parameter's RMS."""
     config = train_config(
         optimizer=Adafactor(min_factored=16),
         schedule=InverseSqrt(),

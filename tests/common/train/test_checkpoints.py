@@ -1,4 +1,4 @@
-"""Checkpoints of a small state: which are kept, and what is noticed of damage."""
+"""Checkpoints of a small state: which are kept, and what damage is noticed."""
 
 import contextlib
 import json
@@ -86,7 +86,7 @@ SWAPS = {
 
 @pytest.mark.parametrize("order", SWAPS.values(), ids=SWAPS.keys())
 def test_swapped_numbers_are_noticed(order: list[int], two: Path, copy: Path, tmp_path: Path) -> None:
-    """Both readers notice, although all numbers are there: the arrays are whole files of another state."""
+    """Both readers notice, although every file is intact: the arrays hold the same numbers in another order."""
     other = save(tmp_path / "other", {2: state(LAYERS.reshape(-1)[order].reshape(3, 4))})
     shutil.rmtree(copy / "2" / "state")
     shutil.copytree(other / "2" / "state", copy / "2" / "state")
@@ -95,8 +95,8 @@ def test_swapped_numbers_are_noticed(order: list[int], two: Path, copy: Path, tm
     assert restored is not None and restored[1].consumed_batches == 1
 
 
-def test_checksums_see_places_and_bits_however_an_array_is_sharded() -> None:
-    """Numbers with few bits, of which a sum weighed by places would lose some."""
+def test_checksums_depend_on_positions_and_bits_but_not_on_sharding() -> None:
+    """Uses numbers with few significant bits, for which a position-weighted sum would miss some swaps."""
     rng = np.random.default_rng(0)
     w = rng.choice(np.array([0.0, -0.0, 1.0, 2.0, 0.5], np.float32), (8, 16))
     mesh = jax.make_mesh((4, 2), ("a", "b"))
@@ -133,7 +133,7 @@ def damages(content: bytes) -> dict[str, bytes]:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of reads that Orbax gives up
-def test_whatever_file_is_damaged_the_state_is_right_or_the_one_before_is_taken(two: Path, tmp_path: Path) -> None:
+def test_with_any_damaged_file_the_state_is_right_or_an_earlier_one_is_restored(two: Path, tmp_path: Path) -> None:
     files = sorted(path.relative_to(two) for path in (two / "2").rglob("*") if path.is_file())
     contents = {file: (two / file).read_bytes() for file in files} | {Path("2/metrics/metrics"): b"{}"}  # of old ones
     taken = []
@@ -155,14 +155,14 @@ def test_whatever_file_is_damaged_the_state_is_right_or_the_one_before_is_taken(
 
 
 @pytest.mark.parametrize("key", ["tokens", "losses", "fingerprint", "validation_loss"])
-def test_what_is_said_of_a_checkpoint_is_checked_too(key: str, copy: Path) -> None:
+def test_the_metadata_of_a_checkpoint_is_verified_too(key: str, copy: Path) -> None:
     path = copy / "2" / "progress" / "metadata"
     path.write_text(json.dumps({**read_json(path), key: 7}))
     restored = restore(copy)
     assert restored is not None and restored[1].consumed_batches == 1
 
 
-def test_a_checkpoint_of_another_step_than_its_name_says_is_not_taken(copy: Path, caplog: Any) -> None:
+def test_a_checkpoint_of_another_step_than_its_folders_name_is_skipped(copy: Path, caplog: Any) -> None:
     (copy / "2").rename(copy / "9")
     np.testing.assert_array_equal(read(copy), -LAYERS)
     restored = restore(copy)

@@ -1,4 +1,4 @@
-"""Who belongs to a job, what its flags may be, and what is made of JAX's last words."""
+"""Joining the processes of a job by environment or flags, and the reading of JAX's last messages."""
 
 import importlib.util
 import subprocess
@@ -143,7 +143,7 @@ def test_the_last_words_say_who_was_lost(text: str, said: str | None) -> None:
 
 
 def test_standard_error_passes_through_and_the_verdict_comes_last() -> None:
-    """Bytes that are no UTF-8 among it; nothing is added where nothing was lost."""
+    """Bytes that are not UTF-8 pass too, and nothing is added if no process was lost."""
     words = b"one \xff line\n"
     for fatal in (b"", (FATAL + SILENT.format(1)).encode()):
         command = [sys.executable, "-I", str(LOST)]

@@ -1,4 +1,4 @@
-"""New runs that begin as stored parameters: what is taken, what begins fresh, what is refused, and what comes after."""
+"""New runs that start from stored parameters: what is loaded, initialised or refused, and how the run continues."""
 
 import dataclasses
 import json
@@ -92,7 +92,7 @@ def drawn(shapes: dict[str, tuple[int, ...]] = SHAPES) -> Kept:
 
 @pytest.mark.parametrize("mesh", [MeshShape(), EIGHT_DEVICES], ids=["one", "eight"])
 def test_a_runs_parameters_come_back(source: tuple[Path, Fitted], mesh: MeshShape) -> None:
-    """To the bit, and onto the new run's own mesh."""
+    """They are restored to the bit, onto the new run's mesh."""
     folder, fitted = source
     stored = stored_run(folder)
     params, plan = load(stored, mesh=mesh)
@@ -153,7 +153,7 @@ def test_fresh_parameters_are_those_of_a_new_model() -> None:
 @pytest.mark.parametrize("mesh", [MeshShape(), EIGHT_DEVICES], ids=["one", "eight"])
 @pytest.mark.parametrize("rows", [101, 150])
 def test_a_table_of_another_length(rows: int, mesh: MeshShape) -> None:
-    """The rows that both have are the source's, further ones fresh; its length need not divide over the mesh."""
+    """Common rows come from the source, further rows are fresh; the source's length need not divide over the mesh."""
     width = SHAPES[TABLE][1]
     kept = drawn({**SHAPES, TABLE: (rows, width), HEAD: (width, rows)})
     params, plan = load(kept, mesh=mesh, rules=(Resize(leaves="embedding.*"), Resize(leaves=HEAD)))
@@ -167,7 +167,7 @@ def test_a_table_of_another_length(rows: int, mesh: MeshShape) -> None:
 
 
 def test_renamed_and_doubled() -> None:
-    """An encoder-decoder whose stacks both begin as one decoder's: equal numbers, but no shared array."""
+    """An encoder-decoder loads both stacks from one decoder: equal numbers, but no shared array."""
     model = skeleton(builder(tiny("t5like"), EXECUTION))
     kept = drawn()
     rules = (
@@ -245,7 +245,7 @@ def test_what_is_not_accounted_for_is_listed(
 
 
 def test_the_advice_works() -> None:
-    """The rules that the message proposes are rules by which it loads."""
+    """Loading works with the rules that the message proposes."""
     stored = {**without(HEAD, "final_norm.scale_D"), TABLE: (64, 16), "final_norms.scale_D": (16,)}
     with pytest.raises(UserError) as caught:
         make_load_plan(SHAPES, AXES, stored, (), "somewhere")
@@ -262,10 +262,10 @@ def test_a_rename_has_one_star_on_both_sides(leaves: str, source: str) -> None:
         Rename(leaves=leaves, source=source)
 
 
-def test_a_torn_checkpoint_gives_way_to_the_one_before(
+def test_a_torn_checkpoint_is_skipped_for_the_one_before(
     source: tuple[Path, Fitted], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As when a run resumes; and the run, which may be going on, is left as it is."""
+    """As when a run resumes; the source run, which may still be training, stays unchanged."""
     folder = tmp_path / "gpt"
     shutil.copytree(source[0], folder)
     expected, _ = load(stored_run(folder, 6))
@@ -300,7 +300,7 @@ def test_changed_numbers_are_noticed(source: tuple[Path, Fitted], tmp_path: Path
 
 
 def tuned(folder: Path, rules: tuple[InitRule, ...] = (), **change: Any) -> Task:
-    """A new run, with another optimizer, schedule and data, that begins as the run in `folder`."""
+    """Returns a new run with another optimizer, schedule and data that starts from the run in `folder`."""
     settings = {
         "optimizer": Adafactor(),
         "schedule": Constant(),
@@ -316,8 +316,8 @@ def never() -> StoredParameters:
     raise AssertionError("the source was opened")
 
 
-def test_a_new_run_begins_as_another_ended(source: tuple[Path, Fitted], tmp_path: Path) -> None:
-    """As a run shows that learns nothing."""
+def test_a_new_run_starts_from_anothers_last_parameters(source: tuple[Path, Fitted], tmp_path: Path) -> None:
+    """A new run with almost no learning rate ends with the source's parameters."""
     folder, fitted = source
     watcher = Observer()
     new = tuned(folder, optimizer=AdamW(weight_decay=0.0), budget=Budget(unit="steps", amount=1))
@@ -331,7 +331,7 @@ def test_a_new_run_begins_as_another_ended(source: tuple[Path, Fitted], tmp_path
 
 
 def test_it_resumes_from_its_own_checkpoints(source: tuple[Path, Fitted], tmp_path: Path) -> None:
-    """Without looking at the source again, on a mesh; and an interrupted run ends as an unbroken one does."""
+    """It does not open the source again, and an interrupted run on a mesh ends as an unbroken one does."""
     new = tuned(source[0], (Fresh(leaves="output.*"),), mesh=EIGHT_DEVICES)
     whole = fit(new, tmp_path / "whole", Observer())
     with pytest.raises(Stopped):

@@ -59,7 +59,7 @@ def test_schedules(schedule: Callable[..., Schedule], after: Callable[[int, int]
 @pytest.mark.parametrize("schedule", [Linear, Cosine, WSD])
 @pytest.mark.parametrize("warmup", [0, 35])
 def test_schedules_end_where_they_say(schedule: Callable[..., Schedule], warmup: int) -> None:
-    """Right behind the last step, also where the warm-up leaves too few steps for the decay."""
+    """They end right after the last step, even if the warm-up leaves too few steps for the decay."""
     end = make_schedule(schedule(warmup_steps=warmup, final_fraction=0.25), PEAK, STEPS)
     with jax.numpy_dtype_promotion("standard"):
         assert float(end(STEPS)) == pytest.approx(PEAK / 4)
@@ -99,7 +99,7 @@ def draw(rng: np.random.Generator, scale: float) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("clip_norm", [0.5, 100.0, None])
 def test_adamw_is_numpys(clip_norm: float | None) -> None:
-    """Three steps: clipping by the norm over all leaves, both moments with bias correction, decay outside of them."""
+    """Three steps: clipping by the norm over all leaves, bias-corrected moments, weight decay outside of them."""
     config = AdamW(b1=0.8, b2=0.9, epsilon=1e-3, weight_decay=0.3, clip_norm=clip_norm)
     schedule = make_schedule(Linear(warmup_steps=1), 0.1, 5)
     optimizer = make_optimizer(config, schedule, AXES)

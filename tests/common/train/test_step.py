@@ -44,7 +44,7 @@ def programs(
     sharding: Strategy = "fsdp",
     positions: Positions = "rope",
 ) -> Programs:
-    """The step as the loop compiles it. Nothing is clipped, so that the first moments are a tenth of the gradient."""
+    """Returns the step as the loop compiles it, without clipping, so that first moments are a tenth of the gradient."""
     train = train_config(
         optimizer=AdamW(b1=0.9, epsilon=1e-3, clip_norm=1e9),
         schedule=Linear(),
@@ -66,7 +66,7 @@ def initial(family: str, mesh: MeshShape = ONE_DEVICE) -> TrainState:
 
 
 def fresh(family: str, made: Programs, **change: Any) -> TrainState:
-    """The state at step 0 on the mesh; a copy, since a step consumes the state that it is given."""
+    """Returns the state at step 0 on the mesh; a copy, since a step donates its state."""
     return jax.device_put(jax.tree.map(np.copy, dataclasses.replace(initial(family), **change)), made.shardings)
 
 
@@ -78,7 +78,7 @@ def apply(made: Programs, state: TrainState, batch: Batch) -> tuple[TrainState, 
 
 @functools.cache
 def batch_of(seed: int = 0) -> Batch:
-    """Packed rows whose weights differ widely, from row to row and within rows; one row has none."""
+    """Returns packed rows whose weights differ widely, between rows and within them; one row has none."""
     batch = jax.tree.map(np.asarray, random_rows(ROWS, INPUTS, TARGETS, seed))
     rng = np.random.default_rng(seed)
     by_row = rng.permutation(np.array([0, 0.1, 0.3, 1, 1, 2, 5, 10], np.float32))[:, None]
@@ -87,12 +87,12 @@ def batch_of(seed: int = 0) -> Batch:
 
 
 def gradients(state: TrainState) -> Any:
-    """After one step from zero moments."""
+    """Returns the gradients of one step from zero moments."""
     return jax.tree.map(lambda m: np.asarray(m) / 0.1, state.opt_state[1][0].mu)
 
 
 def test_loss_is_per_weighted_token() -> None:
-    """Against whole logits, NumPy's softmax in float64, and the automatic gradient of the weighted mean."""
+    """Agrees with whole logits, NumPy's softmax in float64, and the gradient of the weighted mean."""
     made, batch = programs("gpt"), batch_of()
     weights_BT = np.asarray(batch.weights_BT, np.float64)
 
@@ -187,7 +187,7 @@ def test_sharded_is_single_device(family: str, mesh: MeshShape, sharding: Strate
     ],
 )
 def test_relative_bias_is_the_same_on_a_mesh(family: str, sharding: Strategy) -> None:
-    """Gradients of one step, the bias's table among them, with rows, lengths and heads divided."""
+    """Compares gradients of one step, including the bias table's, with rows, lengths and heads sharded."""
     alone, together = (
         programs(family, mesh, sharding=sharding, positions="t5_bias") for mesh in (ONE_DEVICE, EIGHT[-1])
     )
@@ -203,7 +203,7 @@ def test_relative_bias_is_the_same_on_a_mesh(family: str, sharding: Strategy) ->
     assert biases and all(np.abs(leaf).max() > 1e-6 for leaf in biases)
 
 
-def test_a_state_born_sharded_is_the_same_state() -> None:
+def test_a_state_created_sharded_is_the_same_state() -> None:
     for one, other in zip(*(jax.tree.leaves(initial("gpt", mesh)) for mesh in (ONE_DEVICE, EIGHT[2])), strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -218,7 +218,7 @@ def test_the_state_is_donated(family: str) -> None:
 
 
 def test_a_batch_without_weight_leaves_finite_numbers() -> None:
-    """No loss, no gradient: only the decay moves anything, and no norm's scale."""
+    """Loss and gradient are zero, so only weight decay changes anything, and no norm's scale."""
     made = programs("gpt")
     empty = dataclasses.replace(batch_of(), weights_BT=np.zeros((ROWS, TARGETS), np.float32))
     state, metrics = apply(made, fresh("gpt", made), empty)
