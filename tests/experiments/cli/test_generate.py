@@ -134,7 +134,7 @@ def test_an_interrupted_command_resumes(
 
     from common.infer import generate as module
 
-    batches, decode = 0, module.Generator._batch
+    batches, decode = 0, module.Generator._generate_batch
 
     def third_fails(self: Any, *arguments: Any) -> Any:
         nonlocal batches
@@ -144,7 +144,7 @@ def test_an_interrupted_command_resumes(
         return decode(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.Generator, "_batch", third_fails)
+        patch.setattr(module.Generator, "_generate_batch", third_fails)
         assert run(model, *options, "--out", str(out)) == 130
     partial = tmp_path / "texts.jsonl.partial"
     assert not out.exists()
@@ -152,7 +152,7 @@ def test_an_interrupted_command_resumes(
     partial.write_text(partial.read_text() + '{"index": 23, "te')  # as a killed command may leave it
     batches = 10
     with monkeypatch.context() as patch:
-        patch.setattr(module.Generator, "_batch", third_fails)
+        patch.setattr(module.Generator, "_generate_batch", third_fails)
         assert run(model, *options, "--out", str(out)) == 0
     assert batches == 10 + 1
     assert out.read_bytes() == whole.read_bytes()
