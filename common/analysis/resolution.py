@@ -20,7 +20,7 @@ class Tuning:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Arm:
+class ComparedArm:
     """What a claim about an arm rests on, apart from its results."""
 
     name: str
@@ -32,8 +32,8 @@ class Arm:
 class Claim:
     """A difference between two arms that a report would like to state."""
 
-    first: Arm
-    second: Arm
+    first: ComparedArm
+    second: ComparedArm
     compared: SeedComparison
     differs: Sequence[str] = ()
     """What the certificate found to differ between the arms against the study's claim; empty where it agrees."""

@@ -6,21 +6,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.analysis.resolution import Arm, Claim, Tuning, decide
+from common.analysis.resolution import Claim, ComparedArm, Tuning, decide
 from common.analysis.seeds import compare_seeds
 
 TUNED = Tuning(space="learning_rate 1e-4..1e-2, mean validation loss", trials=8, at_edge=False)
 
 
+def tuned(name: str, **changes: Any) -> ComparedArm:
+    return ComparedArm(name=name, tuning=dataclasses.replace(TUNED, **changes))
+
+
 def claim(difference: float = 1.0, seeds: int = 5, spread: float = 0.1, **changes: Any) -> Claim:
     noise = np.random.default_rng(seeds).normal(0, spread, seeds)
     compared = compare_seeds({s: difference + x for s, x in enumerate(noise)}, dict.fromkeys(range(seeds), 0.0))
-    fair = Claim(first=Arm(name="deep", tuning=TUNED), second=Arm(name="wide", tuning=TUNED), compared=compared)
+    fair = Claim(
+        first=ComparedArm(name="deep", tuning=TUNED), second=ComparedArm(name="wide", tuning=TUNED), compared=compared
+    )
     return dataclasses.replace(fair, **changes)
-
-
-def tuned(name: str, **changes: Any) -> Arm:
-    return Arm(name=name, tuning=dataclasses.replace(TUNED, **changes))
 
 
 def test_a_fair_difference_is_resolved() -> None:
@@ -34,7 +36,7 @@ def test_a_fair_difference_is_resolved() -> None:
         (claim(seeds=1), "1 paired seed: at least 3 are needed"),
         (claim(seeds=2, spread=0), "2 paired seeds: at least 3 are needed"),
         (claim(difference=0.0), "the t interval over 5 seeds contains 0"),
-        (claim(first=Arm(name="deep", tuning=None)), "deep was not tuned"),
+        (claim(first=ComparedArm(name="deep", tuning=None)), "deep was not tuned"),
         (claim(second=tuned("wide", at_edge=True)), "wide's best trial lies at the edge of its search"),
         (claim(first=tuned("deep", trials=4)), "deep had 4 trials, wide 8"),
         (claim(first=tuned("deep", space="by hand")), "the searches differ: by hand (deep)"),
