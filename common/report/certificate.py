@@ -7,7 +7,7 @@ from typing import Any
 
 from common.compute.ledger import FLOPS_TOLERANCE
 from common.report.results import ArmResult
-from common.report.run_files import Run
+from common.report.run_files import ComparisonRun
 from common.report.units import fill, percent, scientific, si
 from common.train.config import only_how
 
@@ -76,7 +76,7 @@ class Certificate:
         return f"{verdict}, {unmade} could not be made" if unmade else verdict
 
 
-def certify_run(run: Run) -> Certificate:
+def certify_run(run: ComparisonRun) -> Certificate:
     """Certifies a run directory from everything that its arms recorded."""
     return certify(
         run.results,

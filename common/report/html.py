@@ -15,7 +15,7 @@ from common.evals.measure import TextScore
 from common.files import write_atomically
 from common.report import plots, samples, tables
 from common.report.certificate import certify_run, dotted_fields
-from common.report.run_files import ArmRun, Run, ScoredSample, read_run
+from common.report.run_files import ArmRun, ComparisonRun, ScoredSample, read_run
 from common.report.units import duration, percent, si
 from common.report.verdicts import PairedExample, caveat, headline, pair_examples, verdicts
 from common.train.run_files import ExperimentFiles
@@ -48,7 +48,7 @@ def write_figure(run_dir: Path, path: Path) -> None:
     write_atomically(path, drawing.encode())
 
 
-def render(run: Run) -> str:
+def render(run: ComparisonRun) -> str:
     """Returns the page."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -62,12 +62,12 @@ def render(run: Run) -> str:
     return environment.get_template(_PAGE).render(_context(run))
 
 
-def _context(run: Run) -> dict[str, Any]:
+def _context(run: ComparisonRun) -> dict[str, Any]:
     """Returns the template's variables."""
     return {**_heading(run), **_findings(run), **_measurements(run), **_samples(run), **_settings(run)}
 
 
-def _heading(run: Run) -> dict[str, Any]:
+def _heading(run: ComparisonRun) -> dict[str, Any]:
     shown_elsewhere = {"arms", "name", "question", "schema_version"}
     return {
         "title": str(run.experiment.get("name", "comparison")),
@@ -82,7 +82,7 @@ def _heading(run: Run) -> dict[str, Any]:
     }
 
 
-def _findings(run: Run) -> dict[str, Any]:
+def _findings(run: ComparisonRun) -> dict[str, Any]:
     return {
         "tiles": [_tile(arm, headline(run)) for arm in run.arms],
         "confidence": percent(CONFIDENCE, 0),
@@ -92,7 +92,7 @@ def _findings(run: Run) -> dict[str, Any]:
     }
 
 
-def _measurements(run: Run) -> dict[str, Any]:
+def _measurements(run: ComparisonRun) -> dict[str, Any]:
     abouts = [str(arm.config.get("about", "")) for arm in run.arms]
     splits = tables.splits(run.results)
     return {
@@ -107,7 +107,7 @@ def _measurements(run: Run) -> dict[str, Any]:
     }
 
 
-def _samples(run: Run) -> dict[str, Any]:
+def _samples(run: ComparisonRun) -> dict[str, Any]:
     examples = pair_examples(run.arms)
     errors = [example for example in examples if example.wrong]
     successes = [example for example in examples if not example.wrong]
@@ -119,7 +119,7 @@ def _samples(run: Run) -> dict[str, Any]:
     }
 
 
-def _settings(run: Run) -> dict[str, Any]:
+def _settings(run: ComparisonRun) -> dict[str, Any]:
     return {
         "config": _field_rows([arm.config for arm in run.arms]),
         "environment": _field_rows([arm.environment for arm in run.arms]),

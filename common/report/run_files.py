@@ -65,7 +65,7 @@ class ArmRun:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
+class ComparisonRun:
     """A comparison's run directory; arms are in the experiment's order."""
 
     experiment: Mapping[str, Any]
@@ -79,7 +79,7 @@ class Run:
         return tuple(arm.result for arm in self.arms)
 
 
-def read_run(run_dir: Path) -> Run:
+def read_run(run_dir: Path) -> ComparisonRun:
     """Reads RUN/experiment.json and the folder of each arm with a result; the keys of its "arms" name the folders.
 
     Raises `UserError` naming the file, and the line if it has lines, if one is missing, unreadable or malformed.
@@ -94,7 +94,7 @@ def read_run(run_dir: Path) -> Run:
     done = [name for name in arms if (run_dir / name / RunFiles.RESULT).exists()]
     if not done:
         raise UserError(f"{run_dir} has no finished arm: repeat the run's command, which resumes it")
-    return Run(
+    return ComparisonRun(
         experiment=experiment,
         arms=tuple(_read_arm(run_dir / name) for name in done),
         unfinished=tuple(name for name in arms if name not in done),

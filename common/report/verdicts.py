@@ -8,7 +8,7 @@ import numpy as np
 
 from common.analysis.interval import Interval
 from common.analysis.statistics import CONFIDENCE, compare_paired, holm
-from common.report.run_files import ArmRun, Run, ScoredSample
+from common.report.run_files import ArmRun, ComparisonRun, ScoredSample
 from common.report.tables import find_score, splits
 from common.report.units import scientific, si
 
@@ -74,7 +74,7 @@ class _Comparison:
     detail: str = ""
 
 
-def verdicts(run: Run) -> tuple[Verdict, ...]:
+def verdicts(run: ComparisonRun) -> tuple[Verdict, ...]:
     """Returns sentences for every split and pair of arms (the first with each other), and one on validation loss."""
     examples = pair_examples(run.arms)
     compared = [
@@ -98,7 +98,7 @@ def verdicts(run: Run) -> tuple[Verdict, ...]:
     return (*lines, Verdict(text=f"Validation loss: {losses} nats per token."))
 
 
-def in_training(run: Run) -> list[str]:
+def in_training(run: ComparisonRun) -> list[str]:
     """Returns one sentence per split on its texts in the training data, without repetition between arms."""
     counts = [(s.split, s.in_training) for r in run.results for s in r.scores if s.in_training is not None]
     return list(dict.fromkeys(known.sentence(split) for split, known in counts))
@@ -113,7 +113,7 @@ def _tests_sentence(tests: int) -> str:
     )
 
 
-def _verdict(test: _Comparison, corrected: float, tests: int, run: Run) -> Verdict:
+def _verdict(test: _Comparison, corrected: float, tests: int, run: ComparisonRun) -> Verdict:
     """Calls a difference resolved if its interval excludes 0 and its corrected p-value is below 0.05.
 
     Both are required: the bootstrap interval is too narrow with few sentences, and a p-value alone does not show how
@@ -131,7 +131,7 @@ def _verdict(test: _Comparison, corrected: float, tests: int, run: Run) -> Verdi
     return Verdict(text=f"{numbers}: {verdict}.", detail=test.detail)
 
 
-def _seeds(run: Run) -> str:
+def _seeds(run: ComparisonRun) -> str:
     """Names the seeds of the first arm; all arms of a comparison share them."""
     config = run.arms[0].config
     seeds = {name: config.get(name, {}).get("seed") for name in ("train", "data")}
@@ -139,7 +139,7 @@ def _seeds(run: Run) -> str:
     return f" ({known})" if known else ""
 
 
-def caveat(run: Run) -> str:
+def caveat(run: ComparisonRun) -> str:
     """Returns what no interval in this report covers."""
     largest = max(run.results, key=lambda result: result.parameters)
     return (
@@ -149,7 +149,9 @@ def caveat(run: Run) -> str:
     )
 
 
-def _compare(run: Run, examples: tuple[PairedExample, ...], split: str, other: int) -> list[_Comparison | Verdict]:
+def _compare(
+    run: ComparisonRun, examples: tuple[PairedExample, ...], split: str, other: int
+) -> list[_Comparison | Verdict]:
     """Compares by exact match and, if both arms have one, by BLEU; the experiment's headline metric comes first."""
     first, second = run.arms[0], run.arms[other]
     pairs = [
@@ -172,7 +174,7 @@ def _compare(run: Run, examples: tuple[PairedExample, ...], split: str, other: i
     return [bleu, exact] if headline(run) == "bleu" else [exact, bleu]
 
 
-def headline(run: Run) -> str:
+def headline(run: ComparisonRun) -> str:
     """Returns the metric that comes first: "exact_match" or "bleu"."""
     return run.experiment.get("evaluation", {}).get("headline", "exact_match")
 
