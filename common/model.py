@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 
 from common.data.batch import Batch, Prompt
-from common.nn.linear import in_columns
+from common.nn.linear import split_columns
 from common.nn.stack import per_layer
 from common.recipe import Execution
 from common.trees import flatten
@@ -70,7 +70,7 @@ class Skeleton:
         """Returns the same parameters in the fastest form for many small steps: unrolled layers as separate arrays."""
         if self.merge(params).execution.scan_layers:
             return params
-        form = in_columns if jax.default_backend() == "cpu" else lambda x, axes: x
+        form = split_columns if jax.default_backend() == "cpu" else lambda x, axes: x
         return jax.jit(lambda params: per_layer(params, self.logical_axes, form))(params)
 
 

@@ -28,7 +28,7 @@ class Columns:
         return self
 
 
-def in_columns(w: jax.Array, axes: tuple[str, ...]) -> jax.Array | Columns:
+def split_columns(w: jax.Array, axes: tuple[str, ...]) -> jax.Array | Columns:
     """Splits one layer's parameter, with logical `axes`, into columns for faster decoding on a CPU.
 
     A product of few rows takes as long as reading its matrix. Cores parallelise one product poorly, but run two

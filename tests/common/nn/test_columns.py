@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from common.nn.linear import Columns, in_columns, project, unproject
+from common.nn.linear import Columns, project, split_columns, unproject
 from tests.helpers import close
 
 
@@ -25,7 +25,7 @@ def test_which_matrices_are_split(
     axes: tuple[str, ...], shape: tuple[int, ...], blocks: list[tuple[int, ...]] | None
 ) -> None:
     w = jnp.zeros(shape)
-    made = in_columns(w, axes)
+    made = split_columns(w, axes)
     if blocks is None:
         assert made is w
     else:
@@ -40,6 +40,6 @@ def test_products_are_the_same() -> None:
     )
     w_HCD, bias_D = jax.random.normal(keys[3], (6, 4, 8)), jax.random.normal(keys[4], (8,))
     q_BLHC = project(x_BLD, w_DHC, bias_HC)
-    close(project(x_BLD, in_columns(w_DHC, ("embed", "heads", "head_dim")), bias_HC), q_BLHC, 1e-6)
+    close(project(x_BLD, split_columns(w_DHC, ("embed", "heads", "head_dim")), bias_HC), q_BLHC, 1e-6)
     out_BLD = unproject(q_BLHC, w_HCD, bias_D)
-    close(unproject(q_BLHC, in_columns(w_HCD, ("heads", "head_dim", "embed")), bias_D), out_BLD, 1e-6)
+    close(unproject(q_BLHC, split_columns(w_HCD, ("heads", "head_dim", "embed")), bias_D), out_BLD, 1e-6)
