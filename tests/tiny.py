@@ -35,14 +35,19 @@ EXECUTION = dataclasses.replace(F32, loss_chunk=64)
 
 @contextlib.contextmanager
 def jax_settings(settings: dict[str, Any]) -> Iterator[None]:
-    """Sets options of JAX for a while, those of its cache on disk among them."""
+    """Sets options of JAX inside the block, including those of its compilation cache."""
     before = {name: jax.config.values[name] for name in settings}
-    for values in (settings, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is settings:
-            yield
+    try:
+        _set_jax_options(settings)
+        yield
+    finally:
+        _set_jax_options(before)
+
+
+def _set_jax_options(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def tiny(family: str, recipe: Recipe = RECIPE) -> ModelConfig:
@@ -85,7 +90,7 @@ def loader(
     content_id: str = DATA["content_id"],
     tokenizer_hash: str = DATA["tokenizer_hash"],
 ) -> Loader:
-    """Random texts of up to 6 tokens, in memory."""
+    """Makes a loader of random texts of at most 5 tokens, in memory."""
     rng = np.random.default_rng(text_seed)
 
     def texts() -> TokenStream:
@@ -115,12 +120,12 @@ def task(family: str, stream: Stream | None = None, data: dict[str, str] | None 
 
 
 class Stopped(Exception):
-    """What an interrupted run raises."""
+    """Raised by an Observer to interrupt a run."""
 
 
 @dataclasses.dataclass
 class Observer:
-    """A watcher that notes what it is told and may stop the run."""
+    """A watcher that records notes and steps, and raises Stopped after step `stop_at`."""
 
     stop_at: int | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
