@@ -65,9 +65,9 @@ class Checkpoints:
             raise UserError(f"{folder} is not a directory: move it away, or train into another --run-dir")
         self.folder, self._keep = folder, _LastAndBest(folder, keep_last)
         self._failed = False
-        self._manager = self._opened()
+        self._manager = self._open_manager()
 
-    def _opened(self) -> ocp.CheckpointManager:
+    def _open_manager(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
             self.folder.resolve(),
             handler_registry=_handlers(),
@@ -91,7 +91,7 @@ class Checkpoints:
         Raises what storage raises, now or when `wait` is called.
         """
         if self._failed:  # an Orbax manager remembers some of a failed save
-            self._manager = self._opened()
+            self._manager = self._open_manager()
             self._failed = False
         tree = _tree(state)
         sums = jax.device_get(leaf_checksums(tree))
@@ -106,8 +106,8 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(tree), **{PROGRESS: ocp.args.JsonSave(about)})
         self._keep.losses[progress.consumed_batches] = validation_loss
         try:
-            # Otherwise Orbax itself asks whether SIGTERM has arrived, and several processes would lose count of these
-            # questions (see `Preemption.requested`).
+            # `force` keeps Orbax from asking whether SIGTERM has arrived: several processes must count these questions
+            # alike (see `Preemption.requested`).
             began = self._manager.save(
                 progress.consumed_batches,
                 args=args,
@@ -132,7 +132,7 @@ class Checkpoints:
                 raise
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, oldest first; does not wait for one being written."""
+        """Returns the steps of the complete checkpoints, oldest first; does not wait for one being written."""
         return saved_steps(self.folder)
 
     def restore(

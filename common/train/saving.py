@@ -10,7 +10,7 @@ from common.train.storage import Backoff, refusal
 
 
 class Saving:
-    """The saves of one run. A state that could not be written is given up for a later one, which loses nothing."""
+    """Saves the checkpoints of one run. After a refusal it saves a later state instead, which loses nothing."""
 
     def __init__(self, run: Run) -> None:
         self.checkpoints, self.seed, self.note = run.checkpoints, run.task.setup.train.seed, run.watcher.note
