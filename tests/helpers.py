@@ -116,8 +116,6 @@ def random_params(config: ModelConfig) -> Any:
         values = rng.standard_normal(shape.shape, np.float32)
         if name.startswith("scale"):
             return 1 + np.float32(0.1) * values
-        if name == "table_VD" and config.recipe.scale_embeddings:
-            return np.float32(0.05) * values  # scaled up, a large table would drown the layers
         if "bias" in name or name.startswith("table"):
             return np.float32(0.3) * values
         return np.float32(0.3 / math.sqrt(config.d_model / 16)) * values

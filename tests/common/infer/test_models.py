@@ -22,7 +22,7 @@ from common.sharding.rules import parameter_shardings
 from common.sharding.shape import MeshShape
 from experiments.config import ModelConfig
 from experiments.families import builder
-from tests.helpers import F32, FAMILIES, families, fresh, rows_of, split
+from tests.helpers import F32, FAMILIES, families, fresh, rows_of
 
 PROMPTS = [[5, 6, 0, 7, 1], [], [11, 12], [0, 0, 3, 4, 90, 17, 23]]
 SLOTS, SOURCE = 8, 16
@@ -54,7 +54,7 @@ def decode(
     """Returns the texts and the final cache."""
     model, decoder = decoder_of(config, method, eos_ids, execution)
     rows = len(prompts)
-    weights = decoding_weights(model, split(config)[1] if params is None else params)
+    weights = decoding_weights(model, fresh(config)[1] if params is None else params)
     prompt = pad_prompts([np.array(p, np.int32) for p in prompts], starts or [0] * rows, rows=rows, written=written)
     seeds = Seeds(seed=0, prompts_B=np.arange(rows, dtype=np.uint32), samples_B=np.zeros(rows, np.uint32))
     state = decoder.start(weights, prompt, seeds, np.ones(rows, bool), slots=SLOTS)
@@ -69,7 +69,7 @@ def made(found: Decoded, place: int = 0) -> list[list[int]]:
 
 @functools.cache
 def forward(config: ModelConfig) -> Callable[[Any], jax.Array]:
-    graphdef, params = split(config)
+    graphdef, params = fresh(config)
 
     @jax.jit
     def log_probs(params: Any, batch: Any) -> jax.Array:
@@ -137,16 +137,15 @@ def test_growing_the_room_does_not_change_texts(
     name: str, method: Method, execution: Execution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = FAMILIES[name]
-    params = fresh(config)[1]
-    expected, cache = decode(config, method, Limits(max_new_tokens=SLOTS), params=params, execution=execution)
+    expected, cache = decode(config, method, Limits(max_new_tokens=SLOTS), execution=execution)
     for module in ("decode", "beam"):
         monkeypatch.setattr(f"common.infer.{module}.FIRST_ROOM", 2)
     monkeypatch.setattr("tests.common.infer.test_models.decoder_of", decoder_of.__wrapped__)
-    found, grown = decode(config, method, Limits(max_new_tokens=SLOTS), params=params, execution=execution)
+    found, grown = decode(config, method, Limits(max_new_tokens=SLOTS), execution=execution)
     assert made(found) == made(expected)
     np.testing.assert_allclose(found.log_probs_BRT, expected.log_probs_BRT, atol=1e-6)
     assert jax.tree.map(np.shape, grown) == jax.tree.map(np.shape, cache)
-    short, small = decode(config, method, Limits(max_new_tokens=3), params=params, execution=execution)
+    short, small = decode(config, method, Limits(max_new_tokens=3), execution=execution)
     assert made(short)[0] == made(expected)[0][:3] or isinstance(method, Beam)
     assert small.segments_BS.shape[1] == grown.segments_BS.shape[1] - SLOTS + 4, "room for 2, then for 4"
 
@@ -242,7 +241,7 @@ def test_a_sharded_cache_generates_the_same_tokens(name: str, method: Method, sh
     config, limits = FAMILIES[name], Limits(max_new_tokens=5)
     expected, _ = decode(config, method, limits)
     mesh, (model, _) = make_mesh(shape), decoder_of(config, method, (), F32)
-    params = jax.device_put(split(config)[1], parameter_shardings(mesh, model.logical_axes))
+    params = jax.device_put(fresh(config)[1], parameter_shardings(mesh, model.logical_axes))
     with jax.set_mesh(mesh):
         found, cache = decode(config, method, limits, params=params)
     assert made(found) == made(expected)
