@@ -1,4 +1,4 @@
-"""Reads the annotations of config fields: which types a field allows, and which of them JSON data belongs to.
+"""Reads the annotations of config fields: which types a field allows, and which of these types JSON data has.
 
 JSON in a field annotated `AdamW | Sgd | None`, both dataclasses with a `kind`:
 
@@ -20,17 +20,23 @@ from common.errors import UserError, nearest
 
 
 def join_path(path: str, key: str) -> str:
+    """Appends the key of a field or item to a dotted path; the path of the whole config is "".
+
+    >>> join_path("train.betas", "0"), join_path("", "train")
+    ('train.betas.0', 'train')
+    """
     return f"{path}.{key}" if path else key
 
 
 @functools.cache
 def field_types(cls: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)  # without the ranges, which each config checks for itself
+    """Returns the annotation of each field of a dataclass, in the order of the fields."""
+    hints = typing.get_type_hints(cls)  # strips Annotated and its Range, which the config's __post_init__ checks
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def union_members(annotation: Any) -> tuple[Any, ...]:
-    """Returns the members of a union; any other annotation is its own only member."""
+    """Returns the members of a union; for any other annotation, the annotation alone."""
     is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     return typing.get_args(annotation) if is_union else (annotation,)
 
@@ -40,21 +46,23 @@ def is_dataclass(annotation: Any) -> bool:
 
 
 def holds_dataclass(annotation: Any) -> bool:
-    """Whether a dataclass occurs anywhere in the annotation."""
+    """Returns whether a dataclass occurs anywhere in the annotation, as in `tuple[AdamW, ...]`."""
     return is_dataclass(annotation) or any(map(holds_dataclass, typing.get_args(annotation)))
 
 
 def variants_by_kind(annotation: Any) -> dict[str, Any]:
-    """Returns the dataclasses of a union by their `kind`; empty if there is only one, or none."""
+    """Returns kind -> dataclass for a union of several dataclasses; empty for any other annotation."""
     members = [member for member in union_members(annotation) if member is not types.NoneType]
     if len(members) < 2 or not holds_dataclass(annotation):
         return {}
+    # The annotation of `kind` is a Literal, whose arguments are the kinds.
     pairs = [(kind, member) for member in members for kind in typing.get_args(field_types(member)["kind"])]
     assert len(dict(pairs)) == len(pairs), f"two variants of {annotation} share a kind"
     return dict(pairs)
 
 
 def variant_of_kind(annotation: Any, kind: Any, path: str) -> Any:
+    """Returns the dataclass of the union that has the `kind`. Raises UserError, which names `path`, if none has."""
     variants = variants_by_kind(annotation)
     if not isinstance(kind, str) or kind not in variants:
         raise UserError(f"{join_path(path, 'kind')}: unknown kind {json.dumps(kind)}: {nearest(str(kind), variants)}")
@@ -62,7 +70,11 @@ def variant_of_kind(annotation: Any, kind: Any, path: str) -> Any:
 
 
 def chosen_member(annotation: Any, data: Any, path: str) -> Any:
-    """Returns the union member of `data`: None's type, the variant with its `kind`, or the only dataclass."""
+    """Returns the member of a union that `data` is an instance of, as JSON.
+
+    This is NoneType for None, and the variant that the `kind` in `data` names. Where there is no choice of dataclass,
+    it is the first member that is not None, whatever `data` is. Raises UserError if `data` has no valid `kind`.
+    """
     if data is None and types.NoneType in union_members(annotation):
         return types.NoneType
     if not variants_by_kind(annotation):
@@ -75,7 +87,13 @@ def chosen_member(annotation: Any, data: Any, path: str) -> Any:
 
 
 def child_types(annotation: Any, data: Any, path: str) -> dict[str, Any]:
-    """Returns the annotation of each key or index of `data`; empty for a plain value."""
+    """Returns the annotation of each key that may follow `path`; empty for a plain value.
+
+    A dataclass has all of its fields as keys, a dict or list the keys or indices of `data`:
+
+    >>> child_types(dict[str, float], {"a": 1.0}, "weights"), child_types(tuple[int, ...], [5, 6], "sizes")
+    ({'a': <class 'float'>}, {'0': <class 'int'>, '1': <class 'int'>})
+    """
     if is_dataclass(annotation):
         if not isinstance(data, dict):
             raise wrong_type(annotation, data, path)
@@ -87,12 +105,12 @@ def child_types(annotation: Any, data: Any, path: str) -> dict[str, Any]:
 
 
 def wrong_type(annotation: Any, data: Any, path: str) -> UserError:
-    """Returns the error for `data` of a wrong type at `path`."""
+    """Returns the error to raise where `data` at `path` is not of the annotated type."""
     return UserError(f"{path or 'config'}: expected {type_name(annotation)}, got {json.dumps(data)}")
 
 
 def type_name(annotation: Any) -> str:
-    """Returns the name of a type for messages."""
+    """Returns the name of a type for messages; a union of several dataclasses is named by their kinds."""
     if isinstance(annotation, type) and not typing.get_args(annotation):
         return annotation.__name__
     variants = variants_by_kind(annotation)

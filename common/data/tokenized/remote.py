@@ -1,4 +1,7 @@
-"""Writes tokenised sources to a URL, shard by shard. The manifest comes last and marks the source as complete."""
+"""Writes tokenised sources to a URL, shard by shard. The manifest, sent last, marks the source as complete.
+
+`destination` returns where to write: to a URL with `Remote`, or to a local folder with `prepare.Folder`.
+"""
 
 import contextlib
 import dataclasses
@@ -17,7 +20,11 @@ from common.paths import check_folder, user_path
 
 @dataclasses.dataclass(frozen=True)
 class Remote:
-    """A folder at a URL. A shard is written locally, sent and removed; its report, sent last, marks it complete."""
+    """A folder at a URL.
+
+    A shard's files are written to a temporary local folder and sent. Its report, sent after them, marks the shard as
+    complete.
+    """
 
     folder: RemoteFolder
 
@@ -28,12 +35,13 @@ class Remote:
         return self.folder.read_json(MANIFEST)
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
-        """Locks nothing: two processes that write the same source send the same bytes."""
+        """Locks nothing, and needs no lock: two processes that write the same source send the same bytes."""
         return contextlib.nullcontext()
 
     def write(self, shard: int, task: ShardTask, tick: Callable[[int], None]) -> ShardReport:
-        name = REPORT.format(shard=shard)
-        if (finished := self.folder.read_json(name)) is not None:
+        """Writes one shard, unless its report is there; `tick` is called with counts of records that are done."""
+        report_name = REPORT.format(shard=shard)
+        if (finished := self.folder.read_json(report_name)) is not None:
             report = ShardReport(**finished)
             tick(report.records)
             return report
@@ -41,12 +49,13 @@ class Remote:
             local = Path(temporary)
             report = write_shard(shard, task, local, tick)
             self.folder.make()
-            for file in report.hashes:
-                self.folder.send(local / file)
-        self.folder.send_json(name, dataclasses.asdict(report))
+            for file_name in report.hashes:
+                self.folder.send(local / file_name)
+        self.folder.send_json(report_name, dataclasses.asdict(report))
         return report
 
     def finish(self, task: ShardTask, reports: Sequence[ShardReport]) -> None:
+        """Sends the list of problems and the manifest, then removes the reports, which the manifest replaces."""
         with tempfile.TemporaryDirectory() as temporary:
             local = Path(temporary)
             finish(task, local, reports)
@@ -57,14 +66,14 @@ class Remote:
 
 
 def destination(to: str, task: ShardTask) -> Destination:
-    """Returns the task's own folder in `to`, a local folder or a URL."""
+    """Returns the folder for the task in `to`, a local folder or a URL; its name is the task's key."""
     if "://" in to:
         return Remote(RemoteFolder(f"{to.rstrip('/')}/{task.key()}"))
     return Folder(user_path(to) / task.key())
 
 
 def check_destination(to: str) -> None:
-    """Raises UserError if `to` is a URL of an unknown kind, or a folder that cannot be made."""
+    """Makes the folder `to`, or checks the protocol of the URL `to`. Raises UserError if this fails."""
     if "://" in to:
         file_system(to)
         return

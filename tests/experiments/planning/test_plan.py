@@ -162,7 +162,7 @@ def test_a_search_compiles_a_few_and_names_the_best(monkeypatch, experiment) -> 
     compiled_remats = {program.experiment.train.execution.remat for program in compiler.programs}
     assert compiled_remats == set(search.REMATS)
     assert {program.experiment.data.rows for program in compiler.programs} == {32}
-    assert len(compiler.programs) == 2 * (len(search.REMATS) + search.MORE_MESHES)
+    assert len(compiler.programs) == 2 * (len(search.REMATS) + search.MORE_CANDIDATES)
     chosen = [line for line in text.splitlines() if "best:" in line]
     assert "train.execution.remat=dots" in chosen[0]
 
@@ -171,7 +171,7 @@ def test_a_search_compiles_a_few_and_names_the_best(monkeypatch, experiment) -> 
 def test_every_candidate_has_the_topologys_devices_and_the_experiments_rows(experiment, topology) -> None:
     experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, rows=64))
     wanted = parse_topology(topology)
-    found = list(search._candidates(experiment, wanted, None))
+    found = list(search._changed_experiments(experiment, wanted, None))
     assert len({str(one.train.mesh) + one.train.execution.remat + str(one.train.accumulation) for one in found}) == len(
         found
     )
