@@ -93,12 +93,16 @@ def child_types(annotation: Any, data: Any, path: str) -> dict[str, Any]:
 
     >>> child_types(dict[str, float], {"a": 1.0}, "weights"), child_types(tuple[int, ...], [5, 6], "sizes")
     ({'a': <class 'float'>}, {'0': <class 'int'>, '1': <class 'int'>})
+    >>> child_types(int, [5, 6], "steps")
+    {}
     """
     if is_dataclass(annotation):
         if not isinstance(data, dict):
             raise wrong_type(annotation, data, path)
         return field_types(annotation)
     arguments = typing.get_args(annotation)
+    if not arguments:
+        return {}
     if isinstance(data, dict):
         return dict.fromkeys(data, arguments[-1])
     return dict.fromkeys(map(str, range(len(data))), arguments[0]) if isinstance(data, list) else {}

@@ -93,10 +93,11 @@ def search(experiment: Experiment, topology: Topology, console: Console, mesh: M
         for changed in _changed_experiments(experiment, topology, mesh)
     ]
     if not candidates:
-        raise UserError(
-            f"data.rows is {experiment.data.rows}, which divides over no mesh of {topology}; "
-            f"nearest: {max(1, round(experiment.data.rows / topology.devices)) * topology.devices}"
+        rows, parts = experiment.data.rows, topology.devices if mesh is None else mesh.row_parts
+        where = (
+            f"divides over no mesh of {topology}" if mesh is None else f"does not divide over the mesh's {parts} parts"
         )
+        raise UserError(f"data.rows is {rows}, which {where}; nearest: {max(1, round(rows / parts)) * parts}")
     usable = topology.chip_spec.usable_hbm_bytes or topology.chip_spec.hbm_bytes
     # Candidates that fit come first, by time; then the others, by memory.
     ranked = sorted(candidates, key=lambda one: (max(1.0, one.bytes / (ROOM * usable)), one.guessed_seconds))

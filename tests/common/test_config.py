@@ -242,6 +242,8 @@ def test_overrides_change_one_entry_of_a_dict(override, field, value):
         (["train.optimiser.learning_rate=1"], "unknown field 'optimiser' in train: did you mean 'optimizer'?"),
         (["arms.smal.d_ff=1"], "unknown field 'smal' in arms: did you mean 'small'?"),
         (["train.steps.more=1"], "unknown field 'more' in train.steps: valid: none"),
+        (['train.steps={"a":1}', "train.steps.a=2"], "unknown field 'a' in train.steps: valid: none"),
+        (["train.steps=[1]", "train.steps.0=2"], "unknown field '0' in train.steps: valid: none"),
         (["train.steps=1e3"], "train.steps: expected int, got 1000.0"),
         (["train.steps=many"], 'train.steps: expected int, got "many"'),
         (

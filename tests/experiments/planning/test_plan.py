@@ -255,6 +255,10 @@ def test_the_experiments_own_mesh_is_used_if_it_has_the_devices(experiment) -> N
             Target(topology="v5e:16x16", search=True),
             "data.rows is 4, which divides over no mesh of v5e:16x16; nearest: 256",
         ),
+        (
+            Target(topology="v5e:2x4", mesh="data=8", search=True),
+            "data.rows is 4, which does not divide over the mesh's 8 parts; nearest: 8",
+        ),
     ],
 )
 def test_a_plan_that_is_impossible_is_one_line(monkeypatch, experiment, target, message) -> None:
