@@ -95,7 +95,7 @@ def _keep_largest(weights_BV: jax.Array, measure_BV: jax.Array, needed_B: jax.Ar
 
 
 def _border_bits(bits_BV: jax.Array, is_enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Returns the largest bits, int32 [B], such that the weights of at least these bits are enough."""
+    """Returns the border value's bits, int32 [B]: the largest for which the weights at or above it are enough."""
     top_B = bits_BV.max(axis=-1)
     below_top_B = _smallest(lambda below_B: is_enough(bits_BV >= (top_B - below_B)[:, None]), top_B)
     return top_B - below_top_B
@@ -109,7 +109,7 @@ def _smallest(holds: Callable[[jax.Array], jax.Array], last_B: jax.Array) -> jax
         return (low_B < high_B).any()
 
     def halve(bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low_B, high_B = bounds
+        low_B, high_B = bounds  # equal in rows that are finished, and unchanged there
         middle_B = low_B + (high_B - low_B) // 2
         found_B = holds(middle_B)
         return jnp.where(found_B, low_B, jnp.minimum(middle_B + 1, high_B)), jnp.where(found_B, middle_B, high_B)

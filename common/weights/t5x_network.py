@@ -15,7 +15,7 @@ _HEAD = "decoder/logits_dense/kernel"
 
 
 def attention_rules(leaf: str, key: str) -> tuple[LoadRule, ...]:
-    """The projections of the attention that we call `leaf` and T5X calls `key`."""
+    """Returns the rules for an attention's projections: our path begins with `leaf`, T5X's with `key`."""
     return (
         LoadRule(f"{leaf}/query_DHC", f"{key}/query/kernel", "D (H C)"),
         LoadRule(f"{leaf}/key_DGC", f"{key}/key/kernel", "D (G C)"),
@@ -25,7 +25,7 @@ def attention_rules(leaf: str, key: str) -> tuple[LoadRule, ...]:
 
 
 def mlp_rules(leaf: str, key: str, recipe: Recipe) -> tuple[LoadRule, ...]:
-    """The projections of the MLP that we call `leaf` and T5X calls `key`."""
+    """Returns the rules for an MLP's projections: our path begins with `leaf`, T5X's with `key`."""
     linear = (LoadRule(f"{leaf}/linear_DF", f"{key}/wi_1/kernel", "D F"),) if recipe.gated_mlp else ()
     return (
         LoadRule(f"{leaf}/in_DF", f"{key}/{'wi_0' if recipe.gated_mlp else 'wi'}/kernel", "D F"),
@@ -35,12 +35,12 @@ def mlp_rules(leaf: str, key: str, recipe: Recipe) -> tuple[LoadRule, ...]:
 
 
 def head_rules(recipe: Recipe) -> tuple[LoadRule, ...]:
-    """The output projection, unless it is the token table."""
+    """Returns the rule for the output projection; none if the token table serves as it."""
     return () if recipe.tied_embeddings else (LoadRule("output/weight_DV", _HEAD, "D V"),)
 
 
 def read_recipe(tensors: Mapping[str, TensorInfo], stack: str, buckets: int) -> tuple[Recipe, list[str]]:
-    """(recipe, what was assumed) of a checkpoint: T5 v1.1's, with what its parameters show to be different."""
+    """Returns (recipe, assumptions) of a checkpoint: T5 v1.1's recipe, changed where the parameters show otherwise."""
     gated, tied = f"{stack}/layers_0/mlp/wi_0/kernel" in tensors, _HEAD not in tensors
     recipe = dataclasses.replace(
         T5_V1_1,
@@ -53,7 +53,7 @@ def read_recipe(tensors: Mapping[str, TensorInfo], stack: str, buckets: int) -> 
 
 
 def matrix_shape(tensors: Mapping[str, TensorInfo], where: str, name: str) -> tuple[int, int]:
-    """The shape of a parameter; raises UserError if it is missing or not a matrix."""
+    """Returns the shape of a parameter; raises UserError if it is missing or not a matrix."""
     if name not in tensors:
         raise UserError(f"{where}: {name} is missing, and sizes cannot be inferred without it")
     shape = tuple(tensors[name].shape)
@@ -63,7 +63,7 @@ def matrix_shape(tensors: Mapping[str, TensorInfo], where: str, name: str) -> tu
 
 
 def count_layers(tensors: Mapping[str, TensorInfo], stack: str, where: str) -> int:
-    """The number of layers of a stack; raises UserError if there are none."""
+    """Returns the number of layers of a stack; raises UserError if there are none."""
     count = sum(name.startswith(f"{stack}/layers_") and name.endswith("/mlp/wo/kernel") for name in tensors)
     if not count:
         raise UserError(f"{where}: {stack}/layers_0/mlp/wo/kernel is missing, and sizes cannot be inferred without it")

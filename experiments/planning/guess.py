@@ -18,7 +18,7 @@ from experiments.config import Experiment, ModelConfig
 from experiments.families import Stack, family_of
 
 BF16, FLOAT32 = 2, 4
-"""Bytes of a number."""
+"""Bytes of one number in each format."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Guess:
 
 
 def guess(experiment: Experiment, topology: Topology, arm: str) -> Guess:
-    """Memory and seconds of one step of `arm`, on the mesh that `experiment.train` has."""
+    """Estimates the memory and seconds of one step of `arm`, on the mesh of `experiment.train`."""
     step, chip = _step(experiment, arm), topology.chip_spec
     rows, inputs, targets = experiment.row_slots()
     lengths = LengthSums.of_rows(rows, inputs, targets)
@@ -222,7 +222,10 @@ def _slice_traffic(step: _Step, topology: Topology) -> float:
 
 
 def _links(size: int, topology: Topology) -> float:
-    """How many links carry a ring of `size` devices: two for each direction of the slice that it needs."""
+    """Returns how many links carry a ring of `size` devices: two for each direction of the slice that it spans.
+
+    It fills the shortest directions first: a ring of 8 chips in a grid of 4x4x8 spans two directions, so 4 links.
+    """
     chips = math.ceil(size / topology.chip_spec.devices_per_chip)
     directions = 0
     for side in sorted(topology.grid):

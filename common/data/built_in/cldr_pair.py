@@ -1,4 +1,4 @@
-"""Names in two locales, and pseudo-random draws that are the same on every machine."""
+"""What all phrase makers use: the names of two locales (from Unicode CLDR through babel), and repeatable draws."""
 
 import datetime
 import hashlib
@@ -18,8 +18,8 @@ COMMON_TERRITORIES = tuple(
         "CH IS LI NO"  # and EFTA
     ).split()
 )
-"""Territories that many phrases name, like their official languages and currencies; any other name is a phrase by
-itself, once."""
+"""Phrases of all kinds draw names from these territories, and from their official languages, scripts and currencies.
+Any other name occurs once, as a phrase by itself."""
 
 CURRENCY_DATE = datetime.date(2024, 1, 1)
 """The day for which currencies are current (babel's default is today)."""
@@ -48,6 +48,8 @@ SPACES = str.maketrans(dict.fromkeys("\u00a0\u2007\u2009\u202f", " "))
 class Draw:
     """A sequence of pseudo-random draws from a hash of (kind, index), equal on every machine and Python version.
 
+    The hash is one large number; each draw divides it by n, returns the remainder and keeps the quotient.
+
     >>> draw = Draw("date", 7)
     >>> 0 <= draw.below(10) < 10
     True
@@ -68,7 +70,7 @@ class Draw:
         return items[self.below(len(items))]
 
     def number(self, digits: int) -> int:
-        """Returns an integer with at most `digits` digits; each number of digits is equally likely."""
+        """Returns an integer below 10, 100, ... or 10**digits; each of these bounds is equally likely."""
         length = 1 + self.below(digits)
         return self.below(10**length)
 
@@ -102,7 +104,10 @@ class LocalePair:
         return normalise_spaces(render(self.source)), normalise_spaces(render(self.target))
 
     def common(self) -> dict[str, dict[str, tuple[str, str]]]:
-        """Returns the names of `COMMON_TERRITORIES` and what belongs to them: field -> code -> (source, target)."""
+        """Returns names: field -> code -> (source, target).
+
+        The fields are `COMMON_TERRITORIES` and their official languages, scripts and currencies.
+        """
         languages = {code for t in COMMON_TERRITORIES for code in get_official_languages(t, de_facto=True)}
         likely = get_global("likely_subtags")
         scripts = {likely[code].split("_")[1] for code in languages if code in likely} | {"Hant"}

@@ -31,11 +31,12 @@ wiki_hop wiki_qa wiqa xsum yelp_review_full
 LONG_SENTENCE = 50
 """In characters; two texts may share shorter sentences by chance."""
 BOILERPLATE = 0.5
-"""A sentence in a larger share of a template's records belongs to the template..."""
+"""A sentence is the template's own wording if more than this share of its records, and more than `FEW`, have it."""
 FEW = 10
-"""...if more than this many records have it."""
+"""See `BOILERPLATE`."""
 RARENESS = ((0.02, 4), (0.05, 2), (0.1, 1))
-"""(share, weight): a word in at most this share of every template's records has this weight in a match."""
+"""(share, weight): a word found in at most this share of each template's records has this weight in a match; more
+frequent words have none. The first line that applies counts."""
 LARGEST_HELD_OUT = 0.01
 """Share of all records above which a group stays in train: facts that recur through a whole data set make large groups,
 one of which would fill validation or test."""
