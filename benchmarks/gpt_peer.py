@@ -1,4 +1,7 @@
-"""Our side of the comparison with PyTorch: `python -m benchmarks.gpt_peer WEIGHTS.npz` writes its weights, then trains.
+"""The JAX side of the comparison with PyTorch.
+
+`python -m benchmarks.gpt_peer WEIGHTS.npz` writes its initial weights and its batch, takes two steps, prints their
+losses, then trains as many steps as each line of stdin asks for.
 
 Legend: B rows, L length (target slots; there are no input slots).
 """
@@ -22,7 +25,7 @@ from gpt.config import GptConfig
 
 
 def make_setup(config: GptConfig, optimizer: AdamW, learning_rate: float, rows: int, length: int) -> Setup:
-    """A float32 training step at a constant learning rate, on rows of target slots only."""
+    """Returns the setup of a float32 training step at a constant learning rate, on rows of target slots only."""
     train = TrainConfig(
         budget=Budget(unit="steps", amount=1),
         optimizer=optimizer,
@@ -42,7 +45,7 @@ def make_setup(config: GptConfig, optimizer: AdamW, learning_rate: float, rows: 
 
 
 def random_batch(setup: Setup) -> Batch:
-    """Full rows of one segment each, without inputs."""
+    """Returns a batch of random tokens: one segment fills each row, and there are no inputs."""
     rows, _, length = setup.row_slots
     targets_BL = np.random.default_rng(0).integers(0, setup.model.vocab_size, (rows, length), np.int32)
     empty_B0 = np.zeros((rows, 0), np.int32)
@@ -59,7 +62,7 @@ def random_batch(setup: Setup) -> Batch:
 
 
 def named_weights(params: Any) -> dict[str, np.ndarray]:
-    """Copies of the parameters by dotted name; a step donates the originals."""
+    """Copies the parameters, by dotted name: a training step donates the originals, which are then gone."""
     return {name: np.array(x) for name, x in nnx.traversals.flatten_mapping(params, sep=".").items()}
 
 

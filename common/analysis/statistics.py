@@ -56,11 +56,11 @@ class PairedComparison:
     only_first: int
     only_second: int
     neither: int
-    """The four counts: examples that both systems, only one, or neither answered correctly."""
+    """These four count the examples that both systems, only one of them, or neither answered correctly."""
     difference: Interval
     """The first system's share of correct examples minus the second's, -1..1, with its score interval."""
     p_value: float
-    """Of McNemar's exact test, a binomial test on the examples that exactly one system got right."""
+    """The p-value of McNemar's exact test: a binomial test on the examples that exactly one system got right."""
 
     @property
     def examples(self) -> int:
@@ -68,7 +68,7 @@ class PairedComparison:
 
 
 def compare_paired(first_E: np.ndarray, second_E: np.ndarray) -> PairedComparison:
-    """Compares two systems on the same examples; each array, bool [E], has which examples a system got right.
+    """Compares two systems on the same examples; each array, bool [E], says which a system got right.
 
     >>> compared = compare_paired(np.array([True] * 5 + [False]), np.array([False] * 5 + [True]))
     >>> compared.only_first, compared.only_second, round(compared.p_value, 5)
@@ -106,7 +106,8 @@ def paired_difference(won: int, lost: int, examples: int) -> Interval:
     value = (won - lost) / examples
 
     def accepted(delta: float) -> bool:
-        # The most likely share that only the second system gets right, if the true difference is `delta`.
+        # `lost_share` is the maximum-likelihood share that only the second system gets right, if the true difference
+        # is `delta`: the larger root of a x^2 + b x - lost delta (1 - delta).
         a, b = 2 * examples, (2 * examples - won + lost) * delta - won - lost
         lost_share = (np.sqrt(b * b + 4 * a * lost * delta * (1 - delta)) - b) / (2 * a)
         variance = examples * (2 * lost_share + delta * (1 - delta))
@@ -116,7 +117,7 @@ def paired_difference(won: int, lost: int, examples: int) -> Interval:
 
 
 def _edge(accepted: Callable[[float], bool], inside: float, outside: float) -> float:
-    """Bisects for the end of the accepted values between `inside` and `outside`."""
+    """Bisects for the end of the accepted values from `inside`, which is accepted, towards `outside`."""
     for _ in range(60):
         middle = (inside + outside) / 2
         inside, outside = (middle, outside) if accepted(middle) else (inside, middle)
@@ -124,9 +125,9 @@ def _edge(accepted: Callable[[float], bool], inside: float, outside: float) -> f
 
 
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:
-    """Corrects p-values for their number (Holm 1979).
+    """Corrects the p-values of several tests for how many tests there are (Holm 1979).
 
-    In a report without any effect, the chance that one falls below 0.05 is at most 5 %.
+    If no test has a true effect, the chance that any corrected p-value is 0.05 or less is at most 5 %.
 
     >>> [round(p, 3) for p in holm([0.04, 0.01, 0.03])]
     [0.06, 0.03, 0.06]

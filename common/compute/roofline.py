@@ -53,10 +53,11 @@ def estimate(
     collectives: Sequence[Collective],
     ring_links: Mapping[str, float],
 ) -> Estimate:
-    """Estimates one device's step.
+    """Estimates the seconds of a step from what one device computes, moves and sends.
 
-    `ring_links` has the number of links that carry a ring, by `axes_name` of its axes. A collective over several slices
-    has two stages: one within each slice, then one between slices, for which each device has its share of the array.
+    `ring_links` has, by the `axes_name` of a ring's axes, how many links each device has for sending around it. A
+    collective over several slices has two stages: one within each slice, then one between slices. In the second, a
+    device sends only its own part of the array: with n group members per slice, 1 / n of it.
 
     >>> from common.compute.topology import parse_topology
     >>> gather = Collective(kind="all-gather", axes=("fsdp",), group=4, times=1, bytes=int(4e9))
@@ -95,8 +96,10 @@ def axes_name(axes: Sequence[str]) -> str:
 def links_per_device(coordinates: np.ndarray, topology: Topology) -> float:
     """Returns how many links, each used one way, a device has for sending around a ring of its group.
 
-    `coordinates` [members, directions] are the chips' places in a slice. A direction gives two links if the group spans
-    all of it and it wraps around, else one. Members that are `step` chips apart share their links with as many groups.
+    `coordinates` [members, directions] are the places of the members' chips in a slice. A direction along which they
+    differ gives two links if the group spans all of it and it wraps around, else one. If neighbours are `step` chips
+    apart, `step` groups share these links. The devices of a chip share them too. A group on one chip uses no links
+    between chips, and gets `ON_CHIP_LINKS`.
 
     >>> from common.compute.topology import parse_topology
     >>> line = np.array([[0, 0], [1, 0], [2, 0], [3, 0]])

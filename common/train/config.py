@@ -51,9 +51,9 @@ class WSD:
 class InverseSqrt:
     """T5's pretraining schedule: base / sqrt(max(step, warmup_steps)), constant during warm-up.
 
-    The learning rate is the base. With a base of 1.0 and the defaults, the rate is 0.01 for the first 10,000 steps
-    (arXiv 1910.10683, section 3.1.2; T5X's `constant * rsqrt_decay`). The schedule suits Adafactor, whose rates are
-    relative to the parameters.
+    The base is the run's learning rate. With a base of 1.0 and the defaults, the rate is 0.01 for the first 10,000
+    steps (arXiv 1910.10683, section 3.1.2; T5X's `constant * rsqrt_decay`). The schedule suits Adafactor, whose rates
+    are relative to the parameters.
     """
 
     kind: Literal["inverse_sqrt"] = "inverse_sqrt"
@@ -77,8 +77,8 @@ class Constant:
 Schedule = Linear | Cosine | WSD | InverseSqrt | Constant
 
 
-Average = Annotated[float, Range(0, 1, "[)")]
-"""Decay factor of a running average: the share of itself that it keeps at each step."""
+AverageDecay = Annotated[float, Range(0, 1, "[)")]
+"""Decay factor of a running average: the share of its old value that the average keeps at each step."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,8 +86,8 @@ class AdamW:
     """AdamW (arXiv 1711.05101) with clipping by global norm; weight decay applies to matrices, not norms and biases."""
 
     kind: Literal["adamw"] = "adamw"
-    b1: Average = 0.9
-    b2: Average = 0.95
+    b1: AverageDecay = 0.9
+    b2: AverageDecay = 0.95
     epsilon: Tiny = 1e-8
     weight_decay: Annotated[float, Range(0, 1000)] = 0.1
     clip_norm: Positive | None = 1.0
@@ -150,7 +150,7 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fresh:
-    """These parameters are initialised, whether the source has them or not."""
+    """Initialises the parameters that match `leaves`, whether the source has them or not."""
 
     kind: Literal["fresh"] = "fresh"
     leaves: str
@@ -159,7 +159,7 @@ class Fresh:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rename:
-    """These parameters have another name in the source."""
+    """Loads the parameters that match `leaves` from those with another name in the source."""
 
     kind: Literal["rename"] = "rename"
     leaves: str
@@ -174,10 +174,10 @@ class Rename:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Resize:
-    """These parameters have another length along one axis in the source.
+    """Loads the parameters that match `leaves`, whose length along one axis differs in the source.
 
-    The overlap is copied, for example the first rows of a larger table. What the new model has beyond it is
-    initialised; what the source has beyond it is not used.
+    The overlap is copied, for example the first rows of a larger table. The rest of the
+    new model's array is initialised; the rest of the source's is not used.
     """
 
     kind: Literal["resize"] = "resize"
@@ -249,7 +249,7 @@ class Patience:
     """A run without progress for this long is ended. Compiling, restoring, a step, a validation or a save must each
     take less."""
     preemption_seconds: Seconds = 25.0
-    """From SIGTERM until the process is ended, whether the current step could be saved or not; clouds allow 30."""
+    """How long after SIGTERM the process is ended, even if the current step is not saved; clouds allow 30 seconds."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -298,9 +298,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        many = self.anomalies.rolled_back
-        if self.anomalies.rolls_back and (many > self.checkpoint_every or self.keep_last < 2):
+        rolled_back = self.anomalies.rolled_back
+        if self.anomalies.rolls_back and (rolled_back > self.checkpoint_every or self.keep_last < 2):
             raise UserError(
-                f"anomalies.rolled_back is {many} with checkpoint_every {self.checkpoint_every} and keep_last "
-                f"{self.keep_last}: it must be at most checkpoint_every, and keep_last 2 or more"
+                f"anomalies.rolled_back is {rolled_back} with checkpoint_every {self.checkpoint_every} and keep_last "
+                f"{self.keep_last}: rolled_back must be at most checkpoint_every, and keep_last at least 2"
             )

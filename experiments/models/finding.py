@@ -1,4 +1,4 @@
-"""Finds trained models on disk by path, runs and model folders, and opens them."""
+"""Finds and opens trained models on disk: those of runs and those in model folders."""
 
 import dataclasses
 import difflib
@@ -45,7 +45,7 @@ class FoundModel:
     open_text: Callable[[], TextCodec]
     """Loads the tokenizer and the conventions of the model's texts."""
     row_length: int | None = None
-    """Input and target slots per row in training; None where unknown."""
+    """Input plus target slots per row in training; None where unknown."""
     tokenizer_path: str | None = None
     """A path from which another run can load the same tokenizer; None if there is none that describes it fully."""
 
@@ -76,7 +76,7 @@ def open_model(path: str, execution: Execution, mesh: Mesh, dtype: Any = jnp.flo
 def open_found(
     found: FoundModel, text: TextCodec, execution: Execution, mesh: Mesh, dtype: Any = jnp.float32
 ) -> LoadedModel:
-    """Does what `open_model` does, for a model that has been found and its text codec."""
+    """Opens a model like `open_model`, once the caller has found it and opened its text codec."""
     model = skeleton(builder(found.config, execution))
     params, _ = load_parameters(found.parameters, model, check_divides(model, mesh), dtype=dtype)
     return LoadedModel(
@@ -93,7 +93,7 @@ def find_model(path: str) -> FoundModel:
     """Finds the model at `path`.
 
     `path` is a model folder, an arm's run directory (the newest good checkpoint; `PATH@STEP` names another), or the
-    directory of a checkpoint. Raises UserError for anything else, with what it seems to be.
+    directory of a checkpoint. Raises UserError for anything else, which says what is there.
     """
     where, step = _split_step(path)
     found = _find(where, step)
@@ -111,20 +111,20 @@ def _find(where: Path, step: int | None) -> FoundModel:
 
 
 def _fitting_text(found: FoundModel) -> TextCodec:
-    """Opens the model's text codec. Raises UserError where it has ids for which the token table has no rows.
+    """Opens the model's text codec. Raises UserError if it uses ids for which the token table has no rows.
 
-    Not checked without a tokenizer: then whoever calls the model chooses the ids.
+    Checks nothing for a model without a tokenizer: there the caller chooses the ids.
     """
     text, rows = found.open_text(), found.config.vocab_size
     if text.tokenizer is None:
         return text
-    ids = text.conventions
+    conventions = text.conventions
     ids_by_name = {
         "the tokenizer": (text.tokenizer.vocab_size - 1,),
-        "start_id": (ids.start_id,),
-        "eos_ids": ids.eos_ids,
+        "start_id": (conventions.start_id,),
+        "eos_ids": conventions.eos_ids,
+        "bos_id": () if conventions.bos_id is None else (conventions.bos_id,),
     }
-    ids_by_name["bos_id"] = () if ids.bos_id is None else (ids.bos_id,)
     for name, tokens in ids_by_name.items():
         if wrong := [token for token in tokens if not 0 <= token < rows]:
             raise UserError(
@@ -135,7 +135,7 @@ def _fitting_text(found: FoundModel) -> TextCodec:
 
 
 def _split_step(path: str) -> tuple[Path, int | None]:
-    """Splits `DIRECTORY@STEP`, unless a file has that very name."""
+    """Splits `DIRECTORY@STEP`, unless a file or directory has that very name."""
     match = re.fullmatch(r"(.+)@(\d+)", path)
     if match is None or user_path(path).exists():
         return user_path(path), None
@@ -219,7 +219,9 @@ def _ends_inputs(objective: Objective) -> bool:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Described:
+class _TypedFields:
+    """The fields of model.json that `from_json` reads."""
+
     model: ModelConfig
     text: TextConventions
 
@@ -233,7 +235,7 @@ class FolderDescription:
     tokenizer: TokenizerConfig | None
     add_bos: bool
     manifest: dict[str, Any]
-    """model.json unchanged, for files that are made from it."""
+    """The whole of model.json, unchanged."""
 
 
 def describe_folder(path: Path) -> FolderDescription:
@@ -243,7 +245,7 @@ def describe_folder(path: Path) -> FolderDescription:
     text = {name: value for name, value in defaults.items() if value is not dataclasses.MISSING} | manifest["text"]
     tokenizer = text.pop("tokenizer", None)
     try:
-        known = from_json(_Described, {"model": manifest["model"], "text": text})
+        known = from_json(_TypedFields, {"model": manifest["model"], "text": text})
         config = None if tokenizer is None else _tokenizer_config(tokenizer, path)
     except UserError as error:
         raise UserError(f"{path / folder.MANIFEST}: {error}") from None
@@ -281,6 +283,7 @@ def _tokenizer_config(described: Any, path: Path) -> TokenizerConfig:
         case {"kind": "byte_pair", "file": str(file), "sentinels": int(sentinels)}:
             return BytePairConfig(path=str(inside(path, file, "text.tokenizer")), sentinels=sentinels)
         case {"kind": "byte_pair", "vocab": str(vocab), "merges": str(_)}:
+            # The config names the folder that holds both files.
             return BytePairConfig(path=str(inside(path, vocab, "text.tokenizer").parent))
     raise UserError(
         f"text.tokenizer is {json.dumps(described)}, which is neither a sentencepiece with file and sentinels "
@@ -290,7 +293,7 @@ def _tokenizer_config(described: Any, path: Path) -> TokenizerConfig:
 
 # Errors for paths without a model.
 
-_MARKS = (
+_FOREIGN_FILES = (
     ("model.safetensors*", "a Hugging Face folder: `twinstack convert` makes a model folder of it"),
     ("pytorch_model*.bin", "a Hugging Face folder without safetensors; pickles are never read: save it as safetensors"),
 )
@@ -312,7 +315,7 @@ def _no_model(path: Path, step: int | None) -> str:
         return f"{path} is a whole comparison's directory: name one of its arms, {', '.join(arms)}"
     if is_checkpoint(path):
         return f"{path} is a T5X checkpoint: `twinstack convert` makes a model folder of it"
-    for pattern, what in _MARKS:
+    for pattern, what in _FOREIGN_FILES:
         if any(path.glob(pattern)):
             return f"{path} is {what}"
     names = sorted(child.name for child in path.iterdir())
