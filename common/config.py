@@ -82,6 +82,22 @@ def from_json(cls: type[Config], data: Any) -> Config:
     return _restore(cls, data, path="", defaults=False)
 
 
+def from_earlier_json(cls: type[Config], data: Any) -> Config:
+    """Restores what `to_json` of this or an earlier version returned: fields added since then take their defaults.
+
+    Only for files that the project itself wrote. Raises UserError as `from_json` does.
+    """
+    return _restore(cls, data, path="", defaults=True)
+
+
+def without_defaults(config: Any) -> dict[str, Any]:
+    """Returns `to_json(config)` without the fields that have their default value, at every depth; `kind` stays.
+
+    What identifies a config is taken from this, so that a field added later, with a default, changes no identity.
+    """
+    return _without_defaults(type(config), to_json(config), path="")
+
+
 def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
     """Returns `config` with fields replaced; each override is `path.to.field=value`.
 
@@ -209,6 +225,21 @@ def _restore_value(annotation: Any, data: Any, path: str) -> Any:
 
 def _unknown_field(key: str, valid: dict[str, Any], path: str) -> UserError:
     return UserError(f"unknown field {key!r}{f' in {path}' if path else ''}: {nearest(key, valid)}")
+
+
+def _without_defaults(annotation: Any, data: Any, path: str) -> Any:
+    if not holds_dataclass(annotation) or data is None:
+        return data
+    annotation = chosen_member(annotation, data, path)
+    children = child_types(annotation, data, path)
+    if isinstance(data, list):
+        return [_without_defaults(children[str(i)], item, join_path(path, str(i))) for i, item in enumerate(data)]
+    defaults = _defaults(annotation) if is_dataclass(annotation) else {}
+    return {
+        key: _without_defaults(children[key], value, join_path(path, key))
+        for key, value in data.items()
+        if key == "kind" or key not in defaults or defaults[key] != value
+    }
 
 
 # Overriding.

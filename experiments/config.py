@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from common.compute.ledger import FLOPS_TOLERANCE
 from common.compute.length_sums import LengthSums
 from common.compute.matching import matching_widths, unequal
+from common.config import from_earlier_json, to_json
 from common.data.config import DataConfig
 from common.data.objectives.config import Supervised
 from common.errors import UserError, nearest
@@ -16,13 +17,15 @@ from common.ranges import MOST_STEPS, Count, Range, Rows, check_ranges
 from common.train.config import InitFrom, InverseSqrt, TrainConfig
 from experiments.families import ModelConfig
 
+LearningRate = Annotated[float, Range(0, 1000, "(]")]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arm:
     """One side of a comparison; all arms share everything else."""
 
     model: ModelConfig
-    learning_rate: Annotated[float, Range(0, 1000, "(]")]
+    learning_rate: LearningRate
     """Peak learning rate (the base of `InverseSqrt`), from the sweep in the experiment's file."""
     init: InitFrom | None = None
     """The model whose parameters it starts from; None: a fresh model."""
@@ -31,6 +34,25 @@ class Arm:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One arm with everything that it shares with the others: `config.json` in its run directory."""
+
+    experiment: str
+    arm: str
+    model: ModelConfig
+    learning_rate: LearningRate
+    init: InitFrom | None = None
+    about: str = ""
+    data: DataConfig
+    train: TrainConfig
+
+
+def complete_run_config(stored: dict[str, Any]) -> dict[str, Any]:
+    """Returns the JSON of a `RunConfig` that an earlier version wrote, with the fields that have been added since."""
+    return to_json(from_earlier_json(RunConfig, stored))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,6 +119,20 @@ class Experiment:
         if (steps := self.steps()) > MOST_STEPS:
             budget = f"{self.train.budget.amount:g} {self.train.budget.unit}"
             raise UserError(f"train.budget is {budget}, that is {steps:,} steps; the most is {MOST_STEPS:,}")
+
+    def run_config(self, name: str) -> RunConfig:
+        """Returns everything that decides the result of the arm `name`, and how it is computed."""
+        arm = self.arms[name]
+        return RunConfig(
+            experiment=self.name,
+            arm=name,
+            model=arm.model,
+            learning_rate=arm.learning_rate,
+            init=arm.init,
+            about=arm.about,
+            data=self.data,
+            train=self.train,
+        )
 
     def check_arms(self, arms: Iterable[str]) -> None:
         """Raises UserError where an arm's model has too few token rows or positions for the data."""

@@ -271,6 +271,18 @@ def only_how(path: str) -> bool:
     return path.startswith(prefixes) and path not in ("train.execution.dtype", "train.execution.matmul_precision")
 
 
+WATCHES = ("about", "train.validate_every", "train.checkpoint_every", "train.keep_last")
+
+
+def only_watches(path: str) -> bool:
+    """Returns whether no result depends on the field at a dotted path of a resolved config: prose, validation, saves.
+
+    >>> [only_watches(path) for path in ("train.validate_every", "train.patience.stall_seconds", "train.seed")]
+    [True, True, False]
+    """
+    return path in WATCHES or path.startswith("train.patience.")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Everything that decides how a model is trained, except for the data and the learning rate."""

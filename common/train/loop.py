@@ -17,14 +17,13 @@ from jax.sharding import Mesh
 
 from common.model import Skeleton
 from common.sharding.hosts import barrier, is_first, on_first_process
-from common.train import run_dir as rd
 from common.train.checkpoints import Checkpoints, Progress, describe_newest
 from common.train.clock import WARM_UP
 from common.train.preemption import Preempted, Preemption
 from common.train.profile import Profile
 from common.train.programs import check_rows, lower_step, make_programs
 from common.train.recorder import Pending, Recorder, Rollback
-from common.train.run import Run, Start, check_same, check_validation, claim, restore_or_begin
+from common.train.run import Run, Start, check_same, check_validation, claim, note_launch, restore_or_begin
 from common.train.run_files import RunFiles
 from common.train.saving import Saving
 from common.train.state import TrainState
@@ -94,7 +93,7 @@ def _train_to_the_end(run: Run, began: float) -> tuple[TrainState, Progress]:
     start, setup = restore_or_begin(run), run.task.setup
     if start.progress.consumed_batches >= setup.steps:
         return start.state, start.progress
-    first_launch = on_first_process(lambda: rd.note_launch(run.folder, run.task.config, began))
+    first_launch = on_first_process(lambda: note_launch(run, began))
     # Compiled before the clock starts, so that compilation never counts as training.
     step_fn = lower_step(setup, run.programs, start.state).compile()
     while isinstance(trained := _train(run, step_fn, start, first_launch), Rollback):

@@ -74,7 +74,12 @@ def claim(task: Task, run_dir: Path, hold: contextlib.ExitStack) -> list[str]:
     Raises UserError as `run_dir.owned` and `run_dir.claim` do.
     """
     hold.enter_context(rd.owned(run_dir))
-    return rd.claim(run_dir, task.config, task.data, task.tokenizer_files)
+    return rd.claim(run_dir, task.config, task.data, task.tokenizer_files, task.complete_config)
+
+
+def note_launch(run: Run, began: float) -> float:
+    """Records that this launch began at `began`; returns when the run's first launch did (Unix seconds)."""
+    return rd.note_launch(run.folder, run.task.config, began, run.task.complete_config)
 
 
 def check_same(task: Task, run_dir: Path) -> None:

@@ -3,21 +3,21 @@
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from common.config import ABSENT, Change, difference, to_json
+from common.config import Change, difference
 from common.errors import UserError
 from common.files import read_object, read_rows, write_atomically, write_json, write_rows
 from common.train.checkpoints import saved_steps
-from common.train.config import Anomalies, only_how
+from common.train.config import only_how, only_watches
 from common.train.environment import MACHINE_KEYS, environment
 from common.train.run_files import RunFiles
 from common.train.schema import SCHEMA_VERSION, check_schema
 
-# A field that configs of earlier runs lack, and the JSON text of its default.
-ADDED_FIELD, ADDED_DEFAULT = "init.tokenizer", '"same"'
+Complete = Callable[[dict[str, Any]], dict[str, Any]]
+"""Adds the fields that a config written by an earlier version lacks."""
 
 
 @contextlib.contextmanager
@@ -43,7 +43,11 @@ def owned(run_dir: Path) -> Iterator[None]:
 
 
 def claim(
-    run_dir: Path, config: dict[str, Any], data: dict[str, str], tokenizer_files: Mapping[str, bytes]
+    run_dir: Path,
+    config: dict[str, Any],
+    data: dict[str, str],
+    tokenizer_files: Mapping[str, bytes],
+    complete: Complete = dict,
 ) -> list[str]:
     """Writes the resolved config and the environment, or checks that the directory holds the same run.
 
@@ -56,15 +60,15 @@ def claim(
     Raises UserError with the difference if the directory belongs to another config or other data.
     """
     here = {**environment(), **data}
-    if not has_begun(run_dir) and not _is_same(run_dir, config, data):
+    if not has_begun(run_dir) and not _is_same(run_dir, config, data, complete):
         for name in (RunFiles.LAUNCHES, RunFiles.ROLLBACKS, RunFiles.INITIAL):
             (run_dir / name).unlink(missing_ok=True)
         _keep(run_dir / RunFiles.TOKENIZER, tokenizer_files)
         write_json(run_dir / RunFiles.ENVIRONMENT, here)
         write_json(run_dir / RunFiles.CONFIG, described(config))
         return []
-    stored = read_described(run_dir / RunFiles.CONFIG)
-    if changes := identity_changes(stored, described(config)):
+    stored = stored_config(run_dir, complete)
+    if changes := identity_changes(stored, config):
         listed = "; ".join(map(str, changes))
         raise UserError(f"{run_dir} holds a run of another config ({listed}): choose another --run-dir, or remove it")
     if other := _other_data(run_dir, data):
@@ -78,7 +82,7 @@ def claim(
         for key in MACHINE_KEYS
         if before.get(key) != here[key]
     ]
-    execution = map(str, config_changes(stored, described(config)))
+    execution = map(str, config_changes(stored, config))
     return [f"{change}: results may differ in the last bits" for change in (*machine, *execution)]
 
 
@@ -94,10 +98,9 @@ def has_begun(run_dir: Path) -> bool:
     return bool(saved_steps(run_dir / RunFiles.CHECKPOINTS) or read_rows(run_dir / RunFiles.METRICS))
 
 
-def _is_same(run_dir: Path, config: dict[str, Any], data: dict[str, str]) -> bool:
+def _is_same(run_dir: Path, config: dict[str, Any], data: dict[str, str], complete: Complete) -> bool:
     try:
-        stored = read_described(run_dir / RunFiles.CONFIG)
-        return not identity_changes(stored, described(config)) and not _other_data(run_dir, data)
+        return not identity_changes(stored_config(run_dir, complete), config) and not _other_data(run_dir, data)
     except UserError:
         return False
 
@@ -114,6 +117,17 @@ def read_described(path: Path) -> dict[str, Any]:
     return found
 
 
+def stored_config(run_dir: Path, complete: Complete = dict) -> dict[str, Any]:
+    """Reads the run's resolved config and completes it. Raises UserError as `read_described` and `complete` do."""
+    path = run_dir / RunFiles.CONFIG
+    found = read_described(path)
+    found.pop("schema_version", None)
+    try:
+        return complete(found)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
 def _other_data(run_dir: Path, data: dict[str, str]) -> list[str]:
     """Returns a line for each entry of `data` that was another one when the run began."""
     before = read_object(run_dir / RunFiles.ENVIRONMENT)
@@ -121,21 +135,8 @@ def _other_data(run_dir: Path, data: dict[str, str]) -> list[str]:
 
 
 def config_changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
-    """Returns the differences between two configs, except for `train.patience`, on which no result depends.
-
-    Runs from before the `anomalies` field used its defaults.
-    """
-    if "train" in before:
-        before = {**before, "train": {"anomalies": to_json(Anomalies()), **before["train"]}}
-    return [
-        change
-        for change in difference(before, now)
-        if not (change.path.startswith("train.patience.") or _is_added_default(change))
-    ]
-
-
-def _is_added_default(change: Change) -> bool:
-    return change.path.endswith(ADDED_FIELD) and (change.before, change.after) == (ABSENT, ADDED_DEFAULT)
+    """Returns the differences between two configs that may change a result, if only in its last bits."""
+    return [change for change in difference(before, now) if not only_watches(change.path)]
 
 
 def identity_changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
@@ -143,9 +144,9 @@ def identity_changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change
     return [change for change in config_changes(before, now) if not only_how(change.path)]
 
 
-def note_launch(run_dir: Path, config: dict[str, Any], now: float) -> float:
+def note_launch(run_dir: Path, config: dict[str, Any], now: float, complete: Complete = dict) -> float:
     """Records a launch that began at `now` and how it computes; returns when the first one began (Unix seconds)."""
-    changes = config_changes(read_described(run_dir / RunFiles.CONFIG), described(config))
+    changes = config_changes(stored_config(run_dir, complete), config)
     launch: dict[str, Any] = {"started": now}
     if changes:
         launch["changed"] = [str(change) for change in changes]

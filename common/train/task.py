@@ -55,6 +55,8 @@ class Task:
     validation: tuple[HostBatch, ...]
     config: dict[str, Any]
     """The resolved config as JSON, by which a run directory is recognised."""
+    complete_config: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    """Adds the fields that a `config` written by an earlier version lacks."""
     data: dict[str, str]
     """Identifies the training data: content id of the source, hash of the tokenizer."""
     tokenizer_files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)

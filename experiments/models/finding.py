@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from common.config import from_json
+from common.config import from_earlier_json
 from common.data.cache import default_cache_dir
 from common.data.config import BytePairConfig, DataConfig, SentencePieceConfig, TokenizerConfig
 from common.data.objectives.config import Objective, PrefixLM, Supervised, has_inputs
@@ -156,7 +156,7 @@ class _RunDescription:
 def _of_run(arm_dir: Path, step: int | None) -> FoundModel:
     described = rd.read_described(arm_dir / RunFiles.CONFIG)
     try:
-        run = from_json(_RunDescription, {key: described[key] for key in ("model", "data")})
+        run = from_earlier_json(_RunDescription, {key: described[key] for key in ("model", "data")})
     except (KeyError, TypeError, UserError) as error:
         raise UserError(f"{arm_dir / RunFiles.CONFIG} is not of this version: {error}") from None
     return FoundModel(
@@ -241,11 +241,10 @@ class FolderDescription:
 def describe_folder(path: Path) -> FolderDescription:
     """Reads model.json. Raises UserError where `path` is no model folder, or model.json is malformed."""
     manifest = folder.read_manifest(path)
-    defaults = {field.name: field.default for field in dataclasses.fields(TextConventions)}
-    text = {name: value for name, value in defaults.items() if value is not dataclasses.MISSING} | manifest["text"]
+    text = dict(manifest["text"])
     tokenizer = text.pop("tokenizer", None)
     try:
-        known = from_json(_TypedFields, {"model": manifest["model"], "text": text})
+        known = from_earlier_json(_TypedFields, {"model": manifest["model"], "text": text})
         config = None if tokenizer is None else _tokenizer_config(tokenizer, path)
     except UserError as error:
         raise UserError(f"{path / folder.MANIFEST}: {error}") from None

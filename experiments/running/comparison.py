@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.panel import Panel
 
-from common.config import Change, to_json
+from common.config import to_json
 from common.errors import UserError
 from common.files import write_json
 from common.paths import check_file
@@ -15,8 +15,8 @@ from common.report.results import ArmResult
 from common.sharding.hosts import is_first, on_first_process
 from common.terminal import marked_up
 from common.train import run_dir as rd
-from common.train.run_files import ExperimentFiles, RunFiles
-from experiments.config import Experiment
+from common.train.run_files import ExperimentFiles
+from experiments.config import Experiment, complete_run_config
 from experiments.models.initial import check_initial, check_tokenizers
 from experiments.running.console import training_bar
 from experiments.running.jax_setup import set_up_jax
@@ -106,22 +106,19 @@ def _begin(experiment: Experiment, run_dir: Path, arms: Sequence[str]) -> Consol
 
 
 def _check_directory(experiment: Experiment, run_dir: Path) -> None:
-    """Raises UserError where the directory holds runs of another config."""
-    path = run_dir / ExperimentFiles.EXPERIMENT
-    begun = any(rd.has_begun(config.parent) for config in run_dir.glob(f"*/{RunFiles.CONFIG}"))
-    if not (begun and path.exists()):
-        return
-    changes = rd.identity_changes(rd.read_described(path), rd.described(to_json(experiment)))
-    if changes := [change for change in changes if not _only_scores(change)]:
-        raise UserError(
-            f"{run_dir} holds another config of {experiment.name} ({'; '.join(map(str, changes))}): "
-            "choose another --run-dir, or remove it"
-        )
+    """Raises UserError where an arm of the directory was trained by another config.
 
-
-def _only_scores(change: Change) -> bool:
-    """Whether a changed field affects only how finished models are scored."""
-    return change.path.startswith("evaluation.") and not change.path.startswith("evaluation.validation_batches")
+    Prose, evaluations and arms may have been added or changed since: they change no trained model.
+    """
+    for name in experiment.arms:
+        if not rd.has_begun(run_dir / name):
+            continue
+        before = rd.stored_config(run_dir / name, complete_run_config)
+        if changes := rd.identity_changes(before, to_json(experiment.run_config(name))):
+            raise UserError(
+                f"{run_dir} holds another config of {experiment.name} ({'; '.join(map(str, changes))}): "
+                "choose another --run-dir, or remove it"
+            )
 
 
 def _open(experiment: Experiment, run_dir: Path, arms: Sequence[str], console: Console) -> Opened:

@@ -24,7 +24,7 @@ from common.errors import UserError
 from common.train.loop import Fitted, fit
 from common.train.programs import Setup, check_rows, lower_step, make_programs
 from common.train.task import Task, Watcher
-from experiments.config import Arm, Experiment
+from experiments.config import Arm, Experiment, complete_run_config
 from experiments.families import builder
 from experiments.models.initial import make_initial
 
@@ -91,15 +91,15 @@ def check_devices(experiment: Experiment, arms: Iterable[str]) -> None:
 def make_task(experiment: Experiment, name: str, data: Data) -> Task:
     """Returns all that training the arm `name` needs."""
     arm = experiment.arms[name]
-    config, chip = to_json(experiment), chip_of(jax.devices()[0].device_kind)
+    chip = chip_of(jax.devices()[0].device_kind)
     validation = data.validation.validation_batches(experiment.evaluation.validation_batches)
     return Task(
         setup=make_setup(experiment, arm),
         stream=data.train,
         seeker=data.train,
         validation=tuple(validation),
-        config={"experiment": experiment.name, "arm": name, **config["arms"][name]}
-        | {key: config[key] for key in ("data", "train")},
+        config=to_json(experiment.run_config(name)),
+        complete_config=complete_run_config,
         data={"content_id": data.content_id, "tokenizer_hash": data.tokenizer.content_hash},
         tokenizer_files=saved_files(data.tokenizer),
         initial=make_initial(arm),

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from common.config import from_json, to_json
+from common.config import from_earlier_json, to_json
 from common.data.cache import default_cache_dir
 from common.data.sources.config import SourceConfig, parts_of
 from common.data.sources.records import Record
@@ -53,7 +53,10 @@ def open_tests(experiment: Experiment, tokenizer: Tokenizer) -> dict[str, Scored
     known = on_first_process(lambda: _find_in_training(experiment, opened, chosen, tokenizer))
     tests = {
         name: ScoredSplit(
-            part=part, records=opened[name], chosen_E=chosen[name], in_training=from_json(InTraining, known[name])
+            part=part,
+            records=opened[name],
+            chosen_E=chosen[name],
+            in_training=from_earlier_json(InTraining, known[name]),
         )
         for name, part, _ in named
     }

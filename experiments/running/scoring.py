@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.compute.length_sums import LengthSums
-from common.config import from_json, to_json
+from common.config import from_earlier_json, from_json, to_json, without_defaults
 from common.errors import UserError
 from common.evals.decoding import greedy_decoder
 from common.evals.measure import TextScore, TurnCost
@@ -18,7 +18,7 @@ from common.progress import ProgressBars
 from common.report.certificate import dotted_fields
 from common.report.results import ArmResult, Flops
 from common.sharding.hosts import on_first_process
-from common.train.config import only_how
+from common.train.config import only_how, only_watches
 from common.train.loop import Fitted
 from common.train.metrics_log import last_losses
 from common.train.run_files import RunFiles
@@ -100,7 +100,7 @@ def finished_result(opened: Opened, name: str) -> ArmResult | None:
         arm_dir = opened.run_dir / name
         try:
             described = read_json(arm_dir / RunFiles.RESULT)
-            result, metrics = from_json(ArmResult, described), read_rows(arm_dir / RunFiles.METRICS)
+            result, metrics = from_earlier_json(ArmResult, described), read_rows(arm_dir / RunFiles.METRICS)
             samples = len(read_rows(arm_dir / RunFiles.SAMPLES))
         except UserError:  # absent, damaged or of another version
             return None
@@ -111,14 +111,21 @@ def finished_result(opened: Opened, name: str) -> ArmResult | None:
         return described if current and recorded else None
 
     described = on_first_process(read)
-    return None if described is None else from_json(ArmResult, described)
+    return None if described is None else from_earlier_json(ArmResult, described)
 
 
 def _made_from(opened: Opened, name: str) -> str:
-    """Returns a hash of everything that decides the arm's result."""
-    task = make_task(opened.experiment, name, opened.data)
-    config = {path: value for path, value in dotted_fields(task.config).items() if not only_how(path)}
-    decides = {"config": config, "data": task.data, "evaluation": to_json(opened.experiment.evaluation)}
+    """Returns a hash of everything that decides the arm's result.
+
+    Fields at their defaults do not enter it, so that a field added later does not make finished work be done again.
+    """
+    experiment, task = opened.experiment, make_task(opened.experiment, name, opened.data)
+    config = dotted_fields(without_defaults(experiment.run_config(name)))
+    decides = {
+        "config": {path: value for path, value in config.items() if not (only_how(path) or only_watches(path))},
+        "data": task.data,
+        "evaluation": without_defaults(experiment.evaluation),
+    }
     return hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pytest
 
-from common.config import apply_overrides, difference, from_json, to_json
+from common.config import apply_overrides, difference, from_earlier_json, from_json, to_json, without_defaults
 from common.errors import UserError
 
 
@@ -184,6 +184,31 @@ def test_json_is_refused_in_one_clear_line(path, value, message):
     with pytest.raises(UserError) as caught:
         from_json(Experiment, edited(to_json(BASE), path, value))
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("config", [BASE, FULL, Experiment()])
+def test_fields_added_since_a_file_was_written_take_their_defaults(config):
+    """Whatever is at its default may be absent, at every depth; nothing else is guessed."""
+    assert from_earlier_json(Experiment, without_defaults(config)) == config
+    assert from_earlier_json(Experiment, to_json(config)) == config
+    for path, value in (("train.stpes", 1), ("train.steps", "10"), ("arms.small", {})):
+        if path != "arms.small" or config.arms:
+            with pytest.raises(UserError):
+                from_earlier_json(Experiment, edited(to_json(config), path, value))
+
+
+def test_what_identifies_a_config_holds_no_default():
+    assert without_defaults(Experiment()) == {}
+    assert without_defaults(BASE) == {
+        "arms": {"small": {"d_ff": 64}, "large": {"d_ff": 256, "name": "1e3", "tied": True}}
+    }
+    assert without_defaults(FULL)["train"] == {
+        "optimizer": {"kind": "lion", "betas": [0.1, 1 / 3]},
+        "warmup": {"kind": "adamw"},
+        "average": {"decay": 0.5},
+        "stages": [{}, {"every": 3}],
+        "weights": {"a": 1.0, "": 1e-300},
+    }
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_every_experiment_plans(name: str) -> None:
     shown = {cells[1].strip(): cells[2:-1] for line in text.splitlines() if len(cells := line.split("│")) > 2}
     arms = experiment.arms.values()
     assert [cell.strip() for cell in shown["parameters"]] == [f"{arm.model.param_count():,}" for arm in arms]
-    assert [cell.strip() for cell in shown["FLOPs a step"]] == [f"{experiment.flops_per_step(arm):.4g}" for arm in arms]
+    assert [cell.strip() for cell in shown["FLOPs per step"]] == [f"{experiment.flops_per_step(arm):.4g}" for arm in arms]
     assert json.loads(text[text.index("\n{") :]) == to_json(experiment)
 
 
@@ -282,7 +282,28 @@ def check_finished_work_is_skipped(
     other = dataclasses.replace(experiment, evaluation=dataclasses.replace(experiment.evaluation, examples=4))
     with pytest.raises(AssertionError, match="work"):  # scored again, and no error about another run
         compare(other, run_dir)
+    check_additions_train_nothing_again(experiment, run_dir, capsys)
     compare(experiment, run_dir)
+
+
+def check_additions_train_nothing_again(
+    experiment: Experiment, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other prose, other validation and saves, a further arm, and fields that today's version did not know yet."""
+    capsys.readouterr()
+    reworded = {name: dataclasses.replace(arm, about="Another sentence.") for name, arm in experiment.arms.items()}
+    watched = dataclasses.replace(experiment.train, validate_every=7, checkpoint_every=3, keep_last=5)
+    added = {**reworded, "third": dataclasses.replace(experiment.arms["gpt"], learning_rate=1e-3)}
+    changed = dataclasses.replace(experiment, expected="Something else.", train=watched, arms=added)
+    for name in ("gpt", "t5like"):
+        path = run_dir / name / RunFiles.CONFIG
+        stored = json.loads(path.read_text())
+        del stored["about"], stored["train"]["anomalies"], stored["model"]["recipe"]["dropout"]
+        path.write_text(json.dumps(stored))
+    with pytest.raises(AssertionError, match="work"):  # the arm that is new
+        compare(changed, run_dir)
+    shown = capsys.readouterr().out
+    assert "gpt: trained and scored already" in shown and "t5like: trained and scored already" in shown
 
 
 def test_a_command_that_fails_before_training_does_not_claim_the_directory(tmp_path: Path) -> None:
@@ -295,11 +316,11 @@ def test_a_command_that_fails_before_training_does_not_claim_the_directory(tmp_p
         compare(wrong, run_dir)
     assert not run_dir.exists()
     comparison._claim(wrong, run_dir)
-    rd.claim(run_dir / "gpt", {}, {}, {})
+    rd.claim(run_dir / "gpt", to_json(wrong.run_config("gpt")), {}, {})
     comparison._begin(experiment, run_dir, ["gpt"])
     write_rows(run_dir / "gpt" / RunFiles.METRICS, [{"step": 1}])
     with pytest.raises(UserError, match="another config of tiny .train.seed: 1 -> 0."):
         comparison._begin(experiment, run_dir, ["gpt"])
-    (run_dir / "experiment.json").write_text("null")
-    with pytest.raises(UserError, match="experiment.json does not hold a JSON object"):
+    (run_dir / "gpt" / RunFiles.CONFIG).write_text("null")
+    with pytest.raises(UserError, match="config.json does not hold a JSON object"):
         comparison._begin(experiment, run_dir, ["gpt"])

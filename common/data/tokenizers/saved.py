@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from common.config import from_json, to_json
+from common.config import from_earlier_json, to_json
 from common.data.tokenizers import byte_pair
 from common.data.tokenizers.byte_pair import BytePairTokenizer, SpecialTokens
 from common.data.tokenizers.sentence_piece import SentencePieceTokenizer
@@ -62,7 +62,7 @@ def load_saved(folder: Path) -> Tokenizer:
     """Loads a tokenizer from the `saved_files` in `folder`. Raises UserError if a file is missing or damaged."""
     where = folder / DESCRIPTION
     try:
-        described = from_json(_Description, read_json(where)).tokenizer
+        described = from_earlier_json(_Description, read_json(where)).tokenizer
         tokenizer = _load(folder, described)
     except UserError as error:
         raise UserError(f"the tokenizer in {folder} is damaged: {error}") from None

@@ -53,6 +53,33 @@ def test_nothing_is_claimed_before_something_is_trained(tmp_path: Path) -> None:
         rd.claim(tmp_path, changed, SOURCE, {})
 
 
+def test_a_field_added_since_makes_no_other_run(tmp_path: Path) -> None:
+    """Unless it has another value than the default, which the earlier run had without knowing."""
+
+    def complete(config: dict[str, Any]) -> dict[str, Any]:
+        return {"new": "usual", **config}
+
+    rd.claim(tmp_path, MODEL, SOURCE, {})
+    write_rows(tmp_path / RunFiles.METRICS, [{"step": 1}])
+    assert rd.claim(tmp_path, {**MODEL, "new": "usual"}, SOURCE, {}, complete) == []
+    with pytest.raises(UserError, match='another config .new: "usual" -> "other".'):
+        rd.claim(tmp_path, {**MODEL, "new": "other"}, SOURCE, {}, complete)
+
+
+@pytest.mark.parametrize("path", ["about", "train.validate_every", "train.keep_last", "train.patience.stall_seconds"])
+def test_prose_and_watching_make_no_other_run(path: str) -> None:
+    assert rd.config_changes(nested(path, 1), nested(path, 2)) == []
+    assert len(rd.identity_changes(nested("train.seed", 1), nested("train.seed", 2))) == 1
+
+
+def nested(path: str, value: Any) -> dict[str, Any]:
+    *parents, last = path.split(".")
+    found = {last: value}
+    for key in reversed(parents):
+        found = {key: found}
+    return found
+
+
 DAMAGES = {
     "config.json null": (RunFiles.CONFIG, "null", "config.json does not hold a JSON object"),
     "config.json gone": (RunFiles.CONFIG, None, "config.json cannot be read"),

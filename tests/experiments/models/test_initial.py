@@ -16,7 +16,6 @@ from common.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from common.errors import UserError
 from common.files import read_json
 from common.model import skeleton
-from common.train.run_dir import identity_changes
 from common.trees import flatten
 from common.weights.folder import write_folder
 from experiments.cli.main import main
@@ -166,11 +165,3 @@ def test_tokens_are_compared_and_not_files(tmp_path: Path, tokenizer: SentencePi
     other = byte_pair.load_byte_pair(tmp_path, sentinels=2, eos=None)
     assert one.content_hash != other.content_hash
     assert differing_ids(one, other) == ([280, 281], 282), "sentinels count down from the top"
-
-
-def test_runs_from_before_the_comparison_of_tokenizers_resume() -> None:
-    now = {"arms": {"gpt": {"init": {"path": "x", "rules": [], "tokenizer": "same"}}}}
-    before = {"arms": {"gpt": {"init": {"path": "x", "rules": []}}}}
-    assert identity_changes(before, now) == []
-    now["arms"]["gpt"]["init"]["tokenizer"] = "any"
-    assert len(identity_changes(before, now)) == 1
