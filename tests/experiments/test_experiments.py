@@ -51,7 +51,9 @@ def test_every_experiment_plans(name: str) -> None:
     shown = {cells[1].strip(): cells[2:-1] for line in text.splitlines() if len(cells := line.split("│")) > 2}
     arms = experiment.arms.values()
     assert [cell.strip() for cell in shown["parameters"]] == [f"{arm.model.param_count():,}" for arm in arms]
-    assert [cell.strip() for cell in shown["FLOPs per step"]] == [f"{experiment.flops_per_step(arm):.4g}" for arm in arms]
+    assert [cell.strip() for cell in shown["FLOPs per step"]] == [
+        f"{experiment.flops_per_step(arm):.4g}" for arm in arms
+    ]
     assert json.loads(text[text.index("\n{") :]) == to_json(experiment)
 
 
