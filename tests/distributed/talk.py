@@ -62,12 +62,12 @@ def feed(made: Mesh) -> dict[str, Any]:
 def answers(made: Mesh) -> dict[str, Any]:
     """Returns texts of beam search, and scores of a model whose parameters are sharded over the mesh."""
     # Imported here, because it runs programs, which must wait until processes have joined.
-    from tests.common.infer.test_generate import LETTERS, MODEL, Rules, requests
+    from tests.common.infer.test_generate import LETTERS, MODEL, codec_of, requests
 
-    rules, limits, rows = Rules(), Limits(max_new_tokens=6), made.size
+    codec, limits, rows = codec_of(), Limits(max_new_tokens=6), made.size
     everywhere = NamedSharding(made, PartitionSpec())
     letters = jax.device_put(MODEL.params, everywhere)
-    generator = Generator(MODEL, letters, made, rules, method=Beam(size=2), limits=limits, rows=rows)
+    generator = Generator(MODEL, letters, made, codec, method=Beam(size=2), limits=limits, rows=rows)
     texts = {prompt: [one.tokens for one in found] for prompt, found in generator.complete(requests())}
     model = skeleton(builder(tiny("gpt"), EXECUTION))
     params = jax.device_put(random_params(tiny("gpt")), parameter_shardings(made, model.logical_axes))
