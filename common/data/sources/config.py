@@ -88,11 +88,13 @@ class SourceConfig:
     def __post_init__(self) -> None:
         check_ranges(self)
         scheme, _, rest = self.name.partition(":")
-        if scheme not in SOURCE_SCHEMES or not rest:
+        if scheme not in SOURCE_SCHEMES:
             raise UserError(
-                f"name {self.name!r} must be SCHEME:NAME; scheme {scheme!r} is unknown or NAME is empty, "
+                f"name {self.name!r} must be SCHEME:NAME; scheme {scheme!r} is unknown: "
                 + nearest(scheme, SOURCE_SCHEMES)
             )
+        if not rest:
+            raise UserError(f"name {self.name!r} must be SCHEME:NAME; there is nothing after the colon")
         data_set, _, split = rest.partition(":")
         if scheme == "tfds" and split and not re.fullmatch(TFDS_VERSION, split):
             raise UserError(

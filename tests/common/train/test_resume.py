@@ -90,7 +90,8 @@ def test_resumed_is_unbroken_on_a_mesh(tmp_path: Path) -> None:
     assert (tmp_path / "broken" / RunFiles.METRICS).read_bytes() == (tmp_path / "whole" / RunFiles.METRICS).read_bytes()
 
 
-@pytest.mark.parametrize("family", ["gpt", pytest.param("t5like", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt", "t5like"])
 def test_a_run_resumes_on_other_devices(unbroken: dict[str, Unbroken], family: str, tmp_path: Path) -> None:
     """On another mesh, with other accumulation and rematerialisation: the same batches, losses equal up to rounding."""
     run, before = unbroken[family], run_steps(unbroken[family].folder)

@@ -114,8 +114,10 @@ def check_same(found: Path, expected: Path) -> None:
 
 LIMITS = pytest.mark.parametrize(
     ("limit_bytes", "said"),
-    [("6000", "a checkpoint could not be written"), ("1500", "rows of metrics: refused")],
-    ids=["checkpoints", "rows"],
+    [
+        pytest.param("6000", "a checkpoint could not be written", id="checkpoints", marks=pytest.mark.slow),
+        pytest.param("1500", "rows of metrics: refused", id="rows"),
+    ],
 )
 
 

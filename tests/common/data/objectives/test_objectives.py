@@ -266,7 +266,7 @@ def test_objectives_refuse_values_out_of_range(kind: Any, values: dict[str, floa
     ("wrong", "message"),
     [
         ({"name": "tfd:x", "inputs": "a", "targets": "b"}, "did you mean 'tfds'"),
-        ({"name": "jsonl:", "inputs": "a", "targets": "b"}, "nothing follows"),
+        ({"name": "jsonl:", "inputs": "a", "targets": "b"}, "nothing after the colon"),
         ({"name": "no_scheme", "inputs": "a", "targets": "b"}, "valid: arrayrecord, corpus, jsonl"),
         ({"name": "tfds:c4/en:train[:1%]", "inputs": None, "targets": None}, "name=tfds:c4/en train_split=train"),
         ({"name": "jsonl:x", "inputs": "a", "targets": None}, "both inputs and targets"),
