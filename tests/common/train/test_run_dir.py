@@ -253,7 +253,7 @@ class Vandal(Observer):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: remove(folder), "metrics.jsonl is gone"),
+        (lambda folder: remove(folder), r"(metrics.jsonl|checkpoints) is gone"),
         (lambda folder: remove(folder / RunFiles.METRICS), "metrics.jsonl is gone"),
         (lambda folder: (folder / RunFiles.TIMINGS).write_text(""), r"timings.jsonl has \d+ bytes instead of"),
     ],
