@@ -76,7 +76,7 @@ FAMILIES: dict[str, ModelConfig] = {
 }
 
 
-REPRESENTATIVE = ("gpt-rope", "gpt-learned", "t5like-bias", "t5like-relaxed")
+REPRESENTATIVE = ("gpt-learned", "t5like-bias", "t5like-relaxed")
 """Between them every position scheme, norm, MLP and head layout; `make test-slow` runs the others as well."""
 families = pytest.mark.parametrize(
     "config",

@@ -180,8 +180,8 @@ def test_sharded_is_single_device(family: str, mesh: MeshShape, sharding: Strate
 @pytest.mark.parametrize(
     ("family", "sharding"),
     [
-        ("t5like", "fsdp"),
         ("gpt", "sequence"),
+        pytest.param("t5like", "fsdp", marks=pytest.mark.slow),
         pytest.param("gpt", "fsdp", marks=pytest.mark.slow),
         pytest.param("t5like", "sequence", marks=pytest.mark.slow),
     ],
