@@ -34,12 +34,12 @@ BETWEEN = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Saves:
-    """Costs of one run's checkpoints, in seconds each."""
+    """What one run's checkpoints cost; times are in seconds."""
 
     parameters: int
     state_bytes: int
     step: Spread
-    """Steps during which nothing is written."""
+    """Time of a step while nothing is written."""
     blocking: Spread
     """Time until training continues: arrays are copied and checksummed."""
     slowdown: Spread
@@ -136,8 +136,12 @@ def measure(saves: int, advance: Callable[[int], None]) -> Saves:
 
 
 def _saves(rows: list[dict[str, Any]], saves: int, state_bytes: int) -> Saves:
-    """With B = `BETWEEN`: steps 2kB + 1 to 2kB + B follow a checkpoint; during the B before, nothing is written."""
+    """Compares the `BETWEEN` steps before each checkpoint, while nothing is written, with as many after it.
+
+    With `BETWEEN` = 4, the first checkpoint follows step 8: steps 5 to 8 come before it, 9 to 12 after it.
+    """
     seconds = np.array([row["step_seconds"] for row in rows])
+    # The total so far, which a row notes before its own step's checkpoint: that of step s enters with row s + 1.
     checkpoint_seconds = np.diff([row["checkpoint_seconds"] for row in rows])
     blocking, slowdown, shares = [], [], []
     for save in range(2 * BETWEEN, 2 * BETWEEN * saves + 1, 2 * BETWEEN):

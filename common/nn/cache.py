@@ -27,10 +27,12 @@ class Cache:
     layers: Layers
     """Of self-attention: [B, G, S, C] per layer if layers are unrolled, else [N, B, G, S, C]."""
     segments_BS: jax.Array
+    """0 for padding, else 1; empty slots have 1 too, since the causal mask hides them until they are filled."""
     positions_BS: jax.Array
     length: jax.Array
     """Number of filled slots (scalar), and so the slot of the next token."""
     next_position_B: jax.Array
+    """Position of each row's next token. Positions count on from the inputs to the decoder's tokens, as in training."""
     memory: Layers | None = None
     """Of cross-attention, [B, G, I, C] per layer: computed once, never changed. Rows made by `repeat_rows` share it."""
     memory_segments_BI: jax.Array | None = None
@@ -89,7 +91,7 @@ class Cache:
         return self._map_rows(lambda x, axis: jnp.repeat(x, times, axis=axis))
 
     def take_rows(self, rows_B: jax.Array) -> "Cache":
-        """Replaces row i by row `rows_B[i]`, which must share its memory."""
+        """Replaces row i by row `rows_B[i]`; both must be repetitions of one row, whose memory they share."""
         return self._map_rows(lambda x, axis: jnp.take(x, rows_B, axis=axis))
 
     def _map_rows(self, change: Callable[[jax.Array, int], jax.Array]) -> "Cache":

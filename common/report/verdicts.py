@@ -75,7 +75,11 @@ class _Comparison:
 
 
 def verdicts(run: ComparisonRun) -> tuple[Verdict, ...]:
-    """Returns sentences for every split and pair of arms (the first with each other), and one on validation loss."""
+    """Compares the first arm with every other arm on every split; then come remarks on the whole run.
+
+    The remarks: the number of comparisons, test texts found in the training data, arms without a result, and validation
+    loss.
+    """
     examples = pair_examples(run.arms)
     compared = [
         result
@@ -99,7 +103,7 @@ def verdicts(run: ComparisonRun) -> tuple[Verdict, ...]:
 
 
 def in_training(run: ComparisonRun) -> list[str]:
-    """Returns one sentence per split on its texts in the training data, without repetition between arms."""
+    """Returns one sentence per split on how many of its texts are in the training data; arms that agree share it."""
     counts = [(s.split, s.in_training) for r in run.results for s in r.scores if s.in_training is not None]
     return list(dict.fromkeys(known.sentence(split) for split, known in counts))
 
@@ -161,8 +165,10 @@ def _compare(
     ]
     scores = [find_score(arm.result, split, "all") for arm in (first, second)]
     scored = {score.examples if score else 0 for score in scores}
+    if scored == {len(pairs)} == {0}:  # only other arms were scored on this split
+        return []
     if scored != {len(pairs)}:
-        # A selection of the samples, such as errors only, must not count as the whole split.
+        # samples.jsonl may hold a part of the split, such as errors only, which must not count as the whole.
         text = f"Exact match, {split}: {first.name} and {second.name} are not compared example by example"
         counts = " and ".join(f"{n:,}" for n in sorted(scored))
         return [Verdict(text=f"{text}: samples.jsonl pairs {len(pairs):,} of {counts} examples.")]

@@ -11,6 +11,7 @@ from experiments.cli.options import AsDataAction, AsDtype, AsExperiment, AsLengt
 
 RUNS = Path("runs")
 PROFILE_STEPS = 5
+"""Steps that `--profile` without a number traces."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -136,7 +137,7 @@ def _add_launch(launch: argparse.ArgumentParser) -> None:
         action=whole(Range(1, 4096, unit="slices")),
         default=1,
         metavar="N",
-        help="with --engine gcloud: Multislice (1)",
+        help="with --engine gcloud: number of slices, as Multislice (1)",
     )
     launch.add_argument("--engine", default="sky", metavar="ENGINE", help="sky (default): SkyPilot; or gcloud")
     launch.add_argument("--zone", metavar="ZONE", help="such as us-east5-a (default: the engine's)")
@@ -278,7 +279,10 @@ def _add_generate(generate: argparse.ArgumentParser) -> None:
 
 
 def take_late_overrides(options: argparse.Namespace, rest: list[str], command: argparse.ArgumentParser) -> None:
-    """Adds the overrides that follow an option, which argparse returns as unknown.
+    """Adds the overrides that follow an option to `options.overrides`.
+
+    argparse reads the overrides that directly follow NAME, and returns later ones as unknown arguments, `rest`: of
+    `train NAME a=1 --arm gpt b=2` it reads a=1 and leaves b=2.
 
     Raises UserError for unknown options, and for arguments of a command that takes no overrides.
     """

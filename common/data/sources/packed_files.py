@@ -23,7 +23,8 @@ FORMAT = 1
 UNPACKED_FORMAT = 2
 """As `FORMAT`, for unpacked files alone."""
 MEMORY_BYTES = 1 << 28
-"""The most memory that unpacking a file may take; `xz -9` needs a quarter of it. zstd limits its window to 128 MiB."""
+"""The most memory liblzma may use to unpack a file; one packed by `xz -9` needs a quarter of it. zstd has its own
+limit, a window of 128 MiB."""
 
 
 class PlainFile(NamedTuple):
@@ -37,7 +38,7 @@ class PlainFile(NamedTuple):
 
 
 def plain_file(found: FoundFile, cache_dir: Path) -> PlainFile:
-    """Fetches and unpacks a file if necessary.
+    """Returns a local, uncompressed file with the content of `found`: the file itself, or a copy in the cache.
 
     Raises UserError if it cannot be fetched, or is not packed as its name says.
     """
@@ -92,8 +93,8 @@ def _unpack(shown: str, chunks: Iterator[bytes], folder: Path) -> None:
                     f"{shown}: unpacking takes more than {MEMORY_BYTES >> 20} MiB of memory, since its window is too "
                     f"long ({error}); pack it again, with zstd without --long or with xz -9"
                 ) from error
-            early = isinstance(error, EOFError) or "Truncated" in str(error)
-            if not early and not out.tell():
+            cut_short = isinstance(error, EOFError) or "Truncated" in str(error)
+            if not cut_short and not out.tell():
                 raise UserError(f"{shown} is damaged, or not packed as its name says: {error}") from error
             torn = f"the packed file ends in the middle of its data, or is damaged there ({error})"
     (folder / "torn").write_text(torn)
@@ -129,13 +130,14 @@ def _unpack_streams(new_decompressor: Callable[[], Any], packed: BinaryIO) -> It
 
 
 def _unpack_zstd(packed: BinaryIO) -> Iterator[bytes]:
+    """Yields all data that precede any damage, though a failing read of pyarrow drops what it had unpacked."""
     done = 0
     with contextlib.suppress(OSError), _zstd_stream(packed) as stream:
         while chunk := stream.read(ZSTD_CHUNK_BYTES):
             yield chunk
             done += len(chunk)
         return
-    # The failed call lost the data that it had unpacked. Start again: skip what was yielded, then go byte by byte.
+    # Start again: skip what was yielded, then read byte by byte up to the damage, where this raises the error.
     with _zstd_stream(packed) as stream:
         while done:
             done -= len(stream.read(min(done, ZSTD_CHUNK_BYTES)))
@@ -144,6 +146,7 @@ def _unpack_zstd(packed: BinaryIO) -> Iterator[bytes]:
 
 
 def _zstd_stream(packed: BinaryIO) -> Any:
+    """Opens the file again, from its start."""
     import pyarrow
 
     return pyarrow.CompressedInputStream(pyarrow.OSFile(packed.name), "zstd")

@@ -1,5 +1,6 @@
 """Verdicts compare paired examples, or state that they cannot."""
 
+import copy
 import dataclasses
 import random
 from collections.abc import Callable
@@ -129,6 +130,25 @@ def test_a_selection_of_samples_is_not_compared_as_the_split(write_run: Callable
 
     for verdict in verdicts(read_run(write_run(keep_errors)))[:2]:
         assert "not compared example by example" in verdict.text and "better" not in verdict.text
+
+
+def test_a_split_that_only_a_later_arm_was_scored_on_is_no_comparison(write_run: Callable[..., Path]) -> None:
+    """An arm and a split may be added to a finished comparison, whose other arms are not scored again at once."""
+
+    def add(files: Files) -> None:
+        for path in [path for path in files if path.startswith("dec-only/")]:
+            files[path.replace("dec-only", "third")] = copy.deepcopy(files[path])
+        files["third/result.json"]["arm"] = "third"
+        files["experiment.json"]["arms"]["third"] = files["experiment.json"]["arms"]["dec-only"]
+        for arm in ("enc-dec", "dec-only"):
+            for rows in (files[f"{arm}/result.json"]["scores"], files[f"{arm}/samples.jsonl"]):
+                rows[:] = [row for row in rows if row["split"] != "unseen names"]
+
+    texts = [verdict.text for verdict in verdicts(read_run(write_run(add)))]
+    assert [text for text in texts if "unseen names" in text] == [
+        "Exact match, unseen names: enc-dec and third are not compared example by example: "
+        "samples.jsonl pairs 0 of 0 and 400 examples."
+    ]
 
 
 def test_repeated_examples_are_paired_in_order(write_run: Callable[..., Path]) -> None:
