@@ -13,7 +13,7 @@ class Tuning:
     """How an arm's hyperparameters were searched for."""
 
     space: str
-    """What was searched and by which rule, such as "learning_rate 1e-4..1e-2 log-spaced, mean validation loss"."""
+    """The space and the rule of the search, such as `learning_rate 1e-4..1e-2 log-spaced, mean validation loss`."""
     trials: int
     at_edge: bool
     """Whether the best trial lies at the edge of the space, so that a better one may lie beyond it."""

@@ -140,9 +140,8 @@ class _Side:
         first_B = np.cumsum(counts_B) - counts_B  # the first example of each row
         row_N = np.repeat(np.arange(rows), counts_B)
         segments_N = np.arange(examples) - first_B[row_N] + 1
-        bounds = np.concatenate(
-            [[0], np.cumsum(lengths_N)]
-        )  # [N+1]: example n holds tokens bounds[n] to bounds[n+1] - 1
+        # [N+1]: example n holds tokens bounds[n] to bounds[n+1] - 1.
+        bounds = np.concatenate([[0], np.cumsum(lengths_N)])
         row_bounds = bounds[np.append(first_B, examples)]
         assert (np.diff(row_bounds) <= width).all(), "the plan overfills a row"
         example_P = np.repeat(np.arange(examples), lengths_N)

@@ -134,8 +134,8 @@ class BleuComparison:
     difference: Interval
     """BLEU of the first system minus that of the second, with its paired bootstrap interval (Koehn 2004)."""
     p_value: float
-    """Of approximate randomisation (Riezler & Maxwell 2005, W05-0908): how often a difference is as large when outputs
-    are swapped at random, sentence by sentence. Unlike the bootstrap, it keeps its level with few sentences."""
+    """p-value of approximate randomisation (Riezler & Maxwell 2005, W05-0908): how often a difference is as large when
+    outputs are swapped at random, sentence by sentence. Unlike the bootstrap, it keeps its level with few sentences."""
 
 
 def compare_bleu(

@@ -25,7 +25,7 @@ class Cache:
     """Keys and values of all layers, with the segment and position of each slot."""
 
     layers: Layers
-    """Of self-attention: [B, G, S, C] per layer if layers are unrolled, else [N, B, G, S, C]."""
+    """Keys and values of self-attention: [B, G, S, C] per layer if layers are unrolled, else [N, B, G, S, C]."""
     segments_BS: jax.Array
     """0 for padding, else 1; empty slots have 1 too, since the causal mask hides them until they are filled."""
     positions_BS: jax.Array
@@ -34,7 +34,8 @@ class Cache:
     next_position_B: jax.Array
     """Position of each row's next token. Positions count on from the inputs to the decoder's tokens, as in training."""
     memory: Layers | None = None
-    """Of cross-attention, [B, G, I, C] per layer: computed once, never changed. Rows made by `repeat_rows` share it."""
+    """Keys and values of cross-attention, [B, G, I, C] per layer: computed once, never changed. Rows made by
+    `repeat_rows` share them."""
     memory_segments_BI: jax.Array | None = None
     memory_positions_BI: jax.Array | None = None
 

@@ -9,7 +9,7 @@ from common.compute.ledger import FLOPS_TOLERANCE
 from common.report.results import ArmResult
 from common.report.run_files import ComparisonRun
 from common.report.units import fill, percent, scientific, si
-from common.train.config import only_how
+from common.train.config import decides_result
 
 LEDGER_TOLERANCE = 0.02
 """Largest relative difference between the ledger and XLA's count of FLOPs."""
@@ -252,7 +252,7 @@ def _may_differ(field: str, varies: Sequence[str]) -> bool:
     """Returns whether arms may set a field differently, whatever their families."""
     named = IDENTITY_FIELDS.union(varies)
     is_named = any(field == name or field.startswith(f"{name}.") for name in named)
-    return is_named or field.rsplit(".", 1)[-1] in OWN_FIELDS or only_how(field)
+    return is_named or field.rsplit(".", 1)[-1] in OWN_FIELDS or not decides_result(field)
 
 
 def _is_of_one_family(field: str, values: Mapping[str, Mapping[str, Any]]) -> bool:

@@ -267,11 +267,8 @@ def only_how(path: str) -> bool:
     >>> [only_how(path) for path in ("train.mesh.fsdp", "train.execution.remat", "train.execution.dtype", "train.seed")]
     [True, True, False, False]
     """
-    prefixes = ("train.mesh.", "train.sharding", "train.accumulation", "train.execution.", "train.patience.")
+    prefixes = ("train.mesh.", "train.sharding", "train.accumulation", "train.execution.")
     return path.startswith(prefixes) and path not in ("train.execution.dtype", "train.execution.matmul_precision")
-
-
-WATCHES = ("about", "train.validate_every", "train.checkpoint_every", "train.keep_last")
 
 
 def only_watches(path: str) -> bool:
@@ -280,7 +277,13 @@ def only_watches(path: str) -> bool:
     >>> [only_watches(path) for path in ("train.validate_every", "train.patience.stall_seconds", "train.seed")]
     [True, True, False]
     """
-    return path in WATCHES or path.startswith("train.patience.")
+    fields = ("about", "train.validate_every", "train.checkpoint_every", "train.keep_last")
+    return path in fields or path.startswith("train.patience.")
+
+
+def decides_result(path: str) -> bool:
+    """Returns whether runs that differ in the field at a dotted path of a resolved config are different runs."""
+    return not (only_how(path) or only_watches(path))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

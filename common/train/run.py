@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from common.config import difference
 from common.errors import UserError
 from common.files import write_json
 from common.sharding.hosts import is_first, on_first_process, processes_where
@@ -90,7 +91,7 @@ def check_same(task: Task, run_dir: Path) -> None:
     if blind := processes_where(not (run_dir / RunFiles.CONFIG).is_file()):
         raise UserError(f"process {blind[0]} does not see {run_dir}: --run-dir must be one that all processes share")
     mine = task.config | task.data
-    changes = rd.config_changes(on_first_process(lambda: mine), mine)
+    changes = difference(on_first_process(lambda: mine), mine)
     if others := processes_where(bool(changes)):
         how = f" ({'; '.join(map(str, changes))})" if changes else ""
         raise UserError(f"process {others[0]} was about to train something else{how}: start all with one command")

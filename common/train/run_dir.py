@@ -11,7 +11,7 @@ from common.config import Change, difference
 from common.errors import UserError
 from common.files import read_object, read_rows, write_atomically, write_json, write_rows
 from common.train.checkpoints import saved_steps
-from common.train.config import only_how, only_watches
+from common.train.config import decides_result, only_watches
 from common.train.environment import MACHINE_KEYS, environment
 from common.train.run_files import RunFiles
 from common.train.schema import SCHEMA_VERSION, check_schema
@@ -140,21 +140,32 @@ def config_changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
 
 
 def identity_changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
-    """Returns those of `config_changes` that make it another run, not the same run computed in another way."""
-    return [change for change in config_changes(before, now) if not only_how(change.path)]
+    """Returns the differences that make it another run, not the same run computed or watched in another way."""
+    return [change for change in difference(before, now) if decides_result(change.path)]
 
 
 def note_launch(run_dir: Path, config: dict[str, Any], now: float, complete: Complete = dict) -> float:
     """Records a launch that began at `now` and how it computes; returns when the first one began (Unix seconds)."""
-    changes = config_changes(stored_config(run_dir, complete), config)
+    stored = stored_config(run_dir, complete)
+    changes = config_changes(stored, config)
     launch: dict[str, Any] = {"started": now}
     if changes:
         launch["changed"] = [str(change) for change in changes]
     launches = [*read_rows(run_dir / RunFiles.LAUNCHES), launch]
     write_rows(run_dir / RunFiles.LAUNCHES, launches)
-    if changes:
+    if stored != config:
         write_json(run_dir / RunFiles.CONFIG, described(config))
     return float(launches[0]["started"])
+
+
+def refresh(run_dir: Path, about: str, complete: Complete) -> None:
+    """Gives the config of a finished run today's prose, and the fields that its version lacked, at their defaults.
+
+    A comparison can then hold its fields against those of arms that were trained later.
+    """
+    refreshed = described({**stored_config(run_dir, complete), "about": about})
+    if refreshed != read_described(run_dir / RunFiles.CONFIG):
+        write_json(run_dir / RunFiles.CONFIG, refreshed)
 
 
 def rolled_back_batches(run_dir: Path, steps: int) -> frozenset[int]:

@@ -9,7 +9,7 @@ class RunFiles:
     ENVIRONMENT = "environment.json"
     """Versions, machine and commit of the first launch, and hashes that identify the data."""
     TOKENIZER = "tokenizer"
-    """Folder of the files that `common.data.tokenizers.kept` reads."""
+    """Folder of the files that `common.data.tokenizers.saved` reads."""
     INITIAL = "init.json"
     """Where the parameters came from, unless the model started fresh."""
     CHECKPOINTS = "checkpoints"

@@ -140,6 +140,8 @@ def _claim(experiment: Experiment, run_dir: Path) -> None:
 def _train_and_score(opened: Opened, name: str, console: Console, profile_steps: int) -> ArmResult:
     if (result := finished_result(opened, name)) is not None:
         console.print(f"{marked_up(name)}: trained and scored already, step {result.steps}", soft_wrap=True)
+        about = opened.experiment.arms[name].about
+        on_first_process(lambda: rd.refresh(opened.run_dir / name, about, complete_run_config))
         return result
     progress = ProgressBars(console)
     progress.say(f"{name}: compiling")

@@ -39,6 +39,11 @@ class Data:
     train: Loader | StagedLoader
     validation: Loader
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """Hashes that identify the data; a run of other data is another run."""
+        return {"content_id": self.content_id, "tokenizer_hash": self.tokenizer.content_hash}
+
 
 def open_data(experiment: Experiment, arms: Iterable[str] | None = None) -> Data:
     """Opens the experiment's data, making what the cache does not hold.
@@ -100,7 +105,7 @@ def make_task(experiment: Experiment, name: str, data: Data) -> Task:
         validation=tuple(validation),
         config=to_json(experiment.run_config(name)),
         complete_config=complete_run_config,
-        data={"content_id": data.content_id, "tokenizer_hash": data.tokenizer.content_hash},
+        data=data.identity,
         tokenizer_files=saved_files(data.tokenizer),
         initial=make_initial(arm),
         peak_flops_per_second=None if chip is None else chip.flops_per_second,

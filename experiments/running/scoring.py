@@ -18,14 +18,14 @@ from common.progress import ProgressBars
 from common.report.certificate import dotted_fields
 from common.report.results import ArmResult, Flops
 from common.sharding.hosts import on_first_process
-from common.train.config import only_how, only_watches
+from common.train.config import decides_result
 from common.train.loop import Fitted
 from common.train.metrics_log import last_losses
 from common.train.run_files import RunFiles
 from experiments.config import Experiment
 from experiments.running.audit import count_step
 from experiments.running.multi_turn import measure
-from experiments.running.pipeline import Data, make_setup, make_task
+from experiments.running.pipeline import Data, make_setup
 from experiments.running.scored_splits import ScoredSplit
 
 
@@ -119,11 +119,11 @@ def _made_from(opened: Opened, name: str) -> str:
 
     Fields at their defaults do not enter it, so that a field added later does not make finished work be done again.
     """
-    experiment, task = opened.experiment, make_task(opened.experiment, name, opened.data)
+    experiment = opened.experiment
     config = dotted_fields(without_defaults(experiment.run_config(name)))
     decides = {
-        "config": {path: value for path, value in config.items() if not (only_how(path) or only_watches(path))},
-        "data": task.data,
+        "config": {path: value for path, value in config.items() if decides_result(path)},
+        "data": opened.data.identity,
         "evaluation": without_defaults(experiment.evaluation),
     }
     return hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -306,6 +306,8 @@ def check_additions_train_nothing_again(
         compare(changed, run_dir)
     shown = capsys.readouterr().out
     assert "gpt: trained and scored already" in shown and "t5like: trained and scored already" in shown
+    config = json.loads((run_dir / "gpt" / RunFiles.CONFIG).read_text())
+    assert config == {"schema_version": 1, **to_json(experiment.run_config("gpt")), "about": "Another sentence."}
 
 
 def test_a_command_that_fails_before_training_does_not_claim_the_directory(tmp_path: Path) -> None:

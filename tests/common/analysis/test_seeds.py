@@ -80,7 +80,7 @@ def test_t_intervals_cover_normal_seeds(seeds: int) -> None:
 
 @pytest.mark.parametrize(("seeds", "least"), [(5, 0.91), (10, 0.92), (20, 0.92)])
 def test_bootstrap_t_covers_skewed_seeds_better(seeds: int, least: float) -> None:
-    """Of exponential values, whose mean the t interval covers in 88 to 92 % of cases."""
+    """For exponential values, whose mean the t interval covers in 88 to 92 % of cases."""
 
     def skewed(rng: np.random.Generator) -> np.ndarray:
         return rng.exponential(size=seeds) - 1

@@ -18,7 +18,7 @@ from common.data.batch import Prompt
 class ToyCache:
     state_BD: jax.Array
     memory_BD: jax.Array
-    """Of the prompt; shared by all rows that `repeat_rows` makes of one row."""
+    """The prompt's part; shared by all rows that `repeat_rows` makes of one row."""
 
     def extend(self, slots: int) -> "ToyCache":
         return self

@@ -51,6 +51,16 @@ def test_how_arms_are_computed_is_not_part_of_the_recipe() -> None:
     assert not one_recipe(configs, varies=()).agrees
 
 
+def test_how_arms_are_watched_is_not_part_of_the_recipe() -> None:
+    """A finished arm keeps its checkpoints where a later one is validated and saved at other steps."""
+    configs = {
+        arm: {"train": {"validate_every": n, "checkpoint_every": n, "seed": 0}} for arm, n in (("a", 4), ("b", 2))
+    }
+    assert one_recipe(configs, varies=()).agrees
+    configs["b"]["train"]["seed"] = 1
+    assert not one_recipe(configs, varies=()).agrees
+
+
 MODEL = {"kind": "dec", "d_ff": 8, "num_layers": 2, "recipe": {"norm": "rms"}}
 OTHER_FAMILY = {"kind": "enc-dec", "d_ff": 9, "encoder_layers": 2, "memory": "final", "recipe": {"norm": "rms"}}
 

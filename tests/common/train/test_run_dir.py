@@ -72,6 +72,16 @@ def test_prose_and_watching_make_no_other_run(path: str) -> None:
     assert len(rd.identity_changes(nested("train.seed", 1), nested("train.seed", 2))) == 1
 
 
+def test_a_launch_records_how_it_is_watched(tmp_path: Path) -> None:
+    """The config is that of the last launch; the list of changes holds those that may change a result's last bits."""
+    before, now = nested("train.validate_every", 4), nested("train.validate_every", 2)
+    rd.claim(tmp_path, before, SOURCE, {})
+    write_rows(tmp_path / RunFiles.METRICS, [{"step": 1}])
+    assert rd.claim(tmp_path, now, SOURCE, {}) == []
+    rd.note_launch(tmp_path, now, 1.0)
+    assert rd.stored_config(tmp_path) == now and read_rows(tmp_path / RunFiles.LAUNCHES) == [{"started": 1.0}]
+
+
 def nested(path: str, value: Any) -> dict[str, Any]:
     *parents, last = path.split(".")
     found = {last: value}

@@ -109,9 +109,9 @@ def test_launch_writes_scripts_for_gcloud(here, capsys):
             "gs://my-bucket/prepared has nothing prepared from it: add --env TFDS_DATA_DIR=gs://my-bucket/tfds",
         ),
         (
-            ["data.source.name=tfds:c4/en", "--env", "TFDS_DATA_DIR=/home/me/tfds"],
+            ["data.source.name=tfds:c4/en", "--env", "TFDS_DATA_DIR=/data/tfds"],
             "data.source.name=tfds:c4/en: hosts look for it in $TFDS_DATA_DIR, which is a folder of this machine "
-            "(/home/me/tfds)",
+            "(/data/tfds)",
         ),
     ],
 )
