@@ -69,6 +69,7 @@ class _Stream:
                 weights_BT=ones.astype(np.float32),
             ),
             fingerprint=0,
+            source_fingerprint=0,
             examples=ROWS,
             length_sums=LengthSums.of_rows(ROWS, 0, LENGTH),
             loss_tokens=ROWS * LENGTH,

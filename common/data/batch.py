@@ -43,6 +43,9 @@ class HostBatch:
     batch: Batch
     fingerprint: int
     """The sum, modulo 2**128, of the rows' seeded hashes. Sums commute, so hosts add those of their own rows."""
+    source_fingerprint: int
+    """As `fingerprint`, over the source's records alone (`Examples.origins`), in their order within each row: equal for
+    any objective, template and row length that reads the same records into the same rows."""
     examples: int
     length_sums: LengthSums
     """Sums over the examples in the batch, without padding."""

@@ -16,6 +16,7 @@ from common.data.examples import Examples
 from common.data.objectives.apply import Example
 
 FINGERPRINT_BYTES = 16
+NO_EXAMPLES = np.zeros(0, np.int64)
 
 
 def build_batch(examples: Examples, rows: Sequence[np.ndarray], *, input_length: int, target_length: int) -> HostBatch:
@@ -43,14 +44,16 @@ def build_batch(examples: Examples, rows: Sequence[np.ndarray], *, input_length:
     target_positions_BT 2 3 1 2 0
     weights_BT          1 1 1 1 0
     """
-    made = examples.make(np.concatenate([np.zeros(0, np.int64), *rows]))
+    made = examples.make(np.concatenate([NO_EXAMPLES, *rows]))
     counts_B = np.array([len(row) for row in rows], np.int64)
     inputs, targets, weights_P = _sides(made, counts_B, input_length, target_length)
     tokenizer = examples.tokenizer
     batch = _batch(inputs, targets, weights_P, tokenizer.pad_id, np.full(len(made), tokenizer.start_id, np.int32))
+    hashes = _row_hashes(examples.content, rows, inputs, targets, weights_P)
     return HostBatch(
         batch=batch,
-        fingerprint=sum(_row_hashes(examples.content, rows, inputs, targets, weights_P)) % 2 ** (8 * FINGERPRINT_BYTES),
+        fingerprint=sum(hashes) % 2 ** (8 * FINGERPRINT_BYTES),
+        source_fingerprint=sum(_source_hashes(examples, rows)) % 2 ** (8 * FINGERPRINT_BYTES),
         examples=len(made),
         length_sums=LengthSums.of_examples(inputs.lengths_N, targets.lengths_N),
         loss_tokens=int(np.count_nonzero(weights_P)),
@@ -192,3 +195,14 @@ def _row_hashes(
         digest.update(targets.tokens_P[target_tokens].astype("<i4").tobytes())
         digest.update(weights_P[target_tokens].astype("<f4").tobytes())
         yield int.from_bytes(digest.digest(), "little")
+
+
+def _source_hashes(examples: Examples, rows: Sequence[np.ndarray]) -> Iterator[int]:
+    """Yields a hash of each row that holds examples, over their origins alone."""
+    origins_N4 = examples.origins(np.concatenate([NO_EXAMPLES, *rows])).astype("<i8")
+    stop = 0
+    for row in rows:
+        start, stop = stop, stop + len(row)
+        if len(row):
+            digest = hashlib.blake2b(origins_N4[start:stop].tobytes(), digest_size=FINGERPRINT_BYTES)
+            yield int.from_bytes(digest.digest(), "little")

@@ -10,22 +10,26 @@ anew. Four index spaces lie between a batch and its source. Each has one word, h
     place   tokenised records, or pieces of text        0 to size - 1   `Order.place(number)`: the index, or a shuffle
 
 A record that cannot be used has no place; `Prepared.source_record` maps a place to the source's own record. Example n
-of a mixture is an example of one part, and has another number there, which `MixedExamples` works out.
+of a mixture is an example of one part, and has another number there, which `common.data.mixed_examples` works out.
 
-Legend: E examples, L tokens of a piece.
+An example's origin says what was read, whatever was made of it. It is four numbers: a hash of the source, the epoch,
+and either (record, 1) or, for a piece of text, (its first token in the joined text, its tokens). Its hash with those of
+the row's other examples is the row's source fingerprint.
+
+Legend: E examples, L tokens of a piece, 4 the numbers of an origin.
 """
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
-from common.data.mixing import Mixing
 from common.data.objectives import apply as objectives
 from common.data.objectives.apply import Example, SpecialIds
-from common.data.objectives.config import CausalLM, PrefixLM, RawText, Supervised
+from common.data.objectives.config import CausalLM, FullLM, PrefixLM, RawText, Supervised
 from common.data.objectives.draws import shuffled
 from common.data.objectives.spans import SHORTEST_PIECE
 from common.data.tokenized.token_store import TokenStream
@@ -35,8 +39,6 @@ PLANNED_TOGETHER = 1 << 20
 keeps memory small."""
 WINDOW = 1 << 17
 """Examples in a plan where an epoch is larger than that."""
-MIXED_WINDOW = 1 << 14
-"""Examples in a plan of a mixture."""
 
 
 class Examples(Protocol):
@@ -58,6 +60,10 @@ class Examples(Protocol):
 
     def make(self, number_E: np.ndarray) -> list[Example]:
         """Returns the examples of these numbers, in this order."""
+        ...
+
+    def origins(self, number_E: np.ndarray) -> np.ndarray:
+        """Returns each example's origin, int64 [E, 4]; it depends on no objective, template or row."""
         ...
 
 
@@ -92,8 +98,28 @@ class Order:
         return shuffled(index_E, self.size, self.seed, epoch_E)
 
 
+def same_record(place_E: np.ndarray) -> np.ndarray:
+    """Maps places to records where every record of a source can be used."""
+    return place_E
+
+
 class RecordExamples:
-    """One example for each record; a place is a record."""
+    """One example for each record; a place is a record.
+
+    Two templates make other tokens of the same records; an example's origin stays the same. In the second epoch, the
+    origin has another epoch:
+
+    >>> import types
+    >>> ids = types.SimpleNamespace(eos_id=1, pad_id=0, start_id=0, content_hash="")
+    >>> def examples(inputs):
+    ...     records = {"inputs": TokenStream.of(inputs), "targets": TokenStream.of([[5], [6]])}
+    ...     return RecordExamples(
+    ...         records, objective=Supervised(), seed=0, tokenizer=ids, source_content_id="a.tsv", records_id="a.tsv"
+    ...     )
+    >>> short, long = examples([[7], [8]]), examples([[9, 9, 7], [9, 9, 8]])
+    >>> (short.origins(np.arange(4)) == long.origins(np.arange(4))).all(), short.origins(np.arange(4))[:, 1:].tolist()
+    (np.True_, [[0, 0, 1], [0, 1, 1], [1, 0, 1], [1, 1, 1]])
+    """
 
     together = 1
 
@@ -106,14 +132,24 @@ class RecordExamples:
         tokenizer: SpecialIds,
         source_content_id: str,
         mixed: bool = False,
+        records_id: str | None = None,
+        source_records: Callable[[np.ndarray], np.ndarray] = same_record,
     ) -> None:
-        """`records` holds the token ids of every field that the objective reads."""
+        """Makes an example of each record.
+
+        Args:
+          records: the token ids of every field that the objective reads.
+          mixed: the examples are part of a mixture.
+          records_id: names the source's records, whichever of their fields are read; None: `source_content_id`.
+          source_records: maps places to the source's own records.
+        """
         self._records = {field: records[field] for field in objectives.fields(objective)}
         self._objective, self.tokenizer = objective, tokenizer
         self.size = len(next(iter(self._records.values())))
         self.order = Order(self.size, seed, mixed)
         self.window = self.order.window
         self.content = _content(source_content_id, tokenizer, objective)
+        self._origin, self._source_records = _short_hash(records_id or source_content_id), source_records
 
     def lengths(self, number_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         place_E = self.order.place(number_E)
@@ -129,6 +165,10 @@ class RecordExamples:
             )
             for place in self.order.place(number_E).tolist()
         ]
+
+    def origins(self, number_E: np.ndarray) -> np.ndarray:
+        record_E = self._source_records(self.order.place(number_E))
+        return _origins(self._origin, number_E // self.size, record_E, np.ones_like(record_E))
 
 
 class PieceExamples:
@@ -149,6 +189,8 @@ class PieceExamples:
     (3, [4, 4, 2, 2])
     >>> [example.targets_T.tolist() for example in examples.make(np.array([1, 5]))]
     [[14, 15, 16, 17], [18, 19]]
+    >>> examples.origins(np.array([1, 5]))[:, 1:].tolist()  # epoch, first token, tokens
+    [[0, 4, 4], [1, 8, 2]]
     """
 
     def __init__(
@@ -173,6 +215,9 @@ class PieceExamples:
         self.order = Order(self.size, seed, mixed)
         self.window = self.order.window // self.together * self.together
         self.content = _content(f"{source_content_id} in {piece}s", tokenizer, objective, self._mode)
+        # Tokens are counted in the joined text, which depends on the tokenizer and on what ends each record.
+        joined = [source_content_id, tokenizer.content_hash, isinstance(objective, FullLM)]
+        self._origin = _short_hash(json.dumps(joined))
 
     def lengths(self, number_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         inputs_E, targets_E = np.empty(len(number_E), np.int64), np.empty(len(number_E), np.int64)
@@ -201,89 +246,27 @@ class PieceExamples:
                 out[member] = example
         return [example for example in out if example is not None]
 
+    def origins(self, number_E: np.ndarray) -> np.ndarray:
+        place_E = self.order.place(number_E)
+        return _origins(self._origin, number_E // self.size, place_E * self._piece, self._lengths(place_E))
+
+    def _lengths(self, place_E: np.ndarray) -> np.ndarray:
+        """Returns the tokens of each piece: all are equal but perhaps the last one."""
+        return np.minimum(self._piece, self._text.tokens - place_E * self._piece)
+
     def _by_length(self, place_E: np.ndarray) -> list[tuple[int, np.ndarray]]:
-        """Groups pieces by length, as (length, positions in `place_E`): all are equal but perhaps the last one."""
-        length_E = np.minimum(self._piece, self._text.tokens - place_E * self._piece)
+        """Groups pieces by length, as (length, positions in `place_E`)."""
+        length_E = self._lengths(place_E)
         return [(length, np.flatnonzero(length_E == length)) for length in np.unique(length_E).tolist()]
 
 
-class Unread(NamedTuple):
-    """The examples of a part that no batch has consumed: first those of `numbers`, then all from number `then` on."""
-
-    numbers: np.ndarray
-    """int64."""
-    then: int
-
-    def numbers_of(self, rank_E: np.ndarray) -> np.ndarray:
-        """Returns the numbers, int64 [E], of the unread examples of these ranks (0 is the first to be read).
-
-        >>> Unread(np.array([4, 7]), 9).numbers_of(np.arange(5)).tolist()
-        [4, 7, 9, 10, 11]
-        """
-        number_E = self.then + rank_E - len(self.numbers)
-        (early,) = np.nonzero(rank_E < len(self.numbers))
-        number_E[early] = self.numbers[rank_E[early]]
-        return number_E
+def _origins(source: int, epoch_E: np.ndarray, first_E: np.ndarray, count_E: np.ndarray) -> np.ndarray:
+    return np.stack([np.full_like(first_E, source), epoch_E, first_E, count_E], axis=1)
 
 
-ALL = Unread(np.zeros(0, np.int64), 0)
-
-
-class MixedExamples:
-    """Interleaves the examples of several parts at given rates; each part runs through its own epochs.
-
-    `Mixing` maps a number of the mixture to a part and a rank, which counts the part's examples in the mixture. The
-    part's `Unread` maps that rank to a number in the part.
-    """
-
-    together = 1
-    window = MIXED_WINDOW
-
-    def __init__(
-        self, parts: Sequence[Examples], rates: Sequence[float], seed: int, unread: Sequence[Unread] | None = None
-    ) -> None:
-        """`unread`: the examples of each part that remain; None: all."""
-        assert all(part.together == 1 for part in parts)
-        self._mixing, self._parts = Mixing(rates=tuple(rates), seed=seed), parts
-        self._unread = [ALL] * len(parts) if unread is None else list(unread)
-        self.tokenizer = parts[0].tokenizer
-        self.size = sum(part.size for part in parts)
-        self.content = json.dumps({"parts": [part.content for part in parts], "rates": list(rates)})
-
-    def lengths(self, number_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        inputs_E, targets_E = np.empty(len(number_E), np.int64), np.empty(len(number_E), np.int64)
-        for part, members, rank_E in self._by_part(number_E):
-            numbers = self._unread[part].numbers_of(rank_E)
-            inputs_E[members], targets_E[members] = self._parts[part].lengths(numbers)
-        return inputs_E, targets_E
-
-    def make(self, number_E: np.ndarray) -> list[Example]:
-        out: list[Example | None] = [None] * len(number_E)
-        for part, members, rank_E in self._by_part(number_E):
-            made = self._parts[part].make(self._unread[part].numbers_of(rank_E))
-            for member, example in zip(members.tolist(), made, strict=True):
-                out[member] = example
-        return [example for example in out if example is not None]
-
-    def unread_after(self, end: int, pending_E: np.ndarray) -> list[Unread]:
-        """Returns the unread examples of each part after all numbers before `end`, except `pending_E` (ascending), are
-        read."""
-        pending = {part: rank_E for part, _, rank_E in self._by_part(pending_E)}
-        remaining = []
-        for part, (unread, read) in enumerate(zip(self._unread, self._mixing.counts(end), strict=True)):
-            pending_numbers = unread.numbers_of(pending.get(part, np.zeros(0, np.int64)))
-            numbers = np.concatenate([pending_numbers, unread.numbers[read:]])
-            remaining.append(Unread(numbers, unread.then + max(0, read - len(unread.numbers))))
-        return remaining
-
-    def _by_part(self, number_E: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
-        """Groups examples by part, as (part, positions in `number_E`, ranks in the part)."""
-        part_E, rank_E = self._mixing.find(number_E)
-        groups = []
-        for part in np.unique(part_E).tolist():
-            (members,) = np.nonzero(part_E == part)
-            groups.append((part, members, rank_E[members]))
-        return groups
+def _short_hash(text: str) -> int:
+    """Returns a hash that fits an int64."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
 
 
 def _content(source: str, tokenizer: SpecialIds, objective: object, mode: Sequence[int] = ()) -> str:

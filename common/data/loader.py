@@ -14,11 +14,9 @@ import numpy as np
 
 from common.compute.length_sums import LengthSums
 from common.data.batch import HostBatch
-from common.data.block_layout import FINGERPRINT_BYTES, build_batch
+from common.data.block_layout import FINGERPRINT_BYTES, NO_EXAMPLES, build_batch
 from common.data.examples import Examples
 from common.data.packing import RowPlans
-
-NO_EXAMPLES = np.zeros(0, np.int64)
 
 
 class Loader:
@@ -102,7 +100,7 @@ def prefetched(
 def chain(previous: str, fingerprint: int) -> str:
     """Chains the fingerprint of one more applied batch to a run's: 128 bits in hexadecimal, dependent on the order.
 
-    `previous` is the chain so far; a chain starts with the stream's `content`.
+    `previous` is the chain so far; a chain starts with the stream's `content`, one of source fingerprints with "".
 
     >>> chain(chain("content", 1), 2) == chain(chain("content", 2), 1)
     False

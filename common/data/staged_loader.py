@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from common.compute.length_sums import LengthSums
 from common.data.batch import HostBatch
-from common.data.examples import MixedExamples, Unread
 from common.data.loader import Loader, prefetched
+from common.data.mixed_examples import MixedExamples, Unread
 
 
 class StagedLoader:

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.data.config import DataConfig, fitted_needs
-from common.data.examples import Examples, MixedExamples, PieceExamples, RecordExamples, Unread
+from common.data.examples import Examples, PieceExamples, RecordExamples
 from common.data.loader import Loader
+from common.data.mixed_examples import MixedExamples, Unread
 from common.data.objectives.apply import fields
 from common.data.objectives.config import CausalLM, FullLM, Single, Supervised, mode_names, raw_parts
 from common.data.packing import RowPlans
 from common.data.sources.by_name import downloaded, open_source
 from common.data.sources.config import SourceConfig, SourceMixture, parts_of
+from common.data.sources.file_sources import records_id
 from common.data.sources.records import Record, Source
 from common.data.sources.templates import JoinedSource
 from common.data.staged_loader import StagedLoader
@@ -210,6 +212,8 @@ class _Opener:
             tokenizer=self.tokenizer,
             source_content_id=source.content_id,
             mixed=mixed,
+            records_id=records_id(source.content_id, part.fields(), templated=bool(part.templates)),
+            source_records=prepared.source_records,
         )
         return Records(source=source, prepared=prepared, examples=examples)
 

@@ -37,6 +37,9 @@ class Progress:
     """Skipped ones included."""
     fingerprint: str
     """Chained over all applied batches, hexadecimal."""
+    source_fingerprint: str | None = None
+    """As `fingerprint`, over what was read of the source alone; it begins empty. None after a checkpoint of an earlier
+    version, which lacks it."""
     examples: int = 0
     tokens: int = 0
     """Real input and target tokens."""

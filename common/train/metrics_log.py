@@ -94,6 +94,7 @@ class MetricsLog:
             "loss_tokens": progress.loss_tokens,
             "flops": step * self.flops_per_step,
             "fingerprint": progress.fingerprint,
+            "source_fingerprint": progress.source_fingerprint,
         }
 
     def _timing(self, progress: Progress, step_seconds: float, clock: Clock) -> dict[str, Any]:

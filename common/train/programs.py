@@ -52,6 +52,7 @@ class Counts:
     """What a batch holds over all processes; the fields mean what they do in a `HostBatch`."""
 
     fingerprint: int
+    source_fingerprint: int
     examples: int
     loss_tokens: int
     length_sums: LengthSums
@@ -87,14 +88,16 @@ class Programs:
 
     def count(self, host: HostBatch) -> Callable[[], Counts]:
         """Starts to add up the counts of all processes' rows; the returned function waits for the sum."""
-        mine = (host.fingerprint, host.examples, host.loss_tokens, *dataclasses.astuple(host.length_sums))
+        hashes = (host.fingerprint, host.source_fingerprint)
+        mine = (*hashes, host.examples, host.loss_tokens, *dataclasses.astuple(host.length_sums))
         added = start_sum(mine if self._counts_here else [0] * len(mine))
 
         def result() -> Counts:
-            fingerprint, examples, loss_tokens, *sums = added()
+            fingerprint, source_fingerprint, examples, loss_tokens, *sums = added()
             names = (field.name for field in dataclasses.fields(LengthSums))
             return Counts(
                 fingerprint=fingerprint % 2**128,
+                source_fingerprint=source_fingerprint % 2**128,
                 examples=examples,
                 loss_tokens=loss_tokens,
                 length_sums=LengthSums(**dict(zip(names, sums, strict=True))),

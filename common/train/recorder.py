@@ -112,10 +112,12 @@ class Recorder:
 
     def _after_learning(self, counts: Counts) -> Progress:
         before, flops = self.progress, self._run.task.setup.model.flops(counts.length_sums)
+        source = before.source_fingerprint
         return dataclasses.replace(
             before,
             consumed_batches=before.consumed_batches + 1,
             fingerprint=chain(before.fingerprint, counts.fingerprint),
+            source_fingerprint=None if source is None else chain(source, counts.source_fingerprint),
             examples=before.examples + counts.examples,
             tokens=before.tokens + counts.length_sums.tokens,
             input_tokens=before.input_tokens + counts.length_sums.inputs,

@@ -108,7 +108,7 @@ def restore_or_begin(run: Run) -> Start:
         patience_seconds=run.storage_seconds,
     )
     if restored is None:
-        progress = Progress(consumed_batches=0, fingerprint=task.stream.content)
+        progress = Progress(consumed_batches=0, fingerprint=task.stream.content, source_fingerprint="")
         return Start(state=_initial_state(run), progress=progress, skip=skip)
     state, progress = restored
     if task.seeker is not None:

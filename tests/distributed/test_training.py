@@ -218,7 +218,8 @@ def test_one_process_resumes_a_run_of_two(folder: Path, tmp_path: Path, unbroken
     job = trained(folder, broken, "gpt", MeshShape(fsdp=4, tensor=2), 1)
     assert "train.mesh.tensor: 1 -> 2: results may differ" in " ".join(job.output(0).split()), job.everything()
     a, b = (read_rows(run_dir / "gpt" / RunFiles.METRICS) for run_dir in (broken, unbroken("gpt")))
-    assert [row["fingerprint"] for row in a] == [row["fingerprint"] for row in b]
+    for name in ("fingerprint", "source_fingerprint"):
+        assert [row[name] for row in a] == [row[name] for row in b]
     assert [row["loss"] for row in a] == pytest.approx([row["loss"] for row in b], rel=1e-5)
 
 

@@ -217,9 +217,28 @@ def open_parallel(pattern: str, split: str, fields: Mapping[str, str], cache_dir
 
 def fields_id(fields: Mapping[str, str]) -> str:
     """Returns the part of a content id that names the fields read, without "group", which models do not read."""
-    read = {ours: theirs for ours, theirs in fields.items() if ours != "group"}
-    numbers = f":numbers-{NUMBER_TEXT_VERSION}" if read.keys() - set(TEXT_FIELDS) else ""
-    return ",".join(f"{ours}={theirs}" for ours, theirs in read.items()) + numbers
+    numbers = f":numbers-{NUMBER_TEXT_VERSION}" if fields.keys() - {*TEXT_FIELDS, "group"} else ""
+    return _named(fields) + numbers
+
+
+def _named(fields: Mapping[str, str]) -> str:
+    return ",".join(f"{ours}={theirs}" for ours, theirs in fields.items() if ours != "group")
+
+
+def records_id(content_id: str, fields: Mapping[str, str], *, templated: bool) -> str:
+    """Returns the part of a source's content id that names its records, whichever of their fields are read.
+
+    >>> records_id("jsonl:a.jsonl:train:inputs=q,targets=a:blake2b-1f by templates 09", {"inputs": "q", "targets": "a"},
+    ...     templated=True)
+    'jsonl:a.jsonl:train:blake2b-1f'
+
+    Args:
+      fields: the fields that the source reads: our name -> the source's.
+      templated: whether templates make inputs and targets from these fields.
+    """
+    untemplated = content_id.rpartition(" by templates ")[0] if templated else content_id
+    without_fields = untemplated.replace(f":{_named(fields)}:", ":", 1)
+    return without_fields.replace(f":numbers-{NUMBER_TEXT_VERSION}:", ":", 1)
 
 
 def _joint_digest(digests: Sequence[str]) -> str:

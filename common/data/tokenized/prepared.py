@@ -1,6 +1,7 @@
 """Opens a tokenised source that is already complete, in a folder or at a URL. Files are read when they are needed."""
 
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -33,6 +34,8 @@ class Prepared:
     """Maps a file's name to its path on this machine, fetching the file if necessary."""
     fields: dict[str, TokenStream]
     manifest: dict
+    _opened: dict[int, np.ndarray] = dataclasses.field(init=False, default_factory=dict, repr=False, compare=False)
+    """The records that each shard kept, once needed."""
 
     @classmethod
     def open(cls, folder: Path, stamps: Path | None = None) -> "Prepared":
@@ -63,15 +66,36 @@ class Prepared:
 
     def source_record(self, place: int) -> int:
         """Maps a place to the source's own record: records that cannot be used have no place."""
-        first_record, first_place = 0, 0  # of the shard
-        for i, shard in enumerate(self.manifest["shards"]):
-            if place < first_place + shard["kept"]:
-                if shard["kept"] == shard["records"]:
-                    return first_record + place - first_place
-                kept = np.load(self.local_path(KEPT.format(shard=i)), allow_pickle=False)
-                return first_record + int(kept[place - first_place])
-            first_record, first_place = first_record + shard["records"], first_place + shard["kept"]
-        raise IndexError(f"place {place} of {first_place}")
+        return int(self.source_records(np.array([place]))[0])
+
+    def source_records(self, place_E: np.ndarray) -> np.ndarray:
+        """Maps each place to the source's own record, int64 [E]."""
+        first_records, first_places = self._shard_starts
+        if len(place_E) and not 0 <= place_E.min() <= place_E.max() < first_places[-1]:
+            raise IndexError(f"places {place_E.min()} to {place_E.max()} of {first_places[-1]}")
+        shard_E = np.searchsorted(first_places, place_E, side="right") - 1
+        record_E = place_E - first_places[shard_E]
+        for shard in np.unique(shard_E).tolist():
+            if (kept := self._kept(shard)) is not None:
+                members = shard_E == shard
+                record_E[members] = kept[record_E[members]]
+        return record_E + first_records[shard_E]
+
+    @functools.cached_property
+    def _shard_starts(self) -> tuple[np.ndarray, np.ndarray]:
+        """The first record and the first place of each shard, then the number of both."""
+        counts = [[0, *(shard[name] for shard in self.manifest["shards"])] for name in ("records", "kept")]
+        records, places = np.cumsum(counts, axis=1)
+        return records, places
+
+    def _kept(self, shard: int) -> np.ndarray | None:
+        """Returns which of a shard's records were kept; None for all."""
+        if self.manifest["shards"][shard]["kept"] == self.manifest["shards"][shard]["records"]:
+            return None
+        if shard not in self._opened:
+            path = self.local_path(KEPT.format(shard=shard))
+            self._opened[shard] = np.load(path, mmap_mode="r", allow_pickle=False)
+        return self._opened[shard]
 
 
 def find_elsewhere(key: str, identity: Sequence[object], cache_dir: Path) -> Prepared | None:

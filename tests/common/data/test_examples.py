@@ -10,7 +10,8 @@ import pytest
 
 from common.data import examples as module
 from common.data.block_layout import build_batch
-from common.data.examples import Examples, MixedExamples, Order, PieceExamples, RecordExamples
+from common.data.examples import Examples, Order, PieceExamples, RecordExamples
+from common.data.mixed_examples import MixedExamples
 from common.data.objectives.config import FullLM, PrefixLM, RawText, SpanCorruption, Supervised
 from common.data.objectives.draws import shuffled
 from common.data.packing import RowPlans
@@ -144,6 +145,35 @@ def records(count: int, first: int, name: str) -> RecordExamples:
     texts = TokenStream.of([[first + n] for n in range(count)])
     given: dict = {"objective": Supervised(), "seed": 0, "tokenizer": IDS, "source_content_id": name, "mixed": True}
     return RecordExamples({"inputs": texts, "targets": texts}, **given)
+
+
+def test_origins_of_pieces_are_stretches_of_one_joined_text() -> None:
+    """Equal for every objective with the same pieces; other pieces, text, tokenizer or ends of records differ."""
+    numbers = np.array([0, 3, 18, 19, 37])
+    found = pieces(SpanCorruption()).origins(numbers)
+    assert found[:, 1:].tolist() == [[0, 0, 8], [0, 24, 8], [0, 144, 6], [1, 0, 8], [1, 144, 6]]
+    assert len(set(found[:, 0].tolist())) == 1
+    np.testing.assert_array_equal(pieces(PrefixLM(), mode=[9], seed=4).origins(numbers), found)
+    other_ids = types.SimpleNamespace(**{**vars(IDS), "content_hash": "u"})
+    for other in (
+        pieces(SpanCorruption(), source_content_id="t"),
+        pieces(SpanCorruption(), tokenizer=other_ids),
+        pieces(FullLM()),
+    ):
+        assert other.origins(numbers)[0, 0] != found[0, 0]
+        np.testing.assert_array_equal(other.origins(numbers)[:, 1:], found[:, 1:])
+
+
+def test_origins_of_a_mixture_are_those_of_its_parts() -> None:
+    parts = [records(5, 10, "a"), records(3, 50, "b")]
+    mixed = MixedExamples(parts, (1.0, 1.0), seed=0)
+    numbers = np.arange(20)
+    tokens = [made.inputs_I[0] for made in mixed.make(numbers)]
+    for part, first, count in zip(parts, (10, 50), (5, 3), strict=True):
+        own = [(n, token - first) for n, token in enumerate(tokens) if first <= token < first + count]
+        assert len(own) > 5
+        wanted = [(part.origins(np.array([0]))[0, 0], rank // count, place, 1) for rank, (_, place) in enumerate(own)]
+        assert [tuple(row) for row in mixed.origins(numbers)[[n for n, _ in own]].tolist()] == wanted
 
 
 def test_parts_of_a_mixture_run_through_their_own_epochs() -> None:

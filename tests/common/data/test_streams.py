@@ -10,7 +10,9 @@ import pytest
 
 from common.data import examples as examples_module
 from common.data import packing
+from common.data.batch import HostBatch
 from common.data.loader import Loader
+from common.data.mixed_examples import MixedExamples
 from common.data.objectives.config import (
     UL2,
     UL2R,
@@ -19,11 +21,12 @@ from common.data.objectives.config import (
     Deshuffling,
     FullLM,
     IidDenoising,
+    Objective,
     PrefixLM,
     SpanCorruption,
     Supervised,
 )
-from common.data.sources.config import ByRate, BySize, Stage, Template
+from common.data.sources.config import ByRate, BySize, SourceConfig, Stage, Template
 from common.data.staged_loader import StagedLoader
 from common.data.streams import (
     Host,
@@ -73,8 +76,7 @@ def test_the_stream_is_the_same_for_any_hosts_threads_and_restarts(
     if small_memory:
         monkeypatch.setattr(examples_module, "PLANNED_TOGETHER", 10)
         monkeypatch.setattr(examples_module, "WINDOW", 16)
-        monkeypatch.setattr(examples_module, "MIXED_WINDOW", 24)
-        monkeypatch.setattr(examples_module.MixedExamples, "window", 24)
+        monkeypatch.setattr(MixedExamples, "window", 24)
     config, steps = STREAMS[name](folder), 9
 
     def stream(host: Host) -> Loader | StagedLoader:
@@ -83,6 +85,7 @@ def test_the_stream_is_the_same_for_any_hosts_threads_and_restarts(
     alone = stream(Host())
     whole = [alone.batch(step) for step in range(steps)]
     assert len({each.fingerprint for each in whole}) == steps, "no step repeats another"
+    assert len({each.source_fingerprint for each in whole}) == steps
     for count in (2, 8):
         hosts = [stream(Host(share.tolist())) for share in np.split(np.arange(ROWS), count)]
         for step in (7, 0, 4):  # any order, and each host on its own
@@ -92,10 +95,12 @@ def test_the_stream_is_the_same_for_any_hosts_threads_and_restarts(
                 joined = np.concatenate([getattr(share.batch, field.name) for share in shares])
                 np.testing.assert_array_equal(joined, getattr(whole[step].batch, field.name))
             assert sum(share.fingerprint for share in shares) % 2**128 == whole[step].fingerprint
+            assert sum(share.source_fingerprint for share in shares) % 2**128 == whole[step].source_fingerprint
     for threads, start in ((0, 0), (1, 4), (3, 2), (3, 8)):
         resumed = list(stream(Host()).iterate(start, steps, threads=threads, buffered=2))
         assert digest(*resumed) == digest(*whole[start:])
-        assert [each.fingerprint for each in resumed] == [each.fingerprint for each in whole[start:]]
+        for name in ("fingerprint", "source_fingerprint"):
+            assert [getattr(each, name) for each in resumed] == [getattr(each, name) for each in whole[start:]]
 
 
 def windows_of(stream: Loader | StagedLoader, step: int) -> int:
@@ -111,7 +116,7 @@ def windows_of(stream: Loader | StagedLoader, step: int) -> int:
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(examples_module, "PLANNED_TOGETHER", 10)
     monkeypatch.setattr(examples_module, "WINDOW", 16)
-    monkeypatch.setattr(examples_module.MixedExamples, "window", 24)
+    monkeypatch.setattr(MixedExamples, "window", 24)
 
 
 @streams
@@ -203,3 +208,32 @@ def test_full_lm_joins_documents_with_eos(folder: Path, tmp_path: Path, tokenize
     expected = [token for line in LINES for token in [*tokenizer.encode(line).tolist(), 1]]
     together = [token for number in sorted(found) for token in found[number]]
     assert together[: len(expected)] == expected
+
+
+def test_templates_and_fields_change_no_source_fingerprint(
+    folder: Path, tmp_path: Path, tokenizer: SentencePieceTokenizer
+) -> None:
+    """Rows so long that any template packs the same examples; another file, split or slice differs."""
+
+    def first(source: SourceConfig, objective: Objective) -> HostBatch:
+        config = config_of(source, objective, rows=1, input_length=5000, target_length=5000)
+        return open_training(config, tokenizer, tmp_path, Host()).batch(0)
+
+    plain = pairs(folder)
+    same = [
+        first(plain, Supervised()),
+        first(pairs(folder, Template(inputs="what is {a}? it is not {label}", targets="{b}")), Supervised()),
+        first(
+            pairs(folder, Template(inputs="{b}", targets="{a}"), Template(inputs="say {a}", targets="{b}{b}")),
+            Supervised(),
+        ),
+        first(dataclasses.replace(plain, group="label"), Supervised()),
+        first(dataclasses.replace(plain, inputs=None, targets=None, text="b"), CausalLM()),
+    ]
+    assert {made.examples for made in same} == {100}
+    assert len({made.source_fingerprint for made in same}) == 1
+    assert len({made.fingerprint for made in same}) == len(same) - 1  # a group is not read
+    for change in ({"train_split": "validation"}, {"train_split": "train[:100]"}):
+        assert (
+            first(dataclasses.replace(plain, **change), Supervised()).source_fingerprint != same[0].source_fingerprint
+        )

@@ -179,6 +179,10 @@ def test_a_file_in_place_of_the_directory_is_named(tmp_path: Path) -> None:
 # --- Schemas
 
 
+LATER = ("digest", "validation_loss", "source_fingerprint")
+"""Keys that the first schema lacks."""
+
+
 def as_first_schema(checkpoint: Path, learnt: TrainState, loss: float) -> None:
     """A checkpoint written before checksums depended on the order of elements."""
 
@@ -186,7 +190,7 @@ def as_first_schema(checkpoint: Path, learnt: TrainState, loss: float) -> None:
         return int(np.asarray(x).reshape(-1).view(np.uint32).sum(dtype=np.uint32))
 
     path, total = checkpoint / "progress" / "metadata", 0
-    about = {key: value for key, value in read_json(path).items() if key not in ("digest", "validation_loss")}
+    about = {key: value for key, value in read_json(path).items() if key not in LATER}
     for leaf in (learnt.opt_state[0], learnt.params["v"], learnt.params["w"], learnt.step):
         total = (total * 31 + plain(leaf)) % 2**32
     sums = {name: plain(x) for name, x in learnt.params.items()}
@@ -201,6 +205,7 @@ def test_checkpoints_of_the_first_schema_are_read(copy: Path) -> None:
     np.testing.assert_array_equal(read(copy), LAYERS)
     restored = restore(copy)
     assert restored is not None and restored[1].consumed_batches == 2 and restored[1].losses == ((2, 0.1),)
+    assert restored[1].source_fingerprint is None
     save(copy, {3: state(), 4: state()}, keep_last=1)
     assert saved_steps(copy) == [2, 4]  # the best and the last
     as_first_schema(copy / "4", state(-LAYERS), loss=1.0)

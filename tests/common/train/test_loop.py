@@ -48,17 +48,19 @@ def test_metrics_are_complete(unbroken: dict[str, Unbroken], family: str) -> Non
     rows = read_rows(run.folder / RunFiles.METRICS)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1)) == run.observer.steps
     stream = loader()
-    fingerprint, examples, tokens, loss_tokens = stream.content, 0, 0, 0
+    fingerprint, source_fingerprint, examples, tokens, loss_tokens = stream.content, "", 0, 0, 0
     flops = run.task.setup.model.flops(LengthSums.of_rows(ROWS, INPUTS, TARGETS)).train_full_attention
     for row in rows:
         host = stream.batch(row["step"] - 1)
         segments = np.concatenate([host.batch.input_segments_BI, host.batch.target_segments_BT], axis=1)
         fingerprint = chain(fingerprint, host.fingerprint)
+        source_fingerprint = chain(source_fingerprint, host.source_fingerprint)
         examples += sum(len(set(of_row) - {0}) for of_row in segments.tolist())
         tokens += int((segments > 0).sum())
         loss_tokens += int((host.batch.weights_BT > 0).sum())
         counted = {"examples": examples, "tokens": tokens, "loss_tokens": loss_tokens, "fingerprint": fingerprint}
         counted |= {"slots": row["step"] * ROWS * (INPUTS + TARGETS), "flops": row["step"] * flops}
+        counted |= {"source_fingerprint": source_fingerprint}
         assert {name: row[name] for name in counted} == counted
         measured = {"loss", "grad_norm", "learning_rate"}
         assert all(math.isfinite(row[name]) and row[name] > 0 for name in measured)

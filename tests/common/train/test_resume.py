@@ -20,6 +20,7 @@ from common.data.batch import HostBatch
 from common.errors import UserError
 from common.files import read_rows
 from common.sharding.shape import MeshShape
+from common.train.checkpoints import Checkpoints
 from common.train.loop import fit
 from common.train.preemption import Preempted
 from common.train.run_files import RunFiles
@@ -76,6 +77,25 @@ def test_resumed_is_unbroken(
     assert fitted.progress.landmarks == (STEPS, 2 * STEPS) and run.fitted.progress.landmarks == ()
     of_both = (dataclasses.replace(each.progress, **timing, landmarks=()) for each in (fitted, run.fitted))
     assert len(set(of_both)) == 1
+
+
+def test_a_checkpoint_without_source_fingerprint_leaves_the_column_empty(
+    unbroken: dict[str, Unbroken], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, restore = unbroken["gpt"], Checkpoints.restore
+
+    def of_an_earlier_version(*args: Any, **named: Any) -> Any:
+        if (restored := restore(*args, **named)) is None:
+            return None
+        return restored[0], dataclasses.replace(restored[1], source_fingerprint=None)
+
+    with pytest.raises(Stopped):
+        fit(run.task, tmp_path, Observer(stop_at=4))
+    monkeypatch.setattr(Checkpoints, "restore", of_an_earlier_version)
+    fit(run.task, tmp_path, Observer())
+    rows, whole = (read_rows(folder / RunFiles.METRICS) for folder in (tmp_path, run.folder))
+    assert rows == [row if row["step"] <= 3 else {**row, "source_fingerprint": None} for row in whole]
+    assert all(row["source_fingerprint"] for row in whole)
 
 
 def test_resumed_is_unbroken_on_a_mesh(tmp_path: Path) -> None:

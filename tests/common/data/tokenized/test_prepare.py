@@ -120,6 +120,11 @@ def test_unusable_records_are_named(
     good = [i for i in range(100) if i not in (3, 40, 99)]
     assert tokens(prepared) == [tokenizer.encode(TEXTS[i]).tolist() for i in good]
     assert [prepared.source_record(place) for place in range(97)] == good
+    places = np.random.default_rng(0).permutation(97)
+    assert prepared.source_records(places).tolist() == np.array(good)[places].tolist()
+    for outside in (97, -1):
+        with pytest.raises(IndexError, match="of 97"):
+            prepared.source_record(outside)
     rows = [json.loads(line)["problem"] for line in (tmp_path / "a" / "problems.jsonl").read_text().splitlines()]
     lone = "memory 1 record 40: field 'text' is not valid Unicode (a lone surrogate)"
     assert rows == ["x.jsonl line 4: not JSON", lone, "x.jsonl line 100: byte 7 is not UTF-8"]
