@@ -70,11 +70,14 @@ GPT2 = Recipe(positions="learned", norm="layernorm", mlp="gelu", biases=True, ti
 """The network of GPT-2 (Radford et al. 2019)."""
 
 
+Dtype = Literal["float32", "bfloat16"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:
     """How a model is computed; no option changes a result beyond rounding."""
 
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     """The dtype of activations and matrix products; parameters, norms, softmax and loss are always float32."""
     matmul_precision: Literal["default", "high", "highest"] = "default"
     scan_layers: bool = True

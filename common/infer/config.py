@@ -1,10 +1,10 @@
-"""Configs of decoding: the method, and where a text ends."""
+"""Configs of decoding: the method, where a text ends, and how many texts to generate at a time."""
 
 import dataclasses
 from typing import Annotated, Literal
 
 from common.errors import UserError
-from common.ranges import Range, Width, check_ranges
+from common.ranges import Range, Rows, Seed, Width, check_ranges
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,7 @@ class Beam:
 
 
 Method = Greedy | Sample | Beam
+GREEDY = Greedy()
 
 NewTokens = Annotated[int, Range(1, 2**20, unit="tokens")]
 
@@ -69,3 +70,28 @@ class Limits:
             )
         if "" in self.stop:
             raise UserError("a stop string is empty: every text begins with it")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """What to generate for each prompt, and how many prompts at a time."""
+
+    method: Method = GREEDY
+    limits: Limits = Limits()
+    seed: Seed = 0
+    samples: Annotated[int, Range(1, 10**6, unit="texts")] = 1
+    """Texts per prompt."""
+    rows: Rows = 8
+    """Prompts per device and batch."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.samples > 1 and not isinstance(self.method, Sample | Beam):
+            raise UserError(f"samples is {self.samples}, but greedy decoding generates one text: give a temperature")
+        if isinstance(self.method, Beam) and self.samples > self.method.size:
+            raise UserError(f"samples is {self.samples}, but there are {self.method.size} beams; nearest: that many")
+
+    @property
+    def decodings(self) -> int:
+        """How often a prompt is decoded: once for every sample; beam search finds all texts of a prompt at once."""
+        return self.samples if isinstance(self.method, Sample) else 1

@@ -12,9 +12,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from common.data.batch import Prompt
 from common.errors import UserError
 from common.infer.beam import BeamDecoder
-from common.infer.config import Beam, Limits, Method
+from common.infer.config import Beam, GenerationConfig, Limits, Method
 from common.infer.decode import Decoded, Decoder, Seeds, decoding_weights
 from common.infer.prompt import bucket, pad_prompts
 from common.infer.stops import find_stop, settled_length, tokens_to_stop
@@ -48,66 +49,75 @@ class Completion:
 
 
 class Generator:
-    """Generates with one model and one method; compiles programs once per length bucket."""
+    """Generates with one model, and keeps the programs that it compiles: one per method and shape of prompts.
 
-    def __init__(
-        self,
-        model: Skeleton,
-        params: Any,
-        mesh: Mesh,
-        codec: TextCodec,
-        *,
-        method: Method,
-        limits: Limits,
-        rows: int,
-        seed: int = 0,
-    ):
-        self._mesh, self._codec, self._limits, self._seed = mesh, codec, limits, seed
-        make = BeamDecoder if isinstance(method, Beam) else Decoder
-        self._decoder: Any = make(model, method, codec.conventions.eos_ids)  # type: ignore[arg-type]
-        self._rows, self._max_positions = _fitting_rows(rows, mesh), model.max_positions
+    Calls that differ in seed, samples or stop strings share programs, and so do calls with about as many prompts, of
+    about the same length, whose limits on new tokens are alike.
+    """
+
+    def __init__(self, model: Skeleton, params: Any, mesh: Mesh, codec: TextCodec):
+        self._model, self._mesh, self._codec = model, mesh, codec
+        self._decoders: dict[Method, Any] = {}
         with jax.set_mesh(mesh):
             self._weights = decoding_weights(model, params)
 
     def complete(
-        self, requests: Sequence[Request], on_text: Callable[[int, str], None] | None = None
+        self,
+        requests: Sequence[Request],
+        how: GenerationConfig,
+        on_text: Callable[[int, str], None] | None = None,
     ) -> Iterator[tuple[int, list[Completion]]]:
         """Yields (index of the request, its texts, best first), batch by batch, shortest prompts first.
 
-        A text depends on its request only, apart from rounding. `on_text(index, piece)` receives pieces of a text as it
-        is generated; beam search has no text before its end.
+        A text depends on its request only, apart from rounding. Beam search returns up to `how.samples` texts for a
+        request; other methods return one, so the caller makes `how.decodings` requests for each prompt.
+        `on_text(index, piece)` receives pieces of a text as it is generated; beam search has no text before its end.
 
         Raises UserError before generating anything if a prompt and its text may exceed the model's positions.
         """
-        check_positions([request.prompt for request in requests], self._limits, self._max_positions)
-        return self._complete(requests, on_text)
+        check_positions([request.prompt for request in requests], how.limits, self._model.max_positions)
+        return self._complete(requests, how, on_text)
 
     def _complete(
-        self, requests: Sequence[Request], on_text: Callable[[int, str], None] | None
+        self, requests: Sequence[Request], how: GenerationConfig, on_text: Callable[[int, str], None] | None
     ) -> Iterator[tuple[int, list[Completion]]]:
         order = sorted(range(len(requests)), key=lambda i: requests[i].prompt.length)
-        rows = min(self._rows, _fitting_rows(1 << (len(order) - 1).bit_length(), self._mesh)) if order else 0
+        devices = math.prod(self._mesh.shape[axis] for axis in ROW_AXES)
+        # Few prompts take a power of two, so that one more or less of them needs no other program.
+        rows = min(how.rows, -(-(1 << (len(order) - 1).bit_length()) // devices)) * devices if order else 0
         for first in range(0, len(order), rows or 1):
             chosen = order[first : first + rows]
             batch = [requests[i] for i in chosen]
             on_row = None if on_text is None else lambda row, piece, chosen=chosen: on_text(chosen[row], piece)
             with jax.set_mesh(self._mesh):
-                texts = self._generate_batch(batch, rows, on_row)
+                texts = self._generate_batch(batch, rows, how, on_row)
             yield from zip(chosen, texts, strict=True)
 
+    def _decoder(self, method: Method) -> Any:
+        """Returns the decoder of the method, which is made once and keeps its programs."""
+        if method not in self._decoders:
+            make: Any = BeamDecoder if isinstance(method, Beam) else Decoder
+            self._decoders[method] = make(self._model, method, self._codec.conventions.eos_ids)
+        return self._decoders[method]
+
     def _generate_batch(
-        self, requests: Sequence[Request], rows: int, on_text: Callable[[int, str], None] | None
+        self,
+        requests: Sequence[Request],
+        rows: int,
+        how: GenerationConfig,
+        on_text: Callable[[int, str], None] | None,
     ) -> list[list[Completion]]:
-        limits = self._limits
-        state = self._start(requests, rows)
+        decoder, limits = self._decoder(how.method), how.limits
+        slots = bucket(limits.max_new_tokens)
+        state = decoder.start(self._weights, *_batch(requests, rows, how.seed), slots=slots)
         streams = [_TextStream(request.prompt, self._codec, limits.stop) for request in requests]
         step = limits.max_new_tokens
-        if not isinstance(self._decoder, BeamDecoder) and (limits.stop or on_text):
+        if not isinstance(decoder, BeamDecoder) and (limits.stop or on_text):
             step = STREAM_STEPS if on_text else STOP_STEPS
         stop_B = np.zeros(rows, bool)
         for until in range(step, limits.max_new_tokens + step, step):
-            state = self._decoder.advance(self._weights, state, limits, until=until, stop_B=stop_B)
-            found = self._decoder.read(state)
+            state = decoder.advance(self._weights, state, limits, until=until, stop_B=stop_B)
+            found = decoder.read(state)
             if step < limits.max_new_tokens:
                 last = until >= limits.max_new_tokens
                 for row, stream in enumerate(streams):
@@ -118,38 +128,9 @@ class Generator:
             if not (found.running_B & ~stop_B).any():
                 break
         return [
-            [self._completion(found, row, k, stream) for k in _places(found, row)] for row, stream in enumerate(streams)
+            [_completion(found, row, k, stream, limits) for k in _places(found, row)[: how.samples]]
+            for row, stream in enumerate(streams)
         ]
-
-    def _start(self, requests: Sequence[Request], rows: int) -> Any:
-        missing = [0] * (rows - len(requests))
-        seeds = Seeds(
-            seed=self._seed,
-            prompts_B=np.array([r.prompt.hash() for r in requests] + missing, np.uint32),
-            samples_B=np.array([r.sample for r in requests] + missing, np.uint32),
-        )
-        prompt = pad_prompts(
-            [r.prompt.inputs_I for r in requests],
-            [r.prompt.start for r in requests],
-            rows=rows,
-            written=[r.prompt.written for r in requests],
-        )
-        slots = bucket(self._limits.max_new_tokens)
-        return self._decoder.start(self._weights, prompt, seeds, np.arange(rows) < len(requests), slots=slots)
-
-    def _completion(self, found: Decoded, row: int, place: int, stream: "_TextStream") -> Completion:
-        tokens = _tokens(found, row, place)
-        ended = bool(found.ended_BR[row, place])
-        stop = tokens_to_stop(lambda n: stream.decode(tokens[:n]), 0, len(tokens), self._limits.stop)
-        count = len(tokens) if stop is None else stop[0]
-        counted = int(found.lengths_BR[row, place]) if stop is None else count
-        return Completion(
-            text=stream.decode(tokens) if stop is None else stop[1],
-            tokens=tuple(tokens[:count]),
-            finish="stop" if stop is not None else "eos" if ended else "length",
-            log_probability=float(found.log_probs_BRT[row, place, :counted].astype(np.float64).sum()),
-            score=float(found.scores_BR[row, place]),
-        )
 
 
 class _TextStream:
@@ -176,6 +157,38 @@ class _TextStream:
         return piece
 
 
+def _batch(requests: Sequence[Request], rows: int, seed: int) -> tuple[Prompt, Seeds, np.ndarray]:
+    """Returns `rows` rows of prompts, their seeds, and which rows hold a request, bool [B]."""
+    missing = [0] * (rows - len(requests))
+    seeds = Seeds(
+        seed=seed,
+        prompts_B=np.array([r.prompt.hash() for r in requests] + missing, np.uint32),
+        samples_B=np.array([r.sample for r in requests] + missing, np.uint32),
+    )
+    prompt = pad_prompts(
+        [r.prompt.inputs_I for r in requests],
+        [r.prompt.start for r in requests],
+        rows=rows,
+        written=[r.prompt.written for r in requests],
+    )
+    return prompt, seeds, np.arange(rows) < len(requests)
+
+
+def _completion(found: Decoded, row: int, place: int, stream: _TextStream, limits: Limits) -> Completion:
+    tokens = _tokens(found, row, place)
+    ended = bool(found.ended_BR[row, place])
+    stop = tokens_to_stop(lambda n: stream.decode(tokens[:n]), 0, len(tokens), limits.stop)
+    count = len(tokens) if stop is None else stop[0]
+    counted = int(found.lengths_BR[row, place]) if stop is None else count
+    return Completion(
+        text=stream.decode(tokens) if stop is None else stop[1],
+        tokens=tuple(tokens[:count]),
+        finish="stop" if stop is not None else "eos" if ended else "length",
+        log_probability=float(found.log_probs_BRT[row, place, :counted].astype(np.float64).sum()),
+        score=float(found.scores_BR[row, place]),
+    )
+
+
 def check_positions(prompts: Sequence[EncodedPrompt], limits: Limits, max_positions: int | None) -> None:
     """Raises UserError if a prompt and the longest text exceed the model's positions (None: unlimited)."""
     longest = max((prompt.length for prompt in prompts), default=0)
@@ -195,9 +208,3 @@ def _tokens(found: Decoded, row: int, place: int) -> list[int]:
 def _places(found: Decoded, row: int) -> list[int]:
     """Returns the places of a row that hold a text; a beam search may find fewer than its beams."""
     return np.flatnonzero(~np.isneginf(found.scores_BR[row])).tolist()
-
-
-def _fitting_rows(rows: int, mesh: Mesh) -> int:
-    """Rounds `rows` up to a multiple of the devices along the batch."""
-    devices = math.prod(mesh.shape[axis] for axis in ROW_AXES)
-    return -(-rows // devices) * devices

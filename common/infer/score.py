@@ -62,6 +62,11 @@ class Score:
         return float(np.dot(self.log_probs_T.astype(np.float64), self.weights_T))
 
     @property
+    def nats_per_token(self) -> float:
+        """The mean cross-entropy of the targets that count; 0 if there are none."""
+        return mean_loss([self])
+
+    @property
     def is_greedy(self) -> bool:
         """Whether greedy decoding would have generated every target that counts."""
         return bool(self.greedy_T[self.weights_T > 0].all())
@@ -70,6 +75,11 @@ class Score:
     def tokens(self) -> int:
         """The number of targets that count."""
         return int(np.count_nonzero(self.weights_T))
+
+
+def mean_loss(scores: Sequence[Score]) -> float:
+    """Returns the mean cross-entropy of all targets that count, in nats per token; 0 if there are none."""
+    return -sum(s.log_likelihood for s in scores) / max(sum(s.tokens for s in scores), 1)
 
 
 def pair(inputs: Sequence[int] | np.ndarray, targets: Sequence[int] | np.ndarray, *, start_id: int) -> Pair:

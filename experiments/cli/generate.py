@@ -6,48 +6,25 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Any, TextIO
 
-import jax
 from rich.console import Console
 
 from common.config import to_json
 from common.errors import UserError
 from common.files import split_lines, user_lines, user_rows, write_rows
-from common.infer.config import Beam, Greedy, Limits, Method, Sample
-from common.infer.generate import Completion, Generator, Request
+from common.infer.config import Beam, GenerationConfig, Greedy, Limits, Method, Sample
+from common.infer.generate import Completion, Request
+from common.infer.policy import Policy
 from common.infer.texts import EncodedPrompt, TextCodec, encode_prompt, tokenizer_of
 from common.paths import check_file, is_special
 from common.progress import ProgressBars
-from common.ranges import Range, Rows, Seed, check_ranges
-from common.recipe import Execution
-from common.sharding.mesh import make_mesh
-from common.sharding.shape import MeshShape
+from common.recipe import Dtype, Execution
 from common.terminal import harmless, marked_up
-from experiments.cli.options import Dtype
 from experiments.cli.resumable import ResumableOutput
 from experiments.models.finding import FoundModel, find_model, open_found
+from experiments.models.loading import execution_here, mesh_here
 from experiments.running.jax_setup import set_up_jax
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateRequest:
-    """What to generate for each prompt, and how many prompts at a time."""
-
-    method: Method
-    limits: Limits
-    seed: Seed = 0
-    samples: Annotated[int, Range(1, 10**6, unit="texts")] = 1
-    """Texts per prompt."""
-    rows: Rows = 8
-    """Prompts per device and batch."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-        if self.samples > 1 and not isinstance(self.method, Sample | Beam):
-            raise UserError(f"samples is {self.samples}, but greedy decoding generates one text: give a temperature")
-        if isinstance(self.method, Beam) and self.samples > self.method.size:
-            raise UserError(f"samples is {self.samples}, but there are {self.method.size} beams; nearest: that many")
 
 
 def generate(
@@ -69,7 +46,7 @@ def generate(
     rows: int,
     dtype: Dtype | None,
 ) -> None:
-    request = GenerateRequest(
+    request = GenerationConfig(
         method=method_of(temperature=temperature, top_k=top_k, top_p=top_p, beams=beams, length_penalty=length_penalty),
         limits=Limits(max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, stop=tuple(stop)),
         seed=seed,
@@ -81,7 +58,7 @@ def generate(
 
 
 def generate_texts(
-    model: str, prompts: Sequence[str], request: GenerateRequest, *, execution: Execution, out: Path | None
+    model: str, prompts: Sequence[str], request: GenerationConfig, *, execution: Execution, out: Path | None
 ) -> None:
     """Streams a single text to standard output; writes several as JSON lines, there or in `out`.
 
@@ -103,24 +80,13 @@ def generate_texts(
     if output is not None and output.complete:
         progress.console.print(marked_up(f"{out} is complete already"))
         return
-    devices = len(jax.devices())
     with progress.console.status("opening the model"):
-        loaded = open_found(found, text, execution, make_mesh(MeshShape(data=devices)))
-    generator = Generator(
-        loaded.model,
-        loaded.params,
-        loaded.mesh,
-        loaded.text,
-        method=request.method,
-        limits=request.limits,
-        rows=request.rows * devices,
-        seed=request.seed,
-    )
+        policy = open_found(found, text, execution, mesh_here())
     if not many:
-        _stream(generator, encoded[0], sys.stdout)
+        _stream(policy, encoded[0], request, sys.stdout)
         return
     done = {} if output is None else output.finished_rows()
-    for row in _generate_rows(generator, prompts, encoded, request, done, progress):
+    for row in _generate_rows(policy, prompts, encoded, request, done, progress):
         done[row["index"]] = row
         if output is not None:
             output.add(row)
@@ -134,10 +100,10 @@ def generate_texts(
 
 
 def _generate_rows(
-    generator: Generator,
+    policy: Policy,
     prompts: Sequence[str],
     encoded: Sequence[EncodedPrompt],
-    request: GenerateRequest,
+    request: GenerationConfig,
     done: dict[int, Any],
     progress: ProgressBars,
 ) -> Iterable[dict[str, Any]]:
@@ -146,19 +112,18 @@ def _generate_rows(
     A row's index is `prompt * request.samples + sample`. Sampling decodes every sample on its own; beam search decodes
     a prompt once and returns its samples together.
     """
-    decodings = request.samples if isinstance(request.method, Sample) else 1
-    per_decoding = request.samples // decodings
+    per_decoding = request.samples // request.decodings
     wanted = [
         (prompt, sample)
         for prompt in range(len(prompts))
-        for sample in range(decodings)
+        for sample in range(request.decodings)
         if any(prompt * request.samples + sample + place not in done for place in range(per_decoding))
     ]
     requests = [Request(prompt=encoded[prompt], sample=sample) for prompt, sample in wanted]
     with progress.bar("generating", len(requests)) as advance:
-        for i, completions in generator.complete(requests):
+        for i, completions in policy.complete(requests, request):
             prompt, sample = wanted[i]
-            for place, completion in enumerate(completions[:per_decoding]):
+            for place, completion in enumerate(completions):
                 yield {"index": prompt * request.samples + sample + place, **_row(prompts[prompt], completion)}
             advance(1)
 
@@ -174,7 +139,7 @@ def _row(prompt: str, completion: Completion) -> dict[str, Any]:
     }
 
 
-def _stream(generator: Generator, prompt: EncodedPrompt, stdout: TextIO) -> None:
+def _stream(policy: Policy, prompt: EncodedPrompt, request: GenerationConfig, stdout: TextIO) -> None:
     """Writes the text piece by piece; in a terminal, control characters are escaped."""
     terminal = stdout.isatty()
     empty = True
@@ -185,7 +150,7 @@ def _stream(generator: Generator, prompt: EncodedPrompt, stdout: TextIO) -> None
         stdout.write(harmless(piece) if terminal else piece)
         stdout.flush()
 
-    [(_, completions)] = generator.complete([Request(prompt=prompt)], write)
+    [(_, completions)] = policy.complete([Request(prompt=prompt)], request, write)
     if empty:  # beam search streams nothing
         write(0, completions[0].text)
     stdout.write("\n")
@@ -221,12 +186,6 @@ def method_of(
     )
 
 
-def execution_here(dtype: Dtype | None) -> Execution:
-    """Returns how to compute on this machine: on CPU with unrolled layers, which are faster there, and in float32."""
-    on_cpu = jax.default_backend() == "cpu"
-    return Execution(dtype=dtype or ("float32" if on_cpu else "bfloat16"), scan_layers=not on_cpu)
-
-
 def read_prompts(path: Path | None, stdin: TextIO) -> list[str]:
     """Reads one prompt per line, from a file or standard input; from a .jsonl file, the field `prompt` of each line.
 
@@ -247,7 +206,7 @@ def read_prompts(path: Path | None, stdin: TextIO) -> list[str]:
 
 
 def _settings_hash(
-    found: FoundModel, codec: TextCodec, prompts: Sequence[str], request: GenerateRequest, execution: Execution
+    found: FoundModel, codec: TextCodec, prompts: Sequence[str], request: GenerationConfig, execution: Execution
 ) -> str:
     """Returns a hash of everything that the texts depend on, apart from rounding."""
     described = {

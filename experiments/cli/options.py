@@ -5,11 +5,12 @@ import math
 import re
 import typing
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from common.errors import UserError, nearest
 from common.paths import user_path
 from common.ranges import Range, Tokens
+from common.recipe import Dtype
 from experiments import registry
 
 ANY = Range(-math.inf, math.inf)
@@ -17,7 +18,6 @@ ANY = Range(-math.inf, math.inf)
 LONGEST = 30
 """Characters of a number."""
 DATA_ACTIONS = ("show", "prepare")
-Dtype = Literal["float32", "bfloat16"]
 
 
 def storing(read: Callable[[str, str], Any]) -> type[argparse.Action]:

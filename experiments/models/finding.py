@@ -21,8 +21,9 @@ from common.data.tokenizers.saved import MODEL, load_saved
 from common.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from common.errors import UserError
 from common.files import inside, read_object
+from common.infer.policy import Policy
 from common.infer.texts import TextCodec, TextConventions
-from common.model import Skeleton, skeleton
+from common.model import skeleton
 from common.paths import user_path
 from common.recipe import Execution
 from common.train import run_dir as rd
@@ -50,21 +51,7 @@ class FoundModel:
     """A path from which another run can load the same tokenizer; None if there is none that describes it fully."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoadedModel:
-    """A model with its parameters, ready for use."""
-
-    config: ModelConfig
-    model: Skeleton
-    params: Any
-    """Nested dict, sharded over `mesh`."""
-    mesh: Mesh
-    text: TextCodec
-    origin: str
-    """Where it was found, with the step of a run."""
-
-
-def open_model(path: str, execution: Execution, mesh: Mesh, dtype: Any = jnp.float32) -> LoadedModel:
+def open_model(path: str, execution: Execution, mesh: Mesh, dtype: Any = jnp.float32) -> Policy:
     """Opens the model at `path` (see `find_model`). Each device reads its own shards of the parameters, as `dtype`.
 
     Raises UserError where there is no model, it cannot be read, or the mesh does not divide it.
@@ -75,16 +62,17 @@ def open_model(path: str, execution: Execution, mesh: Mesh, dtype: Any = jnp.flo
 
 def open_found(
     found: FoundModel, text: TextCodec, execution: Execution, mesh: Mesh, dtype: Any = jnp.float32
-) -> LoadedModel:
+) -> Policy:
     """Opens a model like `open_model`, once the caller has found it and opened its text codec."""
     model = skeleton(builder(found.config, execution))
     params, _ = load_parameters(found.parameters, model, check_divides(model, mesh), dtype=dtype)
-    return LoadedModel(
+    return Policy(
         config=found.config,
         model=model,
         params=params,
         mesh=mesh,
         text=text,
+        execution=execution,
         origin=found.parameters.origin,
     )
 

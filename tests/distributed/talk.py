@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from common.errors import UserError
-from common.infer.config import Beam, Limits
+from common.infer.config import Beam, GenerationConfig, Limits
 from common.infer.generate import Generator
 from common.infer.score import continuation, score
 from common.model import skeleton
@@ -67,8 +67,9 @@ def answers(made: Mesh) -> dict[str, Any]:
     codec, limits, rows = codec_of(), Limits(max_new_tokens=6), made.size
     everywhere = NamedSharding(made, PartitionSpec())
     letters = jax.device_put(MODEL.params, everywhere)
-    generator = Generator(MODEL, letters, made, codec, method=Beam(size=2), limits=limits, rows=rows)
-    texts = {prompt: [one.tokens for one in found] for prompt, found in generator.complete(requests())}
+    generator = Generator(MODEL, letters, made, codec)
+    how = GenerationConfig(method=Beam(size=2), limits=limits, samples=2, rows=1)
+    texts = {prompt: [one.tokens for one in found] for prompt, found in generator.complete(requests(), how)}
     model = skeleton(builder(tiny("gpt"), EXECUTION))
     params = jax.device_put(random_params(tiny("gpt")), parameter_shardings(made, model.logical_axes))
     pairs = [continuation([5, 6], [7, number], start_id=0) for number in range(len(LETTERS))]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from common.infer.config import Greedy, Limits
+from common.infer.config import GenerationConfig, Limits
 from common.infer.generate import Completion, Generator, Request
 from common.infer.texts import EncodedPrompt, TextCodec, TextConventions
 from common.model import Skeleton, skeleton
@@ -40,16 +40,9 @@ Lily didn't want to help her mom, so she"""
 def complete(
     model: Skeleton, params: Any, prompts: list[EncodedPrompt], codec: TextCodec, max_new_tokens: int
 ) -> list[Completion]:
-    generator = Generator(
-        model,
-        params,
-        make_mesh(MeshShape()),
-        codec,
-        method=Greedy(),
-        limits=Limits(max_new_tokens=max_new_tokens),
-        rows=len(prompts),
-    )
-    found = dict(generator.complete([Request(prompt=prompt) for prompt in prompts]))
+    generator = Generator(model, params, make_mesh(MeshShape()), codec)
+    how = GenerationConfig(limits=Limits(max_new_tokens=max_new_tokens), rows=len(prompts))
+    found = dict(generator.complete([Request(prompt=prompt) for prompt in prompts], how))
     return [found[index][0] for index in range(len(prompts))]
 
 

@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from common.data.batch import Batch
+from common.infer.policy import Policy
 from common.progress import ProgressBars
 from common.recipe import Execution
 from common.sharding.mesh import make_mesh
@@ -27,7 +28,7 @@ from common.train.step import make_train_step, weighted_loss
 from common.trees import flatten
 from common.weights.folder import leaf_shapes, read_leaf
 from experiments.models.convert import convert
-from experiments.models.finding import LoadedModel, open_model
+from experiments.models.finding import open_model
 from tests.parity.padded import Side, one_text, padded, two_texts
 from tests.parity.their_models import ENCODER_DECODERS, LLAMA, T5, VOCAB, random_model
 
@@ -60,7 +61,7 @@ class Peers:
     """One model in both libraries."""
 
     theirs: Any
-    ours: LoadedModel
+    ours: Policy
     saved: Path
     """The folder of Transformers' files."""
 

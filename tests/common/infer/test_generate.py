@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from common.infer.config import Beam, Greedy, Limits, Method, Sample
+from common.infer.config import GREEDY, Beam, GenerationConfig, Greedy, Limits, Method, Sample
 from common.infer.generate import Completion, Generator, Request
 from common.infer.texts import EncodedPrompt, TextCodec, TextConventions, decode_continuation, encode_prompt
 from common.sharding.mesh import make_mesh
@@ -45,12 +45,13 @@ def codec_of(tokenizer: Any = TOKENIZER, *, add_bos: bool = False, **change: Any
 PROMPTS = ["abc", "", "hhhh", "d", "cafe" * 6]
 
 
-def generator(method: Method | None = None, codec: TextCodec | None = None, rows: int = 4, **limits: Any) -> Generator:
+def generator(codec: TextCodec | None = None, devices: int = 1) -> Generator:
+    return Generator(MODEL, MODEL.params, make_mesh(MeshShape(data=devices)), codec or codec_of())
+
+
+def config(method: Method = GREEDY, rows: int = 4, samples: int = 1, **limits: Any) -> GenerationConfig:
     limits = {"max_new_tokens": 12, **limits}
-    mesh = make_mesh(MeshShape())
-    return Generator(
-        MODEL, MODEL.params, mesh, codec or codec_of(), method=method or Greedy(), limits=Limits(**limits), rows=rows
-    )
+    return GenerationConfig(method=method, limits=Limits(**limits), rows=rows, samples=samples)
 
 
 def requests(prompts: Sequence[str] = PROMPTS, codec: TextCodec | None = None) -> list[Request]:
@@ -69,7 +70,7 @@ def greedily(prompt: EncodedPrompt, most: int) -> list[int]:
 
 
 def test_each_request_gets_its_text() -> None:
-    found = in_order(generator().complete(requests()))
+    found = in_order(generator().complete(requests(), config()))
     for request, [one] in zip(requests(), found, strict=True):
         made = greedily(request.prompt, 12)
         assert list(one.tokens) == [t for t in made if t != 1]
@@ -83,19 +84,19 @@ def test_each_request_gets_its_text() -> None:
 @pytest.mark.parametrize("rows", [1, 2, 8])
 def test_batches_of_any_size(rows: int) -> None:
     method = Sample(temperature=1.4)
-    expected = in_order(generator(method).complete(requests()))
-    found = in_order(generator(method, rows=rows).complete(requests()))
+    expected = in_order(generator().complete(requests(), config(method)))
+    found = in_order(generator().complete(requests(), config(method, rows=rows)))
     assert [[c.tokens for c in texts] for texts in found] == [[c.tokens for c in texts] for texts in expected]
 
 
 def test_stop_strings() -> None:
     """The string spans tokens: the text is cut before it, the tokens extend to its end."""
-    free = in_order(generator().complete(requests()))
+    free = in_order(generator().complete(requests(), config()))
     long = max(range(len(PROMPTS)), key=lambda i: len(free[i][0].tokens))
     text = free[long][0].text
     stop = text[4:7]  # two tokens' letters and what is between
     for method in (Greedy(), Beam(size=1, length_penalty=0.0)):
-        [one] = in_order(generator(method, stop=(stop, "#")).complete(requests()))[long]
+        [one] = in_order(generator().complete(requests(), config(method, stop=(stop, "#"))))[long]
         assert one.finish == "stop"
         assert one.text == text[: text.index(stop)]
         assert one.tokens == free[long][0].tokens[: len(one.tokens)]
@@ -112,7 +113,7 @@ def test_streamed_pieces_join_to_the_text() -> None:
             streamed[index] += piece
 
         method = Sample(temperature=1.2)
-        found = in_order(generator(method, stop=stop, max_new_tokens=11).complete(requests(), on_text))
+        found = in_order(generator().complete(requests(), config(method, stop=stop, max_new_tokens=11), on_text))
         assert streamed == [one.text for [one] in found]
 
 
@@ -120,7 +121,7 @@ def test_native_alignment_continues_the_text() -> None:
     codec = codec_of(alignment="native")
     prompt = encode_prompt("abc", codec)
     assert (prompt.inputs_I.tolist(), prompt.start) == ([2, 3], 4)
-    [[one]] = in_order(generator(codec=codec).complete(requests(["abc"], codec)))
+    [[one]] = in_order(generator(codec).complete(requests(["abc"], codec), config()))
     assert list(one.tokens) == [t for t in greedily(prompt, 12) if t != 1]
     assert one.text == Letters().decode([2, 3, 4, *one.tokens])[len("a b c") :]
     assert one.text.startswith(" ")
@@ -159,10 +160,10 @@ def test_too_many_positions_raise() -> None:
     model, mesh = toy(len(LETTERS)), make_mesh(MeshShape())
     model = dataclasses.replace(model, max_positions=15)
     for codec in (codec_of(), codec_of(prompts="targets")):
-        made = Generator(model, model.params, mesh, codec, method=Greedy(), limits=Limits(max_new_tokens=12), rows=4)
+        made = Generator(model, model.params, mesh, codec)
         with pytest.raises(UserError, match=r"longest prompt has 4 .* has 15 positions; nearest: max_new_tokens=11"):
-            made.complete(requests(["a", "hhhh"], codec))
-        assert len(made.complete(requests(["a", "hhh"], codec_of())).__next__()) == 2
+            made.complete(requests(["a", "hhhh"], codec), config())
+        assert len(made.complete(requests(["a", "hhh"], codec_of()), config()).__next__()) == 2
 
 
 def test_hashes_distinguish_prompts() -> None:
@@ -182,7 +183,7 @@ def test_tokens_are_decoded_alone_if_the_whole_text_changes_the_prompt() -> None
 
 
 def test_beams_give_several_texts() -> None:
-    found = in_order(generator(Beam(size=3)).complete(requests()))
+    found = in_order(generator().complete(requests(), config(Beam(size=3), samples=3)))
     for texts in found:
         assert len(texts) == 3
         assert len({(one.tokens, one.finish) for one in texts}) == 3
@@ -195,11 +196,10 @@ def test_prompts_need_a_tokenizer() -> None:
         encode_prompt("abc", codec_of(tokenizer=None))
 
 
-def test_rows_are_rounded_up_to_the_mesh() -> None:
-    mesh = make_mesh(MeshShape(data=8))
-    expected = in_order(generator().complete(requests()))
-    sharded = Generator(
-        MODEL, MODEL.params, mesh, codec_of(), method=Greedy(), limits=Limits(max_new_tokens=12), rows=3
-    )
-    assert [t[0].tokens for t in in_order(sharded.complete(requests()))] == [t[0].tokens for t in expected]
+@pytest.mark.parametrize("rows", [1, 3])
+def test_rows_are_sharded_over_the_mesh(rows: int) -> None:
+    """A batch has a multiple of eight rows, more than there are requests."""
+    expected = in_order(generator().complete(requests(), config()))
+    sharded = in_order(generator(devices=8).complete(requests(), config(rows=rows)))
+    assert [t[0].tokens for t in sharded] == [t[0].tokens for t in expected]
     assert jax.device_count() == 8

@@ -17,6 +17,7 @@ from common.data.objectives.config import CausalLM, FullLM, PrefixLM, Supervised
 from common.data.sources.config import SourceConfig
 from common.data.tokenizers import byte_pair
 from common.files import read_json
+from common.infer.scored_texts import to_pair
 from common.infer.texts import encode_prompt
 from common.model import skeleton
 from common.progress import ProgressBars
@@ -27,7 +28,6 @@ from common.train.run_files import RunFiles
 from common.trees import flatten
 from common.weights.folder import write_folder
 from experiments.cli.main import main
-from experiments.cli.score import to_pair
 from experiments.config import Experiment
 from experiments.families import builder
 from experiments.models.finding import find_model, open_model
