@@ -88,11 +88,10 @@ def _unpack(shown: str, chunks: Iterator[bytes], folder: Path) -> None:
         except UNPACKING_ERRORS as error:
             if isinstance(error, OSError) and error.errno:  # the disk or network failed, the file is not damaged
                 raise UserError(f"{shown} cannot be unpacked into {folder.parent}: {error}") from error
-            if any(words in str(error) for words in TOO_LARGE):
-                raise UserError(
-                    f"{shown}: unpacking takes more than {MEMORY_BYTES >> 20} MiB of memory, since its window is too "
-                    f"long ({error}); pack it again, with zstd without --long or with xz -9"
-                ) from error
+            for words, reason in TOO_LARGE.items():
+                if words in str(error):
+                    advice = "pack it again, with zstd without --long or with xz -9"
+                    raise UserError(f"{shown}: {reason} ({error}); {advice}") from error
             cut_short = isinstance(error, EOFError) or "Truncated" in str(error)
             if not cut_short and not out.tell():
                 raise UserError(f"{shown} is damaged, or not packed as its name says: {error}") from error
@@ -154,8 +153,11 @@ def _zstd_stream(packed: BinaryIO) -> Any:
 
 UNPACKING_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 """What unpackers raise for a damaged file; an OSError with an errno means a failing disk or network instead."""
-TOO_LARGE = ("Memory usage limit", "too much memory")
-"""What liblzma and zstd write when a window exceeds the memory limit."""
+TOO_LARGE = {
+    "Memory usage limit": f"unpacking takes more than {MEMORY_BYTES >> 20} MiB of memory, since its window is too long",
+    "too much memory": "its window is longer than 128 MiB, the most that zstd allows",
+}
+"""By what liblzma and zstd write when a window exceeds their limit: the reason to show."""
 UNPACKERS: dict[str, Callable[[BinaryIO], Iterator[bytes]]] = {
     ".gz": _unpack_gzip,
     ".bz2": functools.partial(_unpack_streams, bz2.BZ2Decompressor),
