@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 TOP = Path(__file__).parents[1]
-PACKAGES = ("common", "gpt", "t5like", "experiments", "benchmarks")
+PACKAGES = ("common", "gpt", "t5like", "experiments", "twinstack", "benchmarks")
 FILE_LINES, BODY_LINES = 350, 50
 
 SAME_NAME = {

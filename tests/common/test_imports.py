@@ -78,7 +78,7 @@ def arrows(sources: Sources) -> Iterator[tuple[str, str]]:
 
 def foreign_imports(sources: Sources, allowed: Mapping[str, Iterable[str]]) -> list[str]:
     """Lists imports of a package of ours that the importing package may not use."""
-    ours = {"common", "experiments", "tests", "benchmarks", *FAMILIES}
+    ours = {"common", "experiments", "twinstack", "tests", "benchmarks", *FAMILIES}
     return [
         f"{name} imports {target}"
         for name, target in arrows(sources)
@@ -156,6 +156,7 @@ def test_common_names_no_family():
         "import experiments.cli",
         "from experiments import cli",
         "import gpt",
+        "from twinstack import DataConfig",
         "def late():\n    from t5like.model import T5Like",
         "if TYPE_CHECKING:\n    from gpt.config import GptConfig",
         "importlib.import_module('t5like.model')",
