@@ -45,7 +45,7 @@ class Pair:
     """The first decoder input; all targets but the last follow."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Score:
     """A model's score of one pair's targets, each given the inputs and the targets before it."""
 
@@ -55,6 +55,13 @@ class Score:
     """bool: whether the target is the model's most probable token."""
     weights_T: np.ndarray
     """The pair's weights: 1 for targets that count, 0 for others."""
+
+    def __repr__(self) -> str:
+        """
+        >>> Score(log_probs_T=np.array([-1, -2]), greedy_T=np.array([True, False]), weights_T=np.array([1, 1]))
+        <-3.000 nats over 2 tokens, loss 1.500>
+        """
+        return f"<{self.log_likelihood:.3f} nats over {self.tokens} tokens, loss {self.nats_per_token:.3f}>"
 
     @property
     def log_likelihood(self) -> float:
