@@ -2,10 +2,11 @@
 
 import sys
 
-from experiments.cli.main import skip_tpu_search
+from experiments.cli.main import keep_memory_on_cpu, skip_tpu_search
 
 if __name__ == "__main__":
     skip_tpu_search()
+    keep_memory_on_cpu()
     from benchmarks.run import main
 
     sys.exit(main())

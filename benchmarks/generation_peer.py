@@ -11,6 +11,7 @@ from flax import nnx
 
 from benchmarks import decoder
 from benchmarks.generation import EOS, MODELS, NEW, PROMPT, ROWS
+from common.allocator import keep_freed_memory
 from common.infer.config import Greedy, Limits
 from common.infer.decode import Decoder, Seeds, decoding_weights
 from common.infer.prompt import pad_prompts
@@ -20,6 +21,7 @@ from experiments.families import builder
 
 
 def main(name: str) -> None:
+    keep_freed_memory()
     config = MODELS[name]
     model = skeleton(builder(config, Execution(dtype="float32", scan_layers=False)))
     params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(model.build(nnx.Rngs(0)))))()

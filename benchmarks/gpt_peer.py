@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks import decoder
+from common.allocator import keep_freed_memory
 from common.data.batch import Batch
 from common.recipe import Execution
 from common.train.config import AdamW, Budget, Linear, TrainConfig
@@ -67,6 +68,7 @@ def named_weights(params: Any) -> dict[str, np.ndarray]:
 
 
 def main(path: Path) -> None:
+    keep_freed_memory()
     setup = make_setup(decoder.DECODER, decoder.OPTIMIZER, decoder.LEARNING_RATE, decoder.ROWS, decoder.LENGTH)
     programs = make_programs(setup)
     host = random_batch(setup)

@@ -117,6 +117,7 @@ def _fill(table: Table, arms: list[Parts], loading: Spread) -> None:
     row("parameters", lambda parts: si(parts.parameters))
     row("tokens/s", lambda parts: _spread(parts.slots_per_second))
     row("step, ms", lambda parts: _spread(parts.step_seconds, 1e3))
+    row("page faults a step", lambda parts: _number(parts.page_faults))
     row("GFLOP/s by the ledger", lambda parts: _spread(parts.ledger_flops_per_second, 1e-9))
     row("compiling, s", lambda parts: _number(parts.compile_seconds))
     row("building a batch, ms", lambda _: _spread(loading, 1e3))

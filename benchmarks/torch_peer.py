@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import decoder
+from common.allocator import keep_freed_memory
 from common.train.config import AdamW
 from gpt.config import GptConfig
 
@@ -134,6 +135,7 @@ class Trainer:
 
 
 def main(path: str, mode: str) -> None:
+    keep_freed_memory()
     torch.set_num_threads(decoder.cores())
     with np.load(path, allow_pickle=False) as file:
         weights = dict(file)

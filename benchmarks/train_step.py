@@ -4,6 +4,7 @@ Legend: B rows, Q and K query and key slots, I input slots, T target slots, L = 
 """
 
 import dataclasses
+import resource
 import tempfile
 import time
 import types
@@ -49,6 +50,8 @@ class Parts:
 
     parameters: int
     step_seconds: Spread
+    page_faults: float
+    """Per step; glibc would take its temporary buffer from the kernel again, a page at a time (`common.allocator`)."""
     slots_per_second: Spread
     ledger_flops_per_second: Spread
     compile_seconds: float
@@ -106,12 +109,14 @@ def time_arm(
         whole = _whole_programs(setup, programs, step, batch)
         branches = _branches(arm.model, experiment.train.execution, batch)
         timed = _measure(whole | branches, rounds, steps, advance)
+        page_faults = _page_faults(whole["step"], rounds * steps)
     median = {name: float(np.median(seconds)) for name, seconds in timed.items()}
     spread = Spread.of(timed["step"])
     rows, inputs, targets = setup.row_slots
     return Parts(
         parameters=arm.model.param_count(),
         step_seconds=spread,
+        page_faults=page_faults,
         slots_per_second=spread.over(rows * (inputs + targets)),
         ledger_flops_per_second=spread.over(setup.flops_per_step()),
         compile_seconds=compile_seconds,
@@ -176,6 +181,15 @@ def _timed(run: Program) -> float:
     begun = time.perf_counter()
     jax.block_until_ready(run())
     return time.perf_counter() - begun
+
+
+def _page_faults(run: Program, calls: int) -> float:
+    """Page faults per call that needed no disk, of all threads."""
+    jax.block_until_ready(run())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(calls):
+        jax.block_until_ready(run())
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / calls
 
 
 Slots = tuple[jax.Array, jax.Array]

@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from benchmarks import decoder
 from benchmarks.generation import EOS, MODELS, NEW, PROMPT, ROWS
+from common.allocator import keep_freed_memory
 from experiments.families import ModelConfig, family_of
 
 
@@ -27,6 +28,7 @@ def make_model(config: ModelConfig) -> Any:
 
 
 def main(name: str) -> None:
+    keep_freed_memory()
     torch.set_num_threads(decoder.cores())
     config = MODELS[name]
     model = make_model(config)

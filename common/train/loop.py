@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from common.allocator import release_freed_memory
 from common.model import Skeleton
 from common.sharding.hosts import barrier, is_first, on_first_process
 from common.train.checkpoints import Checkpoints, Progress, describe_newest
@@ -135,6 +136,7 @@ def _train(run: Run, step_fn: Step, start: Start, first_launch: float) -> tuple[
             if previous is not None and (rollback := recorder.record(previous)):
                 return rollback
             previous = pending
+            release_freed_memory(step - first)
 
             # Act on step t where it is due, which waits for the device.
             last, end = step == setup.steps, run.preemption.requested()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common.errors import UserError, nearest
 from experiments.cli.arguments import parsers, take_late_overrides
-from experiments.cli.endings import ending
+from experiments.cli.endings import RESUMABLE, ending
 from experiments.cli.options import check_text
 
 COMMANDS = {
@@ -58,6 +58,8 @@ def _run(arguments: list[str]) -> int:
         return 2
     else:
         skip_tpu_search()
+        if command in RESUMABLE:
+            keep_memory_on_cpu()
         load_command(command)(**options)
     return 0
 
@@ -80,6 +82,19 @@ def skip_tpu_search() -> None:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     if importlib.util.find_spec("jax_plugins") is None:  # no plugin of any other accelerator
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def keep_memory_on_cpu() -> None:
+    """Makes freed memory stay in the process if JAX will compute on CPU; must be called before JAX is imported.
+
+    It will where JAX_PLATFORMS says so, or where no plugin of an accelerator is installed.
+    """
+    plugins = ("libtpu", "jax_plugins")
+    named = os.environ.get("JAX_PLATFORMS")
+    if named == "cpu" or (not named and all(importlib.util.find_spec(name) is None for name in plugins)):
+        from common.allocator import keep_freed_memory  # imports ctypes, which `--help` does not need
+
+        keep_freed_memory()
 
 
 def _version() -> str:

@@ -14,6 +14,7 @@ TOP = Path(__file__).parents[2]
 FAMILIES = ("gpt", "t5like")
 
 ROOMS = {
+    "allocator": "settings of the C library; it needs no other room",
     "errors": "every room raises UserError",
     "json_text": "JSON is read in one place; it needs no other room",
     "terminal": "foreign text is made safe to print; it needs no other room",

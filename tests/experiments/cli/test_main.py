@@ -10,6 +10,7 @@ from unittest.mock import create_autospec
 import pytest
 from rich.console import Console
 
+from common import allocator
 from common.errors import UserError
 from experiments import registry
 from experiments.cli.arguments import parsers
@@ -252,6 +253,26 @@ def test_jax_does_not_search_for_absent_tpus(calls, monkeypatch, tmp_path, vendo
     monkeypatch.setattr("os.environ", {})
     assert main(["plan", "first"]) == 0
     assert os.environ == told
+
+
+@pytest.mark.parametrize(
+    ("command", "platforms", "installed", "kept"),
+    [
+        ("compare first", None, set(), True),
+        ("train first --arm left", "cpu", {"jax_plugins", "libtpu"}, True),
+        ("compare first", None, {"jax_plugins"}, False),
+        ("compare first", "cuda,cpu", {"jax_plugins"}, False),
+        ("plan first", "cpu", set(), False),
+    ],
+)
+def test_training_on_cpu_keeps_freed_memory(calls, monkeypatch, tmp_path, command, platforms, installed, kept):
+    monkeypatch.setattr("experiments.cli.main.PCI", tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name in installed else None)
+    monkeypatch.setattr("os.environ", {} if platforms is None else {"JAX_PLATFORMS": platforms})
+    keep = create_autospec(allocator.keep_freed_memory)
+    monkeypatch.setattr(allocator, "keep_freed_memory", keep)
+    assert main(command.split()) == 0
+    assert keep.called == kept and len(calls) == 1
 
 
 def test_every_command_is_a_function_of_its_options():
