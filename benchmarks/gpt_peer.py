@@ -21,6 +21,7 @@ from common.recipe import Execution
 from common.train.config import AdamW, Budget, Linear, TrainConfig
 from common.train.programs import Setup, make_programs
 from common.train.state import init_state
+from common.train.step import Numbers
 from experiments.families import builder
 from gpt.config import GptConfig
 
@@ -77,12 +78,14 @@ def main(path: Path) -> None:
         arrays: dict[str, Any] = named_weights(state.params)
         np.savez(path, tokens_BL=host.decoder_inputs_BT, targets_BL=host.targets_BT, **arrays)
         batch = programs.put(host)
+        rate = np.float32(setup.learning_rate)
+        numbers = programs.replicate(Numbers(seed=np.uint32(setup.train.seed), learning_rate=rate))
 
         def run(steps: int) -> list[float]:
             nonlocal state
             losses = []
             for _ in range(steps):
-                state, metrics = programs.train_step(state, batch)
+                state, metrics = programs.train_step(state, batch, numbers)
                 losses.append(float(metrics["loss"]))
             return losses
 

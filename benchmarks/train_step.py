@@ -34,7 +34,7 @@ from common.nn.parameters import Initialisers
 from common.recipe import Execution
 from common.train.programs import Programs, Setup, make_programs
 from common.train.state import TrainState, init_state
-from common.train.step import weighted_loss
+from common.train.step import Numbers, weighted_loss
 from experiments.config import Experiment
 from experiments.families import ModelConfig, family_of
 from experiments.running.pipeline import compiled_step, make_setup
@@ -146,10 +146,12 @@ def _whole_programs(setup: Setup, programs: Programs, step: Callable[..., Any], 
         name: init_state(programs.model, programs.optimizer, setup.train.seed, programs.shardings)
         for name in ("step", "optimizer")
     }
+    rate = np.float32(setup.learning_rate)
+    numbers = programs.replicate(Numbers(seed=np.uint32(setup.train.seed), learning_rate=rate))
     grads = jax.tree.map(jnp.ones_like, states["optimizer"].params)
 
     def train_step() -> Any:
-        states["step"], metrics = step(states["step"], batch)
+        states["step"], metrics = step(states["step"], batch, numbers)
         return metrics
 
     def update_step() -> Any:

@@ -20,6 +20,7 @@ from common.recipe import Recipe
 from common.sharding.shape import MeshShape
 from common.train.config import AdamW, Budget, Cosine, TrainConfig
 from common.train.programs import Setup
+from common.train.step import Guard, Numbers
 from common.train.task import Stream, Task
 from experiments.config import ModelConfig
 from experiments.families import builder
@@ -78,6 +79,11 @@ def setup(model: ModelConfig, train: TrainConfig, learning_rate: float = 1e-2) -
         steps=train.budget.steps(ROWS * (INPUTS + TARGETS), 1),
         row_slots=(ROWS, INPUTS, TARGETS),
     )
+
+
+def numbers(learning_rate: float, *, seed: int = 0, guard: Guard | None = None) -> Numbers:
+    """Returns what a step takes besides state and batch."""
+    return Numbers(seed=np.uint32(seed), learning_rate=np.float32(learning_rate), guard=guard)
 
 
 DATA = {"content_id": "source", "tokenizer_hash": "tokenizer"}

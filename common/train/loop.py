@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from common.allocator import release_freed_memory
@@ -127,9 +126,9 @@ def _train(run: Run, step_fn: Step, start: Start, first_launch: float) -> tuple[
                 host = next(batches)
             limit, metrics = recorder.limit(step), None
             if step not in start.skip:
-                guard = (np.float32(limit),) if setup.train.anomalies.guards_step else ()
+                numbers = run.programs.replicate(recorder.numbers(limit, previous))
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                    state, metrics = step_fn(state, run.programs.put(host.batch), *guard)
+                    state, metrics = step_fn(state, run.programs.put(host.batch), numbers)
             pending = Pending(counts=run.programs.count(host), metrics=metrics, limit=limit)
 
             # Record step t-1 meanwhile.

@@ -1,9 +1,11 @@
 """Makes schedules and optimizers from their configs, with optax."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from common.train.adafactor import make_adafactor
@@ -38,6 +40,17 @@ def make_schedule(schedule: Schedule, peak: float, steps: int) -> optax.Schedule
         return main
     rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
     return optax.join_schedules([rise, main], [warmup])
+
+
+@functools.lru_cache(maxsize=4)
+def learning_rates(schedule: Schedule, peak: float, steps: int) -> np.ndarray:
+    """Returns the learning rates of a run's steps, float32 [steps].
+
+    They are computed by one program in which `peak` and `steps` are constants, which rounds as a schedule within a
+    training step does. Operation by operation, the last bit of some would differ.
+    """
+    with jax.numpy_dtype_promotion("standard"):  # optax takes integer step counts into float formulas
+        return np.asarray(jax.jit(make_schedule(schedule, peak, steps))(np.arange(steps, dtype=np.int32)))
 
 
 def make_optimizer(config: Optimizer, schedule: optax.Schedule, logical_axes: Any) -> optax.GradientTransformation:

@@ -1,4 +1,7 @@
-"""A setup and the programs that train it: mesh, shardings, one jitted step over the family's protocol."""
+"""A setup and the programs that train it: mesh, shardings, one jitted step over the family's protocol.
+
+Runs of one process that differ only in numbers (learning rate, schedule, steps, seeds) share their programs.
+"""
 
 import dataclasses
 import functools
@@ -8,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -16,17 +20,18 @@ from common.compute.model_config import ModelConfig
 from common.data.batch import Batch, HostBatch
 from common.errors import UserError
 from common.model import Model, Skeleton, skeleton
+from common.recipe import Execution
 from common.sharding.hosts import counts_here, place_rows, rows_here, start_sum
 from common.sharding.mesh import make_mesh
 from common.sharding.rules import Strategy, strategy
-from common.sharding.shape import ROW_AXES
-from common.train.config import TrainConfig
-from common.train.optimizer import make_optimizer, make_schedule
-from common.train.state import TrainState, abstract_state, state_shardings
-from common.train.step import make_eval_step, make_train_step
+from common.sharding.shape import ROW_AXES, MeshShape
+from common.train.config import Optimizer, TrainConfig
+from common.train.optimizer import make_optimizer
+from common.train.state import TrainState, abstract_state, make_init, state_shardings
+from common.train.step import Guard, Numbers, make_eval_step, make_train_step
 
-CACHED_SETUPS = 8
-"""How many setups a process remembers the programs of."""
+CACHED_PROGRAMS = 8
+"""How many kinds of runs a process remembers the programs of."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +53,21 @@ class Setup:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class _Compiled:
+    """What enters a setup's programs as constants. Setups that agree in it share them."""
+
+    build: Callable[[nnx.Rngs], Model]
+    z_loss: float
+    optimizer: Optimizer
+    accumulation: int
+    mesh: MeshShape
+    sharding: Strategy
+    execution: Execution
+    guarded: bool
+    rows: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Counts:
     """What a batch holds over all processes; the fields mean what they do in a `HostBatch`."""
 
@@ -64,11 +84,14 @@ class Programs:
 
     mesh: Mesh
     model: Skeleton
-    optimizer: Any
+    optimizer: optax.GradientTransformation
+    """The optimizer at learning rate 1; the step takes the rate as an argument."""
     shardings: TrainState
     batch_sharding: NamedSharding
     rows: int
     """Rows of a batch over all processes."""
+    init: Callable[[Any], TrainState]
+    """`make_init`'s function."""
     train_step: jax.stages.Wrapped
     """`make_train_step`'s function; donates the state."""
     eval_step: jax.stages.Wrapped
@@ -85,6 +108,11 @@ class Programs:
     def put(self, batch: Batch) -> Batch:
         """Puts this process's rows onto its devices, as part of a batch that is sharded over all."""
         return jax.tree.map(lambda x: place_rows(self.batch_sharding, self.rows, self.local_rows, x), batch)
+
+    def replicate(self, numbers: Numbers) -> Numbers:
+        """Puts scalars that are equal in all processes onto all devices."""
+        sharding = NamedSharding(self.mesh, PartitionSpec())
+        return jax.tree.map(lambda x: jax.make_array_from_callback((), sharding, lambda _: np.asarray(x)), numbers)
 
     def count(self, host: HostBatch) -> Callable[[], Counts]:
         """Starts to add up the counts of all processes' rows; the returned function waits for the sum."""
@@ -127,31 +155,45 @@ def check_rows(setup: Setup) -> None:
 def make_programs(setup: Setup, devices: Sequence[jax.Device] | None = None) -> Programs:
     """Makes mesh, shardings and jitted functions, for this machine's devices or others; computes nothing yet.
 
-    Equal arguments return the same object, so that a process that trains a setup again does not compile it again.
+    Setups that differ only in learning rate, schedule, steps, seed, or in how a run is watched return the same object,
+    so that a process traces and compiles each program once for all of them.
     """
-    return _make_programs(setup, None if devices is None else tuple(devices))
-
-
-@functools.lru_cache(maxsize=CACHED_SETUPS)
-def _make_programs(setup: Setup, devices: tuple[jax.Device, ...] | None) -> Programs:
-    with strategy(setup.train.sharding):
-        return _programs(setup, make_mesh(setup.train.mesh, devices))
-
-
-def _programs(setup: Setup, mesh: Mesh) -> Programs:
     train = setup.train
-    model = skeleton(setup.build)
-    schedule = make_schedule(train.schedule, setup.learning_rate, setup.steps)
-    optimizer = make_optimizer(train.optimizer, schedule, model.logical_axes)
+    compiled = _Compiled(
+        build=setup.build,
+        z_loss=setup.model.recipe.z_loss,
+        optimizer=train.optimizer,
+        accumulation=train.accumulation,
+        mesh=train.mesh,
+        sharding=train.sharding,
+        execution=train.execution,
+        guarded=train.anomalies.guards_step,
+        rows=setup.row_slots[0],
+    )
+    return _make_programs(compiled, None if devices is None else tuple(devices))
+
+
+@functools.lru_cache(maxsize=CACHED_PROGRAMS)
+def _make_programs(compiled: _Compiled, devices: tuple[jax.Device, ...] | None) -> Programs:
+    with strategy(compiled.sharding):
+        return _programs(compiled, make_mesh(compiled.mesh, devices))
+
+
+def _programs(compiled: _Compiled, mesh: Mesh) -> Programs:
+    model, execution = skeleton(compiled.build), compiled.execution
+
+    def at_rate(rate: Any) -> optax.GradientTransformation:
+        return make_optimizer(compiled.optimizer, lambda _: rate, model.logical_axes)
+
+    optimizer = at_rate(np.float32(1))
     shardings = state_shardings(model, optimizer, mesh)
     step = make_train_step(
         model,
-        optimizer,
-        execution=train.execution,
-        z_loss=setup.model.recipe.z_loss,
-        accumulation=train.accumulation,
-        seed=train.seed,
-        guarded=train.anomalies.guards_step,
+        at_rate,
+        execution=execution,
+        z_loss=compiled.z_loss,
+        accumulation=compiled.accumulation,
+        guarded=compiled.guarded,
     )
     return Programs(
         mesh=mesh,
@@ -159,9 +201,10 @@ def _programs(setup: Setup, mesh: Mesh) -> Programs:
         optimizer=optimizer,
         shardings=shardings,
         batch_sharding=NamedSharding(mesh, PartitionSpec(ROW_AXES, "context")),
-        rows=setup.row_slots[0],
-        train_step=jax.jit(_under_rules(train.sharding, step), donate_argnums=0, out_shardings=(shardings, None)),
-        eval_step=jax.jit(_under_rules(train.sharding, make_eval_step(model, execution=train.execution))),
+        rows=compiled.rows,
+        init=make_init(model, optimizer, shardings),
+        train_step=jax.jit(_under_rules(compiled.sharding, step), donate_argnums=0, out_shardings=(shardings, None)),
+        eval_step=jax.jit(_under_rules(compiled.sharding, make_eval_step(model, execution=execution))),
     )
 
 
@@ -181,9 +224,20 @@ def lower_step(setup: Setup, programs: Programs, state: TrainState | None = None
     if state is None:
         state = abstract_state(programs.model, programs.optimizer, programs.shardings)
     batch = abstract_batch(setup.row_slots, programs.batch_sharding)
-    limit = (np.float32(0),) if setup.train.anomalies.guards_step else ()
+    numbers = abstract_numbers(setup.train.anomalies.guards_step, NamedSharding(programs.mesh, PartitionSpec()))
     with jax.set_mesh(programs.mesh):
-        return programs.train_step.lower(state, batch, *limit)
+        return programs.train_step.lower(state, batch, numbers)
+
+
+def abstract_numbers(guarded: bool, sharding: NamedSharding) -> Numbers:
+    """Returns dtypes and shardings of a step's numbers."""
+
+    def scalar(dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((), dtype, sharding=sharding)
+
+    rate = scalar(jnp.float32)
+    guard = Guard(limit=rate, updates=scalar(jnp.int32), rate_after_skip=rate) if guarded else None
+    return Numbers(seed=scalar(jnp.uint32), learning_rate=rate, guard=guard)
 
 
 def abstract_batch(row_slots: tuple[int, int, int], sharding: NamedSharding) -> Batch:

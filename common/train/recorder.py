@@ -5,6 +5,8 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
 from common.data.loader import chain
 from common.errors import UserError
 from common.sharding.hosts import is_first, on_first_process
@@ -13,9 +15,10 @@ from common.train.anomalies import Judge, Verdict, last_learnt
 from common.train.checkpoints import Progress, describe_newest
 from common.train.clock import Aside, Clock
 from common.train.metrics_log import MetricsLog
+from common.train.optimizer import learning_rates
 from common.train.programs import Counts
 from common.train.run import Run, Start
-from common.train.step import Metrics
+from common.train.step import Guard, Metrics, Numbers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,12 +52,27 @@ class Recorder:
         self.progress = start.progress
         self.clock = Clock(start.progress)
         self._run = run
-        self._judge = Judge(run.task.setup.train.anomalies, start.progress.losses)
+        setup = run.task.setup
+        self._judge = Judge(setup.train.anomalies, start.progress.losses)
+        self._rates = learning_rates(setup.train.schedule, setup.learning_rate, setup.steps)
         self._log = MetricsLog(run.task, run.folder, start.progress, first_launch=first_launch, note=run.watcher.note)
 
     def limit(self, step: int) -> float:
         """Returns the loss above which `step` is a spike; known before the loss of the step before it."""
         return self._judge.limit(step)
+
+    def numbers(self, limit: float, pending: Pending | None) -> Numbers:
+        """Returns what the next step needs; `pending` is the step before it, unless that is already recorded."""
+        train, progress = self._run.task.setup.train, self.progress
+        updates = progress.consumed_batches - len(progress.skipped)
+        guard, dispatched = None, pending is not None and pending.metrics is not None
+        if train.anomalies.guards_step:
+            guard = Guard(
+                limit=np.float32(limit),
+                updates=np.int32(updates + dispatched),
+                rate_after_skip=self._rates[updates],
+            )
+        return Numbers(seed=np.uint32(train.seed), learning_rate=self._rates[updates + dispatched], guard=guard)
 
     def record(self, pending: Pending, validation_loss: float | None = None) -> Rollback | None:
         """Waits for the step after `progress`, judges it, advances `progress` and writes the step's rows.

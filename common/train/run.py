@@ -19,7 +19,7 @@ from common.train.init_from import load_parameters
 from common.train.preemption import Preemption
 from common.train.programs import Programs
 from common.train.run_files import RunFiles
-from common.train.state import TrainState, abstract_state, init_state, state_from_params
+from common.train.state import TrainState, abstract_state, state_from_params
 from common.train.task import Task, Watcher
 
 SHARED_STORAGE_SECONDS = 60.0
@@ -122,7 +122,7 @@ def _initial_state(run: Run) -> TrainState:
     task, programs = run.task, run.programs
     seed = task.setup.train.seed
     if task.initial is None:
-        return init_state(programs.model, programs.optimizer, seed, programs.shardings)
+        return programs.init(np.uint32(seed))
     stored = task.initial.open()
     params, plan = load_parameters(
         stored, programs.model, programs.shardings.params, rules=task.initial.rules, seed=seed

@@ -1,10 +1,12 @@
 """Training state: created directly sharded, or described abstractly for checkpoints and ahead-of-time compilation."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -32,12 +34,19 @@ def init_state(
     model: Skeleton, optimizer: optax.GradientTransformation, seed: int, shardings: TrainState
 ) -> TrainState:
     """Returns a fresh state; every array is created with its sharding."""
+    return make_init(model, optimizer, shardings)(np.uint32(seed))
 
-    def make() -> TrainState:
+
+def make_init(
+    model: Skeleton, optimizer: optax.GradientTransformation, shardings: TrainState
+) -> Callable[[Any], TrainState]:
+    """Returns a jitted function of a seed (uint32 scalar) that returns a fresh state."""
+
+    def make(seed: jax.Array) -> TrainState:
         params = nnx.to_pure_dict(nnx.state(model.build(nnx.Rngs(params=jax.random.key(seed)))))
         return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
 
-    return jax.jit(make, out_shardings=shardings)()
+    return jax.jit(make, out_shardings=shardings)
 
 
 def state_from_params(params: Any, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:

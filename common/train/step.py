@@ -3,6 +3,7 @@
 Legend: A micro-batches, B batch rows, T target slots.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -20,22 +21,47 @@ from common.train.state import TrainState
 Metrics = dict[str, jax.Array]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Guard:
+    """What a step needs that may be skipped. Scalars."""
+
+    limit: Any
+    """float32; the step is skipped if its loss is above it."""
+    updates: Any
+    """int32; how often the state has been updated, unless the step before was skipped: the host may not know yet."""
+    rate_after_skip: Any
+    """float32; the learning rate if the step before was skipped."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """Numbers that are arguments of the step, so that runs that differ only in them share one program. Scalars."""
+
+    seed: Any
+    """uint32; dropout's key is folded from it and the number of updates."""
+    learning_rate: Any
+    """float32"""
+    guard: Guard | None = None
+    """None for a step that is not guarded."""
+
+
 def make_train_step(
     model: Skeleton,
-    optimizer: optax.GradientTransformation,
+    optimizer: Callable[[Any], optax.GradientTransformation],
     *,
     execution: Execution,
     z_loss: float,
     accumulation: int,
-    seed: int,
     guarded: bool = False,
-) -> Callable[..., tuple[TrainState, Metrics]]:
-    """Returns a pure function `(state, batch) -> (state, metrics)`, to be jitted.
+) -> Callable[[TrainState, Batch, Numbers], tuple[TrainState, Metrics]]:
+    """Returns a pure function `(state, batch, numbers) -> (state, metrics)`, to be jitted.
 
-    The loss is the sum over weighted target tokens divided by the weight of the whole batch, however many micro-batches
-    compute it. Metrics (float32 scalars): `loss` (cross-entropy per weighted token, in nats) and `grad_norm` (before
-    clipping). With `guarded` the function takes a third argument, `limit`, and returns the state unchanged if the loss
-    is above it or a metric is not finite.
+    `optimizer` makes the optimizer for a learning rate. The loss is the sum over weighted target tokens divided by the
+    weight of the whole batch, however many micro-batches compute it. Metrics (float32 scalars): `loss` (cross-entropy
+    per weighted token, in nats) and `grad_norm` (before clipping). With `guarded` the function returns the state
+    unchanged if the loss is above the limit of `numbers.guard` or a metric is not finite.
     """
 
     def loss(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -48,8 +74,8 @@ def make_train_step(
         params, sums = carry
         return (params, jax.tree.map(jnp.add, sums, gradient(params, *batch_and_key))), None
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+    def train_step(state: TrainState, batch: Batch, numbers: Numbers) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(numbers.seed), state.step)
         if accumulation == 1:
             grads, (ce, weight) = gradient(state.params, batch, key)
         else:
@@ -59,16 +85,19 @@ def make_train_step(
         scale = 1.0 / jnp.where(weight > 0, weight, 1.0)
         grads = jax.tree.map(lambda g: g * scale, grads)
         with jax.numpy_dtype_promotion("standard"):  # optax takes integer step counts into float formulas
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            updates, opt_state = optimizer(numbers.learning_rate).update(grads, state.opt_state, state.params)
         advanced = TrainState(
             step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state
         )
         return advanced, {"loss": ce * scale, "grad_norm": optax.tree.norm(grads)}
 
-    def guarded_step(state: TrainState, batch: Batch, limit: jax.Array) -> tuple[TrainState, Metrics]:
-        advanced, metrics = train_step(state, batch)
+    def guarded_step(state: TrainState, batch: Batch, numbers: Numbers) -> tuple[TrainState, Metrics]:
+        guard = numbers.guard
+        assert guard is not None
+        rate = jnp.where(state.step < guard.updates, guard.rate_after_skip, numbers.learning_rate)
+        advanced, metrics = train_step(state, batch, dataclasses.replace(numbers, learning_rate=rate))
         loss, grad_norm = metrics["loss"], metrics["grad_norm"]
-        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (loss <= limit)
+        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (loss <= guard.limit)
         return jax.tree.map(lambda new, old: jnp.where(good, new, old), advanced, state), metrics
 
     return _with_precision(guarded_step if guarded else train_step, execution)

@@ -8,6 +8,7 @@ from common.train.config import AdamW
 from common.train.programs import make_programs
 from common.train.state import init_state
 from tests.helpers import gpt
+from tests.tiny import numbers
 
 torch = pytest.importorskip("torch", reason="PyTorch is optional: pip install torch")
 
@@ -28,9 +29,9 @@ def test_steps_agree() -> None:
     with jax.set_mesh(programs.mesh):
         state = init_state(programs.model, programs.optimizer, 0, programs.shardings)
         torch_peer.load(model, gpt_peer.named_weights(state.params))
-        state, first = programs.train_step(state, programs.put(batch))
+        state, first = programs.train_step(state, programs.put(batch), numbers(LEARNING_RATE))
         torch_peer.load(after, gpt_peer.named_weights(state.params))
-        _, second = programs.train_step(state, programs.put(batch))
+        _, second = programs.train_step(state, programs.put(batch), numbers(LEARNING_RATE))
     assert first["grad_norm"] > optimizer.clip_norm
 
     text = [torch.tensor(x).long() for x in (batch.decoder_inputs_BT, batch.targets_BT)]

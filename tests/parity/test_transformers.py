@@ -24,7 +24,7 @@ from common.sharding.shape import MeshShape
 from common.train.config import AdamW
 from common.train.optimizer import make_optimizer
 from common.train.state import TrainState
-from common.train.step import make_train_step, weighted_loss
+from common.train.step import Numbers, make_train_step, weighted_loss
 from common.trees import flatten
 from common.weights.folder import leaf_shapes, read_leaf
 from experiments.models.convert import convert
@@ -266,10 +266,15 @@ def test_one_step_of_adamw(peers, tmp_path, name, side, input_slots):
 def our_step(peers: Peers, case: PaddedTexts) -> dict[str, np.ndarray]:
     """Our parameters after one training step."""
     model = peers.ours.model
-    optimizer = make_optimizer(OPTIMIZER, optax.constant_schedule(LEARNING_RATE), model.logical_axes)
-    step = make_train_step(model, optimizer, execution=EXECUTION, z_loss=0.0, accumulation=1, seed=0)
+
+    def at_rate(rate: Any) -> optax.GradientTransformation:
+        return make_optimizer(OPTIMIZER, lambda _: rate, model.logical_axes)
+
+    optimizer = at_rate(LEARNING_RATE)
+    step = make_train_step(model, at_rate, execution=EXECUTION, z_loss=0.0, accumulation=1)
     state = TrainState(step=jnp.int32(0), params=peers.ours.params, opt_state=optimizer.init(peers.ours.params))
-    stepped, _ = jax.jit(step)(state, case.batch)
+    numbers = Numbers(seed=np.uint32(0), learning_rate=np.float32(LEARNING_RATE))
+    stepped, _ = jax.jit(step)(state, case.batch, numbers)
     return {leaf: np.asarray(x) for leaf, x in flatten(stepped.params, "/").items()}
 
 

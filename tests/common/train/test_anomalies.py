@@ -23,11 +23,12 @@ from common.train.loop import Fitted, fit
 from common.train.programs import make_programs
 from common.train.run_files import RunFiles
 from common.train.state import init_state
+from common.train.step import Guard
 from common.train.task import Stream, Task
 from experiments.running.pipeline import compiled_step
 from tests.common.train.runs import STEPS, same_bits
 from tests.experiments.tiny_experiment import tiny_experiment
-from tests.tiny import Observer, Stopped, loader, task
+from tests.tiny import Observer, Stopped, loader, numbers, task
 
 
 @dataclasses.dataclass
@@ -122,20 +123,21 @@ def test_a_guarded_step_keeps_the_state_to_the_bit(spoilt: str) -> None:
         if spoilt == "nan":
             host = dataclasses.replace(host, weights_BT=np.full_like(host.weights_BT, np.nan))
         limit = np.float32(0.5 if spoilt == "limit" else np.inf)
-        after, metrics = made.train_step(state, made.put(host), limit)
+        guard = Guard(limit=limit, updates=np.int32(0), rate_after_skip=np.float32(0))
+        after, metrics = made.train_step(state, made.put(host), numbers(1e-2, guard=guard))
     same_bits(after, before)
     assert math.isfinite(metrics["loss"]) == (spoilt == "limit")
 
 
 def test_a_guarded_step_is_planned_as_it_runs(tmp_path: Path) -> None:
-    """Ahead-of-time compilation includes the limit as an argument."""
+    """Ahead-of-time compilation includes the guard's three scalars as arguments."""
     experiment = tiny_experiment(tmp_path)
     guarded = dataclasses.replace(experiment.train, anomalies=Anomalies(on_nonfinite="skip"))
     plain, other = (
         compiled_step(dataclasses.replace(experiment, train=train), experiment.arms["gpt"])
         for train in (experiment.train, guarded)
     )
-    assert other.memory_analysis().argument_size_in_bytes == plain.memory_analysis().argument_size_in_bytes + 4
+    assert other.memory_analysis().argument_size_in_bytes == plain.memory_analysis().argument_size_in_bytes + 12
 
 
 # --- What becomes of it
