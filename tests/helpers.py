@@ -78,12 +78,15 @@ FAMILIES: dict[str, ModelConfig] = {
 
 REPRESENTATIVE = ("gpt-learned", "t5like-bias", "t5like-relaxed")
 """Between them every position scheme, norm, MLP and head layout; `make test-slow` runs the others as well."""
+
+
+def representative(*values: Any, name: str, id: str | None = None) -> Any:
+    """Parameters of a test of the model `name`: slow unless it is a representative one."""
+    return pytest.param(*values, id=id, marks=[] if name in REPRESENTATIVE else pytest.mark.slow)
+
+
 families = pytest.mark.parametrize(
-    "config",
-    [
-        pytest.param(config, id=name, marks=[] if name in REPRESENTATIVE else pytest.mark.slow)
-        for name, config in FAMILIES.items()
-    ],
+    "config", [representative(config, name=name, id=name) for name, config in FAMILIES.items()]
 )
 
 
@@ -130,8 +133,19 @@ def run(config: ModelConfig, method: Callable[..., Any], *args: Any) -> Any:
 
 
 def logits(config: ModelConfig, batch: Batch) -> jax.Array:
-    """logits_BTV, computed all at once."""
-    return run(config, lambda model, batch: model.hidden(batch) @ model.head(), batch)
+    """logits_BTV, computed all at once; compiled once per config and shape of the batch."""
+    return _logits_program(config)(split(config)[1], batch)
+
+
+@functools.cache
+def _logits_program(config: ModelConfig) -> Callable[[Any, Batch], jax.Array]:
+    graphdef = graph(config)
+
+    def whole(params: Any, batch: Batch) -> jax.Array:
+        model = nnx.merge(graphdef, params)
+        return model.hidden(batch) @ model.head()
+
+    return jax.jit(whole)
 
 
 def rows_of(rows: Sequence[Sequence[Pair]], input_length: int = 16, target_length: int = 16) -> Batch:
