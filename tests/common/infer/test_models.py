@@ -30,6 +30,13 @@ SCAN = dataclasses.replace(F32, scan_layers=True)
 
 SIBLINGS = ("gpt-rope", "t5like-bias", "t5like-relaxed")
 siblings = pytest.mark.parametrize("config", [FAMILIES[name] for name in SIBLINGS], ids=SIBLINGS)
+one_of_each = pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(FAMILIES[name], id=name, marks=[pytest.mark.slow] if name == "t5like-relaxed" else [])
+        for name in SIBLINGS
+    ],
+)
 
 
 @functools.cache
@@ -96,7 +103,7 @@ def test_greedy_is_argmax_of_the_training_path(config: ModelConfig) -> None:
     assert len({tuple(text) for text in texts}) > 1  # a model with one answer would prove nothing
 
 
-@siblings
+@one_of_each
 def test_ends_and_limits(config: ModelConfig) -> None:
     """With several end tokens, a minimum length and a maximum length."""
     free = made(decode(config, Greedy(), Limits(max_new_tokens=SLOTS))[0])
@@ -113,7 +120,7 @@ def test_ends_and_limits(config: ModelConfig) -> None:
             assert not ends or len(text) > limits.min_new_tokens
 
 
-@siblings
+@one_of_each
 def test_scanned_layers_generate_the_same_tokens(config: ModelConfig) -> None:
     method = Sample(temperature=1.0)
     unrolled, cache = decode(config, method, Limits(max_new_tokens=SLOTS))
@@ -167,7 +174,9 @@ def test_beam_scores_equal_the_training_path(config: ModelConfig) -> None:
     assert {x.shape[0] for x in jax.tree.leaves(cache.layers)} == {len(PROMPTS) * size}
 
 
-@pytest.mark.parametrize("name", ["gpt-rope", pytest.param("gpt-bias", marks=pytest.mark.slow), "gpt-learned"])
+@pytest.mark.parametrize(
+    "name", ["gpt-rope", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt-bias", "gpt-learned"))]
+)
 def test_native_alignment_continues_without_a_start_token(name: str) -> None:
     """The last token of the prompt is the first decoder input; prompt and answer are one text."""
     config = FAMILIES[name]

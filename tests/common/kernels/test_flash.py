@@ -38,7 +38,15 @@ CASES = {
     "blocks of 128": AttentionCase(queries=250, keys=250, heads=1, groups=1, block=128, causal=True),
     "unequal blocks, a strip in two": AttentionCase(queries=120, keys=250, heads=1, groups=1, block=256),
 }
-EVERY_CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+SLOW_CASES = ("causal, whole blocks, heads of 64", "prefix", "cross, heads of 128", "blocks of 128")
+"""Larger ones, and one that is part of another."""
+EVERY_CASE = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=[pytest.mark.slow] if name in SLOW_CASES else [])
+        for name, case in CASES.items()
+    ],
+)
 
 
 def run(case: AttentionCase, q: jax.Array, k: jax.Array, v: jax.Array, table: jax.Array) -> jax.Array:

@@ -143,8 +143,19 @@ def test_a_guarded_step_is_planned_as_it_runs(tmp_path: Path) -> None:
 # --- What becomes of it
 
 
-@pytest.mark.parametrize("policy", ["skip", "roll_back"])
-@pytest.mark.parametrize("bad", [(1,), (5,), (4, 5, 8), (3, 6)], ids=str)
+@pytest.mark.parametrize(
+    ("bad", "policy"),
+    [
+        *(((1,), policy) for policy in ("skip", "roll_back")),
+        pytest.param((5,), "skip", marks=pytest.mark.slow),
+        pytest.param((5,), "roll_back", marks=pytest.mark.slow),
+        ((4, 5, 8), "skip"),
+        pytest.param((4, 5, 8), "roll_back", marks=pytest.mark.slow),
+        pytest.param((3, 6), "skip", marks=pytest.mark.slow),
+        ((3, 6), "roll_back"),
+    ],
+    ids=str,
+)
 def test_a_skipped_batch_leaves_no_trace(policy: Any, bad: tuple[int, ...], tmp_path: Path) -> None:
     """Parameters, losses and fingerprints equal, to the bit, those of a run over a stream without it."""
     numbers, observer = frozenset(bad), Observer()

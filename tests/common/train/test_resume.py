@@ -24,7 +24,7 @@ from common.train.checkpoints import Checkpoints
 from common.train.loop import fit
 from common.train.preemption import Preempted
 from common.train.run_files import RunFiles
-from tests.common.train.runs import STEPS, Unbroken, families, same_bits, saved_steps
+from tests.common.train.runs import STEPS, Unbroken, same_bits, saved_steps
 from tests.tiny import (
     EXECUTION,
     Observer,
@@ -45,8 +45,15 @@ def collected() -> Iterator[None]:
 # --- Interruptions
 
 
-@families
-@pytest.mark.parametrize("stops", [(2,), (3,), (4, 7), (8,)], ids=str)
+@pytest.mark.parametrize(
+    ("family", "stops"),
+    [
+        pytest.param(family, stops, marks=[] if family == "gpt" or stops == (4, 7) else pytest.mark.slow)
+        for family in ("gpt", "t5like")
+        for stops in ((2,), (3,), (4, 7), (8,))
+    ],
+    ids=str,
+)
 def test_resumed_is_unbroken(
     unbroken: dict[str, Unbroken], family: str, stops: tuple[int, ...], tmp_path: Path
 ) -> None:
@@ -232,7 +239,15 @@ CORRUPTIONS = {
 }
 
 
-@pytest.mark.parametrize("corrupt", CORRUPTIONS.values(), ids=CORRUPTIONS.keys())
+@pytest.mark.parametrize(
+    "corrupt",
+    [
+        pytest.param(
+            corrupt, id=name, marks=[] if name in ("one-bit", "no-state", "torn-progress") else pytest.mark.slow
+        )
+        for name, corrupt in CORRUPTIONS.items()
+    ],
+)
 def test_a_corrupted_checkpoint_is_skipped(
     unbroken: dict[str, Unbroken], corrupt: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
