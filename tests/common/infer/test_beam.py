@@ -85,8 +85,14 @@ def same(found: list[Text], expected: list[Text]) -> None:
     np.testing.assert_allclose([text[0] for text in found], [text[0] for text in expected], rtol=2e-5)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.6, 1.0, 3.0, -1.0])
-@pytest.mark.parametrize(("vocab", "eos_ids"), [(4, (1,)), (4, (1, 3))], ids=["one-end", "two-ends"])
+@pytest.mark.parametrize(
+    ("alpha", "vocab", "eos_ids"),
+    [
+        pytest.param(alpha, 4, eos_ids, marks=[] if alpha in quick else pytest.mark.slow)
+        for eos_ids, quick in (((1,), (0.0, 0.6)), ((1, 3), (3.0, -1.0)))
+        for alpha in (0.0, 0.6, 1.0, 3.0, -1.0)
+    ],
+)
 def test_a_wide_beam_finds_the_best_of_all_texts(alpha: float, vocab: int, eos_ids: tuple[int, ...]) -> None:
     """With as many beams as there are live texts, nothing is lost, and the order is exact."""
     limits, size = Limits(max_new_tokens=4), 81
@@ -122,7 +128,15 @@ def plain_search(
     return [*finished, *sorted(unfinished, reverse=True)][:size]
 
 
-@pytest.mark.parametrize(("size", "alpha"), [(1, 0.6), (2, 0.0), (2, 2.0), (5, 0.6)])
+@pytest.mark.parametrize(
+    ("size", "alpha"),
+    [
+        pytest.param(1, 0.6, marks=pytest.mark.slow),
+        pytest.param(2, 0.0, marks=pytest.mark.slow),
+        (2, 2.0),
+        (5, 0.6),
+    ],
+)
 @pytest.mark.parametrize(
     ("limits", "eos_ids"),
     [
@@ -162,7 +176,7 @@ def test_some_rows_stop_early() -> None:
 
 def test_batch_composition_and_calls_do_not_change_texts() -> None:
     """Texts and their order stay; programs for other numbers of rows may round scores differently."""
-    method, limits = Beam(size=3), Limits(max_new_tokens=6)
+    method, limits = Beam(size=5, length_penalty=0.6), Limits(max_new_tokens=6)
     together = search(method, limits)
     chunked = search(method, limits, chunk=2)
     for row, p in enumerate(PROMPTS):
@@ -180,7 +194,7 @@ def test_one_beam_without_penalty_or_end_is_greedy() -> None:
 
 
 def test_token_log_probabilities_add_up() -> None:
-    found = search(Beam(size=4, length_penalty=0.6), Limits(max_new_tokens=6))
+    found = search(Beam(size=5, length_penalty=0.6), Limits(max_new_tokens=6))
     for row in range(len(PROMPTS)):
         for place, (score, tokens, _) in enumerate(texts(found, row)):
             total = found.log_probs_BRT[row, place, : len(tokens)].sum()
