@@ -88,7 +88,7 @@ def test_gradients_are_those_of_float64(name: str) -> None:
         assert abs(product.sum() - slope) <= 1e-5 * np.sqrt((product**2).sum()), key
 
 
-@pytest.mark.parametrize("name", ["bidirectional", "grouped"])
+@pytest.mark.parametrize("name", [pytest.param("bidirectional", marks=pytest.mark.slow), "grouped"])
 def test_bfloat16_is_as_close_as_its_eight_bits_allow(name: str) -> None:
     """Within 1 % of the largest value, compared with float64 on the same rounded operands."""
     case = CASES[name]
@@ -101,7 +101,7 @@ def test_bfloat16_is_as_close_as_its_eight_bits_allow(name: str) -> None:
     assert {name: e for name in expected if (e := error(gradients[name], expected[name])) > 1e-2} == {}
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_query_without_keys_is_zero_with_zero_gradient(causal: bool) -> None:
     case = AttentionCase(causal=causal)
     operands = case.operands()
@@ -126,7 +126,7 @@ def test_padding_sees_nothing_and_is_not_seen(name: str) -> None:
     assert (np.asarray(out)[~padding] != 0).all()
 
 
-@pytest.mark.parametrize("name", ["bidirectional", "prefix"])
+@pytest.mark.parametrize("name", [pytest.param("bidirectional", marks=pytest.mark.slow), "prefix"])
 def test_a_huge_key_of_another_segment_changes_nothing(name: str) -> None:
     check_no_leak(run, CASES[name])
 
