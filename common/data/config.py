@@ -7,8 +7,11 @@ import dataclasses
 from typing import Annotated, Literal
 
 from common.data.objectives.config import (
+    UL2,
+    UL2R,
     CausalLM,
     FullLM,
+    Mixture,
     Needs,
     Objective,
     PrefixLM,
@@ -18,7 +21,7 @@ from common.data.objectives.config import (
     raw_parts,
 )
 from common.data.objectives.spans import SHORTEST_INPUTS, SHORTEST_PIECE
-from common.data.sources.config import SourceMixture, Sources, parts_of
+from common.data.sources.config import SourceMixture, Sources, other_records, parts_of
 from common.errors import UserError, nearest
 from common.ranges import Count, Range, Rows, Tokens, Width, check_ranges
 
@@ -103,10 +106,22 @@ TokenizerConfig = SentencePieceConfig | BytePairConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How another arm of a study reads the same source; None: as the config that names this reading does."""
+
+    objective: Objective
+    source: Sources | None = None
+    """The same records by other fields or templates."""
+    input_length: Annotated[int, Range(0, 2**24, unit="tokens")] | None = None
+    target_length: Tokens | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """A stream of batches, each of `rows` packed rows of `input_length` + `target_length` slots.
 
-    Raises UserError for rows too short for any example, and for an objective whose fields the source does not name.
+    Raises UserError for rows too short for any example, for an objective whose fields the source does not name, and for
+    readings that cannot be joint (`common.data.joint` says which can).
     """
 
     source: Sources
@@ -120,6 +135,9 @@ class DataConfig:
     """Target slots in a row."""
     seed: Annotated[int, Range(0, 2**48 - 1)] = 0
     """Seeds example order, packing and objectives; `train.seed` seeds initialisation and dropout."""
+    joint: tuple[Reading, ...] = ()
+    """How the other arms of a study read the source. Rows are then planned for all arms, so that each arm reads the
+    same source examples in the same rows and steps. Every arm names the others; it may name itself too."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -133,6 +151,49 @@ class DataConfig:
                 wanted = "inputs and targets" if isinstance(self.objective, Supervised) else "text"
                 raise UserError(f"objective {self.objective.kind!r} reads {wanted}, which the source does not name")
         self._check_pieces()
+        self._check_joint()
+
+    def arms(self) -> tuple["DataConfig", ...]:
+        """Returns this config, then that of each other arm in `joint`, all without `joint`.
+
+        >>> from common.data.sources.config import SourceConfig
+        >>> source = SourceConfig(name="text:a.txt", inputs=None, targets=None, text="text")
+        >>> both = (Reading(objective=CausalLM()), Reading(objective=PrefixLM()))
+        >>> data = DataConfig(
+        ...     source=source, objective=PrefixLM(), rows=8, input_length=64, target_length=64, joint=both
+        ... )
+        >>> [arm.objective.kind for arm in data.arms()]
+        ['prefix_lm', 'causal_lm']
+        """
+        found = [dataclasses.replace(self, joint=())]
+        for i, reading in enumerate(self.joint):
+            given = {name: value for name, value in vars(reading).items() if value is not None}
+            try:
+                arm = dataclasses.replace(found[0], **given)
+            except UserError as error:
+                raise UserError(f"joint[{i}]: {error}") from None
+            if arm not in found:
+                found.append(arm)
+        return tuple(found)
+
+    def _check_joint(self) -> None:
+        """Raises UserError for arms that cannot read the same examples."""
+        if not self.joint or len(arms := self.arms()) == 1:
+            return
+        kinds = [arm.objective.kind for arm in arms]
+        records = [arm.objective.kind for arm in arms if not raw_parts(arm.objective)]
+        for arm in arms:
+            if isinstance(arm.objective, Mixture | UL2 | UL2R):
+                raise UserError(
+                    f"joint: objective {arm.objective.kind!r} cuts the text anew for each of its parts, so it cannot "
+                    f"read the same examples as {', '.join(kind for kind in kinds if kind != arm.objective.kind)}"
+                )
+            if records and isinstance(arm.objective, PrefixLM) and arm.objective.complementary:
+                raise UserError(
+                    f"joint: complementary pairs need pieces of equal length, but {records[0]!r} reads records"
+                )
+            if why := other_records(self.source, arm.source, same_text=not records):
+                raise UserError(f"joint: objective {arm.objective.kind!r} must read the records of source: {why}")
 
     def _check_pieces(self) -> None:
         """Raises UserError where an objective over pieces of text does not fit rows, source or tokenizer."""

@@ -148,8 +148,8 @@ class RecordExamples:
         self.size = len(next(iter(self._records.values())))
         self.order = Order(self.size, seed, mixed)
         self.window = self.order.window
-        self.content = _content(source_content_id, tokenizer, objective)
-        self._origin, self._source_records = _short_hash(records_id or source_content_id), source_records
+        self.content = content_of(source_content_id, tokenizer, objective)
+        self._origin, self._source_records = records_id or source_content_id, source_records
 
     def lengths(self, number_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         place_E = self.order.place(number_E)
@@ -168,7 +168,7 @@ class RecordExamples:
 
     def origins(self, number_E: np.ndarray) -> np.ndarray:
         record_E = self._source_records(self.order.place(number_E))
-        return _origins(self._origin, number_E // self.size, record_E, np.ones_like(record_E))
+        return origins_of(self._origin, number_E // self.size, record_E, np.ones_like(record_E))
 
 
 class PieceExamples:
@@ -204,72 +204,71 @@ class PieceExamples:
         source_content_id: str,
         mode: Sequence[int] = (),
         mixed: bool = False,
+        ended: bool = False,
+        paired: bool = False,
     ) -> None:
-        """`mode` holds token ids that begin every example's inputs."""
+        """Cuts `text` into pieces of `piece` tokens.
+
+        Args:
+          mode: token ids that begin every example's inputs.
+          mixed: the examples are part of a mixture.
+          ended: eos ends every record in `text`, as another arm's `full_lm` wants it.
+          paired: keeps pairs together, as another arm's complementary pairs want it.
+        """
         self._text, self._piece, self._objective, self._seed = text, piece, objective, seed
         self._mode, self.tokenizer = tuple(mode), tokenizer
-        pairs = isinstance(objective, PrefixLM) and objective.complementary
+        pairs = paired or (isinstance(objective, PrefixLM) and objective.complementary)
         self.together = 2 if pairs else 1
         whole, rest = divmod(text.tokens, piece)
         self.size = whole // 2 * 2 if pairs else whole + (rest >= SHORTEST_PIECE)
         self.order = Order(self.size, seed, mixed)
         self.window = self.order.window // self.together * self.together
-        self.content = _content(f"{source_content_id} in {piece}s", tokenizer, objective, self._mode)
+        cut = f"{source_content_id}{' with eos' if ended else ''} in {piece}s"
+        self.content = content_of(cut, tokenizer, objective, self._mode)
         # Tokens are counted in the joined text, which depends on the tokenizer and on what ends each record.
-        joined = [source_content_id, tokenizer.content_hash, isinstance(objective, FullLM)]
-        self._origin = _short_hash(json.dumps(joined))
+        joined = [source_content_id, tokenizer.content_hash, ended or isinstance(objective, FullLM)]
+        self._origin = json.dumps(joined)
 
     def lengths(self, number_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        inputs_E, targets_E = np.empty(len(number_E), np.int64), np.empty(len(number_E), np.int64)
-        for length, members in self._by_length(self.order.place(number_E)):
-            inputs_E[members], targets_E[members] = objectives.piece_lengths(
-                self._objective, length, seed=self._seed, number_E=number_E[members], ids=self.tokenizer
-            )
+        inputs_E, targets_E = objectives.text_lengths(
+            self._objective,
+            self._lengths(self.order.place(number_E)),
+            seed=self._seed,
+            number_E=number_E,
+            ids=self.tokenizer,
+        )
         return inputs_E + len(self._mode), targets_E
 
     def make(self, number_E: np.ndarray) -> list[Example]:
         place_E = self.order.place(number_E)
-        out: list[Example | None] = [None] * len(number_E)
-        for length, members in self._by_length(place_E):
-            tokens_EL = np.empty((len(members), length), np.int32)
-            for row_L, begin in zip(tokens_EL, (place_E[members] * self._piece).tolist(), strict=True):
-                row_L[:] = self._text.slice(begin, begin + length)
-            made = objectives.examples_of_pieces(
-                self._objective,
-                tokens_EL,
-                seed=self._seed,
-                number_E=number_E[members],
-                ids=self.tokenizer,
-                mode=self._mode,
-            )
-            for member, example in zip(members.tolist(), made, strict=True):
-                out[member] = example
-        return [example for example in out if example is not None]
+        begin_E = place_E * self._piece
+        bounds = zip(begin_E.tolist(), (begin_E + self._lengths(place_E)).tolist(), strict=True)
+        return objectives.examples_of_texts(
+            self._objective,
+            [self._text.slice(begin, end) for begin, end in bounds],
+            seed=self._seed,
+            number_E=number_E,
+            ids=self.tokenizer,
+            mode=self._mode,
+        )
 
     def origins(self, number_E: np.ndarray) -> np.ndarray:
         place_E = self.order.place(number_E)
-        return _origins(self._origin, number_E // self.size, place_E * self._piece, self._lengths(place_E))
+        return origins_of(self._origin, number_E // self.size, place_E * self._piece, self._lengths(place_E))
 
     def _lengths(self, place_E: np.ndarray) -> np.ndarray:
         """Returns the tokens of each piece: all are equal but perhaps the last one."""
         return np.minimum(self._piece, self._text.tokens - place_E * self._piece)
 
-    def _by_length(self, place_E: np.ndarray) -> list[tuple[int, np.ndarray]]:
-        """Groups pieces by length, as (length, positions in `place_E`)."""
-        length_E = self._lengths(place_E)
-        return [(length, np.flatnonzero(length_E == length)) for length in np.unique(length_E).tolist()]
+
+def origins_of(source: str, epoch_E: np.ndarray, first_E: np.ndarray, count_E: np.ndarray) -> np.ndarray:
+    """Returns origins, int64 [E, 4]; `source` is hashed to a number that fits an int64."""
+    hashed = int.from_bytes(hashlib.blake2b(source.encode(), digest_size=7).digest(), "little")
+    return np.stack([np.full_like(first_E, hashed), epoch_E, first_E, count_E], axis=1)
 
 
-def _origins(source: int, epoch_E: np.ndarray, first_E: np.ndarray, count_E: np.ndarray) -> np.ndarray:
-    return np.stack([np.full_like(first_E, source), epoch_E, first_E, count_E], axis=1)
-
-
-def _short_hash(text: str) -> int:
-    """Returns a hash that fits an int64."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
-
-
-def _content(source: str, tokenizer: SpecialIds, objective: object, mode: Sequence[int] = ()) -> str:
+def content_of(source: str, tokenizer: SpecialIds, objective: object, mode: Sequence[int] = ()) -> str:
+    """Returns the `content` of examples."""
     identity = {
         "source": source,
         "tokenizer": tokenizer.content_hash,

@@ -22,13 +22,23 @@ from common.data.packing import RowPlans
 class Loader:
     """The batches of one split. This process makes its share of each batch's rows."""
 
-    def __init__(self, examples: Examples, plans: RowPlans, *, rows: int, share: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        examples: Examples,
+        plans: RowPlans,
+        *,
+        rows: int,
+        share: Sequence[int] | None = None,
+        slots: tuple[int, int] | None = None,
+    ) -> None:
         """Loads the rows that `plans` makes of `examples`.
 
         Args:
           rows: rows a step, over all processes.
           share: the rows of a batch (0 to `rows` - 1) that this process makes; None: all.
+          slots: (input slots, target slots) of a row; None: those of `plans`.
         """
+        self._slots = plans.limits if slots is None else slots
         self._examples, self._plans, self._rows = examples, plans, rows
         self._share = range(rows) if share is None else share
 
@@ -83,8 +93,8 @@ class Loader:
         return len(plan), LengthSums.of_examples(*lengths)
 
     def _build(self, rows: Sequence[np.ndarray]) -> HostBatch:
-        input_limit, target_limit = self._plans.limits
-        return build_batch(self._examples, rows, input_length=input_limit, target_length=target_limit)
+        input_length, target_length = self._slots
+        return build_batch(self._examples, rows, input_length=input_length, target_length=target_length)
 
 
 def prefetched(

@@ -117,9 +117,21 @@ class RowPlans:
     """
 
     def __init__(
-        self, examples: ExampleLengths, *, input_limit: int, target_limit: int, seed: int, cache_dir: Path | None
+        self,
+        examples: ExampleLengths,
+        *,
+        input_limit: int,
+        target_limit: int,
+        seed: int,
+        cache_dir: Path | None,
+        shown: str | None = None,
     ) -> None:
-        self._examples = examples
+        """Plans rows for examples of these lengths.
+
+        Args:
+          shown: describes a row in messages, where the limits are not its slots.
+        """
+        self._examples, self._shown = examples, shown
         self.limits = (input_limit, target_limit)
         """(input slots, target slots) of a row."""
         self._seed = seed
@@ -189,6 +201,9 @@ class RowPlans:
         inputs_E, targets_E = (side.reshape(-1, together).sum(axis=1) for side in lengths)
         input_limit, target_limit = self.limits
 
+        if self._shown and ((inputs_E > input_limit) | (targets_E > target_limit)).all():
+            raise UserError(f"none of {len(inputs_E)} examples fits {self._shown}: longer rows are needed")
+
         def make() -> PackingPlan:
             return plan_epoch(
                 inputs_E, targets_E, input_limit=input_limit, target_limit=target_limit, seed=self._seed, epoch=window
@@ -202,10 +217,11 @@ class RowPlans:
         return load_plan(build_once(path, lambda part: save_plan(make(), part)))
 
     def _warn(self, too_long_X: np.ndarray) -> None:
+        shown = self._shown or "a row ({} input, {} target tokens)".format(*self.limits)
         named = ", ".join(map(str, too_long_X[:10])) + (", ..." if len(too_long_X) > 10 else "")
         _log.warning(
-            "%d of %d examples are longer than a row (%d input, %d target tokens) and are skipped: %s",
-            *(len(too_long_X), self._examples.window, *self.limits, named),
+            "%d of %d examples are longer than %s and are skipped: %s",
+            *(len(too_long_X), self._examples.window, shown, named),
         )
 
 

@@ -28,10 +28,12 @@ COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
 def show(experiment: Experiment, rows: int, console: Console) -> None:
     """Prints the first `rows` rows of training: their examples, then the slots that each family reads."""
     config, data = experiment.data, open_data(experiment)
+    others = ", ".join(f"{arm.objective.kind} ({arm.input_length} + {arm.target_length})" for arm in config.arms()[1:])
     console.print(
         f"{harmless(' and '.join(part.name for part in parts_of(config.source)))}; "
         f"objective {config.objective.kind}; rows of "
-        f"{config.input_length} + {config.target_length} slots; {len(experiment.arms)} arms read the same rows",
+        f"{config.input_length} + {config.target_length} slots; {len(experiment.arms)} arms read the same rows"
+        + (f"; rows hold only what fits those of {others} too" if others else ""),
         markup=False,
     )
     console.print(padding_table(experiment, *data.train.filled()))

@@ -123,6 +123,39 @@ def examples_of_pieces(
     return [Example(inputs[e], targets[e], weights[e]) for e in range(len(inputs))]
 
 
+def examples_of_texts(
+    objective: RawText,
+    texts: Sequence[np.ndarray],
+    *,
+    seed: int,
+    number_E: np.ndarray,
+    ids: SpecialIds,
+    mode: Sequence[int] = (),
+) -> list[Example]:
+    """As `examples_of_pieces`, for texts of any lengths, each at least `SHORTEST_PIECE`."""
+    out: list[Example | None] = [None] * len(texts)
+    for length, members in _by_length(np.array([len(text) for text in texts], np.int64)):
+        tokens_EL = np.empty((len(members), length), np.int32)
+        for row_L, member in zip(tokens_EL, members.tolist(), strict=True):
+            row_L[:] = texts[member]
+        made = examples_of_pieces(objective, tokens_EL, seed=seed, number_E=number_E[members], ids=ids, mode=mode)
+        for member, example in zip(members.tolist(), made, strict=True):
+            out[member] = example
+    return [example for example in out if example is not None]
+
+
+def text_lengths(
+    objective: RawText, length_E: np.ndarray, *, seed: int, number_E: np.ndarray, ids: SpecialIds
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `piece_lengths`, for texts of `length_E` tokens, each at least `SHORTEST_PIECE`."""
+    inputs_E, targets_E = np.empty(len(number_E), np.int64), np.empty(len(number_E), np.int64)
+    for length, members in _by_length(length_E):
+        inputs_E[members], targets_E[members] = piece_lengths(
+            objective, length, seed=seed, number_E=number_E[members], ids=ids
+        )
+    return inputs_E, targets_E
+
+
 def piece_lengths(
     objective: RawText, length: int, *, seed: int, number_E: np.ndarray, ids: SpecialIds
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -141,6 +174,11 @@ def piece_lengths(
     if same:
         return np.repeat(inputs_E, len(number_E)), np.repeat(targets_E, len(number_E))
     return inputs_E, targets_E
+
+
+def _by_length(length_E: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """Groups texts by length, as (length, positions in `length_E`)."""
+    return [(length, np.flatnonzero(length_E == length)) for length in np.unique(length_E).tolist()]
 
 
 def _eos_ends(objective: RawText) -> bool:

@@ -208,3 +208,30 @@ Sources = SourceConfig | SourceMixture
 def parts_of(source: Sources) -> tuple[SourceConfig, ...]:
     """Returns the parts of a mixture, or a single source alone."""
     return source.parts if isinstance(source, SourceMixture) else (source,)
+
+
+def other_records(one: Sources, other: Sources, *, same_text: bool) -> str:
+    """Returns why two configs do not read the same records in the same order; "" if they do, by whatever fields.
+
+    >>> text = SourceConfig(name="tsv:a.tsv", inputs=None, targets=None, text="q")
+    >>> pairs = {"inputs": "q", "targets": "a"}
+    >>> other_records(text, SourceConfig(name="tsv:a.tsv", **pairs), same_text=False)
+    ''
+    >>> other_records(text, SourceConfig(name="tsv:b.tsv", **pairs), same_text=False)
+    "name is 'tsv:b.tsv', not 'tsv:a.tsv'"
+
+    Args:
+      same_text: whether the field `text` must be the same too.
+    """
+    if isinstance(one, SourceMixture) and isinstance(other, SourceMixture) and len(one.parts) == len(other.parts):
+        if (one.by, one.curriculum) != (other.by, other.curriculum):
+            return "its parts have other rates"
+        reasons = (other_records(*pair, same_text=same_text) for pair in zip(one.parts, other.parts, strict=True))
+        return next((f"parts[{i}]: {reason}" for i, reason in enumerate(reasons) if reason), "")
+    if isinstance(one, SourceMixture) or isinstance(other, SourceMixture):
+        return "it has other parts"
+    names = ("name", "train_split", "validation_split", "held_out", "strict", "header") + ("text",) * same_text
+    if one.held_out is not None and one.hashed_fields() != other.hashed_fields():
+        return f"held_out divides by {'+'.join(other.hashed_fields())}, not by {'+'.join(one.hashed_fields())}"
+    values = ((name, getattr(other, name), getattr(one, name)) for name in names)
+    return next((f"{name} is {b!r}, not {a!r}" for name, b, a in values if a != b), "")

@@ -120,6 +120,20 @@ def test_objectives_of_t5_and_ul2_by_name(
     assert kind not in ("deshuffling", "prefix_lm", "full_lm") or "⟨0⟩" not in shown
 
 
+def test_a_joint_plan_names_the_other_arms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.txt").write_text("".join(f"one two {n} four five six {n}\n" for n in range(200)))
+    overrides = [
+        f"data.source.name=text:{tmp_path}/{{split}}.txt",
+        *("data.objective.kind=prefix_lm", "data.input_length=64", "data.target_length=64"),
+        *("data.tokenizer.vocab_size=280", "data.tokenizer.sentinels=10"),
+        'data.joint=[{"objective": {"kind": "span_corruption"}, "input_length": 60}]',
+    ]
+    assert main(["data", "show", "pydocs", "--rows", "1", *overrides]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "rows hold only what fits those of span_corruption (60 + 64) too" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
