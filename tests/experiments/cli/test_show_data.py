@@ -126,7 +126,7 @@ def test_a_joint_plan_names_the_other_arms(tmp_path: Path, capsys: pytest.Captur
     overrides = [
         f"data.source.name=text:{tmp_path}/{{split}}.txt",
         *("data.objective.kind=prefix_lm", "data.input_length=64", "data.target_length=64"),
-        *("data.tokenizer.vocab_size=280", "data.tokenizer.sentinels=10"),
+        *("data.tokenizer.vocab_size=292", "data.tokenizer.sentinels=10"),
         'data.joint=[{"objective": {"kind": "span_corruption"}, "input_length": 60}]',
     ]
     assert main(["data", "show", "pydocs", "--rows", "1", *overrides]) == 0
