@@ -23,7 +23,7 @@ help:
 	@echo "make bench      speed, side by side with peers (PyTorch where it is installed)"
 
 demo: $(INSTALLED)
-	$(BIN)/twinstack compare first_light
+	$(BIN)/twinstack run first_light
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m "not slow" --durations=10 --numprocesses auto --maxprocesses 8 --dist worksteal

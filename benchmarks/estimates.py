@@ -14,13 +14,11 @@ from common.data.objectives.config import FullLM
 from common.recipe import Execution
 from common.sharding.shape import MeshShape
 from common.train.config import AdamW, Cosine
-from experiments.config import Arm, Experiment
 from experiments.planning.compiling import PlannedProgram, compile_all
-from experiments.planning.table import estimate_arm
+from experiments.planning.table import estimate_run
+from experiments.run import Run
 from experiments.xl import xl
 from gpt.config import SIZES, GptConfig
-
-ARM = "gpt"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,19 +67,18 @@ def estimates(console: Console) -> Iterator[tuple[str, tuple[float, float]]]:
     """Yields (name, MFU by causal-half FLOPs) of each run; the MFU ranges from no communication overlapped with compute
     to all of it."""
     for name, run in PUBLISHED.items():
-        topology, experiment = parse_topology(run.topology), _experiment(run)
-        (compiled,) = compile_all([PlannedProgram(experiment=experiment, arm=ARM, topology=topology)], console)
-        yield name, estimate_arm(experiment, topology, ARM, compiled).mfu_causal_half
+        topology, planned = parse_topology(run.topology), _planned(run)
+        (compiled,) = compile_all([PlannedProgram(name=name, run=planned, topology=topology)], console)
+        yield name, estimate_run(planned, topology, compiled).mfu_causal_half
 
 
-def _experiment(run: PublishedRun) -> Experiment:
-    """A language model on rows of one text, fully sharded over all devices."""
-    base, devices = xl(), parse_topology(run.topology).devices
+def _planned(run: PublishedRun) -> Run:
+    """Returns a language model on rows of one text, fully sharded over all devices."""
+    base, devices = xl().arms["gpt"], parse_topology(run.topology).devices
     return dataclasses.replace(
         base,
-        name="estimate",
-        varies=(),
-        arms={ARM: Arm(model=run.model, learning_rate=1e-3)},
+        model=run.model,
+        learning_rate=1e-3,
         data=dataclasses.replace(
             base.data, objective=FullLM(), rows=run.rows * devices, input_length=0, target_length=run.length
         ),

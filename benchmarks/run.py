@@ -24,7 +24,7 @@ from benchmarks.generation import ROWS as PROMPTS
 from benchmarks.generation import compare as compare_generation
 from benchmarks.memory import CASES, MemoryCase, PlannedMemory, plan
 from benchmarks.side_by_side import SideBySide, compare
-from benchmarks.train_step import Parts, time_arm, time_loader
+from benchmarks.train_step import Parts, time_loader, time_step
 from common.files import write_json
 from common.progress import rich_bars
 from common.report.units import percent, si
@@ -91,17 +91,18 @@ def _bar(console: Console, title: str, total: int) -> Iterator[Callable[[int], N
 
 
 def _families(console: Console, rounds: int, steps: int) -> dict[str, Any]:
-    experiment = first_light()
-    batch, loading = time_loader(experiment, 10 * rounds)
+    study = first_light()
+    any_arm = next(iter(study.arms.values()))
+    batch, loading = time_loader(any_arm.data, any_arm.model.vocab_size, 10 * rounds)
     arms = {}
-    for name in experiment.arms:
+    for name, run in study.arms.items():
         with _bar(console, f"timing {name}", rounds) as advance:
-            arms[name] = time_arm(experiment, name, batch, rounds, steps, advance)
-    rows, inputs, targets = experiment.row_slots()
+            arms[name] = time_step(run, batch, rounds, steps, advance)
+    rows, inputs, targets = any_arm.row_slots
     caption = (
         f"median [min, max] of {rounds} rounds of {steps} steps; tokens are slots, FLOPs full attention, both padded"
     )
-    table = _table(f"Training step of {experiment.name}: {rows} rows of {inputs} + {targets} slots", arms, caption)
+    table = _table(f"Training step of {study.name}: {rows} rows of {inputs} + {targets} slots", arms, caption)
     _fill(table, list(arms.values()), loading)
     console.print(table, "")
     return {"loader_seconds": dataclasses.asdict(loading), "arms": {k: dataclasses.asdict(v) for k, v in arms.items()}}

@@ -1,4 +1,4 @@
-"""Measures where the time of a training step goes, for any arm of an experiment.
+"""Measures where the time of a training step goes, for any run.
 
 Legend: B rows, Q and K query and key slots, I input slots, T target slots, L = I + T, D model, V vocab.
 """
@@ -21,6 +21,7 @@ from flax import nnx
 
 from benchmarks.decoder import Spread
 from common.data.batch import Batch
+from common.data.config import DataConfig
 from common.data.examples import RecordExamples
 from common.data.loader import Loader
 from common.data.objectives.config import Supervised
@@ -35,8 +36,8 @@ from common.recipe import Execution
 from common.train.programs import Programs, Setup, make_programs
 from common.train.state import TrainState, init_state
 from common.train.step import Numbers, weighted_loss
-from experiments.config import Experiment
 from experiments.families import ModelConfig, family_of
+from experiments.run import Run
 from experiments.running.pipeline import compiled_step, make_setup
 
 Program = Callable[[], Any]
@@ -46,7 +47,7 @@ TEXTS, LONGEST = 4096, 48
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Measurements of one arm's step. Shares are fractions of the step's median time."""
+    """Measurements of one run's step. Shares are fractions of the step's median time."""
 
     parameters: int
     step_seconds: Spread
@@ -61,18 +62,17 @@ class Parts:
     """All layers' branches of one kind, forward and backward, compiled separately: about what they take in the step."""
 
 
-def time_loader(experiment: Experiment, count: int) -> tuple[Batch, Spread]:
-    """A batch of random texts, and the seconds that one thread takes to build a batch, over `count` batches."""
+def time_loader(data: DataConfig, vocab_size: int, count: int) -> tuple[Batch, Spread]:
+    """A batch of random texts with ids below `vocab_size`, and the seconds that one takes, for `count` batches."""
     with tempfile.TemporaryDirectory() as folder:
-        loader = _random_loader(experiment, Path(folder))
+        loader = _random_loader(data, vocab_size, Path(folder))
         batch = loader.batch(0).batch  # makes the plan
         seconds = [_timed(partial(loader.batch, step)) for step in range(1, count + 1)]
     return batch, Spread.of(seconds)
 
 
-def _random_loader(experiment: Experiment, folder: Path) -> Loader:
-    config, rng = experiment.data, np.random.default_rng(0)
-    vocab_size = min(arm.model.vocab_size for arm in experiment.arms.values())
+def _random_loader(config: DataConfig, vocab_size: int, folder: Path) -> Loader:
+    rng = np.random.default_rng(0)
     records = {
         side: TokenStream.of(rng.integers(0, vocab_size, length) for length in rng.integers(4, LONGEST, TEXTS))
         for side in ("inputs", "targets")
@@ -94,27 +94,24 @@ def _random_loader(experiment: Experiment, folder: Path) -> Loader:
     return Loader(examples, plans, rows=config.rows)
 
 
-def time_arm(
-    experiment: Experiment, name: str, host: Batch, rounds: int, steps: int, advance: Callable[[int], None]
-) -> Parts:
+def time_step(run: Run, host: Batch, rounds: int, steps: int, advance: Callable[[int], None]) -> Parts:
     """Times every program `steps` times in each of `rounds` rounds, so that a busy machine slows all equally."""
-    arm = experiment.arms[name]
-    setup = make_setup(experiment, arm)
+    setup = make_setup(run)
     programs = make_programs(setup)
     begun = time.perf_counter()
-    step = compiled_step(experiment, arm)
+    step = compiled_step(run)
     compile_seconds = time.perf_counter() - begun
     with jax.set_mesh(programs.mesh):
         batch = programs.put(host)
         whole = _whole_programs(setup, programs, step, batch)
-        branches = _branches(arm.model, experiment.train.execution, batch)
+        branches = _branches(run.model, run.train.execution, batch)
         timed = _measure(whole | branches, rounds, steps, advance)
         page_faults = _page_faults(whole["step"], rounds * steps)
     median = {name: float(np.median(seconds)) for name, seconds in timed.items()}
     spread = Spread.of(timed["step"])
     rows, inputs, targets = setup.row_slots
     return Parts(
-        parameters=arm.model.param_count(),
+        parameters=run.model.param_count(),
         step_seconds=spread,
         page_faults=page_faults,
         slots_per_second=spread.over(rows * (inputs + targets)),

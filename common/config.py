@@ -32,7 +32,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import pydantic
@@ -143,6 +143,21 @@ def difference(old: Any, new: Any) -> list[Change]:
     before, after = dict(_leaves(old)), dict(_leaves(new))
     pairs = {path: (before.get(path, ABSENT), after.get(path, ABSENT)) for path in {**before, **after}}
     return [Change(path, a, b) for path, (a, b) in pairs.items() if a != b]
+
+
+def dotted_fields(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the fields of nested mappings by dotted path; lists and empty mappings are values.
+
+    >>> dotted_fields({"model": {"d_ff": 8, "axes": [1, 2]}, "seed": 0})
+    {'model.d_ff': 8, 'model.axes': [1, 2], 'seed': 0}
+    """
+    fields: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            fields |= dotted_fields(value, f"{prefix}{key}.")
+        else:
+            fields[f"{prefix}{key}"] = value
+    return fields
 
 
 def _leaves(data: Any, path: str = "") -> Iterator[tuple[str, str]]:

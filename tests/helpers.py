@@ -22,8 +22,7 @@ from common.data.tokenized.token_store import TokenStream
 from common.model import skeleton
 from common.recipe import GPT2, T5_V1_0, T5_V1_1, Execution, Recipe
 from common.sharding.shape import MeshShape
-from experiments.config import ModelConfig
-from experiments.families import builder
+from experiments.families import ModelConfig, builder
 from gpt.config import GptConfig
 from t5like.config import RUNGS, T5LikeConfig
 

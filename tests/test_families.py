@@ -25,8 +25,7 @@ from common.train.config import AdamW
 from common.train.optimizer import make_optimizer
 from common.train.state import TrainState
 from common.train.step import make_train_step
-from experiments.config import ModelConfig
-from experiments.families import builder
+from experiments.families import ModelConfig, builder
 from tests.helpers import (
     BIAS,
     F32,

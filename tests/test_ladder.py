@@ -18,8 +18,7 @@ from common.errors import UserError
 from common.model import skeleton
 from common.nn.loss import cross_entropy
 from common.recipe import Execution, Recipe
-from experiments.config import ModelConfig
-from experiments.families import builder
+from experiments.families import ModelConfig, builder
 from experiments.models.weight_maps import gpt_from_relaxed, relaxed_from_gpt
 from t5like.config import RUNGS, T5LikeConfig
 from tests.helpers import (

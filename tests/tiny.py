@@ -22,8 +22,7 @@ from common.train.config import AdamW, Budget, Cosine, TrainConfig
 from common.train.programs import Setup
 from common.train.step import Guard, Numbers
 from common.train.task import Stream, Task
-from experiments.config import ModelConfig
-from experiments.families import builder
+from experiments.families import ModelConfig, builder
 from gpt.config import GptConfig
 from t5like.config import T5LikeConfig
 from tests.helpers import F32, VOCAB

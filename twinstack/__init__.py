@@ -62,9 +62,11 @@ if TYPE_CHECKING:
         Resize,
         TrainConfig,
     )
-    from experiments.config import Evaluation, MultiTurn
     from experiments.families import GPT, T5LIKE
     from experiments.models.loading import load
+    from experiments.run import After, Evaluation, MultiTurn, Run
+    from experiments.running.in_python import results, run
+    from experiments.study import Parity, Search, Study
 
 MODULES = {
     "common.compute.length_sums": "LengthSums",
@@ -85,9 +87,11 @@ MODULES = {
         "WSD Adafactor AdamW Anomalies Budget Constant Cosine Fresh InitFrom InverseSqrt Linear Rename Resize "
         "TrainConfig"
     ),
-    "experiments.config": "Evaluation MultiTurn",
     "experiments.families": "GPT T5LIKE",
     "experiments.models.loading": "load",
+    "experiments.run": "After Evaluation MultiTurn Run",
+    "experiments.running.in_python": "results run",
+    "experiments.study": "Parity Search Study",
 }
 """The modules that define the public names, with those names."""
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def expected_best(losses_T: Sequence[float]) -> np.ndarray:
+def expected_best(losses_T: Sequence[float] | np.ndarray) -> np.ndarray:
     """Expected lowest loss of the best of k trials, for k = 1 .. T, float64 [T].
 
     The mean over all subsets of k of the trials (without replacement), so unbiased for the distribution that they are
@@ -45,5 +45,6 @@ def efforts_that_reverse(first_T: Sequence[float], second_T: Sequence[float]) ->
     """
     if len(first_T) != len(second_T):
         raise ValueError(f"{len(first_T)} and {len(second_T)} trials: compare arms with as many each")
-    difference_K = expected_best(first_T) - expected_best(second_T)
+    with np.errstate(invalid="ignore"):  # where both are infinite, neither is worse
+        difference_K = expected_best(first_T) - expected_best(second_T)
     return tuple(int(k) + 1 for k in np.flatnonzero(difference_K * difference_K[-1] < 0))

@@ -35,6 +35,8 @@ class Claim:
     first: ComparedArm
     second: ComparedArm
     compared: SeedComparison
+    crossed: Interval | None = None
+    """The difference for other seeds and other examples, where it is one of scores on the same examples."""
     differs: Sequence[str] = ()
     """What the certificate found to differ between the arms against the study's claim; empty where it agrees."""
 
@@ -57,27 +59,29 @@ def decide(claims: Sequence[Claim]) -> tuple[Resolution, ...]:
     """Decides all claims of one report together, in their order.
 
     A difference is resolved where at least three seeds are paired; both the t and the bootstrap-t interval over seeds
-    exclude 0; the paired t test holds after Holm's correction for all claims; both arms were tuned by the same search
-    with as many trials and neither's best trial lies at its edge; and the certificate found nothing that differs
-    against what the study claims.
+    exclude 0, and so does that over seeds and examples where there is one; the paired t test holds after Holm's
+    correction for all claims; both arms were tuned by the same search with as many trials and neither's best trial lies
+    at its edge; and the certificate found nothing that differs against what the study claims.
     """
     corrected = holm([claim.compared.p_value for claim in claims])
     return tuple(
-        Resolution(p_value=p_value, reasons=(*_spread(claim.compared, p_value, len(claims)), *_fairness(claim)))
+        Resolution(p_value=p_value, reasons=(*_spread(claim, p_value, len(claims)), *_fairness(claim)))
         for claim, p_value in zip(claims, corrected, strict=True)
     )
 
 
-def _spread(compared: SeedComparison, p_value: float, claims: int) -> list[str]:
-    """Returns what the spread over seeds has against the difference."""
-    count = len(compared.seeds)
+def _spread(claim: Claim, p_value: float, claims: int) -> list[str]:
+    """Returns what the spread over seeds, and over examples, has against the difference."""
+    compared, count = claim.compared, len(claim.compared.seeds)
     if count < FEWEST_SEEDS:
-        return [f"{count} paired seed{'s' * (count > 1)}: at least {FEWEST_SEEDS} are needed"]
+        return [f"{count} paired seed{'s' * (count > 1)}, at least {FEWEST_SEEDS} are needed"]
     found = [
         f"the {name} interval over {count} seeds contains 0"
         for name, interval in (("t", compared.difference), ("bootstrap-t", compared.bootstrap))
         if _contains_zero(interval)
     ]
+    if claim.crossed is not None and _contains_zero(claim.crossed):
+        found.append(f"the interval over {count} seeds and the examples contains 0")
     if not found and p_value >= 1 - CONFIDENCE:
         found.append(f"p = {p_value:.2g} after correction for {claims} comparisons")
     return found
@@ -94,7 +98,7 @@ def _fairness(claim: Claim) -> list[str]:
         if arm.tuning is None:
             found.append(f"{arm.name} was not tuned")
         elif arm.tuning.at_edge:
-            found.append(f"{arm.name}'s best trial lies at the edge of its search: extend it")
+            found.append(f"{arm.name}'s best trial lies at the edge of its search, which must be extended")
     first, second = claim.first.tuning, claim.second.tuning
     if first is not None and second is not None:
         if first.space != second.space:

@@ -6,6 +6,7 @@ Configs are checked when they are made, so a wrong value is one clear line befor
 import dataclasses
 from typing import Annotated, Literal
 
+from common.compute.length_sums import LengthSums
 from common.data.objectives.config import (
     UL2,
     UL2R,
@@ -138,6 +139,11 @@ class DataConfig:
     joint: tuple[Reading, ...] = ()
     """How the other arms of a study read the source. Rows are then planned for all arms, so that each arm reads the
     same source examples in the same rows and steps. Every arm names the others; it may name itself too."""
+
+    @property
+    def length_sums(self) -> LengthSums:
+        """The length sums of a padded batch."""
+        return LengthSums.of_rows(self.rows, self.input_length, self.target_length)
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -1,21 +1,17 @@
-"""Draws a report's plots as inline SVG with matplotlib; the same data give the same bytes.
-
-Colours are CSS variables that the page defines, so one drawing serves light and dark pages. Text stays text
-(`svg.fonttype: none`), in the page's font. Labels are drawn without math parsing: names from data may contain "$".
+"""Draws the plots of a report that shows one run of each arm.
 
 Legend: P points.
 """
 
-import io
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from common.evals.measure import TextScore
+from common.report.drawing import FAINT, GROUND, colour, draw_value, marker, svg
 from common.report.results import ArmResult
-from common.report.run_files import ArmRun
+from common.report.run_files import FinishedRun, MetricsRow
 from common.report.tables import find_score, group_rows
 from common.report.units import scientific, si
 
@@ -24,92 +20,83 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MARKERS = "osD^vP"
 MAX_POINTS = 800
 """Most points of a curve."""
-
-# Placeholders that matplotlib accepts as colours; `_svg` replaces them by CSS variables.
-_ARM_COLOURS = [f"#0a0b{i:02x}" for i in range(len(MARKERS))]
-_INK, _FAINT, _GROUND = "#0a0c01", "#0a0c02", "#0a0c03"
-_VARIABLES = {colour: f"var(--arm-{i})" for i, colour in enumerate(_ARM_COLOURS)} | {
-    _INK: "var(--soft)",
-    _FAINT: "var(--line)",
-    _GROUND: "var(--card)",
-}
-_STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9.5,
-    "text.parse_math": False,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _FAINT,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": _FAINT,
-    "grid.linewidth": 0.6,
-    "xtick.color": _FAINT,
-    "ytick.color": _FAINT,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
-}
-
 LOSS_AXES = ("tokens", "FLOPs", "seconds")
 
 
-def loss_plot(arms: Sequence[ArmRun], axis: str) -> "Markup":
+def loss_plot(runs: Sequence[FinishedRun], axis: str) -> "Markup":
     """Draws training loss (smoothed, with faint raw values) and validation loss against one of `LOSS_AXES`.
 
     The loss axis is logarithmic, because the last tenth of the fall matters most. Non-finite losses are not drawn.
     """
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-
     assert axis in LOSS_AXES, axis
 
     def draw(figure: "Figure") -> None:
         axes = figure.add_subplot()
-        axes.set_yscale("log")
-        for i, arm in enumerate(arms):
-            _draw_loss(axes, arm, axis, _ARM_COLOURS[i % len(MARKERS)], MARKERS[i % len(MARKERS)])
-        show: Callable[[float], str] = (lambda x: scientific(x, 2)) if axis == "FLOPs" else si
-        axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: show(x)))
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.minorticks_off()
-        axes.set_xlabel(f"training {axis}" if axis != "seconds" else "seconds of training")
+        for i, run in enumerate(runs):
+            _draw_loss(axes, run, axis, i)
+        set_loss_axes(axes, axis)
 
-    return _svg(f"loss against {axis}", (3.7, 3.0), draw)
+    return svg(f"loss against {axis}", (3.7, 3.0), draw)
 
 
-def _draw_loss(axes: "Axes", arm: ArmRun, axis: str, colour: str, marker: str) -> None:
-    seconds = {row.step: row.seconds for row in arm.timings}
-    x_of = {
-        "tokens": lambda row: row.tokens,
-        "FLOPs": lambda row: row.flops,
-        "seconds": lambda row: seconds.get(row.step, np.nan),
-    }[axis]
-    x_P = np.array([x_of(row) for row in arm.metrics], float)
-    loss_P = np.array([row.loss for row in arm.metrics], float)
+def set_loss_axes(axes: "Axes", axis: str) -> None:
+    """Sets scales, ticks and labels of a plot of losses against one of `LOSS_AXES`."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    show: Callable[[float], str] = (lambda x: scientific(x, 2)) if axis == "FLOPs" else si
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: show(x)))
+    set_log_losses(axes)
+    axes.set_xlabel(f"training {axis}" if axis != "seconds" else "seconds of training")
+
+
+def set_log_losses(axes: "Axes") -> None:
+    """Makes the y axis logarithmic, with plain numbers; an empty plot stays as it is."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    if not np.isfinite(axes.dataLim.minposy):
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.minorticks_off()
+
+
+def _draw_loss(axes: "Axes", run: FinishedRun, axis: str, arm: int) -> None:
+    x_of = place_of(run, axis)
+    x_P = np.array([x_of(row) for row in run.metrics], float)
+    loss_P = np.array([row.loss for row in run.metrics], float)
     kept = np.isfinite(x_P) & np.isfinite(loss_P) & (loss_P > 0)
     x_P, loss_P = x_P[kept], loss_P[kept]
     if len(x_P):
         thin = np.unique(np.linspace(0, len(x_P) - 1, MAX_POINTS).round().astype(int))
-        axes.plot(x_P[thin], loss_P[thin], color=colour, linewidth=0.8, alpha=0.25)
-        axes.plot(x_P[thin], smooth(loss_P)[thin], color=colour, linewidth=1.6)
-    validated = [(x_of(row), row.validation_loss) for row in arm.metrics if row.validation_loss]
+        axes.plot(x_P[thin], loss_P[thin], color=colour(arm), linewidth=0.8, alpha=0.25)
+        axes.plot(x_P[thin], smooth(loss_P)[thin], color=colour(arm), linewidth=1.6)
+    validated = [(x_of(row), row.validation_loss) for row in run.metrics if row.validation_loss]
     points = [(x, y) for x, y in validated if np.isfinite(x) and np.isfinite(y) and y > 0]
     if points:
         axes.plot(
-            *zip(*points, strict=True), marker, color=colour, markersize=6, markeredgecolor=_GROUND, markeredgewidth=1
+            *zip(*points, strict=True),
+            marker(arm),
+            color=colour(arm),
+            markersize=6,
+            markeredgecolor=GROUND,
+            markeredgewidth=1,
         )
+
+
+def place_of(run: FinishedRun, axis: str) -> Callable[[MetricsRow], float]:
+    """Returns where a step of a run lies on one of `LOSS_AXES`."""
+    seconds = {row.step: row.seconds for row in run.timings}
+    places: dict[str, Callable[[MetricsRow], float]] = {
+        "tokens": lambda row: row.tokens,
+        "FLOPs": lambda row: row.flops,
+        "seconds": lambda row: seconds.get(row.step, np.nan),
+    }
+    return places[axis]
 
 
 def smoothing_window(points: int) -> int:
@@ -142,17 +129,17 @@ def groups_plot(results: Sequence[ArmResult], split: str) -> "Markup":
         axes = figure.add_subplot()
         for i in range(len(results)):
             shift = (i - (len(results) - 1) / 2) * min(0.26, 0.7 / len(results))
-            _draw_scores(axes, [row[i] for row in scores], shift, _ARM_COLOURS[i % len(MARKERS)], MARKERS[i % 6])
+            _draw_scores(axes, [row[i] for row in scores], shift, i)
         axes.set_yticks(range(len(names)), labels, parse_math=False)
         axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.axhline(0.5, color=_FAINT, linewidth=0.8)
+        axes.axhline(0.5, color=FAINT, linewidth=0.8)
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.set_xlim(right=100.5)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g} %"))
 
-    return _svg(f"exact match, {split}", (10.4, 0.75 + 0.36 * len(names)), draw)
+    return svg(f"exact match, {split}", (10.4, 0.75 + 0.36 * len(names)), draw)
 
 
 def arms_plot(results: Sequence[ArmResult]) -> "Markup":
@@ -175,7 +162,7 @@ def arms_plot(results: Sequence[ArmResult]) -> "Markup":
         for axes, (title, values, show) in zip(all_axes, columns, strict=True):
             for i, value in enumerate(values):
                 if value:
-                    _draw_value(axes, i, value, _ARM_COLOURS[i % len(MARKERS)], MARKERS[i % len(MARKERS)])
+                    draw_value(axes, i, value, i)
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _, show=show: show(x)))
             axes.set_title(title, fontsize=9.5, loc="left")
             axes.margins(x=0.12)
@@ -186,14 +173,7 @@ def arms_plot(results: Sequence[ArmResult]) -> "Markup":
         all_axes[0].set_yticks(range(len(results)), [r.arm for r in results], parse_math=False)
         all_axes[0].set_ylim(len(results) - 0.5, -0.5)
 
-    return _svg("arm by arm", (10.4, 0.9 + 0.42 * len(results)), draw)
-
-
-def _draw_value(axes: "Axes", y: float, value: tuple[float, float, float], colour: str, marker: str) -> None:
-    """Draws a point with its interval from (value, low, high)."""
-    middle, low, high = value
-    axes.plot([low, high], [y, y], color=colour, linewidth=1.6, solid_capstyle="round")
-    axes.plot([middle], [y], marker, color=colour, markersize=7, markeredgecolor=_GROUND, markeredgewidth=1)
+    return svg("arm by arm", (10.4, 0.9 + 0.42 * len(results)), draw)
 
 
 def turns_plot(results: Sequence[ArmResult]) -> "Markup":
@@ -205,61 +185,24 @@ def turns_plot(results: Sequence[ArmResult]) -> "Markup":
     def draw(figure: "Figure") -> None:
         axes = figure.add_subplot()
         for i, result in enumerate(results):
-            colour, marker = _ARM_COLOURS[i % len(MARKERS)], MARKERS[i % len(MARKERS)]
-            style: dict[str, Any] = {"color": colour, "markersize": 5, "markeredgecolor": _GROUND, "linewidth": 1.6}
+            style: dict[str, Any] = {"color": colour(i), "markersize": 5, "markeredgecolor": GROUND, "linewidth": 1.6}
             history = [turn.history_tokens for turn in result.multi_turn]
-            axes.plot(history, [turn.read_again_seconds for turn in result.multi_turn], f"{marker}-", **style)
+            axes.plot(history, [turn.read_again_seconds for turn in result.multi_turn], f"{marker(i)}-", **style)
             new = [turn.read_new_seconds for turn in result.multi_turn if turn.read_new_seconds is not None]
             if len(new) == len(history):
-                axes.plot(history, new, f"{marker}--", **style)
+                axes.plot(history, new, f"{marker(i)}--", **style)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("tokens of the conversation so far")
         axes.set_ylabel("seconds to read a turn")
 
-    return _svg("cost of a turn", (10.4, 3.4), draw)
+    return svg("cost of a turn", (10.4, 3.4), draw)
 
 
-def _draw_scores(axes: "Axes", scores: Sequence[TextScore | None], shift: float, colour: str, marker: str) -> None:
+def _draw_scores(axes: "Axes", scores: Sequence[TextScore | None], shift: float, arm: int) -> None:
     known = [(y + shift, score.exact_match) for y, score in enumerate(scores) if score]
     for y, match in known:
-        _draw_value(axes, y, (100 * match.value, 100 * match.low, 100 * match.high), colour, marker)
+        draw_value(axes, y, (100 * match.value, 100 * match.low, 100 * match.high), arm)
 
 
 def _example_counts(scores: Sequence[TextScore | None]) -> str:
     return " / ".join(dict.fromkeys(f"{score.examples:,}" for score in scores if score))
-
-
-def _svg(name: str, size: tuple[float, float], draw: Callable[["Figure"], Any]) -> "Markup":
-    """Returns what `draw` draws on a figure of `size` inches, as an <svg> element with ids unique in a page."""
-    import matplotlib
-    from markupsafe import Markup, escape
-    from matplotlib.figure import Figure
-
-    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a user's matplotlibrc must not change the bytes
-        settings: Any = matplotlib.rcParams  # typed by a Literal of its 300 keys
-        settings.update({**_STYLE, "svg.hashsalt": name})
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata=no_metadata)
-    svg = out.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<style.*?</style>", "", svg, count=1, flags=re.DOTALL)  # would apply to the whole page
-    svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)  # numbered ids that nothing refers to
-    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)  # use the page's font
-    svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', f'role="img" aria-label="{escape(name)}"', svg, count=1)
-    for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, variable)
-    return Markup(svg)
-
-
-def standalone(svg: "Markup", palette: Mapping[str, str], font: str) -> str:
-    """Returns a drawing as a separate SVG file; `palette` gives the values of the page's CSS variables."""
-    text = str(svg)
-    for name, colour in palette.items():
-        text = text.replace(f"var({name})", colour)
-    ground = f'<rect width="100%" height="100%" fill="{palette["--card"]}"/>'
-    head, rest = text.split(">", 1)
-    return f'<?xml version="1.0" encoding="utf-8"?>\n{head} font-family="{font}">{ground}{rest}\n'

@@ -1,15 +1,17 @@
-"""Reads a comparison's run directory. A missing or broken file raises an error that names it."""
+"""Reads a study's directory. A missing or broken file raises an error that names it."""
 
 import dataclasses
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from common.compute.ledger import FLOPS_TOLERANCE
 from common.errors import UserError
 from common.files import plain_name
 from common.json_text import parse_json
 from common.report.results import ArmResult
-from common.train.run_files import ExperimentFiles, RunFiles
+from common.train.run_files import RunFiles, StudyFiles
 from common.train.schema import check_schema
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ class MetricsRow:
     tokens: int
     flops: float
     fingerprint: str
+    source_fingerprint: str | None = None
+    """Chained over the source examples, whatever the objective makes of them; None where the run recorded none."""
     validation_loss: float | None = None
 
 
@@ -52,10 +56,64 @@ class ScoredSample:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ArmRun:
-    """Everything that a report shows of one arm."""
+class ParityClaim:
+    """What a study claims to hold equal within each group of compared runs; fields as in the study's config."""
+
+    over: tuple[str, ...] = ("arm",)
+    """Runs that are equal in all other labels form a group; `arm` stands for all labels but the seed."""
+    data: Literal["batches", "prefix", "source", "any"] = "batches"
+    steps: bool = True
+    flops_within: float | None = FLOPS_TOLERANCE
+    apart: tuple[str, ...] = ()
+    """Patterns of the config fields that may differ."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The learning rate that a study's search chose for an arm."""
+
+    rate: float
+    at_edge: bool
+    """Whether it is the lowest or the highest that was tried."""
+    trials: int
+    """How many rates were tried."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ListedRun:
+    """A run of a study, as `runs.json` lists it."""
 
     name: str
+    arm: str
+    seed: int
+    identity: str
+    folder: str
+    """Its run directory, relative to the study's."""
+    labels: dict[str, str | int | float]
+    """The arm's labels, with `arm`, `seed` and `learning_rate`."""
+    compared: bool
+    """Whether arms are compared by it; False for a trial at a rate that the search did not choose."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunList:
+    """The contents of `runs.json`."""
+
+    runs: tuple[ListedRun, ...]
+    """In the study's order."""
+    chosen: dict[str, Choice] = dataclasses.field(default_factory=dict)
+    """By arm; empty without a search, or before the arm's trials are done."""
+    complete: bool
+    """Whether no run will be added, however the listed ones end."""
+    overrides: tuple[str, ...] = ()
+    """The command line's, which the study's config contains."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinishedRun:
+    """Everything that a report shows of one run."""
+
+    listed: ListedRun
     result: ArmResult
     config: Mapping[str, Any]
     environment: Mapping[str, Any]
@@ -63,56 +121,156 @@ class ArmRun:
     timings: tuple[TimingRow, ...]
     samples: tuple[ScoredSample, ...]
 
+    @property
+    def name(self) -> str:
+        return self.listed.name
+
+    @property
+    def arm(self) -> str:
+        return self.listed.arm
+
+    @property
+    def seed(self) -> int:
+        return self.listed.seed
+
+    @property
+    def rate(self) -> float:
+        return float(self.listed.labels["learning_rate"])
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ComparisonRun:
-    """A comparison's run directory; arms are in the experiment's order."""
+class StudyRuns:
+    """A study's directory; runs are in the study's order."""
 
-    experiment: Mapping[str, Any]
-    arms: tuple[ArmRun, ...]
-    """The arms that have a result."""
-    unfinished: tuple[str, ...] = ()
-    """Names of the arms that have none."""
+    study: Mapping[str, Any]
+    """The study's config: question, search and so on."""
+    parity: tuple[ParityClaim, ...]
+    listed: RunList
+    runs: tuple[FinishedRun, ...]
+    """The runs that have a result."""
+
+    @property
+    def unfinished(self) -> tuple[str, ...]:
+        """Names of the runs that have no result."""
+        done = {run.name for run in self.runs}
+        return tuple(run.name for run in self.listed.runs if run.name not in done)
+
+    @property
+    def compared(self) -> tuple[FinishedRun, ...]:
+        """The runs by which arms are compared, without the trials of a search.
+
+        While an arm's search goes on, those at its best rate so far.
+        """
+        compared = [run for run in self.runs if run.listed.compared]
+        if not self.study.get("search"):
+            return tuple(compared)
+        rates = {arm: _best_rate([r for r in compared if r.arm == arm]) for arm in {run.arm for run in compared}}
+        rates |= {arm: choice.rate for arm, choice in self.listed.chosen.items()}
+        return tuple(run for run in compared if run.rate == rates[run.arm])
+
+    @property
+    def by_title(self) -> dict[str, FinishedRun]:
+        """The compared runs by the name they are shown under: the arm's if each arm has one run, else the run's."""
+        arms = [run.arm for run in self.compared]
+        return {run.arm if len(set(arms)) == len(arms) else run.name: run for run in self.compared}
+
+    @property
+    def first_seed(self) -> tuple[FinishedRun, ...]:
+        """One compared run of each arm, that of the lowest seed."""
+        by_arm: dict[str, FinishedRun] = {}
+        for run in self.compared:
+            if run.arm not in by_arm or run.seed < by_arm[run.arm].seed:
+                by_arm[run.arm] = run
+        return tuple(by_arm.values())
+
+    @property
+    def seeds(self) -> int:
+        """The most seeds of compared runs that an arm has."""
+        arms = [run.arm for run in self.compared]
+        return max((arms.count(arm) for arm in set(arms)), default=0)
 
     @property
     def results(self) -> tuple[ArmResult, ...]:
-        return tuple(arm.result for arm in self.arms)
+        """The results of `first_seed`."""
+        return tuple(run.result for run in self.first_seed)
 
 
-def read_run(run_dir: Path) -> ComparisonRun:
-    """Reads RUN/experiment.json and the folder of each arm with a result; the keys of its "arms" name the folders.
+def _best_rate(runs: Sequence[FinishedRun]) -> float:
+    losses: dict[float, list[float]] = {}
+    for run in runs:
+        losses.setdefault(run.rate, []).append(run.result.validation_loss)
+    return min(losses, key=lambda rate: sum(losses[rate]) / len(losses[rate]))
 
-    Raises `UserError` naming the file, and the line if it has lines, if one is missing, unreadable or malformed.
+
+def read_study(folder: Path) -> StudyRuns:
+    """Reads a study's directory and every run in it that has a result; also reads what earlier versions wrote.
+
+    Raises UserError naming the file, and the line if it has lines, if one is missing, unreadable or malformed, and if
+    no run has a result.
     """
-    path = run_dir / ExperimentFiles.EXPERIMENT
-    experiment = _read_versioned(path)
-    arms = experiment.get("arms")
-    if not isinstance(arms, dict) or not arms:
-        raise UserError(f'{path}: has no "arms"; run the comparison again in a fresh run directory')
-    for name in arms:
-        plain_name(name, f"{path}: arms")
-    done = [name for name in arms if (run_dir / name / RunFiles.RESULT).exists()]
+    path = folder / StudyFiles.STUDY
+    if not path.exists() and (folder / StudyFiles.EARLIER).exists():
+        path = folder / StudyFiles.EARLIER
+        study, listed = _read_earlier(path)
+    else:
+        study, listed = _read_versioned(path), _read_list(folder / StudyFiles.RUNS)
+    done = [run for run in listed.runs if (folder / run.folder / RunFiles.RESULT).exists()]
     if not done:
-        raise UserError(f"{run_dir} has no finished arm: repeat the run's command, which resumes it")
-    return ComparisonRun(
-        experiment=experiment,
-        arms=tuple(_read_arm(run_dir / name) for name in done),
-        unfinished=tuple(name for name in arms if name not in done),
-    )
+        raise UserError(f"{folder} has no finished run: repeat the study's command, which resumes it")
+    runs = tuple(_read_finished(folder, run) for run in done)
+    return StudyRuns(study=study, parity=_read_parity(study, path), listed=listed, runs=runs)
 
 
-def _read_arm(arm_dir: Path) -> ArmRun:
+def _read_parity(study: Mapping[str, Any], path: Path) -> tuple[ParityClaim, ...]:
     from pydantic import TypeAdapter
 
-    result = arm_dir / RunFiles.RESULT
-    return ArmRun(
-        name=arm_dir.name,
+    claims = json.dumps(study.get("parity", [{}]))
+    return _parse(TypeAdapter(tuple[ParityClaim, ...]), claims, path, " parity")
+
+
+def _read_list(path: Path) -> RunList:
+    from pydantic import TypeAdapter
+
+    found = _read_versioned(path)
+    found.pop("schema_version", None)
+    return _parse(TypeAdapter(RunList), json.dumps(found), path)
+
+
+def _read_earlier(path: Path) -> tuple[dict[str, Any], RunList]:
+    """Reads what a version before studies wrote: each arm was one run, in the folder of its name."""
+    experiment = _read_versioned(path)
+    arms = experiment.pop("arms", None)
+    if not isinstance(arms, dict) or not arms:
+        raise UserError(f'{path}: has no "arms"; run the study again in a fresh directory')
+    runs = [
+        ListedRun(
+            name=plain_name(name, f"{path}: arms"),
+            arm=name,
+            seed=0,
+            identity="",
+            folder=name,
+            labels={"arm": name, "seed": 0, "learning_rate": arm.get("learning_rate", 0.0)},
+            compared=True,
+        )
+        for name, arm in arms.items()
+    ]
+    study = {**experiment, "parity": [{"apart": experiment.pop("varies", [])}]}
+    return study, RunList(runs=tuple(runs), complete=True)
+
+
+def _read_finished(folder: Path, listed: ListedRun) -> FinishedRun:
+    from pydantic import TypeAdapter
+
+    run_dir = folder / listed.folder
+    result = run_dir / RunFiles.RESULT
+    return FinishedRun(
+        listed=listed,
         result=_parse(TypeAdapter(ArmResult), _read_text(result), result),
-        config=_read_versioned(arm_dir / RunFiles.CONFIG),
-        environment=_read_object(arm_dir / RunFiles.ENVIRONMENT),
-        metrics=_read_lines(MetricsRow, arm_dir / RunFiles.METRICS),
-        timings=_read_lines(TimingRow, arm_dir / RunFiles.TIMINGS),
-        samples=_read_lines(ScoredSample, arm_dir / RunFiles.SAMPLES),
+        config=_read_versioned(run_dir / RunFiles.CONFIG),
+        environment=_read_object(run_dir / RunFiles.ENVIRONMENT),
+        metrics=_read_lines(MetricsRow, run_dir / RunFiles.METRICS),
+        timings=_read_lines(TimingRow, run_dir / RunFiles.TIMINGS),
+        samples=_read_lines(ScoredSample, run_dir / RunFiles.SAMPLES),
     )
 
 
@@ -126,7 +284,7 @@ def _read_text(path: Path) -> str:
 
 
 def _remedy(path: Path) -> str:
-    what = "it" if path.name == ExperimentFiles.EXPERIMENT else f"the folder {path.parent}"
+    what = "it" if path.name in (StudyFiles.STUDY, StudyFiles.RUNS, StudyFiles.EARLIER) else f"the folder {path.parent}"
     return f"delete {what} and repeat the run's command"
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from common.report.verdicts import PairedExample
+from common.report.examples import PairedExample
 
 if TYPE_CHECKING:
     from markupsafe import Markup

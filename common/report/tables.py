@@ -107,13 +107,15 @@ def certificate_panel(certificate: Certificate) -> "Panel":
     answers = {True: ("agree", "green"), False: ("DIFFERS", "bold red"), None: ("unchecked", "yellow")}
     checks = Table.grid(padding=(0, 2))
     for check in certificate.checks:
-        checks.add_row(_plain_text(*answers[check.agrees]), _plain_text(check.name), _plain_text(check.detail, "dim"))
+        checks.add_row(plain_text(*answers[check.agrees]), plain_text(check.name), plain_text(check.detail, "dim"))
     style = answers[certificate.agrees][1]
-    headline = _plain_text(certificate.headline, style)
-    return Panel(Group(headline, checks), title=Text("Parity certificate"), border_style=style, expand=False)
+    headline = plain_text(certificate.headline, style)
+    notes = [plain_text(sentence, "dim") for sentence in certificate.unclaimed]
+    return Panel(Group(headline, checks, *notes), title=Text("Parity certificate"), border_style=style, expand=False)
 
 
-def _plain_text(text: str, style: str = "") -> "Text":
+def plain_text(text: str, style: str = "") -> "Text":
+    """Returns a text that may come from data for the terminal: no markup, no control characters."""
     from rich.text import Text
 
     return Text(harmless(text), style)
@@ -127,10 +129,10 @@ def _table(title: str, arms: Sequence[str], rows: Sequence[TableRow], caption: s
     table = Table(title=Text(title, "bold"), caption=Text(caption), box=box.SIMPLE_HEAD)
     table.add_column("")
     for arm in arms:
-        table.add_column(_plain_text(arm), justify="right")
+        table.add_column(plain_text(arm), justify="right")
     table.add_column("", style="dim")
     for row in rows:
-        table.add_row(_plain_text(row.label), *map(_plain_text, row.values), _plain_text(row.note))
+        table.add_row(plain_text(row.label), *map(plain_text, row.values), plain_text(row.note))
     return table
 
 

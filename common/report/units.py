@@ -46,6 +46,14 @@ def percent_interval(share: Interval) -> str:
     return f"{percent(share.value)} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
 
 
+def p_text(p_value: float) -> str:
+    """
+    >>> p_text(0.0213), p_text(1e-6)
+    ('p = 0.021', 'p < 0.0001')
+    """
+    return "p < 0.0001" if p_value < 1e-4 else f"p = {p_value:.2g}"
+
+
 def fill(result: ArmResult) -> str:
     """Formats the fill of input slots, if rows have any, and of target slots."""
     inputs = "no slots" if result.input_fill is None else percent(result.input_fill)

@@ -8,9 +8,14 @@ from typing import Literal
 
 import numpy as np
 
+from common.errors import UserError
 from common.train.config import Anomalies
 
 Verdict = Literal["stop", "skip", "roll_back"]
+
+
+class Diverged(UserError):
+    """The run was stopped because a step's loss or gradient is not finite, or its loss is a spike."""
 
 
 def spike_limit(losses: Sequence[float], deviations: float) -> float:

@@ -127,11 +127,11 @@ Optimizer = AdamW | Adafactor
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How long to train; every arm of a comparison trains for the same number of steps."""
+    """How long to train. Arms that a study claims to train for equal steps all take those of the most expensive arm."""
 
     unit: Literal["steps", "tokens", "flops"]
-    """`tokens` are input and target slots, as in batch size x length; `flops` are the training FLOPs of the most
-    expensive arm (full attention, padding included)."""
+    """`tokens` are input and target slots, as in batch size x length; `flops` are training FLOPs (full attention,
+    padding included)."""
     amount: Annotated[float, Range(0, 1e30, "(]")]
 
     def __post_init__(self) -> None:
@@ -272,13 +272,13 @@ def only_how(path: str) -> bool:
 
 
 def only_watches(path: str) -> bool:
-    """Returns whether no result depends on the field at a dotted path of a resolved config: prose, validation, saves.
+    """Returns whether no result depends on the field at a dotted path of a resolved config: prose, evaluation, saves.
 
-    >>> [only_watches(path) for path in ("train.validate_every", "train.patience.stall_seconds", "train.seed")]
-    [True, True, False]
+    >>> [only_watches(path) for path in ("train.validate_every", "evaluation.examples", "labels.width", "train.seed")]
+    [True, True, True, False]
     """
-    fields = ("about", "train.validate_every", "train.checkpoint_every", "train.keep_last")
-    return path in fields or path.startswith("train.patience.")
+    fields = ("about", "after.arm", "after.run", "train.validate_every", "train.checkpoint_every", "train.keep_last")
+    return path in fields or path.startswith(("labels", "evaluation", "train.patience."))
 
 
 def decides_result(path: str) -> bool:

@@ -23,7 +23,7 @@ from common.train.preemption import Preempted, Preemption
 from common.train.profile import Profile
 from common.train.programs import check_rows, lower_step, make_programs
 from common.train.recorder import Pending, Recorder, Rollback
-from common.train.run import Run, Start, check_same, check_validation, claim, note_launch, restore_or_begin
+from common.train.run import Launch, Start, check_same, check_validation, claim, note_launch, restore_or_begin
 from common.train.run_files import RunFiles
 from common.train.saving import Saving
 from common.train.state import TrainState
@@ -70,7 +70,7 @@ def fit(task: Task, run_dir: Path, watcher: Watcher) -> Fitted:
             contextlib.closing(Checkpoints(folder, keep_last=task.setup.train.keep_last)) as checkpoints,
             jax.set_mesh(programs.mesh),
         ):
-            run = Run(
+            run = Launch(
                 task=task,
                 folder=run_dir,
                 watcher=watcher,
@@ -85,7 +85,7 @@ def fit(task: Task, run_dir: Path, watcher: Watcher) -> Fitted:
         return Fitted(model=programs.model, params=state.params, progress=progress, mesh=programs.mesh)
 
 
-def _train_to_the_end(run: Run, began: float) -> tuple[TrainState, Progress]:
+def _train_to_the_end(run: Launch, began: float) -> tuple[TrainState, Progress]:
     """Starts or resumes, and starts again from a checkpoint after each rollback.
 
     `began`: Unix seconds at which this launch began.
@@ -101,7 +101,7 @@ def _train_to_the_end(run: Run, began: float) -> tuple[TrainState, Progress]:
     return trained
 
 
-def _train(run: Run, step_fn: Step, start: Start, first_launch: float) -> tuple[TrainState, Progress] | Rollback:
+def _train(run: Launch, step_fn: Step, start: Start, first_launch: float) -> tuple[TrainState, Progress] | Rollback:
     """Trains from `start` to the last step, or until a step calls for a rollback."""
     setup, first = run.task.setup, start.progress.consumed_batches
     barrier()
@@ -154,7 +154,7 @@ def _train(run: Run, step_fn: Step, start: Start, first_launch: float) -> tuple[
     return state, recorder.progress
 
 
-def _validation_loss(run: Run, recorder: Recorder, params: Any) -> float:
+def _validation_loss(run: Launch, recorder: Recorder, params: Any) -> float:
     """Returns nats per weighted token over the fixed validation batches, summed on the host in float64."""
     jax.block_until_ready(params)
     with recorder.aside("eval"):

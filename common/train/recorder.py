@@ -8,16 +8,15 @@ from typing import Any
 import numpy as np
 
 from common.data.loader import chain
-from common.errors import UserError
 from common.sharding.hosts import is_first, on_first_process
 from common.train import run_dir as rd
-from common.train.anomalies import Judge, Verdict, last_learnt
+from common.train.anomalies import Diverged, Judge, Verdict, last_learnt
 from common.train.checkpoints import Progress, describe_newest
 from common.train.clock import Aside, Clock
 from common.train.metrics_log import MetricsLog
 from common.train.optimizer import learning_rates
 from common.train.programs import Counts
-from common.train.run import Run, Start
+from common.train.run import Launch, Start
 from common.train.step import Guard, Metrics, Numbers
 
 
@@ -47,7 +46,7 @@ class Rollback:
 class Recorder:
     """Owns what a run knows besides its state: progress, clock, recent losses and the files of rows."""
 
-    def __init__(self, run: Run, start: Start, first_launch: float):
+    def __init__(self, run: Launch, start: Start, first_launch: float):
         """`first_launch`: Unix seconds at which the run's first launch began."""
         self.progress = start.progress
         self.clock = Clock(start.progress)
@@ -77,7 +76,7 @@ class Recorder:
     def record(self, pending: Pending, validation_loss: float | None = None) -> Rollback | None:
         """Waits for the step after `progress`, judges it, advances `progress` and writes the step's rows.
 
-        Returns a rollback, and records nothing, if the step calls for one. Raises UserError if it must stop the run.
+        Returns a rollback, and records nothing, if the step calls for one. Raises Diverged if it must stop the run.
         """
         step, counts = self.progress.consumed_batches + 1, pending.counts()
         computed: dict[str, Any] = {"skipped": "rolled back", "skipped_batch": f"{counts.fingerprint:032x}"}
@@ -103,7 +102,7 @@ class Recorder:
         return None
 
     def _react(self, verdict: Verdict, step: int, computed: dict[str, Any]) -> Rollback | None:
-        """Returns a rollback, None if the batch of an anomalous step is skipped, or raises UserError to stop."""
+        """Returns a rollback, None if the batch of an anomalous step is skipped, or raises Diverged to stop."""
         anomalies, checkpoints, first = self._run.task.setup.train.anomalies, self._run.checkpoints, step
         message = f"step {step}: {computed['skipped']}, batch {computed['skipped_batch']}"
         if verdict == "roll_back":
@@ -114,7 +113,7 @@ class Recorder:
         if verdict == "stop" or in_a_row > anomalies.max_in_a_row:
             self._wait_for_save()
             many = f" (no step was learnt from in the last {in_a_row})" if in_a_row > 1 else ""
-            raise UserError(f"{message}{many}; stopped, {describe_newest(checkpoints.folder)}")
+            raise Diverged(f"{message}{many}; stopped, {describe_newest(checkpoints.folder)}")
         if verdict == "skip":
             self._run.watcher.note(f"{message}; skipped")
             return None

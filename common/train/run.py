@@ -27,8 +27,8 @@ SHARED_STORAGE_SECONDS = 60.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
-    """What stays the same while a task is trained, through rollbacks too."""
+class Launch:
+    """A task that this process trains: what stays the same, through rollbacks too."""
 
     task: Task
     folder: Path
@@ -78,7 +78,7 @@ def claim(task: Task, run_dir: Path, hold: contextlib.ExitStack) -> list[str]:
     return rd.claim(run_dir, task.config, task.data, task.tokenizer_files, task.complete_config)
 
 
-def note_launch(run: Run, began: float) -> float:
+def note_launch(run: Launch, began: float) -> float:
     """Records that this launch began at `began`; returns when the run's first launch did (Unix seconds)."""
     return rd.note_launch(run.folder, run.task.config, began, run.task.complete_config)
 
@@ -97,7 +97,7 @@ def check_same(task: Task, run_dir: Path) -> None:
         raise UserError(f"process {others[0]} was about to train something else{how}: start all with one command")
 
 
-def restore_or_begin(run: Run) -> Start:
+def restore_or_begin(run: Launch) -> Start:
     """Returns the state of the newest good checkpoint, or the initial state if there is none."""
     task, steps = run.task, run.task.setup.steps
     skip = frozenset(on_first_process(lambda: sorted(rd.rolled_back_batches(run.folder, steps))))
@@ -117,7 +117,7 @@ def restore_or_begin(run: Run) -> Start:
     return Start(state=state, progress=progress, skip=skip)
 
 
-def _initial_state(run: Run) -> TrainState:
+def _initial_state(run: Launch) -> TrainState:
     """Returns the state before step 1; writes `init.json` if its parameters were loaded."""
     task, programs = run.task, run.programs
     seed = task.setup.train.seed

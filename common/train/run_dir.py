@@ -71,7 +71,7 @@ def claim(
     if changes := identity_changes(stored, config):
         listed = "; ".join(map(str, changes))
         raise UserError(f"{run_dir} holds a run of another config ({listed}): choose another --run-dir, or remove it")
-    if other := _other_data(run_dir, data):
+    if other := other_data(run_dir, data):
         raise UserError(
             f"{run_dir} was begun on other data ({'; '.join(other)}): choose another --run-dir, or remove it"
         )
@@ -100,7 +100,7 @@ def has_begun(run_dir: Path) -> bool:
 
 def _is_same(run_dir: Path, config: dict[str, Any], data: dict[str, str], complete: Complete) -> bool:
     try:
-        return not identity_changes(stored_config(run_dir, complete), config) and not _other_data(run_dir, data)
+        return not identity_changes(stored_config(run_dir, complete), config) and not other_data(run_dir, data)
     except UserError:
         return False
 
@@ -128,7 +128,7 @@ def stored_config(run_dir: Path, complete: Complete = dict) -> dict[str, Any]:
         raise UserError(f"{path}: {error}") from None
 
 
-def _other_data(run_dir: Path, data: dict[str, str]) -> list[str]:
+def other_data(run_dir: Path, data: dict[str, str]) -> list[str]:
     """Returns a line for each entry of `data` that was another one when the run began."""
     before = read_object(run_dir / RunFiles.ENVIRONMENT)
     return [f"{key}: {before.get(key)} -> {value}" for key, value in data.items() if before.get(key) != value]

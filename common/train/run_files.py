@@ -2,7 +2,7 @@
 
 
 class RunFiles:
-    """Files of one arm's run directory."""
+    """Files of a run directory."""
 
     CONFIG = "config.json"
     """The resolved config of the run."""
@@ -26,6 +26,10 @@ class RunFiles:
     """Folder of profiler traces."""
     LOCK = ".lock"
     """Held by the process that trains; contains its process id."""
+    WORKER = ".worker"
+    """Held by the process that trains and scores the run as part of a study; contains its machine's name."""
+    FAILURE = "failure.json"
+    """Why the run's last launch failed; removed once the run is finished."""
     RESULT = "result.json"
     """Summary of the finished run: counts, losses, scores."""
     SAMPLES = "samples.jsonl"
@@ -37,9 +41,13 @@ class RunFiles:
         return f"stacks-{process}.txt"
 
 
-class ExperimentFiles:
-    """Files of an experiment's directory, next to one run directory for each arm."""
+class StudyFiles:
+    """Files of a study's directory, next to one directory for each run."""
 
-    EXPERIMENT = "experiment.json"
-    """The resolved config of the experiment."""
+    STUDY = "study.json"
+    """The resolved config of the study."""
+    RUNS = "runs.json"
+    """Which runs the study has so far, where they are, and which learning rates were chosen."""
     REPORT = "report.html"
+    EARLIER = "experiment.json"
+    """What versions before studies wrote instead of the first two."""

@@ -4,7 +4,7 @@ import time
 
 from common.errors import UserError
 from common.train.checkpoints import Progress, describe_newest
-from common.train.run import Run
+from common.train.run import Launch
 from common.train.state import TrainState
 from common.train.storage import Backoff, refusal
 
@@ -12,7 +12,7 @@ from common.train.storage import Backoff, refusal
 class Saving:
     """Saves the checkpoints of one run. After a refusal it saves a later state instead, which loses nothing."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Launch) -> None:
         self.checkpoints, self.seed, self.note = run.checkpoints, run.task.setup.train.seed, run.watcher.note
         self._backoff = Backoff(run.storage_seconds)
         self._retry_at: float | None = None

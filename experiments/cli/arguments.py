@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from common.errors import UserError, nearest
 from common.ranges import Range, Rows
-from experiments.cli.options import AsDataAction, AsDtype, AsExperiment, AsLengths, AsPath, real, whole
+from experiments.cli.options import AsDataAction, AsDtype, AsLengths, AsPath, AsStudy, real, whole
 
 RUNS = Path("runs")
 PROFILE_STEPS = 5
@@ -32,30 +32,35 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         commands[name] = subparsers.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         return commands[name]
 
-    add("list", "print the experiments and the question that each asks")
-    plan = add("plan", "print every arm's cost and memory, here or on a TPU slice; trains nothing")
+    add("list", "print the studies and the question that each asks")
+    plan = add("plan", "print what a study costs and whether it fits, here or on a TPU slice; trains nothing")
     _add_plan(plan)
     data = add(
         "data", "print the data of training: `data show NAME`; or tokenize them ahead of a run: `data prepare NAME`"
     )
     _add_data(data)
-    train = add("train", "train one arm, or resume it where it stopped")
-    compare = add("compare", "train all arms, print them side by side and write the report")
+    run = add("run", "train and score whatever is missing of a study, print the results and write the report")
+    _add_status(add("status", "print how far the runs of a study are, from any terminal"))
+    _add_results(add("results", "write one tidy table of everything that a study has measured"))
+    _add_new(add("new", "write a study to start from"))
     launch = add("launch", "train on Cloud TPU: write the files for SkyPilot or gcloud, and with --go submit them")
-    report = add("report", "write report.html from the results in a run directory")
-    for command in (plan, data, train, compare, launch):
-        command.add_argument("name", action=AsExperiment, metavar="NAME", help="an experiment of `twinstack list`")
+    report = add("report", "write report.html from the results in a study's directory")
+    for command in (plan, data, run, launch):
         command.add_argument(
-            "overrides", metavar="path.to.field=value", nargs="*", help="replaces a field of the config"
+            "name", action=AsStudy, metavar="STUDY", help="a study of `twinstack list`, or a Python file's path"
+        )
+        command.add_argument(
+            "overrides",
+            metavar="path.to.field=value",
+            nargs="*",
+            help="replaces a field of the study or of its arms; LABEL=VALUE selects arms",
         )
         command.add_argument("--print-config", action="store_true", help="print the resolved config as JSON and stop")
-    for command in (plan, train, compare, launch):
+    for command in (plan, run, launch):
         command.add_argument(
             "--match", metavar="ARM", help="give each other arm the d_ff at which it takes as many FLOPs as this arm"
         )
-    for command in (train, compare):
-        _add_training(command)
-    train.add_argument("--arm", required=True, metavar="ARM", help="which arm; `twinstack plan NAME` names them")
+    _add_training(run)
     _add_launch(launch)
     _add_convert(
         add(
@@ -65,9 +70,7 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     )
     _add_score(add("score", "score the texts of a file: their log-likelihoods under a trained model"))
     _add_generate(add("generate", "generate text from a trained model: one text is streamed, several are JSON lines"))
-    report.add_argument(
-        "source", action=AsPath, metavar="NAME_OR_RUN_DIR", help=f"an experiment under {RUNS}/, or a run directory"
-    )
+    report.add_argument("source", metavar="STUDY_OR_DIR", help=f"a study under {RUNS}/, or a study's directory")
     report.add_argument("--figure", action=AsPath, metavar="FILE", help="also write a figure of all arms, as SVG")
     return parser, commands
 
@@ -100,12 +103,23 @@ def _add_data(data: argparse.ArgumentParser) -> None:
 
 
 def _add_training(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--run-dir", action=AsPath, metavar="DIR", help=f"where results go (default: {RUNS}/NAME)")
+    command.add_argument("--run-dir", action=AsPath, metavar="DIR", help=f"where results go (default: {RUNS}/STUDY)")
+    command.add_argument(
+        "--config", action=AsPath, metavar="FILE", help="use the config that --print-config printed into FILE"
+    )
+    command.add_argument(
+        "--jobs",
+        action=whole(Range(1, 1024, unit="processes")),
+        default=1,
+        metavar="N",
+        help="train N runs at a time, in processes that share the cores (1)",
+    )
+    command.add_argument("--worker", action=whole(Range(0, 1023)), metavar="I", help=argparse.SUPPRESS)
     command.add_argument(
         "--init-from",
         metavar="MODEL",
         help="start from the parameters of a model folder or of another run (DIR, DIR@STEP; each arm from its own arm "
-        "if the run is a comparison); arms.ARM.init.rules sets how parameters that differ are loaded",
+        "if DIR is a study's); arms.ARM.init.rules sets how parameters that differ are loaded",
     )
     command.add_argument(
         "--profile",
@@ -114,7 +128,7 @@ def _add_training(command: argparse.ArgumentParser) -> None:
         const=PROFILE_STEPS,
         default=0,
         metavar="STEPS",
-        help=f"trace STEPS steps ({PROFILE_STEPS}) of each launch into DIR/ARM/profile, for XProf or TensorBoard",
+        help=f"trace STEPS steps ({PROFILE_STEPS}) of each launch into DIR/RUN/profile, for XProf or TensorBoard",
     )
     command.add_argument(
         "--coordinator",
@@ -123,6 +137,29 @@ def _add_training(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--processes", action=whole(), metavar="N", help="number of processes; 1: this one is alone")
     command.add_argument("--process", action=whole(), metavar="I", help="index of this process, 0 to N-1")
+
+
+def _add_status(status: argparse.ArgumentParser) -> None:
+    status.add_argument(
+        "source", nargs="?", metavar="STUDY_OR_DIR", help=f"a study under {RUNS}/, or its directory (default: all)"
+    )
+
+
+def _add_results(results: argparse.ArgumentParser) -> None:
+    results.add_argument("source", metavar="STUDY_OR_DIR", help=f"a study under {RUNS}/, or its directory")
+    results.add_argument(
+        "--out", action=AsPath, required=True, metavar="FILE", help="where the table goes: .csv or .parquet"
+    )
+
+
+def _add_new(new: argparse.ArgumentParser) -> None:
+    new.add_argument("name", metavar="NAME", help="the study's name; NAME.py is written")
+    new.add_argument(
+        "--data",
+        action=AsPath,
+        metavar="FILE",
+        help="pairs to train on: .tsv with a header, or .jsonl",
+    )
 
 
 def _add_launch(launch: argparse.ArgumentParser) -> None:
@@ -153,7 +190,7 @@ def _add_launch(launch: argparse.ArgumentParser) -> None:
     launch.add_argument(
         "--run",
         metavar="NAME",
-        help="the run's name; launching it again resumes it (default: made from the experiment's)",
+        help="the run's name; launching it again resumes it (default: made from the study's)",
     )
     launch.add_argument(
         "--env",
@@ -168,7 +205,6 @@ def _add_launch(launch: argparse.ArgumentParser) -> None:
         metavar="N",
         help="with --engine gcloud: after so many hours a slice saves and is deleted, finished or not (168)",
     )
-    launch.add_argument("--arm", metavar="ARM", help="train only this arm (default: compare all)")
     launch.add_argument("--out", action=AsPath, metavar="DIR", help=f"where files go (default: {RUNS}/launch/RUN)")
     launch.add_argument("--go", action="store_true", help="submit the job; without it nothing leaves this machine")
 
@@ -282,7 +318,7 @@ def take_late_overrides(options: argparse.Namespace, rest: list[str], command: a
     """Adds the overrides that follow an option to `options.overrides`.
 
     argparse reads the overrides that directly follow NAME, and returns later ones as unknown arguments, `rest`: of
-    `train NAME a=1 --arm gpt b=2` it reads a=1 and leaves b=2.
+    `run STUDY a=1 --jobs 2 b=2` it reads a=1 and leaves b=2.
 
     Raises UserError for unknown options, and for arguments of a command that takes no overrides.
     """

@@ -6,7 +6,7 @@ from typing import Literal
 from rich.console import Console
 
 from common.errors import UserError
-from experiments.cli.chosen import choose, print_resolved
+from experiments.cli.chosen import Chosen, choose, print_resolved
 from experiments.cli.prepare_data import prepare_data
 from experiments.cli.show_data import show
 
@@ -28,11 +28,17 @@ def data(
         raise UserError(f"--{given[0]} is for `twinstack data prepare`, not for {action}")
     if beam is not None and to is None:
         raise UserError("--beam needs a folder or url that its workers share: put --to before it")
-    experiment = choose(name, overrides).experiment
+    chosen = choose(name, overrides)
     if print_config:
-        print_resolved(experiment)
+        print_resolved(chosen.study)
         return
     if action == "show":
-        show(experiment, rows, Console())
+        show(chosen.selected, _shown(chosen), rows, Console())
     else:
-        prepare_data(experiment, Console(), workers=workers, to=to, beam=beam)
+        prepare_data(chosen.selected, Console(), workers=workers, to=to, beam=beam)
+
+
+def _shown(chosen: Chosen) -> str:
+    """Returns the arm that `arm=NAME` names, which may start from an arm before it; else the first."""
+    named = {override.removeprefix("arm=") for override in chosen.overrides}
+    return next((arm for arm in chosen.arms if arm in named), chosen.arms[0])

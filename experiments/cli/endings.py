@@ -11,7 +11,7 @@ from common.errors import UserError
 from common.paths import as_user_error
 from common.terminal import harmless
 
-RESUMABLE = ("train", "compare")
+RESUMABLE = ("run",)
 STDOUT = 1
 
 

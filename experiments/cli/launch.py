@@ -32,22 +32,19 @@ def launch(
     run: str | None,
     env: Sequence[str],
     hours: int | None,
-    arm: str | None,
     out: Path | None,
     go: bool,
 ) -> None:
-    chosen = choose(name, overrides, arm=arm, match=match)
-    experiment = chosen.experiment
+    chosen = choose(name, overrides, match=match)
     if print_config:
-        print_resolved(experiment)
+        print_resolved(chosen.study)
         return
     if engine not in launching.ENGINES:
         raise UserError(f"--engine {engine!r}: {nearest(engine, launching.ENGINES)}")
     job = Job(
         run=run_name(name) if run is None else run,
-        experiment=name,
+        study=name,
         overrides=chosen.overrides,
-        arm=arm,
         topology=rentable(topology, slices),
         bucket=Bucket.of(bucket),
         zone=zone,
@@ -56,9 +53,9 @@ def launch(
         variables=variables(env, os.environ),
         hours=hours,
     )
-    arms = list(experiment.arms) if arm is None else [arm]
-    experiment.check_arms(arms)
-    check_readable(experiment, arms, job)
+    study = chosen.selected
+    study.check()
+    check_readable(study, job)
     folder = RUNS / "launch" / job.run if out is None else out
     check_folder(folder, "--out")
-    launching.launch(job, experiment, engine, folder, Console(), go=go)
+    launching.launch(job, study, engine, folder, Console(), go=go)

@@ -1,4 +1,4 @@
-"""The command line: `twinstack list | plan | data | train | compare | launch | report | convert | score | generate`.
+"""The command line: `twinstack run` and its companions; `twinstack --help` lists them.
 
 Each command is one typed function in its own file. That file is imported only when the command runs, so that
 `twinstack --help` answers at once.
@@ -17,11 +17,13 @@ from experiments.cli.endings import RESUMABLE, ending
 from experiments.cli.options import check_text
 
 COMMANDS = {
-    "list": "list_experiments",
+    "list": "list_studies",
     "plan": "plan",
     "data": "data",
-    "train": "train",
-    "compare": "compare",
+    "run": "run",
+    "status": "status",
+    "results": "results",
+    "new": "new",
     "launch": "launch",
     "report": "report",
     "convert": "convert",
@@ -33,7 +35,9 @@ PCI, GOOGLE = Path("/sys/bus/pci/devices"), "0x1ae0"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit status: 2 for a mistake of the user's, 130 for an interruption.
+    """Runs one command and returns the exit status.
+
+    It is 1 if a run of a study failed, 2 for a mistake of the user's, 130 for an interruption.
 
     A run that SIGTERM ends is saved first, and raises SystemExit.
     """
@@ -60,14 +64,14 @@ def _run(arguments: list[str]) -> int:
         skip_tpu_search()
         if command in RESUMABLE:
             keep_memory_on_cpu()
-        load_command(command)(**options)
+        return load_command(command)(**options) or 0
     return 0
 
 
-def load_command(command: str) -> Callable[..., None]:
-    """Imports the module of a command and returns its function."""
+def load_command(command: str) -> Callable[..., int | None]:
+    """Imports the module of a command and returns its function, which may return an exit status."""
     module = importlib.import_module(f"experiments.cli.{COMMANDS[command]}")
-    found: Callable[..., None] = getattr(module, COMMANDS[command])
+    found: Callable[..., int | None] = getattr(module, COMMANDS[command])
     return found
 
 

@@ -11,7 +11,7 @@ from common.errors import UserError, nearest
 from common.paths import user_path
 from common.ranges import Range, Tokens
 from common.recipe import Dtype
-from experiments import registry
+from experiments import find
 
 ANY = Range(-math.inf, math.inf)
 """For numbers whose range is checked by the code that takes them."""
@@ -43,9 +43,8 @@ def _path(name: str, text: str) -> Any:
     return user_path(text, name)
 
 
-def _experiment(name: str, text: str) -> str:
-    if text not in registry.EXPERIMENTS:
-        raise UserError(f"unknown experiment {text!r}: {nearest(text, registry.EXPERIMENTS)}")
+def _study(name: str, text: str) -> str:
+    find.check_name(text)
     return text
 
 
@@ -74,8 +73,8 @@ def _lengths(name: str, text: str) -> tuple[int, ...]:
 
 AsPath = storing(_path)
 """Stores a Path, with `~` expanded."""
-AsExperiment = storing(_experiment)
-"""Stores the name of a registered experiment."""
+AsStudy = storing(_study)
+"""Stores the name of a study, or the path of a file that holds one."""
 AsDataAction = storing(_data_action)
 """Stores what `twinstack data` does."""
 AsDtype = storing(_dtype)

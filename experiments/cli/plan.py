@@ -1,5 +1,6 @@
 """`twinstack plan`: every arm's cost and memory before anything is trained."""
 
+import dataclasses
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -25,13 +26,15 @@ def plan(
     given = [option for option, value in for_slices.items() if value is not None]
     if given and topology is None:
         raise UserError(f"--{given[0]} is for a TPU slice: name it by --topology, such as --topology v5e:4x4")
-    experiment = choose(name, overrides, match=match).experiment
+    chosen = choose(name, overrides, match=match)
     if print_config:
-        print_resolved(experiment)
+        print_resolved(chosen.study)
         return
+    # Arms that are not selected may decide how many steps the others take.
+    study = dataclasses.replace(chosen, study=chosen.study.equal_steps()).selected
     target = None
     if topology is not None:
         target = planning.Target(
             topology=topology, slices=1 if slices is None else slices, mesh=mesh, price=price, search=search
         )
-    planning.plan(experiment, Console(), target)
+    planning.plan(study, Console(), target)

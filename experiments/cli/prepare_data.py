@@ -1,7 +1,8 @@
-"""`twinstack data prepare`: tokenizes all splits of an experiment before a run."""
+"""`twinstack data prepare`: tokenizes all splits of a study before it is run."""
 
 import dataclasses
 import functools
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from common.config import to_json
 from common.data.cache import default_cache_dir
+from common.data.config import DataConfig
 from common.data.streams import keep_origins, open_tokenizer_of, open_training_text, shard_tasks
 from common.data.tokenized.beam import parse_options, prepare_with_beam
 from common.data.tokenized.prepare import make, open_tokenized, write_all
@@ -19,7 +22,7 @@ from common.data.tokenized.prepared import PROBLEMS, VARIABLE
 from common.data.tokenized.remote import check_destination, destination
 from common.data.tokenized.shards import ShardTask
 from common.terminal import harmless, marked_up
-from experiments.config import Experiment
+from experiments.study import Study
 
 WIDEST = 1000
 """Characters; the table may be wider than the terminal."""
@@ -36,15 +39,27 @@ class PreparedSplit:
     seconds: float
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Read:
+    """Data that arms of a study read, whatever their seeds and rows."""
+
+    config: DataConfig
+    arms: list[str]
+    scored: dict[str, None]
+    """Splits that one of the arms is scored on, in order."""
+
+
 def prepare_data(
-    experiment: Experiment,
+    study: Study,
     console: Console,
     *,
     workers: int | None = None,
     to: str | None = None,
     beam: Sequence[str] | None = None,
 ) -> None:
-    """Trains the tokenizer and tokenizes all splits, unless they are there already, and prints a table of them.
+    """Trains the tokenizers and tokenizes all splits, unless they are there already, and prints a table of them.
+
+    Arms usually read the same data; otherwise each data config gets a table of its own.
 
     Args:
       workers: number of processes; None: one per core.
@@ -53,16 +68,44 @@ def prepare_data(
 
     Raises UserError where the data cannot be opened or `to` cannot be written.
     """
-    cache_dir, config = default_cache_dir(), experiment.data
     if to is not None:
         check_destination(to)
     if beam is not None:
         parse_options(beam)
+    found = _read_by(study)
+    for data in found:
+        if len(found) > 1:
+            console.print(f"data of {harmless(', '.join(data.arms))}:", markup=False, highlight=False, soft_wrap=True)
+        _prepare_one(data, console, workers, to, beam)
+    if to is not None:
+        console.print(
+            harmless(f"runs read these tokens with {VARIABLE}={to}, and need nothing else"),
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _read_by(study: Study) -> list[_Read]:
+    """Returns the data of all arms, each once: the tokens are the same for every seed and number of rows."""
+    found: dict[str, _Read] = {}
+    for name, run in study.arms.items():
+        key = json.dumps(to_json(dataclasses.replace(run.data, seed=0, rows=1)))
+        data = found.setdefault(key, _Read(config=run.data, arms=[], scored={}))
+        data.arms.append(name)
+        data.scored.update(dict.fromkeys(run.evaluation.splits))
+    return list(found.values())
+
+
+def _prepare_one(
+    data: _Read, console: Console, workers: int | None, to: str | None, beam: Sequence[str] | None
+) -> None:
+    cache_dir, config, scored = default_cache_dir(), data.config, tuple(data.scored)
     source = open_training_text(config, cache_dir)
     tokenizer = open_tokenizer_of(config, source, cache_dir)
     console.print(f"tokenizer: {tokenizer.vocab_size:,} ids, hash {tokenizer.content_hash}", highlight=False)
     made = []
-    for split, task in shard_tasks(config, tokenizer, cache_dir, experiment.evaluation.splits):
+    for split, task in shard_tasks(config, tokenizer, cache_dir, scored):
         begin = time.perf_counter()
         manifest, where = _prepare(task, cache_dir, workers, to, beam)
         name = f"{split}, eos after each" if task.end_each else split
@@ -76,13 +119,7 @@ def prepare_data(
             line += f"{'; '.join(problems['first'])}; all: {each.where}/{PROBLEMS}"
             console.print(harmless(line), markup=False, highlight=False, soft_wrap=True)
     if to is not None:
-        keep_origins(config, source, tokenizer, cache_dir, experiment.evaluation.splits, to)
-        console.print(
-            harmless(f"runs read these tokens with {VARIABLE}={to}, and need nothing else"),
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        keep_origins(config, source, tokenizer, cache_dir, scored, to)
 
 
 def table(made: Sequence[PreparedSplit]) -> Table:

@@ -5,7 +5,7 @@ Legend: B batch rows, I input slots, T target slots, L input or target slots.
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from rich.console import Console
@@ -18,25 +18,28 @@ from common.data.sources.config import parts_of
 from common.data.tokenizers.tokenizer import Tokenizer
 from common.report.units import percent
 from common.terminal import harmless, marked_up
-from experiments.config import Experiment
+from experiments.run import Run
 from experiments.running.pipeline import open_data
+from experiments.study import Study
 
 COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
 """Colours of segments, used in turn."""
 
 
-def show(experiment: Experiment, rows: int, console: Console) -> None:
-    """Prints the first `rows` rows of training: their examples, then the slots that each family reads."""
-    config, data = experiment.data, open_data(experiment)
-    others = ", ".join(f"{arm.objective.kind} ({arm.input_length} + {arm.target_length})" for arm in config.arms()[1:])
+def show(study: Study, arm: str, rows: int, console: Console) -> None:
+    """Prints the first `rows` rows that an arm trains on: their examples, then the slots that each family reads."""
+    config, data = study.arms[arm].data, open_data(arm, study.arms[arm])
+    readers = {name: run for name, run in study.arms.items() if run.data == config}
+    others = config.arms()[1:]
+    joint = ", ".join(f"{other.objective.kind} ({other.input_length} + {other.target_length})" for other in others)
     console.print(
         f"{harmless(' and '.join(part.name for part in parts_of(config.source)))}; "
-        f"objective {config.objective.kind}; rows of "
-        f"{config.input_length} + {config.target_length} slots; {len(experiment.arms)} arms read the same rows"
-        + (f"; rows hold only what fits those of {others} too" if others else ""),
+        f"objective {config.objective.kind}; rows of {config.input_length} + {config.target_length} slots; "
+        f"{_readers(len(readers), len(study.arms) - len(readers))}"
+        + (f"; rows hold only what fits those of {joint} too" if joint else ""),
         markup=False,
     )
-    console.print(padding_table(experiment, *data.train.filled()))
+    console.print(padding_table(readers, *data.train.filled()))
     steps = (data.train.batch(step).batch for step in range(-(-rows // config.rows)))
     each = ((batch, b) for batch in steps for b in range(config.rows))
     for number, (batch, b) in enumerate(itertools.islice(each, rows)):
@@ -50,24 +53,41 @@ def show(experiment: Experiment, rows: int, console: Console) -> None:
         console.print(slots_table("decoder-only: one sequence", [*inputs, *targets], len(row.inputs_I)))
 
 
-def padding_table(experiment: Experiment, rows: int, examples: LengthSums) -> Table:
-    """Returns the share of padding in the first `rows` rows, and in each arm's FLOPs on them.
+def _readers(these: int, others: int) -> str:
+    """
+    >>> _readers(1, 0), _readers(2, 1)
+    ('1 arm reads them', '2 arms read them, and 1 other reads other rows: arm=NAME shows those')
+    """
+    words = f"{these} arm{'s read' if these > 1 else ' reads'} them"
+    if others:
+        words += f", and {others} other{'s read' if others > 1 else ' reads'} other rows: arm=NAME shows those"
+    return words
+
+
+def padding_table(arms: Mapping[str, Run], rows: int, examples: LengthSums) -> Table:
+    """Returns the share of padding in the first `rows` rows, and in the FLOPs of these arms, which read them.
 
     `examples`: length sums of the examples in these rows.
     """
-    slots = LengthSums.of_rows(rows, *experiment.row_slots()[1:])
+    slots = LengthSums.of_rows(rows, *next(iter(arms.values())).row_slots[1:])
+
+    def share(of: Callable[[LengthSums], int]) -> str:
+        useful, total = of(examples), of(slots)
+        return percent(1 - useful / total) if total else "none there"
+
     table = Table(title=f"padding, in the first {rows:,} rows", title_justify="left")
     shares = {
-        "input slots": (examples.inputs, slots.inputs),
-        "target slots": (examples.targets, slots.targets),
-        "all slots": (examples.tokens, slots.tokens),
-    } | {
-        f"FLOPs of {name}": tuple(arm.model.flops(each).train_full_attention for each in (examples, slots))
-        for name, arm in experiment.arms.items()
+        "input slots": share(lambda sums: sums.inputs),
+        "target slots": share(lambda sums: sums.targets),
+        "all slots": share(lambda sums: sums.tokens),
     }
+    named: dict[str, list[str]] = {}
+    for name, run in arms.items():
+        named.setdefault(share(lambda sums, run=run: run.model.flops(sums).train_full_attention), []).append(name)  # type: ignore[misc]
+    shares |= {f"FLOPs of {', '.join(names)}": padding for padding, names in named.items()}
     for name in shares:
         table.add_column(marked_up(name), justify="right")
-    table.add_row(*(percent(1 - useful / total) if total else "none there" for useful, total in shares.values()))
+    table.add_row(*shares.values())
     return table
 
 

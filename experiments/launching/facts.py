@@ -8,18 +8,18 @@ import subprocess
 from rich.console import Console
 
 from common.errors import UserError
-from experiments.config import Experiment
 from experiments.launching.job import Job
 from experiments.planning.compiling import PlannedProgram, compile_all
+from experiments.study import Study
 
 GIB = 2**30
 GCLOUD_SECONDS = 60
 """How long to wait for an answer from `gcloud`."""
 
 
-def facts(job: Job, experiment: Experiment, console: Console) -> dict[str, str]:
+def facts(job: Job, study: Study, console: Console) -> dict[str, str]:
     """One line of text for each of price, fit and bucket."""
-    return {"price": price(job), "fit": fit(job, experiment, console), "bucket": bucket(job)}
+    return {"price": price(job), "fit": fit(job, study, console), "bucket": bucket(job)}
 
 
 def price(job: Job) -> str:
@@ -34,19 +34,18 @@ def price(job: Job) -> str:
     return f"{hour:,.2f} USD an hour, {24 * hour:,.0f} a day ({kind}, list price in {listed.region})"
 
 
-def fit(job: Job, experiment: Experiment, console: Console) -> str:
+def fit(job: Job, study: Study, console: Console) -> str:
     """Memory per device for each arm, from the TPU compiler; shares the cache of `twinstack plan`."""
-    arms = list(experiment.arms) if job.arm is None else [job.arm]
     command = shlex.join(["twinstack", "plan", *job.configured, "--topology", str(job.topology)])
     if not has_compiler():
         return f"unknown: pip install 'twinstack[plan]', then {command}"
-    steps = [PlannedProgram(experiment=experiment, arm=arm, topology=job.topology) for arm in arms]
+    steps = [PlannedProgram(name=arm, run=run, topology=job.topology) for arm, run in study.arms.items()]
     try:
         compiled = compile_all(steps, console)
     except UserError as error:
         return f"unknown: {error}"
     answers = []
-    for arm, answer in zip(arms, compiled, strict=True):
+    for arm, answer in zip(study.arms, compiled, strict=True):
         if answer.out_of_memory is None:
             assert answer.memory is not None
             answers.append(f"{arm} fits, {answer.memory.total / GIB:.2f} GiB a device")

@@ -65,14 +65,14 @@ class Bucket:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """One launch. Raises UserError for a name or a zone that the engines would refuse."""
+    """One launch. Raises UserError for a study that hosts lack, and a name or a zone that the engines would refuse."""
 
     run: str
     """Name of the run, and of its resources at the engine."""
-    experiment: str
+    study: str
+    """Name of a study that is part of the commit, or of a package that hosts install."""
     overrides: tuple[str, ...]
-    arm: str | None
-    """None: all arms, one after another."""
+    """Fields, and labels that select arms."""
     commit: str
     topology: Topology
     bucket: Bucket
@@ -90,13 +90,18 @@ class Job:
                 f"--run {self.run!r} must be lower-case letters, digits and hyphens, 40 at most, a letter first; "
                 f"nearest: {run_name(self.run)}"
             )
+        if self.study.endswith(".py"):
+            raise UserError(
+                f"{self.study} is a file of this machine, and hosts run a study of the commit: move it into "
+                "experiments/, name it in experiments/find.py and commit both"
+            )
         if self.zone is not None and not re.fullmatch(r"[a-z]+-[a-z]+\d+-[a-z]", self.zone):
             raise UserError(f"--zone {self.zone!r} must be a zone of Google Cloud, such as us-east5-a")
 
     @property
     def configured(self) -> list[str]:
-        """The arguments that name the experiment and its overrides in any twinstack command."""
-        return [self.experiment, *self.overrides]
+        """The arguments that name the study and its overrides in any twinstack command."""
+        return [self.study, *self.overrides]
 
     @property
     def bundle_url(self) -> str:
@@ -133,7 +138,7 @@ class Job:
 
         After a failure that left new checkpoints the status is one of `RELAUNCH`, so that engines do not count it.
         """
-        command = ["compare", *self.configured] if self.arm is None else ["train", *self.configured, "--arm", self.arm]
+        command = ["run", *self.configured]
         run_dir = self.bucket.mounted("runs", self.run)
         final = " | ".join(map(str, (0, USER_ERROR, *RELAUNCH)))
         find = f"find {run_dir} -mindepth 3 -maxdepth 3 -regex '.*/checkpoints/[0-9]+' 2>/dev/null"

@@ -19,33 +19,34 @@ from common.errors import UserError
 from common.sharding.shape import MeshShape
 from common.terminal import marked_up
 from common.train.programs import check_rows
-from experiments.config import Experiment
 from experiments.launching import gcloud, sky
 from experiments.launching.facts import facts
 from experiments.launching.job import BUNDLE, Job
 from experiments.launching.slices import accelerator_type
 from experiments.launching.source import write_bundle
 from experiments.running.pipeline import make_setup
+from experiments.study import Study
 
 ENGINES: dict[str, ModuleType] = {"sky": sky, "gcloud": gcloud}
 
 
-def launch(job: Job, experiment: Experiment, engine: str, folder: Path, console: Console, *, go: bool) -> None:
+def launch(job: Job, study: Study, engine: str, folder: Path, console: Console, *, go: bool) -> None:
     """Writes the job's files and code into `folder`, prints facts and next steps and, with `go`, submits the job.
 
     Raises UserError if the mesh does not match the slices, rows do not divide over it, or the engine does not support
     the job; with `go` also if a program is not installed or fails.
     """
-    check_mesh(experiment.train.mesh, job)
-    check_rows(make_setup(experiment, next(iter(experiment.arms.values()))))
+    for run in study.arms.values():
+        check_mesh(run.train.mesh, job)
+        check_rows(make_setup(run))
     commands = ENGINES[engine].write(job, folder)
     write_bundle(folder / BUNDLE)
     _print(console, "written", f"{folder}: commit {job.commit[:12]} on {_describe_slices(job)}")
-    for purpose, text in facts(job, experiment, console).items():
+    for purpose, text in facts(job, study, console).items():
         _print(console, purpose, text)
     if engine == "gcloud":
         _print(console, "longest life", f"{gcloud.hours(job)} hours (--hours)")
-    for remark in experiment.remarks():
+    for remark in study.remarks():
         _print(console, "warning", remark)
     if not go:
         prepare = ["twinstack", "data", "prepare", *job.configured, "--to", job.bucket.url("prepared")]

@@ -1,34 +1,45 @@
-"""Checks that hosts can read what an experiment reads: they reach the code and the bucket, not this machine."""
+"""Checks that hosts can read what a study reads: they reach the code and the bucket, not this machine."""
 
+import dataclasses
 import re
 import shlex
 from collections.abc import Callable, Sequence
 
+from common.data.config import DataConfig
 from common.data.objectives.config import mode_names
 from common.data.sources.by_name import BUILT_IN, TFDS_FOLDER
 from common.data.sources.config import SourceConfig, parts_of
 from common.data.tokenized.origins import has_tokenizer, kept_source
 from common.data.tokenized.prepared import VARIABLE
 from common.errors import UserError
-from experiments.config import Experiment
 from experiments.launching.job import MOUNT, Job
+from experiments.study import Study
 
 _SCHEMES_WITHOUT_PATH = ("tfds", "corpus")
 """Schemes of sources that are named, not given as a path."""
 
 
-def check_readable(experiment: Experiment, arms: Sequence[str], job: Job) -> None:
+def check_readable(study: Study, job: Job) -> None:
     """Raises UserError for the first path that hosts cannot read, or if hosts would not find TFDS's folder.
 
     Hosts can read urls and paths in the mounted bucket. Sources and tokenizers that are prepared in the bucket need no
     files.
     """
-    for name in arms:
-        if (init := experiment.arms[name].init) is not None and not _on_hosts(init.path):
+    for name, run in study.arms.items():
+        if run.init is not None and not _on_hosts(run.init.path):
             raise UserError(
-                f"arms.{name}.init.path {init.path} is on this machine, where hosts cannot read it; {_advice(job)}"
+                f"arms.{name}.init.path {run.init.path} is on this machine, where hosts cannot read it; {_advice(job)}"
             )
-    tokenizer, modes = experiment.data.tokenizer, mode_names(experiment.data.objective)
+    read: list[tuple[DataConfig, tuple[str, ...]]] = []
+    for run in study.arms.values():
+        data = dataclasses.replace(run.data, seed=0)
+        if (data, run.evaluation.splits) not in read:  # arms usually read the same
+            read.append((data, run.evaluation.splits))
+            _check_data(data, run.evaluation.splits, job)
+
+
+def _check_data(data: DataConfig, scored: Sequence[str], job: Job) -> None:
+    tokenizer, modes = data.tokenizer, mode_names(data.objective)
     if tokenizer.path is not None and not _on_hosts(tokenizer.path):
         lacking = _why_unprepared(job, lambda where: has_tokenizer(tokenizer, modes, where))
         if lacking:
@@ -36,8 +47,8 @@ def check_readable(experiment: Experiment, arms: Sequence[str], job: Job) -> Non
                 f"data.tokenizer.path {tokenizer.path} is on this machine, where hosts cannot read it, and {lacking}: "
                 f"{_prepare(job)}; or {_advice(job)}"
             )
-    for part in parts_of(experiment.data.source):
-        splits = dict.fromkeys((part.train_split, part.validation_split, *experiment.evaluation.splits))
+    for part in parts_of(data.source):
+        splits = dict.fromkeys((part.train_split, part.validation_split, *scored))
         _check_source(part, list(splits), job)
 
 

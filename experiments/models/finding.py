@@ -28,13 +28,12 @@ from common.paths import user_path
 from common.recipe import Execution
 from common.train import run_dir as rd
 from common.train.init_from import load_parameters
-from common.train.run_files import ExperimentFiles, RunFiles
+from common.train.run_files import RunFiles, StudyFiles
 from common.train.state import check_divides
 from common.train.stored import FolderParameters, RunParameters, StoredParameters
 from common.weights import folder
 from common.weights.t5x import is_checkpoint
-from experiments.config import ModelConfig
-from experiments.families import builder
+from experiments.families import ModelConfig, builder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -298,8 +297,9 @@ def _no_model(path: Path, step: int | None) -> str:
     if step is not None and folder.is_folder(path):
         return f"{path} is a model folder, which has no steps: drop @{step}"
     arms = sorted(str(config.parent) for config in path.glob(f"*/{RunFiles.CONFIG}"))
-    if (path / ExperimentFiles.EXPERIMENT).is_file() and arms:
-        return f"{path} is a whole comparison's directory: name one of its arms, {', '.join(arms)}"
+    if arms and any((path / name).is_file() for name in (StudyFiles.STUDY, StudyFiles.EARLIER)):
+        shown = ", ".join(arms[:8]) + (f" and {len(arms) - 8} more" if len(arms) > 8 else "")
+        return f"{path} is a whole study's directory: name one of its runs, {shown}"
     if is_checkpoint(path):
         return f"{path} is a T5X checkpoint: `twinstack convert` makes a model folder of it"
     for pattern, what in _FOREIGN_FILES:

@@ -1,7 +1,7 @@
-"""Checks the models that arms start from: do the parameters fit, and do the token tables have the same tokens?"""
+"""Checks the models on disk that runs start from: do parameters and token tables fit?"""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,87 +10,78 @@ from common.data.tokenizers.byte_pair import BytePairTokenizer
 from common.data.tokenizers.pieces import differing_ids, piece
 from common.data.tokenizers.tokenizer import Tokenizer
 from common.errors import UserError
-from common.model import Skeleton, skeleton
+from common.model import skeleton
+from common.train.config import InitFrom
 from common.train.init_from import check_rules, loads_tables
 from common.train.run_files import RunFiles
 from common.train.stored import has_checkpoint
 from common.train.task import Initial
-from experiments.config import Arm, Experiment, ModelConfig
-from experiments.families import builder
+from experiments.families import ModelConfig, builder
 from experiments.models.finding import FoundModel, find_model
+from experiments.run import Run
 
 TRAINED_WITH = ("recipe.dropout", "recipe.z_loss", "recipe.init")
 """Fields of a model's config that change no weight's name or shape."""
 
 
-def make_initial(arm: Arm) -> Initial | None:
-    """Returns the model that the arm starts from; None if it starts fresh. Opens it only when called for."""
-    init = arm.init
+def make_initial(init: InitFrom | None) -> Initial | None:
+    """Returns the model that a run starts from; None if it starts fresh. Opens it only when called for."""
     return None if init is None else Initial(open=lambda: find_model(init.path).parameters, rules=init.rules)
 
 
-def check_initial(experiment: Experiment, run_dir: Path | None, arms: Iterable[str] | None = None) -> list[str]:
-    """Compares the models that arms (None: all) start from with the arms' own, and returns a line per difference.
+def check_initial(name: str, run: Run, run_dir: Path | None) -> list[str]:
+    """Compares the model on disk that the arm `name` starts from with its own, and returns a line per difference.
 
-    Arms of `run_dir` that have checkpoints are skipped: they resume from those. Raises UserError where a model cannot
+    A run that has checkpoints in `run_dir` is skipped: it resumes from those. Raises UserError where the model cannot
     be found, or a parameter is missing there and no rule covers it.
     """
-    lines = []
-    for name, arm, found, model in _initial_models(experiment, run_dir, arms):
-        assert arm.init is not None
-        differing = dict(_differences(to_json(arm.model), to_json(found.config)))
-        try:
-            check_rules(found.parameters, model, arm.init.rules, where=f"arms.{name}.init")
-        except UserError as error:
-            raise UserError(f"{error}{_remedy(name, arm, found.config, differing)}") from None
-        lines += [
-            f"{name}: not as in {found.parameters.origin}: {path}: {json.dumps(theirs)} -> {json.dumps(ours)}"
-            for path, (ours, theirs) in differing.items()
-        ]
-    return lines
+    init = _pending(run, run_dir)
+    if init is None:
+        return []
+    found, model = find_model(init.path), skeleton(builder(run.model, run.train.execution))
+    differing = dict(_differences(to_json(run.model), to_json(found.config)))
+    try:
+        check_rules(found.parameters, model, init.rules, where=f"arms.{name}.init")
+    except UserError as error:
+        raise UserError(f"{error}{_remedy(name, run, init, found.config, differing)}") from None
+    return [
+        f"{name}: not as in {found.parameters.origin}: {path}: {json.dumps(theirs)} -> {json.dumps(ours)}"
+        for path, (ours, theirs) in differing.items()
+    ]
 
 
-def check_tokenizers(
-    experiment: Experiment, tokenizer: Tokenizer, run_dir: Path | None, arms: Iterable[str] | None = None
-) -> list[str]:
-    """Returns a line for each arm that starts from a model with an unknown tokenizer, or with a permitted other one.
+def check_tokenizer(name: str, run: Run, tokenizer: Tokenizer, run_dir: Path | None) -> list[str]:
+    """Returns a line if the model that the arm starts from has no known tokenizer, or a permitted other one.
 
     Raises UserError for another tokenizer that the config does not permit: rows of the token tables would stand for
-    other tokens. `arms` None: all.
+    other tokens.
     """
-    lines = []
-    for name, arm, found, model in _initial_models(experiment, run_dir, arms):
-        assert arm.init is not None
-        if not loads_tables(found.parameters, model, arm.init.rules):
-            continue
-        theirs = found.open_text().tokenizer
-        if theirs is None:
-            lines.append(
-                f"{name}: {found.parameters.origin} has no tokenizer, so it may have been trained with another"
-            )
-            continue
-        different, compared = differing_ids(tokenizer, theirs)
-        if not different:
-            continue
-        ids = _describe_ids(different, compared, tokenizer, theirs)
-        if arm.init.tokenizer == "same":
-            raise UserError(
-                f"{name} would start from {found.parameters.origin}, which has another tokenizer: {ids}. "
-                f"{_overrides_for_tokenizer(found, theirs)}arms.{name}.init.tokenizer=any loads its tables as they are"
-            )
-        lines.append(f"warning: {name} starts with token tables of another tokenizer: {ids}")
-    return lines
+    init = _pending(run, run_dir)
+    if init is None:
+        return []
+    found, model = find_model(init.path), skeleton(builder(run.model, run.train.execution))
+    if not loads_tables(found.parameters, model, init.rules):
+        return []
+    theirs = found.open_text().tokenizer
+    if theirs is None:
+        return [f"{name}: {found.parameters.origin} has no tokenizer, so it may have been trained with another"]
+    different, compared = differing_ids(tokenizer, theirs)
+    if not different:
+        return []
+    ids = _describe_ids(different, compared, tokenizer, theirs)
+    if init.tokenizer == "same":
+        raise UserError(
+            f"{name} would start from {found.parameters.origin}, which has another tokenizer: {ids}. "
+            f"{_overrides_for_tokenizer(found, theirs)}arms.{name}.init.tokenizer=any loads its tables as they are"
+        )
+    return [f"warning: {name} starts with token tables of another tokenizer: {ids}"]
 
 
-def _initial_models(
-    experiment: Experiment, run_dir: Path | None, arms: Iterable[str] | None
-) -> Iterator[tuple[str, Arm, FoundModel, Skeleton]]:
-    """Yields, for each arm that starts from another model: its name, the arm, that model, the arm's own skeleton."""
-    for name in experiment.arms if arms is None else arms:
-        arm = experiment.arms[name]
-        if arm.init is None or (run_dir is not None and has_checkpoint(run_dir / name / RunFiles.CHECKPOINTS)):
-            continue
-        yield name, arm, find_model(arm.init.path), skeleton(builder(arm.model, experiment.train.execution))
+def _pending(run: Run, run_dir: Path | None) -> InitFrom | None:
+    """Returns where the run's parameters come from; None if it starts fresh or resumes."""
+    if run_dir is not None and has_checkpoint(run_dir / RunFiles.CHECKPOINTS):
+        return None
+    return run.init
 
 
 def _differences(ours: Any, theirs: Any, path: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
@@ -102,11 +93,10 @@ def _differences(ours: Any, theirs: Any, path: str = "") -> Iterator[tuple[str, 
         yield path, (ours, theirs)
 
 
-def _remedy(name: str, arm: Arm, theirs: ModelConfig, differing: dict[str, tuple[Any, Any]]) -> str:
+def _remedy(name: str, run: Run, init: InitFrom, theirs: ModelConfig, differing: dict[str, tuple[Any, Any]]) -> str:
     """Returns the most likely remedy, to be appended to an error message."""
-    assert arm.init is not None
-    if theirs.kind != arm.model.kind:
-        return f". It is a {theirs.kind}: run `twinstack convert {arm.init.path} NEW --to {arm.model.kind}` first"
+    if theirs.kind != run.model.kind:
+        return f". It is a {theirs.kind}: run `twinstack convert {init.path} NEW --to {run.model.kind}` first"
     values = {path: theirs for path, (_, theirs) in differing.items() if path not in TRAINED_WITH}
     texts = (
         f"arms.{name}.model.{path}={value if isinstance(value, str) else json.dumps(value)}"

@@ -5,6 +5,7 @@ This module is also the program of such a process: `python -m experiments.planni
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,35 +29,40 @@ from common.data.cache import default_cache_dir, put, warn_of_damage, whole
 from common.errors import UserError
 from common.files import read_json, write_json
 from common.terminal import marked_up
-from experiments.config import Experiment
 from experiments.families import FAMILIES
+from experiments.run import Run
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("common", "experiments", *(family.kind for family in FAMILIES))
 """Packages whose modules a compiled step may depend on."""
+STEP_FIELDS = ("optimizer", "accumulation", "mesh", "sharding", "execution", "anomalies")
+"""Fields of a run's config `train` that a compiled step depends on; seed, rate and schedule are its arguments."""
 PROCESSES = 2
 """How many compile at once; each takes one core and some GB of memory."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlannedProgram:
-    """The training step of one arm, to compile for a topology; the experiment's mesh has the topology's devices."""
+    """The training step of a run, to compile for a topology; the run's mesh has the topology's devices."""
 
-    experiment: Experiment
-    arm: str
+    name: str
+    """Its arm, in messages."""
+    run: Run
     topology: Topology
 
     def key(self) -> str:
         """Returns a hash of everything that the compiled program depends on: its name in the cache."""
-        config = to_json(self.experiment)
-        data = {name: config["data"][name] for name in ("rows", "input_length", "target_length")}
+        model, train = to_json(self.run.model), to_json(self.run.train)
+        fields = [train[name] for name in STEP_FIELDS]
         versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu", "flax", "optax")}
-        parts = [config["arms"][self.arm]["model"], config["train"], data, str(self.topology), versions, _source_hash()]
+        parts = [model, fields, self.run.row_slots, str(self.topology), versions, _source_hash()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def compile_all(programs: Sequence[PlannedProgram], console: Console) -> list[Compiled]:
     """Returns the results in order, from the cache where possible; prints which programs it compiles.
+
+    Equal programs are compiled once.
 
     Raises UserError if libtpu is not installed, and with the last line of a compiler's output if it fails.
     """
@@ -65,28 +71,31 @@ def compile_all(programs: Sequence[PlannedProgram], console: Console) -> list[Co
             "libtpu, the compiler for TPUs, is not installed; it needs no TPU: pip install 'twinstack[plan]'"
         )
     paths = [default_cache_dir() / "plans" / f"{program.key()}.json" for program in programs]
-    missing = [(program, path) for program, path in zip(programs, paths, strict=True) if not whole(path)]
-    for _, path in missing:
+    missing: dict[Path, PlannedProgram] = {}
+    for program, path in zip(programs, paths, strict=True):
+        if path not in missing and not whole(path):
+            missing[path] = program
+    for path in missing:
         warn_of_damage(path)
     if missing:
         _compile_missing(missing, console)
     return [from_json(Compiled, read_json(path)) for path in paths]
 
 
-def _compile_missing(missing: Sequence[tuple[PlannedProgram, Path]], console: Console) -> None:
-    """Runs PROCESSES compilers at a time until every result is in the cache; ends all of them if one fails."""
+def _compile_missing(missing: Mapping[Path, PlannedProgram], console: Console) -> None:
+    """Runs PROCESSES compilers at a time until every file is written; ends all of them if one fails."""
     started = time.perf_counter()
     status: contextlib.AbstractContextManager[Status | None] = (
         console.status("") if console.is_terminal else contextlib.nullcontext()
     )
     with tempfile.TemporaryDirectory(prefix="twinstack-plan-") as folder, contextlib.ExitStack() as stack:
         shown = stack.enter_context(status)
-        waiting, running = list(missing), list[_Compiler]()
+        waiting, running = list(missing.items()), list[_Compiler]()
         while waiting or running:
             while waiting and len(running) < PROCESSES:
-                program, path = waiting.pop(0)
-                mesh = program.experiment.train.mesh
-                console.print(marked_up(f"compiling {program.arm} for {program.topology}, mesh {mesh}"))
+                path, program = waiting.pop(0)
+                mesh = program.run.train.mesh
+                console.print(marked_up(f"compiling {program.name} for {program.topology}, mesh {mesh}"))
                 compiler = _Compiler(program, path, Path(folder) / path.stem)
                 stack.callback(compiler.kill)
                 running.append(compiler)
@@ -94,9 +103,9 @@ def _compile_missing(missing: Sequence[tuple[PlannedProgram, Path]], console: Co
             for compiler in [compiler for compiler in running if compiler.has_ended()]:
                 running.remove(compiler)
                 compiler.check()
-                console.print(f"{marked_up(compiler.program.arm)}: {compiler.seconds():.0f} s")
+                console.print(f"{marked_up(compiler.program.name)}: {compiler.seconds():.0f} s")
             if shown is not None:
-                arms = ", ".join(compiler.program.arm for compiler in running)
+                arms = ", ".join(compiler.program.name for compiler in running)
                 shown.update(marked_up(f"compiling {arms}: {time.perf_counter() - started:.0f} s"))
 
 
@@ -111,8 +120,7 @@ class _Compiler:
         write_json(
             request,
             {
-                "experiment": to_json(program.experiment),
-                "arm": program.arm,
+                "run": to_json(program.run),
                 "topology": to_json(program.topology),
                 "dump": str(folder / "dump"),
             },
@@ -144,6 +152,7 @@ class _Compiler:
         raise UserError(last.removeprefix("common.errors.UserError: ")[:500])
 
 
+@functools.cache
 def _source_hash() -> str:
     """Returns a hash of the source files of PACKAGES."""
     digest = hashlib.sha256()
@@ -162,9 +171,8 @@ def _compile_request(request: dict[str, Any]) -> Compiled:
     from common.train.programs import check_rows, lower_step, make_programs
     from experiments.running.pipeline import make_setup
 
-    experiment = from_json(Experiment, request["experiment"])
     topology = from_json(Topology, request["topology"])
-    setup = make_setup(experiment, experiment.arms[request["arm"]])
+    setup = make_setup(from_json(Run, request["run"]))
     check_rows(setup)
     programs = make_programs(setup, devices_of(topology))
     return compile_step(lambda: lower_step(setup, programs), programs.mesh, topology, Path(request["dump"]))

@@ -9,13 +9,12 @@ import dataclasses
 import math
 
 from common.compute.ledger import attention_parameters, mlp_parameters
-from common.compute.length_sums import LengthSums
 from common.compute.roofline import Estimate
 from common.compute.topology import Topology
 from common.sharding.shape import MeshShape
 from common.train.config import AdamW, TrainConfig
-from experiments.config import Experiment, ModelConfig
-from experiments.families import Stack, family_of
+from experiments.families import ModelConfig, Stack, family_of
+from experiments.run import Run
 
 BF16, FLOAT32 = 2, 4
 """Bytes of one number in each format."""
@@ -23,18 +22,16 @@ BF16, FLOAT32 = 2, 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Guess:
-    """The simple model's answer for one arm and one device."""
+    """The simple model's answer for one run and one device."""
 
     bytes: float
     time: Estimate
 
 
-def guess(experiment: Experiment, topology: Topology, arm: str) -> Guess:
-    """Estimates the memory and seconds of one step of `arm`, on the mesh of `experiment.train`."""
-    step, chip = _step(experiment, arm), topology.chip_spec
-    rows, inputs, targets = experiment.row_slots()
-    lengths = LengthSums.of_rows(rows, inputs, targets)
-    flops = step.model.flops(lengths).of_slowest(step.mesh.context).train_hardware(step.train.execution)
+def guess(run: Run, topology: Topology) -> Guess:
+    """Estimates the memory and seconds of one step, on the run's mesh."""
+    step, chip = _step(run), topology.chip_spec
+    flops = step.model.flops(run.data.length_sums).of_slowest(step.mesh.context).train_hardware(step.train.execution)
     return Guess(
         bytes=sum(_memory(step).values()),
         time=Estimate(
@@ -121,9 +118,9 @@ class _Step:
         return 2 * BF16 * self.model.num_kv_heads * self.model.head_dim / self.mesh.tensor
 
 
-def _step(experiment: Experiment, arm: str) -> _Step:
-    model, train = experiment.arms[arm].model, experiment.train
-    rows, inputs, targets = experiment.row_slots()
+def _step(run: Run) -> _Step:
+    model, train = run.model, run.train
+    rows, inputs, targets = run.row_slots
     return _Step(
         model=model,
         train=train,

@@ -3,14 +3,16 @@
 A simple model of memory and time (`guess`) ranks all candidates in a moment. The mesh of the best candidate is compiled
 with each remat policy, then the next few candidates that have the best of these policies. Among the compiled candidates
 that fit, the one with the shortest estimate wins. Every candidate trains on the same rows per step, so the result of
-training stays the same; only how many rows a device computes at a time differs. All arms share the config `train`, so
-the search compares the seconds of one step of every arm, summed.
+training stays the same; only how many rows a device computes at a time differs. All arms get the same mesh, policy and
+number of micro-batches, so the search compares the seconds of one step of every arm, summed.
 """
 
 import dataclasses
+import functools
 import itertools
+import math
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich import box
@@ -23,10 +25,12 @@ from common.errors import UserError
 from common.recipe import Execution
 from common.sharding.shape import MESH_AXES, MeshShape
 from common.terminal import marked_up
-from experiments.config import Experiment
+from common.train.config import TrainConfig
 from experiments.planning.compiling import PlannedProgram, compile_all
 from experiments.planning.guess import Guess, guess
-from experiments.planning.table import estimate_arm
+from experiments.planning.table import estimate_run
+from experiments.run import Run
+from experiments.study import Study
 
 MORE_CANDIDATES = 2
 """How many candidates with the best remat policy are compiled after it is known."""
@@ -44,20 +48,25 @@ REMATS: tuple[Any, ...] = typing.get_args(typing.get_type_hints(Execution)["rema
 class Candidate:
     """One choice of mesh, remat policy and accumulation, with what is known of each arm."""
 
-    experiment: Experiment
-    """The experiment with this choice in its config `train`."""
+    study: Study
+    """The study with this choice in every arm."""
     guesses: dict[str, Guess]
     """Arm -> the simple model's memory and time."""
     compiled: dict[str, Compiled] | None = None
     """Arm -> its compiled step; None until the search compiles this candidate."""
 
     @property
+    def train(self) -> TrainConfig:
+        """The first arm's; mesh, remat policy and accumulation are those of all."""
+        return next(iter(self.study.arms.values())).train
+
+    @property
     def mesh(self) -> MeshShape:
-        return self.experiment.train.mesh
+        return self.train.mesh
 
     @property
     def remat(self) -> str:
-        return self.experiment.train.execution.remat
+        return self.train.execution.remat
 
     @property
     def bytes(self) -> float:
@@ -77,27 +86,29 @@ class Candidate:
     def seconds(self, topology: Topology) -> tuple[float, float]:
         """Returns the lower and upper estimate of one step of every arm, summed, from the compiled programs."""
         assert self.compiled
-        estimates = (estimate_arm(self.experiment, topology, arm, program) for arm, program in self.compiled.items())
-        times = [estimate.time.seconds for estimate in estimates]
+        times = [
+            estimate_run(self.study.arms[arm], topology, program).time.seconds for arm, program in self.compiled.items()
+        ]
         return sum(low for low, _ in times), sum(high for _, high in times)
 
 
-def search(experiment: Experiment, topology: Topology, console: Console, mesh: MeshShape | None) -> list[Candidate]:
+def search(study: Study, topology: Topology, console: Console, mesh: MeshShape | None) -> list[Candidate]:
     """Returns all candidates, best first by the simple model, of which the most promising few are compiled.
 
-    `mesh` (None: any) restricts the search to one mesh. Raises UserError if the rows divide over no mesh, or not over
-    `mesh`.
+    `mesh` (None: any) restricts the search to one mesh. Raises UserError if not all arms' rows divide over a mesh, or
+    over `mesh`.
     """
     candidates = [
-        Candidate(experiment=changed, guesses={arm: guess(changed, topology, arm) for arm in changed.arms})
-        for changed in _changed_experiments(experiment, topology, mesh)
+        Candidate(study=changed, guesses={arm: guess(run, topology) for arm, run in changed.arms.items()})
+        for changed in _changed_studies(study, topology, mesh)
     ]
     if not candidates:
-        rows, parts = experiment.data.rows, topology.devices if mesh is None else mesh.row_parts
+        rows, parts = _batch_rows(study), topology.devices if mesh is None else mesh.row_parts
         where = (
             f"divides over no mesh of {topology}" if mesh is None else f"does not divide over the mesh's {parts} parts"
         )
-        raise UserError(f"data.rows is {rows}, which {where}; nearest: {max(1, round(rows / parts)) * parts}")
+        near = " and ".join(str(max(1, round(each / parts)) * parts) for each in rows)
+        raise UserError(f"data.rows is {' and '.join(map(str, rows))}, which {where}; nearest: {near}")
     usable = topology.chip_spec.usable_hbm_bytes or topology.chip_spec.hbm_bytes
     # Candidates that fit come first, by time; then the others, by memory.
     ranked = sorted(candidates, key=lambda one: (max(1.0, one.bytes / (ROOM * usable)), one.guessed_seconds))
@@ -115,16 +126,15 @@ def _compile(
     candidates: Sequence[Candidate], chosen: Sequence[int], topology: Topology, console: Console
 ) -> list[Candidate]:
     """Returns all candidates, in the same order, after compiling those at the indices `chosen`."""
-    experiments = [candidates[i].experiment for i in chosen]
     programs = [
-        PlannedProgram(experiment=experiment, arm=arm, topology=topology)
-        for experiment in experiments
-        for arm in experiment.arms
+        PlannedProgram(name=arm, run=run, topology=topology)
+        for i in chosen
+        for arm, run in candidates[i].study.arms.items()
     ]
     compiled = iter(compile_all(programs, console))
     result = list(candidates)
-    for i, experiment in zip(chosen, experiments, strict=True):
-        result[i] = dataclasses.replace(result[i], compiled={arm: next(compiled) for arm in experiment.arms})
+    for i in chosen:
+        result[i] = dataclasses.replace(result[i], compiled={arm: next(compiled) for arm in result[i].study.arms})
     return result
 
 
@@ -133,22 +143,21 @@ def best_of(candidates: Sequence[Candidate], topology: Topology) -> Candidate | 
     return min((one for one in candidates if one.fits), key=lambda one: sum(one.seconds(topology)), default=None)
 
 
-def candidates_table(base: Experiment, candidates: Sequence[Candidate], topology: Topology) -> Table:
+def candidates_table(base: Study, candidates: Sequence[Candidate], topology: Topology) -> Table:
     """Returns a table of the best candidates by the simple model and of all compiled ones, with the best in bold.
 
     The column `rows` has the rows of one micro-batch on one device, then the micro-batches of a step if there are
     several: `4 x 2`. The columns `guess` are from the simple model, `libtpu` from the compiled programs.
     """
     best = best_of(candidates, topology)
-    experiment = candidates[0].experiment
     shown = [one for i, one in enumerate(candidates) if i < SHOWN or one.compiled]
     title = (
-        f"{experiment.name} on {topology}: {len(candidates)} candidates, {experiment.data.rows:,} rows a step; "
+        f"{base.name} on {topology}: {len(candidates)} candidates, {_joined(_batch_rows(base))} rows a step; "
         "below, rows are those of a device at a time, GiB of the largest arm, s of all arms"
     )
     caption = "none of the compiled candidates fits: take more chips, or chips with more memory"
     if best:
-        caption = f"best: {overrides(base, best.experiment)}"
+        caption = f"best: {overrides(base, best)}"
     table = Table(title=marked_up(title), box=box.SIMPLE_HEAD, padding=0, caption=marked_up(caption))  # fits 80 columns
     axes = [axis for axis in MESH_AXES if any(one.mesh.sizes()[axis] > 1 for one in shown)]
     for column in (*axes, "remat", "rows", "guess\nGiB", "guess\ns", "libtpu\nGiB", "libtpu\ns"):
@@ -160,9 +169,8 @@ def candidates_table(base: Experiment, candidates: Sequence[Candidate], topology
 
 def _candidate_cells(candidate: Candidate, axes: Sequence[str], topology: Topology) -> list[str]:
     """Returns the cells of one line of the table: sizes of the mesh `axes`, then the other columns."""
-    experiment, sizes = candidate.experiment, candidate.mesh.sizes()
-    accumulation = experiment.train.accumulation
-    rows = f"{experiment.data.rows / candidate.mesh.row_parts / accumulation:g}"
+    sizes, accumulation = candidate.mesh.sizes(), candidate.train.accumulation
+    rows = _joined([rows // candidate.mesh.row_parts // accumulation for rows in _batch_rows(candidate.study)])
     return [
         *(str(sizes[axis]) for axis in axes),
         candidate.remat,
@@ -174,49 +182,68 @@ def _candidate_cells(candidate: Candidate, axes: Sequence[str], topology: Topolo
     ]
 
 
-def overrides(base: Experiment, changed: Experiment) -> str:
-    """Returns the command-line overrides that turn `base` into `changed`."""
-    train, before = changed.train, base.train
+def overrides(base: Study, best: Candidate) -> str:
+    """Returns the command-line overrides that give every arm of `base` this choice."""
+
+    def differs(value: Callable[[TrainConfig], Any]) -> bool:
+        return any(value(run.train) != value(best.train) for run in base.arms.values())
+
     words = [
-        f"train.mesh.{axis}={size}" for axis, size in train.mesh.sizes().items() if before.mesh.sizes()[axis] != size
+        f"train.mesh.{axis}={size}"
+        for axis, size in best.mesh.sizes().items()
+        if differs(lambda train, axis=axis: train.mesh.sizes()[axis])  # type: ignore[misc]
     ]
-    if train.execution != before.execution:
-        words.append(f"train.execution.remat={train.execution.remat}")
-    if train.accumulation != before.accumulation:
-        words.append(f"train.accumulation={train.accumulation}")
-    return " ".join(words) or "the experiment's own settings"
+    if differs(lambda train: train.execution.remat):
+        words.append(f"train.execution.remat={best.remat}")
+    if differs(lambda train: train.accumulation):
+        words.append(f"train.accumulation={best.train.accumulation}")
+    return " ".join(words) or "the study's own settings"
 
 
-def _changed_experiments(experiment: Experiment, topology: Topology, mesh: MeshShape | None) -> Iterator[Experiment]:
-    """Yields the experiment with every mesh (or only `mesh`), remat policy and accumulation that its rows divide over.
+def with_choice(run: Run, mesh: MeshShape, remat: Any, accumulation: int) -> Run:
+    """Returns the run with this mesh, remat policy and accumulation, which change no result."""
+    execution = dataclasses.replace(run.train.execution, remat=remat)
+    train = dataclasses.replace(run.train, mesh=mesh, execution=execution, accumulation=accumulation)
+    return dataclasses.replace(run, train=train)
+
+
+def _changed_studies(study: Study, topology: Topology, mesh: MeshShape | None) -> Iterator[Study]:
+    """Yields the study with every mesh (or only `mesh`), remat policy and accumulation that divides every arm's rows.
 
     Accumulation is a power of two.
     """
-    for shape, remat in itertools.product([mesh] if mesh else _meshes(experiment, topology), REMATS):
-        device_rows = experiment.data.rows // shape.row_parts
-        if experiment.data.rows % shape.row_parts:
+    rows = math.gcd(*_batch_rows(study))  # what divides all, divides this
+    for shape in [mesh] if mesh else _meshes(study, topology):
+        device_rows = rows // shape.row_parts
+        if rows % shape.row_parts:
             continue
-        for accumulation in (2**power for power in range(device_rows.bit_length())):
-            if device_rows % accumulation == 0:
-                execution = dataclasses.replace(experiment.train.execution, remat=remat)
-                train = dataclasses.replace(
-                    experiment.train, mesh=shape, execution=execution, accumulation=accumulation
-                )
-                yield dataclasses.replace(experiment, train=train)
+        for remat, power in itertools.product(REMATS, range(device_rows.bit_length())):
+            if device_rows % 2**power == 0:
+                choice = functools.partial(with_choice, mesh=shape, remat=remat, accumulation=2**power)
+                yield study.edited(choice)
 
 
-def _meshes(experiment: Experiment, topology: Topology) -> Iterator[MeshShape]:
+def _batch_rows(study: Study) -> list[int]:
+    """Returns the rows of a batch, each number once: arms may differ."""
+    return sorted({run.data.rows for run in study.arms.values()})
+
+
+def _joined(numbers: Sequence[int]) -> str:
+    return "/".join(f"{number:,}" for number in numbers)
+
+
+def _meshes(study: Study, topology: Topology) -> Iterator[MeshShape]:
     """Yields the meshes that use every device of the topology and divide every arm evenly; each slice is a replica.
 
     Tensor divides heads, `d_ff` and the vocabulary; context divides the lengths of a row; fsdp divides `d_model`.
     """
     devices = topology.devices // topology.slices
-    models = [arm.model for arm in experiment.arms.values()]
+    models = [run.model for run in study.arms.values()]
     widths = [n for m in models for n in (m.num_heads, m.num_kv_heads, m.d_ff, m.vocab_size)]
-    _, inputs, targets = experiment.row_slots()
+    lengths = {length for run in study.arms.values() for length in run.row_slots[1:]}
     for tensor, context in itertools.product(range(1, MOST_TENSOR + 1), _divisors(devices)):
         data_and_fsdp, rest = divmod(devices, tensor * context)
-        if rest or any(width % tensor for width in widths) or inputs % context or targets % context:
+        if rest or any(width % tensor for width in widths) or any(length % context for length in lengths):
             continue
         for fsdp in _divisors(data_and_fsdp):
             if all(model.d_model % fsdp == 0 for model in models):

@@ -7,13 +7,13 @@ from rich.table import Table
 
 from common.compute.aot import Compiled
 from common.compute.collectives import as_compiled, reduce_scatter_bytes
-from common.compute.length_sums import LengthSums
 from common.compute.memory import Memory
 from common.compute.roofline import Estimate, axes_name, estimate
 from common.compute.topology import Topology
 from common.report.units import percent, scientific, si
 from common.terminal import marked_up
-from experiments.config import Arm, Experiment
+from experiments.run import Run
+from experiments.study import Study
 
 GIB = 2**30
 SHOWN_BUFFERS = 4
@@ -25,7 +25,7 @@ SMALLEST_SHOWN_BYTES = 2**17
 class ArmEstimate:
     """One arm on a topology, and what follows from its estimated step time; pairs are (lowest, highest)."""
 
-    config: Arm
+    run: Run
     compiled: Compiled
     time: Estimate
     mfu_causal_half: tuple[float, float]
@@ -38,14 +38,12 @@ class ArmEstimate:
         return low, high
 
 
-def estimate_arm(experiment: Experiment, topology: Topology, arm: str, compiled: Compiled) -> ArmEstimate:
-    """Estimates one arm. The FLOPs inside kernels are not visible in the program and come from the ledger."""
-    model = experiment.arms[arm].model
-    rows, inputs, targets = experiment.row_slots()
-    ledger = model.flops(LengthSums.of_rows(rows, inputs, targets))
-    train = experiment.train
-    slowest = ledger.of_slowest(train.mesh.context)
-    kernel_flops = slowest.train_kernels(train.execution) if compiled.has_kernels else 0
+def estimate_run(run: Run, topology: Topology, compiled: Compiled) -> ArmEstimate:
+    """Estimates one run. The FLOPs inside kernels are not visible in the program and come from the ledger."""
+    rows, inputs, targets = run.row_slots
+    ledger = run.model.flops(run.data.length_sums)
+    slowest = ledger.of_slowest(run.train.mesh.context)
+    kernel_flops = slowest.train_kernels(run.train.execution) if compiled.has_kernels else 0
     flops = compiled.flops + kernel_flops / topology.devices
     time = estimate(
         topology,
@@ -61,11 +59,11 @@ def estimate_arm(experiment: Experiment, topology: Topology, arm: str, compiled:
         return model_flops / (high * peak), model_flops / (low * peak)
 
     def days(seconds: float) -> float:
-        return experiment.steps() * seconds / 86_400
+        return run.steps * seconds / 86_400
 
     tokens = rows * (inputs + targets) * 86_400
     return ArmEstimate(
-        config=experiment.arms[arm],
+        run=run,
         compiled=compiled,
         time=time,
         mfu_causal_half=share(ledger.train_causal_half),
@@ -75,20 +73,13 @@ def estimate_arm(experiment: Experiment, topology: Topology, arm: str, compiled:
     )
 
 
-def plan_table(
-    experiment: Experiment, topology: Topology, compiled: Mapping[str, Compiled], price: float | None
-) -> Table:
+def plan_table(study: Study, topology: Topology, compiled: Mapping[str, Compiled], price: float | None) -> Table:
     """Returns the table of all arms: memory, communication, time and money; `price` (None: listed) is in USD."""
-    estimates = {arm: estimate_arm(experiment, topology, arm, program) for arm, program in compiled.items()}
-    rows, inputs, targets = experiment.row_slots()
-    train = experiment.train
-    table = Table(
-        title=marked_up(
-            f"{experiment.name} on {topology} ({topology.devices} devices), mesh {train.mesh}: {experiment.steps():,} "
-            f"steps of {rows:,} rows x ({inputs} + {targets}) slots, remat {train.execution.remat}, accumulation "
-            f"{train.accumulation}"
-        )
-    )
+    estimates = {arm: estimate_run(study.arms[arm], topology, program) for arm, program in compiled.items()}
+    settings = [_settings(one.run) for one in estimates.values()]
+    shared = {name: value for name, value in settings[0].items() if all(each[name] == value for each in settings)}
+    words = ", ".join(f"{name} {value}" for name, value in shared.items())
+    table = Table(title=marked_up(f"{study.name} on {topology} ({topology.devices} devices): {words}"))
     table.add_column("")
     for arm in estimates:
         table.add_column(marked_up(arm), justify="right")
@@ -102,8 +93,11 @@ def plan_table(
         if any(shown):
             table.add_row(marked_up(label), *shown)
 
-    line("parameters", lambda arm: f"{arm.config.model.param_count():,}")
-    line("training FLOPs per step", lambda arm: scientific(experiment.flops_per_step(arm.config), 4))
+    for name in settings[0]:
+        if name not in shared:
+            line(name, lambda arm, name=name: _settings(arm.run)[name])  # type: ignore[misc]
+    line("parameters", lambda arm: f"{arm.run.model.param_count():,}")
+    line("training FLOPs per step", lambda arm: scientific(arm.run.flops_per_step, 4))
     section("Memory of a device")
     _memory_rows(line, topology)
     if any(program.collectives for program in compiled.values()):
@@ -120,11 +114,23 @@ def plan_table(
     return table
 
 
-def advice(experiment: Experiment, topology: Topology, compiled: Mapping[str, Compiled]) -> list[str]:
+def _settings(run: Run) -> dict[str, str]:
+    """Returns how the run is computed, by name; a table's title has what all arms share."""
+    rows, inputs, targets = run.row_slots
+    return {
+        "mesh": str(run.train.mesh),
+        "steps": f"{run.steps:,}",
+        "rows": f"{rows:,} x ({inputs} + {targets}) slots",
+        "remat": run.train.execution.remat,
+        "accumulation": str(run.train.accumulation),
+    }
+
+
+def advice(study: Study, topology: Topology, compiled: Mapping[str, Compiled]) -> list[str]:
     """Returns lines that explain the numbers and what would improve them; advice for several arms is one line."""
     arms_of: dict[str, list[str]] = {}
     for arm, program in compiled.items():
-        for words in _advice(estimate_arm(experiment, topology, arm, program)):
+        for words in _advice(estimate_run(study.arms[arm], topology, program)):
             arms_of.setdefault(words, []).append(arm)
     return [
         "Memory and bytes sent are per device; bytes sent are those of the partitioned program's collectives. The "

@@ -10,8 +10,7 @@ from common.compute.hlo import parse_lowered
 from common.compute.traffic import product_flops
 from common.sharding.shape import MeshShape
 from common.train.programs import Setup, lower_step, make_programs
-from experiments.config import ModelConfig
-from experiments.families import builder
+from experiments.families import ModelConfig, builder
 
 LONGEST_REASON = 200
 

@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 from common.data.batch import Prompt
 from common.evals.measure import TurnCost
 from common.model import Skeleton
-from experiments.config import ModelConfig, MultiTurn
+from experiments.families import ModelConfig
+from experiments.run import MultiTurn
 
 
 def measure(

@@ -1,8 +1,8 @@
-"""From an experiment to training: its data, and what each arm's training needs."""
+"""From a run to training: its data, and what its training needs."""
 
 import dataclasses
-from collections.abc import Iterable
-from pathlib import Path
+import functools
+import json
 
 import jax
 
@@ -21,17 +21,20 @@ from common.data.streams import (
 from common.data.tokenizers.saved import saved_files
 from common.data.tokenizers.tokenizer import Tokenizer
 from common.errors import UserError
-from common.train.loop import Fitted, fit
+from common.train.config import InitFrom
 from common.train.programs import Setup, check_rows, lower_step, make_programs
-from common.train.task import Task, Watcher
-from experiments.config import Arm, Experiment, complete_run_config
+from common.train.task import Task
 from experiments.families import builder
 from experiments.models.initial import make_initial
+from experiments.run import Run, complete_run
+
+OPEN_DATA = 8
+"""How many data configs a process keeps open: the seeds of a study take turns."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-    """The data that all arms of an experiment share."""
+    """The data that a run trains on."""
 
     content_id: str
     """Identifies the training text."""
@@ -45,82 +48,96 @@ class Data:
         return {"content_id": self.content_id, "tokenizer_hash": self.tokenizer.content_hash}
 
 
-def open_data(experiment: Experiment, arms: Iterable[str] | None = None) -> Data:
-    """Opens the experiment's data, making what the cache does not hold.
+def open_data(name: str, run: Run) -> Data:
+    """Opens the data of the arm `name`, making what the cache does not hold; data that are open are opened once.
 
-    Raises UserError where the token table of one of `arms` (None: any) has too few rows for the tokenizer.
+    Raises UserError where the model's token table has too few rows for the tokenizer.
     """
-    cache_dir, config = default_cache_dir(), experiment.data
-    source = open_training_text(config, cache_dir)
-    tokenizer = open_tokenizer_of(config, source, cache_dir)
-    for name in experiment.arms if arms is None else arms:
-        rows = experiment.arms[name].model.vocab_size
-        if rows < tokenizer.table_size:
-            raise UserError(f"arms.{name}.model.vocab_size is {rows}; the tokenizer needs {tokenizer.table_size}")
-    host = Host() if jax.process_count() == 1 else Host(_local_rows(experiment))
+    data = _open(_Source(run))
+    if run.model.vocab_size < data.tokenizer.table_size:
+        raise UserError(
+            f"arms.{name}.model.vocab_size is {run.model.vocab_size}; the tokenizer needs {data.tokenizer.table_size}"
+        )
+    return data
+
+
+class _Source:
+    """A run, equal to all others that read the same rows on this process."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self._key = json.dumps([to_json(run.data), dataclasses.asdict(run.train.mesh), run.train.accumulation])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Source) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+@functools.lru_cache(maxsize=OPEN_DATA)
+def _open(source: _Source) -> Data:
+    cache_dir, config = default_cache_dir(), source.run.data
+    text = open_training_text(config, cache_dir)
+    tokenizer = open_tokenizer_of(config, text, cache_dir)
+    host = Host() if jax.process_count() == 1 else Host(_local_rows(source.run))
     return Data(
-        content_id=source.content_id,
+        content_id=text.content_id,
         tokenizer=tokenizer,
         train=open_training(config, tokenizer, cache_dir, host),
         validation=open_validation(config, tokenizer, cache_dir, host),
     )
 
 
-def _local_rows(experiment: Experiment) -> list[int]:
-    """Returns which rows of a batch this process feeds: the same for every arm, since all arms share a mesh."""
-    arm = next(iter(experiment.arms.values()))
-    setup = make_setup(experiment, arm)
+def _local_rows(run: Run) -> list[int]:
+    """Returns which rows of a batch this process feeds."""
+    setup = make_setup(run)
     check_rows(setup)
     return make_programs(setup).local_rows
 
 
-def make_setup(experiment: Experiment, arm: Arm) -> Setup:
+def make_setup(run: Run) -> Setup:
     return Setup(
-        build=builder(arm.model, experiment.train.execution),
-        model=arm.model,
-        train=experiment.train,
-        learning_rate=arm.learning_rate,
-        steps=experiment.steps(),
-        row_slots=experiment.row_slots(),
+        build=builder(run.model, run.train.execution),
+        model=run.model,
+        train=run.train,
+        learning_rate=run.learning_rate,
+        steps=run.steps,
+        row_slots=run.row_slots,
     )
 
 
-def check_devices(experiment: Experiment, arms: Iterable[str]) -> None:
+def check_devices(run: Run) -> None:
     """Raises UserError where the mesh needs more devices than there are, or does not divide rows or parameters."""
-    for name in arms:
-        setup = make_setup(experiment, experiment.arms[name])
-        make_programs(setup)
-        check_rows(setup)
+    setup = make_setup(run)
+    make_programs(setup)
+    check_rows(setup)
 
 
-def make_task(experiment: Experiment, name: str, data: Data) -> Task:
-    """Returns all that training the arm `name` needs."""
-    arm = experiment.arms[name]
+def make_task(run: Run, data: Data, init: InitFrom | None, profile_steps: int = 0) -> Task:
+    """Returns all that training needs.
+
+    Args:
+      init: the model on disk that the run starts from: its own `init`, or where the run that it comes after is.
+      profile_steps: how many steps of this launch are traced into the run directory.
+    """
     chip = chip_of(jax.devices()[0].device_kind)
-    validation = data.validation.validation_batches(experiment.evaluation.validation_batches)
     return Task(
-        setup=make_setup(experiment, arm),
+        setup=make_setup(run),
         stream=data.train,
         seeker=data.train,
-        validation=tuple(validation),
-        config=to_json(experiment.run_config(name)),
-        complete_config=complete_run_config,
+        validation=tuple(data.validation.validation_batches(run.evaluation.validation_batches)),
+        config=to_json(run),
+        complete_config=complete_run,
         data=data.identity,
         tokenizer_files=saved_files(data.tokenizer),
-        initial=make_initial(arm),
+        initial=make_initial(init),
         peak_flops_per_second=None if chip is None else chip.flops_per_second,
+        profile_steps=profile_steps,
     )
 
 
-def train_arm(
-    experiment: Experiment, name: str, data: Data, run_dir: Path, watcher: Watcher, profile_steps: int = 0
-) -> Fitted:
-    """Trains an arm in `run_dir/name`, from its newest checkpoint if there is one."""
-    task = dataclasses.replace(make_task(experiment, name, data), profile_steps=profile_steps)
-    return fit(task, run_dir / name, watcher)
-
-
-def compiled_step(experiment: Experiment, arm: Arm) -> jax.stages.Compiled:
-    """Compiles the arm's training step ahead of time for the experiment's mesh; needs no data."""
-    setup = make_setup(experiment, arm)
+def compiled_step(run: Run) -> jax.stages.Compiled:
+    """Compiles the run's training step ahead of time for its mesh; needs no data."""
+    setup = make_setup(run)
     return lower_step(setup, make_programs(setup)).compile()

@@ -1,28 +1,24 @@
-"""Scores trained arms and writes their results."""
+"""Scores trained models and writes their results."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common.compute.length_sums import LengthSums
-from common.config import from_earlier_json, from_json, to_json, without_defaults
+from common.config import from_earlier_json, from_json, to_json
 from common.errors import UserError
 from common.evals.decoding import greedy_decoder
 from common.evals.measure import TextScore, TurnCost
 from common.evals.text_metrics import ALL, score_texts
 from common.files import read_json, read_rows, write_json, write_rows
 from common.progress import ProgressBars
-from common.report.certificate import dotted_fields
 from common.report.results import ArmResult, Flops
 from common.sharding.hosts import on_first_process
-from common.train.config import decides_result
+from common.train import run_dir as rd
 from common.train.loop import Fitted
 from common.train.metrics_log import last_losses
 from common.train.run_files import RunFiles
-from experiments.config import Experiment
+from experiments.run import Run, made_from
 from experiments.running.audit import count_step
 from experiments.running.multi_turn import measure
 from experiments.running.pipeline import Data, make_setup
@@ -30,18 +26,19 @@ from experiments.running.scored_splits import ScoredSplit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Opened:
-    """An experiment with its data, and where its results go."""
+class OpenRun:
+    """A run of a study with its data, and where its results go."""
 
-    experiment: Experiment
-    run_dir: Path
-    """Has a folder for each arm."""
+    name: str
+    run: Run
+    folder: Path
+    """The run directory."""
     data: Data
     tests: dict[str, ScoredSplit]
     """The splits to score, by name."""
 
 
-def score_arm(opened: Opened, name: str, fitted: Fitted, progress: ProgressBars) -> ArmResult:
+def score_run(opened: OpenRun, fitted: Fitted, progress: ProgressBars) -> ArmResult:
     """Decodes the test splits and writes `samples.jsonl` and `result.json`.
 
     All processes decode, the first one writes. The result is complete on disk before the audit of its FLOPs, which only
@@ -49,7 +46,7 @@ def score_arm(opened: Opened, name: str, fitted: Fitted, progress: ProgressBars)
     """
     samples: list[dict[str, Any]] = []
     scores: list[TextScore] = []
-    evaluation = opened.experiment.evaluation
+    name, evaluation = opened.name, opened.run.evaluation
     decode = greedy_decoder(
         fitted.model,
         fitted.params,
@@ -71,62 +68,46 @@ def score_arm(opened: Opened, name: str, fitted: Fitted, progress: ProgressBars)
             in_training=test.in_training,
         )
         samples += decoded
-    turns = _time_conversation(opened.experiment, name, fitted, progress)
+    turns = _time_conversation(opened, fitted, progress)
     progress.say(f"{name}: counting the FLOPs of a step")
 
     def write() -> dict[str, Any]:
-        arm_dir = opened.run_dir / name
         result = dataclasses.replace(
-            _result(opened, name, fitted, tuple(scores)), multi_turn=turns, made_from=_made_from(opened, name)
+            _result(opened, fitted, tuple(scores)), multi_turn=turns, made_from=made_from(opened.run)
         )
-        write_rows(arm_dir / RunFiles.SAMPLES, samples)
-        write_json(arm_dir / RunFiles.RESULT, to_json(result))
-        count = count_step(make_setup(opened.experiment, opened.experiment.arms[name]))
+        write_rows(opened.folder / RunFiles.SAMPLES, samples)
+        write_json(opened.folder / RunFiles.RESULT, to_json(result))
+        count = count_step(make_setup(opened.run))
         audited = to_json(dataclasses.replace(result, xla_flops_per_step=count.flops, why_not_counted=count.why_not))
-        write_json(arm_dir / RunFiles.RESULT, audited)
+        write_json(opened.folder / RunFiles.RESULT, audited)
         return audited
 
     return from_json(ArmResult, on_first_process(write))
 
 
-def finished_result(opened: Opened, name: str) -> ArmResult | None:
-    """Returns the result of an arm that has been trained to its last step and scored; None where work remains.
+def finished_result(opened: OpenRun) -> ArmResult | None:
+    """Returns the result of a run that has been trained to its last step and scored; None where work remains.
 
     The result must come from the same data and config, apart from the fields that only say how a run is computed.
     """
-    made_from = _made_from(opened, name)
+    expected = made_from(opened.run)
 
     def read() -> dict[str, Any] | None:
-        arm_dir = opened.run_dir / name
         try:
-            described = read_json(arm_dir / RunFiles.RESULT)
-            result, metrics = from_earlier_json(ArmResult, described), read_rows(arm_dir / RunFiles.METRICS)
-            samples = len(read_rows(arm_dir / RunFiles.SAMPLES))
+            described = read_json(opened.folder / RunFiles.RESULT)
+            result, metrics = from_earlier_json(ArmResult, described), read_rows(opened.folder / RunFiles.METRICS)
+            samples = len(read_rows(opened.folder / RunFiles.SAMPLES))
         except UserError:  # absent, damaged or of another version
             return None
         decoded = sum(score.examples for score in result.scores if score.group == ALL)
-        current = (result.made_from, result.steps, samples) == (made_from, opened.experiment.steps(), decoded)
+        same_data = not rd.other_data(opened.folder, opened.data.identity)
+        current = same_data and (result.made_from, result.steps, samples) == (expected, opened.run.steps, decoded)
         last = metrics[-1] if metrics else {}
         recorded = (last.get("step"), last.get("fingerprint")) == (result.steps, result.fingerprint)
         return described if current and recorded else None
 
     described = on_first_process(read)
     return None if described is None else from_earlier_json(ArmResult, described)
-
-
-def _made_from(opened: Opened, name: str) -> str:
-    """Returns a hash of everything that decides the arm's result.
-
-    Fields at their defaults do not enter it, so that a field added later does not make finished work be done again.
-    """
-    experiment = opened.experiment
-    config = dotted_fields(without_defaults(experiment.run_config(name)))
-    decides = {
-        "config": {path: value for path, value in config.items() if decides_result(path)},
-        "data": opened.data.identity,
-        "evaluation": without_defaults(experiment.evaluation),
-    }
-    return hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _decode_split(
@@ -150,28 +131,25 @@ def _decode_split(
     ]
 
 
-def _time_conversation(
-    experiment: Experiment, name: str, fitted: Fitted, progress: ProgressBars
-) -> tuple[TurnCost, ...]:
-    plan = experiment.evaluation.multi_turn
+def _time_conversation(opened: OpenRun, fitted: Fitted, progress: ProgressBars) -> tuple[TurnCost, ...]:
+    plan = opened.run.evaluation.multi_turn
     if plan is None:
         return ()
-    progress.say(f"{name}: timing a conversation of {plan.turns} turns")
+    progress.say(f"{opened.name}: timing a conversation of {plan.turns} turns")
     with progress.bar("timing a conversation", plan.turns) as advance:
-        model = experiment.arms[name].model
-        return tuple(measure(model, fitted.model, fitted.params, fitted.mesh, plan, advance))
+        return tuple(measure(opened.run.model, fitted.model, fitted.params, fitted.mesh, plan, advance))
 
 
-def _result(opened: Opened, name: str, fitted: Fitted, scores: tuple[TextScore, ...]) -> ArmResult:
-    """Returns the arm's counts, losses and scores, without the audit of its FLOPs."""
-    arm, done = opened.experiment.arms[name], fitted.progress
-    rows, input_length, target_length = opened.experiment.row_slots()
+def _result(opened: OpenRun, fitted: Fitted, scores: tuple[TextScore, ...]) -> ArmResult:
+    """Returns the run's counts, losses and scores, without the audit of its FLOPs."""
+    run, done = opened.run, fitted.progress
+    rows, input_length, target_length = run.row_slots
     steps = done.consumed_batches
-    step_flops = arm.model.flops(LengthSums.of_rows(rows, input_length, target_length))
-    train_loss, validation_loss = last_losses(opened.run_dir / name, steps)
+    step_flops = run.model.flops(run.data.length_sums)
+    train_loss, validation_loss = last_losses(opened.folder, steps)
     return ArmResult(
-        arm=name,
-        parameters=arm.model.param_count(),
+        arm=opened.name,
+        parameters=run.model.param_count(),
         steps=steps,
         flops=Flops(
             full_attention=float(steps * step_flops.train_full_attention),

@@ -1,4 +1,4 @@
-"""The command line with one more experiment, `tiny`, over local files: `FOLDER HEARTBEAT_SECONDS ARGUMENTS...`."""
+"""The command line with one more study, `tiny`, over local files: `FOLDER HEARTBEAT_SECONDS ARGUMENTS...`."""
 
 import sys
 import time
@@ -8,10 +8,10 @@ from typing import Any
 import jax
 
 from common.train import distributed, run
-from experiments import registry
+from experiments import find
 from experiments.cli import main as cli
 from experiments.running.console import TrainingBar
-from tests.experiments.tiny_experiment import tiny_experiment
+from tests.experiments.tiny_study import tiny_study
 
 
 def take_time(bar: TrainingBar, row: dict[str, Any], timing: dict[str, Any], step: Any = TrainingBar.step) -> None:
@@ -31,9 +31,9 @@ def main(folder: Path, heartbeat_seconds: int, arguments: list[str]) -> int:
     jax.config.update("jax_default_matmul_precision", "highest")
     distributed.HEARTBEAT_SECONDS = heartbeat_seconds
     run.SHARED_STORAGE_SECONDS = 1.0
-    experiment = tiny_experiment(folder)
-    registry.EXPERIMENTS[experiment.name] = experiment.question
-    registry.load = lambda name: experiment
+    study = tiny_study(folder)
+    find.OWN = (study.name,)
+    find.load = lambda name: study
     TrainingBar.step = take_time  # type: ignore[method-assign]
     sys.addaudithook(print_writes)
     return cli.main(arguments)

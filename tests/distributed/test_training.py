@@ -20,7 +20,7 @@ from common.train.run_files import RunFiles
 from common.train.state import abstract_state
 from experiments.running.pipeline import make_setup
 from tests.distributed.launch import Job, flags, launched
-from tests.experiments.tiny_experiment import STEPS, tiny_experiment, write_data
+from tests.experiments.tiny_study import STEPS, tiny_run, with_train, write_data
 
 pytestmark = pytest.mark.slow  # several processes that compile, each test
 MEASURED = ("loss", "grad_norm", "validation_loss")
@@ -49,7 +49,7 @@ def training(
     last: tuple[str, ...] = (),
 ) -> Iterator[Job]:
     """Trains `arm` with `count` processes; only the last one gets the arguments `last`."""
-    command = ["train", "tiny", "--arm", arm, "--run-dir", str(run_dir)]
+    command = ["run", "tiny", f"arm={arm}", "--run-dir", str(run_dir)]
     command += [] if scored else ["evaluation.splits=[]"]
     command += [f"train.mesh.{field.name}={getattr(mesh, field.name)}" for field in dataclasses.fields(mesh)]
     arguments = [[str(folder), str(HEARTBEAT_SECONDS), *command, *flag] for flag in flags(count)]
@@ -73,12 +73,11 @@ def rows_written(run_dir: Path, arm: str) -> int:
 
 def final_state(folder: Path, run_dir: Path, arm: str, mesh: MeshShape) -> list[np.ndarray]:
     """Returns all arrays of the last checkpoint, read onto `mesh` by this process."""
-    experiment = tiny_experiment(folder)
-    experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, mesh=mesh))
-    made = make_programs(make_setup(experiment, experiment.arms[arm]))
+    run = with_train(tiny_run(folder, arm), mesh=mesh)
+    made = make_programs(make_setup(run))
     abstract = abstract_state(made.model, made.optimizer, made.shardings)
     with contextlib.closing(Checkpoints(run_dir / arm / RunFiles.CHECKPOINTS, keep_last=2)) as found:
-        restored = found.restore(abstract, seed=experiment.train.seed)
+        restored = found.restore(abstract, seed=run.train.seed)
     assert restored is not None and restored[1].consumed_batches == STEPS
     arrays = jax.tree.leaves(restored[0])
     assert all(array.sharding.device_set == set(made.mesh.devices.flat) for array in arrays)
@@ -96,7 +95,7 @@ def final_state(folder: Path, run_dir: Path, arm: str, mesh: MeshShape) -> list[
 )
 def test_several_train_what_one_does(folder: Path, tmp_path: Path, arm: str, mesh: MeshShape, count: int) -> None:
     """Losses agree to 1e-6, counts and decoded texts exactly; only the first process writes and prints."""
-    one, several = tmp_path / "one", tmp_path / "several"
+    one, several = tmp_path / "one" / "run", tmp_path / "several" / "run"  # neighbours would share the run
     trained(folder, one, arm, mesh, 1, scored=True)
     job = trained(folder, several, arm, mesh, count, scored=True)
     a, b = (read_rows(run_dir / arm / RunFiles.METRICS) for run_dir in (one, several))

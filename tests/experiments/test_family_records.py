@@ -8,8 +8,8 @@ import pytest
 
 from common.errors import UserError
 from common.recipe import LLAMA, Recipe
+from experiments import find
 from experiments.families import FAMILIES, GPT, T5LIKE, Family, ModelConfig, family_of
-from experiments.registry import load
 from gpt.config import GptConfig
 from t5like.config import T5LikeConfig
 
@@ -99,7 +99,7 @@ ARMS = {
 @pytest.mark.parametrize("name", ARMS)
 def test_the_studies_models_keep_their_sizes(name: str) -> None:
     found = {}
-    for arm, side in load(name).arms.items():
+    for arm, side in find.load(name).arms.items():
         model = side.model
         layers = [stack.layers for stack in family_of(model).stacks(model, 1, 1)]
         assert model.num_kv_heads == model.num_heads and model.max_positions is None

@@ -8,24 +8,25 @@ from typing import Any
 
 import pytest
 
-from common.config import apply_overrides
 from common.data.config import BytePairConfig, SentencePieceConfig
 from common.data.objectives.config import BertStyle, IidDenoising, Mixture, MixturePart, SpanCorruption
 from common.data.sources.config import ByRate, BySize, SourceConfig, SourceMixture, Stage
 from common.errors import UserError
-from common.infer.config import Beam, Greedy, Limits, Sample
+from common.infer.config import Beam, GenerationConfig, Greedy, Limits, Sample
 from common.ranges import ranges_of
 from common.train.config import WSD, Adafactor, AdamW, Anomalies, Budget, Constant, Cosine, InverseSqrt, Linear
-from experiments.cli.generate import GenerateRequest
-from experiments.config import Experiment, MultiTurn
-from experiments.registry import load
+from experiments import find
+from experiments.cli.chosen import choose
+from experiments.run import After, MultiTurn
+from experiments.study import Parity, Search, Study
 from tests.tiny import tiny
 
-FIRST_LIGHT = load("first_light")
+FIRST_LIGHT = find.load("first_light")
 SOURCE = SourceConfig(name="text:a", inputs=None, targets=None, text="text")
 PART = MixturePart(objective=SpanCorruption())
 EXAMPLES = [
     FIRST_LIGHT,
+    *(Parity(), Search(rates=(1e-3, 2e-3)), After(arm="gpt")),
     *(SentencePieceConfig(), BytePairConfig()),
     *(SpanCorruption(), IidDenoising(), BertStyle(), PART, Mixture(parts=(PART,))),
     *(SOURCE, ByRate(rates=(1.0,)), BySize(), Stage(from_step=1, rates=(1.0,)), SourceMixture(parts=(SOURCE,))),
@@ -33,7 +34,7 @@ EXAMPLES = [
     *(Anomalies(), Budget(unit="flops", amount=1e20)),
     MultiTurn(turns=1, message_tokens=1, reply_tokens=1, repeats=1),
     *(tiny("gpt"), tiny("t5like")),
-    *(Greedy(), Sample(), Beam(), Limits(), GenerateRequest(method=Sample(), limits=Limits())),
+    *(Greedy(), Sample(), Beam(), Limits(), GenerationConfig(method=Sample(), limits=Limits())),
 ]
 """At least one of each config class with numbers, directly or inside another one."""
 
@@ -45,7 +46,7 @@ ZEROS = """
     ByRate.rates Stage.rates MixturePart.rate Stage.from_step Limits.min_new_tokens SentencePieceConfig.sentinels
     BytePairConfig.sentinels Linear.warmup_steps Cosine.warmup_steps WSD.warmup_steps Constant.warmup_steps
     Linear.final_fraction Cosine.final_fraction WSD.final_fraction Recipe.dropout Recipe.z_loss
-    DataConfig.seed TrainConfig.seed GenerateRequest.seed
+    DataConfig.seed TrainConfig.seed GenerationConfig.seed Parity.flops_within Search.extend
 """.split()
 
 
@@ -73,13 +74,13 @@ def is_number(annotation: Any) -> bool:
 
 
 def numbers(cls: type) -> list[str]:
-    """Yields the fields that contain numbers."""
+    """Returns the fields that contain numbers. Labels may be any."""
     hints = typing.get_type_hints(cls)
-    own = {name: hint for name, hint in hints.items() if not list(types_within(hint))}
+    own = {name: hint for name, hint in hints.items() if not list(types_within(hint)) and name != "labels"}
     return [name for name, hint in own.items() if is_number(hint)]
 
 
-CONFIGS = sorted({*types_within(Experiment), *map(type, EXAMPLES)}, key=lambda cls: cls.__qualname__)
+CONFIGS = sorted({*types_within(Study), *map(type, EXAMPLES)}, key=lambda cls: cls.__qualname__)
 EXAMPLE_OF = {type(one): one for example in EXAMPLES for one in objects_within(example)}
 FIELDS = [(cls, name) for cls in CONFIGS for name in numbers(cls)]
 
@@ -109,17 +110,23 @@ def test_mistaken_values_are_errors(cls, name):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.schedule.warmup_steps=-5", "train.schedule: warmup_steps is -5: it must be 0 or more"),
-        ("train.schedule.final_fraction=-3", "train.schedule: final_fraction is -3.0: it must be 0 or more"),
-        ("train.optimizer.b1=1.5", "train.optimizer: b1 is 1.5: it must be less than 1"),
-        ("train.optimizer.weight_decay=-1", "train.optimizer: weight_decay is -1.0: it must be 0 or more"),
-        ("train.optimizer.clip_norm=0", "train.optimizer: clip_norm is 0.0: it must be more than 0"),
-        ("train.seed=-1", "train: seed is -1: it must be 0 or more"),
-        ("data.rows=1099511627776", "data: rows is 1,099,511,627,776: it must be at most 1,048,576 rows"),
-        ("data.rows=1048576 data.input_length=1024", "data: rows is 1048576: that makes 1,140,850,688 slots a step"),
+        ("train.schedule.warmup_steps=-5", "arms.t5like.train.schedule: warmup_steps is -5: it must be 0 or more"),
+        (
+            "train.schedule.final_fraction=-3",
+            "arms.t5like.train.schedule: final_fraction is -3.0: it must be 0 or more",
+        ),
+        ("train.optimizer.b1=1.5", "arms.t5like.train.optimizer: b1 is 1.5: it must be less than 1"),
+        ("train.optimizer.weight_decay=-1", "arms.t5like.train.optimizer: weight_decay is -1.0: it must be 0 or more"),
+        ("train.optimizer.clip_norm=0", "arms.t5like.train.optimizer: clip_norm is 0.0: it must be more than 0"),
+        ("train.seed=-1", "arms.t5like.train: seed is -1: it must be 0 or more"),
+        ("data.rows=1099511627776", "arms.t5like.data: rows is 1,099,511,627,776: it must be at most 1,048,576 rows"),
+        (
+            "data.rows=1048576 data.input_length=1024",
+            "arms.t5like.data: rows is 1048576: that makes 1,140,850,688 slots a step",
+        ),
         (
             "train.budget.amount=1e9",
-            "train.budget is 1e+09 steps, that is 1,000,000,000 steps; the most is 16,777,216",
+            "arms.t5like: train.budget is 1e+09 steps, that is 1,000,000,000 steps; the most is 16,777,216",
         ),
         ("arms.gpt.learning_rate=0", "arms.gpt: learning_rate is 0.0: it must be more than 0"),
         ("arms.gpt.model.num_layers=1000000000", "arms.gpt.model: num_layers is 1,000,000,000: it must be at most"),
@@ -127,13 +134,13 @@ def test_mistaken_values_are_errors(cls, name):
 )
 def test_errors_of_overrides_have_the_path(override, message):
     with pytest.raises(UserError) as caught:
-        apply_overrides(FIRST_LIGHT, override.split())
+        choose("first_light", override.split())
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
 
 def test_a_warm_up_longer_than_the_run_is_a_warning():
     def remarks(*overrides: str) -> list[str]:
-        return apply_overrides(FIRST_LIGHT, ["train.schedule.kind=linear", *overrides]).remarks()
+        return choose("first_light", ["train.schedule.kind=linear", *overrides]).study.remarks()
 
     (line,) = remarks("train.schedule.warmup_steps=99", "train.budget.amount=10")
     assert line.startswith("train.schedule.warmup_steps is 99 and the run has 10 steps") and "10.0% of its peak" in line

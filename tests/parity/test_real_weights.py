@@ -18,8 +18,7 @@ from common.recipe import Execution
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
 from common.trees import flatten
-from experiments.config import ModelConfig
-from experiments.families import builder
+from experiments.families import ModelConfig, builder
 from experiments.models.convert import convert
 from experiments.models.finding import open_model
 from tests.parity import copy_task

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common.analysis.interval import Interval
 from common.analysis.resolution import Claim, ComparedArm, Tuning, decide
 from common.analysis.seeds import compare_seeds
 
@@ -25,21 +26,26 @@ def claim(difference: float = 1.0, seeds: int = 5, spread: float = 0.1, **change
     return dataclasses.replace(fair, **changes)
 
 
-def test_a_fair_difference_is_resolved() -> None:
-    (found,) = decide([claim()])
+@pytest.mark.parametrize("crossed", [None, Interval(value=1.0, low=0.2, high=1.8)])
+def test_a_fair_difference_is_resolved(crossed: Interval | None) -> None:
+    (found,) = decide([claim(crossed=crossed)])
     assert found.resolved and found.reasons == () and found.p_value < 1e-4
 
 
 @pytest.mark.parametrize(
     ("made", "reason"),
     [
-        (claim(seeds=1), "1 paired seed: at least 3 are needed"),
-        (claim(seeds=2, spread=0), "2 paired seeds: at least 3 are needed"),
+        (claim(seeds=1), "1 paired seed, at least 3 are needed"),
+        (claim(seeds=2, spread=0), "2 paired seeds, at least 3 are needed"),
         (claim(difference=0.0), "the t interval over 5 seeds contains 0"),
         (claim(first=ComparedArm(name="deep", tuning=None)), "deep was not tuned"),
         (claim(second=tuned("wide", at_edge=True)), "wide's best trial lies at the edge of its search"),
         (claim(first=tuned("deep", trials=4)), "deep had 4 trials, wide 8"),
         (claim(first=tuned("deep", space="by hand")), "the searches differ: by hand (deep)"),
+        (
+            claim(crossed=Interval(value=1.0, low=-0.1, high=2.1)),
+            "the interval over 5 seeds and the examples contains 0",
+        ),
         (claim(differs=["the order of source examples"]), "the arms differ in the order of source examples"),
     ],
 )

@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import pytest
 
 from common.compute.hlo import Program, parse, parse_lowered
-from common.compute.length_sums import LengthSums
 from common.compute.traffic import memory_traffic, product_flops
 from common.recipe import Execution
 from common.train.programs import lower_step, make_programs
-from experiments.config import Arm, Experiment
+from experiments.run import Run
 from experiments.running.pipeline import make_setup
 from t5like.config import RUNGS
-from tests.experiments.tiny_experiment import tiny_experiment
+from tests.experiments.tiny_study import tiny_run, with_train
 
 
 @pytest.mark.parametrize(("remat", "passes"), [(False, 3), (True, 4)])
@@ -34,21 +33,18 @@ def test_training_computes_each_layer_three_times_and_with_remat_four(layers, re
     assert product_flops(program) == passes * layers * 2 * (2 * 8 * 16 * 32)
 
 
-def three_layers(folder: Path, name: str) -> tuple[Experiment, Arm]:
-    """An arm with three layers per stack; `layerwise` is the ladder's last rung."""
-    experiment = tiny_experiment(folder)
-    arm = experiment.arms["gpt" if name == "gpt" else "t5like"]
+def three_layers(folder: Path, name: str) -> Run:
+    """A run with three layers per stack; `layerwise` is the ladder's last rung."""
+    run = tiny_run(folder, "gpt" if name == "gpt" else "t5like")
     stacks = ("num_layers",) if name == "gpt" else ("encoder_layers", "decoder_layers")
     switches = RUNGS[4] if name == "layerwise" else {}
-    arm = dataclasses.replace(arm, model=dataclasses.replace(arm.model, **dict.fromkeys(stacks, 3), **switches))
-    return dataclasses.replace(experiment, arms={name: arm}), arm
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, **dict.fromkeys(stacks, 3), **switches))
 
 
-def lowered(experiment: Experiment, arm: Arm, **execution: Any) -> Program:
+def lowered(run: Run, **execution: Any) -> Program:
     """The step as it is lowered, with all attention logits at once."""
-    chosen = dataclasses.replace(experiment.train.execution, attention="plain", **execution)
-    train = dataclasses.replace(experiment.train, execution=chosen)
-    setup = make_setup(dataclasses.replace(experiment, train=train), arm)
+    chosen = dataclasses.replace(run.train.execution, attention="plain", **execution)
+    setup = make_setup(with_train(run, execution=chosen))
     return parse_lowered(lower_step(setup, make_programs(setup)))
 
 
@@ -60,10 +56,11 @@ def lowered(experiment: Experiment, arm: Arm, **execution: Any) -> Program:
     "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt", "t5like")), "layerwise"]
 )
 def test_the_ledger_counts_recomputation(name: str, remat: Any, mlp_chunk: int | None, tmp_path: Path) -> None:
-    experiment, arm = three_layers(tmp_path, name)
-    flops = arm.model.flops(LengthSums.of_rows(*experiment.row_slots()))
-    expected = flops.train_hardware(Execution(attention="plain", remat=remat, mlp_chunk=mlp_chunk))
-    assert product_flops(lowered(experiment, arm, scan_layers=True, remat=remat, mlp_chunk=mlp_chunk)) == expected
+    run = three_layers(tmp_path, name)
+    expected = run.model.flops(run.data.length_sums).train_hardware(
+        Execution(attention="plain", remat=remat, mlp_chunk=mlp_chunk)
+    )
+    assert product_flops(lowered(run, scan_layers=True, remat=remat, mlp_chunk=mlp_chunk)) == expected
 
 
 WINDOWED = """

@@ -20,8 +20,7 @@ from common.recipe import Execution
 from common.sharding.mesh import make_mesh
 from common.sharding.rules import parameter_shardings
 from common.sharding.shape import MeshShape
-from experiments.config import ModelConfig
-from experiments.families import builder
+from experiments.families import ModelConfig, builder
 from tests.helpers import F32, FAMILIES, families, fresh, rows_of
 
 PROMPTS = [[5, 6, 0, 7, 1], [], [11, 12], [0, 0, 3, 4, 90, 17, 23]]

@@ -19,8 +19,7 @@ from common.model import Skeleton, skeleton
 from common.sharding.mesh import make_mesh
 from common.sharding.rules import parameter_shardings
 from common.sharding.shape import MeshShape
-from experiments.config import ModelConfig
-from experiments.families import builder
+from experiments.families import ModelConfig, builder
 from tests.helpers import EIGHT_DEVICES, F32, FAMILIES, MAX_POSITIONS, ONE_DEVICE, VOCAB, close, split
 
 START = 3

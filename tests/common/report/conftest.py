@@ -1,4 +1,4 @@
-"""Makes a synthetic run directory of two arms, with texts that break careless reports."""
+"""Makes the directory of a synthetic study of two arms, with texts that break careless reports."""
 
 import dataclasses
 import functools
@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 from common.evals.text_metrics import score_texts
-from common.report.results import ArmResult, Flops
+from tests.common.report.studies import STEPS, TOKENS_A_STEP, result_of
 
 KINDS = {"dates": 0.97, "units": 0.95, "currencies": 0.98, "time ranges": 0.9, "territories": 0.985}
-STEPS, TOKENS_A_STEP = 120, 7300
 Edit = Callable[[dict[str, Any]], None]
 
 
@@ -70,33 +69,6 @@ def scores_of(rows: Sequence[dict[str, Any]]) -> tuple[Any, ...]:
     return tuple(out)
 
 
-def _make_result(arm: str, **changes: Any) -> ArmResult:
-    """Makes a finished arm's result; `changes` replace fields."""
-    flops = Flops(full_attention=4.1e14, causal_half=3.9e14, six_nd=3.7e14, useful_full_attention=3.55e14)
-    result = ArmResult(
-        arm=arm,
-        parameters=2_310_000,
-        steps=STEPS,
-        flops=flops,
-        examples=91_234,
-        tokens=STEPS * TOKENS_A_STEP,
-        loss_tokens=STEPS * 3100,
-        slots=STEPS * 8192,
-        input_fill=0.94,
-        target_fill=0.88,
-        train_loss=0.041,
-        validation_loss=0.0512,
-        train_seconds=171.0,
-        tokens_per_second=5120.0,
-        data_wait_share=0.004,
-        fingerprint=f"{STEPS:032x}",
-        xla_flops_per_step=3.43e12,
-        ledger_flops_per_step=3.417e12,
-        scores=(),
-    )
-    return dataclasses.replace(result, **changes)
-
-
 def curves(speed: float, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     noise = np.random.default_rng(seed)
     metrics, timings = [], []
@@ -116,23 +88,27 @@ def config(d_ff: int, kind: str) -> dict[str, Any]:
     return {"schema_version": 1, "model": model, "data": data, "optimizer": optimizer, "steps": STEPS}
 
 
-@pytest.fixture
-def make_result() -> Callable[..., ArmResult]:
-    return _make_result
+def listed(arm: str, **changes: Any) -> dict[str, Any]:
+    """Returns a run as `runs.json` lists it; `changes` replace fields."""
+    labels = {"arm": arm, "seed": 0, "learning_rate": 2e-3}
+    run = {"name": arm, "arm": arm, "seed": 0, "identity": "00", "folder": arm, "labels": labels, "compared": True}
+    return run | changes
 
 
 @functools.cache
 def intact_files() -> str:
-    """Returns a JSON object of every file of an intact run directory by name: an object, or a list for JSON lines."""
+    """Returns a JSON object of every file of an intact study by name: an object, or a list for JSON lines."""
     question = "What does the structure of an encoder-decoder buy, at equal data and equal compute?"
-    experiment: dict[str, Any] = {"schema_version": 1, "name": "first light", "question": question}
-    experiment |= {"expectation": "Both learn; neither is ahead.", "arms": {}}
-    files: dict[str, Any] = {"experiment.json": experiment}
+    study: dict[str, Any] = {"schema_version": 1, "name": "first light", "question": question}
+    study |= {"expected": "Both learn; neither is ahead.", "arms": {}, "seeds": 1, "search": None, "parity": [{}]}
+    runs: dict[str, Any] = {"schema_version": 1, "runs": [], "chosen": {}, "complete": True, "overrides": []}
+    files: dict[str, Any] = {"study.json": study, "runs.json": runs}
     for i, (arm, d_ff, share) in enumerate([("enc-dec", 512, 1.0), ("dec-only", 464, 0.993)]):
         rows, (metrics, timings) = decode(share, i + 1), curves(0.045 + 0.004 * i, i)
-        experiment["arms"][arm] = config(d_ff, arm)
+        study["arms"][arm] = config(d_ff, arm)
+        runs["runs"].append(listed(arm))
         changes = {"parameters": 2_310_000 - 40_000 * i, "validation_loss": 0.0512 + 0.003 * i}
-        files[f"{arm}/result.json"] = dataclasses.asdict(_make_result(arm, scores=scores_of(rows), **changes))
+        files[f"{arm}/result.json"] = dataclasses.asdict(result_of(arm, scores=scores_of(rows), **changes))
         files[f"{arm}/config.json"] = config(d_ff, arm)
         files[f"{arm}/environment.json"] = {
             **{"python": "3.11.9", "jax": "0.10.2", "flax": "0.12.8", "platform": "cpu", "cpu": "Xeon", "threads": 2},
@@ -144,7 +120,7 @@ def intact_files() -> str:
 
 @pytest.fixture
 def write_run(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a run directory and returns it; `edit(files)` may change the files, JSON values by name."""
+    """Writes a study's directory and returns it; `edit(files)` may change the files, JSON values by name."""
 
     def write(edit: Edit = lambda files: None) -> Path:
         run, files = tmp_path / "run", json.loads(intact_files())

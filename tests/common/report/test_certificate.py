@@ -11,9 +11,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from common.report.certificate import Certificate, Check, certify, certify_run, first_difference, one_recipe
-from common.report.run_files import read_run
+from common.report.certificate import Certificate, certify
+from common.report.checks import Check
+from common.report.one_recipe import one_recipe
+from common.report.parity import first_difference
+from common.report.run_files import read_study
 from common.report.tables import certificate_panel
+from tests.common.report.studies import finished, study_of
 
 Files = dict[str, Any]
 
@@ -24,7 +28,7 @@ def check(certificate: Certificate, part: str) -> Check:
 
 
 def test_equal_arms_agree_in_every_check(write_run: Callable[..., Path]) -> None:
-    certificate = certify_run(read_run(write_run()))
+    certificate = certify(read_study(write_run()))
     assert certificate.agrees and certificate.arms == ("enc-dec", "dec-only")
     names = [c.name for c in certificate.checks]
     assert names == [
@@ -46,9 +50,9 @@ def test_how_arms_are_computed_is_not_part_of_the_recipe() -> None:
         arm: {"train": {"mesh": {"fsdp": fsdp}, "execution": {"remat": "full", "dtype": dtype}}}
         for arm, fsdp, dtype in (("a", 4, "float32"), ("b", 2, "float32"), ("c", 2, "bfloat16"))
     }
-    found = one_recipe({arm: configs[arm] for arm in ("a", "b")}, varies=())
+    found = one_recipe({arm: configs[arm] for arm in ("a", "b")}, apart=())
     assert found.agrees and "train.mesh.fsdp (4 / 2)" in found.detail
-    assert not one_recipe(configs, varies=()).agrees
+    assert not one_recipe(configs, apart=()).agrees
 
 
 def test_how_arms_are_watched_is_not_part_of_the_recipe() -> None:
@@ -56,9 +60,9 @@ def test_how_arms_are_watched_is_not_part_of_the_recipe() -> None:
     configs = {
         arm: {"train": {"validate_every": n, "checkpoint_every": n, "seed": 0}} for arm, n in (("a", 4), ("b", 2))
     }
-    assert one_recipe(configs, varies=()).agrees
+    assert one_recipe(configs, apart=()).agrees
     configs["b"]["train"]["seed"] = 1
-    assert not one_recipe(configs, varies=()).agrees
+    assert not one_recipe(configs, apart=()).agrees
 
 
 MODEL = {"kind": "dec", "d_ff": 8, "num_layers": 2, "recipe": {"norm": "rms"}}
@@ -66,7 +70,7 @@ OTHER_FAMILY = {"kind": "enc-dec", "d_ff": 9, "encoder_layers": 2, "memory": "fi
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "varies", "detail"),
+    ("first", "second", "apart", "detail"),
     [
         ({"init": None}, {"init": {"path": "runs/x", "rules": []}}, (), "init.path: a absent, b runs/x"),
         ({"init": {"path": "runs/x", "rules": []}}, {}, (), "init.path: a runs/x, b absent"),
@@ -80,17 +84,17 @@ OTHER_FAMILY = {"kind": "enc-dec", "d_ff": 9, "encoder_layers": 2, "memory": "fi
     ],
 )
 def test_a_field_that_one_arm_lacks_is_a_difference(
-    first: dict[str, Any], second: dict[str, Any], varies: tuple[str, ...], detail: str | None
+    first: dict[str, Any], second: dict[str, Any], apart: tuple[str, ...], detail: str | None
 ) -> None:
     """Fields of one family only are no difference, but they are shown."""
     for configs in ({"a": first, "b": second}, {"b": second, "a": first}):
-        found = one_recipe(configs, varies)
+        found = one_recipe(configs, apart)
         assert found.agrees is (detail is None), found.detail
         for part in (detail or "").split(": ")[-1].split(", "):
             assert part in found.detail
     if "memory" in second.get("model", {}) and detail is None:
         assert "model.memory (final / absent)" in found.detail
-        three = one_recipe(configs | {"c": {"model": OTHER_FAMILY | {"memory": "layerwise"}}}, varies)
+        three = one_recipe(configs | {"c": {"model": OTHER_FAMILY | {"memory": "layerwise"}}}, apart)
         assert not three.agrees and "model.memory: b final, a absent, c layerwise" in three.detail
 
 
@@ -148,7 +152,7 @@ def stop_early(files: Files) -> None:
 def test_only_the_check_of_a_difference_fails(
     write_run: Callable[..., Path], edit: Callable[[Files], None], name: str, detail: str
 ) -> None:
-    certificate = certify_run(read_run(write_run(edit)))
+    certificate = certify(read_study(write_run(edit)))
     assert not certificate.agrees and "DIFFER" in certificate.headline
     failed = check(certificate, name)
     assert not failed.agrees and detail in failed.detail
@@ -165,7 +169,7 @@ def test_an_unmade_check_neither_agrees_nor_differs(
     write_run: Callable[..., Path], edit: Callable[[Files], None]
 ) -> None:
     """The certificate shows that nothing was counted (earlier versions wrote 0, except for CPU programs)."""
-    certificate = certify_run(read_run(write_run(edit)))
+    certificate = certify(read_study(write_run(edit)))
     found = check(certificate, "XLA")
     why = " (ValueError: no bound)" if edit is uncount else ""
     assert found.agrees is None and found.detail == f"enc-dec −0.38 %, dec-only not counted{why}"
@@ -180,7 +184,7 @@ def test_a_difference_outranks_an_unmade_check(write_run: Callable[..., Path]) -
         files["enc-dec/result.json"]["xla_flops_per_step"] = 1.0
         files["dec-only/environment.json"]["tokenizer_hash"] = "beef"
 
-    certificate = certify_run(read_run(write_run(edit)))
+    certificate = certify(read_study(write_run(edit)))
     assert certificate.agrees is False and check(certificate, "XLA").agrees is False
     assert certificate.headline == "2 of 7 checks DIFFER"
 
@@ -188,27 +192,29 @@ def test_a_difference_outranks_an_unmade_check(write_run: Callable[..., Path]) -
         uncount(files)
         files["dec-only/environment.json"]["tokenizer_hash"] = "beef"
 
-    assert certify_run(read_run(write_run(without))).headline == "1 of 7 checks DIFFER, 1 could not be made"
+    assert certify(read_study(write_run(without))).headline == "1 of 7 checks DIFFER, 1 could not be made"
 
 
-def test_tolerances_hold_in_both_directions(make_result: Callable[..., Any]) -> None:
-    base = make_result("a")
+def test_tolerances_hold_in_both_directions() -> None:
+    base = finished("a")
     for factor, agrees in ((1.0099, True), (0.9902, True), (1.0101, False), (0.9899, False)):
-        flops = dataclasses.replace(base.flops, full_attention=base.flops.full_attention * factor)
-        assert check(certify([base, make_result("b", flops=flops)]), "FLOPs").agrees is agrees
+        flops = dataclasses.replace(base.result.flops, full_attention=base.result.flops.full_attention * factor)
+        assert check(certify(study_of(base, finished("b", flops=flops))), "FLOPs").agrees is agrees
     for factor, agrees in ((1.0199, True), (0.9801, True), (1.0201, False), (0.9799, False)):
-        ledger = base.xla_flops_per_step * factor
-        assert check(certify([make_result("a", ledger_flops_per_step=ledger)]), "XLA").agrees is agrees
+        assert base.result.xla_flops_per_step is not None
+        lone = finished("a", ledger_flops_per_step=base.result.xla_flops_per_step * factor)
+        assert check(certify(study_of(lone)), "XLA").agrees is agrees
 
 
-def test_a_lone_arm_is_checked_against_xla_only(make_result: Callable[..., Any]) -> None:
-    certificate = certify([make_result("a")], configs={"a": {"seed": 0}}, fingerprints={"a": {}})
+def test_a_lone_arm_is_checked_against_xla_only() -> None:
+    certificate = certify(study_of(finished("a")))
+    assert certificate.headline == "only one arm: nothing to compare"
     assert [c.name for c in certificate.checks] == ["ledger = XLA within 2 %"]
 
 
-def test_the_middle_of_three_arms_differs(make_result: Callable[..., Any]) -> None:
-    results = [make_result("a"), make_result("b", fingerprint="1"), make_result("c")]
-    assert not check(certify(results), "same order").agrees
+def test_the_middle_of_three_arms_differs() -> None:
+    runs = [finished("a"), finished("b", fingerprint="1"), finished("c")]
+    assert not check(certify(study_of(*runs)), "same order").agrees
 
 
 def test_first_difference_equals_brute_force() -> None:
@@ -217,13 +223,10 @@ def test_first_difference_equals_brute_force() -> None:
         assert first_difference({"a": dict(enumerate(a)), "b": dict(enumerate(b))}) == want
 
 
-def test_panel_shows_names_as_text_not_markup(make_result: Callable[..., Any]) -> None:
+def test_panel_shows_names_as_text_not_markup() -> None:
     console = Console(width=200, record=True, file=io.StringIO())
-    results = [
-        make_result("[bold]a[/bold]"),
-        make_result("b", fingerprint="1", xla_flops_per_step=None, why_not_counted="[red]why"),
-    ]
-    console.print(certificate_panel(certify(results)))
+    other = finished("b", fingerprint="1", xla_flops_per_step=None, why_not_counted="[red]why")
+    console.print(certificate_panel(certify(study_of(finished("[bold]a[/bold]"), other))))
     text = console.export_text()
     assert "[bold]a[/bold]" in text and "DIFFERS" in text and "agree" in text
     assert "unchecked" in text and "not counted ([red]why)" in text

@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 
 from common.errors import UserError
+from common.report.examples import PairedExample
 from common.report.html import write_report
 from common.report.samples import choose, mark_difference
-from common.report.verdicts import PairedExample
+from tests.common.report.conftest import listed
 
 Files = dict[str, Any]
+EARLIER = Path(__file__).parents[2] / "data/run_schema_1"
 EVIL = "<script>alert(1)</script>&\"' $x^2$ {{ 7*7 }} -->]]>"
 
 
@@ -67,7 +69,7 @@ def test_page_is_complete_and_loads_nothing(write_run: Callable[..., Path]) -> N
     run = write_run()
     path = write_report(run)
     assert path == run / "report.html" and {p.name for p in run.iterdir()} == {
-        *("experiment.json", "report.html", "enc-dec", "dec-only")
+        *("study.json", "runs.json", "report.html", "enc-dec", "dec-only")
     }
     text, page = read(path)
     assert page.open == [] and page.tags["svg"] == 3 + 2
@@ -86,7 +88,7 @@ def test_page_is_complete_and_loads_nothing(write_run: Callable[..., Path]) -> N
 
 def test_importing_reports_and_metrics_loads_no_heavy_library() -> None:
     names = "common.report.html, common.evals.text_metrics, common.analysis.statistics"
-    heavy = {"matplotlib", "jinja2", "sacrebleu", "scipy.stats", "rich", "jax", "pydantic"}
+    heavy = {"matplotlib", "jinja2", "sacrebleu", "scipy.stats", "rich", "jax"}
     program = f"import sys, {names}; print(*({heavy!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
@@ -100,9 +102,9 @@ def test_same_files_same_bytes(write_run: Callable[..., Path]) -> None:
 
 def test_all_texts_are_escaped(write_run: Callable[..., Path]) -> None:
     def plant(files: Files) -> None:
-        files["experiment.json"] |= {"name": EVIL, "question": EVIL, EVIL: EVIL}
+        files["study.json"] |= {"name": EVIL, "question": EVIL, EVIL: EVIL}
         arm = 'b" onload=alert(1) <b>'
-        files["experiment.json"]["arms"][arm] = files["experiment.json"]["arms"].pop("dec-only")
+        files["runs.json"]["runs"][1] = listed(arm)
         for name in [name for name in files if name.startswith("dec-only/")]:
             files[name.replace("dec-only", arm)] = files.pop(name)
         files[f"{arm}/result.json"]["arm"] = arm
@@ -169,7 +171,7 @@ def test_language_model_arms_without_decoded_text(write_run: Callable[..., Path]
 
 def test_a_lone_arm_and_a_non_finite_loss_are_drawn(write_run: Callable[..., Path]) -> None:
     def lone(files: Files) -> None:
-        del files["experiment.json"]["arms"]["dec-only"]
+        del files["runs.json"]["runs"][1]
         files["enc-dec/metrics.jsonl"][5]["loss"] = float("nan")
         files["enc-dec/metrics.jsonl"][7]["validation_loss"] = float("inf")
         del files["enc-dec/timings.jsonl"][:40]
@@ -188,14 +190,15 @@ def breaking(name: str, text: str | None) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("experiment.json", None, "experiment.json is missing"),
-        ("experiment.json", '{"name": "x"}', 'has no "arms"'),
-        ("experiment.json", '{"schema_version": 2, "arms": {}}', "has run schema 2, this version reads 1"),
-        ("experiment.json", '{"arms": {"../enc-dec": {}}}', "outside its folder"),
-        ("experiment.json", "[1]", "JSON object"),
+        ("study.json", None, "study.json is missing"),
+        ("study.json", '{"schema_version": 2}', "has run schema 2, this version reads 1"),
+        ("study.json", '{"parity": [{"data": "some"}]}', "study.json parity: 0.data: Input should be 'batches'"),
+        ("study.json", "[1]", "JSON object"),
+        ("runs.json", None, "runs.json is missing"),
+        ("runs.json", '{"runs": [{"name": "x"}], "complete": true}', "runs.0.arm: Field required"),
         ("enc-dec/metrics.jsonl", None, "repeat its command"),
         ("enc-dec/result.json", '{"arm": "enc-dec"}', "parameters: Field required"),
-        ("experiment.json", "{", "delete it and repeat"),
+        ("runs.json", "{", "delete it and repeat"),
         ("enc-dec/config.json", "{", "enc-dec and repeat the run's command"),
         ("dec-only/metrics.jsonl", '{"step": 1, "loss": 2.0', "metrics.jsonl line 1"),
         ("dec-only/metrics.jsonl", '\n{"step": 1}', "metrics.jsonl line 2: tokens"),
@@ -222,8 +225,18 @@ def test_a_run_with_one_arm_has_a_report(write_run: Callable[..., Path]) -> None
     assert "Not in this report, because they have no result: enc-dec." in page.text and "BLEU" in page.text
     assert "only one arm" in page.text and "points [" not in page.text
     (run / "dec-only" / "result.json").unlink()
-    with pytest.raises(UserError, match="has no finished arm"):
+    with pytest.raises(UserError, match="has no finished run"):
         write_report(run)
+
+
+def test_a_directory_of_an_earlier_version_has_a_report(tmp_path: Path) -> None:
+    shutil.copytree(EARLIER, tmp_path / "run")
+    _, page = read(write_report(tmp_path / "run"))
+    assert "Who reverses words?" in page.text and "only one arm: nothing to compare" in page.text
+    for content, message in (('{"name": "x"}', 'has no "arms"'), ('{"arms": {"../gpt": {}}}', "outside its folder")):
+        (tmp_path / "run" / "experiment.json").write_text(content)
+        with pytest.raises(UserError, match=message):
+            write_report(tmp_path / "run")
 
 
 def test_a_failed_report_leaves_the_old_one(write_run: Callable[..., Path]) -> None:
@@ -232,7 +245,7 @@ def test_a_failed_report_leaves_the_old_one(write_run: Callable[..., Path]) -> N
     (run / "enc-dec" / "result.json").write_text(json.dumps({}))
     with pytest.raises(UserError):
         write_report(run)
-    assert (run / "report.html").read_bytes() == old and len(list(run.iterdir())) == 4
+    assert (run / "report.html").read_bytes() == old and len(list(run.iterdir())) == 5
 
 
 def test_unusual_line_separators_do_not_split_json_lines(write_run: Callable[..., Path]) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from common.report.certificate import certify_run
+from common.report.certificate import certify
 from common.report.html import write_figure, write_report
-from common.report.run_files import read_run
+from common.report.run_files import read_study
+from tests.common.report.conftest import listed
 
 Files = dict[str, Any]
 EVIL = "<b>not bold</b> $x^2$ {{ 7*7 }}"
@@ -18,9 +19,10 @@ EVIL = "<b>not bold</b> $x^2$ {{ 7*7 }}"
 
 def three_arms(files: Files) -> None:
     """Adds a third arm, descriptions, and conversations in which only the last arm keeps its cache."""
-    arms = files["experiment.json"]["arms"]
+    arms = files["study.json"]["arms"]
     arms["third"] = arms["dec-only"]
     files |= {name.replace("dec-only", "third"): value for name, value in files.items() if name.startswith("dec-only/")}
+    files["runs.json"]["runs"].append(listed("third"))
     files["third/result.json"] = {**files["third/result.json"], "arm": "third"}
     for i, arm in enumerate(arms):
         files[f"{arm}/config.json"] = {**files[f"{arm}/config.json"], "about": f"{EVIL} {i}"}
@@ -60,13 +62,13 @@ def test_figure_is_a_separate_file(write_run: Callable[..., Path], tmp_path: Pat
 
 
 @pytest.mark.parametrize("declared", [True, False])
-def test_only_fields_that_the_comparison_varies_may_differ(write_run: Callable[..., Path], declared: bool) -> None:
+def test_only_fields_that_the_claim_takes_apart_may_differ(write_run: Callable[..., Path], declared: bool) -> None:
     def edit(files: Files) -> None:
         three_arms(files)
         files["third/config.json"] = {**files["third/config.json"]}
         files["third/config.json"]["model"] = {**files["third/config.json"]["model"], "norm": "layer"}
-        files["experiment.json"]["varies"] = ["model.norm"] if declared else []
+        files["study.json"]["parity"] = [{"apart": ["model.n*"] if declared else []}]
 
-    recipe = next(check for check in certify_run(read_run(write_run(edit))).checks if check.name == "one recipe")
+    recipe = next(check for check in certify(read_study(write_run(edit))).checks if check.name == "one recipe")
     assert recipe.agrees == declared
     assert "norm" in recipe.detail

@@ -8,8 +8,9 @@ from typing import Any
 
 from rich.console import Console
 
-from common.report.run_files import read_run
+from common.report.run_files import read_study
 from common.report.tables import comparison_rows, comparison_table, group_rows, groups_table
+from tests.common.report.studies import result_of
 
 
 def shown(renderable: Any) -> str:
@@ -24,7 +25,7 @@ def line(text: str, label: str) -> list[str]:
 
 
 def test_comparison_table_has_every_row(write_run: Callable[..., Path]) -> None:
-    results = read_run(write_run()).results
+    results = read_study(write_run()).results
     text = shown(comparison_table(results))
     assert line(text, "parameters") == ["parameters", "2.31", "M", "2.27", "M"]
     assert line(text, "training FLOPs")[2:4] == ["4.10e14", "4.10e14"]
@@ -43,7 +44,7 @@ def test_comparison_table_has_every_row(write_run: Callable[..., Path]) -> None:
 
 
 def test_groups_are_complete_and_best_first(write_run: Callable[..., Path]) -> None:
-    results = read_run(write_run()).results
+    results = read_study(write_run()).results
     rows = group_rows(results, "validation")
     values = {s.group: s.exact_match.value for s in results[0].scores if s.split == "validation" and s.group != "all"}
     assert [row.label for row in rows] == sorted(values, key=lambda name: (-values[name], name))
@@ -52,16 +53,16 @@ def test_groups_are_complete_and_best_first(write_run: Callable[..., Path]) -> N
     assert "validation: all" in text and "unseen names: all" in text and "n = 400" in text
 
 
-def test_arms_without_some_scores_have_a_dash(make_result: Callable[..., Any], write_run: Callable[..., Path]) -> None:
-    scored = read_run(write_run()).results[0]
-    rows = comparison_rows([scored, make_result("b")])
+def test_arms_without_some_scores_have_a_dash(write_run: Callable[..., Path]) -> None:
+    scored = read_study(write_run()).results[0]
+    rows = comparison_rows([scored, result_of("b")])
     (exact,) = [row for row in rows if row.label == "exact match, validation"]
     assert exact.values[1] == "–" and exact.values[0] != "–"
-    assert not [row for row in comparison_rows([make_result("b")]) if "exact" in row.label]
+    assert not [row for row in comparison_rows([result_of("b")]) if "exact" in row.label]
 
 
 def test_names_from_data_are_not_markup(write_run: Callable[..., Path]) -> None:
-    result = read_run(write_run()).results[0]
+    result = read_study(write_run()).results[0]
     scores = tuple(dataclasses.replace(s, group=s.group.replace("dates", "[bold]dates[/]")) for s in result.scores)
     odd = dataclasses.replace(result, arm="[red]x[/red]", scores=scores)
     assert "[red]x[/red]" in shown(comparison_table([odd]))
@@ -69,7 +70,7 @@ def test_names_from_data_are_not_markup(write_run: Callable[..., Path]) -> None:
 
 
 def test_control_characters_in_names_are_escaped(write_run: Callable[..., Path]) -> None:
-    result = read_run(write_run()).results[0]
+    result = read_study(write_run()).results[0]
     evil, seen = "\x1b[2J\x9b\u202e", r"\u001b[2J\u009b\u202e"
     scores = tuple(dataclasses.replace(s, group=s.group.replace("dates", f"dates{evil}")) for s in result.scores)
     odd = dataclasses.replace(result, arm=f"x{evil}", scores=scores)

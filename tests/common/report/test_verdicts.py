@@ -11,16 +11,23 @@ import numpy as np
 import pytest
 
 from common.analysis.statistics import compare_paired
-from common.report.run_files import read_run
-from common.report.verdicts import caveat, pair_examples, verdicts
-from tests.common.report.conftest import scores_of
+from common.report.examples import pair_examples
+from common.report.findings import find
+from common.report.run_files import StudyRuns, read_study
+from common.report.verdicts import Verdict, caveat
+from common.report.verdicts import verdicts as all_verdicts
+from tests.common.report.conftest import listed, scores_of
 
 Files = dict[str, Any]
 
 
+def verdicts(study: StudyRuns) -> tuple[Verdict, ...]:
+    return all_verdicts(study, find(study))
+
+
 def test_verdict_is_the_paired_comparison_of_all_examples(write_run: Callable[..., Path]) -> None:
     kept: Files = {}
-    run = read_run(write_run(kept.update))
+    run = read_study(write_run(kept.update))
     correct = [
         np.array([row["correct"] for row in kept[f"{arm}/samples.jsonl"] if row["split"] == "validation"])
         for arm in ("enc-dec", "dec-only")
@@ -37,11 +44,11 @@ def test_verdict_is_the_paired_comparison_of_all_examples(write_run: Callable[..
 
 def test_the_headline_metric_comes_first(write_run: Callable[..., Path]) -> None:
     def by_bleu(files: Files) -> None:
-        files["experiment.json"] |= {"evaluation": {"headline": "bleu"}}
+        files["study.json"] |= {"evaluation": {"headline": "bleu"}}
         for row in files["dec-only/samples.jsonl"]:
             row["prediction"] = "nothing at all like it"
 
-    exact, bleu = (verdicts(read_run(write_run(change)))[0].text for change in (lambda files: None, by_bleu))
+    exact, bleu = (verdicts(read_study(write_run(change)))[0].text for change in (lambda files: None, by_bleu))
     assert exact.startswith("Exact match, validation") and bleu.startswith("BLEU, validation: enc-dec − dec-only = +")
     assert "the enc-dec model trained here (data.seed 0) is better on these examples than the dec-only model" in bleu
 
@@ -54,16 +61,16 @@ def judged(write_run: Callable[..., Path], *counts: int, splits: int = 1, seeds:
         rights += [(False, True)] * counts[2] + [(False, False)] * counts[3]
         for side, arm in enumerate(("enc-dec", "dec-only")):
             files[f"{arm}/config.json"] |= seeds or {}
+            answers = {right: {"prediction": "t" if right else "f", "correct": right} for right in (True, False)}
             files[f"{arm}/samples.jsonl"] = rows = [
-                {"split": f"s{split}", "group": "g", "inputs": f"{i}", "target": "t"}
-                | {"prediction": "t" if right[side] else "f", "correct": right[side]}
+                {"split": f"s{split}", "group": "g", "inputs": f"{i}", "target": "t", **answers[right[side]]}
                 for split in range(splits)
                 for i, right in enumerate(rights)
             ]
             scores = [dataclasses.asdict(score) for score in scores_of(rows)]
             files[f"{arm}/result.json"]["scores"] = scores
 
-    return verdicts(read_run(write_run(edit)))
+    return verdicts(read_study(write_run(edit)))
 
 
 @pytest.mark.parametrize(
@@ -80,8 +87,12 @@ def test_verdicts_are_about_these_examples_and_this_seed(
     write_run: Callable[..., Path], counts: tuple[int, ...], better: str | None
 ) -> None:
     seeds = {"train": {"seed": 3}, "data": {"seed": 4}}
-    exact, counted, _ = judged(write_run, *counts, seeds=seeds)
+    exact, counted, unresolved, _ = judged(write_run, *counts, seeds=seeds)
     assert f"n = {sum(counts):,}" in exact.text and counted.text == "This report makes 1 comparison."
+    assert unresolved.text == (
+        "No difference between the arms is resolved: 1 paired seed, at least 3 are needed; enc-dec was not tuned; "
+        "dec-only was not tuned."
+    )
     if better is None:
         assert exact.text.endswith("no difference resolved.") and "[+0.0, +0.0]" not in exact.text
     else:
@@ -92,7 +103,7 @@ def test_verdicts_are_about_these_examples_and_this_seed(
 
 def test_p_values_are_corrected_for_the_number_of_comparisons(write_run: Callable[..., Path]) -> None:
     """p = 0.021 is a difference for one comparison, but not for one of six."""
-    (alone, *_), (among, *_, counted, _) = (judged(write_run, 80, 13, 3, 4, splits=n) for n in (1, 6))
+    (alone, *_), (among, *_, counted, _, _) = (judged(write_run, 80, 13, 3, 4, splits=n) for n in (1, 6))
     assert "the enc-dec model trained here (data.seed 0) is better" in alone.text
     assert "(p = 0.13 corrected for 6 comparisons): no difference resolved" in among.text
     assert counted.text.startswith("This report makes 6 comparisons")
@@ -113,13 +124,13 @@ def test_incomparable_bleu_scores_are_not_compared(
             files[f"{arm}/result.json"]["scores"][0]["bleu_signature"] = f"nrefs:1|tok:{tokenizer}"
 
     monkeypatch.setattr("common.evals.bleu.has_mecab", lambda: False)
-    line = verdicts(read_run(write_run(edit)))[1]
+    line = verdicts(read_study(write_run(edit)))[1]
     assert f"BLEU, validation: enc-dec and dec-only are not compared, since {why}" in line.text
 
 
 def test_the_order_of_samples_does_not_matter(write_run: Callable[..., Path]) -> None:
-    plain = verdicts(read_run(write_run()))
-    shuffled = verdicts(read_run(write_run(lambda files: random.Random(3).shuffle(files["dec-only/samples.jsonl"]))))
+    plain = verdicts(read_study(write_run()))
+    shuffled = verdicts(read_study(write_run(lambda files: random.Random(3).shuffle(files["dec-only/samples.jsonl"]))))
     assert plain == shuffled
 
 
@@ -128,7 +139,7 @@ def test_a_selection_of_samples_is_not_compared_as_the_split(write_run: Callable
         for arm in ("enc-dec", "dec-only"):
             files[f"{arm}/samples.jsonl"] = [row for row in files[f"{arm}/samples.jsonl"] if not row["correct"]]
 
-    for verdict in verdicts(read_run(write_run(keep_errors)))[:2]:
+    for verdict in verdicts(read_study(write_run(keep_errors)))[:2]:
         assert "not compared example by example" in verdict.text and "better" not in verdict.text
 
 
@@ -139,12 +150,12 @@ def test_a_split_that_only_a_later_arm_was_scored_on_is_no_comparison(write_run:
         for path in [path for path in files if path.startswith("dec-only/")]:
             files[path.replace("dec-only", "third")] = copy.deepcopy(files[path])
         files["third/result.json"]["arm"] = "third"
-        files["experiment.json"]["arms"]["third"] = files["experiment.json"]["arms"]["dec-only"]
+        files["runs.json"]["runs"].append(listed("third"))
         for arm in ("enc-dec", "dec-only"):
             for rows in (files[f"{arm}/result.json"]["scores"], files[f"{arm}/samples.jsonl"]):
                 rows[:] = [row for row in rows if row["split"] != "unseen names"]
 
-    texts = [verdict.text for verdict in verdicts(read_run(write_run(add)))]
+    texts = [verdict.text for verdict in verdicts(read_study(write_run(add)))]
     assert [text for text in texts if "unseen names" in text] == [
         "Exact match, unseen names: enc-dec and third are not compared example by example: "
         "samples.jsonl pairs 0 of 0 and 400 examples."
@@ -153,10 +164,10 @@ def test_a_split_that_only_a_later_arm_was_scored_on_is_no_comparison(write_run:
 
 def test_repeated_examples_are_paired_in_order(write_run: Callable[..., Path]) -> None:
     def repeat(files: Files) -> None:
-        row = {"split": "s", "group": None, "inputs": "i", "target": "t"}
+        row: Files = {"split": "s", "group": None, "inputs": "i", "target": "t"}
         for arm, right in (("enc-dec", [True, False]), ("dec-only", [False, False])):
             files[f"{arm}/samples.jsonl"] = [row | {"prediction": "", "correct": correct} for correct in right]
 
-    examples = pair_examples(read_run(write_run(repeat)).arms)
+    examples = pair_examples(read_study(write_run(repeat)).first_seed)
     assert [[a.correct for a in e.answers if a] for e in examples] == [[True, False], [False, False]]
     assert [e.wrong for e in examples] == [1, 2]

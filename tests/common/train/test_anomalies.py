@@ -27,7 +27,7 @@ from common.train.step import Guard
 from common.train.task import Stream, Task
 from experiments.running.pipeline import compiled_step
 from tests.common.train.runs import STEPS, same_bits
-from tests.experiments.tiny_experiment import tiny_experiment
+from tests.experiments.tiny_study import tiny_run, with_train
 from tests.tiny import Observer, Stopped, loader, numbers, task
 
 
@@ -131,12 +131,8 @@ def test_a_guarded_step_keeps_the_state_to_the_bit(spoilt: str) -> None:
 
 def test_a_guarded_step_is_planned_as_it_runs(tmp_path: Path) -> None:
     """Ahead-of-time compilation includes the guard's three scalars as arguments."""
-    experiment = tiny_experiment(tmp_path)
-    guarded = dataclasses.replace(experiment.train, anomalies=Anomalies(on_nonfinite="skip"))
-    plain, other = (
-        compiled_step(dataclasses.replace(experiment, train=train), experiment.arms["gpt"])
-        for train in (experiment.train, guarded)
-    )
+    run = tiny_run(tmp_path)
+    plain, other = map(compiled_step, (run, with_train(run, anomalies=Anomalies(on_nonfinite="skip"))))
     assert other.memory_analysis().argument_size_in_bytes == plain.memory_analysis().argument_size_in_bytes + 12
 
 

@@ -25,6 +25,7 @@ from common.train.loop import Fitted, fit
 from common.train.run_files import RunFiles
 from common.train.schema import SCHEMA_VERSION
 from common.train.task import Stream
+from tests.common.report.studies import finished, study_of
 from tests.common.train.runs import STEPS, Unbroken, families, same_bits, saved_steps
 from tests.tiny import (
     DATA,
@@ -206,17 +207,18 @@ def test_the_certificate_reports_arms_with_other_data(
         fingerprint = read_rows(tmp_path / RunFiles.METRICS)[-1]["fingerprint"]
         fitted = dataclasses.replace(fitted, progress=dataclasses.replace(fitted.progress, fingerprint=fingerprint))
     results = [result_of("t5like", "t5like", one.fitted), result_of("gpt", "gpt", fitted)]
-    certificate = certify(
-        results,
-        environments={arm: json.loads((path / RunFiles.ENVIRONMENT).read_text()) for arm, path in folders.items()},
-        fingerprints={
-            arm: {row["step"]: row["fingerprint"] for row in read_rows(path / RunFiles.METRICS)}
-            for arm, path in folders.items()
-        },
-    )
+    runs = []
+    for result in results:
+        recorded = json.loads((folders[result.arm] / RunFiles.ENVIRONMENT).read_text())
+        recorded_chain = [row["fingerprint"] for row in read_rows(folders[result.arm] / RunFiles.METRICS)]
+        runs.append(
+            dataclasses.replace(finished(result.arm, environment=recorded, chain=recorded_chain), result=result)
+        )
+    certificate = certify(study_of(*runs))
     assert {check.name for check in certificate.checks if not check.agrees} == differ
     assert certificate.agrees == (not differ)
     if differ:
         detail = certificate.checks[0].detail
         assert detail.startswith("the arms differ from their first step (1): other order, tokenizer")
-        assert not certify(results).agrees  # by the last fingerprints alone
+        unrecorded = [dataclasses.replace(run, metrics=()) for run in runs]
+        assert not certify(study_of(*unrecorded)).agrees  # by the last fingerprints alone

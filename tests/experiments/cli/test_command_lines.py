@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from common.config import to_json
 from common.errors import UserError
+from experiments import find
 from experiments.cli.main import main
-from experiments.registry import load
-from experiments.running import comparison
+from experiments.running import study_run
 
 DEEP = "[" * 100_000
 DEEP_OBJECT = '{"a":' * 5_000
@@ -41,7 +40,7 @@ NO_MODEL += ["{folder}@3", "{file}@3", f"{{folder}}@{DIGITS}", "missing@", "@1",
 BAD_NUMBERS = ["", "x", "1.5.2", "nan", "inf", "-inf", "1e400", "1_0", "٣", "0x10", DIGITS, f"-{DIGITS}", "1e999999999"]
 HUGE = ["99999999999", str(2**40), str(2**64), "-1"]
 
-TRAIN = ["train", "first_light", "--arm", "gpt"]
+TRAIN = ["run", "first_light", "arm=gpt"]
 SCORE = ["score", "{folder}", "--file", "{rows}"]
 GENERATE = ["generate", "{folder}", "--prompt", "x"]
 LAUNCH = ["launch", "first_light", "--topology", "v5e-4", "--bucket", "gs://a-bucket", "train.mesh.fsdp=4"]
@@ -52,9 +51,9 @@ def destinations() -> Iterator[list[str]]:
         yield [*SCORE, "--out", path]
         yield [*GENERATE, "--out", path]
         yield ["report", "{run}", "--figure", path]
+        yield ["results", "{run}", "--out", path]
     for path in NO_FOLDER:
         yield [*TRAIN, "--run-dir", path]
-        yield ["compare", "first_light", "--run-dir", path]
         yield [*LAUNCH, "--out", path]
         yield ["data", "prepare", "first_light", "--to", path]
 
@@ -66,7 +65,8 @@ def sources() -> Iterator[list[str]]:
         if path in NO_MODEL[::4]:  # takes a third of a second each
             yield [*TRAIN, "--init-from", path]
         yield ["convert", path, "out"]
-        yield ["report", path]
+        yield from ([command, path] for command in ("report", "status"))
+        yield ["results", path, "--out", "o.csv"]
     for path in [path for path in NO_FILE if path != "/"]:
         yield ["score", "{folder}", "--file", path, "--out", "out.jsonl"]
         yield ["generate", "{folder}", "--file", path]
@@ -79,7 +79,8 @@ def numbers() -> Iterator[list[str]]:
         "--workers": [["data", "prepare", "first_light"]],
         "--slices": [LAUNCH, ["plan", "first_light", "--topology", "v5e-4"]],
         "--price": [["plan", "first_light", "--topology", "v5e-4"]],
-        "--profile": [TRAIN, ["compare", "first_light"]],
+        "--jobs": [TRAIN],
+        "--profile": [TRAIN],
         "--processes": [[*TRAIN, "--coordinator", "host:1", "--process", "0"]],
         "--process": [[*TRAIN, "--coordinator", "host:1", "--processes", "2"]],
         "--rung": [["convert", "{folder}", "out", "--to", "t5like"]],
@@ -128,7 +129,7 @@ def overrides() -> Iterator[list[str]]:
             "1e999",
         ):
             if (field, value) not in {("data.source.name", DEEP), ("data.source.name", "1e999")}:
-                yield ["compare", "first_light", f"{field}={value}"]
+                yield ["run", "first_light", f"{field}={value}"]
     for text in (
         "",
         "=",
@@ -142,10 +143,10 @@ def overrides() -> Iterator[list[str]]:
         f"{'a.' * 3000}b=1",
         "data.rows=NaN",
     ):
-        yield ["compare", "first_light", text]
-    arm = to_json(load("first_light"))["arms"]["gpt"]
+        yield ["run", "first_light", text]
+    arm = to_json(find.load("first_light"))["arms"]["gpt"]
     for name in ("../evil", "..", "", "/abs", "a/b", "a\\b", "a\nb", "a\u202eb", "a\u001b[2Jb"):
-        yield ["compare", "first_light", f"arms={json.dumps({name: arm})}", "--print-config"]
+        yield ["run", "first_light", f"arms={json.dumps({name: arm})}", "--print-config"]
     for name in ("", "../evil", "UPPER", "a b", "x" * 200):
         yield [*LAUNCH, "--run", name]
     for path in ("", "/", "{folder}", "{file}/x", LONG, "~nosuchuser/x"):
@@ -155,6 +156,9 @@ def overrides() -> Iterator[list[str]]:
 def files() -> Iterator[list[str]]:
     for bad in BAD_JSON:
         yield ["report", f"{{bad}}/{bad}"]
+        yield from ([command, f"{{bad}}/{bad}/study"] for command in ("report", "status"))
+        yield ["results", f"{{bad}}/{bad}/study", "--out", "o.csv"]
+        yield ["run", "first_light", "--config", f"{{bad}}/{bad}/study/study.json"]
         yield ["score", "{folder}", "--file", f"{{bad}}/{bad}/rows.jsonl", "--out", "o"]
         yield ["generate", "{folder}", "--file", f"{{bad}}/{bad}/rows.jsonl"]
         yield ["generate", f"{{bad}}/{bad}/model", "--prompt", "x"]
@@ -197,11 +201,12 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     (root / "loop").symlink_to("loop")
     (root / "rows.jsonl").write_text('{"text": "one"}\n')
     (root / "run").mkdir()
-    (root / "run" / "experiment.json").write_text('{"arms": {}}')
+    (root / "run" / "study.json").write_text('{"arms": {}}')
     for name, text in BAD_JSON.items():
         folder = root / "bad" / name
         for inner, files in {
             ".": ["experiment.json", "rows.jsonl", "tokenizer.json"],
+            "study": ["study.json", "runs.json"],
             "model": ["model.json"],
             "arm": ["config.json", "environment.json"],
             "foreign": ["config.json", "model.safetensors.index.json"],
@@ -254,19 +259,23 @@ def test_an_impossible_cache_folder_is_one_line(places, monkeypatch, capsys, var
 
 
 def test_a_question_is_never_markup(monkeypatch, capsys):
-    def no_data(*_):
-        raise UserError("enough")
+    class NoData:
+        def __init__(self, *_, **__): ...
 
-    monkeypatch.setattr(comparison, "_begin", lambda *_: Console())
-    monkeypatch.setattr(comparison, "_open", no_data)
+        def check(self): ...
+
+        def work(self):
+            raise UserError("enough")
+
+    monkeypatch.setattr(study_run, "StudyWorker", NoData)
     question = "[/red] [link=x]who\x1b]0;owned\x07 \u202e?"
-    assert main(["compare", "first_light", f"question={question}", f"expected={question}", "name=[/]"]) == 2
+    assert main(["run", "first_light", f"question={question}", f"expected={question}", "name=[b]"]) == 2
     captured = capsys.readouterr()
-    assert captured.out.count(r"[/red] [link=x]who\u001b]0;owned\u0007 \u202e?") == 2 and "[/]" in captured.out
+    assert captured.out.count(r"[/red] [link=x]who\u001b]0;owned\u0007 \u202e?") == 2 and "[b]" in captured.out
     assert captured.err == "twinstack: error: enough\n"
 
 
 def test_the_printed_config_is_the_same_json(capsys):
-    assert main(["compare", "first_light", "--print-config", "question=a\u202e\x9bé"]) == 0
+    assert main(["run", "first_light", "--print-config", "question=a\u202e\x9bé"]) == 0
     printed = capsys.readouterr().out
     assert json.loads(printed)["question"] == "a\u202e\x9bé" and not {"\u202e", "\x9b"} & set(printed)

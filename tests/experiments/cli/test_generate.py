@@ -22,7 +22,7 @@ from common.terminal import harmless
 from common.weights.folder import write_folder
 from experiments.cli.generate import method_of, read_prompts
 from experiments.cli.main import main
-from tests.experiments.tiny_experiment import WORDS
+from tests.experiments.tiny_study import WORDS
 from tests.helpers import FAMILIES, MAX_POSITIONS, split
 
 PROMPTS = [" ".join(WORDS[:2]), WORDS[0], "", " ".join(WORDS[2:5])]

@@ -11,40 +11,21 @@ import pytest
 from rich.console import Console
 
 from common import allocator
-from common.errors import UserError
-from experiments import registry
+from common.config import to_json
+from experiments import find
+from experiments.cli import report
 from experiments.cli.arguments import parsers
 from experiments.cli.main import COMMANDS, load_command, main
 from experiments.planning import plan
-from experiments.running import comparison
+from experiments.running import pool, study_run
+from experiments.running.study_folder import StudyFolder
+from tests.experiments.tiny_study import tiny_study
 
 ROOT = Path(__file__).parents[3]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Train:
-    steps: int = 10
-    learning_rate: float = 1e-3
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Model:
-    d_ff: int = 64
-
-    def __post_init__(self) -> None:
-        if self.d_ff % 2:
-            raise UserError(f"d_ff is {self.d_ff}:\n  it must be even")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Experiment:
-    name: str
-    question: str
-    train: Train = Train()
-    arms: dict[str, Model]
-
-
-BASE = Experiment(name="first", question="Who learns?", arms={"left": Model(), "right": Model(d_ff=32)})
+BASE = dataclasses.replace(tiny_study(Path("/data")), name="first", question="Who learns?")
+SECOND = dataclasses.replace(BASE, name="second", question="And why?")
 
 
 @pytest.fixture
@@ -52,75 +33,85 @@ def calls(monkeypatch, tmp_path):
     """Records calls of the functions behind the commands; the mocks have the signatures of these functions."""
     calls: list[tuple] = []
 
-    def stand_in(module, name, result=lambda *given: None):
+    def stand_in(module, name, result=None):
         def called(*given, **named):
-            calls.append((name, *(one for one in (*given, *named.values()) if not isinstance(one, Console))))
-            return result(*given)
+            values = (described(one) for one in (*given, *named.values()) if not isinstance(one, Console))
+            calls.append((name, *values))
+            return given[0] / "report.html" if name == "write_reports" else result
 
         monkeypatch.setattr(module, name, create_autospec(getattr(module, name), side_effect=called))
 
-    monkeypatch.setattr(registry, "EXPERIMENTS", {"first": "Who learns?", "second": "And why?"})
-    monkeypatch.setattr(registry, "load", lambda name: dataclasses.replace(BASE, name=name))
-    stand_in(comparison, "train")
-    stand_in(comparison, "compare")
-    stand_in(comparison, "report", lambda run_dir, figure: run_dir / "report.html")
+    monkeypatch.setattr(find, "OWN", ("first", "second"))
+    monkeypatch.setattr(find, "load", {"first": BASE, "second": SECOND}.__getitem__)
+    stand_in(study_run, "run_study", 0)
+    stand_in(pool, "run_in_pool", 1)
+    stand_in(pool, "be_worker", 0)
+    stand_in(report, "write_reports")
     stand_in(plan, "plan")
     monkeypatch.chdir(tmp_path)
     return calls
+
+
+def described(value):
+    return (value.path, value.study) if isinstance(value, StudyFolder) else value
+
+
+def of_slice(topology, **more):
+    usual = {"slices": 1, "mesh": None, "price": None, "search": False}
+    return plan.Target(topology=topology, **(usual | more))
+
+
+BOTH = ("gpt", "t5like")
 
 
 @pytest.mark.parametrize(
     ("command", "expected"),
     [
         ("plan first", ("plan", BASE, None)),
-        (
-            "plan first --topology v5e-16 --price 1.5",
-            (
-                "plan",
-                BASE,
-                plan.Target(topology="v5e-16", slices=1, mesh=None, price=1.5, search=False),
-            ),
-        ),
+        ("plan first --topology v5e-16 --price 1.5", ("plan", BASE, of_slice("v5e-16", price=1.5))),
         (
             "plan --topology v5e:4x4 first --slices 2 --mesh fsdp=16 --search",
-            (
-                "plan",
-                BASE,
-                plan.Target(topology="v5e:4x4", slices=2, mesh="fsdp=16", price=None, search=True),
-            ),
+            ("plan", BASE, of_slice("v5e:4x4", slices=2, mesh="fsdp=16", search=True)),
         ),
-        ("train first --arm left", ("train", BASE, "left", Path("runs/first"), 0)),
-        ("train --arm right --run-dir there first", ("train", BASE, "right", Path("there"), 0)),
-        ("train first --arm left --profile", ("train", BASE, "left", Path("runs/first"), 5)),
-        ("compare first", ("compare", BASE, Path("runs/first"), 0)),
-        ("compare --profile 3 first", ("compare", BASE, Path("runs/first"), 3)),
-        ("compare second --run-dir=there", ("compare", dataclasses.replace(BASE, name="second"), Path("there"), 0)),
+        ("run first arm=gpt", ("run_study", (Path("runs/first"), BASE), ("gpt",), 0)),
+        ("run --run-dir there first family=t5like", ("run_study", (Path("there"), BASE), ("t5like",), 0)),
+        ("run first --profile", ("run_study", (Path("runs/first"), BASE), BOTH, 5)),
+        ("run first", ("run_study", (Path("runs/first"), BASE), BOTH, 0)),
+        ("run --profile 3 first", ("run_study", (Path("runs/first"), BASE), BOTH, 3)),
+        ("run second --run-dir=there", ("run_study", (Path("there"), SECOND), BOTH, 0)),
+        (
+            "run first --jobs 2 --run-dir there",
+            ("run_in_pool", (Path("there"), BASE), BOTH, 2, "run first --jobs 2 --run-dir there".split()),
+        ),
+        ("run first --jobs 2 --worker 1", ("be_worker", (Path("runs/first"), BASE), BOTH, 1, 2)),
     ],
 )
-def test_commands_get_the_experiment_and_the_run_directory(calls, command, expected):
-    assert main(command.split()) == 0
+def test_commands_get_the_study_and_its_directory(calls, command, expected, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["twinstack", *command.split()])
+    assert main() == (1 if expected[0] == "run_in_pool" else 0)
     assert calls == [expected]
 
 
 @pytest.mark.parametrize(
     "command",
     [
-        "compare first train.steps=20 arms.left.d_ff=8",
-        "compare first train.steps=20 --run-dir there arms.left.d_ff=8",
-        "compare --run-dir there first train.steps=1 train.steps=20 arms.left.d_ff=8",
+        "run first train.seed=20 arms.gpt.model.d_ff=8",
+        "run first train.seed=20 --run-dir there arms.gpt.model.d_ff=8",
+        "run --run-dir there first train.seed=1 train.seed=20 arms.gpt.model.d_ff=8",
     ],
 )
 def test_overrides_may_precede_and_follow_options(calls, command):
     assert main(command.split()) == 0
-    assert calls[0][1].train == Train(steps=20)
-    assert calls[0][1].arms == {"left": Model(d_ff=8), "right": Model(d_ff=32)}
+    (_, study), *_ = calls[0][1:]
+    assert {run.train.seed for run in study.arms.values()} == {20}
+    assert [run.model.d_ff for run in study.arms.values()] == [8, BASE.arms["t5like"].model.d_ff]
 
 
-@pytest.mark.parametrize("command", ["plan first", "train first --arm left", "compare first"])
+@pytest.mark.parametrize("command", ["plan first", "run first arm=gpt", "run first"])
 def test_print_config_prints_the_resolved_config_and_stops(calls, capsys, command):
-    assert main([*command.split(), "--print-config", "train.learning_rate=1"]) == 0
-    expected = dataclasses.replace(BASE, train=Train(learning_rate=1.0))
-    assert json.loads(capsys.readouterr().out) == dataclasses.asdict(expected)
+    assert main([*command.split(), "--print-config", "learning_rate=1"]) == 0
+    expected = BASE.edited(lambda run: dataclasses.replace(run, learning_rate=1.0))
+    assert json.loads(capsys.readouterr().out) == to_json(expected)
     assert calls == []
 
 
@@ -129,39 +120,42 @@ def test_list(calls, capsys):
     assert capsys.readouterr().out == "first   Who learns?\nsecond  And why?\n"
 
 
+@pytest.mark.parametrize("file", ["study.json", "experiment.json"])
 @pytest.mark.parametrize("named", ["first", "runs/first", "elsewhere"])
-def test_report_takes_a_name_or_a_run_directory(calls, capsys, named):
+def test_report_takes_a_name_or_a_studys_directory(calls, capsys, named, file):
     for run_dir in (Path("runs/first"), Path("elsewhere")):
         run_dir.mkdir(parents=True)
-        (run_dir / "experiment.json").write_text("{}")
+        (run_dir / file).write_text("{}")
     assert main(["report", named]) == 0
     run_dir = Path("elsewhere" if named == "elsewhere" else "runs/first")
-    assert calls == [("report", run_dir, None)]
+    assert calls == [("write_reports", run_dir, None)]
     assert capsys.readouterr().out == f"{run_dir / 'report.html'}\n"
 
 
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("compar first", "unknown command 'compar': did you mean 'compare'?"),
-        ("compare frist", "unknown experiment 'frist': did you mean 'first'? Valid: first, second"),
-        ("compare", "the following arguments are required: NAME"),
-        ("compare first steps", "'steps' is not an override; valid: path.to.field=value"),
-        ("compare first trian.steps=3", "unknown field 'trian': did you mean 'train'?"),
-        ("compare first train.steps=1.5", "train.steps: expected int, got 1.5"),
-        ("compare first arms.left.d_ff=3", "arms.left: d_ff is 3: it must be even"),
-        ("compare first --rundir x", "unknown option '--rundir': did you mean '--run-dir'?"),
-        ("compare first --rundir=x", "unknown option '--rundir': did you mean '--run-dir'?"),
-        ("compare first --print", "unknown option '--print': did you mean '--print-config'?"),
-        ("compare first --run-dir", "argument --run-dir: expected one argument"),
+        ("rum first", "unknown command 'rum': did you mean 'run'?"),
+        ("run frist", "unknown study 'frist': did you mean 'first'? Valid: first, second; a file's name ends in .py"),
+        ("run frist.py", "frist.py is no file; `twinstack new frist` writes a study to start from"),
+        ("run", "the following arguments are required: STUDY"),
+        ("run first steps", "'steps' is not an override; valid: path.to.field=value"),
+        ("run first trian.steps=3", "unknown field 'trian': did you mean 'train'?"),
+        ("run first train.seed=1.5", "arms.gpt.train.seed: expected int, got 1.5"),
+        ("run first arms.gpt.model.head_dim=3", "arms.gpt.model: head_dim is 3: RoPE needs an even number; nearest: 4"),
+        ("run first --rundir x", "unknown option '--rundir': did you mean '--run-dir'?"),
+        ("run first --rundir=x", "unknown option '--rundir': did you mean '--run-dir'?"),
+        ("run first --print", "unknown option '--print': did you mean '--print-config'?"),
+        ("run first --run-dir", "argument --run-dir: expected one argument"),
         ("--verbose", "unknown option '--verbose': did you mean '--version'?"),
-        ("train first", "the following arguments are required: --arm"),
-        ("train first --arm lef", "unknown arm 'lef': did you mean 'left'? Valid: left, right"),
+        ("run first arm=gtp", "no arm has arm=gtp; there are arm=gpt,t5like"),
+        ("run first --arm gpt", "unknown option '--arm'"),
+        ("run first --jobs 2 --processes 2", "--jobs is for one machine: without --coordinator"),
         ("plan first --run-dir x", "unknown option '--run-dir'"),
         ("plan first --mesh fsdp=2", "--mesh is for a TPU slice: name it by --topology"),
         ("plan first --search", "--search is for a TPU slice: name it by --topology"),
         ("list all", "unexpected argument 'all'"),
-        ("report first", "'first' is no run directory, nor is runs/first: valid: none"),
+        ("report first", "'first' is no study's directory, nor is runs/first: valid: none"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(calls, capsys, command, message):
@@ -173,15 +167,15 @@ def test_mistakes_are_one_line_and_status_2(calls, capsys, command, message):
 
 def test_report_names_the_nearest_run(calls, capsys):
     Path("runs/first").mkdir(parents=True)
-    Path("runs/first/experiment.json").write_text("{}")
+    Path("runs/first/study.json").write_text("{}")
     assert main(["report", "frist"]) == 2
     assert "did you mean 'first'?" in capsys.readouterr().err
 
 
 def test_an_error_about_a_path_is_one_line_of_visible_characters(calls, monkeypatch, capsys, tmp_path):
     path = tmp_path / "a\x1b[2J\u202e[red]"
-    monkeypatch.setattr(sys.modules["experiments.running.comparison"], "compare", lambda *_, **__: path.read_text())
-    assert main(["compare", "first"]) == 2
+    monkeypatch.setattr(study_run, "run_study", lambda *_, **__: path.read_text())
+    assert main(["run", "first"]) == 2
     error = capsys.readouterr().err
     assert error == f"twinstack: error: {tmp_path}/a\\u001b[2J\\u202e[red]: no such file or directory\n"
 
@@ -201,18 +195,17 @@ def test_other_errors_keep_their_traceback(calls, monkeypatch):
     def fail(*_, **__):
         raise ValueError("a bug")
 
-    monkeypatch.setattr(sys.modules["experiments.running.comparison"], "compare", fail)
+    monkeypatch.setattr(study_run, "run_study", fail)
     with pytest.raises(ValueError, match="a bug"):
-        main(["compare", "first"])
+        main(["run", "first"])
 
 
-@pytest.mark.parametrize(("command", "resumes"), [("compare", True), ("plan", False)])
+@pytest.mark.parametrize(("command", "resumes"), [("run", True), ("plan", False)])
 def test_an_interruption_prints_the_command_that_resumes(calls, monkeypatch, capsys, command, resumes):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    module = "experiments.planning.plan" if command == "plan" else "experiments.running.comparison"
-    monkeypatch.setattr(sys.modules[module], command, interrupt)
+    monkeypatch.setattr(*((plan, "plan") if command == "plan" else (study_run, "run_study")), interrupt)
     assert main([command, "first", "name=a b"]) == 130
     error = capsys.readouterr().err.strip()
     assert error.startswith("twinstack: interrupted") and "\n" not in error
@@ -221,7 +214,7 @@ def test_an_interruption_prints_the_command_that_resumes(calls, monkeypatch, cap
 
 def test_without_a_command_help_is_printed(capsys):
     assert main([]) == 2
-    assert "compare" in capsys.readouterr().out
+    assert "results" in capsys.readouterr().out
 
 
 def in_new_process(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -258,10 +251,10 @@ def test_jax_does_not_search_for_absent_tpus(calls, monkeypatch, tmp_path, vendo
 @pytest.mark.parametrize(
     ("command", "platforms", "installed", "kept"),
     [
-        ("compare first", None, set(), True),
-        ("train first --arm left", "cpu", {"jax_plugins", "libtpu"}, True),
-        ("compare first", None, {"jax_plugins"}, False),
-        ("compare first", "cuda,cpu", {"jax_plugins"}, False),
+        ("run first", None, set(), True),
+        ("run first arm=gpt", "cpu", {"jax_plugins", "libtpu"}, True),
+        ("run first", None, {"jax_plugins"}, False),
+        ("run first", "cuda,cpu", {"jax_plugins"}, False),
         ("plan first", "cpu", set(), False),
     ],
 )
@@ -296,7 +289,7 @@ def test_help_and_version_import_few_modules_and_none_of_other_packages():
     process = in_new_process("-c", code)
     assert process.returncode == 0, process.stderr
     *shown, modules = process.stdout.splitlines()
-    assert shown[0].startswith("twinstack ") and any("compare" in line for line in shown)
+    assert shown[0].startswith("twinstack ") and any("results" in line for line in shown)
     imported = json.loads(modules)
     ours = [name for name in imported if name.partition(".")[0] in ("common", "experiments")]
     others = {name.partition(".")[0] for name in imported} - sys.stdlib_module_names - {"common", "experiments"}

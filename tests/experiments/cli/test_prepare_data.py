@@ -14,35 +14,44 @@ import fsspec
 import pytest
 from rich.console import Console
 
-from common.config import apply_overrides
+from common.data.objectives.config import CausalLM
+from common.data.sources.config import SourceConfig
 from common.data.tokenized import prepare as module
 from common.data.tokenized.prepared import VARIABLE
 from common.data.tokenizers.saved import saved_files
 from common.errors import UserError
-from experiments import registry
+from experiments import find
 from experiments.cli.main import main
 from experiments.cli.prepare_data import prepare_data
-from experiments.config import Experiment
-from experiments.running.pipeline import open_data
+from experiments.running import pipeline, scored_splits
+from experiments.running.pipeline import Data, open_data
 from experiments.running.scored_splits import open_tests
-from tests.experiments.tiny_experiment import tiny_experiment, write_data
+from experiments.study import Study
+from tests.experiments.tiny_study import tiny_study, with_data, with_evaluation, write_data
 
 COLUMNS = ["split", "records", "kept", "empty", "tokens", "skipped", "MB", "seconds", "folder"]
 
 
 @pytest.fixture
-def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
     write_data(tmp_path)
     (tmp_path / "test.jsonl").write_text((tmp_path / "validation.jsonl").read_text())
     monkeypatch.setenv("TWINSTACK_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv(VARIABLE, raising=False)
-    made = tiny_experiment(tmp_path)
-    return dataclasses.replace(made, evaluation=dataclasses.replace(made.evaluation, splits=("test", "validation")))
+    made = tiny_study(tmp_path)
+    return made.edited(lambda run: with_evaluation(run, splits=("test", "validation")))
 
 
-def shown(experiment: Experiment, **options: object) -> str:
+def opened(study: Study) -> Data:
+    """Opens the data anew, as another process would."""
+    pipeline._open.cache_clear()
+    scored_splits._open_tests.cache_clear()
+    return open_data("gpt", study.arms["gpt"])
+
+
+def shown(study: Study, **options: object) -> str:
     out = io.StringIO()
-    prepare_data(experiment, Console(file=out, width=40), **options)  # type: ignore[arg-type]
+    prepare_data(study, Console(file=out, width=40), **options)  # type: ignore[arg-type]
     return out.getvalue()
 
 
@@ -53,10 +62,8 @@ def rows(text: str) -> list[list[str]]:
     return [cells for cells in lines[lines.index(COLUMNS) + 2 :] if len(cells) == len(COLUMNS)]
 
 
-def test_all_splits_are_tokenized_and_listed(
-    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = shown(experiment, workers=1)
+def test_all_splits_are_tokenized_and_listed(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = shown(study, workers=1)
     found = {row[0]: row for row in rows(first)}
     assert list(found) == ["train", "validation", "test"]
     assert [found["train"][i] for i in (1, 2, 3, 5)] == ["300", "300", "0", "0"]
@@ -67,20 +74,33 @@ def test_all_splits_are_tokenized_and_listed(
         size = sum(path.stat().st_size for path in folder.glob("*.npy"))
         assert manifest["bytes"] == size and row[6] == f"{size / 1e6:.2f}"
     monkeypatch.setattr(module, "write_shard", None)
-    second = {row[0]: row for row in rows(shown(experiment))}
+    second = {row[0]: row for row in rows(shown(study))}
     assert [row[:7] + row[8:] for row in second.values()] == [row[:7] + row[8:] for row in found.values()]
     assert all(row[7] == "0.0" for row in second.values())
-    data = open_data(experiment)
-    assert list(open_tests(experiment, data.tokenizer)) == ["test", "validation"], "a run makes nothing anymore"
+    data = opened(study)
+    assert list(open_tests(study.arms["gpt"], data.tokenizer)) == ["test", "validation"], "a run makes nothing anymore"
     assert data.train.batch(0).examples > 0 and data.validation.batch(0).examples > 0
 
 
-def test_skipped_records_are_listed_once(
-    experiment: Experiment, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_arms_with_other_data_get_a_table_of_their_own(study: Study) -> None:
+    """Seeds and rows change no token; another objective does. Splits of all arms that share data are prepared."""
+    gpt = study.arms["gpt"]
+    text = dataclasses.replace(gpt.data.source, inputs=None, targets=None, text="en")
+    arms = {
+        "seeded": with_evaluation(with_data(gpt, seed=1, rows=8), splits=("test",)),
+        "causal": with_data(with_evaluation(gpt, splits=()), objective=CausalLM(), source=text),
+        "gpt": gpt,
+    }
+    first, second = shown(dataclasses.replace(study, arms=arms), workers=1).split("data of ")[1:]
+    assert first.startswith("seeded, gpt:") and second.startswith("causal:")
+    assert [row[0] for row in rows(first)] == ["train", "validation", "test"]
+    assert [row[0] for row in rows(second)] == ["train", "validation"]
+
+
+def test_skipped_records_are_listed_once(study: Study, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with (tmp_path / "train.jsonl").open("a") as file:
         file.write('{"en": "one"\n' * 4 + '{"en": "one", "reversed": ""}\n')
-    text = shown(experiment, workers=1)
+    text = shown(study, workers=1)
     train = rows(text)[0]
     assert [train[i] for i in (1, 2, 3, 5)] == ["305", "301", "0", "4"]
     (line,) = [line for line in text.splitlines() if "skipped:" in line]
@@ -93,59 +113,62 @@ def test_skipped_records_are_listed_once(
 
 @pytest.mark.parametrize("kind", ["folder", "url"])
 def test_tokens_may_be_written_to_a_folder_or_url(
-    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    expected = open_data(experiment).train.batch(3).fingerprint
+    expected = opened(study).train.batch(3).fingerprint
     to = "memory://bucket/prepared" if kind == "url" else str(tmp_path / "prepared")
-    text = shown(experiment, workers=1, to=to)
+    text = shown(study, workers=1, to=to)
     assert all(row[8].startswith(f"{to}/") for row in rows(text)) and f"{VARIABLE}={to}" in text
     monkeypatch.setenv("TWINSTACK_CACHE", str(tmp_path / "other"))
     monkeypatch.setenv(VARIABLE, to)
     monkeypatch.setattr(module, "write_shard", None)
-    data = open_data(experiment)
-    open_tests(experiment, data.tokenizer)
+    data = opened(study)
+    open_tests(study.arms["gpt"], data.tokenizer)
     assert data.train.batch(3).fingerprint == expected
     assert not (tmp_path / "other" / "tokenized").exists()
-    assert rows(shown(experiment))[0][8].startswith(f"{to}/"), "found there, not made"
+    assert rows(shown(study))[0][8].startswith(f"{to}/"), "found there, not made"
     fsspec.filesystem("memory").store.clear()
 
 
 @pytest.mark.parametrize("kind", ["folder", "url"])
 @pytest.mark.parametrize("loaded", [False, True], ids=["trained", "loaded"])
 def test_a_run_needs_only_the_prepared_data(
-    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, loaded: bool
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, loaded: bool
 ) -> None:
     raw = tmp_path / "raw"
     raw.mkdir()
     for file in tmp_path.glob("*.jsonl"):
         file.rename(raw / file.name)
-    experiment = apply_overrides(experiment, [f"data.source.name=jsonl:{raw}/{{split}}.jsonl"])
+    source = SourceConfig(name=f"jsonl:{raw}/{{split}}.jsonl", inputs="en", targets="reversed")
+    study = study.edited(lambda run: with_data(run, source=source))
     if loaded:
-        trained = open_data(experiment).tokenizer
+        trained = opened(study).tokenizer
         (raw / "spiece.model").write_bytes(saved_files(trained)["spiece.model"])
-        experiment = apply_overrides(experiment, [f"data.tokenizer.path={raw}/spiece.model"])
-    here = open_data(experiment)
+        (config,) = {run.data.tokenizer for run in study.arms.values()}
+        tokenizer = dataclasses.replace(config, path=f"{raw}/spiece.model")
+        study = study.edited(lambda run: with_data(run, tokenizer=tokenizer))
+    here = opened(study)
     expected = here.train.batch(3).fingerprint, here.content_id, here.tokenizer.content_hash
-    texts = {name: test.texts() for name, test in open_tests(experiment, here.tokenizer).items()}
+    texts = {name: test.texts() for name, test in open_tests(study.arms["gpt"], here.tokenizer).items()}
     to = "memory://bucket/enough" if kind == "url" else str(tmp_path / "prepared")
-    shown(experiment, workers=1, to=to)
+    shown(study, workers=1, to=to)
     raw.rename(tmp_path / "away")
     monkeypatch.setenv("TWINSTACK_CACHE", str(tmp_path / "other"))
     with pytest.raises(UserError, match="spiece.model" if loaded else "has no split 'train'"):
-        open_data(experiment)
+        opened(study)
     monkeypatch.setenv(VARIABLE, to)
-    there = open_data(experiment)
+    there = opened(study)
     assert (there.train.batch(3).fingerprint, there.content_id, there.tokenizer.content_hash) == expected
-    assert {name: test.texts() for name, test in open_tests(experiment, there.tokenizer).items()} == texts
+    assert {name: test.texts() for name, test in open_tests(study.arms["gpt"], there.tokenizer).items()} == texts
     assert there.validation.batch(0).examples > 0
     assert sorted(path.name for path in (tmp_path / "other").iterdir()) == ["plans", "prepared"]
     fsspec.filesystem("memory").store.clear()
 
 
 def test_damaged_files_of_prepared_data_are_errors(
-    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shown(experiment, workers=1, to=str(tmp_path / "prepared"))
+    shown(study, workers=1, to=str(tmp_path / "prepared"))
     for file in tmp_path.glob("*.jsonl"):
         file.unlink()
     monkeypatch.setenv(VARIABLE, str(tmp_path / "prepared"))
@@ -154,14 +177,14 @@ def test_damaged_files_of_prepared_data_are_errors(
         for file in (tmp_path / "prepared" / kind).glob("*.json"):
             file.write_text(file.read_text().replace("0", "1").replace("A", "B"))
         with pytest.raises(UserError, match="is damaged"):
-            open_data(experiment)
+            opened(study)
 
 
-def test_beam_writes_the_same_files(experiment: Experiment, tmp_path: Path) -> None:
+def test_beam_writes_the_same_files(study: Study, tmp_path: Path) -> None:
     pytest.importorskip("apache_beam", reason="Apache Beam is optional: pip install apache-beam")
     found = {}
     for name, beam in (("here", None), ("beam", ["--runner=DirectRunner"])):
-        shown(experiment, workers=1, to=str(tmp_path / name), beam=beam)
+        shown(study, workers=1, to=str(tmp_path / name), beam=beam)
         files = [path for path in (tmp_path / name).rglob("*") if path.is_file() and path.suffix != ".lock"]
         found[name] = {str(path.relative_to(tmp_path / name)): path.read_bytes() for path in files}
     assert found["here"] == found["beam"] and len(found["here"]) == 3 * (4 + 2) + 3 + 1
@@ -174,7 +197,7 @@ from rich.console import Console
 from common.data.tokenized import prepare
 from experiments.cli.prepare_data import prepare_data
 from experiments.running.scored_splits import open_tests
-from tests.experiments.tiny_experiment import tiny_experiment
+from tests.experiments.tiny_study import tiny_study
 
 def slowly(number, task, folder, tick, write=prepare.write_shard):
     report = write(number, task, folder, tick)
@@ -184,12 +207,12 @@ def slowly(number, task, folder, tick, write=prepare.write_shard):
 
 prepare.write_shard = slowly
 prepare.ShardTask.shards = lambda task: 8
-prepare_data(tiny_experiment(Path(sys.argv[1])), Console(stderr=True), workers=1)
+prepare_data(tiny_study(Path(sys.argv[1])), Console(stderr=True), workers=1)
 """
 
 
 def test_a_killed_command_resumes_after_its_finished_shards(
-    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."})
@@ -207,7 +230,7 @@ def test_a_killed_command_resumes_after_its_finished_shards(
         return write(number, task, folder, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "write_shard", recorded)
-    shown(experiment, workers=1)
+    shown(study, workers=1)
     assert made[:8] == [(number, number < 4) for number in range(8)], "the first four shards were finished"
 
 
@@ -228,25 +251,25 @@ def test_a_killed_command_resumes_after_its_finished_shards(
     ],
 )
 def test_mistakes_are_one_line(
-    experiment: Experiment,
+    study: Study,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
     message: str,
 ) -> None:
-    monkeypatch.setattr(registry, "EXPERIMENTS", {"tiny": "?"})
-    monkeypatch.setattr(registry, "load", lambda name: experiment)
+    monkeypatch.setattr(find, "OWN", ("tiny",))
+    monkeypatch.setattr(find, "load", lambda name: study)
     assert main(["data", *(argument.format(folder=tmp_path) for argument in arguments)]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and "Traceback" not in error
 
 
 def test_the_command_prints_the_table(
-    experiment: Experiment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(registry, "EXPERIMENTS", {"tiny": "?"})
-    monkeypatch.setattr(registry, "load", lambda name: experiment)
+    monkeypatch.setattr(find, "OWN", ("tiny",))
+    monkeypatch.setattr(find, "load", lambda name: study)
     assert main(["data", "prepare", "tiny", "--workers", "1", "data.rows=8"]) == 0
     captured = capsys.readouterr()
     assert [row[0] for row in rows(captured.out)] == ["train", "validation", "test"] and not captured.err

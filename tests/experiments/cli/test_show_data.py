@@ -13,21 +13,21 @@ from common.data.objectives.config import SpanCorruption
 from common.data.sources.config import SourceConfig
 from experiments.cli.main import main
 from experiments.cli.show_data import show
-from experiments.config import Experiment
-from tests.experiments.tiny_experiment import tiny_experiment, write_data
+from experiments.study import Study
+from tests.experiments.tiny_study import tiny_study, with_data, with_evaluation, with_model, write_data
 
 AS_TEXT = ("data.source.inputs=null", "data.source.targets=null", "data.source.text=en")
 
 
 @pytest.fixture
-def experiment(tmp_path: Path) -> Experiment:
+def study(tmp_path: Path) -> Study:
     write_data(tmp_path)
-    return tiny_experiment(tmp_path)
+    return tiny_study(tmp_path)
 
 
-def shown(experiment: Experiment, rows: int = 1) -> str:
+def shown(study: Study, rows: int = 1, arm: str = "gpt") -> str:
     out = io.StringIO()
-    show(experiment, rows, Console(file=out, width=300))
+    show(study, arm, rows, Console(file=out, width=300))
     return out.getvalue()
 
 
@@ -35,8 +35,8 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip()[1:-1].split("│")]
 
 
-def test_slots_of_both_families_tile_their_rows(experiment: Experiment) -> None:
-    text = shown(experiment)
+def test_slots_of_both_families_tile_their_rows(study: Study) -> None:
+    text = shown(study)
     encoder, decoder, only = (
         [cells(line) for line in part.splitlines() if line.startswith("│")]
         for part in text.split("encoder of an")[1].replace("decoder-only", "its decoder").split("its decoder")
@@ -53,8 +53,8 @@ def test_slots_of_both_families_tile_their_rows(experiment: Experiment) -> None:
     assert all(loss == slots for loss, slots in counts)
 
 
-def test_target_positions_continue_from_input_positions(experiment: Experiment) -> None:
-    only = shown(experiment).split("decoder-only")[1]
+def test_target_positions_continue_from_input_positions(study: Study) -> None:
+    only = shown(study).split("decoder-only")[1]
     lines = [cells(line) for line in only.splitlines() if line.startswith("│") and "empty" not in line]
     inputs = {line[1]: line[2] for line in lines if not line[4]}
     for line in lines:
@@ -62,25 +62,36 @@ def test_target_positions_continue_from_input_positions(experiment: Experiment) 
             assert int(line[2].split("-")[0]) == int(inputs[line[1]].split("-")[-1]) + 1
 
 
-def test_rows_of_several_batches(experiment: Experiment) -> None:
-    assert shown(experiment, 6).count("decoder-only") == 6
+def test_rows_of_several_batches(study: Study) -> None:
+    assert shown(study, 6).count("decoder-only") == 6
 
 
-def test_text_with_sentinels_and_markup(tmp_path: Path, experiment: Experiment) -> None:
+def test_an_arm_with_other_rows_is_shown_by_name(study: Study) -> None:
+    """Its FLOPs are of its own rows, and only the arms that read these are listed."""
+    short = with_data(study.arms["gpt"], input_length=20, target_length=20)
+    study = dataclasses.replace(study, arms={**study.arms, "short": short})
+    text = shown(study, arm="short")
+    assert "rows of 20 + 20 slots; 1 arm reads them, and 2 others read other rows: arm=NAME shows those" in text
+    assert "FLOPs of short" in text and "FLOPs of gpt" not in text
+    assert "rows of 24 + 24 slots; 2 arms read them, and 1 other reads other rows" in shown(study, arm="t5like")
+
+
+def test_text_with_sentinels_and_markup(tmp_path: Path, study: Study) -> None:
     """Text is shown unchanged: square brackets are no markup."""
     lines = [
         json.dumps({"text": f"one [red]two[/red] three four five six seven {n} eight nine ten"}) for n in range(60)
     ]
     for split in ("train", "validation"):
         (tmp_path / f"raw_{split}.jsonl").write_text("\n".join(lines) + "\n")
-    data = dataclasses.replace(
-        experiment.data,
-        source=SourceConfig(name=f"jsonl:{tmp_path}/raw_{{split}}.jsonl", inputs=None, targets=None, text="text"),
-        tokenizer=SentencePieceConfig(vocab_size=42, sentinels=4, byte_fallback=False, character_coverage=1.0),
-        objective=SpanCorruption(),
+    study = study.edited(lambda run: with_evaluation(run, splits=())).edited(
+        lambda run: with_data(
+            run,
+            source=SourceConfig(name=f"jsonl:{tmp_path}/raw_{{split}}.jsonl", inputs=None, targets=None, text="text"),
+            tokenizer=SentencePieceConfig(vocab_size=42, sentinels=4, byte_fallback=False, character_coverage=1.0),
+            objective=SpanCorruption(),
+        )
     )
-    evaluation = dataclasses.replace(experiment.evaluation, splits=())
-    text = shown(dataclasses.replace(experiment, data=data, evaluation=evaluation))
+    text = shown(study)
     assert "span_corruption" in text and "⟨0⟩" in text and "[red]" in text
 
 
@@ -155,14 +166,12 @@ def test_control_characters_and_markup_in_data_are_escaped(tmp_path: Path) -> No
     for split in ("train", "validation"):
         lines = [json.dumps({"en": f"{evil} {i}", "reversed": evil}) + "\n" for i in range(40)]
         (tmp_path / f"{split}.jsonl").write_text("".join(lines))
-    experiment = tiny_experiment(tmp_path)
-    tokenizer = BytePairConfig(vocab_size=275)
-    data = dataclasses.replace(experiment.data, tokenizer=tokenizer, input_length=96, target_length=96)
-    arms = {
-        f"[bold]{name}": dataclasses.replace(arm, model=dataclasses.replace(arm.model, vocab_size=384))
-        for name, arm in experiment.arms.items()
-    }
-    text = shown(dataclasses.replace(experiment, data=data, arms=arms))
+    study = tiny_study(tmp_path).edited(lambda run: with_model(run, vocab_size=384))
+    study = study.edited(
+        lambda run: with_data(run, tokenizer=BytePairConfig(vocab_size=275), input_length=96, target_length=96)
+    )
+    arms = {f"[bold]{name}": run for name, run in study.arms.items()}
+    text = shown(dataclasses.replace(study, arms=arms), arm="[bold]gpt")
     assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(text)
     examples = text.partition("\nexamples")[2].partition("encoder of an")[0]
     assert r"\u001b]0;owned\u0007 [red]one[/blue] \u009b2J \u202etwo" in examples

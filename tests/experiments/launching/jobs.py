@@ -11,9 +11,8 @@ from experiments.launching.slices import rentable
 HOSTILE = "data.source.name=tsv:/a b'\"$(touch pwned)`touch pwned`;touch pwned\n>pwned \\"
 JOB = Job(
     run="first-light",
-    experiment="first_light",
-    overrides=("train.mesh.fsdp=32", HOSTILE),
-    arm="gpt",
+    study="first_light",
+    overrides=("train.mesh.fsdp=32", HOSTILE, "arm=gpt"),
     commit="0123456789abcdef0123456789abcdef01234567",
     topology=rentable("v5p-64", 1),
     bucket=Bucket.of("gs://my-bucket/me"),
@@ -22,12 +21,14 @@ JOB = Job(
 )
 JOBS = {
     "spot": JOB,
-    "anywhere": dataclasses.replace(JOB, zone=None, spot=False, arm=None, topology=rentable("v6e:4x4", 1)),
+    "anywhere": dataclasses.replace(
+        JOB, zone=None, spot=False, overrides=JOB.overrides[:-1], topology=rentable("v6e:4x4", 1)
+    ),
     "one-chip": dataclasses.replace(JOB, topology=rentable("v5litepod-1", 1), bucket=Bucket.of("gs://my-bucket")),
 }
 TWO_SLICES = dataclasses.replace(JOB, topology=rentable("v5p-64", 2))
 
-COMMAND = ["first_light", *JOB.overrides, "--arm", "gpt", "--run-dir", "/mnt/twinstack/me/runs/first-light"]
+COMMAND = ["run", "first_light", *JOB.overrides, "--run-dir", "/mnt/twinstack/me/runs/first-light"]
 
 
 def git(root: Path, *arguments: str) -> str:

@@ -12,14 +12,13 @@ import pytest
 import yaml
 
 from common.compute.aot import OutOfMemory
-from common.config import apply_overrides
 from common.data.sources.config import parts_of
 from common.data.tokenized import remote_folder
 from common.data.tokenized.origins import keep_source
+from experiments.cli.chosen import choose
 from experiments.cli.main import main
 from experiments.launching import facts, source
 from experiments.launching import launch as launching
-from experiments.registry import load
 from tests.common.data.memory_source import MemorySource
 from tests.experiments.launching.jobs import program
 
@@ -41,7 +40,7 @@ def here(monkeypatch, tmp_path, repository) -> Path:
     monkeypatch.setattr(launching, "write_bundle", lambda path: source.write_bundle(path, repository))
     monkeypatch.setattr(remote_folder, "file_system", lambda url: fsspec.filesystem("memory"))  # in place of a bucket
     monkeypatch.setattr(facts, "has_compiler", lambda: True)
-    monkeypatch.setattr(facts, "compile_all", lambda steps, console: [COMPILED[step.arm] for step in steps])
+    monkeypatch.setattr(facts, "compile_all", lambda steps, console: [COMPILED[step.name] for step in steps])
     program(tmp_path / "programs", "git", f'exec {shutil.which("git")} "$@"')
     program(tmp_path / "programs", "bash", f'exec {shutil.which("bash")} "$@"')
     monkeypatch.setenv("PATH", str(tmp_path / "programs"))
@@ -57,12 +56,12 @@ def test_launch_writes_a_task_and_prints_the_next_steps(here, capsys):
     folder = here / "runs/launch/mine"
     task = yaml.safe_load((folder / "sky.yaml").read_text())
     assert task["resources"]["accelerators"] == "tpu-v6e-4" and task["resources"]["use_spot"] is True
-    assert "compare first_light train.mesh.fsdp=4 --run-dir /mnt/twinstack/runs/mine &\n" in task["run"]
+    assert "run first_light train.mesh.fsdp=4 --run-dir /mnt/twinstack/runs/mine &\n" in task["run"]
     assert {path.name for path in folder.iterdir()} == {"sky.yaml", "source.bundle"}
 
 
 def test_launch_writes_scripts_for_gcloud(here, capsys):
-    assert main([*ARGUMENTS, "--engine", "gcloud", "--arm", "gpt", "--out", "there"]) == 0
+    assert main([*ARGUMENTS, "--engine", "gcloud", "arm=gpt", "--out", "there"]) == 0
     assert "then: bash there/launch.sh\n" in capsys.readouterr().out
     assert {path.name for path in (here / "there").iterdir()} == {"launch.sh", "startup.sh", "source.bundle"}
 
@@ -73,18 +72,19 @@ def test_launch_writes_scripts_for_gcloud(here, capsys):
         (["--go"], "--go needs the program 'gcloud', which is not installed"),
         (["--go", "--engine", "gcloud"], "--go needs the program 'gcloud', which is not installed"),
         (["--engine", "slurm"], "--engine 'slurm': valid: gcloud, sky"),
-        (["--arm", "gtp"], "unknown arm 'gtp': did you mean 'gpt'?"),
+        (["arm=gtp"], "no arm has arm=gtp"),
         (
             ["train.mesh.fsdp=8"],
             "train.mesh fsdp=8 does not match 1 x v6e-4 (v6e:2x2: 4 chips); nearest: train.mesh.fsdp=4",
         ),
-        (["train.mesh.fdsp=8"], "unknown field 'fdsp' in train.mesh: did you mean 'fsdp'?"),
+        (["train.mesh.fdsp=8"], "unknown field 'fdsp' in arms.t5like.train.mesh: did you mean 'fsdp'?"),
         (["--topology", "v6e:2x3"], "topology 'v6e:2x3': no slice has this shape; nearest: v6e:2x4"),
         (["--slices", "2", "train.mesh.replica=2"], "--slices 2: SkyPilot does not support Multislice"),
         (["--zone", "nowhere"], "--zone 'nowhere' must be a zone"),
         (["--run", "Mine"], "--run 'Mine' must be lower-case"),
         (["--bucket", "mine"], "--bucket 'mine' must be gs://BUCKET"),
         (["--hours", "9"], "--hours 9 is for --engine gcloud"),
+        (["arms.gpt.train.mesh.fsdp=8"], "train.mesh fsdp=8 does not match 1 x v6e-4"),
         (["data.rows=6"], "data.rows is 6, which does not divide by replica x data x fsdp x accumulation"),
         (["--env", "ABSENT"], "--env ABSENT: it is not set here; give --env ABSENT=VALUE"),
         (["--env", "A B=1"], "--env 'A B=1' must be NAME=VALUE or NAME"),
@@ -129,16 +129,30 @@ def test_mistakes_are_one_line_and_status_2(here, capsys, arguments, message):
         ["data.tokenizer.path=/mnt/twinstack/files/spiece.model"],
         ["data.source.name=tfds:c4/en", "--env", "TFDS_DATA_DIR=gs://my-bucket/tfds"],
         ["data.source.name=corpus:multi30k"],
-        ['arms.gpt.init={"path":"runs/first"}', "--arm", "t5like"],
+        ['arms.gpt.init={"path":"runs/first"}', "arm=t5like"],
     ],
 )
 def test_paths_that_hosts_can_read_are_launched(here, arguments):
     assert main([*ARGUMENTS, *arguments]) == 0
 
 
+def test_a_study_in_a_file_is_refused(here, capsys):
+    (here / "my_study.py").write_text("from experiments.first_light import first_light as study\n")
+    assert main(["launch", "my_study.py", *ARGUMENTS[2:]]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("twinstack: error: my_study.py is a file of this machine") and error.count("\n") == 1
+
+
+def test_the_data_of_every_arm_must_be_readable(here, capsys):
+    path = "data.source.name=tsv:/a/laptop/path/{split}.tsv"
+    assert main([*ARGUMENTS, f"arms.gpt.{path}"]) == 2
+    assert f"{path} is on this machine" in capsys.readouterr().err
+    assert main([*ARGUMENTS, f"arms.gpt.{path}", "family=t5like"]) == 0
+
+
 def test_sources_prepared_in_the_bucket_need_no_files(here):
     overrides = ["data.source.name=tsv:/a/laptop/path/{split}.tsv"]
-    (part,) = parts_of(apply_overrides(load("first_light"), overrides).data.source)
+    (part,) = parts_of(choose("first_light", overrides).study.arms["gpt"].data.source)
     bucket = fsspec.filesystem("memory")
     try:
         for split in ("train", "validation", "test", "test_unseen_names"):
@@ -179,7 +193,7 @@ def test_price_fit_region_and_remarks_are_printed_before_submitting(here, capsys
 
 
 def test_without_gcloud_the_region_is_unknown(here, capsys):
-    assert main([*ARGUMENTS, "--arm", "t5like"]) == 0
+    assert main([*ARGUMENTS, "arm=t5like"]) == 0
     printed = capsys.readouterr().out
     assert "price: 10.80 USD an hour, 259 a day (on demand, list price in us-east5)\n" in printed
     assert "fit: t5like fits, 1.50 GiB a device\n" in printed
@@ -188,7 +202,7 @@ def test_without_gcloud_the_region_is_unknown(here, capsys):
 
 def test_without_the_compiler_the_fit_is_unknown(here, monkeypatch, capsys):
     monkeypatch.setattr(facts, "has_compiler", lambda: False)
-    assert main([*ARGUMENTS, "--arm", "t5like"]) == 0
+    assert main([*ARGUMENTS, "arm=t5like"]) == 0
     assert "fit: unknown: pip install 'twinstack[plan]', then twinstack plan first_light" in capsys.readouterr().out
 
 

@@ -96,7 +96,7 @@ def test_the_first_host_of_the_first_slice_records_success(host):
 
 def test_a_host_runs_the_command_unchanged(host, tmp_path):
     host([0])
-    expected = ["train", *COMMAND[:-1], f"{tmp_path}/mnt/me/runs/first-light"]
+    expected = [*COMMAND[:-1], f"{tmp_path}/mnt/me/runs/first-light"]
     assert (tmp_path / "arguments").read_text().split("\0")[:-1] == expected
     values = dict(line.split("=", 1) for line in (tmp_path / "environment").read_text().splitlines())
     assert values == {

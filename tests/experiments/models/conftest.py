@@ -1,6 +1,5 @@
 """A small run and a model folder with the same parameters."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +13,32 @@ from common.data.config import SentencePieceConfig
 from common.data.tokenizers.sentence_piece import train_model
 from common.train.config import Budget
 from common.train.loop import Fitted
+from common.train.run_files import StudyFiles
 from common.weights.folder import write_folder
-from experiments.config import Experiment
-from experiments.running.pipeline import open_data, train_arm
-from tests.experiments.tiny_experiment import WORDS, tiny_experiment, write_data
+from experiments.study import Study
+from tests.experiments.tiny_study import WORDS, tiny_study, train_run, with_train, write_data
 from tests.tiny import Observer
 
 
 @pytest.fixture(scope="session")
-def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     folder = tmp_path_factory.mktemp("data")
     write_data(folder)
-    made = tiny_experiment(folder)
-    train = dataclasses.replace(made.train, budget=Budget(unit="steps", amount=4), checkpoint_every=2)
-    return dataclasses.replace(made, train=train)
+    budget = Budget(unit="steps", amount=4)
+    return tiny_study(folder).edited(lambda run: with_train(run, budget=budget, checkpoint_every=2))
 
 
 @pytest.fixture(scope="session")
-def run_dir(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Fitted]:
-    """Trains the arm `gpt` of a run; the other arm has not begun."""
+def run_dir(study: Study, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Fitted]:
+    """Trains the arm `gpt` of the study; the other arm has not begun."""
     path = tmp_path_factory.mktemp("runs") / "tiny"
-    fitted = train_arm(experiment, "gpt", open_data(experiment), path, Observer())
-    (path / "experiment.json").write_text("{}")
+    fitted = train_run(study.arms["gpt"], "gpt", path / "gpt", Observer())
+    (path / StudyFiles.STUDY).write_text("{}")
     return path, fitted
 
 
 @pytest.fixture(scope="session")
-def model_folder(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory, run_dir: Any) -> Path:
+def model_folder(study: Study, tmp_path_factory: pytest.TempPathFactory, run_dir: Any) -> Path:
     """Makes a model folder with the same parameters in bfloat16, and a SentencePiece model."""
     path = tmp_path_factory.mktemp("models") / "tiny"
     text = {
@@ -51,7 +49,7 @@ def model_folder(experiment: Experiment, tmp_path_factory: pytest.TempPathFactor
         "bos_id": 2,
     }
     with write_folder(path) as writer:
-        writer.manifest(model=to_json(experiment.arms["gpt"].model), text=text, source={})
+        writer.manifest(model=to_json(study.arms["gpt"].model), text=text, source={})
         (writer.path / "source").mkdir()
         lines = [" ".join(WORDS)] * 20
         config = SentencePieceConfig(vocab_size=28, byte_fallback=False, character_coverage=1.0)

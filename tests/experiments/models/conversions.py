@@ -11,8 +11,7 @@ from common.progress import ProgressBars
 from common.recipe import Execution
 from common.trees import flatten
 from common.weights.folder import leaf_shapes, read_leaf, read_manifest
-from experiments.config import ModelConfig
-from experiments.families import builder
+from experiments.families import ModelConfig, builder
 from experiments.models.convert import convert
 from tests.common.weights import foreign
 from tests.common.weights.foreign import GPT2, LLAMA, T5, T5_V1_1

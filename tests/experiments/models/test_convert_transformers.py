@@ -16,7 +16,7 @@ from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
 from common.trees import flatten
 from common.weights.folder import leaf_shapes, read_leaf, read_manifest, write_folder
-from experiments.config import ModelConfig
+from experiments.families import ModelConfig
 from experiments.models.convert import convert
 from experiments.models.convert_out import hugging_face_formats
 from experiments.models.finding import open_model

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from common.config import from_earlier_json, to_json
+from common.config import from_json, to_json
 from common.files import read_json, read_rows
 from common.train import run_dir as rd
-from common.train.run_files import ExperimentFiles, RunFiles
+from common.train.run_files import RunFiles, StudyFiles
 from experiments.cli.main import main
-from experiments.config import Experiment, complete_run_config
+from experiments.run import Run, complete_run, identity
 
 KEPT = Path(__file__).parents[2] / "data/run_schema_1"
 
@@ -36,12 +36,14 @@ def test_it_generates_what_it_generated(run_dir: Path, tmp_path: Path) -> None:
 def test_it_is_reported(run_dir: Path) -> None:
     result = read_json(run_dir / "gpt" / RunFiles.RESULT)
     assert main(["report", str(run_dir)]) == 0
-    assert f"{result['validation_loss']:.4f}" in (run_dir / ExperimentFiles.REPORT).read_text()
+    assert f"{result['validation_loss']:.4f}" in (run_dir / StudyFiles.REPORT).read_text()
 
 
 def test_its_experiment_is_still_the_same_run(run_dir: Path) -> None:
-    described = rd.read_described(run_dir / ExperimentFiles.EXPERIMENT)
-    del described["schema_version"]
-    now = to_json(from_earlier_json(Experiment, described).run_config("gpt"))
-    before = rd.stored_config(run_dir / "gpt", complete_run_config)
-    assert rd.config_changes(before, now) == []
+    """The hash itself is kept too: a run whose identity changes would be trained again."""
+    experiment = rd.read_described(run_dir / StudyFiles.EARLIER)
+    shared = {name: experiment[name] for name in ("data", "train", "evaluation")}
+    now = from_json(Run, complete_run({**experiment["arms"]["gpt"], **shared}))
+    before = rd.stored_config(run_dir / "gpt", complete_run)
+    assert rd.identity_changes(before, to_json(now)) == []
+    assert identity(now) == identity(from_json(Run, before)) == "dc2e1501542270d5"

@@ -17,19 +17,20 @@ from common.train.loop import Fitted
 from common.train.run_files import RunFiles
 from common.trees import flatten
 from experiments.cli.main import main
-from experiments.config import Experiment
 from experiments.models.finding import find_model
-from experiments.running.pipeline import open_data, train_arm
+from experiments.running.pipeline import open_data
+from experiments.study import Study
 from tests.experiments.models.opening import opened, same_bits
+from tests.experiments.tiny_study import train_run
 from tests.tiny import Observer, Stopped
 
 
 @pytest.mark.parametrize("form", ["{}/gpt", "{}/gpt@4", "{}/gpt/checkpoints/4"])
-def test_a_run_is_opened(experiment: Experiment, run_dir: tuple[Path, Fitted], form: str) -> None:
+def test_a_run_is_opened(study: Study, run_dir: tuple[Path, Fitted], form: str) -> None:
     path, fitted = run_dir
     loaded = opened(form.format(path))
     same_bits(loaded.params, fitted.params)
-    assert loaded.config == experiment.arms["gpt"].model
+    assert loaded.config == study.arms["gpt"].model
     assert loaded.origin == f"{path}/gpt@4"
     text, ids = loaded.text, loaded.text.conventions
     assert (ids.alignment, ids.start_id, ids.eos_ids, ids.bos_id) == ("start_token", 0, (1,), None)
@@ -45,7 +46,7 @@ def test_an_older_step(run_dir: tuple[Path, Fitted]) -> None:
     assert not np.array_equal(older.params["embedding"]["table_VD"], fitted.params["embedding"]["table_VD"])
 
 
-def test_a_model_folder_is_opened(experiment: Experiment, run_dir: tuple[Path, Fitted], model_folder: Path) -> None:
+def test_a_model_folder_is_opened(study: Study, run_dir: tuple[Path, Fitted], model_folder: Path) -> None:
     loaded = opened(model_folder)
     same_bits(loaded.params, jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), run_dir[1].params))
     text, ids = loaded.text, loaded.text.conventions
@@ -66,10 +67,10 @@ def test_a_model_without_a_tokenizer(model_folder: Path, tmp_path: Path) -> None
 
 
 def test_a_run_is_used_without_its_training_data(
-    experiment: Experiment, run_dir: tuple[Path, Fitted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    study: Study, run_dir: tuple[Path, Fitted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without source file and cache, the tokenizer comes from the run directory."""
-    then = open_data(experiment).tokenizer
+    then = open_data("gpt", study.arms["gpt"]).tokenizer
     monkeypatch.setenv("TWINSTACK_CACHE", str(tmp_path / "cache"))
     config = read_json(run_dir[0] / "gpt" / RunFiles.CONFIG)
     config["data"]["source"]["name"] = f"jsonl:{tmp_path}/moved/{{split}}.jsonl"
@@ -86,20 +87,20 @@ def test_a_run_is_used_without_its_training_data(
 
 
 def test_a_run_has_its_tokenizer_before_its_first_step(
-    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def nothing_yet(*_: Any) -> None:
         raise Stopped
 
-    data = open_data(experiment)
+    data = open_data("gpt", study.arms["gpt"])
     monkeypatch.setattr("common.train.loop.restore_or_begin", nothing_yet)
     folder = tmp_path / "gpt" / RunFiles.TOKENIZER
     with pytest.raises(Stopped):
-        train_arm(experiment, "gpt", data, tmp_path, Observer())
+        train_run(study.arms["gpt"], "gpt", tmp_path / "gpt", Observer())
     assert load_saved(folder).content_hash == data.tokenizer.content_hash
     (folder / "spiece.model").write_bytes(b"damaged")
     with pytest.raises(Stopped):  # launched again
-        train_arm(experiment, "gpt", data, tmp_path, Observer())
+        train_run(study.arms["gpt"], "gpt", tmp_path / "gpt", Observer())
     assert load_saved(folder).content_hash == data.tokenizer.content_hash
 
 
@@ -116,9 +117,9 @@ def test_a_run_has_its_tokenizer_before_its_first_step(
     ],
 )
 def test_ids_beyond_the_table_are_errors(
-    model_folder: Path, experiment: Experiment, tmp_path: Path, change: dict[str, Any], said: str
+    model_folder: Path, study: Study, tmp_path: Path, change: dict[str, Any], said: str
 ) -> None:
-    path, rows = tmp_path / "other", experiment.arms["gpt"].model.vocab_size
+    path, rows = tmp_path / "other", study.arms["gpt"].model.vocab_size
     shutil.copytree(model_folder, path)
     manifest = read_json(path / "model.json")
     (path / "model.json").write_text(json.dumps(manifest | {"text": manifest["text"] | change}))
@@ -166,11 +167,11 @@ def test_a_folder_without_one_parameter_is_an_error(model_folder: Path, tmp_path
 @pytest.mark.parametrize(
     ("path", "said"),
     [
-        ("{run}", r"is a whole comparison's directory: name one of its arms, .*/tiny/gpt$"),
+        ("{run}", r"is a whole study's directory: name one of its runs, .*/tiny/gpt$"),
         ("{run}/gtp", "does not exist: did you mean '.*/tiny/gpt'"),
         ("{run}/gpt@3", "no checkpoint of step 3; it has 2, 4"),
         ("{run}/gpt/checkpoints", "is not a model folder, .* it holds 2, 4"),
-        ("{run}/experiment.json", "is a file; expected a model folder"),
+        ("{run}/study.json", "is a file; expected a model folder"),
         ("{model}@4", "is a model folder, which has no steps"),
         ("{here}/hf", "is a Hugging Face folder: `twinstack convert`"),
         ("{here}/pickled", "without safetensors; pickles are never read"),

@@ -19,10 +19,11 @@ from common.model import skeleton
 from common.trees import flatten
 from common.weights.folder import write_folder
 from experiments.cli.main import main
-from experiments.config import Experiment, ModelConfig
-from experiments.families import builder
-from experiments.models.initial import check_initial, check_tokenizers
-from tests.experiments.tiny_experiment import WORDS, tiny_experiment
+from experiments.families import ModelConfig, builder
+from experiments.models.initial import check_initial, check_tokenizer
+from experiments.run import Run
+from experiments.study import Study
+from tests.experiments.tiny_study import WORDS, tiny_study
 from tests.tiny import EXECUTION, tiny
 
 LINES = [" ".join(WORDS[start:] + WORDS[:start]) for start in range(len(WORDS))] * 20
@@ -30,8 +31,8 @@ PIECES = SentencePieceConfig(vocab_size=36, byte_fallback=False, character_cover
 
 
 @pytest.fixture(scope="module")
-def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
-    return tiny_experiment(tmp_path_factory.mktemp("data"))
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    return tiny_study(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -54,64 +55,72 @@ def write_model(path: Path, model: ModelConfig, tokenizer: SentencePieceTokenize
     return path
 
 
-def beginning(experiment: Experiment, arm: str, path: Path, *overrides: str) -> Experiment:
-    return apply_overrides(experiment, [f"arms.{arm}.init.path={json.dumps(str(path))}", *overrides])
+def beginning(study: Study, arm: str, path: Path, *overrides: str) -> Study:
+    return apply_overrides(study, [f"arms.{arm}.init.path={json.dumps(str(path))}", *overrides])
+
+
+def initial(study: Study, arm: str = "gpt") -> list[str]:
+    return check_initial(arm, study.arms[arm], None)
+
+
+def tokenizers(study: Study, tokenizer: Tokenizer, arm: str = "gpt") -> list[str]:
+    return check_tokenizer(arm, study.arms[arm], tokenizer, None)
 
 
 # --- Sizes
 
 
-def test_the_error_suggests_overrides_with_the_other_models_config(experiment: Experiment, tmp_path: Path) -> None:
+def test_the_error_suggests_overrides_with_the_other_models_config(study: Study, tmp_path: Path) -> None:
     """The message is one short line, and its overrides suffice."""
-    source = write_model(tmp_path / "model", experiment.arms["gpt"].model, None)
+    source = write_model(tmp_path / "model", study.arms["gpt"].model, None)
     other = ("d_model=24", "d_ff=48", "num_layers=2", "recipe.mlp=gelu", "recipe.dropout=0.1")
-    wrong = beginning(experiment, "gpt", source, *(f"arms.gpt.model.{change}" for change in other))
+    wrong = beginning(study, "gpt", source, *(f"arms.gpt.model.{change}" for change in other))
     with pytest.raises(UserError) as caught:
-        check_initial(wrong, None)
+        initial(wrong)
     said = str(caught.value)
     assert len(said) < 700 and "and 7 more" in said and "init.rules" not in said
     cure = said.partition("To take that model's config: ")[2].split()
     assert cure == [f"arms.gpt.model.{x}" for x in ("num_layers=1", "d_model=16", "d_ff=32", "recipe.mlp=relu")]
-    assert check_initial(apply_overrides(wrong, cure), None) == [
+    assert initial(apply_overrides(wrong, cure)) == [
         f"gpt: not as in {source}: recipe.dropout: 0.0 -> 0.1"  # which no weight depends on
     ]
 
 
-def test_the_error_suggests_rules_where_little_differs(experiment: Experiment, tmp_path: Path) -> None:
-    source = write_model(tmp_path / "model", experiment.arms["gpt"].model, None)
+def test_the_error_suggests_rules_where_little_differs(study: Study, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "model", study.arms["gpt"].model, None)
     with pytest.raises(UserError) as caught:
-        check_initial(beginning(experiment, "gpt", source, "arms.gpt.model.vocab_size=256"), None)
+        initial(beginning(study, "gpt", source, "arms.gpt.model.vocab_size=256"))
     rules = str(caught.value).partition("for example ")[2].partition(". To take that model's config: ")
     assert rules[0].startswith("arms.gpt.init.rules=[") and rules[2] == "arms.gpt.model.vocab_size=128"
-    wide = beginning(experiment, "gpt", source, "arms.gpt.model.vocab_size=256", rules[0])
-    assert check_initial(wide, None) == [f"gpt: not as in {source}: vocab_size: 128 -> 256"]
+    wide = beginning(study, "gpt", source, "arms.gpt.model.vocab_size=256", rules[0])
+    assert initial(wide) == [f"gpt: not as in {source}: vocab_size: 128 -> 256"]
 
 
-def test_the_error_suggests_converting_the_other_family(experiment: Experiment, tmp_path: Path) -> None:
-    source = write_model(tmp_path / "model", experiment.arms["gpt"].model, None)
-    wrong = beginning(experiment, "t5like", source)
+def test_the_error_suggests_converting_the_other_family(study: Study, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "model", study.arms["gpt"].model, None)
+    wrong = beginning(study, "t5like", source)
     with pytest.raises(UserError, match=f"It is a gpt: run `twinstack convert {source} NEW --to t5like` first"):
-        check_initial(wrong, None)
-    assert check_initial(wrong, None, ["gpt"]) == [], "another arm's beginning is not this one's affair"
+        initial(wrong, "t5like")
+    assert initial(wrong, "gpt") == [], "another arm's beginning is not this one's affair"
 
 
 def test_only_the_trained_arm_is_checked(
-    experiment: Experiment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """The token table of another arm may be too small."""
 
-    def opened(_: Experiment, arms: list[str]) -> None:
-        raise UserError(f"data for {arms}")
+    def opened(name: str, _: Run) -> None:
+        raise UserError(f"data for {name}")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("experiments.registry.EXPERIMENTS", {"tiny": experiment.question})
-    monkeypatch.setattr("experiments.registry.load", lambda name: experiment)
-    monkeypatch.setattr("experiments.running.comparison.open_data", opened)
+    monkeypatch.setattr("experiments.find.OWN", ("tiny",))
+    monkeypatch.setattr("experiments.find.load", lambda name: study)
+    monkeypatch.setattr("experiments.running.execute.open_data", opened)
     small = "arms.gpt.model.vocab_size=20"
     for command, said in (
-        (["train", "tiny", "--arm", "t5like"], "data for ['t5like']"),
-        (["train", "tiny", "--arm", "gpt"], "arms.gpt.model.vocab_size is 20, less than the tokenizer's 36"),
-        (["compare", "tiny"], "arms.gpt.model.vocab_size is 20, less than the tokenizer's 36"),
+        (["run", "tiny", "arm=t5like"], "data for t5like"),
+        (["run", "tiny", "arm=gpt"], "arms.gpt.model.vocab_size is 20, less than the tokenizer's 36"),
+        (["run", "tiny"], "arms.gpt.model.vocab_size is 20, less than the tokenizer's 36"),
         (["plan", "tiny"], "arms.gpt.model.vocab_size is 20, less than the tokenizer's 36"),
     ):
         assert main([*command, small]) == 2
@@ -122,36 +131,34 @@ def test_only_the_trained_arm_is_checked(
 
 
 def test_another_tokenizer_is_an_error_unless_permitted(
-    experiment: Experiment, tokenizer: SentencePieceTokenizer, tmp_path: Path
+    study: Study, tokenizer: SentencePieceTokenizer, tmp_path: Path
 ) -> None:
     """The other tokenizer has the same number of ids, but other tokens."""
     theirs = SentencePieceTokenizer(train_model([line.upper() for line in LINES], PIECES))
     source = write_model(tmp_path / "model", tiny("gpt"), theirs)
-    begun = beginning(experiment, "gpt", source)
+    begun = beginning(study, "gpt", source)
     with pytest.raises(
         UserError, match=r"gpt would start from .*/model, which has another tokenizer: \d+ of 36 ids"
     ) as e:
-        check_tokenizers(begun, tokenizer, None)
+        tokenizers(begun, tokenizer)
     said = str(e.value)
     cures = said.partition("To use that tokenizer: ")[2].partition("; ")
-    config = apply_overrides(begun, cures[0].split()).data.tokenizer
-    assert check_tokenizers(begun, load_tokenizer(config), None) == []
-    (line,) = check_tokenizers(apply_overrides(begun, [cures[2].split()[0]]), tokenizer, None)
+    config = apply_overrides(begun, [f"arms.gpt.{cure}" for cure in cures[0].split()]).arms["gpt"].data.tokenizer
+    assert tokenizers(begun, load_tokenizer(config)) == []
+    (line,) = tokenizers(apply_overrides(begun, [cures[2].split()[0]]), tokenizer)
     assert line.startswith("warning: gpt starts with token tables of another tokenizer")
     fresh = [{"kind": "fresh", "leaves": leaves} for leaves in ("embedding.*", "output.*")]
-    assert check_tokenizers(apply_overrides(begun, [f"arms.gpt.init.rules={json.dumps(fresh)}"]), tokenizer, None) == []
-    assert check_tokenizers(begun, tokenizer, None, ["t5like"]) == []
+    assert tokenizers(apply_overrides(begun, [f"arms.gpt.init.rules={json.dumps(fresh)}"]), tokenizer) == []
+    assert tokenizers(begun, tokenizer, "t5like") == []
 
 
-def test_the_same_tokenizer_is_recognised(
-    experiment: Experiment, tokenizer: SentencePieceTokenizer, tmp_path: Path
-) -> None:
+def test_the_same_tokenizer_is_recognised(study: Study, tokenizer: SentencePieceTokenizer, tmp_path: Path) -> None:
     source = write_model(tmp_path / "model", tiny("gpt"), tokenizer)
-    assert check_tokenizers(beginning(experiment, "gpt", source), tokenizer, None) == []
+    assert tokenizers(beginning(study, "gpt", source), tokenizer) == []
     manifest = read_json(source / "model.json")
     manifest["text"]["tokenizer"] = None
     (source / "model.json").write_text(json.dumps(manifest))
-    (line,) = check_tokenizers(beginning(experiment, "gpt", source), tokenizer, None)
+    (line,) = tokenizers(beginning(study, "gpt", source), tokenizer)
     assert line == f"gpt: {source} has no tokenizer, so it may have been trained with another"
 
 

@@ -31,7 +31,7 @@ def test_the_dtype_can_be_chosen() -> None:
 
 
 def test_other_paths_are_errors() -> None:
-    with pytest.raises(UserError, match=r"is a whole comparison's directory: name one of its arms, .*gpt"):
+    with pytest.raises(UserError, match=r"is a whole study's directory: name one of its runs, .*gpt"):
         load(KEPT.parent)
     with pytest.raises(UserError, match="does not exist: did you mean .*gpt'"):
         load(KEPT.parent / "gtp")

@@ -28,12 +28,11 @@ from common.train.run_files import RunFiles
 from common.trees import flatten
 from common.weights.folder import write_folder
 from experiments.cli.main import main
-from experiments.config import Experiment
 from experiments.families import builder
 from experiments.models.finding import find_model, open_model
 from experiments.models.run_folder import folder_from_run
 from tests.experiments.models.opening import MESH
-from tests.experiments.tiny_experiment import WORDS
+from tests.experiments.tiny_study import WORDS
 from tests.tiny import EXECUTION
 
 OBJECTIVES = {"causal_lm": CausalLM(), "full_lm": FullLM(), "prefix_lm": PrefixLM()}
@@ -79,9 +78,7 @@ def test_the_place_of_prompts_is_kept(run_dir: tuple[Path, Fitted], tmp_path: Pa
 @pytest.mark.parametrize(
     "objective", [Supervised(eos_after_inputs=False), Supervised(), PrefixLM(complementary=True), CausalLM()]
 )
-def test_all_forms_of_a_model_read_the_same_ids(
-    experiment: Experiment, run_dir: tuple[Path, Fitted], tmp_path: Path, objective: Any
-) -> None:
+def test_all_forms_of_a_model_read_the_same_ids(run_dir: tuple[Path, Fitted], tmp_path: Path, objective: Any) -> None:
     """The forms: the run, its model folder, and that folder converted to the other family."""
     arm = tmp_path / "gpt"
     shutil.copytree(run_dir[0] / "gpt", arm)

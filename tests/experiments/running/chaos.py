@@ -1,4 +1,4 @@
-"""Kills runs of `tiny_experiment` at random moments and relaunches them until they finish.
+"""Kills runs of `tiny_study` at random moments and relaunches them until they finish.
 
 Arguments: FOLDER ARM RUN_DIR KILLS SEED. Launches are forks of one process that has imported everything, so that most
 of their time is training. Prints a JSON object for each launch.
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from common.train.run_files import RunFiles
-from tests.experiments.tiny_experiment import main as train
+from tests.experiments.tiny_study import main as train
 
 SPAN_SECONDS = 0.7
 """A kill comes at most this long after training has begun."""

@@ -1,6 +1,5 @@
 """The audit of a step's FLOPs: exact, cheap for any batch, and never the end of a run."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,13 @@ from common.train.programs import Setup
 from experiments.running import audit
 from experiments.running.audit import StepCount, count_step
 from experiments.running.pipeline import make_setup
-from tests.experiments.tiny_experiment import tiny_experiment
+from tests.experiments.tiny_study import tiny_run, with_data, with_train
 
 KERNELS = Execution(scan_layers=True, remat="full", mlp_chunk=8, attention="splash", loss_chunk=16)
 
 
 def setup_of(folder: Path, arm: str, rows: int, **train: Any) -> Setup:
-    base = tiny_experiment(folder)
-    experiment = dataclasses.replace(
-        base, data=dataclasses.replace(base.data, rows=rows), train=dataclasses.replace(base.train, **train)
-    )
-    return make_setup(experiment, experiment.arms[arm])
+    return make_setup(with_train(with_data(tiny_run(folder, arm), rows=rows), **train))
 
 
 @pytest.mark.parametrize("arm", ["gpt", "t5like"])

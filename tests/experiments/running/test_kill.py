@@ -22,7 +22,7 @@ from common.train.programs import make_programs
 from common.train.run_files import RunFiles
 from common.train.state import abstract_state
 from experiments.running.pipeline import make_setup
-from tests.experiments.tiny_experiment import STEPS, tiny_experiment, write_data
+from tests.experiments.tiny_study import STEPS, tiny_run, write_data
 
 ROOT = Path(__file__).parents[3]
 PATIENCE = 120
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextlib.contextmanager
 def launched(folder: Path, arm: str, *run_dirs: Path) -> Iterator[subprocess.Popen[str]]:
-    with program("tiny_experiment", folder, arm, *run_dirs) as process:
+    with program("tiny_study", folder, arm, *run_dirs) as process:
         yield process
 
 
@@ -81,13 +81,11 @@ def finished(folder: Path, arm: str, *run_dirs: Path) -> str:
 
 def final_state(folder: Path, arm: str, run_dir: Path) -> Any:
     """Returns the arrays of the last checkpoint: parameters, optimizer, step."""
-    experiment = tiny_experiment(folder)
-    made = make_programs(make_setup(experiment, experiment.arms[arm]))
+    run = tiny_run(folder, arm)
+    made = make_programs(make_setup(run))
     abstract = abstract_state(made.model, made.optimizer, made.shardings)
-    with contextlib.closing(
-        Checkpoints(run_dir / arm / RunFiles.CHECKPOINTS, keep_last=experiment.train.keep_last)
-    ) as found:
-        restored = found.restore(abstract, seed=experiment.train.seed)
+    with contextlib.closing(Checkpoints(run_dir / arm / RunFiles.CHECKPOINTS, keep_last=run.train.keep_last)) as found:
+        restored = found.restore(abstract, seed=run.train.seed)
     assert restored is not None and restored[1].consumed_batches == STEPS
     return jax.tree.map(np.asarray, restored[0])
 

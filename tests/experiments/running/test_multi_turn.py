@@ -14,8 +14,8 @@ from common.data.batch import Prompt
 from common.model import skeleton
 from common.sharding.mesh import make_mesh
 from common.sharding.shape import MeshShape
-from experiments.config import ModelConfig, MultiTurn
-from experiments.families import builder
+from experiments.families import ModelConfig, builder
+from experiments.run import MultiTurn
 from experiments.running.multi_turn import measure
 from t5like.config import RUNGS
 from tests.helpers import BIAS, F32, ROPE, close, gpt, graph, random_params, split, t5like

@@ -9,10 +9,10 @@ import pytest
 
 from common.data.objectives.config import Objective
 from common.files import read_rows
-from common.report.certificate import certify_run
-from common.report.run_files import read_run
+from common.report.certificate import certify
+from common.report.run_files import read_study
 from experiments.cli.main import main
-from tests.experiments.tiny_experiment import WORDS
+from tests.experiments.tiny_study import WORDS
 
 KINDS = [member.kind for member in typing.get_args(Objective)]
 SLOTS = {
@@ -41,7 +41,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def overrides(texts: Path, kind: str) -> list[str]:
-    """Returns overrides of the experiment `pydocs`: tiny models and two steps on two short rows."""
+    """Returns overrides of the study `pydocs`: tiny models and two steps on two short rows."""
     sizes = {"vocab_size": 128, "d_model": 16, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8, "d_ff": 16}
     layers = {"gpt": ["num_layers"], "t5like": ["encoder_layers", "decoder_layers"]}
     inputs, targets = SLOTS.get(kind, USUAL_SLOTS)
@@ -63,12 +63,12 @@ def test_an_objective_from_training_to_text(kind: str, texts: Path, tmp_path: Pa
         assert main(list(map(str, command))) == 0
 
     run_dir, file = tmp_path / "run", tmp_path / "texts.jsonl"
-    run("compare", "pydocs", "--run-dir", run_dir, *overrides(texts, kind))
+    run("run", "pydocs", "--run-dir", run_dir, *overrides(texts, kind))
     run("report", run_dir)
-    found = read_run(run_dir)
+    found = read_study(run_dir)
     assert all(result.steps == STEPS and result.tokens > 0 for result in found.results)
     assert all((result.input_fill is None) == (kind in SLOTS) for result in found.results)
-    (ledger,) = [check for check in certify_run(found).checks if "XLA" in check.name]
+    (ledger,) = [check for check in certify(found).checks if "XLA" in check.name]
     assert ledger.agrees and "t5like +0.00 %" in ledger.detail and "gpt +0.00 %" in ledger.detail
 
     records = [{"inputs": "one plus", "targets": "two minus"}, {"text": "three times four"}]

@@ -1,0 +1,151 @@
+"""Draws the plots of a report of several seeds or many arms.
+
+Legend: S seeds, P points.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from common.analysis.seeds import t_interval
+from common.report.drawing import GROUND, colour, draw_value, line, marker, svg
+from common.report.findings import Measure
+from common.report.plots import MAX_POINTS, place_of, set_log_losses, set_loss_axes, smooth
+from common.report.run_files import FinishedRun
+from common.report.search import ArmTrials
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SHIFT = 0.24
+"""How far below an arm's mean its seeds are drawn, in rows."""
+
+
+def seeds_plot(arms: Mapping[str, Sequence[FinishedRun]], measures: Sequence[Measure]) -> "Markup":
+    """Draws by each measure every arm's mean with its t interval and, below it, each seed's value."""
+
+    def draw(figure: "Figure") -> None:
+        all_axes = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+        for axes, measure in zip(all_axes, measures, strict=True):
+            for i, runs in enumerate(arms.values()):
+                _draw_seeds(axes, i, [value for run in runs if (value := measure.of(run)) is not None])
+            axes.set_title(f"{measure.name}, {measure.unit}", fontsize=9.5, loc="left")
+            axes.margins(x=0.08)
+            axes.grid(False, axis="y")
+            axes.tick_params(axis="y", length=0)
+            axes.spines["left"].set_visible(False)
+        all_axes[0].set_yticks(range(len(arms)), list(arms), parse_math=False)
+        all_axes[0].set_ylim(len(arms) - 0.5, -0.5)
+
+    return svg("seeds", (10.4, 0.9 + 0.48 * len(arms)), draw)
+
+
+def _draw_seeds(axes: "Axes", arm: int, values: Sequence[float]) -> None:
+    if not values:
+        return
+    below = [arm + SHIFT] * len(values)
+    axes.plot(values, below, marker(arm), color=colour(arm), markersize=4, alpha=0.6, markeredgewidth=0)
+    mean = t_interval(np.array(values))
+    if len(values) > 2:  # the interval of two seeds would fill the plot
+        draw_value(axes, arm, (mean.value, mean.low, mean.high), arm)
+    else:
+        draw_value(axes, arm, (mean.value,) * 3, arm)
+
+
+def curves_plot(arms: Mapping[str, Sequence[FinishedRun]], axis: str) -> "Markup":
+    """Draws each arm's smoothed training loss and its validation loss as means over seeds, with the seeds' range."""
+
+    def draw(figure: "Figure") -> None:
+        axes = figure.add_subplot()
+        for i, runs in enumerate(arms.values()):
+            _draw_curve(axes, i, runs, axis)
+            _draw_validation(axes, i, runs, axis)
+        set_loss_axes(axes, axis)
+
+    return svg(f"loss against {axis}", (3.7, 3.0), draw)
+
+
+def _draw_curve(axes: "Axes", arm: int, runs: Sequence[FinishedRun], axis: str) -> None:
+    """Draws the training loss at the steps that all seeds have."""
+    curves = []
+    for run in runs:
+        kept = [row for row in run.metrics if row.loss is not None and math.isfinite(row.loss) and row.loss > 0]
+        if kept:
+            losses = smooth(np.array([row.loss for row in kept], float))
+            x_of = place_of(run, axis)
+            curves.append({row.step: (x_of(row), loss) for row, loss in zip(kept, losses, strict=True)})
+    steps = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
+    if not steps:
+        return
+    thin = np.unique(np.linspace(0, len(steps) - 1, MAX_POINTS).round().astype(int))
+    points_SP2 = np.array([[curve[steps[i]] for i in thin] for curve in curves])
+    x_P, loss_SP = points_SP2[..., 0].mean(axis=0), points_SP2[..., 1]
+    if len(curves) > 1:
+        axes.fill_between(x_P, loss_SP.min(axis=0), loss_SP.max(axis=0), color=colour(arm), alpha=0.18, linewidth=0)
+    axes.plot(x_P, loss_SP.mean(axis=0), line(arm), color=colour(arm), linewidth=1.5)
+
+
+def _draw_validation(axes: "Axes", arm: int, runs: Sequence[FinishedRun], axis: str) -> None:
+    by_step: dict[int, list[tuple[float, float]]] = {}
+    for run in runs:
+        x_of = place_of(run, axis)
+        for row in run.metrics:
+            loss, x = row.validation_loss, x_of(row)
+            if loss is not None and loss > 0 and math.isfinite(loss) and math.isfinite(x):
+                by_step.setdefault(row.step, []).append((x, loss))
+    points = [np.mean(found, axis=0) for found in by_step.values()]
+    if points:
+        style: dict[str, Any] = {"color": colour(arm), "markeredgecolor": GROUND, "markeredgewidth": 0.8}
+        axes.plot(*np.array(points).T, marker(arm), markersize=5, **style)
+
+
+def rates_plot(trials: Sequence[ArmTrials]) -> "Markup":
+    """Draws the validation loss of every trial against its learning rate; the chosen rates have large markers."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    rates = sorted({rate for arm in trials for rate in arm.losses})
+
+    def draw(figure: "Figure") -> None:
+        axes = figure.add_subplot()
+        axes.set_xscale("log")
+        for i, arm in enumerate(trials):
+            seeds = [(rate, loss) for rate, losses in arm.losses.items() for loss in losses if math.isfinite(loss)]
+            means = [(rate, loss) for rate, loss in arm.means.items() if math.isfinite(loss)]
+            if not means:
+                continue
+            axes.plot(*zip(*seeds, strict=True), marker(i), color=colour(i), markersize=3.5, alpha=0.5)
+            axes.plot(*zip(*means, strict=True), line(i), color=colour(i), linewidth=1.5)
+            if arm.choice is not None and (best := arm.means.get(arm.choice.rate, math.inf)) < math.inf:
+                style: dict[str, Any] = {"color": colour(i), "markeredgecolor": GROUND, "markeredgewidth": 1}
+                axes.plot([arm.choice.rate], [best], marker(i), markersize=9, **style)
+        axes.xaxis.set_major_locator(FixedLocator(rates[:: max(1, len(rates) // 6)]))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.3g}"))
+        set_log_losses(axes)
+        axes.set_xlabel("learning rate")
+        axes.set_ylabel("validation loss")
+
+    return svg("loss against learning rate", (5.2, 3.4), draw)
+
+
+def effort_plot(trials: Sequence[ArmTrials]) -> "Markup":
+    """Draws the expected validation loss of the best of k trials against k."""
+    from matplotlib.ticker import MaxNLocator
+
+    def draw(figure: "Figure") -> None:
+        axes = figure.add_subplot()
+        for i, arm in enumerate(trials):
+            known = [(k, loss) for k, loss in enumerate(arm.expected_best, start=1) if math.isfinite(loss)]
+            if known:
+                style: dict[str, Any] = {"color": colour(i), "markeredgecolor": GROUND, "linewidth": 1.5}
+                axes.plot(*zip(*known, strict=True), f"{marker(i)}{line(i)}", markersize=6, **style)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        set_log_losses(axes)
+        axes.set_xlabel("learning rates tried")
+        axes.set_ylabel("expected best validation loss")
+
+    return svg("expected best of k trials", (5.2, 3.4), draw)

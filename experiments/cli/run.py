@@ -1,0 +1,48 @@
+"""`twinstack run`: trains and scores whatever is missing of a study, and writes its report."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.errors import UserError
+from experiments.cli.chosen import choose, print_resolved, study_directory
+from experiments.running.study_folder import StudyFolder
+
+
+def run(
+    *,
+    name: str,
+    overrides: Sequence[str],
+    print_config: bool,
+    config: Path | None,
+    match: str | None,
+    init_from: str | None,
+    run_dir: Path | None,
+    jobs: int,
+    worker: int | None,
+    profile: int,
+    coordinator: str | None,
+    processes: int | None,
+    process: int | None,
+) -> int:
+    """Returns the exit status: 1 if a run failed."""
+    chosen = choose(name, overrides, config=config, match=match, init_from=init_from)
+    if print_config:
+        print_resolved(chosen.study)
+        return 0
+    folder = StudyFolder(study_directory(name, run_dir), chosen.study, chosen.overrides)
+    if worker is not None:
+        from experiments.running.pool import be_worker
+
+        return be_worker(folder, chosen.arms, number=worker, jobs=jobs)
+    if jobs > 1:
+        from experiments.running.pool import run_in_pool
+
+        if coordinator or processes or process:
+            raise UserError("--jobs is for one machine: without --coordinator, --processes and --process")
+        return run_in_pool(folder, chosen.arms, jobs=jobs, command=sys.argv[1:])
+    from common.train.distributed import joined
+    from experiments.running.study_run import run_study
+
+    with joined(coordinator, processes, process):
+        return run_study(folder, chosen.arms, profile_steps=profile)

@@ -1,0 +1,225 @@
+"""A study's directory: where its runs are and how far each one is. Reading it needs neither data nor JAX."""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import json
+import math
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from common.config import from_json, to_json
+from common.errors import UserError
+from common.files import read_json, read_object, write_json
+from common.report.run_files import ListedRun, RunList
+from common.train.run_files import RunFiles, StudyFiles
+from common.train.schema import SCHEMA_VERSION
+from experiments.members import Losses, Member, Members, members_of
+from experiments.run import Run, complete_run, identity
+from experiments.study import Study
+
+QUIET_SECONDS = 120.0
+"""A run of another machine, whose lock this one may not see, counts as running if it wrote a step more recently."""
+
+TAIL_BYTES = 4096
+"""More than a row of `timings.jsonl` is long."""
+
+State = Literal["done", "running", "failed", "waiting"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Standing:
+    """How far a run is."""
+
+    state: State
+    step: int = 0
+    """The last step that it recorded."""
+    loss: float | None = None
+    """Final validation loss of a run that is done; infinite for one that diverged."""
+    why: str = ""
+    """Why it failed."""
+
+
+class StudyFolder:
+    """The directory of a study, with one directory for each run that was trained there."""
+
+    def __init__(self, path: Path, study: Study, overrides: Sequence[str] = ()):
+        self.path, self.study, self.overrides = path, study, tuple(overrides)
+        self._elsewhere: dict[str, Path] | None = None
+        self._done: dict[str, Standing] = {}
+        self._found: tuple[Losses, Members] | None = None
+
+    def members(self) -> Members:
+        """Returns the runs that follow from the results so far."""
+        losses, members = self._found or ({}, members_of(self.study, {}))
+        while True:
+            standings = ((member.key, self.standing(member)) for member in members.members)
+            known = {key: standing.loss for key, standing in standings if standing.loss is not None}
+            if known == losses:
+                self._found = losses, members
+                return members
+            losses, members = known, members_of(self.study, known)
+
+    def member(self, name: str) -> Member | None:
+        """Returns the run of this name; None if it does not follow from the results so far."""
+        return next((member for member in self.members().members if member.name == name), None)
+
+    def run_dir(self, member: Member) -> Path:
+        """Returns the run's directory: in this study's, or in a neighbouring study's that has finished the same run."""
+        own = self.path / member.name
+        if (own / RunFiles.CONFIG).exists():
+            return own
+        if self._elsewhere is None:
+            self._elsewhere = _finished_runs(self.path)
+        return self._elsewhere.get(member.identity, own)
+
+    def standing(self, member: Member) -> Standing:
+        """Returns how far the run is, whoever trains it; a run that was found done once is not looked at again."""
+        if member.name not in self._done:
+            standing = self._look(member)
+            if standing.state != "done":
+                return standing
+            self._done[member.name] = standing
+        return self._done[member.name]
+
+    def _look(self, member: Member) -> Standing:
+        folder = self.run_dir(member)
+        result = _read_or_none(folder / RunFiles.RESULT)
+        if result is not None and result.get("made_from") == member.made_from:
+            return Standing(state="done", step=member.run.steps, loss=float(result["validation_loss"]))
+        step = int(last_timing(folder).get("step", 0))
+        if _is_held(folder / RunFiles.WORKER) or _is_held(folder / RunFiles.LOCK):
+            return Standing(state="running", step=step)
+        failure = _read_or_none(folder / RunFiles.FAILURE)
+        if failure is not None and failure.get("identity") == member.identity:
+            loss = math.inf if failure.get("diverged") else None
+            return Standing(state="failed", step=step, why=str(failure.get("error", "")), loss=loss)
+        timings = folder / RunFiles.TIMINGS
+        is_quiet = not step or time.time() - timings.stat().st_mtime >= QUIET_SECONDS
+        if result is None and not is_quiet and _machine_of(folder / RunFiles.WORKER) not in ("", socket.gethostname()):
+            return Standing(state="running", step=step)
+        return Standing(state="waiting", step=step)
+
+    def write_list(self, members: Members) -> None:
+        """Writes `study.json` and `runs.json`, from which reports are made."""
+        compared = {member.name for member in members.of_comparison()}
+        listed = RunList(
+            runs=tuple(
+                ListedRun(
+                    name=member.name,
+                    arm=member.arm,
+                    seed=member.seed,
+                    identity=member.identity,
+                    folder=os.path.relpath(self.run_dir(member), self.path),
+                    labels=member.run.labels,
+                    compared=member.name in compared,
+                )
+                for member in members.members
+            ),
+            chosen=dict(members.chosen),
+            complete=members.complete,
+            overrides=self.overrides,
+        )
+        self.path.mkdir(parents=True, exist_ok=True)
+        for name, content in ((StudyFiles.STUDY, to_json(self.study)), (StudyFiles.RUNS, dataclasses.asdict(listed))):
+            described = json.loads(json.dumps({"schema_version": SCHEMA_VERSION, **content}))
+            if _read_or_none(self.path / name) != described:
+                write_json(self.path / name, described)
+
+    def note_failure(self, member: Member, error: str, *, diverged: bool) -> None:
+        """Records why the run's launch failed, until it is finished."""
+        failure = {"identity": member.identity, "error": error, "diverged": diverged, "time": time.time()}
+        write_json(self.run_dir(member) / RunFiles.FAILURE, failure)
+
+    def forget_failure(self, member: Member) -> None:
+        (self.run_dir(member) / RunFiles.FAILURE).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def working_on(folder: Path) -> Iterator[bool]:
+    """Locks a run directory for a worker that trains and scores it; yields False if another worker has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / RunFiles.WORKER, "a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        lock.truncate(0)
+        lock.write(f"{socket.gethostname()}\n")
+        lock.flush()
+        yield True
+
+
+def _is_held(lock: Path) -> bool:
+    """Returns whether a process of this machine holds the lock."""
+    try:
+        with open(lock, encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def _machine_of(lock: Path) -> str:
+    """Returns the name of the machine that last worked on a run; "" if there is none."""
+    try:
+        return lock.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _finished_runs(study_dir: Path) -> dict[str, Path]:
+    """Returns the directories of the finished runs of neighbouring studies, by identity."""
+    found = {}
+    for listing in sorted(study_dir.parent.glob(f"*/{StudyFiles.RUNS}")):
+        if listing.parent == study_dir:
+            continue
+        for row in (_read_or_none(listing) or {}).get("runs", ()):
+            folder = listing.parent / row["folder"]
+            if (folder / RunFiles.RESULT).exists() and stored_identity(folder) == row["identity"]:
+                found[row["identity"]] = folder
+    return found
+
+
+def stored_identity(run_dir: Path) -> str | None:
+    """Returns the identity of the run that a directory holds; None if its config cannot be read."""
+    path = run_dir / RunFiles.CONFIG
+    try:
+        return _identity(path, path.stat().st_mtime_ns)
+    except (OSError, UserError):
+        return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _identity(path: Path, changed: int) -> str:
+    """`changed` makes a rewritten file be read again."""
+    stored = read_object(path)
+    stored.pop("schema_version", None)
+    return identity(from_json(Run, complete_run(stored)))
+
+
+def last_timing(folder: Path) -> dict[str, Any]:
+    """Returns the last whole row of `timings.jsonl`, read from the end since the file may be long; {} without one."""
+    try:
+        with open(folder / RunFiles.TIMINGS, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            *complete, _ = file.read().split(b"\n")
+        return dict(json.loads(complete[-1])) if complete else {}
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _read_or_none(path: Path) -> dict[str, Any] | None:
+    try:
+        found = read_json(path)
+    except (OSError, UserError):
+        return None
+    return found if isinstance(found, dict) else None

@@ -1,0 +1,113 @@
+"""The page of a study with several seeds, many arms or a search; everything from data is escaped."""
+
+import dataclasses
+import io
+import math
+import re
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from common.analysis.effort import expected_best
+from common.analysis.seeds import t_interval
+from common.report.findings import Measure, find
+from common.report.html import render
+from common.report.run_files import Choice, StudyRuns
+from common.report.search import reversals, trials_of
+from common.report.study_page import arms_table, columns, is_large, mean_cell
+from tests.common.report.studies import finished, study_of
+from tests.common.report.test_html import Page
+
+EVIL = "<b>$x^2$</b>"
+RATES = (1e-3, 2e-3, 4e-3)
+LOSS = Measure(metric="loss")
+
+
+def searched(seeds: int = 3) -> StudyRuns:
+    """Makes two arms, `a` best at the middle rate with any effort, `b` at the edge."""
+    found = {"a": (1.2, 1.0, 1.4), EVIL: (1.1, 1.05, 1.02)}
+    runs = [
+        finished(arm, rate=rate, seed=seed, validation_loss=losses[i] + seed / 50, chain="01", compared=i == best)
+        for (arm, losses), best in zip(found.items(), (1, 2), strict=True)
+        for i, rate in enumerate(RATES)
+        for seed in range(seeds if i == best else 1)
+    ]
+    chosen = {"a": Choice(rate=2e-3, at_edge=False, trials=3), EVIL: Choice(rate=4e-3, at_edge=True, trials=3)}
+    study = study_of(*runs, rates=RATES, chosen=chosen)
+    return dataclasses.replace(study, listed=dataclasses.replace(study.listed, overrides=("seeds=3", EVIL)))
+
+
+def test_page_of_a_searched_study() -> None:
+    study = searched()
+    text = render(study)
+    page = Page(text)
+    assert page.open == [] and page.tags["b"] == 0 and "<script" not in text and max(page.ids.values()) == 1
+    assert {target[1:] for target in re.findall(r"url\(([^)]*)\)", text)} <= set(page.ids)
+    assert page.tags["svg"] == 3 + 1 + 2
+    for part in (
+        *("seeds=3 " + EVIL, "0 of 1 comparison over seeds resolved", "Comparisons", "at the edge: not tuned"),
+        *(f"{EVIL}'s best trial lies at the edge", "0.001, 0.002, 0.004", "expected best validation loss"),
+        *("in each of 3 groups of runs", "1.0200 [0.9703, 1.0697]", "Each arm trained with its first seed."),
+    ):
+        assert part in page.text, part
+    assert render(study) == text
+
+
+def test_a_small_study_keeps_its_columns() -> None:
+    one_seed = searched(seeds=1)
+    assert not is_large(one_seed) and "Side by side: one run" not in render(one_seed)
+    assert is_large(searched(seeds=2))
+    many = study_of(*[finished(f"arm {i}", chain="01", validation_loss=1 + i) for i in range(16)])
+    assert is_large(many) and len(columns(many)) == 4 and not is_large(study_of(*many.runs[:6]))
+    page = Page(render(many))
+    assert "The first 4 of 16 arms" in page.text and page.open == [] and "Comparisons" in page.text
+
+
+def test_means_have_intervals_from_three_seeds_on() -> None:
+    losses = (1.0, 1.2, 1.1, 1.4)
+    runs = [finished("a", seed=i, validation_loss=loss) for i, loss in enumerate(losses)]
+    mean = t_interval(np.array(losses))
+    assert mean_cell(runs, LOSS) == f"{mean.value:.4f} [{mean.low:.4f}, {mean.high:.4f}]"
+    assert mean_cell(runs[:2], LOSS) == "1.1000 (1.0000, 1.2000)" and mean_cell(runs[:1], LOSS) == "1.0000"
+    assert mean_cell(runs, Measure(metric="bleu", split="test")) == "–"
+
+
+def test_the_terminal_has_a_row_for_each_arm() -> None:
+    console = Console(width=200, file=io.StringIO(), record=True)
+    console.print(arms_table(searched()))
+    lines = [line.split() for line in console.export_text().splitlines()]
+    assert ["a", "3", "0.002", "2.31", "M", "1.0200", "[0.9703,", "1.0697]"] in lines
+    assert [EVIL, "3", "0.004", "(edge)", "2.31", "M", "1.0400", "[0.9903,", "1.0897]"] in lines
+
+
+def test_trials_are_the_search_and_not_the_further_seeds() -> None:
+    first, second = trials_of(searched())
+    assert dict(first.losses) == {1e-3: [1.2], 2e-3: [1.0], 4e-3: [1.4]} and second.arm == EVIL
+    assert first.expected_best == pytest.approx(list(expected_best([1.2, 1.0, 1.4])))
+    assert trials_of(study_of(finished("a"))) == ()
+
+
+def test_an_order_that_depends_on_effort_is_named() -> None:
+    """a's best is lower, but of one rate at random b's is: 1.2 against 1.06; of two, 1.07 against 1.03."""
+    study = searched()
+    (sentence,) = reversals(trials_of(study), find(study))
+    assert sentence == (
+        f"a has the lower best loss of a and {EVIL}, but with 1, 2 of 3 trials the other one is expected to be ahead."
+    )
+    worse = [
+        dataclasses.replace(arm, losses={rate: [3.0] for rate in RATES}) if arm.arm != "a" else arm
+        for arm in trials_of(study)
+    ]
+    assert list(reversals(worse, find(study))) == []
+    fewer = [dataclasses.replace(worse[0], losses={1e-3: [1.0]}), worse[1]]
+    assert list(reversals(fewer, find(study))) == [f"a and {EVIL} have 1 and 3 trials."]
+
+
+def test_a_diverged_trial_is_neither_drawn_nor_chosen() -> None:
+    study = searched()
+    run = study.runs[0]
+    wild = dataclasses.replace(run, result=dataclasses.replace(run.result, validation_loss=math.inf))
+    study = dataclasses.replace(study, runs=(wild, *study.runs[1:]))
+    assert trials_of(study)[0].means[1e-3] == math.inf and trials_of(study)[0].expected_best[2] == 1.0
+    assert not re.search(r"\b(nan|inf)\b", Page(render(study)).text)

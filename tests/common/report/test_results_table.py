@@ -1,0 +1,72 @@
+"""The tidy table has every measured number of a study once, and reads back as it was written."""
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+from common.errors import UserError
+from common.evals.text_metrics import score_texts
+from common.report.results_table import COLUMNS, results_table, write_table
+from common.report.run_files import StudyRuns
+from tests.common.report.studies import finished, study_of
+
+
+@pytest.fixture
+def study() -> StudyRuns:
+    scores = tuple(score_texts(["a b c d e"] * 3 + ["x"], ["a b c d e"] * 4, ["k", "k", "l", "l"], "test"))
+    return study_of(
+        finished("a", chain="01", labels={"width": 64, "n": 1}, scores=scores, validation_loss=0.25),
+        finished("b", seed=1, labels={"family": "gpt", "width": "wide"}, validation_loss=math.inf),
+        finished("a", rate=1.0, compared=False),
+    )
+
+
+def test_a_row_for_each_run_step_task_and_metric(study: StudyRuns) -> None:
+    rows = results_table(study)
+    shown = [(row["run"], row["step"], row["task"], row["group"], row["metric"]) for row in rows]
+    assert len(set(shown)) == len(shown)
+    first = [line[1:] for line in shown if line[0] == "a-lr0.002-s0"]
+    scored = [(2, "test", group, metric) for group in ("all", "k", "l") for metric in ("exact_match", "bleu")]
+    assert first[0] == (2, "validation", "all", "loss") and set(first[1:]) <= set(scored) and len(first) >= 5
+    assert [row["compared"] for row in rows if row["metric"] == "loss"] == [True, True, False]
+    exact = next(row for row in rows if row["metric"] == "exact_match")
+    assert exact["value"] == 0.75 and exact["low"] < 0.75 < exact["high"] and exact["n"] == 4
+    assert exact["higher_is_better"] is True and rows[0]["higher_is_better"] is False
+    assert {(row["arm"], row["width"], row["label_n"], row["family"]) for row in rows} == {
+        ("a", 64, 1, None),
+        ("b", "wide", None, "gpt"),
+        ("a", None, None, None),
+    }
+
+
+def test_every_validation_step_has_a_row() -> None:
+    run = finished("a", chain="0123", validation_loss=0.5)
+    (row,) = results_table(study_of(run))
+    assert (row["step"], row["value"], row["identity"], row["study"]) == (4, 0.5, run.listed.identity, "made up")
+    object.__setattr__(run.metrics[1], "validation_loss", 0.75)
+    assert [(row["step"], row["value"]) for row in results_table(study_of(run))] == [(2, 0.75), (4, 0.5)]
+
+
+def test_both_formats_hold_the_same(study: StudyRuns, tmp_path: Path) -> None:
+    rows = results_table(study)
+    for name in ("table.csv", "table.PARQUET"):
+        write_table(rows, tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["table.PARQUET", "table.csv"]
+    table = pyarrow.parquet.read_table(tmp_path / "table.PARQUET")
+    assert table.column_names == list(rows[0]) and set(COLUMNS) < set(rows[0])
+    assert [{**row, "width": row["width"] and str(row["width"])} for row in rows] == table.to_pylist()
+    assert str(table.schema.field("low").type) == "double" and str(table.schema.field("seed").type) == "int64"
+    with (tmp_path / "table.csv").open(newline="") as file:
+        read = list(csv.DictReader(file))
+    assert [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows] == read
+    assert np.isinf([float(row["value"]) for row in read if row["arm"] == "b"]).all()
+
+
+def test_another_suffix_is_refused(study: StudyRuns, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"table.xlsx ends in neither .csv nor .parquet"):
+        write_table(results_table(study), tmp_path / "table.xlsx")
+    assert not list(tmp_path.iterdir())
