@@ -70,8 +70,12 @@ class Skeleton:
         """Returns the same parameters in the fastest form for many small steps: unrolled layers as separate arrays."""
         if self.merge(params).execution.scan_layers:
             return params
+        return self._unrolled(params)
+
+    @functools.cached_property
+    def _unrolled(self) -> Callable[[Any], Any]:
         form = split_columns if jax.default_backend() == "cpu" else lambda x, axes: x
-        return jax.jit(lambda params: per_layer(params, self.logical_axes, form))(params)
+        return jax.jit(lambda params: per_layer(params, self.logical_axes, form))
 
 
 def skeleton(build: Callable[[nnx.Rngs], Model]) -> Skeleton:

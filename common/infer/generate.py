@@ -4,6 +4,7 @@ Legend: B batch rows, T token slots, R texts per row.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -27,6 +28,8 @@ STOP_STEPS = 16
 """Steps between two searches for stop strings."""
 STREAM_STEPS = 4
 """Steps between two pieces of streamed text."""
+CACHED_DECODERS = 32
+"""How many decoders a process keeps: one per model (without its parameters) and method."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,15 +52,15 @@ class Completion:
 
 
 class Generator:
-    """Generates with one model, and keeps the programs that it compiles: one per method and shape of prompts.
+    """Generates with one model. Compiles one program per method and shape of prompts.
 
     Calls that differ in seed, samples or stop strings share programs, and so do calls with about as many prompts, of
-    about the same length, whose limits on new tokens are alike.
+    about the same length, whose limits on new tokens are alike. Generators of one model share them too, whatever its
+    parameters.
     """
 
     def __init__(self, model: Skeleton, params: Any, mesh: Mesh, codec: TextCodec):
         self._model, self._mesh, self._codec = model, mesh, codec
-        self._decoders: dict[Method, Any] = {}
         with jax.set_mesh(mesh):
             self._weights = decoding_weights(model, params)
 
@@ -93,13 +96,6 @@ class Generator:
                 texts = self._generate_batch(batch, rows, how, on_row)
             yield from zip(chosen, texts, strict=True)
 
-    def _decoder(self, method: Method) -> Any:
-        """Returns the decoder of the method, which is made once and keeps its programs."""
-        if method not in self._decoders:
-            make: Any = BeamDecoder if isinstance(method, Beam) else Decoder
-            self._decoders[method] = make(self._model, method, self._codec.conventions.eos_ids)
-        return self._decoders[method]
-
     def _generate_batch(
         self,
         requests: Sequence[Request],
@@ -107,7 +103,8 @@ class Generator:
         how: GenerationConfig,
         on_text: Callable[[int, str], None] | None,
     ) -> list[list[Completion]]:
-        decoder, limits = self._decoder(how.method), how.limits
+        limits = how.limits
+        decoder = _decoder(self._model, how.method, tuple(self._codec.conventions.eos_ids))
         slots = bucket(limits.max_new_tokens)
         state = decoder.start(self._weights, *_batch(requests, rows, how.seed), slots=slots)
         streams = [_TextStream(request.prompt, self._codec, limits.stop) for request in requests]
@@ -131,6 +128,13 @@ class Generator:
             [_completion(found, row, k, stream, limits) for k in _places(found, row)[: how.samples]]
             for row, stream in enumerate(streams)
         ]
+
+
+@functools.lru_cache(maxsize=CACHED_DECODERS)
+def _decoder(model: Skeleton, method: Method, eos_ids: tuple[int, ...]) -> Any:
+    """Returns a decoder, which keeps the programs that it compiles for any parameters of the model."""
+    make: Any = BeamDecoder if isinstance(method, Beam) else Decoder
+    return make(model, method, eos_ids)
 
 
 class _TextStream:

@@ -68,6 +68,8 @@ class Checkpoints:
             raise UserError(f"{folder} is not a directory: move it away, or train into another --run-dir")
         self.folder, self._keep = folder, _LastAndBest(folder, keep_last)
         self._failed = False
+        self._unwaited = False
+        """Whether a save has begun whose end `wait` has not seen; without one there is nothing to ask Orbax."""
         self._manager = self._open_manager()
 
     def _open_manager(self) -> ocp.CheckpointManager:
@@ -108,6 +110,7 @@ class Checkpoints:
         about["digest"] = digest(sums, about)
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(tree), **{PROGRESS: ocp.args.JsonSave(about)})
         self._keep.losses[progress.consumed_batches] = validation_loss
+        self._unwaited = True
         try:
             # `force` keeps Orbax from asking whether SIGTERM has arrived: several processes must count these questions
             # alike (see `Preemption.requested`).
@@ -123,16 +126,17 @@ class Checkpoints:
 
     def writing(self) -> bool:
         """Returns whether a save is in progress."""
-        return not self._failed and self._manager.is_saving_in_progress()
+        return self._unwaited and not self._failed and self._manager.is_saving_in_progress()
 
     def wait(self) -> None:
         """Waits until the last save is complete. Raises what storage raised, once."""
-        if not self._failed:
+        if self._unwaited and not self._failed:
             try:
                 self._manager.wait_until_finished()
             except Exception:
                 self._failed = True
                 raise
+            self._unwaited = False
 
     def steps(self) -> list[int]:
         """Returns the steps of the complete checkpoints, oldest first; does not wait for one being written."""

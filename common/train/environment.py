@@ -1,6 +1,7 @@
 """Versions, machine and commit of a run, for reports and to judge whether two runs can agree to the bit."""
 
 import datetime
+import functools
 import importlib.metadata
 import os
 import platform
@@ -16,22 +17,33 @@ MACHINE_KEYS = ("platform", "device_kind", "devices", "cpu", "threads", "jax", "
 
 def environment() -> dict[str, Any]:
     """Describes this process's machine and software as plain JSON."""
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
     device = jax.devices()[0]
     return {
-        "python": platform.python_version(),
-        **versions,
+        **_software(),
         "platform": device.platform,
         "device_kind": device.device_kind,
         "devices": jax.device_count(),
         "processes": jax.process_count(),
         "cpu": _cpu_model(),
         "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "commit": commit_of(Path(__file__)),
+        "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 
+@functools.cache
+def _software() -> dict[str, str]:
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
+    return {"python": platform.python_version(), **versions}
+
+
+@functools.cache
+def _commit() -> str:
+    """Asks git once: the process runs the code that it has loaded, whatever is committed later."""
+    return commit_of(Path(__file__))
+
+
+@functools.cache
 def _cpu_model() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:

@@ -126,7 +126,7 @@ def _train(run: Launch, step_fn: Step, start: Start, first_launch: float) -> tup
                 host = next(batches)
             limit, metrics = recorder.limit(step), None
             if step not in start.skip:
-                numbers = run.programs.replicate(recorder.numbers(limit, previous))
+                numbers = recorder.numbers(limit, previous)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, metrics = step_fn(state, run.programs.put(host.batch), numbers)
             pending = Pending(counts=run.programs.count(host), metrics=metrics, limit=limit)

@@ -30,8 +30,9 @@ from common.train.optimizer import make_optimizer
 from common.train.state import TrainState, abstract_state, make_init, state_shardings
 from common.train.step import Guard, Numbers, make_eval_step, make_train_step
 
-CACHED_PROGRAMS = 8
-"""How many kinds of runs a process remembers the programs of."""
+CACHED_PROGRAMS = 32
+"""How many kinds of runs a process remembers the programs of; a study may go through its arms once for each seed."""
+LENGTH_SUMS = tuple(field.name for field in dataclasses.fields(LengthSums))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,26 +110,31 @@ class Programs:
         """Puts this process's rows onto its devices, as part of a batch that is sharded over all."""
         return jax.tree.map(lambda x: place_rows(self.batch_sharding, self.rows, self.local_rows, x), batch)
 
-    def replicate(self, numbers: Numbers) -> Numbers:
-        """Puts scalars that are equal in all processes onto all devices."""
+    def replicate(self, scalars: Any) -> Any:
+        """Puts a tree of scalars, equal in all processes, onto all devices; leaves those that are there already."""
         sharding = NamedSharding(self.mesh, PartitionSpec())
-        return jax.tree.map(lambda x: jax.make_array_from_callback((), sharding, lambda _: np.asarray(x)), numbers)
+
+        def place(x: Any) -> jax.Array:
+            on_devices = isinstance(x, jax.Array)
+            return x if on_devices else jax.make_array_from_callback((), sharding, lambda _: np.asarray(x))
+
+        return jax.tree.map(place, scalars)
 
     def count(self, host: HostBatch) -> Callable[[], Counts]:
         """Starts to add up the counts of all processes' rows; the returned function waits for the sum."""
         hashes = (host.fingerprint, host.source_fingerprint)
-        mine = (*hashes, host.examples, host.loss_tokens, *dataclasses.astuple(host.length_sums))
+        sums_here = (getattr(host.length_sums, name) for name in LENGTH_SUMS)
+        mine = (*hashes, host.examples, host.loss_tokens, *sums_here)
         added = start_sum(mine if self._counts_here else [0] * len(mine))
 
         def result() -> Counts:
             fingerprint, source_fingerprint, examples, loss_tokens, *sums = added()
-            names = (field.name for field in dataclasses.fields(LengthSums))
             return Counts(
                 fingerprint=fingerprint % 2**128,
                 source_fingerprint=source_fingerprint % 2**128,
                 examples=examples,
                 loss_tokens=loss_tokens,
-                length_sums=LengthSums(**dict(zip(names, sums, strict=True))),
+                length_sums=LengthSums(**dict(zip(LENGTH_SUMS, sums, strict=True))),
             )
 
         return result

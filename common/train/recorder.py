@@ -54,6 +54,7 @@ class Recorder:
         setup = run.task.setup
         self._judge = Judge(setup.train.anomalies, start.progress.losses)
         self._rates = learning_rates(setup.train.schedule, setup.learning_rate, setup.steps)
+        self._seed = run.programs.replicate(np.uint32(setup.train.seed))
         self._log = MetricsLog(run.task, run.folder, start.progress, first_launch=first_launch, note=run.watcher.note)
 
     def limit(self, step: int) -> float:
@@ -61,17 +62,17 @@ class Recorder:
         return self._judge.limit(step)
 
     def numbers(self, limit: float, pending: Pending | None) -> Numbers:
-        """Returns what the next step needs; `pending` is the step before it, unless that is already recorded."""
-        train, progress = self._run.task.setup.train, self.progress
-        updates = progress.consumed_batches - len(progress.skipped)
+        """Returns what the next step takes, on the devices; `pending` is the step before it if not recorded yet."""
+        updates = self.progress.consumed_batches - len(self.progress.skipped)
         guard, dispatched = None, pending is not None and pending.metrics is not None
-        if train.anomalies.guards_step:
+        if self._run.task.setup.train.anomalies.guards_step:
             guard = Guard(
                 limit=np.float32(limit),
                 updates=np.int32(updates + dispatched),
                 rate_after_skip=self._rates[updates],
             )
-        return Numbers(seed=np.uint32(train.seed), learning_rate=self._rates[updates + dispatched], guard=guard)
+        numbers = Numbers(seed=self._seed, learning_rate=self._rates[updates + dispatched], guard=guard)
+        return self._run.programs.replicate(numbers)
 
     def record(self, pending: Pending, validation_loss: float | None = None) -> Rollback | None:
         """Waits for the step after `progress`, judges it, advances `progress` and writes the step's rows.
