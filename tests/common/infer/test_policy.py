@@ -83,14 +83,16 @@ def test_texts_that_a_beam_search_does_not_find_are_empty() -> None:
 
 
 def test_later_calls_compile_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    """With other prompts of about the same number and length, another seed and another limit in the same bucket."""
+    """With other prompts of about the same number and length, another seed and another limit in the same bucket; and
+    neither do calls with other parameters of the same model, such as those of a run with another seed."""
 
     def compiled() -> list[str]:
         found = [record.getMessage() for record in caplog.records if "Compiling" in record.getMessage()]
         caplog.clear()
         return found
 
-    policy, ids = letters(), scorer("gpt-rope")
+    model, ids = dataclasses.replace(MODEL), scorer("gpt-rope")  # a copy, for which nothing is compiled yet
+    policy, other = letters(model=model), letters(model=model, params={name: -x for name, x in MODEL.params.items()})
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         for method in (GREEDY, Sample(temperature=1.2), Beam(size=2)):
             policy.generate(["abc", "d", "fff"], method, seed=1, **LIMITS)
@@ -99,6 +101,7 @@ def test_later_calls_compile_nothing(caplog: pytest.LogCaptureFixture) -> None:
         assert compiled()
         for method in (Beam(size=2), GREEDY, Sample(temperature=1.2)):
             policy.generate(["h", "bcde", "cafe", "aa"], method, seed=2, stop=["z"], rows=4, max_new_tokens=11)
+            other.generate(["h", "bcde", "cafe", "aa"], method, seed=2, stop=["z"], rows=4, max_new_tokens=11)
         ids.score([([9, 9, 9], [10, 11, 12]), ([5], [6])], lengths=(8,))
         assert not compiled()
 

@@ -30,7 +30,7 @@ class ToyCache:
         return dataclasses.replace(self, state_BD=self.state_BD[rows_B])
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Toy:
     """state' = tanh(state A + embedding[token] + memory); logits = state' head."""
 
