@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from common.report.results_table import results_table, write_table
-
 from common.report.run_files import read_study
 from common.terminal import harmless
 from experiments.cli.status import study_path

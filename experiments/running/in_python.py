@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from common.report.results_table import results_table
-
 from common.errors import UserError
 from common.paths import check_folder
+from common.report.results_table import results_table
 from common.report.run_files import read_study
 from experiments.running.study_folder import StudyFolder
 from experiments.study import Study
