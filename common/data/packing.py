@@ -2,7 +2,7 @@
 
 A plan covers a window of examples (an epoch, or a part of one) and follows from their token lengths and the seed alone.
 Rows are then random access: no stream has to be replayed to find row n. If arms make examples of different lengths from
-the same records, plan over the greater lengths, and every arm sees the same examples in the same steps.
+the same records, `common.data.joint` plans over the greater lengths: every arm reads the same examples in each step.
 
 Examples are shuffled, then packed first-fit into a bounded number of open rows: the oldest row with room takes the
 example; if none has room, the open row with the least room on its tighter side is closed. Where that saves rows, long
