@@ -17,7 +17,7 @@ AT_ONCE := tests/common/analysis tests/common/evals tests/common/report tests/co
 help:
 	@echo "make demo       train both families, print a table, write report.html"
 	@echo "make test       all tests but the slow ones, doctests included"
-	@echo "make test-slow  the slow tests: several processes, kills, TPU's compiler, SkyPilot, PyTorch, Transformers (3 GB more)"
+	@echo "make test-slow  the slow tests: several processes, kills, TPU's compiler, SkyPilot, Ray, PyTorch, Transformers (3 GB more)"
 	@echo "make lint       ruff and mypy"
 	@echo "make check      lint, and the tests that compile nothing: within a minute"
 	@echo "make bench      speed, side by side with peers (PyTorch where it is installed)"
@@ -57,14 +57,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 	fi
 	@touch $@
 
-# What slow tests need beside: PyTorch and Transformers to compare with, libtpu, TPU's compiler, and SkyPilot, which reads
+# What slow tests need beside: PyTorch and Transformers to compare with, libtpu, TPU's compiler, Ray, and SkyPilot, which reads
 # the jobs written for it and has an environment of its own, since its requirements do not go with constraints.txt. On
 # Linux only PyTorch's CPU build will do (constraints.txt): the ordinary one brings gigabytes of CUDA. Tests of what is not
 # there are skipped, and say so.
 $(SLOW): $(INSTALLED)
-	@echo "Installing libtpu, SkyPilot, PyTorch (CPU) and Transformers for the slow tests."
+	@echo "Installing libtpu, SkyPilot, Ray, PyTorch (CPU) and Transformers for the slow tests."
 	@$(install_sky) || echo "SkyPilot is not to be had for this Python, so the jobs written for it are not shown to it." >&2
 	@$(call install,plan) || echo "libtpu is not to be had for this machine, so tests with TPU's compiler will be skipped." >&2
+	@$(call install,ray) || echo "Ray is not to be had for this machine, so studies on a Ray cluster are not tested." >&2
 	@$(call install,parity) && touch $@ || \
 		echo "No CPU build of PyTorch was found, so the parity tests will be skipped: name the index that PyTorch's" \
 			"own installation page gives for CPU, make test-slow PIP_EXTRA_INDEX_URL=..." >&2

@@ -17,7 +17,18 @@ from common.paths import user_path
 if TYPE_CHECKING:
     from experiments.study import Study
 
-OWN = ("first_light", "ladder", "structure", "multi30k", "multi30k_accelerator", "pydocs", "xl")
+OWN = (
+    "first_light",
+    "ladder",
+    "structure",
+    "depth",
+    "languages",
+    "lengths",
+    "multi30k",
+    "multi30k_accelerator",
+    "pydocs",
+    "xl",
+)
 """The project's studies: each is the function of that name in the module of that name."""
 ENTRY_POINTS = "twinstack.studies"
 """Entry-point group in which other packages name functions that return a `Study`."""

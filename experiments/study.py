@@ -18,8 +18,8 @@ from common.ranges import Count, NotNegative, Range, check_ranges
 from common.train.config import Budget
 from experiments.run import Label, LearningRate, Run
 
-RESERVED_LABELS = ("arm", "seed", "learning_rate")
-"""Labels that every run of a study gets by itself."""
+RESERVED_LABELS = ("arm", "run", "seed", "learning_rate")
+"""Labels that every run of a study gets by itself, and `run`, which selects runs by their names."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

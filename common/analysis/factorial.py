@@ -8,7 +8,9 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
 
+Seed = TypeVar("Seed", bound=Hashable)
 Cell = tuple[int, ...]
 """The level of each factor: 0 (as it is) or 1 (changed)."""
 
@@ -41,8 +43,8 @@ def contrasts(names: Sequence[str]) -> tuple[Contrast, ...]:
 
 
 def split_by(
-    contrast: Contrast, names: Sequence[str], values: Mapping[Cell, Mapping[Hashable, float]]
-) -> tuple[dict[Hashable, float], dict[Hashable, float]]:
+    contrast: Contrast, names: Sequence[str], values: Mapping[Cell, Mapping[Seed, float]]
+) -> tuple[dict[Seed, float], dict[Seed, float]]:
     """Returns the means over the cells with +1 and over those with -1, by seed.
 
     Only seeds that every cell has are used, so that each effect is free of the others. Their difference, seed by seed,
@@ -60,7 +62,7 @@ def split_by(
     if missing or len(values) != 2 ** len(names):
         raise ValueError(f"{len(values)} cells of {2 ** len(names)}; missing: {sorted(missing)}")
     shared = set.intersection(*(set(by_seed) for by_seed in values.values()))
-    sides: dict[int, dict[Hashable, float]] = {}
+    sides: dict[int, dict[Seed, float]] = {}
     for wanted in (1, -1):
         cells = [cell for cell in values if contrast.sign(names, cell) == wanted]
         sides[wanted] = {

@@ -4,6 +4,7 @@ Legend: S seeds, E examples.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from common.analysis.interval import Interval
 from common.analysis.resolution import Claim, ComparedArm, Resolution, Tuning, decide
 from common.analysis.seeds import SeedComparison, compare_seeds, crossed_interval
 from common.report.certificate import differences
+from common.report.effects import effects
 from common.report.examples import Key, samples_by_key
 from common.report.parity import groups
 from common.report.run_files import FinishedRun, ParityClaim, StudyRuns
@@ -145,12 +147,17 @@ class Findings:
 def find(study: StudyRuns) -> Findings:
     """Compares the arms of each parity claim's groups over seeds, by validation loss and by the headline score.
 
+    A study of crossed factors compares what each factor does on average over the others, instead of single arms.
     Nothing else in a report decides whether a difference is resolved; `decide` does, for all comparisons together.
     """
     claims: dict[tuple[str, str, Measure], Claim] = {}
     answers = _answers(study)
-    uncompared = []
-    for (first, second), pair in _pairs(study).items():
+    uncompared, pairs = [], _pairs(study)
+    differs = tuple(dict.fromkeys(itertools.chain(*(pair.differs for pair in pairs.values()))))
+    for measure in measures(study):
+        for effect in effects(study, measure.of, functools.partial(tuning, study), differs):
+            claims[effect.first, effect.second, measure] = effect.claim
+    for (first, second), pair in pairs.items() if not claims else ():
         for measure in measures(study):
             try:
                 claims[first, second, measure] = _claim(study, pair, measure, answers)

@@ -14,7 +14,7 @@ from common.analysis.statistics import CONFIDENCE
 from common.config import dotted_fields
 from common.evals.measure import TextScore
 from common.files import write_atomically
-from common.report import drawing, plots, samples, tables
+from common.report import drawing, plots, samples, study_plots, tables
 from common.report.certificate import certify
 from common.report.examples import PairedExample, pair_examples
 from common.report.findings import Findings, find, headline, measures
@@ -43,12 +43,20 @@ def write_report(folder: Path) -> Path:
 
 
 def write_figure(folder: Path, path: Path) -> None:
-    """Writes the drawing of all arms in order as a separate SVG file, in the page's light colours."""
+    """Writes the drawing of all arms in order as a separate SVG file, in the page's light colours.
+
+    Of several seeds it shows each one, with means and intervals over seeds.
+    """
     style = (_TEMPLATES / _PAGE).read_text(encoding="utf-8")
     light = re.search(r":root \{(.*?)\n\}", style, flags=re.DOTALL)
     assert light is not None
     palette = dict(re.findall(r"(--[\w-]+): (#\w+);", light[1]))
-    picture = drawing.standalone(plots.arms_plot(read_study(folder).results), palette, "sans-serif")
+    study = read_study(folder)
+    if study.seeds > 1:
+        drawn = study_plots.seeds_plot(by_arm(study), measures(study))
+    else:
+        drawn = plots.arms_plot(study.results)
+    picture = drawing.standalone(drawn, palette, "sans-serif")
     write_atomically(path, picture.encode())
 
 

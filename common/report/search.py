@@ -50,7 +50,9 @@ def reversals(trials: Sequence[ArmTrials], findings: Findings) -> Iterator[str]:
     """Yields a sentence for each two compared arms whose order depends on how many rates were tried."""
     by_arm = {arm.arm: list(arm.means.values()) for arm in trials}
     for pair in dict.fromkeys((finding.first, finding.second) for finding in findings.found):
-        losses = [by_arm.get(arm, []) for arm in pair]
+        if not by_arm.keys() >= set(pair):  # effects of factors are of no single arm
+            continue
+        losses = [by_arm[arm] for arm in pair]
         if not losses[0] or len(losses[0]) != len(losses[1]):
             yield f"{pair[0]} and {pair[1]} have {len(losses[0])} and {len(losses[1])} trials."
         elif efforts := efforts_that_reverse(*losses):

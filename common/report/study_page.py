@@ -20,8 +20,6 @@ MOST_COLUMNS = 6
 """Most arms that a page of one seed shows as columns side by side."""
 FEW_COLUMNS = 4
 """Most arms of a larger study whose samples and configs are shown, of their first seed."""
-MOST_PANELS = 3
-"""Most measures that are drawn side by side."""
 
 
 def is_large(study: StudyRuns) -> bool:
@@ -62,7 +60,7 @@ def large_parts(study: StudyRuns, findings: Findings) -> dict[str, Any]:
             }
             for finding in findings.found
         ],
-        "seeds_plot": study_plots.seeds_plot(arms, shown[:MOST_PANELS]),
+        "seeds_plot": study_plots.seeds_plot(arms, shown),
         "loss_plots": [study_plots.curves_plot(arms, axis) for axis in plots.LOSS_AXES],
     }
 

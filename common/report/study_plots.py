@@ -21,12 +21,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+MOST_PANELS = 3
+"""Most measures that are drawn side by side."""
 SHIFT = 0.24
 """How far below an arm's mean its seeds are drawn, in rows."""
 
 
 def seeds_plot(arms: Mapping[str, Sequence[FinishedRun]], measures: Sequence[Measure]) -> "Markup":
-    """Draws by each measure every arm's mean with its t interval and, below it, each seed's value."""
+    """Draws by each measure every arm's mean with its t interval and, below it, each seed's value.
+
+    Only the first `MOST_PANELS` measures are drawn.
+    """
+    measures = measures[:MOST_PANELS]
 
     def draw(figure: "Figure") -> None:
         all_axes = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]

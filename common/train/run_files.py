@@ -35,6 +35,9 @@ class RunFiles:
     SAMPLES = "samples.jsonl"
     """One row per decoded example."""
 
+    OF_ONE_STUDY = (RESULT, SAMPLES, FAILURE, LOCK, WORKER)
+    """What another study does not take when it copies the run."""
+
     @staticmethod
     def stacks(process: int) -> str:
         """Stacks of all threads of a process that hung."""

@@ -7,6 +7,7 @@ from typing import NoReturn
 
 from common.errors import UserError, nearest
 from common.ranges import Range, Rows
+from experiments.cli.elsewhere import add_elsewhere
 from experiments.cli.options import AsDataAction, AsDtype, AsLengths, AsPath, AsStudy, real, whole
 
 RUNS = Path("runs")
@@ -61,6 +62,7 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
             "--match", metavar="ARM", help="give each other arm the d_ff at which it takes as many FLOPs as this arm"
         )
     _add_training(run)
+    add_elsewhere(run)
     _add_launch(launch)
     _add_convert(
         add(
@@ -70,9 +72,13 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     )
     _add_score(add("score", "score the texts of a file: their log-likelihoods under a trained model"))
     _add_generate(add("generate", "generate text from a trained model: one text is streamed, several are JSON lines"))
+    _add_report(report)
+    return parser, commands
+
+
+def _add_report(report: argparse.ArgumentParser) -> None:
     report.add_argument("source", metavar="STUDY_OR_DIR", help=f"a study under {RUNS}/, or a study's directory")
     report.add_argument("--figure", action=AsPath, metavar="FILE", help="also write a figure of all arms, as SVG")
-    return parser, commands
 
 
 def _add_data(data: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ seeds=5                        a field of the study
 train.seed=1                   a field of every arm
 arms.gpt*.learning_rate=1e-3   a field of the arms whose names match
 family=gpt                     selects the arms with this label; several values: family=gpt,t5like
+run=gpt-s1                     selects the runs of this name, and those that they start from
 """
 
 import dataclasses
@@ -33,6 +34,8 @@ class Chosen:
     """With all overrides applied."""
     arms: tuple[str, ...]
     """The selected arms, and those that they start from; without a selection, all."""
+    runs: tuple[str, ...] = ()
+    """Patterns of the names of the selected runs; without a selection, none."""
     overrides: tuple[str, ...]
     """The command line's overrides and selections, then what `--match` and `--init-from` add."""
 
@@ -66,14 +69,15 @@ def choose(
         print(harmless(f"--match {match}: {' '.join(widths) or 'all arms do'}"), file=sys.stderr)
         study = apply_overrides(study, widths)
     wanted = {key: tuple(value.split(",")) for key, value in (label.split("=", 1) for label in labels)}
+    runs = wanted.pop("run", ())
     arms = tuple(study.selected(wanted).arms)
-    return Chosen(study=study, arms=arms, overrides=(*overrides, *initial, *widths))
+    return Chosen(study=study, arms=arms, runs=runs, overrides=(*overrides, *initial, *widths))
 
 
 def _sort(study: Study, overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     """Returns the overrides of fields, and the selections by label."""
     fields, labels = [], []
-    known = {**field_types(Study), **field_types(Run)}
+    known, labels_known = {**field_types(Study), **field_types(Run)}, (*study.label_names(), "run")
     for override in overrides:
         path, equals, _ = override.partition("=")
         head = path.partition(".")[0]
@@ -81,10 +85,10 @@ def _sort(study: Study, overrides: Sequence[str]) -> tuple[list[str], list[str]]
             raise UserError(f"{override!r} is not an override; valid: path.to.field=value")
         if head in known:
             fields.append(override)
-        elif head == path and head in study.label_names():
+        elif head == path and head in labels_known:
             labels.append(override)
         else:
-            raise UserError(f"unknown field {head!r}: {nearest(head, [*known, *study.label_names()])}")
+            raise UserError(f"unknown field {head!r}: {nearest(head, [*known, *labels_known])}")
     return fields, labels
 
 

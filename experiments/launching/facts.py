@@ -24,6 +24,8 @@ def facts(job: Job, study: Study, console: Console) -> dict[str, str]:
 
 def price(job: Job) -> str:
     """The list price of the slices for an hour and a day."""
+    if job.topology is None:
+        return f"unknown; SkyPilot takes the cheapest machine with {job.cpus} cores"
     listed = job.topology.chip_spec.price
     if listed is None:
         return f"no list price of {job.topology.chip} is known"
@@ -36,6 +38,8 @@ def price(job: Job) -> str:
 
 def fit(job: Job, study: Study, console: Console) -> str:
     """Memory per device for each arm, from the TPU compiler; shares the cache of `twinstack plan`."""
+    if job.topology is None:
+        return f"unknown; {shlex.join(['twinstack', 'plan', *job.configured])} tells what a run needs"
     command = shlex.join(["twinstack", "plan", *job.configured, "--topology", str(job.topology)])
     if not has_compiler():
         return f"unknown: pip install 'twinstack[plan]', then {command}"

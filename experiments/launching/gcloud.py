@@ -172,15 +172,15 @@ def launch_script(job: Job) -> str:
 
 def create(job: Job) -> list[str]:
     """The command that requests all slices; it must run in the folder of `startup.sh`."""
-    several = [f"--node-count={job.topology.slices}", f"--node-prefix={job.run}"]
+    several = [f"--node-count={job.slices.slices}", f"--node-prefix={job.run}"]
     return [
         *_RESOURCES,
         "create",
         job.run,
         *_zone(job),
-        f"--accelerator-type={accelerator_type(job.topology)}",
-        f"--runtime-version={RENTED[job.topology.chip].runtime}",
-        *([f"--node-id={job.run}"] if job.topology.slices == 1 else several),
+        f"--accelerator-type={accelerator_type(job.slices)}",
+        f"--runtime-version={RENTED[job.slices.chip].runtime}",
+        *([f"--node-id={job.run}"] if job.slices.slices == 1 else several),
         *(["--spot"] if job.spot else []),
         "--scopes=https://www.googleapis.com/auth/cloud-platform",  # to use the bucket and to delete themselves
         f"--metadata-from-file=startup-script={STARTUP}",
@@ -202,7 +202,7 @@ def write(job: Job, folder: Path) -> list[list[str]]:
 
 def afterwards(job: Job) -> dict[str, str]:
     """Commands for later, by purpose."""
-    node = job.run if job.topology.slices == 1 else f"{job.run}-0"
+    node = job.run if job.slices.slices == 1 else f"{job.run}-0"
     log = f"--command=sudo tail --lines=1000 --follow=name {LOCAL}/*.log"
     return {
         f"{LAUNCH} requests by": shlex.join(create(job)),

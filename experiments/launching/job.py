@@ -68,13 +68,14 @@ class Job:
     """One launch. Raises UserError for a study that hosts lack, and a name or a zone that the engines would refuse."""
 
     run: str
-    """Name of the run, and of its resources at the engine."""
+    """Name of the launch, and of its resources at the engine."""
     study: str
     """Name of a study that is part of the commit, or of a package that hosts install."""
     overrides: tuple[str, ...]
     """Fields, and labels that select arms."""
     commit: str
-    topology: Topology
+    topology: Topology | None
+    """The TPU slices; None: machines with `cpus` cores."""
     bucket: Bucket
     zone: str | None
     """None: the engine chooses, or its settings do."""
@@ -83,6 +84,10 @@ class Job:
     """Environment variables for every host's process; they override those of `environment`."""
     hours: int | None = None
     """Longest life of the slices, counted from boot; None: the engine's default."""
+    cpus: int | None = None
+    """Cores of a machine without accelerators, which trains as many runs at a time."""
+    directory: str | None = None
+    """Name of the study's directory in the bucket's `runs/`, which jobs may share; None: the launch's name."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", self.run):
@@ -97,6 +102,12 @@ class Job:
             )
         if self.zone is not None and not re.fullmatch(r"[a-z]+-[a-z]+\d+-[a-z]", self.zone):
             raise UserError(f"--zone {self.zone!r} must be a zone of Google Cloud, such as us-east5-a")
+
+    @property
+    def slices(self) -> Topology:
+        """The TPU slices of a job that has them."""
+        assert self.topology is not None
+        return self.topology
 
     @property
     def configured(self) -> list[str]:
@@ -121,6 +132,7 @@ class Job:
 
     def setup(self) -> list[str]:
         """Lines of bash that install the commit on a host with the bucket mounted; running them again is safe."""
+        extras = "gcs" if self.topology is None else "tpu,gcs"
         source = LOCAL / "source"
         bundle = self.bucket.mounted("source", f"{self.commit}.bundle")
         return [
@@ -130,7 +142,7 @@ class Job:
             f"git checkout --quiet --detach {self.commit}",
             "python3 -m pip install --quiet uv",
             f"python3 -m uv venv --quiet --python {PYTHON} .venv",
-            "python3 -m uv pip install --quiet --python .venv --constraint constraints.txt --editable '.[tpu,gcs]'",
+            f"python3 -m uv pip install --quiet --python .venv --constraint constraints.txt --editable '.[{extras}]'",
         ]
 
     def main(self) -> list[str]:
@@ -138,8 +150,8 @@ class Job:
 
         After a failure that left new checkpoints the status is one of `RELAUNCH`, so that engines do not count it.
         """
-        command = ["run", *self.configured]
-        run_dir = self.bucket.mounted("runs", self.run)
+        command = ["run", *self.configured, *([] if self.cpus is None else ["--jobs", str(self.cpus)])]
+        run_dir = self.bucket.mounted("runs", self.directory or self.run)
         final = " | ".join(map(str, (0, USER_ERROR, *RELAUNCH)))
         find = f"find {run_dir} -mindepth 3 -maxdepth 3 -regex '.*/checkpoints/[0-9]+' 2>/dev/null"
         return [

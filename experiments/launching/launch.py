@@ -36,41 +36,52 @@ def launch(job: Job, study: Study, engine: str, folder: Path, console: Console, 
     Raises UserError if the mesh does not match the slices, rows do not divide over it, or the engine does not support
     the job; with `go` also if a program is not installed or fails.
     """
-    for run in study.arms.values():
-        check_mesh(run.train.mesh, job)
-        check_rows(make_setup(run))
+    check_fit(study, job)
     commands = ENGINES[engine].write(job, folder)
     write_bundle(folder / BUNDLE)
-    _print(console, "written", f"{folder}: commit {job.commit[:12]} on {_describe_slices(job)}")
+    say(console, "written", f"{folder}: commit {job.commit[:12]} on {describe_slices(job)}")
     for purpose, text in facts(job, study, console).items():
-        _print(console, purpose, text)
+        say(console, purpose, text)
     if engine == "gcloud":
-        _print(console, "longest life", f"{gcloud.hours(job)} hours (--hours)")
+        say(console, "longest life", f"{gcloud.hours(job)} hours (--hours)")
     for remark in study.remarks():
-        _print(console, "warning", remark)
+        say(console, "warning", remark)
     if not go:
         prepare = ["twinstack", "data", "prepare", *job.configured, "--to", job.bucket.url("prepared")]
-        _print(console, "tokens, once", shlex.join(prepare))
+        say(console, "tokens, once", shlex.join(prepare))
         for command in commands:
-            _print(console, "then", shlex.join(command))
+            say(console, "then", shlex.join(command))
     for purpose, text in ENGINES[engine].afterwards(job).items():
-        _print(console, purpose, text)
+        say(console, purpose, text)
     if go:
         submit(commands, ENGINES[engine].PROGRAMS)
 
 
+def check_fit(study: Study, job: Job) -> None:
+    """Raises UserError where the mesh of an arm does not match the job's slices, or rows do not divide over it."""
+    for run in study.arms.values():
+        check_mesh(run.train.mesh, job)
+        check_rows(make_setup(run))
+
+
 def check_mesh(mesh: MeshShape, job: Job) -> None:
     """Raises UserError if the mesh needs more or fewer devices than there are, or its replicas are not the slices."""
+    if job.topology is None:
+        if mesh.devices > 1:
+            raise UserError(f"train.mesh {mesh} does not match {describe_slices(job)}: each run has one core")
+        return
     slices, devices = job.topology.slices, job.topology.devices
     fits = MeshShape(replica=slices, fsdp=devices // slices)
     if mesh.devices != devices or (slices > 1 and mesh.replica != slices):
         raise UserError(
-            f"train.mesh {mesh} does not match {_describe_slices(job)}; "
+            f"train.mesh {mesh} does not match {describe_slices(job)}; "
             f"nearest: {' '.join(f'train.mesh.{part}' for part in str(fits).split(','))}"
         )
 
 
-def _describe_slices(job: Job) -> str:
+def describe_slices(job: Job) -> str:
+    if job.topology is None:
+        return f"a machine of {job.cpus} cores"
     topology = job.topology
     return f"{topology.slices} x {accelerator_type(topology)} ({topology}: {topology.chips} chips)"
 
@@ -86,5 +97,6 @@ def submit(commands: list[list[str]], programs: Sequence[str]) -> None:
             raise UserError(f"{shlex.join(command)} failed with status {status}")
 
 
-def _print(console: Console, purpose: str, text: str) -> None:
+def say(console: Console, purpose: str, text: str) -> None:
+    """Prints a line of what was written, or of what to do next."""
     console.print(f"[bold]{marked_up(purpose)}[/bold]: {marked_up(text)}", soft_wrap=True, highlight=False)

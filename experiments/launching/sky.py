@@ -25,7 +25,7 @@ def task(job: Job) -> dict[str, Any]:
     Raises UserError for more than one slice, since SkyPilot would request slices that are not connected, and for a
     longest life, which it does not support.
     """
-    if job.topology.slices > 1:
+    if job.topology is not None and job.topology.slices > 1:
         raise UserError(
             f"--slices {job.topology.slices}: SkyPilot does not support Multislice; take --engine gcloud, or one slice"
         )
@@ -35,8 +35,7 @@ def task(job: Job) -> dict[str, Any]:
         "name": job.run,
         "resources": {
             "infra": "gcp" if job.zone is None else f"gcp/*/{job.zone}",
-            "accelerators": f"tpu-{accelerator_type(job.topology)}",
-            "accelerator_args": {"runtime_version": RENTED[job.topology.chip].runtime, "tpu_vm": True},
+            **_machine(job),
             "use_spot": job.spot,
             "job_recovery": {
                 "strategy": "FAILOVER",  # the same region first: the bucket is there
@@ -51,14 +50,30 @@ def task(job: Job) -> dict[str, Any]:
     }
 
 
+def _machine(job: Job) -> dict[str, Any]:
+    if job.topology is None:
+        return {"cpus": f"{job.cpus}+"}
+    return {
+        "accelerators": f"tpu-{accelerator_type(job.topology)}",
+        "accelerator_args": {"runtime_version": RENTED[job.topology.chip].runtime, "tpu_vm": True},
+    }
+
+
 def write(job: Job, folder: Path) -> list[list[str]]:
     """Writes the task; returns the commands that submit it, with the bundle in `folder` too."""
+    return [upload(job, folder), write_task(job, folder / TASK)]
+
+
+def upload(job: Job, folder: Path) -> list[str]:
+    """Returns the command that uploads the code from `folder`."""
+    return ["gcloud", "storage", "cp", str(folder / BUNDLE), job.bundle_url]
+
+
+def write_task(job: Job, path: Path) -> list[str]:
+    """Writes the task; returns the command that submits it once the code is uploaded."""
     text = yaml.dump(task(job), Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
-    write_atomically(folder / TASK, text.encode())
-    return [
-        ["gcloud", "storage", "cp", str(folder / BUNDLE), job.bundle_url],
-        ["sky", "jobs", "launch", "--yes", "--name", job.run, str(folder / TASK)],
-    ]
+    write_atomically(path, text.encode())
+    return ["sky", "jobs", "launch", "--yes", "--name", job.run, str(path)]
 
 
 def afterwards(job: Job) -> dict[str, str]:

@@ -103,13 +103,23 @@ class StudyWorker:
         self._outcome.waiting = on_first_process(self._left)
         return self._outcome
 
+    def work_on(self, name: str) -> None:
+        """Trains and scores one run, unless another worker has it.
+
+        Raises UserError if there is no run of this name, or it starts from one that is not done.
+        """
+        member = self._folder.member(name)
+        if member is None or not self._folder.can_start(member):
+            raise UserError(f"run {name!r} does not follow from the results in {self._folder.path}")
+        self._attempt(member)
+
     def _next(self) -> str | None:
         """Returns the name of a run to work on, "" if there is only something to wait for, None if there is nothing."""
         members = self._folder.members()
         self._folder.write_list(members)
         waiting = False
-        for member in members.members:
-            if member.arm not in self._arms or member.name in self._done or member.name in self._outcome.failed:
+        for member in self._folder.wanted(self._arms):
+            if member.name in self._done or member.name in self._outcome.failed:
                 continue
             standing = self._folder.standing(member)
             if standing.state == "running":
@@ -118,7 +128,7 @@ class StudyWorker:
                 self._done.add(member.name)
             elif standing.loss == math.inf:
                 self._outcome.failed[member.name] = standing.why
-            elif member.run.after is None or self._is_done(member.run.after.run):
+            elif self._folder.can_start(member):
                 return member.name
         return "" if waiting and self._patient else None
 
@@ -126,13 +136,9 @@ class StudyWorker:
         members = self._folder.members().members
         return {member.name for member in members if self._folder.standing(member).state == "done"}
 
-    def _is_done(self, name: str) -> bool:
-        member = self._folder.member(name)
-        return member is not None and self._folder.standing(member).state == "done"
-
     def _left(self) -> list[str]:
-        """Returns the runs of these arms that neither are done nor have failed."""
-        mine = [member for member in self._folder.members().members if member.arm in self._arms]
+        """Returns the runs to work on that neither are done nor have failed."""
+        mine = self._folder.wanted(self._arms)
         open_ = [member.name for member in mine if self._folder.standing(member).loss is None]
         return [name for name in open_ if name not in self._outcome.failed]
 
@@ -165,6 +171,8 @@ class StudyWorker:
             self._say(f"{name}: trained and scored already, step {result.steps}")
             on_first_process(lambda: rd.refresh(folder, run.about, complete_run))
             return
+        if on_first_process(lambda: folder == self._folder.path / name and self._folder.adopt(member)):
+            self._say(f"{name}: trained in a neighbouring study, scored here")
         init = self._start(member)
         started = dataclasses.replace(run, init=init, after=None)
         self._announce(member)
@@ -181,7 +189,7 @@ class StudyWorker:
     def _announce(self, member: Member) -> None:
         """Prints which of how many runs begins and, once one has been trained, the time left for the whole study."""
         members = self._folder.members()
-        left = [m for m in members.members if m.arm in self._arms and self._folder.standing(m).loss is None]
+        left = [m for m in self._folder.wanted(self._arms) if self._folder.standing(m).loss is None]
         if len(members.members) < 3:
             return
         time_left = ""

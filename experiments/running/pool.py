@@ -24,6 +24,7 @@ from experiments.members import Member
 from experiments.running.study_folder import Standing, StudyFolder
 
 POLL_SECONDS = 1.0
+STOPPING = "stopping: every run is saved after its current step"
 MOST_DEATHS = 3
 """How often a worker that died, for lack of memory for example, is started again."""
 PARENT_DEATH_SIGNAL = 1
@@ -64,37 +65,46 @@ def run_in_pool(folder: StudyFolder, arms: Sequence[str], *, jobs: int, command:
     """
     console = Console()
     pool = _Pool(folder.path / "workers", jobs, command)
-    received: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in handlers:
-        signal.signal(number, lambda number, _: received.append(number))
-    try:
-        pool.start()
-        with _Display(folder, arms, console) as display:
-            while pool.alive() and not received:
-                display.show()
-                time.sleep(POLL_SECONDS)
-            if received:
-                console.print("stopping: every run is saved after its current step")
-                pool.stop()
-    finally:
-        pool.stop()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with received_signals() as received:
+        try:
+            pool.start()
+            with Display(folder, arms, console) as display:
+                while pool.alive() and not received:
+                    display.show()
+                    time.sleep(POLL_SECONDS)
+                if received:
+                    console.print(STOPPING)
+        finally:
+            pool.stop()
     if received:
         return 128 + received[0]
     if pool.refusal is not None:
         print(harmless(pool.refusal), file=sys.stderr)
         return 2
-    return _conclude(folder, arms, console)
+    return conclude_with_found(folder, arms, console)
 
 
-def _conclude(folder: StudyFolder, arms: Sequence[str], console: Console) -> int:
+@contextlib.contextmanager
+def received_signals() -> Iterator[list[int]]:
+    """Yields a list that SIGINT and SIGTERM are added to, instead of ending the process."""
+    received: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in handlers:
+        signal.signal(number, lambda number, _: received.append(number))
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def conclude_with_found(folder: StudyFolder, arms: Sequence[str], console: Console) -> int:
+    """Concludes with what the study's directory says of each run; returns the exit status."""
     from experiments.running.execute import Outcome
     from experiments.running.study_run import conclude
 
     outcome = Outcome()
-    for member, standing in _standings(folder, arms):
+    for member, standing in standings_of(folder, arms):
         if standing.state == "failed":
             outcome.failed[member.name] = standing.why
         elif standing.state != "done":
@@ -158,7 +168,7 @@ class _Pool:
         return next((line for line in reversed(lines) if line.strip()), f"see {self._log(number)}")
 
 
-class _Display:
+class Display:
     """Shows a bar for the study and one for each run that is being trained; without a terminal, a line now and then."""
 
     def __init__(self, folder: StudyFolder, arms: Sequence[str], console: Console):
@@ -169,7 +179,7 @@ class _Display:
         self._began, self._flops_before = time.monotonic(), -1.0
         self._last_line = 0.0
 
-    def __enter__(self) -> "_Display":
+    def __enter__(self) -> "Display":
         self._bars.__enter__()
         return self
 
@@ -177,7 +187,7 @@ class _Display:
         self._bars.__exit__(None, None, None)
 
     def show(self) -> None:
-        standings = list(_standings(self._folder, self._arms))
+        standings = list(standings_of(self._folder, self._arms))
         done = sum(standing.loss is not None for _, standing in standings)
         running = [(member, standing) for member, standing in standings if standing.state == "running"]
         left = self._left(standings)
@@ -208,7 +218,7 @@ class _Display:
         return f"about {duration((total - spent) * seconds / gained)}{more} left"
 
 
-def _standings(folder: StudyFolder, arms: Sequence[str]) -> Iterator[tuple[Member, Standing]]:
-    for member in folder.members().members:
-        if member.arm in arms:
-            yield member, folder.standing(member)
+def standings_of(folder: StudyFolder, arms: Sequence[str]) -> Iterator[tuple[Member, Standing]]:
+    """Yields the runs to work on that follow from the results so far, and how far each is."""
+    for member in folder.wanted(arms):
+        yield member, folder.standing(member)

@@ -3,19 +3,21 @@
 import contextlib
 import dataclasses
 import fcntl
+import fnmatch
 import functools
 import json
 import math
 import os
+import shutil
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from common.config import from_json, to_json
-from common.errors import UserError
-from common.files import read_json, read_object, write_json
+from common.errors import UserError, nearest
+from common.files import read_json, read_object, write_atomically, write_json
 from common.report.run_files import ListedRun, RunList
 from common.train.run_files import RunFiles, StudyFiles
 from common.train.schema import SCHEMA_VERSION
@@ -48,8 +50,13 @@ class Standing:
 class StudyFolder:
     """The directory of a study, with one directory for each run that was trained there."""
 
-    def __init__(self, path: Path, study: Study, overrides: Sequence[str] = ()):
-        self.path, self.study, self.overrides = path, study, tuple(overrides)
+    def __init__(self, path: Path, study: Study, overrides: Sequence[str] = (), runs: Sequence[str] = ()):
+        """
+        Args:
+          overrides: what the study was changed by, for the report.
+          runs: patterns of the names of the runs to work on; without any, all.
+        """
+        self.path, self.study, self.overrides, self._runs = path, study, tuple(overrides), tuple(runs)
         self._elsewhere: dict[str, Path] | None = None
         self._done: dict[str, Standing] = {}
         self._found: tuple[Losses, Members] | None = None
@@ -69,14 +76,55 @@ class StudyFolder:
         """Returns the run of this name; None if it does not follow from the results so far."""
         return next((member for member in self.members().members if member.name == name), None)
 
+    def wanted(self, arms: Collection[str]) -> list[Member]:
+        """Returns the runs of these arms to work on that follow from the results so far.
+
+        Raises UserError where none has a name that was asked for.
+        """
+        members = self.members()
+        found = {member.name: member for member in members.members if member.arm in arms}
+        if not self._runs:
+            return list(found.values())
+        kept = [name for name in found if any(fnmatch.fnmatchcase(name, pattern) for pattern in self._runs)]
+        if not kept and members.complete:
+            raise UserError(f"no run has run={','.join(self._runs)}: {nearest(self._runs[0], found)}")
+        for name in kept:  # grows while it is read
+            after = found[name].run.after
+            if after is not None and after.run not in kept:
+                kept.append(after.run)
+        return [member for name, member in found.items() if name in kept]
+
+    def can_start(self, member: Member) -> bool:
+        """Returns whether the run that it starts from, if any, is done."""
+        if member.run.after is None:
+            return True
+        before = self.member(member.run.after.run)
+        return before is not None and self.standing(before).state == "done"
+
     def run_dir(self, member: Member) -> Path:
-        """Returns the run's directory: in this study's, or in a neighbouring study's that has finished the same run."""
+        """Returns the run's directory: in this study's, or in a neighbouring study's that has scored it alike."""
         own = self.path / member.name
         if (own / RunFiles.CONFIG).exists():
             return own
+        neighbour = self._neighbour(member)
+        scored = _read_or_none(neighbour / RunFiles.RESULT) if neighbour is not None else None
+        return neighbour if neighbour and scored and scored.get("made_from") == member.made_from else own
+
+    def adopt(self, member: Member) -> bool:
+        """Copies the run from a neighbouring study that trained it but scored it otherwise; returns whether it did."""
+        own, neighbour = self.path / member.name, self._neighbour(member)
+        if neighbour is None or (own / RunFiles.CONFIG).exists():
+            return False
+        left_there = shutil.ignore_patterns(RunFiles.CONFIG, *RunFiles.OF_ONE_STUDY)
+        shutil.copytree(neighbour, own, ignore=left_there, dirs_exist_ok=True)
+        write_atomically(own / RunFiles.CONFIG, (neighbour / RunFiles.CONFIG).read_bytes())  # last: now it is whole
+        return True
+
+    def _neighbour(self, member: Member) -> Path | None:
+        """Returns the directory of the same run in a neighbouring study, if it is finished there."""
         if self._elsewhere is None:
             self._elsewhere = _finished_runs(self.path)
-        return self._elsewhere.get(member.identity, own)
+        return self._elsewhere.get(member.identity)
 
     def standing(self, member: Member) -> Standing:
         """Returns how far the run is, whoever trains it; a run that was found done once is not looked at again."""
@@ -95,7 +143,7 @@ class StudyFolder:
         step = int(last_timing(folder).get("step", 0))
         if _is_held(folder / RunFiles.WORKER) or _is_held(folder / RunFiles.LOCK):
             return Standing(state="running", step=step)
-        failure = _read_or_none(folder / RunFiles.FAILURE)
+        failure = _read_or_none(self.path / member.name / RunFiles.FAILURE)
         if failure is not None and failure.get("identity") == member.identity:
             loss = math.inf if failure.get("diverged") else None
             return Standing(state="failed", step=step, why=str(failure.get("error", "")), loss=loss)
@@ -134,10 +182,10 @@ class StudyFolder:
     def note_failure(self, member: Member, error: str, *, diverged: bool) -> None:
         """Records why the run's launch failed, until it is finished."""
         failure = {"identity": member.identity, "error": error, "diverged": diverged, "time": time.time()}
-        write_json(self.run_dir(member) / RunFiles.FAILURE, failure)
+        write_json(self.path / member.name / RunFiles.FAILURE, failure)
 
     def forget_failure(self, member: Member) -> None:
-        (self.run_dir(member) / RunFiles.FAILURE).unlink(missing_ok=True)
+        (self.path / member.name / RunFiles.FAILURE).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -15,9 +15,6 @@ from experiments.running.execute import Outcome, StudyWorker
 from experiments.running.jax_setup import set_up_jax
 from experiments.running.study_folder import StudyFolder
 
-MOST_COLUMNS = 8
-"""A table in the terminal with a column a run is printed for at most this many."""
-
 
 def run_study(folder: StudyFolder, arms: Sequence[str], *, profile_steps: int = 0) -> int:
     """Trains and scores what is missing of these arms, prints the results and writes the report.
@@ -77,11 +74,16 @@ def write_reports(folder: Path, figure: Path | None = None) -> Path:
 
 
 def _show(runs: StudyRuns, console: Console) -> None:
+    from common.report.findings import find
+    from common.report.study_page import arms_table, is_large
     from common.report.tables import comparison_table, groups_table
 
-    results = [run.result for run in runs.compared]
-    if not 0 < len(results) <= MOST_COLUMNS:
+    if is_large(runs):
+        console.print(arms_table(runs))
+        for finding in find(runs).found:
+            console.print(marked_up(finding.sentence), soft_wrap=True)
         return
+    results = [run.result for run in runs.compared]
     console.print(comparison_table(results))
     if any(result.scores for result in results):
         console.print(groups_table(results))

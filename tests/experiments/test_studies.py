@@ -39,7 +39,6 @@ def test_every_study_plans(name: str) -> None:
     runs = study.arms.values()
     assert [cell.strip() for cell in shown["parameters"]] == [f"{run.model.param_count():,}" for run in runs]
     assert [cell.strip() for cell in shown["FLOPs per step"]] == [f"{run.flops_per_step:.4g}" for run in runs]
-    assert json.loads(text[text.index("\n{") :]) == to_json(study)
 
 
 @own

@@ -1,5 +1,6 @@
 """The parts of a report on several ordered arms: their descriptions, one drawing, the cost of a conversation."""
 
+import itertools
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
@@ -59,6 +60,23 @@ def test_figure_is_a_separate_file(write_run: Callable[..., Path], tmp_path: Pat
     assert all(name in words for name in ("enc-dec", "dec-only", "third"))
     write_figure(tmp_path / "run", figure)
     assert figure.read_text(encoding="utf-8") == text
+
+
+def test_figure_of_several_seeds_shows_each_of_them(write_run: Callable[..., Path], tmp_path: Path) -> None:
+    def add_seeds(files: Files) -> None:
+        for arm, seed in itertools.product(("enc-dec", "dec-only"), (1, 2)):
+            name = f"{arm}-s{seed}"
+            labels = {"arm": arm, "seed": seed, "learning_rate": 2e-3}
+            files["runs.json"]["runs"].append(listed(arm, name=name, folder=name, seed=seed, labels=labels))
+            files |= {path.replace(f"{arm}/", f"{name}/"): v for path, v in files.items() if path.startswith(f"{arm}/")}
+
+    figure, folder = tmp_path / "figure.svg", write_run(add_seeds)
+    write_figure(folder, figure)
+    words = "".join(ElementTree.fromstring(figure.read_text(encoding="utf-8")).itertext())
+    assert "validation loss, nats per token" in words and "exact match, unseen names, points" in words
+    assert words.count("enc-dec") == words.count("dec-only") == 1
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert "enc-dec was not tuned" in page and "in each of 3 groups of runs" in page
 
 
 @pytest.mark.parametrize("declared", [True, False])

@@ -13,6 +13,7 @@ from experiments import find
 from experiments.cli.chosen import Chosen, choose, study_directory
 from experiments.cli.main import main
 from experiments.run import After, Run
+from experiments.running.study_folder import StudyFolder
 from experiments.study import Study
 from tests.experiments.tiny_study import tiny_run, tiny_study
 
@@ -163,3 +164,29 @@ def test_the_directory_is_named_after_the_study(tmp_path: Path) -> None:
     assert study_directory("tiny", None) == Path("runs/tiny")
     assert study_directory("mine/my_study.py", None) == Path("runs/my_study")
     assert study_directory("tiny", tmp_path / "there") == tmp_path / "there"
+
+
+class TestRuns:
+    def test_a_selection_by_name_keeps_the_study_and_its_arms(self) -> None:
+        found = chosen("run=gpt-64-s1,t5like*", "seeds=2")
+        assert found.runs == ("gpt-64-s1", "t5like*") and found.arms == tuple(STUDY.arms)
+        assert found.study == dataclasses.replace(STUDY, seeds=2)
+        assert chosen().runs == ()
+
+    def test_an_arm_cannot_have_the_label(self) -> None:
+        labelled = dataclasses.replace(tiny_run(Path("/data")), labels={"run": "first"})
+        with pytest.raises(UserError, match="'run', which every run gets by itself"):
+            dataclasses.replace(STUDY, arms={"gpt": labelled})
+
+    def test_the_wanted_runs_are_those_named_and_those_that_they_start_from(self, tmp_path: Path) -> None:
+        tuned = dataclasses.replace(tiny_run(Path("/data")), after=After(arm="gpt-64"))
+        study = dataclasses.replace(STUDY, arms={**STUDY.arms, "tuned": tuned}, seeds=2)
+        folder = StudyFolder(tmp_path, study, runs=("tuned-s1", "t5like-64*"))
+        names = [member.name for member in folder.wanted(tuple(study.arms))]
+        assert names == ["gpt-64-s1", "t5like-64", "t5like-64-s1", "tuned-s1"]
+        assert [member.name for member in folder.wanted(["t5like-64"])] == ["t5like-64", "t5like-64-s1"]
+        assert len(StudyFolder(tmp_path, study).wanted(tuple(study.arms))) == 10
+
+    def test_a_name_that_no_run_has(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="no run has run=gtp-64: did you mean 'gpt-64'?"):
+            StudyFolder(tmp_path, STUDY, runs=("gtp-64",)).wanted(tuple(STUDY.arms))

@@ -62,7 +62,7 @@ def test_a_run_whose_lock_is_held_is_running(
     monkeypatch.setattr(RunFiles, "WORKER", lock)
     with working_on(folder.path / "t5like"):
         text = shown(capsys, "runs/tiny")
-    assert row(text, "t5like") == f"t5like running 10 of {STEPS} {STEPS - 10} min left"
+    assert row(text, "t5like") == f"t5like running 10 of {STEPS} {STEPS - 10} min 00 s left"
     assert "1 running" in text
 
 

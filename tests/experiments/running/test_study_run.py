@@ -190,6 +190,15 @@ class TestNeighbours:
         (run,) = read_study(path).runs
         assert run.arm == "shared" and run.result.steps == STEPS
 
+    def test_a_neighbours_run_that_is_scored_otherwise_is_copied(self, done: Done, copied: Path) -> None:
+        evaluation = dataclasses.replace(self.other(done).arms["shared"].evaluation, examples=3)
+        folder = StudyFolder(copied.parent / "other", self.other(done, evaluation=evaluation))
+        (member,) = folder.members().members
+        own = folder.path / "shared"
+        assert folder.run_dir(member) == own and folder.adopt(member) and not folder.adopt(member)
+        assert (own / RunFiles.TIMINGS).read_bytes() == (copied / "gpt" / RunFiles.TIMINGS).read_bytes()
+        assert not (own / RunFiles.RESULT).exists() and (copied / "gpt" / RunFiles.RESULT).exists()
+
     def test_another_run_is(self, done: Done, copied: Path) -> None:
         other = self.other(done, learning_rate=3e-3)
         assert worked(copied.parent / "other", other).failed == {"shared": "AssertionError: work"}
