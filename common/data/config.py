@@ -116,6 +116,9 @@ class Reading:
     input_length: Annotated[int, Range(0, 2**24, unit="tokens")] | None = None
     target_length: Tokens | None = None
 
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:

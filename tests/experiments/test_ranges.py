@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from common.data.config import BytePairConfig, SentencePieceConfig
-from common.data.objectives.config import BertStyle, IidDenoising, Mixture, MixturePart, SpanCorruption
+from common.data.config import BytePairConfig, Reading, SentencePieceConfig
+from common.data.objectives.config import BertStyle, IidDenoising, Mixture, MixturePart, SpanCorruption, Supervised
 from common.data.sources.config import ByRate, BySize, SourceConfig, SourceMixture, Stage
 from common.errors import UserError
 from common.infer.config import Beam, GenerationConfig, Greedy, Limits, Sample
@@ -46,7 +46,7 @@ ZEROS = """
     ByRate.rates Stage.rates MixturePart.rate Stage.from_step Limits.min_new_tokens SentencePieceConfig.sentinels
     BytePairConfig.sentinels Linear.warmup_steps Cosine.warmup_steps WSD.warmup_steps Constant.warmup_steps
     Linear.final_fraction Cosine.final_fraction WSD.final_fraction Recipe.dropout Recipe.z_loss
-    DataConfig.seed TrainConfig.seed GenerationConfig.seed Parity.flops_within Search.extend
+    DataConfig.seed Reading.input_length TrainConfig.seed GenerationConfig.seed Parity.flops_within Search.extend
 """.split()
 
 
@@ -81,7 +81,8 @@ def numbers(cls: type) -> list[str]:
 
 
 CONFIGS = sorted({*types_within(Study), *map(type, EXAMPLES)}, key=lambda cls: cls.__qualname__)
-EXAMPLE_OF = {type(one): one for example in EXAMPLES for one in objects_within(example)}
+READING = Reading(objective=Supervised(), input_length=8, target_length=8)
+EXAMPLE_OF = {type(one): one for example in (*EXAMPLES, READING) for one in objects_within(example)}
 FIELDS = [(cls, name) for cls in CONFIGS for name in numbers(cls)]
 
 
