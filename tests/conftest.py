@@ -8,6 +8,7 @@ operations that do not carry the lines of Python that made them, save a tenth of
 import gc
 import os
 import platform
+import signal
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -34,6 +35,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job, whose programs would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 KEPT_SECONDS = 14 * 24 * 3600
 """How long a compiled program that no test reads is kept."""

@@ -12,7 +12,7 @@ from common.allocator import keep_freed_memory
 
 ROOT = Path(__file__).parents[2]
 MOST, FEW = 16_000, 160
-"""Of the 16,384 pages of 4 KiB in the block of 64 MiB that the program below uses: all but the heap's first ones."""
+"""The program below uses a block of 64 MiB, which has 16,384 pages of 4 KiB; a few may be the heap's already."""
 PROGRAM = """
 import ctypes, resource, sys
 from common.allocator import keep_freed_memory, release_freed_memory

@@ -20,7 +20,7 @@ from common.train.run_files import RunFiles
 from common.train.state import abstract_state, init_state
 from common.train.task import Task
 from experiments.families import builder
-from tests.common.train.runs import families, same_bits
+from tests.common.train.runs import same_bits
 from tests.tiny import RECIPE, Observer, jax_settings, setup, task, tiny, train_config
 
 RATE = 1e-2
@@ -60,7 +60,7 @@ def test_runs_of_other_programs_do_not(change: dict[str, Any]) -> None:
     assert make_programs(member("gpt", **change).setup) is not make_programs(member("gpt").setup)
 
 
-@families
+@pytest.mark.parametrize("family", ["gpt", pytest.param("t5like", marks=pytest.mark.slow)])
 def test_a_second_run_traces_nothing_and_trains_as_alone(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
 
 @pytest.fixture
 def folder(study: Study) -> StudyFolder:
-    """Of gpt, gpt-s1, t5like and t5like-s1: done, failed, half trained, not begun."""
+    """gpt is done, gpt-s1 has failed, t5like is half trained, t5like-s1 has not begun."""
     folder = StudyFolder(Path("runs/tiny"), study, ["seeds=2"])
     folder.write_list(folder.members())
     done, failed, half, _ = folder.members().members

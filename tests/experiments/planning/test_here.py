@@ -195,7 +195,7 @@ def test_the_totals_are_those_of_all_runs(timed: list[Run], study: Study) -> Non
 
 
 def test_a_study_of_many_arms_is_a_line_an_arm_and_times_a_few(timed: list[Run], study: Study) -> None:
-    """Of 48 arms in 8 shapes, 4 shapes are timed; those have half of the arms."""
+    """The study has 48 arms in 8 shapes. Four shapes are timed, which half of the arms have."""
     arms = {
         f"{family}-{width}-{rate}": dataclasses.replace(
             with_model(study.arms[family], d_ff=width), learning_rate=rate, labels={}
