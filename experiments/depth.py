@@ -14,9 +14,10 @@ from itertools import product
 from typing import Any
 
 from common.compute.matching import match_training_flops
+from common.report.claims import Parity
 from experiments.families import GPT, T5LIKE
 from experiments.structure import structure
-from experiments.study import Parity, Study
+from experiments.study import Study
 
 
 def depth() -> Study:

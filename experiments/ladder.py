@@ -15,10 +15,11 @@ outcome. Intervals over seeds and all 16 combinations are left to another experi
 import dataclasses
 
 from common.compute.matching import match_training_flops
+from common.report.claims import Parity
 from common.train.config import Budget, Linear
 from experiments.first_light import first_light
 from experiments.run import Evaluation, MultiTurn
-from experiments.study import Parity, Study
+from experiments.study import Study
 from t5like.config import RUNGS, T5LikeConfig
 
 HYPOTHESES = {

@@ -12,8 +12,9 @@ import dataclasses
 from itertools import product
 
 from common.data.sources.config import SourceConfig
+from common.report.claims import Parity
 from experiments.structure import structure
-from experiments.study import Parity, Study
+from experiments.study import Study
 
 
 def languages() -> Study:

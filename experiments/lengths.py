@@ -15,10 +15,11 @@ from common.compute.matching import match_training_flops
 from common.data.config import SentencePieceConfig
 from common.data.objectives.config import SpanCorruption
 from common.data.sources.config import SourceConfig
+from common.report.claims import Parity
 from experiments.families import GPT
 from experiments.run import Evaluation
 from experiments.structure import structure
-from experiments.study import Parity, Study
+from experiments.study import Study
 
 SLOTS = {0.15: (104, 24), 0.3: (84, 44), 0.5: (64, 64)}
 """Share of noise -> input and target slots of a row, which T5's spans of 3 tokens fill."""

@@ -21,10 +21,11 @@ from common.data.config import DataConfig, SentencePieceConfig
 from common.data.objectives.config import Supervised
 from common.data.sources.config import SourceConfig
 from common.recipe import Execution, Recipe
+from common.report.claims import Parity
 from common.train.config import AdamW, Budget, Linear, TrainConfig
 from experiments.families import GPT, T5LIKE
 from experiments.run import Evaluation, Run
-from experiments.study import Parity, Study
+from experiments.study import Study
 
 
 def multi30k() -> Study:

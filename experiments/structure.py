@@ -14,11 +14,12 @@ from itertools import product
 from typing import Any
 
 from common.compute.matching import match_training_flops
+from common.report.claims import Parity
 from common.train.config import Budget, Linear
 from experiments.families import GPT, T5LIKE
 from experiments.first_light import first_light
 from experiments.run import Evaluation
-from experiments.study import Parity, Search, Study
+from experiments.study import Search, Study
 
 SWITCHES = {
     "cross_attention": ("separate", "merged"),

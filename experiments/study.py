@@ -7,44 +7,19 @@ trained model; `experiments.members` lists them all.
 import dataclasses
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
-from common.compute.ledger import FLOPS_TOLERANCE
 from common.compute.matching import matching_widths, unequal
 from common.compute.model_config import ModelConfig as AnyModel
 from common.errors import UserError, nearest
 from common.files import plain_name
-from common.ranges import Count, NotNegative, Range, check_ranges
+from common.ranges import Count, Range, check_ranges
+from common.report.claims import Parity
 from common.train.config import Budget
 from experiments.run import Label, LearningRate, Run
 
 RESERVED_LABELS = ("arm", "run", "seed", "learning_rate")
 """Labels that every run of a study gets by itself, and `run`, which selects runs by their names."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Parity:
-    """What a study claims to hold equal between arms that differ in certain labels only.
-
-    Runs that are equal in all other labels, seed included, form a group; within each group the report checks the claim.
-    """
-
-    over: tuple[str, ...] = ("arm",)
-    """The labels in which the arms of a group may differ; `arm` stands for all of them."""
-    data: Literal["batches", "prefix", "source", "any"] = "batches"
-    """`batches`: the same batches in the same order. `prefix`: a shorter run reads the first batches of a longer one.
-    `source`: the same source examples in the same order, whatever the objective makes of them."""
-    steps: bool = True
-    """Whether they train for the same number of steps."""
-    flops_within: NotNegative | None = FLOPS_TOLERANCE
-    """Largest relative difference in training FLOPs; None: they may differ."""
-    apart: tuple[str, ...] = ()
-    """Fields of a run that may differ because the study is about them, such as `model.memory`; `*` matches anything.
-
-    Sizes and tuned learning rates may always differ, other fields never."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,12 @@ from common.data.config import DataConfig, SentencePieceConfig
 from common.data.objectives.config import SpanCorruption
 from common.data.sources.config import SourceConfig
 from common.recipe import Execution
+from common.report.claims import Parity
 from common.sharding.shape import MeshShape
 from common.train.config import Adafactor, Budget, InverseSqrt, TrainConfig
 from experiments.families import GPT, T5LIKE
 from experiments.run import Evaluation, Run
-from experiments.study import Parity, Study
+from experiments.study import Study
 
 
 def xl() -> Study:

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from common.infer.policy import Policy
     from common.infer.score import Score
     from common.recipe import GPT2, LLAMA, T5_V1_0, T5_V1_1, Execution, Recipe
+    from common.report.claims import Parity
     from common.sharding.shape import MeshShape
     from common.train.config import (
         WSD,
@@ -66,7 +67,7 @@ if TYPE_CHECKING:
     from experiments.models.loading import load
     from experiments.run import After, Evaluation, MultiTurn, Run
     from experiments.running.in_python import results, run
-    from experiments.study import Parity, Search, Study
+    from experiments.study import Search, Study
 
 MODULES = {
     "common.compute.length_sums": "LengthSums",
@@ -81,6 +82,7 @@ MODULES = {
     "common.infer.config": "Beam Greedy Sample",
     "common.infer.policy": "Policy",
     "common.infer.score": "Score",
+    "common.report.claims": "Parity",
     "common.recipe": "GPT2 LLAMA T5_V1_0 T5_V1_1 Execution Recipe",
     "common.sharding.shape": "MeshShape",
     "common.train.config": (
@@ -91,7 +93,7 @@ MODULES = {
     "experiments.models.loading": "load",
     "experiments.run": "After Evaluation MultiTurn Run",
     "experiments.running.in_python": "results run",
-    "experiments.study": "Parity Search Study",
+    "experiments.study": "Search Study",
 }
 """The modules that define the public names, with those names."""
 

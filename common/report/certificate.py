@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 from common.report.checks import NAMED, Check, all_agree, by_name
+from common.report.claims import Parity
 from common.report.parity import check_group, groups, unclaimed
 from common.report.results import ArmResult
-from common.report.run_files import FinishedRun, ParityClaim, StudyRuns
+from common.report.run_files import FinishedRun, StudyRuns
 from common.report.units import fill, percent, scientific, si
 
 LEDGER_TOLERANCE = 0.02
@@ -72,7 +73,7 @@ def certify(study: StudyRuns) -> Certificate:
     )
 
 
-def differences(first: FinishedRun, second: FinishedRun, claim: ParityClaim) -> tuple[str, ...]:
+def differences(first: FinishedRun, second: FinishedRun, claim: Parity) -> tuple[str, ...]:
     """Names the checks in which two runs of a group differ against a claim, or against XLA's count."""
     pair = {run.name: run for run in (first, second)}
     failed = [check for check in check_group(pair, claim) if check.agrees is False]
@@ -80,7 +81,7 @@ def differences(first: FinishedRun, second: FinishedRun, claim: ParityClaim) -> 
     return tuple(f"“{check.name}”" for check in [*failed, *([counted] if counted.agrees is False else [])])
 
 
-def _between(claim: ParityClaim) -> str:
+def _between(claim: Parity) -> str:
     labels = [label for label in claim.over if label != "arm"]
     return "between all arms" if "arm" in claim.over else f"between arms that differ in {' or '.join(labels)}"
 

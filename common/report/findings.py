@@ -16,10 +16,11 @@ from common.analysis.interval import Interval
 from common.analysis.resolution import Claim, ComparedArm, Resolution, Tuning, decide
 from common.analysis.seeds import SeedComparison, compare_seeds, crossed_interval
 from common.report.certificate import differences
+from common.report.claims import Parity
 from common.report.effects import effects
 from common.report.examples import Key, samples_by_key
 from common.report.parity import groups
-from common.report.run_files import FinishedRun, ParityClaim, StudyRuns
+from common.report.run_files import FinishedRun, StudyRuns
 from common.report.tables import find_score, splits
 from common.report.units import p_text
 
@@ -229,7 +230,7 @@ def tuning(study: StudyRuns, arm: str) -> Tuning | None:
         return None
     tried = {run.labels["learning_rate"] for run in study.listed.runs if run.arm == arm}
     rates = [float(rate) for rate in {*search["rates"], *tried}]
-    space = f"learning_rate {min(rates):g}..{max(rates):g}, mean validation loss over {search.get('seeds', 1)} seeds"
+    space = f"learning_rate {min(rates):g}..{max(rates):g}, mean validation loss over {search['seeds']} seeds"
     return Tuning(space=space, trials=choice.trials, at_edge=choice.at_edge)
 
 
@@ -238,7 +239,7 @@ def _pairs(study: StudyRuns) -> dict[tuple[str, str], _Pair]:
     by_arm: dict[str, dict[int, FinishedRun]] = {}
     for run in study.compared:
         by_arm.setdefault(run.arm, {})[run.seed] = run
-    claims: dict[tuple[str, str], list[ParityClaim]] = {}
+    claims: dict[tuple[str, str], list[Parity]] = {}
     for claim in study.parity:
         for group in groups(study, claim).values():
             for pair in _pairs_of(dict.fromkeys(run.arm for run in group.values())):
@@ -261,7 +262,7 @@ def _pairs_of(arms: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def _differences(
-    first: Mapping[int, FinishedRun], second: Mapping[int, FinishedRun], claims: Sequence[ParityClaim]
+    first: Mapping[int, FinishedRun], second: Mapping[int, FinishedRun], claims: Sequence[Parity]
 ) -> Iterator[str]:
     for claim in claims:
         for seed in first.keys() & second.keys():

@@ -13,7 +13,7 @@ OWN_FIELDS = frozenset(
     | {"encoder_layers", "decoder_layers", "learning_rate"}
 )
 """Last names of config fields that may differ between arms: sizes, which match compute, and the tuned learning rate."""
-IDENTITY_FIELDS = ("arm", "about", "model.kind", "after.identity")
+IDENTITY_FIELDS = ("arm", "about", "labels", "model.kind", "after.identity")
 """Config fields that say which arm it is, or which arm it starts from; they always differ."""
 
 
@@ -41,7 +41,7 @@ def one_recipe(configs: Mapping[str, Mapping[str, Any]], apart: Sequence[str]) -
     if wrong := [field for field in unequal if field not in allowed and field not in family]:
         detail = "; ".join(f"{field}: {by_name(values[field])}" for field in wrong)
         return Check(name="one recipe", agrees=False, detail=detail)
-    own = [field for field in allowed if field not in IDENTITY_FIELDS] + family
+    own = [field for field in allowed if not _is_named(field, IDENTITY_FIELDS)] + family
     shown = [f"{field} ({' / '.join(map(str, values[field].values()))})" for field in own]
     detail = f"{len(values) - len(unequal)} shared fields are equal"
     detail += f"; each arm has its own {', '.join(shown)}" if shown else ""
@@ -69,9 +69,17 @@ def _values_by_field(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict
 
 def _may_differ(field: str, apart: Sequence[str]) -> bool:
     """Returns whether runs may set a field differently, whatever their families."""
-    patterns = [*IDENTITY_FIELDS, *apart]
-    is_named = any(fnmatch.fnmatchcase(field, p) or fnmatch.fnmatchcase(field, f"{p}.*") for p in patterns)
+    is_named = _is_named(field, [*IDENTITY_FIELDS, *apart])
     return is_named or field.rsplit(".", 1)[-1] in OWN_FIELDS or not decides_result(field)
+
+
+def _is_named(field: str, patterns: Iterable[str]) -> bool:
+    """Returns whether a pattern names a field, or one that it lies below.
+
+    >>> _is_named("labels.width", ["labels"]), _is_named("model.d_ff", ["model.memory"])
+    (True, False)
+    """
+    return any(fnmatch.fnmatchcase(field, p) or fnmatch.fnmatchcase(field, f"{p}.*") for p in patterns)
 
 
 def _is_of_one_family(field: str, values: Mapping[str, Mapping[str, Any]]) -> bool:

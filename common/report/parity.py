@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from common.report.checks import Check, by_name
+from common.report.claims import Parity
 from common.report.one_recipe import one_recipe
-from common.report.run_files import FinishedRun, ParityClaim, StudyRuns
+from common.report.run_files import FinishedRun, StudyRuns
 from common.report.units import percent, scientific
 
 Group = Mapping[str, FinishedRun]
@@ -17,12 +18,12 @@ DATA_IDENTITIES = {"content_id": "same dataset version", "tokenizer_hash": "same
 """Entries of environment.json that must be equal, with the name of the check."""
 FREE_FIELDS = {
     "any": ("data",),
-    "source": ("data.objective", "data.input_length", "data.target_length"),
+    "source": ("data.objective", "data.input_length", "data.target_length", "data.joint"),
 }
 """Config fields that a claim about the data leaves free."""
 
 
-def groups(study: StudyRuns, claim: ParityClaim) -> dict[str, Group]:
+def groups(study: StudyRuns, claim: Parity) -> dict[str, Group]:
     """Returns the groups of a claim that have at least two runs, by what the runs of a group share, such as `seed 0`.
 
     Runs of one group are equal in every label but those that the claim is over; the seed is always among the equal
@@ -36,7 +37,7 @@ def groups(study: StudyRuns, claim: ParityClaim) -> dict[str, Group]:
     return {", ".join(f"{k} {v}" for k, v in key): group for key, group in found.items() if len(group) > 1}
 
 
-def check_group(group: Group, claim: ParityClaim) -> list[Check]:
+def check_group(group: Group, claim: Parity) -> list[Check]:
     """Checks every part of a claim; parts that are not claimed, or that no run recorded, have no check."""
     checks = [_same_data(group, claim)] if claim.data != "any" else []
     checks += _same_identities(group, claim)
@@ -46,7 +47,7 @@ def check_group(group: Group, claim: ParityClaim) -> list[Check]:
     return checks
 
 
-def unclaimed(group: Group, claim: ParityClaim) -> Iterator[str]:
+def unclaimed(group: Group, claim: Parity) -> Iterator[str]:
     """Yields what a claim does not hold equal and how far it differs in a group; what is equal anyway is not named."""
     steps = [run.result.steps for run in group.values()]
     flops = [run.result.flops.full_attention for run in group.values()]
@@ -60,7 +61,7 @@ def unclaimed(group: Group, claim: ParityClaim) -> Iterator[str]:
         yield f"training FLOPs ({scientific(min(flops))} to {scientific(max(flops))})"
 
 
-def _apart(claim: ParityClaim) -> tuple[str, ...]:
+def _apart(claim: Parity) -> tuple[str, ...]:
     budget = () if claim.steps else ("train.budget",)
     return (*claim.apart, *FREE_FIELDS.get(claim.data, ()), *budget)
 
@@ -78,7 +79,7 @@ def first_difference(fingerprints: Mapping[str, Mapping[int, str]]) -> int | Non
     return None
 
 
-def _same_data(group: Group, claim: ParityClaim) -> Check:
+def _same_data(group: Group, claim: Parity) -> Check:
     if claim.data == "source":
         return _same_source(group, equally_long=claim.steps)
     name = "same data in the same order" if claim.data == "batches" else "shorter runs read the first batches of longer"
@@ -134,7 +135,7 @@ def _compared(name: str, chains: Mapping[str, Mapping[int, str]], detail: str, d
     return Check(name=name, agrees=False, detail=found)
 
 
-def _same_identities(group: Group, claim: ParityClaim) -> Iterator[Check]:
+def _same_identities(group: Group, claim: Parity) -> Iterator[Check]:
     for key, name in DATA_IDENTITIES.items():
         values = {title: run.environment.get(key) for title, run in group.items()}
         if claim.data != "any" and any(value is not None for value in values.values()):
@@ -143,7 +144,7 @@ def _same_identities(group: Group, claim: ParityClaim) -> Iterator[Check]:
             yield Check(name=name, agrees=agrees, detail=detail)
 
 
-def _same_counts(group: Group, claim: ParityClaim) -> Check:
+def _same_counts(group: Group, claim: Parity) -> Check:
     """Checks the number of steps and, where the batches are claimed equal, of what they hold."""
     shows: Sequence[tuple[str, Callable[[FinishedRun], int]]] = (
         ("{:,} steps", lambda run: run.result.steps),

@@ -12,7 +12,7 @@ from common.files import write_atomically
 from common.report.run_files import FinishedRun, StudyRuns
 
 VALIDATION = "validation"
-"""The task of the validation loss. A scored split of that name is told apart by its metric."""
+"""The task of the validation loss. A scored split may have the same name; its metric is another."""
 COLUMNS = {
     **{"study": "string", "run": "string", "identity": "string", "arm": "string", "seed": "int64"},
     **{"learning_rate": "float64", "compared": "bool", "step": "int64", "task": "string", "group": "string"},

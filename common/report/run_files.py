@@ -4,12 +4,12 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from common.compute.ledger import FLOPS_TOLERANCE
 from common.errors import UserError
 from common.files import plain_name
 from common.json_text import parse_json
+from common.report.claims import Parity
 from common.report.results import ArmResult
 from common.train.run_files import RunFiles, StudyFiles
 from common.train.schema import check_schema
@@ -53,19 +53,6 @@ class ScoredSample:
     prediction: str
     correct: bool
     group: str | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ParityClaim:
-    """What a study claims to hold equal within each group of compared runs; fields as in the study's config."""
-
-    over: tuple[str, ...] = ("arm",)
-    """Runs that are equal in all other labels form a group; `arm` stands for all labels but the seed."""
-    data: Literal["batches", "prefix", "source", "any"] = "batches"
-    steps: bool = True
-    flops_within: float | None = FLOPS_TOLERANCE
-    apart: tuple[str, ...] = ()
-    """Patterns of the config fields that may differ."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,7 +131,7 @@ class StudyRuns:
 
     study: Mapping[str, Any]
     """The study's config: question, search and so on."""
-    parity: tuple[ParityClaim, ...]
+    parity: tuple[Parity, ...]
     listed: RunList
     runs: tuple[FinishedRun, ...]
     """The runs that have a result."""
@@ -221,11 +208,11 @@ def read_study(folder: Path) -> StudyRuns:
     return StudyRuns(study=study, parity=_read_parity(study, path), listed=listed, runs=runs)
 
 
-def _read_parity(study: Mapping[str, Any], path: Path) -> tuple[ParityClaim, ...]:
+def _read_parity(study: Mapping[str, Any], path: Path) -> tuple[Parity, ...]:
     from pydantic import TypeAdapter
 
     claims = json.dumps(study.get("parity", [{}]))
-    return _parse(TypeAdapter(tuple[ParityClaim, ...]), claims, path, " parity")
+    return _parse(TypeAdapter(tuple[Parity, ...]), claims, path, " parity")
 
 
 def _read_list(path: Path) -> RunList:

@@ -39,7 +39,7 @@ def trials_of(study: StudyRuns) -> tuple[ArmTrials, ...]:
         return ()
     found: dict[str, dict[float, list[float]]] = {run.arm: {} for run in study.first_seed}
     for run in sorted(study.runs, key=lambda run: run.rate):
-        if run.seed < search.get("seeds", 1) and run.arm in found:
+        if run.seed < search["seeds"] and run.arm in found:
             found[run.arm].setdefault(run.rate, []).append(run.result.validation_loss)
     return tuple(
         ArmTrials(arm=arm, losses=losses, choice=study.listed.chosen.get(arm)) for arm, losses in found.items()

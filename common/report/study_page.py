@@ -122,7 +122,7 @@ def search_parts(study: StudyRuns, findings: Findings) -> dict[str, Any]:
             }
             for arm in trials
         ],
-        "trial_seeds": study.study["search"].get("seeds", 1),
+        "trial_seeds": study.study["search"]["seeds"],
         "rates_plot": study_plots.rates_plot(trials),
         "effort_plot": study_plots.effort_plot(trials),
         "reversals": list(reversals(trials, findings)),

@@ -153,7 +153,7 @@ def caveat(study: StudyRuns) -> str:
 def _compare(
     study: StudyRuns, examples: tuple[PairedExample, ...], split: str, other: int
 ) -> list[_Comparison | Verdict]:
-    """Compares by exact match and, if both arms have one, by BLEU; the experiment's headline metric comes first."""
+    """Compares by exact match and, if both arms have one, by BLEU; the study's headline metric comes first."""
     first, second = study.first_seed[0], study.first_seed[other]
     pairs = [
         (a, b)

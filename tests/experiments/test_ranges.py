@@ -14,11 +14,12 @@ from common.data.sources.config import ByRate, BySize, SourceConfig, SourceMixtu
 from common.errors import UserError
 from common.infer.config import Beam, GenerationConfig, Greedy, Limits, Sample
 from common.ranges import ranges_of
+from common.report.claims import Parity
 from common.train.config import WSD, Adafactor, AdamW, Anomalies, Budget, Constant, Cosine, InverseSqrt, Linear
 from experiments import find
 from experiments.cli.chosen import choose
 from experiments.run import After, MultiTurn
-from experiments.study import Parity, Search, Study
+from experiments.study import Search, Study
 from tests.tiny import tiny
 
 FIRST_LIGHT = find.load("first_light")

@@ -3,10 +3,10 @@ import dataclasses
 import pytest
 
 from common.errors import UserError
+from common.report.claims import Parity
 from common.train.config import Budget
 from experiments.first_light import first_light
 from experiments.run import After, identity
-from experiments.study import Parity
 
 STUDY = first_light()
 

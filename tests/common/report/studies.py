@@ -4,13 +4,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from common.report.claims import Parity
 from common.report.results import ArmResult, Flops
 from common.report.run_files import (
     Choice,
     FinishedRun,
     ListedRun,
     MetricsRow,
-    ParityClaim,
     RunList,
     ScoredSample,
     StudyRuns,
@@ -96,7 +96,7 @@ def finished(
 
 def study_of(
     *runs: FinishedRun,
-    parity: Sequence[ParityClaim] = (ParityClaim(),),
+    parity: Sequence[Parity] = (Parity(),),
     rates: Sequence[float] = (),
     chosen: Mapping[str, Choice] | None = None,
     unfinished: Sequence[ListedRun] = (),

@@ -9,13 +9,14 @@ import pytest
 
 from common.analysis.seeds import compare_seeds, crossed_interval, t_interval
 from common.evals.text_metrics import score_texts
+from common.report.claims import Parity
 from common.report.findings import Findings, Measure, find
-from common.report.run_files import Choice, FinishedRun, ParityClaim, ScoredSample, StudyRuns
+from common.report.run_files import Choice, FinishedRun, ScoredSample, StudyRuns
 from common.report.verdicts import caveat, verdicts
 from tests.common.report.studies import RATE, finished, study_of
 
 RATES = (RATE / 2, RATE, RATE * 2)
-EVERY_ARM = ParityClaim()
+EVERY_ARM = Parity()
 TUNED = Choice(rate=RATE, at_edge=False, trials=3)
 
 
@@ -115,14 +116,14 @@ def test_a_diverged_run_is_never_dropped_in_silence() -> None:
 
 def test_arms_without_a_common_seed_are_not_compared() -> None:
     study = study_of(finished("a", seed=0), finished("b", seed=1))
-    found = find(dataclasses.replace(study, parity=(ParityClaim(),)))
+    found = find(dataclasses.replace(study, parity=(Parity(),)))
     assert found == Findings(found=(), uncompared=())  # they are in no group
 
 
 def test_pairs_within_the_groups_of_claims() -> None:
     """Every pair of up to four arms; more are compared with the first. Arms of different groups are not compared."""
 
-    def pairs(count: int, parity: ParityClaim = EVERY_ARM) -> list[str]:
+    def pairs(count: int, parity: Parity = EVERY_ARM) -> list[str]:
         runs = [
             finished(f"{i}", seed=seed, labels={"even": i % 2, "i": i}, validation_loss=i + seed / 9)
             for i in range(count)
@@ -132,7 +133,7 @@ def test_pairs_within_the_groups_of_claims() -> None:
 
     assert pairs(2) == ["01"] and pairs(4) == ["01", "02", "03", "12", "13", "23"]
     assert pairs(6) == ["01", "02", "03", "04", "05"]
-    assert pairs(5, ParityClaim(over=("i",))) == ["02", "04", "24", "13"]
+    assert pairs(5, Parity(over=("i",))) == ["02", "04", "24", "13"]
 
 
 def scored(arm: str, seed: int, correct_E: np.ndarray, shift: int = 0) -> FinishedRun:

@@ -6,15 +6,16 @@ from typing import Any
 import pytest
 
 from common.report.certificate import certify, differences
+from common.report.claims import Parity
 from common.report.parity import check_group, groups
-from common.report.run_files import Choice, FinishedRun, ParityClaim
+from common.report.run_files import Choice, FinishedRun
 from tests.common.report.studies import finished, study_of
 
 CHAIN = ("a", "b", "c", "d")
 OTHER = ("a", "b", "x", "y")
 
 
-def answers(*runs: FinishedRun, claim: ParityClaim) -> dict[str, bool | None]:
+def answers(*runs: FinishedRun, claim: Parity) -> dict[str, bool | None]:
     group = {run.name: run for run in runs}
     return {check.name: check.agrees for check in check_group(group, claim)}
 
@@ -28,18 +29,18 @@ def test_groups_are_equal_in_every_label_but_those_that_the_claim_is_over() -> N
     ]
     trial = finished("gpt-64", rate=9.0, labels={"family": "gpt", "width": 64}, compared=False)
     study = study_of(*runs, trial)
-    found = groups(study, ParityClaim(over=("family",)))
+    found = groups(study, Parity(over=("family",)))
     assert {key: [run.arm for run in group.values()] for key, group in found.items()} == {
         f"width {width}, seed {seed}": [f"gpt-{width}", f"t5like-{width}"] for width in (64, 128) for seed in (0, 1)
     }
-    assert {key: len(group) for key, group in groups(study, ParityClaim()).items()} == {"seed 0": 4, "seed 1": 4}
-    assert groups(study, ParityClaim(over=("family", "width"))).keys() == {"seed 0", "seed 1"}
+    assert {key: len(group) for key, group in groups(study, Parity()).items()} == {"seed 0": 4, "seed 1": 4}
+    assert groups(study, Parity(over=("family", "width"))).keys() == {"seed 0", "seed 1"}
 
 
 def test_a_lone_run_of_a_group_is_in_none() -> None:
     lone = finished("c", labels={"width": 3})
     study = study_of(finished("a", labels={"width": 1}), finished("b", labels={"width": 2}), lone)
-    claim = ParityClaim(over=("family",))
+    claim = Parity(over=("family",))
     assert groups(study, claim) == {}
     assert certify(dataclasses.replace(study, parity=(claim,))).headline == "no runs of one group: nothing to compare"
 
@@ -58,7 +59,7 @@ def test_a_lone_run_of_a_group_is_in_none() -> None:
     ],
 )
 def test_data_are_compared_as_claimed(first: tuple[str, ...], second: tuple[str, ...], data: Any, agrees: bool) -> None:
-    claim = ParityClaim(data=data, steps=False, flops_within=None)
+    claim = Parity(data=data, steps=False, flops_within=None)
     for pair in ((first, second), (second, first)):
         found = answers(*(finished(name, chain=chain) for name, chain in zip("ab", pair, strict=True)), claim=claim)
         assert list(found.values()) == ([True] if agrees is None else [agrees, True]), found
@@ -66,7 +67,7 @@ def test_data_are_compared_as_claimed(first: tuple[str, ...], second: tuple[str,
 
 def test_source_examples_are_compared_where_they_are_recorded() -> None:
     """Batches of another objective differ; their source examples need not."""
-    claim = ParityClaim(data="source")
+    claim = Parity(data="source")
     first, same = finished("a", chain=CHAIN, source=CHAIN), finished("b", chain=OTHER, source=CHAIN)
     name = "same source examples in the same order"
     assert answers(first, same, claim=claim)[name] is True
@@ -87,9 +88,9 @@ def test_what_is_not_claimed_is_named_and_does_not_fail() -> None:
         finished("a", labels={"size": 1}, config=configs[0]),
         finished("b", labels={"size": 2}, config=configs[1], steps=240, fingerprint="1", flops=flops),
     ]
-    strict = certify(study_of(*runs, parity=[ParityClaim(over=("size",))]))
+    strict = certify(study_of(*runs, parity=[Parity(over=("size",))]))
     assert strict.headline == "4 of 5 checks DIFFER" and not strict.unclaimed
-    loose = ParityClaim(over=("size",), data="any", steps=False, flops_within=None)
+    loose = Parity(over=("size",), data="any", steps=False, flops_within=None)
     certificate = certify(study_of(*runs, parity=[loose]))
     assert certificate.agrees
     assert certificate.unclaimed == (
@@ -104,7 +105,23 @@ def test_what_is_not_claimed_is_named_and_does_not_fail() -> None:
 )
 def test_fields_taken_apart_are_patterns(apart: tuple[str, ...], agrees: bool) -> None:
     runs = [finished(name, config={"model": {"kind": "x", "memory": name}}) for name in "ab"]
-    assert answers(*runs, claim=ParityClaim(apart=apart))["one recipe"] is agrees
+    assert answers(*runs, claim=Parity(apart=apart))["one recipe"] is agrees
+
+
+def test_arms_of_a_joint_plan_may_name_each_other() -> None:
+    """Each names how the others read the source, so their configs differ in it; the fingerprints prove the rest."""
+    runs = [
+        finished(name, chain=CHAIN, source=CHAIN, config={"data": {"joint": [{"objective": {"kind": other}}]}})
+        for name, other in ("ab", "ba")
+    ]
+    assert answers(*runs, claim=Parity(data="source"))["one recipe"] is True
+    assert answers(*runs, claim=Parity())["one recipe"] is False
+
+
+def test_labels_are_not_part_of_the_recipe() -> None:
+    runs = [finished(name, config={"labels": {"arm": name, "width": ord(name)}, "seed": 0}) for name in "ab"]
+    recipe = next(check for check in certify(study_of(*runs)).checks if check.name == "one recipe")
+    assert recipe.agrees and "labels" not in recipe.detail
 
 
 def test_eighty_runs_give_one_line_for_each_question() -> None:
@@ -125,7 +142,7 @@ def test_eighty_runs_give_one_line_for_each_question() -> None:
 
 def test_each_claim_has_its_own_checks() -> None:
     runs = [finished(f"{f}{w}", labels={"f": f, "w": w}, fingerprint=f"{w}") for f in "gt" for w in (1, 2)]
-    parity = [ParityClaim(over=("f",)), ParityClaim(over=("w",), data="any")]
+    parity = [Parity(over=("f",)), Parity(over=("w",), data="any")]
     certificate = certify(study_of(*runs, parity=parity))
     assert certificate.agrees
     assert [check.name for check in certificate.checks if "data" in check.name] == [
@@ -137,8 +154,8 @@ def test_each_claim_has_its_own_checks() -> None:
 
 def test_two_runs_differ_in_the_checks_that_fail_between_them() -> None:
     first, second = finished("a"), finished("b", steps=100, xla_flops_per_step=1.0)
-    assert differences(first, finished("c"), ParityClaim()) == ()
-    assert differences(first, second, ParityClaim()) == (
+    assert differences(first, finished("c"), Parity()) == ()
+    assert differences(first, second, Parity()) == (
         "“same steps, examples and tokens”",
         "“ledger = XLA within 2 %”",
     )
