@@ -50,7 +50,7 @@ class Members:
     """Whether no run will be added to these."""
 
     def of_comparison(self) -> tuple[Member, ...]:
-        """Returns the runs that arms are compared by: all without a search, else those at the chosen rates."""
+        """Returns the runs that arms are compared by: all while no rate is chosen, else those at the chosen rates."""
         return tuple(
             member
             for member in self.members

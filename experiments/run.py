@@ -159,10 +159,14 @@ def made_from(run: Run) -> str:
     return hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def complete_run(stored: dict[str, Any]) -> dict[str, Any]:
-    """Returns the JSON of a `Run` that this or an earlier version wrote, with the fields that have been added since.
+def restore_run(stored: dict[str, Any]) -> Run:
+    """Restores a run from the JSON that this or an earlier version wrote; fields added since take their defaults.
 
     Earlier versions also wrote the names of the experiment and the arm.
     """
-    kept = {key: value for key, value in stored.items() if key not in ("experiment", "arm")}
-    return to_json(from_earlier_json(Run, kept))
+    return from_earlier_json(Run, {key: value for key, value in stored.items() if key not in ("experiment", "arm")})
+
+
+def complete_run(stored: dict[str, Any]) -> dict[str, Any]:
+    """Returns the JSON of `restore_run`'s run, with every field of today's version."""
+    return to_json(restore_run(stored))

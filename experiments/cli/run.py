@@ -61,7 +61,7 @@ def run(
     if worker is not None:
         from experiments.running.pool import be_worker
 
-        return be_worker(folder, chosen.arms, number=worker, jobs=jobs)
+        return be_worker(folder, chosen.arms, number=worker, jobs=jobs, profile_steps=profile)
     if jobs > 1:
         from experiments.running.pool import run_in_pool
 

@@ -47,7 +47,7 @@ def _check_data(data: DataConfig, scored: Sequence[str], job: Job) -> None:
                 f"data.tokenizer.path {tokenizer.path} is on this machine, where hosts cannot read it, and {lacking}: "
                 f"{_prepare(job)}; or {_advice(job)}"
             )
-    for part in parts_of(data.source):
+    for part in (part for arm in data.arms() for part in parts_of(arm.source)):
         splits = dict.fromkeys((part.train_split, part.validation_split, *scored))
         _check_source(part, list(splits), job)
 

@@ -9,6 +9,7 @@ import math
 import time
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 from rich.console import Console
@@ -23,6 +24,9 @@ from common.train import run_dir as rd
 from common.train.anomalies import Diverged
 from common.train.config import InitFrom
 from common.train.loop import fit
+from common.train.run import SHARED_STORAGE_SECONDS
+from common.train.run_files import RunFiles
+from common.train.stored import has_checkpoint
 from experiments.members import Member
 from experiments.models.initial import check_initial, check_tokenizer
 from experiments.run import complete_run
@@ -84,22 +88,21 @@ class StudyWorker:
         for name, arm in arms.items():
             arm.check(name)
             check_devices(arm)
-            self._say(*check_initial(name, arm, None))
+            self._say(*check_initial(name, arm, self._least_trained(name)))
         on_first_process(self._check_directories)
         self._say(*(f"warning: {remark}" for remark in study.remarks()))
         for name, arm in arms.items():
             data = open_data(name, arm)
-            self._say(*check_tokenizer(name, arm, data.tokenizer, None))
+            self._say(*check_tokenizer(name, arm, data.tokenizer, self._least_trained(name)))
             self._say(*(test.in_training.sentence(split) for split, test in open_tests(arm, data.tokenizer).items()))
 
     def work(self) -> Outcome:
         """Trains and scores runs until none is left that this process can work on."""
         while (name := on_first_process(self._next)) is not None:
-            member = self._folder.member(name)
-            if member is None:  # nothing to do at the moment
-                time.sleep(POLL_SECONDS)
+            if name:
+                self._attempt(self._await(name))
             else:
-                self._attempt(member)
+                time.sleep(POLL_SECONDS)
         self._outcome.waiting = on_first_process(self._left)
         return self._outcome
 
@@ -112,6 +115,20 @@ class StudyWorker:
         if member is None or not self._folder.can_start(member):
             raise UserError(f"run {name!r} does not follow from the results in {self._folder.path}")
         self._attempt(member)
+
+    def _await(self, name: str) -> Member:
+        """Returns the run of this name, once this process sees the results that it follows from."""
+        give_up = time.monotonic() + SHARED_STORAGE_SECONDS
+        while (member := self._folder.member(name)) is None:
+            if time.monotonic() > give_up:
+                raise UserError(f"process {jax.process_index()} does not see the results in {self._folder.path}")
+            time.sleep(POLL_SECONDS)
+        return member
+
+    def _least_trained(self, arm: str) -> Path | None:
+        """Returns the directory of a run of the arm, if possible of one without a checkpoint; None without runs."""
+        folders = [self._folder.run_dir(m) for m in self._folder.members().members if m.arm == arm]
+        return min(folders, key=lambda folder: has_checkpoint(folder / RunFiles.CHECKPOINTS), default=None)
 
     def _next(self) -> str | None:
         """Returns the name of a run to work on, "" if there is only something to wait for, None if there is nothing."""

@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-import json
 
 import jax
 
 from common.compute.chips import chip_of
 from common.config import to_json
 from common.data.cache import default_cache_dir
+from common.data.config import DataConfig
 from common.data.loader import Loader
 from common.data.streams import (
     Host,
@@ -21,6 +21,7 @@ from common.data.streams import (
 from common.data.tokenizers.saved import saved_files
 from common.data.tokenizers.tokenizer import Tokenizer
 from common.errors import UserError
+from common.sharding.shape import MeshShape
 from common.train.config import InitFrom
 from common.train.programs import Setup, check_rows, lower_step, make_programs
 from common.train.task import Task
@@ -53,7 +54,7 @@ def open_data(name: str, run: Run) -> Data:
 
     Raises UserError where the model's token table has too few rows for the tokenizer.
     """
-    data = _open(_Source(run))
+    data = _open(_Rows(data=run.data, mesh=run.train.mesh, accumulation=run.train.accumulation, run=run))
     if run.model.vocab_size < data.tokenizer.table_size:
         raise UserError(
             f"arms.{name}.model.vocab_size is {run.model.vocab_size}; the tokenizer needs {data.tokenizer.table_size}"
@@ -61,26 +62,22 @@ def open_data(name: str, run: Run) -> Data:
     return data
 
 
-class _Source:
-    """A run, equal to all others that read the same rows on this process."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """What this process reads for a run. Runs that agree in it share their open data."""
 
-    def __init__(self, run: Run):
-        self.run = run
-        self._key = json.dumps([to_json(run.data), dataclasses.asdict(run.train.mesh), run.train.accumulation])
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Source) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
+    data: DataConfig
+    mesh: MeshShape
+    accumulation: int
+    run: Run = dataclasses.field(compare=False)
 
 
 @functools.lru_cache(maxsize=OPEN_DATA)
-def _open(source: _Source) -> Data:
-    cache_dir, config = default_cache_dir(), source.run.data
+def _open(rows: _Rows) -> Data:
+    cache_dir, config = default_cache_dir(), rows.data
     text = open_training_text(config, cache_dir)
     tokenizer = open_tokenizer_of(config, text, cache_dir)
-    host = Host() if jax.process_count() == 1 else Host(_local_rows(source.run))
+    host = Host() if jax.process_count() == 1 else Host(_local_rows(rows.run))
     return Data(
         content_id=text.content_id,
         tokenizer=tokenizer,

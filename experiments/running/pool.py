@@ -31,7 +31,7 @@ PARENT_DEATH_SIGNAL = 1
 """Linux: the option of `prctl` that makes the kernel send a signal when the parent ends."""
 
 
-def be_worker(folder: StudyFolder, arms: Sequence[str], *, number: int, jobs: int) -> int:
+def be_worker(folder: StudyFolder, arms: Sequence[str], *, number: int, jobs: int, profile_steps: int = 0) -> int:
     """Works on the study as worker `number` of `jobs`, on this worker's cores; returns the exit status."""
     _end_with_parent()
     _take_cores(number, jobs)
@@ -39,7 +39,7 @@ def be_worker(folder: StudyFolder, arms: Sequence[str], *, number: int, jobs: in
     from experiments.running.jax_setup import set_up_jax
 
     set_up_jax()
-    worker = StudyWorker(folder, Console(), arms=arms, patient=True, verifies=number == 0)
+    worker = StudyWorker(folder, Console(), arms=arms, profile_steps=profile_steps, patient=True, verifies=number == 0)
     worker.check()
     return 1 if worker.work().failed else 0
 
@@ -214,8 +214,8 @@ class Display:
         gained, seconds = spent - self._flops_before, time.monotonic() - self._began
         if not gained or seconds < 10:
             return ""
-        more = "" if self._folder.members().complete else " and more"
-        return f"about {duration((total - spent) * seconds / gained)}{more} left"
+        more = "" if self._folder.members().complete else ", then more runs follow"
+        return f"about {duration((total - spent) * seconds / gained)} left{more}"
 
 
 def standings_of(folder: StudyFolder, arms: Sequence[str]) -> Iterator[tuple[Member, Standing]]:

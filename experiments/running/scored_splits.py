@@ -6,13 +6,13 @@ Legend: E chosen examples.
 import collections
 import dataclasses
 import functools
-import json
 from typing import Any
 
 import numpy as np
 
 from common.config import from_earlier_json, to_json
 from common.data.cache import default_cache_dir
+from common.data.config import DataConfig
 from common.data.sources.config import SourceConfig, parts_of
 from common.data.sources.records import Record
 from common.data.streams import Records, open_records
@@ -49,38 +49,37 @@ def open_tests(run: Run, tokenizer: Tokenizer) -> dict[str, ScoredSplit]:
     Runs that are scored on the same texts share what this returns. Raises UserError for an unknown split, and for a
     group whose score would have the name of the whole split's.
     """
-    return _open_tests(_Scored(run, tokenizer))
+    scored = _Scored(
+        data=dataclasses.replace(run.data, seed=0),  # decides which examples are chosen: the same ones for all seeds
+        splits=run.evaluation.splits,
+        examples=run.evaluation.examples,
+        tokenizer_hash=tokenizer.content_hash,
+        tokenizer=tokenizer,
+    )
+    return _open_tests(scored)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Scored:
-    """A run and its tokenizer, equal to all others that are scored on the same tokens.
+    """What a run is scored on. Runs that agree in it share their open splits."""
 
-    The seed of the data is set to 0: it decides which examples are chosen, and those are the same for all seeds.
-    """
-
-    def __init__(self, run: Run, tokenizer: Tokenizer):
-        self.run, self.tokenizer = dataclasses.replace(run, data=dataclasses.replace(run.data, seed=0)), tokenizer
-        chosen = (run.evaluation.splits, run.evaluation.examples)
-        self._key = json.dumps([to_json(self.run.data), *chosen, tokenizer.content_hash])
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Scored) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
+    data: DataConfig
+    splits: tuple[str, ...]
+    examples: int
+    tokenizer_hash: str
+    tokenizer: Tokenizer = dataclasses.field(compare=False)
 
 
 @functools.lru_cache(maxsize=OPEN_TESTS)
 def _open_tests(scored: _Scored) -> dict[str, ScoredSplit]:
-    run, tokenizer = scored.run, scored.tokenizer
     named = [
         (f"{split}{suffix}", part, split)
-        for part, suffix in _parts(run)
-        for split in dict.fromkeys(run.evaluation.splits)
+        for part, suffix in _parts(scored.data)
+        for split in dict.fromkeys(scored.splits)
     ]
-    opened = {name: _open(run, part, split, tokenizer) for name, part, split in named}
-    chosen = {name: _chosen(run, records, name) for name, records in opened.items()}
-    known = on_first_process(lambda: _find_in_training(run, opened, chosen, tokenizer))
+    opened = {name: _open(scored, part, split) for name, part, split in named}
+    chosen = {name: _chosen(records, scored.examples, name) for name, records in opened.items()}
+    known = on_first_process(lambda: _find_in_training(scored, opened, chosen))
     tests = {
         name: ScoredSplit(
             part=part,
@@ -96,12 +95,12 @@ def _open_tests(scored: _Scored) -> dict[str, ScoredSplit]:
     return tests
 
 
-def _parts(run: Run) -> list[tuple[SourceConfig, str]]:
+def _parts(data: DataConfig) -> list[tuple[SourceConfig, str]]:
     """Returns each part of the source, with a suffix for the names of its splits.
 
     Where parts have the same source, the suffix contains their number within the mixture.
     """
-    parts = parts_of(run.data.source)
+    parts = parts_of(data.source)
     if len(parts) == 1:
         return [(parts[0], "")]
     named = collections.Counter(part.name for part in parts)
@@ -109,28 +108,26 @@ def _parts(run: Run) -> list[tuple[SourceConfig, str]]:
     return [(part, f" of {part.name}{numbered[number]}") for number, part in enumerate(parts, 1)]
 
 
-def _open(run: Run, part: SourceConfig, split: str, tokenizer: Tokenizer) -> Records:
-    return open_records(run.data, part, split, tokenizer, default_cache_dir())
+def _open(scored: _Scored, part: SourceConfig, split: str) -> Records:
+    return open_records(scored.data, part, split, scored.tokenizer, default_cache_dir())
 
 
-def _chosen(run: Run, records: Records, name: str) -> np.ndarray:
-    """Returns the numbers of the examples to score. Raises UserError if there are none."""
+def _chosen(records: Records, most: int, name: str) -> np.ndarray:
+    """Returns the numbers of at most so many examples to score. Raises UserError if there are none."""
     size = records.examples.size
     if not size:
         raise UserError(f"split {name} has no examples to score")
-    return np.linspace(0, size - 1, min(run.evaluation.examples, size)).astype(np.int64)
+    return np.linspace(0, size - 1, min(most, size)).astype(np.int64)
 
 
-def _find_in_training(
-    run: Run, opened: dict[str, Records], chosen: dict[str, np.ndarray], tokenizer: Tokenizer
-) -> dict[str, Any]:
+def _find_in_training(scored: _Scored, opened: dict[str, Records], chosen: dict[str, np.ndarray]) -> dict[str, Any]:
     """Searches the training data of all parts; returns an `InTraining` as JSON for each split."""
-    parts = parts_of(run.data.source) if opened else ()
-    train = [_open(run, part, part.train_split, tokenizer).prepared.fields for part in parts]
+    parts = parts_of(scored.data.source) if opened else ()
+    train = [_open(scored, part, part.train_split).prepared.fields for part in parts]
     return {
         name: to_json(
             count_in_training(
-                train, records.prepared.fields, records.examples.order.place(chosen[name]), tokenizer.unk_id
+                train, records.prepared.fields, records.examples.order.place(chosen[name]), scored.tokenizer.unk_id
             )
         )
         for name, records in opened.items()

@@ -13,21 +13,22 @@ import socket
 import time
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
-from common.config import from_json, to_json
+from common.config import to_json
 from common.errors import UserError, nearest
 from common.files import read_json, read_object, write_atomically, write_json
 from common.report.run_files import ListedRun, RunList
 from common.train.run_files import RunFiles, StudyFiles
 from common.train.schema import SCHEMA_VERSION
 from experiments.members import Losses, Member, Members, members_of
-from experiments.run import Run, complete_run, identity
+from experiments.run import identity, restore_run
 from experiments.study import Study
 
 QUIET_SECONDS = 120.0
 """A run of another machine, whose lock this one may not see, counts as running if it wrote a step more recently."""
 
+LOCK_ATTEMPTS, LOCK_PAUSE_SECONDS = 5, 0.02
 TAIL_BYTES = 4096
 """More than a row of `timings.jsonl` is long."""
 
@@ -60,6 +61,7 @@ class StudyFolder:
         self._elsewhere: dict[str, Path] | None = None
         self._done: dict[str, Standing] = {}
         self._found: tuple[Losses, Members] | None = None
+        self._listed: Members | None = None
 
     def members(self) -> Members:
         """Returns the runs that follow from the results so far."""
@@ -147,14 +149,15 @@ class StudyFolder:
         if failure is not None and failure.get("identity") == member.identity:
             loss = math.inf if failure.get("diverged") else None
             return Standing(state="failed", step=step, why=str(failure.get("error", "")), loss=loss)
-        timings = folder / RunFiles.TIMINGS
-        is_quiet = not step or time.time() - timings.stat().st_mtime >= QUIET_SECONDS
-        if result is None and not is_quiet and _machine_of(folder / RunFiles.WORKER) not in ("", socket.gethostname()):
+        elsewhere = _machine_of(folder / RunFiles.WORKER) not in ("", socket.gethostname())
+        if result is None and step and elsewhere and _age(folder / RunFiles.TIMINGS) < QUIET_SECONDS:
             return Standing(state="running", step=step)
         return Standing(state="waiting", step=step)
 
     def write_list(self, members: Members) -> None:
-        """Writes `study.json` and `runs.json`, from which reports are made."""
+        """Writes `study.json` and `runs.json`, from which reports are made, unless they were written for these runs."""
+        if members is self._listed:
+            return
         compared = {member.name for member in members.of_comparison()}
         listed = RunList(
             runs=tuple(
@@ -178,6 +181,7 @@ class StudyFolder:
             described = json.loads(json.dumps({"schema_version": SCHEMA_VERSION, **content}))
             if _read_or_none(self.path / name) != described:
                 write_json(self.path / name, described)
+        self._listed = members
 
     def note_failure(self, member: Member, error: str, *, diverged: bool) -> None:
         """Records why the run's launch failed, until it is finished."""
@@ -193,9 +197,7 @@ def working_on(folder: Path) -> Iterator[bool]:
     """Locks a run directory for a worker that trains and scores it; yields False if another worker has it."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / RunFiles.WORKER, "a+", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not _lock(lock):
             yield False
             return
         lock.truncate(0)
@@ -204,8 +206,19 @@ def working_on(folder: Path) -> Iterator[bool]:
         yield True
 
 
+def _lock(lock: TextIO) -> bool:
+    """Locks a file, and returns whether it could; tries again if `_is_held` of another process may be looking at it."""
+    for _ in range(LOCK_ATTEMPTS):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            time.sleep(LOCK_PAUSE_SECONDS)
+    return False
+
+
 def _is_held(lock: Path) -> bool:
-    """Returns whether a process of this machine holds the lock."""
+    """Returns whether a process of this machine holds the lock; holds it itself for a moment to find out."""
     try:
         with open(lock, encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -222,6 +235,11 @@ def _machine_of(lock: Path) -> str:
         return lock.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return ""
+
+
+def _age(path: Path) -> float:
+    """Returns for how many seconds a file has not been written."""
+    return time.time() - path.stat().st_mtime
 
 
 def _finished_runs(study_dir: Path) -> dict[str, Path]:
@@ -251,7 +269,7 @@ def _identity(path: Path, changed: int) -> str:
     """`changed` makes a rewritten file be read again."""
     stored = read_object(path)
     stored.pop("schema_version", None)
-    return identity(from_json(Run, complete_run(stored)))
+    return identity(restore_run(stored))
 
 
 def last_timing(folder: Path) -> dict[str, Any]:

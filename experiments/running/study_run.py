@@ -44,7 +44,7 @@ def conclude(folder: StudyFolder, outcome: Outcome, console: Console) -> int:
         runs = read_study(folder.path)
         _show(runs, console)
         console.print(certificate_panel(certify(runs)))
-        console.print(marked_up(f"report: {write_reports(folder.path)}"))
+        console.print(marked_up(f"report: {write_reports(folder.path)}"), soft_wrap=True)
     if outcome.waiting:
         console.print(marked_up(f"left: {', '.join(outcome.waiting)}"), soft_wrap=True)
     for name, why in outcome.failed.items():

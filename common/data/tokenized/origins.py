@@ -50,7 +50,7 @@ class KeptSource(SourceBase):
         if self.texts is None:
             raise UserError(
                 f"{self.name}: its text is needed, but ${VARIABLE} has only its tokens, and its files are not "
-                "on this machine; prepare it with this same experiment"
+                "on this machine; prepare it for this same study"
             )
         found = [self.texts[index] for index in indices]
         return [

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,6 +107,21 @@ def test_a_run_directory_has_one_worker(tmp_path: Path) -> None:
         assert mine and not other
     with working_on(folder) as mine:  # a lock that an ended process left behind holds nobody up
         assert mine and (folder / RunFiles.WORKER).exists()
+
+
+def test_a_lock_that_another_process_only_looks_at_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`twinstack status` holds a lock for a moment to see whether it is held."""
+    take, asked = fcntl.flock, []
+
+    def refuse_once(file: Any, operation: int) -> None:
+        asked.append(operation)
+        if len(asked) == 1:
+            raise BlockingIOError
+        take(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", refuse_once)
+    with working_on(tmp_path / "run") as mine:
+        assert mine and len(asked) == 2
 
 
 def test_a_run_of_another_machine_is_left_to_it_while_it_writes(done: Done, copied: Path) -> None:

@@ -151,6 +151,19 @@ def test_prose_and_labels_make_no_work(done: Done, copied: Path) -> None:
     assert [row["labels"]["size"] for row in listed] == ["tiny", "tiny"]
 
 
+@pytest.mark.usefixtures("refused")
+def test_finished_runs_need_no_model_to_start_from(done: Done, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is checked in the directory of a run without a checkpoint, if the arm has one."""
+    checked: dict[str, Path | None] = {}
+    monkeypatch.setattr(execute, "check_initial", lambda name, run, run_dir: checked.update({name: run_dir}) or [])
+    worked(copied, done.study)
+    assert checked == {name: copied / name for name in done.study.arms}
+    StudyWorker(
+        StudyFolder(copied, dataclasses.replace(done.study, seeds=2)), Console(quiet=True), arms=["gpt"]
+    ).check()
+    assert checked["gpt"] == copied / "gpt-s1"
+
+
 def test_additions_train_only_what_is_new(done: Done, copied: Path, steps: Counter[str]) -> None:
     """An evaluation, a label, a sentence, a seed, and an arm that starts from another one."""
 
