@@ -83,7 +83,7 @@ BOTH = ("gpt", "t5like")
             "run first --jobs 2 --run-dir there",
             ("run_in_pool", (Path("there"), BASE), BOTH, 2, "run first --jobs 2 --run-dir there".split()),
         ),
-        ("run first --jobs 2 --worker 1", ("be_worker", (Path("runs/first"), BASE), BOTH, 1, 2)),
+        ("run first --jobs 2 --worker 1", ("be_worker", (Path("runs/first"), BASE), BOTH, 1, 2, 0)),
     ],
 )
 def test_commands_get_the_study_and_its_directory(calls, command, expected, monkeypatch):
