@@ -65,10 +65,7 @@ streams = pytest.mark.parametrize("name", STREAMS)
 @pytest.mark.parametrize(
     ("name", "small_memory"),
     [
-        # Mixtures are quick in both ways, objectives in one.
-        pytest.param(
-            name, small, marks=[] if name in ("by-size", "curriculum") or (number + small) % 2 else pytest.mark.slow
-        )
+        pytest.param(name, small, marks=[] if (number + small) % 2 else pytest.mark.slow)  # each in one way
         for number, name in enumerate(STREAMS)
         for small in (False, True)
     ],

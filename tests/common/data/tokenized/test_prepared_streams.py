@@ -93,7 +93,13 @@ def batches(config: DataConfig, tokenizer: SentencePieceTokenizer, cache: Path) 
     return digest.hexdigest()
 
 
-@pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("supervised", "spans", "sources") else pytest.mark.slow)
+        for name in STREAMS
+    ],
+)
 def test_batches_do_not_depend_on_where_tokens_are(
     folder: Path, tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch, fetched: Counter[str], name: str
 ) -> None:
