@@ -105,6 +105,7 @@ def test_a_checkpoint_without_source_fingerprint_leaves_the_column_empty(
     assert all(row["source_fingerprint"] for row in whole)
 
 
+@pytest.mark.slow  # compiles for eight devices what others compile for one
 def test_resumed_is_unbroken_on_a_mesh(tmp_path: Path) -> None:
     """Every array is restored with its own sharding."""
     sharded = task("gpt", mesh=MeshShape(data=2, fsdp=2, tensor=2))

@@ -112,7 +112,7 @@ def test_loss_is_per_weighted_token() -> None:
     assert int(state.step) == 1
 
 
-@pytest.mark.parametrize(("family", "count"), [("gpt", 2), ("t5like", 4)])
+@pytest.mark.parametrize(("family", "count"), [("gpt", 2), pytest.param("t5like", 4, marks=pytest.mark.slow)])
 def test_micro_batches_are_one_big_batch(family: str, count: int) -> None:
     batch = batch_of()
     big, parts = programs(family), programs(family, accumulation=count)

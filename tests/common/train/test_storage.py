@@ -115,12 +115,13 @@ def check_same(found: Path, expected: Path) -> None:
 LIMITS = pytest.mark.parametrize(
     ("limit_bytes", "said"),
     [
-        pytest.param("6000", "a checkpoint could not be written", id="checkpoints", marks=pytest.mark.slow),
+        pytest.param("6000", "a checkpoint could not be written", id="checkpoints"),
         pytest.param("1500", "rows of metrics: refused", id="rows"),
     ],
 )
 
 
+@pytest.mark.slow  # processes that wait
 @LIMITS
 def test_a_disk_that_is_full_for_a_while(
     unbroken: Path, cache: Path, limit_bytes: str, said: str, tmp_path: Path
@@ -132,7 +133,7 @@ def test_a_disk_that_is_full_for_a_while(
     assert (tmp_path / RunFiles.CHECKPOINTS / "8").is_dir()
 
 
-@pytest.mark.slow  # a process each, which waits
+@pytest.mark.slow
 @LIMITS
 def test_a_disk_that_stays_full(unbroken: Path, cache: Path, limit_bytes: str, said: str, tmp_path: Path) -> None:
     """The run stops, names the last good checkpoint, and resumes from it when there is room again."""
