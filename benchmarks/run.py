@@ -1,6 +1,6 @@
 """Benchmarks (`make bench`): where a training step's time goes in both families; a step of `gpt` compared with PyTorch;
-decoding compared with Hugging Face; how fast data become batches; what a checkpoint costs. On request: a step's memory
-on TPU, and `twinstack plan` compared with published speeds."""
+decoding compared with Hugging Face; how fast data become batches; what a checkpoint costs; how many small models are
+trained in an hour. On request: a step's memory on TPU, and `twinstack plan` compared with published speeds."""
 
 import argparse
 import contextlib
@@ -22,6 +22,8 @@ from benchmarks.estimates import PUBLISHED, estimates
 from benchmarks.generation import MODELS, NEW, PROMPT, Generation
 from benchmarks.generation import ROWS as PROMPTS
 from benchmarks.generation import compare as compare_generation
+from benchmarks.many_runs import SIZES, STEPS
+from benchmarks.many_runs import measure as time_runs
 from benchmarks.memory import CASES, MemoryCase, PlannedMemory, plan
 from benchmarks.side_by_side import SideBySide, compare
 from benchmarks.train_step import Parts, time_loader, time_step
@@ -50,6 +52,8 @@ def main() -> int:
         found["data"] = _data(console, options.rounds)
     if options.only in (None, "checkpoints"):
         found["checkpoints"] = _checkpoints(console, options.rounds)
+    if options.only in (None, "runs"):
+        found["runs"] = _runs(console)
     for name, of_tpu in (("memory", _memory), ("estimates", _estimates)):  # these do not measure this machine
         if options.only == name and _has_libtpu(console):
             found[name] = of_tpu(console)
@@ -62,7 +66,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--rounds", type=_positive, default=7, help="repeated measurements (default: %(default)s)")
     parser.add_argument("--steps", type=_positive, default=3, help="steps in each of them (default: %(default)s)")
-    parts = ["families", "torch", "generation", "data", "checkpoints", "memory", "estimates"]
+    parts = ["families", "torch", "generation", "data", "checkpoints", "runs", "memory", "estimates"]
     parser.add_argument("--only", choices=parts, help="run one part only")
     parser.add_argument("--torch", choices=["eager", "compiled"], default="eager", help="how PyTorch runs")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures there")
@@ -239,6 +243,22 @@ def _checkpoints(console: Console, saves: int) -> dict[str, Any]:
     table.add_row(f"share of {PERIOD_SECONDS:.0f} s, %", Text(_spread(found.share, 100.0)))
     console.print(table, "")
     return dataclasses.asdict(found)
+
+
+def _runs(console: Console) -> dict[str, Any]:
+    with _bar(console, "running studies", len(SIZES)) as advance:
+        found = {arm: time_runs(arm, advance) for arm in SIZES}
+    title = f"Small models an hour by `twinstack run --jobs {cores()}`: {STEPS} steps of 8 x (64 + 64) slots each"
+    caption = (
+        "each size once; everything included: start-up, compiling, a validation, decoding 125 examples, the report"
+    )
+    table = _table(title, ["parameters", "models", "seconds", "models an hour"], caption)
+    for arm, one in found.items():
+        table.add_row(
+            f"width {arm}", f"{one.parameters:,}", str(one.runs), f"{one.seconds:.0f}", f"{one.per_hour:,.0f}"
+        )
+    console.print(table, "")
+    return {arm: dataclasses.asdict(one) | {"per_hour": one.per_hour} for arm, one in found.items()}
 
 
 def _has_libtpu(console: Console) -> bool:
