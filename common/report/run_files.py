@@ -127,7 +127,7 @@ class FinishedRun:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudyRuns:
-    """A study's directory; runs are in the study's order."""
+    """A study's directory; runs are in the order of the study's arms, then in that of the list."""
 
     study: Mapping[str, Any]
     """The study's config: question, search and so on."""
@@ -204,7 +204,9 @@ def read_study(folder: Path) -> StudyRuns:
     done = [run for run in listed.runs if (folder / run.folder / RunFiles.RESULT).exists()]
     if not done:
         raise UserError(f"{folder} has no finished run: repeat the study's command, which resumes it")
-    runs = tuple(_read_finished(folder, run) for run in done)
+    # A search lists the runs at each rate for all arms, so that arms with other chosen rates would change places.
+    arms = list(dict.fromkeys([*study.get("arms", ()), *(run.arm for run in done)]))
+    runs = tuple(_read_finished(folder, run) for run in sorted(done, key=lambda run: arms.index(run.arm)))
     return StudyRuns(study=study, parity=_read_parity(study, path), listed=listed, runs=runs)
 
 

@@ -1,7 +1,8 @@
 """Only a fair, tuned difference over seeds is resolved; every other one says in words why it is not."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from common.analysis.seeds import compare_seeds, crossed_interval, t_interval
 from common.evals.text_metrics import score_texts
 from common.report.claims import Parity
 from common.report.findings import Findings, Measure, find
-from common.report.run_files import Choice, FinishedRun, ScoredSample, StudyRuns
+from common.report.run_files import Choice, FinishedRun, ScoredSample, StudyRuns, read_study
 from common.report.verdicts import caveat, verdicts
 from tests.common.report.studies import RATE, finished, study_of
 
@@ -134,6 +135,15 @@ def test_pairs_within_the_groups_of_claims() -> None:
     assert pairs(2) == ["01"] and pairs(4) == ["01", "02", "03", "12", "13", "23"]
     assert pairs(6) == ["01", "02", "03", "04", "05"]
     assert pairs(5, Parity(over=("i",))) == ["02", "04", "24", "13"]
+
+
+def test_runs_are_in_the_order_of_the_arms(write_run: Callable[..., Path]) -> None:
+    """Those of a search are listed by rate, so that the order of two arms could be another for each seed."""
+
+    def by_rate(files: dict[str, Any]) -> None:
+        files["runs.json"]["runs"].reverse()
+
+    assert [run.arm for run in read_study(write_run(by_rate)).runs] == ["enc-dec", "dec-only"]
 
 
 def scored(arm: str, seed: int, correct_E: np.ndarray, shift: int = 0) -> FinishedRun:
