@@ -45,14 +45,16 @@ def write_report(folder: Path) -> Path:
 def write_figure(folder: Path, path: Path) -> None:
     """Writes the drawing of all arms in order as a separate SVG file, in the page's light colours.
 
-    Of several seeds it shows each one, with means and intervals over seeds.
+    Of several seeds it shows each one, with means and intervals over seeds; of crossed factors, what each of them does.
     """
     style = (_TEMPLATES / _PAGE).read_text(encoding="utf-8")
     light = re.search(r":root \{(.*?)\n\}", style, flags=re.DOTALL)
     assert light is not None
     palette = dict(re.findall(r"(--[\w-]+): (#\w+);", light[1]))
     study = read_study(folder)
-    if study.seeds > 1:
+    if study.study.get("factors") and (found := find(study).found):
+        drawn = study_plots.differences_plot(found)
+    elif study.seeds > 1:
         drawn = study_plots.seeds_plot(by_arm(study), measures(study))
     else:
         drawn = plots.arms_plot(study.results)

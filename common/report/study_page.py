@@ -43,6 +43,7 @@ def by_arm(study: StudyRuns) -> dict[str, list[FinishedRun]]:
 def large_parts(study: StudyRuns, findings: Findings) -> dict[str, Any]:
     """Returns the template's variables of the parts that a large study has instead of columns side by side."""
     arms, shown = by_arm(study), measures(study)
+    drawn = study.seeds > 1 and findings.found
     return {
         "measures": [f"{measure.name}, {measure.unit}" for measure in shown],
         "arm_rows": [_arm_row(study.listed.chosen.get(arm), runs, shown) for arm, runs in arms.items()],
@@ -60,6 +61,7 @@ def large_parts(study: StudyRuns, findings: Findings) -> dict[str, Any]:
             }
             for finding in findings.found
         ],
+        "differences_plot": study_plots.differences_plot(findings.found) if drawn else None,
         "seeds_plot": study_plots.seeds_plot(arms, shown),
         "loss_plots": [study_plots.curves_plot(arms, axis) for axis in plots.LOSS_AXES],
     }

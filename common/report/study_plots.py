@@ -4,14 +4,15 @@ Legend: S seeds, P points.
 """
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from common.analysis.seeds import t_interval
-from common.report.drawing import GROUND, colour, draw_value, line, marker, svg
-from common.report.findings import Measure
+from common.report.drawing import FAINT, GROUND, colour, draw_value, line, marker, svg
+from common.report.findings import Finding, Measure
 from common.report.plots import MAX_POINTS, place_of, set_log_losses, set_loss_axes, smooth
 from common.report.run_files import FinishedRun
 from common.report.search import ArmTrials
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 MOST_PANELS = 3
 """Most measures that are drawn side by side."""
+WIDEST_LABEL = 44
+"""Characters in a line of a comparison's name."""
 SHIFT = 0.24
 """How far below an arm's mean its seeds are drawn, in rows."""
 
@@ -60,6 +63,43 @@ def _draw_seeds(axes: "Axes", arm: int, values: Sequence[float]) -> None:
         draw_value(axes, arm, (mean.value, mean.low, mean.high), arm)
     else:
         draw_value(axes, arm, (mean.value,) * 3, arm)
+
+
+def differences_plot(found: Sequence[Finding]) -> "Markup":
+    """Draws every comparison by each measure with its t interval over seeds: filled if resolved, open if not.
+
+    Only the first `MOST_PANELS` measures are drawn.
+    """
+    shown = list(dict.fromkeys(finding.measure for finding in found))[:MOST_PANELS]
+    rows = list(dict.fromkeys((finding.first, finding.second) for finding in found))
+
+    def draw(figure: "Figure") -> None:
+        all_axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+        for axes, measure in zip(all_axes, shown, strict=True):
+            axes.axvline(0, color=FAINT, linewidth=1, zorder=0)
+            for finding in found:
+                if finding.measure == measure:
+                    _draw_difference(axes, rows.index((finding.first, finding.second)), finding)
+            better = "right" if measure.higher_is_better else "left"
+            axes.set_title(f"{measure.name}, {measure.unit}\n{better}: the first is better", fontsize=9, loc="left")
+            axes.margins(x=0.08)
+            axes.grid(False, axis="y")
+            axes.tick_params(axis="y", length=0)
+            axes.spines["left"].set_visible(False)
+        labels = [textwrap.fill(f"{first} − {second}", WIDEST_LABEL) for first, second in rows]
+        all_axes[0].set_yticks(range(len(rows)), labels, parse_math=False, fontsize=8.5)
+        all_axes[0].set_ylim(len(rows) - 0.5, -0.5)
+
+    return svg("differences", (10.4, 0.9 + 0.48 * len(rows)), draw)
+
+
+def _draw_difference(axes: "Axes", row: int, finding: Finding) -> None:
+    difference = finding.compared.difference
+    ends = (difference.low, difference.high)
+    if math.isfinite(difference.low):
+        axes.plot(ends, [row, row], color=colour(0), linewidth=1.6, solid_capstyle="round")
+    inside = colour(0) if finding.resolution.resolved else GROUND
+    axes.plot([difference.value], [row], "o", color=colour(0), markersize=7, markerfacecolor=inside)
 
 
 def curves_plot(arms: Mapping[str, Sequence[FinishedRun]], axis: str) -> "Markup":

@@ -44,9 +44,15 @@ def test_page_of_a_searched_study() -> None:
     page = Page(text)
     assert page.open == [] and page.tags["b"] == 0 and "<script" not in text and max(page.ids.values()) == 1
     assert {target[1:] for target in re.findall(r"url\(([^)]*)\)", text)} <= set(page.ids)
-    assert page.tags["svg"] == 3 + 1 + 2
+    assert page.tags["svg"] == 3 + 1 + 1 + 2
     for part in (
-        *("seeds=3 " + EVIL, "0 of 1 comparison over seeds resolved", "Comparisons", "at the edge: not tuned"),
+        *(
+            "seeds=3 " + EVIL,
+            "0 of 1 comparison over seeds resolved",
+            "Comparisons",
+            "at the edge: not tuned",
+            "left: the first is better",
+        ),
         *(f"{EVIL}'s best trial lies at the edge", "0.001, 0.002, 0.004", "expected best validation loss"),
         *("in each of 3 groups of runs", "1.0200 [0.9703, 1.0697]", "Each arm trained with its first seed."),
     ):
