@@ -19,7 +19,8 @@ from common.train.config import Budget, Linear
 from experiments.families import GPT, T5LIKE
 from experiments.first_light import first_light
 from experiments.run import Evaluation
-from experiments.study import Search, Study
+from experiments.search import Search
+from experiments.study import Study
 
 SWITCHES = {
     "cross_attention": ("separate", "merged"),

@@ -7,50 +7,20 @@ trained model; `experiments.members` lists them all.
 import dataclasses
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Self
+from typing import Self
 
 from common.compute.matching import matching_widths, unequal
 from common.compute.model_config import ModelConfig as AnyModel
 from common.errors import UserError, nearest
 from common.files import plain_name
-from common.ranges import Count, Range, check_ranges
+from common.ranges import Count, check_ranges
 from common.report.claims import Parity
 from common.train.config import Budget
-from experiments.run import Label, LearningRate, Run
+from experiments.run import Label, Run
+from experiments.search import Search, check_search
 
 RESERVED_LABELS = ("arm", "run", "seed", "learning_rate")
 """Labels that every run of a study gets by itself, and `run`, which selects runs by their names."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Search:
-    """Tries the same learning rates for every arm and keeps the one with the lowest mean validation loss over seeds.
-
-    If the best rate of any arm is the lowest or the highest one, all arms try the next rate in that direction.
-    """
-
-    rates: tuple[LearningRate, ...]
-    """Ascending, at equal ratios."""
-    seeds: Count = 1
-    """Seeds of each trial. Further seeds of the study train at the best rate only."""
-    extend: Annotated[int, Range(0, 16, unit="rates")] = 2
-    """The most rates to add in each direction; an arm whose best rate is still at the edge counts as not tuned."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-        if len(self.rates) < 2 or any(low >= high for low, high in zip(self.rates, self.rates[1:], strict=False)):
-            raise UserError(f"search.rates is {list(self.rates)}: give at least two, in ascending order")
-        ratios = [high / low for low, high in zip(self.rates, self.rates[1:], strict=False)]
-        if max(ratios) > 1.05 * min(ratios):
-            raise UserError(
-                f"search.rates is {list(self.rates)}: neighbours must have equal ratios, so that every optimum is "
-                f"searched equally finely; nearest: {_equal_ratios(self.rates)}"
-            )
-
-
-def _equal_ratios(rates: Sequence[float]) -> list[float]:
-    ratio = (rates[-1] / rates[0]) ** (1 / (len(rates) - 1))
-    return [float(f"{rates[0] * ratio**i:.3g}") for i in range(len(rates))]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,6 +59,8 @@ class Study:
                 if label not in (labels := self.label_names()):
                     raise UserError(f"parity.over: no arm has the label {label!r}: {nearest(label, labels)}")
         self._check_factors()
+        if self.search is not None:
+            check_search(self.search, self.arms)
 
     def _check_factors(self) -> None:
         cells = [tuple(arm.labels.get(factor) for factor in self.factors) for arm in self.arms.values()]

@@ -67,7 +67,8 @@ if TYPE_CHECKING:
     from experiments.models.loading import load
     from experiments.run import After, Evaluation, MultiTurn, Run
     from experiments.running.in_python import results, run
-    from experiments.study import Search, Study
+    from experiments.search import LogRange, Search, Values
+    from experiments.study import Study
 
 MODULES = {
     "common.compute.length_sums": "LengthSums",
@@ -93,7 +94,8 @@ MODULES = {
     "experiments.models.loading": "load",
     "experiments.run": "After Evaluation MultiTurn Run",
     "experiments.running.in_python": "results run",
-    "experiments.study": "Search Study",
+    "experiments.search": "LogRange Search Values",
+    "experiments.study": "Study",
 }
 """The modules that define the public names, with those names."""
 

@@ -15,8 +15,8 @@ class Tuning:
     space: str
     """The space and the rule of the search, such as `learning_rate 1e-4..1e-2 log-spaced, mean validation loss`."""
     trials: int
-    at_edge: bool
-    """Whether the best trial lies at the edge of the space, so that a better one may lie beyond it."""
+    edges: tuple[str, ...] = ()
+    """The hyperparameters in which the best trial lies at the edge of the space: a better one may lie beyond."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,8 +97,9 @@ def _fairness(claim: Claim) -> list[str]:
     for arm in (claim.first, claim.second):
         if arm.tuning is None:
             found.append(f"{arm.name} was not tuned")
-        elif arm.tuning.at_edge:
-            found.append(f"{arm.name}'s best trial lies at the edge of its search, which must be extended")
+        elif arm.tuning.edges:
+            edges = " and ".join(arm.tuning.edges)
+            found.append(f"{arm.name}'s best trial lies at the edge of its search in {edges}, which must be extended")
     first, second = claim.first.tuning, claim.second.tuning
     if first is not None and second is not None:
         if first.space != second.space:

@@ -26,7 +26,7 @@ class Parity:
     apart: tuple[str, ...] = ()
     """Fields of a run that may differ because the study is about them, such as `model.memory`; `*` matches anything.
 
-    Sizes and tuned learning rates may always differ, other fields never."""
+    Sizes, and the learning rate and whatever else the study's search tunes, may always differ; other fields never."""
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -74,4 +74,4 @@ def _least(study: StudyRuns, tuning_of: Callable[[str], Tuning | None]) -> Tunin
     known = [tuning for tuning in found if tuning is not None]
     if len(known) < len(found):
         return None
-    return min(known, key=lambda tuning: (not tuning.at_edge, tuning.trials))
+    return min(known, key=lambda tuning: (not tuning.edges, tuning.trials))

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from common.analysis.interval import Interval
-from common.analysis.resolution import Claim, ComparedArm, Resolution, Tuning, decide
+from common.analysis.resolution import Claim, ComparedArm, Resolution, decide
 from common.analysis.seeds import SeedComparison, compare_seeds, crossed_interval
 from common.report.certificate import differences
 from common.report.claims import Parity
@@ -21,6 +21,7 @@ from common.report.effects import effects
 from common.report.examples import Key, samples_by_key
 from common.report.parity import groups
 from common.report.run_files import FinishedRun, StudyRuns
+from common.report.search import tuning
 from common.report.tables import find_score, splits
 from common.report.units import p_text
 
@@ -221,17 +222,6 @@ def headline(study: StudyRuns) -> Literal["exact_match", "bleu"]:
     places = [run.config.get("evaluation") for run in study.first_seed] + [study.study.get("evaluation")]
     found = next((place["headline"] for place in places if place and "headline" in place), "exact_match")
     return "bleu" if found == "bleu" else "exact_match"
-
-
-def tuning(study: StudyRuns, arm: str) -> Tuning | None:
-    """Returns how an arm's learning rate was searched for; None if it was not, or the search goes on."""
-    search, choice = study.study.get("search"), study.listed.chosen.get(arm)
-    if not search or choice is None:
-        return None
-    tried = {run.labels["learning_rate"] for run in study.listed.runs if run.arm == arm}
-    rates = [float(rate) for rate in {*search["rates"], *tried}]
-    space = f"learning_rate {min(rates):g}..{max(rates):g}, mean validation loss over {search['seeds']} seeds"
-    return Tuning(space=space, trials=choice.trials, at_edge=choice.at_edge)
 
 
 def _pairs(study: StudyRuns) -> dict[tuple[str, str], _Pair]:

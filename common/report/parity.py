@@ -43,7 +43,8 @@ def check_group(group: Group, claim: Parity) -> list[Check]:
     checks += _same_identities(group, claim)
     checks += [_same_counts(group, claim)] if claim.steps else []
     checks += [_same_flops(group, claim.flops_within)] if claim.flops_within is not None else []
-    checks.append(one_recipe({title: run.config for title, run in group.items()}, _apart(claim)))
+    tuned = [path for run in group.values() for path in run.listed.tried]
+    checks.append(one_recipe({title: run.config for title, run in group.items()}, (*_apart(claim), *tuned)))
     return checks
 
 

@@ -26,13 +26,15 @@ def results_table(study: StudyRuns) -> list[dict[str, Any]]:
     """Returns a row for each validation loss of a finished run, and for each score after its last step.
 
     Every row has the columns study, run, identity, arm, seed, learning_rate, one for each label of the arms (None where
-    an arm lacks it; with `label_` in front where a column has its name), compared (whether arms are compared by the
+    an arm lacks it; with `label_` in front where a column has its name), one for each further hyperparameter of the
+    study's search (named by its dotted path), compared (whether arms are compared by the
     run), step, task (`validation`, or the scored split), group (`all`, or a kind of example), metric (`loss` in nats
     per token, `exact_match` as a share 0..1, `bleu` 0..100), value, low and high (a 95 % interval over examples; None
     where there is none), n (examples; None for losses) and higher_is_better.
     """
     own = dict.fromkeys(label for run in study.runs for label in run.listed.labels)
     labels = [label for label in own if label not in ("arm", "seed", "learning_rate")]
+    tried = dict.fromkeys(path for run in study.runs for path in run.listed.tried)
     compared = {run.name for run in study.compared}
     return [
         {
@@ -43,6 +45,7 @@ def results_table(study: StudyRuns) -> list[dict[str, Any]]:
             "seed": run.seed,
             "learning_rate": run.rate,
             **{f"label_{label}" if label in COLUMNS else label: run.listed.labels.get(label) for label in labels},
+            **{path: run.listed.tried.get(path) for path in tried},
             "compared": run.name in compared,
             **measure,
         }

@@ -11,6 +11,7 @@ from common.files import plain_name
 from common.json_text import parse_json
 from common.report.claims import Parity
 from common.report.results import ArmResult
+from common.report.run_list import ListedRun, RunList, Trial
 from common.train.run_files import RunFiles, StudyFiles
 from common.train.schema import check_schema
 
@@ -56,47 +57,6 @@ class ScoredSample:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Choice:
-    """The learning rate that a study's search chose for an arm."""
-
-    rate: float
-    at_edge: bool
-    """Whether it is the lowest or the highest that was tried."""
-    trials: int
-    """How many rates were tried."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ListedRun:
-    """A run of a study, as `runs.json` lists it."""
-
-    name: str
-    arm: str
-    seed: int
-    identity: str
-    folder: str
-    """Its run directory, relative to the study's."""
-    labels: dict[str, str | int | float]
-    """The arm's labels, with `arm`, `seed` and `learning_rate`."""
-    compared: bool
-    """Whether arms are compared by it; False for a trial at a rate that the search did not choose."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunList:
-    """The contents of `runs.json`."""
-
-    runs: tuple[ListedRun, ...]
-    """In the study's order."""
-    chosen: dict[str, Choice] = dataclasses.field(default_factory=dict)
-    """By arm; empty without a search, or before the arm's trials are done."""
-    complete: bool
-    """Whether no run will be added, however the listed ones end."""
-    overrides: tuple[str, ...] = ()
-    """The command line's, which the study's config contains."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class FinishedRun:
     """Everything that a report shows of one run."""
 
@@ -122,7 +82,11 @@ class FinishedRun:
 
     @property
     def rate(self) -> float:
-        return float(self.listed.labels["learning_rate"])
+        return self.trial.rate
+
+    @property
+    def trial(self) -> Trial:
+        return self.listed.trial
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,14 +110,14 @@ class StudyRuns:
     def compared(self) -> tuple[FinishedRun, ...]:
         """The runs by which arms are compared, without the trials of a search.
 
-        While an arm's search goes on, those at its best rate so far.
+        While an arm's search goes on, those of its best trial so far.
         """
         compared = [run for run in self.runs if run.listed.compared]
         if not self.study.get("search"):
             return tuple(compared)
-        rates = {arm: _best_rate([r for r in compared if r.arm == arm]) for arm in {run.arm for run in compared}}
-        rates |= {arm: choice.rate for arm, choice in self.listed.chosen.items()}
-        return tuple(run for run in compared if run.rate == rates[run.arm])
+        best = {arm: _best_trial([r for r in compared if r.arm == arm]) for arm in {run.arm for run in compared}}
+        best |= {arm: choice.trial for arm, choice in self.listed.chosen.items()}
+        return tuple(run for run in compared if run.trial == best[run.arm])
 
     @property
     def by_title(self) -> dict[str, FinishedRun]:
@@ -182,11 +146,11 @@ class StudyRuns:
         return tuple(run.result for run in self.first_seed)
 
 
-def _best_rate(runs: Sequence[FinishedRun]) -> float:
-    losses: dict[float, list[float]] = {}
+def _best_trial(runs: Sequence[FinishedRun]) -> Trial:
+    losses: dict[Trial, list[float]] = {}
     for run in runs:
-        losses.setdefault(run.rate, []).append(run.result.validation_loss)
-    return min(losses, key=lambda rate: sum(losses[rate]) / len(losses[rate]))
+        losses.setdefault(run.trial, []).append(run.result.validation_loss)
+    return min(losses, key=lambda trial: sum(losses[trial]) / len(losses[trial]))
 
 
 def read_study(folder: Path) -> StudyRuns:

@@ -8,8 +8,9 @@ import numpy as np
 from common.analysis.seeds import t_interval
 from common.report import plots, study_plots
 from common.report.findings import Findings, Measure, measures
-from common.report.run_files import Choice, FinishedRun, StudyRuns
-from common.report.search import reversals, trials_of
+from common.report.run_files import FinishedRun, StudyRuns
+from common.report.run_list import Choice
+from common.report.search import ArmTrials, reversals, trials_of, tuning
 from common.report.tables import plain_text
 from common.report.units import p_text, scientific, si
 
@@ -89,7 +90,8 @@ def arms_table(study: StudyRuns) -> "Table":
     caption = Text("means over seeds, 95 % intervals over seeds in brackets")
     table = Table(title=Text("Arms", "bold"), caption=caption, box=box.SIMPLE_HEAD)
     table.add_column("")
-    for head in ("seeds", "learning rate", "parameters", *(f"{measure.name}, {measure.unit}" for measure in shown)):
+    tuned = "hyperparameters" if any(run.listed.tried for run in study.compared) else "learning rate"
+    for head in ("seeds", tuned, "parameters", *(f"{measure.name}, {measure.unit}" for measure in shown)):
         table.add_column(plain_text(head), justify="right")
     for arm, runs in by_arm(study).items():
         row = _arm_row(study.listed.chosen.get(arm), runs, shown)
@@ -102,7 +104,7 @@ def _arm_row(choice: Choice | None, runs: Sequence[FinishedRun], shown: Sequence
     result = runs[0].result
     return {
         "seeds": len(runs),
-        "rate": f"{runs[0].rate:g}" + (" (edge)" if choice is not None and choice.at_edge else ""),
+        "rate": runs[0].trial.words + (" (edge)" if choice is not None and choice.at_edge else ""),
         "parameters": si(result.parameters),
         "flops": scientific(result.flops.full_attention),
         "means": [mean_cell(runs, measure) for measure in shown],
@@ -114,18 +116,31 @@ def search_parts(study: StudyRuns, findings: Findings) -> dict[str, Any]:
     trials = trials_of(study)
     if not trials:
         return {"trials": []}
+    several = any(trial.also for arm in trials for trial in arm.losses)
     return {
         "trials": [
             {
-                "rate": f"{arm.choice.rate:g}" if arm.choice else "not chosen yet",
-                "tried": ", ".join(f"{rate:g}" for rate in arm.losses),
+                "chosen": arm.choice.trial.words if arm.choice else "not chosen yet",
+                "trials": len(arm.losses),
+                "tried": "; ".join(trial.words for trial in arm.losses) if several else _rates(arm),
                 "best": f"{min(arm.means.values()):.4f}" if arm.losses else "–",
-                "edge": arm.choice is not None and arm.choice.at_edge,
+                "edge": _edges(study, arm),
             }
             for arm in trials
         ],
+        "tuned": "learning rate, then the other hyperparameters" if several else "learning rate",
         "trial_seeds": study.study["search"]["seeds"],
-        "rates_plot": study_plots.rates_plot(trials),
+        "trial_plots": study_plots.trial_plots(trials),
         "effort_plot": study_plots.effort_plot(trials),
         "reversals": list(reversals(trials, findings)),
     }
+
+
+def _rates(arm: ArmTrials) -> str:
+    return ", ".join(f"{trial.rate:g}" for trial in arm.losses)
+
+
+def _edges(study: StudyRuns, arm: ArmTrials) -> str:
+    """Returns the hyperparameters of which an arm's best trial lies at the edge, in words; "" if there is none."""
+    found = tuning(study, arm.arm)
+    return " and ".join(found.edges) if found is not None else ""

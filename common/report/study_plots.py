@@ -3,9 +3,10 @@
 Legend: S seeds, P points.
 """
 
+import functools
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from common.report.drawing import FAINT, GROUND, colour, draw_value, line, marke
 from common.report.findings import Finding, Measure
 from common.report.plots import MAX_POINTS, place_of, set_log_losses, set_loss_axes, smooth
 from common.report.run_files import FinishedRun
+from common.report.run_list import Trial, short_names
 from common.report.search import ArmTrials
 
 if TYPE_CHECKING:
@@ -149,33 +151,59 @@ def _draw_validation(axes: "Axes", arm: int, runs: Sequence[FinishedRun], axis: 
         axes.plot(*np.array(points).T, marker(arm), markersize=5, **style)
 
 
-def rates_plot(trials: Sequence[ArmTrials]) -> "Markup":
-    """Draws the validation loss of every trial against its learning rate; the chosen rates have large markers."""
+def trial_plots(trials: Sequence[ArmTrials]) -> list["Markup"]:
+    """Draws the validation loss of every trial against its learning rate, then against each other hyperparameter."""
+    paths = dict.fromkeys(path for arm in trials for trial in arm.losses for path, _ in trial.also)
+    names = short_names(list(paths))
+    others = [_trial_plot(trials, names[path], functools.partial(_value, path)) for path in paths]
+    return [_trial_plot(trials, "learning rate", lambda trial: trial.rate), *others]
+
+
+def _value(path: str, trial: Trial) -> float:
+    return dict(trial.also)[path]
+
+
+def _trial_plot(trials: Sequence[ArmTrials], name: str, x_of: Callable[[Trial], float]) -> "Markup":
+    """Draws the validation loss of every trial against one hyperparameter; the chosen trials have large markers.
+
+    A line connects the lowest mean at each value, unless each trial of several hyperparameters has a value of its own.
+    """
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    rates = sorted({rate for arm in trials for rate in arm.losses})
+    values = sorted({x_of(trial) for arm in trials for trial in arm.losses})
 
     def draw(figure: "Figure") -> None:
         axes = figure.add_subplot()
-        axes.set_xscale("log")
+        if values and values[0] > 0:
+            axes.set_xscale("log")
+        elif values:  # 0 has no logarithm
+            axes.set_xscale("symlog", linthresh=min((x for x in values if x > 0), default=1.0))
         for i, arm in enumerate(trials):
-            seeds = [(rate, loss) for rate, losses in arm.losses.items() for loss in losses if math.isfinite(loss)]
-            means = [(rate, loss) for rate, loss in arm.means.items() if math.isfinite(loss)]
-            if not means:
-                continue
-            axes.plot(*zip(*seeds, strict=True), marker(i), color=colour(i), markersize=3.5, alpha=0.5)
-            axes.plot(*zip(*means, strict=True), line(i), color=colour(i), linewidth=1.5)
-            if arm.choice is not None and (best := arm.means.get(arm.choice.rate, math.inf)) < math.inf:
-                style: dict[str, Any] = {"color": colour(i), "markeredgecolor": GROUND, "markeredgewidth": 1}
-                axes.plot([arm.choice.rate], [best], marker(i), markersize=9, **style)
-        axes.xaxis.set_major_locator(FixedLocator(rates[:: max(1, len(rates) // 6)]))
+            _draw_trials(axes, i, arm, x_of)
+        axes.xaxis.set_major_locator(FixedLocator(values[:: max(1, len(values) // 6)]))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.3g}"))
         set_log_losses(axes)
-        axes.set_xlabel("learning rate")
+        axes.set_xlabel(name)
         axes.set_ylabel("validation loss")
 
-    return svg("loss against learning rate", (5.2, 3.4), draw)
+    return svg(f"loss against {name}", (5.2, 3.4), draw)
+
+
+def _draw_trials(axes: "Axes", i: int, arm: ArmTrials, x_of: Callable[[Trial], float]) -> None:
+    seeds = [(x_of(trial), loss) for trial, losses in arm.losses.items() for loss in losses if math.isfinite(loss)]
+    means = {trial: loss for trial, loss in arm.means.items() if math.isfinite(loss)}
+    if not means:
+        return
+    axes.plot(*zip(*seeds, strict=True), marker(i), color=colour(i), markersize=3.5, alpha=0.5)
+    lowest: dict[float, float] = {}
+    for trial, loss in means.items():
+        lowest[x_of(trial)] = min(loss, lowest.get(x_of(trial), math.inf))
+    if len(lowest) < len(means) or not any(trial.also for trial in means):
+        axes.plot(*zip(*sorted(lowest.items()), strict=True), line(i), color=colour(i), linewidth=1.5)
+    if arm.choice is not None and (best := means.get(arm.choice.trial)) is not None:
+        style: dict[str, Any] = {"color": colour(i), "markeredgecolor": GROUND, "markeredgewidth": 1}
+        axes.plot([x_of(arm.choice.trial)], [best], marker(i), markersize=9, **style)
 
 
 def effort_plot(trials: Sequence[ArmTrials]) -> "Markup":
@@ -191,7 +219,7 @@ def effort_plot(trials: Sequence[ArmTrials]) -> "Markup":
                 axes.plot(*zip(*known, strict=True), f"{marker(i)}{line(i)}", markersize=6, **style)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         set_log_losses(axes)
-        axes.set_xlabel("learning rates tried")
+        axes.set_xlabel("trials")
         axes.set_ylabel("expected best validation loss")
 
     return svg("expected best of k trials", (5.2, 3.4), draw)

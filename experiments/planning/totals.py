@@ -11,6 +11,7 @@ from common.train.state import abstract_state
 from experiments.members import members_of, most_runs
 from experiments.run import Run
 from experiments.running.pipeline import make_setup
+from experiments.search import Search
 from experiments.study import Study
 
 
@@ -47,9 +48,20 @@ def describe_runs(study: Study, count: RunCount) -> str:
         return f"{count.least:,} ({arms} x {seeds})"
     trials = min(study.search.seeds, study.seeds)
     more = study.seeds - trials
-    words = f"{count.least:,} ({arms} x {_number(len(study.search.rates), 'rate')} x {_number(trials, 'seed')}"
-    words += f", then {_number(more, 'more seed')} at the best rate)" if more else ")"
+    words = f"{count.least:,} ({arms} x {_trials(study.search)} x {_number(trials, 'seed')}"
+    words += f", then {_number(more, 'more seed')} {_best(study.search)})" if more else ")"
     return words + (f"; {count.most:,} if the search is extended all the way" if count.most > count.least else "")
+
+
+def _trials(search: Search) -> str:
+    if search.draws is not None:
+        return _number(search.draws, "random draw")
+    others = [f"{len(one.grid)} values of {one.path.rpartition('.')[2]}" for one in search.also]
+    return " x ".join([_number(len(search.rates), "rate"), *others])
+
+
+def _best(search: Search) -> str:
+    return "with the best trial" if search.also or search.draws else "at the best rate"
 
 
 def _number(count: int, what: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any, Literal, TextIO
 from common.config import to_json
 from common.errors import UserError, nearest
 from common.files import read_json, read_object, write_atomically, write_json
-from common.report.run_files import ListedRun, RunList
+from common.report.run_list import ListedRun, RunList
 from common.train.run_files import RunFiles, StudyFiles
 from common.train.schema import SCHEMA_VERSION
 from experiments.members import Losses, Member, Members, members_of
@@ -158,7 +158,7 @@ class StudyFolder:
         """Writes `study.json` and `runs.json`, from which reports are made, unless they were written for these runs."""
         if members is self._listed:
             return
-        compared = {member.name for member in members.of_comparison()}
+        compared, losses = {member.name for member in members.of_comparison()}, self._found[0] if self._found else {}
         listed = RunList(
             runs=tuple(
                 ListedRun(
@@ -169,6 +169,8 @@ class StudyFolder:
                     folder=os.path.relpath(self.run_dir(member), self.path),
                     labels=member.run.labels,
                     compared=member.name in compared,
+                    tried=dict(member.trial.also),
+                    diverged=losses.get(member.key) == math.inf,
                 )
                 for member in members.members
             ),

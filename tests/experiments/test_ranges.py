@@ -19,7 +19,8 @@ from common.train.config import WSD, Adafactor, AdamW, Anomalies, Budget, Consta
 from experiments import find
 from experiments.cli.chosen import choose
 from experiments.run import After, MultiTurn
-from experiments.study import Search, Study
+from experiments.search import LogRange, Search, Values
+from experiments.study import Study
 from tests.tiny import tiny
 
 FIRST_LIGHT = find.load("first_light")
@@ -28,6 +29,7 @@ PART = MixturePart(objective=SpanCorruption())
 EXAMPLES = [
     FIRST_LIGHT,
     *(Parity(), Search(rates=(1e-3, 2e-3)), After(arm="gpt")),
+    *(Values(path="train.accumulation", values=(1, 2, 4)), LogRange(path="train.accumulation", low=1, high=4)),
     *(SentencePieceConfig(), BytePairConfig()),
     *(SpanCorruption(), IidDenoising(), BertStyle(), PART, Mixture(parts=(PART,))),
     *(SOURCE, ByRate(rates=(1.0,)), BySize(), Stage(from_step=1, rates=(1.0,)), SourceMixture(parts=(SOURCE,))),
@@ -48,6 +50,7 @@ ZEROS = """
     BytePairConfig.sentinels Linear.warmup_steps Cosine.warmup_steps WSD.warmup_steps Constant.warmup_steps
     Linear.final_fraction Cosine.final_fraction WSD.final_fraction Recipe.dropout Recipe.z_loss
     DataConfig.seed Reading.input_length TrainConfig.seed GenerationConfig.seed Parity.flops_within Search.extend
+    Search.draw_seed Values.values
 """.split()
 
 

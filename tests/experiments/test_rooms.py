@@ -13,7 +13,7 @@ ROOMS = {
     "cli": "one function per command",
 }
 """Folders, lowest first. A room imports itself and those before it."""
-SHARED = {"families", "find", "members", "run", "study"}
+SHARED = {"families", "find", "members", "run", "search", "study"}
 """Modules at the top that are not studies."""
 
 

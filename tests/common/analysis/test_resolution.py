@@ -10,7 +10,7 @@ from common.analysis.interval import Interval
 from common.analysis.resolution import Claim, ComparedArm, Tuning, decide
 from common.analysis.seeds import compare_seeds
 
-TUNED = Tuning(space="learning_rate 1e-4..1e-2, mean validation loss", trials=8, at_edge=False)
+TUNED = Tuning(space="learning_rate 1e-4..1e-2, mean validation loss", trials=8)
 
 
 def tuned(name: str, **changes: Any) -> ComparedArm:
@@ -39,7 +39,7 @@ def test_a_fair_difference_is_resolved(crossed: Interval | None) -> None:
         (claim(seeds=2, spread=0), "2 paired seeds, at least 3 are needed"),
         (claim(difference=0.0), "the t interval over 5 seeds contains 0"),
         (claim(first=ComparedArm(name="deep", tuning=None)), "deep was not tuned"),
-        (claim(second=tuned("wide", at_edge=True)), "wide's best trial lies at the edge of its search"),
+        (claim(second=tuned("wide", edges=("decay",))), "wide's best trial lies at the edge of its search in decay"),
         (claim(first=tuned("deep", trials=4)), "deep had 4 trials, wide 8"),
         (claim(first=tuned("deep", space="by hand")), "the searches differ: by hand (deep)"),
         (

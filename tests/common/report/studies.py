@@ -6,15 +6,8 @@ from typing import Any
 
 from common.report.claims import Parity
 from common.report.results import ArmResult, Flops
-from common.report.run_files import (
-    Choice,
-    FinishedRun,
-    ListedRun,
-    MetricsRow,
-    RunList,
-    ScoredSample,
-    StudyRuns,
-)
+from common.report.run_files import FinishedRun, MetricsRow, ScoredSample, StudyRuns
+from common.report.run_list import Choice, ListedRun, RunList
 
 STEPS, TOKENS_A_STEP = 120, 7300
 RATE = 2e-3
@@ -70,6 +63,7 @@ def finished(
     rate: float = RATE,
     labels: Mapping[str, str | int | float] | None = None,
     compared: bool = True,
+    tried: Mapping[str, float] | None = None,
     config: Mapping[str, Any] | None = None,
     environment: Mapping[str, Any] | None = None,
     chain: Sequence[str] = (),
@@ -80,7 +74,12 @@ def finished(
     """Makes a finished run; `chain` are its fingerprints step by step, `changes` replace fields of its result."""
     own = {"arm": arm, **(labels or {}), "seed": seed, "learning_rate": rate}
     name = f"{arm}-lr{rate:g}-s{seed}"
-    listed = ListedRun(name=name, arm=arm, seed=seed, identity=name, folder=name, labels=own, compared=compared)
+    name += "".join(f"-{value:g}" for value in (tried or {}).values())
+    listed = ListedRun(
+        **{"name": name, "identity": name, "folder": name, "arm": arm, "seed": seed, "labels": own},
+        compared=compared,
+        tried=dict(tried or {}),
+    )
     if chain:
         changes = {"steps": len(chain), "fingerprint": chain[-1], **changes}
     return FinishedRun(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from common.report.findings import find
-from common.report.run_files import Choice
+from common.report.run_list import Choice
 from tests.common.report.studies import finished, study_of
 
 NAMES = {"attention": ("both", "causal"), "stack": ("two", "one")}

@@ -12,7 +12,8 @@ from common.analysis.seeds import compare_seeds, crossed_interval, t_interval
 from common.evals.text_metrics import score_texts
 from common.report.claims import Parity
 from common.report.findings import Findings, Measure, find
-from common.report.run_files import Choice, FinishedRun, ScoredSample, StudyRuns, read_study
+from common.report.run_files import FinishedRun, ScoredSample, StudyRuns, read_study
+from common.report.run_list import Choice
 from common.report.verdicts import caveat, verdicts
 from tests.common.report.studies import RATE, finished, study_of
 
@@ -71,7 +72,7 @@ def test_a_true_difference_over_five_seeds_is_resolved() -> None:
         (made(losses(0.1, 5), chosen={"a": TUNED}), "b was not tuned"),
         (
             made(losses(0.1, 5), chosen={"a": TUNED, "b": dataclasses.replace(TUNED, at_edge=True)}),
-            "b's best trial lies at the edge of its search, which must be extended",
+            "b's best trial lies at the edge of its search in learning rate, which must be extended",
         ),
         (
             made(losses(0.1, 5), chosen={"a": TUNED, "b": dataclasses.replace(TUNED, trials=5)}),

@@ -11,10 +11,12 @@ from rich.console import Console
 
 from common.analysis.effort import expected_best
 from common.analysis.seeds import t_interval
+from common.report.certificate import certify
 from common.report.findings import Measure, find
 from common.report.html import render
-from common.report.run_files import Choice, StudyRuns
-from common.report.search import reversals, trials_of
+from common.report.run_files import StudyRuns
+from common.report.run_list import Choice, Trial
+from common.report.search import reversals, trials_of, tuning
 from common.report.study_page import arms_table, columns, is_large, mean_cell
 from tests.common.report.studies import finished, study_of
 from tests.common.report.test_html import Page
@@ -22,6 +24,7 @@ from tests.common.report.test_html import Page
 EVIL = "<b>$x^2$</b>"
 RATES = (1e-3, 2e-3, 4e-3)
 LOSS = Measure(metric="loss")
+DECAY = "train.optimizer.weight_decay"
 
 
 def searched(seeds: int = 3) -> StudyRuns:
@@ -50,7 +53,7 @@ def test_page_of_a_searched_study() -> None:
             "seeds=3 " + EVIL,
             "0 of 1 comparison over seeds resolved",
             "Comparisons",
-            "at the edge: not tuned",
+            "learning rate at the edge: not tuned",
             "left: the first is better",
         ),
         *(f"{EVIL}'s best trial lies at the edge", "0.001, 0.002, 0.004", "expected best validation loss"),
@@ -89,7 +92,8 @@ def test_the_terminal_has_a_row_for_each_arm() -> None:
 
 def test_trials_are_the_search_and_not_the_further_seeds() -> None:
     first, second = trials_of(searched())
-    assert dict(first.losses) == {1e-3: [1.2], 2e-3: [1.0], 4e-3: [1.4]} and second.arm == EVIL
+    assert {trial.rate: losses for trial, losses in first.losses.items()} == {1e-3: [1.2], 2e-3: [1.0], 4e-3: [1.4]}
+    assert second.arm == EVIL
     assert first.expected_best == pytest.approx(list(expected_best([1.2, 1.0, 1.4])))
     assert trials_of(study_of(finished("a"))) == ()
 
@@ -102,11 +106,11 @@ def test_an_order_that_depends_on_effort_is_named() -> None:
         f"a has the lower best loss of a and {EVIL}, but with 1, 2 of 3 trials the other one is expected to be ahead."
     )
     worse = [
-        dataclasses.replace(arm, losses={rate: [3.0] for rate in RATES}) if arm.arm != "a" else arm
+        dataclasses.replace(arm, losses={trial: [3.0] for trial in arm.losses}) if arm.arm != "a" else arm
         for arm in trials_of(study)
     ]
     assert list(reversals(worse, find(study))) == []
-    fewer = [dataclasses.replace(worse[0], losses={1e-3: [1.0]}), worse[1]]
+    fewer = [dataclasses.replace(worse[0], losses={Trial(rate=1e-3): [1.0]}), worse[1]]
     assert list(reversals(fewer, find(study))) == [f"a and {EVIL} have 1 and 3 trials."]
 
 
@@ -115,5 +119,63 @@ def test_a_diverged_trial_is_neither_drawn_nor_chosen() -> None:
     run = study.runs[0]
     wild = dataclasses.replace(run, result=dataclasses.replace(run.result, validation_loss=math.inf))
     study = dataclasses.replace(study, runs=(wild, *study.runs[1:]))
-    assert trials_of(study)[0].means[1e-3] == math.inf and trials_of(study)[0].expected_best[2] == 1.0
+    assert trials_of(study)[0].means[Trial(rate=1e-3)] == math.inf and trials_of(study)[0].expected_best[2] == 1.0
     assert not re.search(r"\b(nan|inf)\b", Page(render(study)).text)
+
+
+def of_two(draws: int | None = None, best: float = 0.1) -> StudyRuns:
+    """Makes a study whose search also tried weight decays, among them 0."""
+    runs = [
+        finished(
+            arm,
+            rate=rate,
+            tried={DECAY: decay},
+            validation_loss=1 + abs(rate - 2e-3) + abs(decay - best) + i / 10,
+            chain="01",
+            compared=(rate, decay) == (2e-3, best),
+            config={"train": {"optimizer": {"weight_decay": decay + i / 10}}},
+        )
+        for i, arm in enumerate("ab")
+        for rate in RATES
+        for decay in (0.0, 0.1, 0.2)
+    ]
+    choice = Choice(
+        rate=2e-3, also={DECAY: best}, at_edge=best == 0.2, edges=("weight_decay",) * (best == 0.2), trials=9
+    )
+    study = study_of(*runs, rates=RATES, chosen=dict.fromkeys("ab", choice))
+    also = [{"kind": "values", "path": DECAY, "values": [0.0, 0.1, 0.2]}]
+    search = {**study.study["search"], "also": also, "draws": draws}
+    return dataclasses.replace(study, study={**study.study, "search": search})
+
+
+def test_a_search_of_several_hyperparameters() -> None:
+    study = of_two()
+    assert [run.listed.tried for run in study.compared] == [{DECAY: 0.1}] * 2
+    assert [len(arm.losses) for arm in trials_of(study)] == [9, 9]
+    page = Page(text := render(study))
+    assert page.open == [] and page.tags["svg"] == 3 + 3 and render(study) == text
+    assert "0.002, weight_decay 0.1" in page.text and "not tuned" not in page.text
+    assert "weight_decay at the edge: not tuned" in Page(render(of_two(best=0.2))).text
+    tuned = tuning(study, "a")
+    assert tuned is not None and tuned.trials == 9 and tuned.edges == ()
+    assert tuned.space == "learning_rate 0.001..0.004, weight_decay 0 or 0.1 or 0.2, mean validation loss over 1 seed"
+    drawn = tuning(of_two(draws=9, best=0.2), "a")
+    assert drawn is not None and drawn.space.startswith("9 random draws of learning_rate")
+    assert drawn.edges == ("weight_decay",)
+
+
+def test_what_the_search_tunes_is_no_difference_of_recipe() -> None:
+    """As the learning rate is none; without the search it is one."""
+    study = of_two()
+    recipe = {check.name: check.agrees for check in certify(study).checks}
+    assert recipe["one recipe"] is True
+    runs = [dataclasses.replace(run, listed=dataclasses.replace(run.listed, tried={})) for run in study.compared]
+    assert {check.name: check.agrees for check in certify(study_of(*runs)).checks}["one recipe"] is False
+
+
+def test_a_trial_that_diverged_counts_though_it_has_no_result() -> None:
+    study = searched()
+    lost = dataclasses.replace(study.runs[0].listed, diverged=True)
+    listed = dataclasses.replace(study.listed, runs=(lost, *study.listed.runs[1:]))
+    study = dataclasses.replace(study, listed=listed, runs=study.runs[1:])
+    assert trials_of(study)[0].means == {Trial(rate=1e-3): math.inf, Trial(rate=2e-3): 1.0, Trial(rate=4e-3): 1.4}

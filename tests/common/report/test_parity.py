@@ -8,7 +8,8 @@ import pytest
 from common.report.certificate import certify, differences
 from common.report.claims import Parity
 from common.report.parity import check_group, groups
-from common.report.run_files import Choice, FinishedRun
+from common.report.run_files import FinishedRun
+from common.report.run_list import Choice
 from tests.common.report.studies import finished, study_of
 
 CHAIN = ("a", "b", "c", "d")

@@ -43,6 +43,12 @@ def test_a_row_for_each_run_step_task_and_metric(study: StudyRuns) -> None:
     }
 
 
+def test_further_hyperparameters_have_a_column_each() -> None:
+    path = "train.optimizer.weight_decay"
+    rows = results_table(study_of(finished("a", tried={path: 0.1}), finished("b")))
+    assert [(row["arm"], row[path]) for row in rows] == [("a", 0.1), ("b", None)]
+
+
 def test_every_validation_step_has_a_row() -> None:
     run = finished("a", chain="0123", validation_loss=0.5)
     (row,) = results_table(study_of(run))

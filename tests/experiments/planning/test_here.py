@@ -14,13 +14,14 @@ from rich.console import Console
 from common.train.config import Adafactor, Anomalies, Budget, Linear
 from common.train.programs import abstract_batch, make_programs
 from common.train.state import init_state
-from experiments.members import members_of
+from experiments.members import Key, members_of
 from experiments.planning import here, timing
 from experiments.planning.timing import Measured, StepTime, measure, shape, step_time, to_measure
 from experiments.planning.totals import RunCount, describe_runs, kept_checkpoints, state_bytes
 from experiments.run import After, Run
 from experiments.running.pipeline import compiled_step, make_setup
-from experiments.study import Search, Study
+from experiments.search import LogRange, Search
+from experiments.study import Study
 from tests.experiments.tiny_study import tiny_run, tiny_study, with_data, with_model, with_train
 
 
@@ -31,7 +32,7 @@ def study(tmp_path: Path) -> Study:
 
 def run_all(study: Study, loss: Callable[[str, float], float]) -> int:
     """Returns how many runs `members_of` adds up to if a run's loss follows from its arm and learning rate."""
-    losses: dict[tuple[str, float, int], float] = {}
+    losses: dict[Key, float] = {}
     while not (members := members_of(study, losses)).complete:
         losses |= {member.key: loss(member.arm, member.run.learning_rate) for member in members.members}
     return len(members.members)
@@ -71,6 +72,14 @@ def test_a_search_is_described(study: Study) -> None:
     assert describe_runs(study, RunCount.of(study)) == (
         "8 (2 arms x 2 rates x 1 seed, then 2 more seeds at the best rate); 12 if the search is extended all the way"
     )
+    decay = LogRange(path="train.optimizer.weight_decay", low=0.01, high=1.0)
+    several = Search(rates=(1e-3, 1e-2), also=(decay,), extend=0)
+    study = dataclasses.replace(study, search=several)
+    assert describe_runs(study, RunCount.of(study)) == (
+        "16 (2 arms x 2 rates x 3 values of weight_decay x 1 seed, then 2 more seeds with the best trial)"
+    )
+    study = dataclasses.replace(study, search=dataclasses.replace(several, draws=16, seeds=3, extend=2))
+    assert describe_runs(study, RunCount.of(study)) == "96 (2 arms x 16 random draws x 3 seeds)"
 
 
 @pytest.mark.parametrize(

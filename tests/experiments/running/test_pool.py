@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[3]
 STUDY = """
 import dataclasses
 from pathlib import Path
-from experiments.study import Search
+from experiments.search import Search
 from tests.experiments.tiny_study import tiny_study
 
 def study():
