@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+from common.analysis.effort import counts, efforts_that_reverse
 from common.analysis.interval import Interval
 from common.analysis.seeds import FEWEST_SEEDS, SeedComparison
 from common.analysis.statistics import CONFIDENCE, holm
@@ -26,6 +27,8 @@ class ComparedArm:
     name: str
     tuning: Tuning | None
     """None: it was not tuned."""
+    by_effort: Sequence[float] = ()
+    """The measure as it is expected with the best of 1, 2, ... of the trials; empty where that is not known."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,8 +63,9 @@ def decide(claims: Sequence[Claim]) -> tuple[Resolution, ...]:
 
     A difference is resolved where at least three seeds are paired; both the t and the bootstrap-t interval over seeds
     exclude 0, and so does that over seeds and examples where there is one; the paired t test holds after Holm's
-    correction for all claims; both arms were tuned by the same search with as many trials and neither's best trial lies
-    at its edge; and the certificate found nothing that differs against what the study claims.
+    correction for all claims; both arms were tuned by the same search with as many trials, neither's best trial lies at
+    its edge, and their order is the same with any number of trials above half of them (`effort.counts`); and the
+    certificate found nothing that differs against what the study claims.
     """
     corrected = holm([claim.compared.p_value for claim in claims])
     return tuple(
@@ -108,4 +112,17 @@ def _fairness(claim: Claim) -> list[str]:
             )
         if first.trials != second.trials:
             found.append(f"{claim.first.name} had {first.trials} trials, {claim.second.name} {second.trials}")
-    return [*found, *(f"the arms differ in {what}" for what in claim.differs)]
+    return [*found, *_reversed(claim), *(f"the arms differ in {what}" for what in claim.differs)]
+
+
+def _reversed(claim: Claim) -> list[str]:
+    """Returns at which search efforts the order of the arms would be another one, if there are any that count."""
+    trials = len(claim.first.by_effort)
+    if not trials or len(claim.second.by_effort) != trials:
+        return []
+    efforts = efforts_that_reverse(claim.first.by_effort, claim.second.by_effort)
+    if not (found := [effort for effort in efforts if counts(effort, trials)]):
+        return []
+    names = f"{claim.first.name} and {claim.second.name}"
+    listed = ", ".join(map(str, found))
+    return [f"the order of {names} depends on search effort: {listed} of {trials} trials are expected to reverse it"]

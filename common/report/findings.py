@@ -21,7 +21,7 @@ from common.report.effects import effects
 from common.report.examples import Key, samples_by_key
 from common.report.parity import groups
 from common.report.run_files import FinishedRun, StudyRuns
-from common.report.search import tuning
+from common.report.search import by_effort, tuning
 from common.report.tables import find_score, splits
 from common.report.units import p_text
 
@@ -157,7 +157,9 @@ def find(study: StudyRuns) -> Findings:
     uncompared, pairs = [], _pairs(study)
     differs = tuple(dict.fromkeys(itertools.chain(*(pair.differs for pair in pairs.values()))))
     for measure in measures(study):
-        for effect in effects(study, measure.of, functools.partial(tuning, study), differs):
+        for effect in effects(
+            study, measure.of, functools.partial(tuning, study), functools.partial(_by_effort, study, measure), differs
+        ):
             claims[effect.first, effect.second, measure] = effect.claim
     for (first, second), pair in pairs.items() if not claims else ():
         for measure in measures(study):
@@ -201,12 +203,20 @@ def _claim(study: StudyRuns, pair: _Pair, measure: Measure, answers: Answers) ->
         if len({score.bleu_signature for score in scores if score}) > 1:
             raise _IncomparableError("they were scored in different ways")
     return Claim(
-        first=ComparedArm(name=firsts[0].arm, tuning=tuning(study, firsts[0].arm)),
-        second=ComparedArm(name=seconds[0].arm, tuning=tuning(study, seconds[0].arm)),
+        first=_compared_arm(study, firsts[0].arm, measure),
+        second=_compared_arm(study, seconds[0].arm, measure),
         compared=compare_seeds(*values),
         crossed=_over_examples(firsts, seconds, measure, answers),
         differs=pair.differs,
     )
+
+
+def _compared_arm(study: StudyRuns, arm: str, measure: Measure) -> ComparedArm:
+    return ComparedArm(name=arm, tuning=tuning(study, arm), by_effort=_by_effort(study, measure, arm))
+
+
+def _by_effort(study: StudyRuns, measure: Measure, arm: str) -> tuple[float, ...]:
+    return by_effort(study, arm, measure.of, worst=0.0 if measure.higher_is_better else math.inf)
 
 
 def measures(study: StudyRuns) -> tuple[Measure, ...]:

@@ -2,16 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
-from common.analysis.effort import efforts_that_reverse, expected_best
+from common.analysis.effort import counts, efforts_that_reverse, expected_best, expected_of_best
 from common.analysis.resolution import Tuning
-from common.report.run_files import StudyRuns
+from common.report.run_files import FinishedRun, StudyRuns
 from common.report.run_list import Choice, Trial, short_names
-
-if TYPE_CHECKING:
-    from common.report.findings import Findings
 
 RATE = "learning_rate"
 
@@ -80,19 +77,49 @@ def _values(one: Mapping[str, Any]) -> str:
     return f"{one['low']:g}..{one['high']:g}" if "low" in one else " or ".join(f"{value:g}" for value in one["values"])
 
 
-def reversals(trials: Sequence[ArmTrials], findings: "Findings") -> Iterator[str]:
-    """Yields a sentence for each two compared arms whose order depends on how many trials there were."""
-    by_arm = {arm.arm: list(arm.means.values()) for arm in trials}
-    for pair in dict.fromkeys((finding.first, finding.second) for finding in findings.found):
-        if not by_arm.keys() >= set(pair):  # effects of factors are of no single arm
+def by_effort(
+    study: StudyRuns, arm: str, value_of: Callable[[FinishedRun], float | None], worst: float
+) -> tuple[float, ...]:
+    """Returns what a measure of an arm is expected to be with the best of 1, 2, ... of its trials by validation loss.
+
+    Empty where that is not known: without a search, while it goes on, and where a trial lacks the measure. `worst` is
+    the value of a trial that diverged.
+    """
+    search, choice = study.study.get("search"), study.listed.chosen.get(arm)
+    if not search or choice is None:
+        return ()
+    done = {run.name: run for run in study.runs}
+    found: dict[Trial, list[tuple[float, float | None]]] = {}
+    for listed in study.listed.runs:
+        if listed.arm != arm or listed.seed >= search["seeds"] or not (listed.name in done or listed.diverged):
             continue
-        losses = [by_arm[arm] for arm in pair]
-        if not losses[0] or len(losses[0]) != len(losses[1]):
-            yield f"{pair[0]} and {pair[1]} have {len(losses[0])} and {len(losses[1])} trials."
-        elif efforts := efforts_that_reverse(*losses):
-            better = pair[0] if min(losses[0]) < min(losses[1]) else pair[1]
-            counts = ", ".join(map(str, efforts))
+        run = done.get(listed.name)
+        loss = math.inf if run is None else run.result.validation_loss
+        value = value_of(run) if run is not None and math.isfinite(loss) else worst
+        found.setdefault(listed.trial, []).append((loss, value))
+    losses, values = [], []
+    for pairs in found.values():
+        known = [value for _, value in pairs if value is not None]
+        if len(known) < len(pairs):
+            return ()
+        losses.append(sum(loss for loss, _ in pairs) / len(pairs))
+        values.append(sum(known) / len(known))
+    return tuple(expected_of_best(losses, values).tolist()) if len(losses) == choice.trials else ()
+
+
+def reversals(trials: Sequence[ArmTrials], pairs: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Yields a sentence for each two compared arms whose order by loss depends on how many trials there were."""
+    by_arm = {arm.arm: arm.expected_best for arm in trials}
+    for first, second in dict.fromkeys(pairs):
+        if not by_arm.keys() >= {first, second}:  # effects of factors are of no single arm
+            continue
+        count = len(by_arm[first])
+        if not count or count != len(by_arm[second]):
+            yield f"{first} and {second} have {count} and {len(by_arm[second])} trials."
+        elif efforts := efforts_that_reverse(by_arm[first], by_arm[second]):
+            better = first if by_arm[first][-1] < by_arm[second][-1] else second
+            few = "" if any(counts(effort, count) for effort in efforts) else ", too few to count against a difference"
             yield (
-                f"{better} has the lower best loss of {pair[0]} and {pair[1]}, but with {counts} of "
-                f"{len(losses[0])} trials the other one is expected to be ahead."
+                f"{better} has the lower best loss of {first} and {second}, but with {', '.join(map(str, efforts))} of "
+                f"{count} trials the other one is expected to be ahead{few}."
             )

@@ -132,7 +132,7 @@ def search_parts(study: StudyRuns, findings: Findings) -> dict[str, Any]:
         "trial_seeds": study.study["search"]["seeds"],
         "trial_plots": study_plots.trial_plots(trials),
         "effort_plot": study_plots.effort_plot(trials),
-        "reversals": list(reversals(trials, findings)),
+        "reversals": list(reversals(trials, ((found.first, found.second) for found in findings.found))),
     }
 
 

@@ -17,6 +17,10 @@ def tuned(name: str, **changes: Any) -> ComparedArm:
     return ComparedArm(name=name, tuning=dataclasses.replace(TUNED, **changes))
 
 
+def by_effort(name: str, *expected: float) -> ComparedArm:
+    return ComparedArm(name=name, tuning=TUNED, by_effort=expected)
+
+
 def claim(difference: float = 1.0, seeds: int = 5, spread: float = 0.1, **changes: Any) -> Claim:
     noise = np.random.default_rng(seeds).normal(0, spread, seeds)
     compared = compare_seeds({s: difference + x for s, x in enumerate(noise)}, dict.fromkeys(range(seeds), 0.0))
@@ -46,12 +50,29 @@ def test_a_fair_difference_is_resolved(crossed: Interval | None) -> None:
             claim(crossed=Interval(value=1.0, low=-0.1, high=2.1)),
             "the interval over 5 seeds and the examples contains 0",
         ),
+        (
+            claim(first=by_effort("deep", 3.0, 2.0, 1.5, 1.0), second=by_effort("wide", 2.0, 1.5, 1.4, 1.3)),
+            "the order of deep and wide depends on search effort: 3 of 4 trials are expected to reverse it",
+        ),
         (claim(differs=["the order of source examples"]), "the arms differ in the order of source examples"),
     ],
 )
 def test_one_fault_is_enough(made: Claim, reason: str) -> None:
     (found,) = decide([made])
     assert not found.resolved and any(line.startswith(reason) for line in found.reasons), found.reasons
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ((3.0, 2.0, 1.1, 1.0), (2.0, 1.5, 1.4, 1.3)),  # reversed with half of the trials, not with more
+        ((3.0, 2.0, 1.0), ()),  # not known of one arm
+        ((3.0, 2.0, 1.5, 1.0), (2.0, 1.5, 1.3)),  # of different searches, which is a reason of its own
+    ],
+)
+def test_a_reversal_with_few_trials_is_none(first: tuple[float, ...], second: tuple[float, ...]) -> None:
+    (found,) = decide([claim(first=by_effort("deep", *first), second=by_effort("wide", *second))])
+    assert found.resolved
 
 
 def test_many_claims_are_corrected_together() -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import numpy as np
@@ -52,3 +53,26 @@ def test_one_seed_resolves_no_effect():
 
 def test_a_seed_that_a_cell_lacks_takes_no_part():
     assert by_name(find(study(effect=0.3, missing=True)))["stack=one"].compared.seeds == (1, 2, 3, 4)
+
+
+def test_an_effect_that_depends_on_search_effort_is_not_resolved():
+    """With one stack the best rate is far ahead of the others, with two stacks all are alike."""
+    made = study(effect=-0.05)
+
+    def trial(run, rate: float, loss: float):
+        labels = {key: value for key, value in run.listed.labels.items() if key in NAMES}
+        return finished(run.arm, rate=rate, labels=labels, compared=False, validation_loss=loss)
+
+    firsts = [run for run in made.runs if run.seed == 0]
+    others = [
+        trial(run, rate, run.result.validation_loss + (2.0 if run.listed.labels["stack"] == "one" else 0.01))
+        for run in firsts
+        for rate in (5e-4, 2e-3)
+    ]
+    assert by_name(find(made))["stack=one"].resolution.resolved
+    listed = dataclasses.replace(made.listed, runs=(*made.listed.runs, *(run.listed for run in others)))
+    found = by_name(find(dataclasses.replace(made, listed=listed, runs=(*made.runs, *others))))
+    assert found["stack=one"].resolution.reasons == (
+        "the order of stack=one and stack=two depends on search effort: 2 of 3 trials are expected to reverse it",
+    )
+    assert not any("effort" in reason for reason in found["attention=causal"].resolution.reasons)

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from common.analysis.effort import expected_best
+from common.analysis.effort import expected_best, expected_of_best
 from common.analysis.seeds import t_interval
 from common.report.certificate import certify
 from common.report.findings import Measure, find
 from common.report.html import render
 from common.report.run_files import StudyRuns
 from common.report.run_list import Choice, Trial
-from common.report.search import reversals, trials_of, tuning
+from common.report.search import ArmTrials, by_effort, reversals, trials_of, tuning
 from common.report.study_page import arms_table, columns, is_large, mean_cell
 from tests.common.report.studies import finished, study_of
 from tests.common.report.test_html import Page
@@ -100,18 +100,45 @@ def test_trials_are_the_search_and_not_the_further_seeds() -> None:
 
 def test_an_order_that_depends_on_effort_is_named() -> None:
     """a's best is lower, but of one rate at random b's is: 1.2 against 1.06; of two, 1.07 against 1.03."""
-    study = searched()
-    (sentence,) = reversals(trials_of(study), find(study))
+    study, pair = searched(), [("a", EVIL)]
+    (sentence,) = reversals(trials_of(study), pair)
     assert sentence == (
         f"a has the lower best loss of a and {EVIL}, but with 1, 2 of 3 trials the other one is expected to be ahead."
     )
-    worse = [
-        dataclasses.replace(arm, losses={trial: [3.0] for trial in arm.losses}) if arm.arm != "a" else arm
-        for arm in trials_of(study)
-    ]
-    assert list(reversals(worse, find(study))) == []
-    fewer = [dataclasses.replace(worse[0], losses={Trial(rate=1e-3): [1.0]}), worse[1]]
-    assert list(reversals(fewer, find(study))) == [f"a and {EVIL} have 1 and 3 trials."]
+    (finding,) = find(study).found
+    reason = f"the order of a and {EVIL} depends on search effort: 2 of 3 trials are expected to reverse it"
+    assert reason in finding.resolution.reasons and reason in Page(render(study)).text
+
+    def of_other(*losses: float) -> list[ArmTrials]:
+        return [
+            dataclasses.replace(arm, losses={trial: [x] for trial, x in zip(arm.losses, losses, strict=False)})
+            if arm.arm != "a"
+            else arm
+            for arm in trials_of(study)
+        ]
+
+    assert list(reversals(of_other(3.0, 3.0, 3.0), pair)) == []
+    assert list(reversals(of_other(3.0), pair)) == [f"a and {EVIL} have 3 and 1 trials."]
+    (sentence,) = reversals(of_other(1.1, 1.15, 1.15), pair)
+    assert sentence.endswith(
+        "with 1 of 3 trials the other one is expected to be ahead, too few to count against a difference."
+    )
+
+
+def test_a_score_by_effort_is_that_of_the_trials_with_the_lowest_loss() -> None:
+    study = searched()
+    means = {"a": [1.2, 1.0, 1.4], EVIL: [1.1, 1.05, 1.02]}
+    for arm, losses in means.items():
+        found = by_effort(study, arm, lambda run: -run.rate, worst=0.0)
+        assert found == pytest.approx(list(expected_of_best(losses, [-rate for rate in RATES])))
+        assert by_effort(study, arm, LOSS.of, worst=math.inf) == pytest.approx(list(expected_best(losses)))
+    assert by_effort(study, "a", lambda run: None, worst=0.0) == ()
+    lost = dataclasses.replace(study.runs[0].listed, diverged=True)
+    listed = dataclasses.replace(study.listed, runs=(lost, *study.listed.runs[1:]))
+    study = dataclasses.replace(study, listed=listed, runs=study.runs[1:])
+    assert by_effort(study, "a", LOSS.of, worst=math.inf) == pytest.approx((math.inf, (1.0 + 1.0 + 1.4) / 3, 1.0))
+    study = dataclasses.replace(study, listed=dataclasses.replace(study.listed, chosen={}))
+    assert by_effort(study, "a", LOSS.of, worst=math.inf) == ()
 
 
 def test_a_diverged_trial_is_neither_drawn_nor_chosen() -> None:
