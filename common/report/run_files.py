@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from common.errors import UserError
-from common.files import plain_name
+from common.files import plain_name, read_rows
 from common.json_text import parse_json
 from common.report.claims import Parity
 from common.report.results import ArmResult
@@ -90,6 +90,15 @@ class FinishedRun:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class BegunRun:
+    """A run that has no result: it is being trained, waits to go on, or failed."""
+
+    listed: ListedRun
+    validation_losses: Mapping[int, float]
+    """Those it has so far, by step."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StudyRuns:
     """A study's directory; runs are in the order of the study's arms, then in that of the list."""
 
@@ -99,6 +108,8 @@ class StudyRuns:
     listed: RunList
     runs: tuple[FinishedRun, ...]
     """The runs that have a result."""
+    begun: tuple[BegunRun, ...] = ()
+    """The other runs that have a validation loss; only `read_results` reads them."""
 
     @property
     def unfinished(self) -> tuple[str, ...]:
@@ -159,18 +170,37 @@ def read_study(folder: Path) -> StudyRuns:
     Raises UserError naming the file, and the line if it has lines, if one is missing, unreadable or malformed, and if
     no run has a result.
     """
+    found = _read(folder)
+    if not found.runs:
+        raise UserError(f"{folder} has no finished run: repeat the study's command, which resumes it")
+    return found
+
+
+def read_results(folder: Path) -> StudyRuns:
+    """Reads a study's directory as `read_study` does, and the validation losses of runs that have no result.
+
+    Raises UserError as `read_study` does, but only where no run has a validation loss.
+    """
+    found = _read(folder)
+    listed = [run for run in found.listed.runs if run.name in found.unfinished]
+    begun = [run for run in (_read_begun(folder, run) for run in listed) if run.validation_losses]
+    if not found.runs and not begun:
+        raise UserError(f"{folder} has no validation loss of any run: run the study first")
+    return dataclasses.replace(found, begun=tuple(begun))
+
+
+def _read(folder: Path) -> StudyRuns:
     path = folder / StudyFiles.STUDY
     if not path.exists() and (folder / StudyFiles.EARLIER).exists():
         path = folder / StudyFiles.EARLIER
         study, listed = _read_earlier(path)
     else:
         study, listed = _read_versioned(path), _read_list(folder / StudyFiles.RUNS)
-    done = [run for run in listed.runs if (folder / run.folder / RunFiles.RESULT).exists()]
-    if not done:
-        raise UserError(f"{folder} has no finished run: repeat the study's command, which resumes it")
     # A search lists the runs at each rate for all arms, so that arms with other chosen rates would change places.
-    arms = list(dict.fromkeys([*study.get("arms", ()), *(run.arm for run in done)]))
-    runs = tuple(_read_finished(folder, run) for run in sorted(done, key=lambda run: arms.index(run.arm)))
+    arms = list(dict.fromkeys([*study.get("arms", ()), *(run.arm for run in listed.runs)]))
+    in_order = sorted(listed.runs, key=lambda run: arms.index(run.arm))
+    done = [run for run in in_order if (folder / run.folder / RunFiles.RESULT).exists()]
+    runs = tuple(_read_finished(folder, run) for run in done)
     return StudyRuns(study=study, parity=_read_parity(study, path), listed=listed, runs=runs)
 
 
@@ -224,6 +254,18 @@ def _read_finished(folder: Path, listed: ListedRun) -> FinishedRun:
         metrics=_read_lines(MetricsRow, run_dir / RunFiles.METRICS),
         timings=_read_lines(TimingRow, run_dir / RunFiles.TIMINGS),
         samples=_read_lines(ScoredSample, run_dir / RunFiles.SAMPLES),
+    )
+
+
+def _read_begun(folder: Path, listed: ListedRun) -> BegunRun:
+    from pydantic import TypeAdapter
+
+    path, adapter = folder / listed.folder / RunFiles.METRICS, TypeAdapter(MetricsRow)
+    validated = [row for row in read_rows(path) if row.get("validation_loss") is not None]
+    rows = [_parse(adapter, json.dumps(row), path) for row in validated]
+    return BegunRun(
+        listed=listed,
+        validation_losses={row.step: row.validation_loss for row in rows if row.validation_loss is not None},
     )
 
 

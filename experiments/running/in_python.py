@@ -6,7 +6,7 @@ from typing import Any
 from common.errors import UserError
 from common.paths import check_folder
 from common.report.results_table import results_table
-from common.report.run_files import read_study
+from common.report.run_files import read_results
 from experiments.running.study_folder import StudyFolder
 from experiments.study import Study
 
@@ -35,6 +35,7 @@ def run(study: Study, folder: str | Path | None = None) -> list[dict[str, Any]]:
 def results(folder: str | Path) -> list[dict[str, Any]]:
     """Returns everything that a study has measured, a dict for each run, step, task and metric.
 
-    `pandas.DataFrame(results(folder))` makes a table of them. Raises UserError where no run has a result.
+    Runs that are not finished have the validation losses so far; their `finished` is False.
+    `pandas.DataFrame(results(folder))` makes a table of them. Raises UserError where no run has a validation loss.
     """
-    return results_table(read_study(Path(folder)))
+    return results_table(read_results(Path(folder)))

@@ -1,8 +1,11 @@
 """The tidy table has every measured number of a study once, and reads back as it was written."""
 
 import csv
+import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet
@@ -11,7 +14,8 @@ import pytest
 from common.errors import UserError
 from common.evals.text_metrics import score_texts
 from common.report.results_table import COLUMNS, results_table, write_table
-from common.report.run_files import StudyRuns
+from common.report.run_files import StudyRuns, read_results, read_study
+from tests.common.report.conftest import listed
 from tests.common.report.studies import finished, study_of
 
 
@@ -41,6 +45,49 @@ def test_a_row_for_each_run_step_task_and_metric(study: StudyRuns) -> None:
         ("b", "wide", None, "gpt"),
         ("a", None, None, None),
     }
+
+
+def test_unfinished_runs_have_their_losses_so_far(write_run: Callable[..., Path]) -> None:
+    """Also where a writer was killed in the middle of a line; a run without a validation loss has no row."""
+
+    def stop(files: dict[str, Any]) -> None:
+        del files["dec-only/result.json"]
+        files["dec-only/metrics.jsonl"] = files["dec-only/metrics.jsonl"][:70]
+        files["runs.json"]["runs"].append(listed("waiting"))
+
+    folder = write_run(stop)
+    with (folder / "dec-only" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 90, "validation_loss": 0.0')
+    study = read_results(folder)
+    rows = [row for row in results_table(study) if not row["finished"]]
+    assert [(row["run"], row["step"], row["metric"]) for row in rows] == [
+        ("dec-only", step, "loss") for step in (30, 60)
+    ]
+    metrics = [json.loads(line) for line in (folder / "dec-only" / "metrics.jsonl").read_text().split("\n")[:70]]
+    assert [row["value"] for row in rows] == [metrics[step - 1]["validation_loss"] for step in (30, 60)]
+    assert study.unfinished == ("dec-only", "waiting") and {row["compared"] for row in rows} == {True}
+    assert {row["run"] for row in results_table(study) if row["finished"]} == {"enc-dec"}
+    assert not read_study(folder).begun, "a report is of finished runs only"
+
+
+def test_a_study_without_a_finished_run_has_a_table(write_run: Callable[..., Path]) -> None:
+    def stop(files: dict[str, Any]) -> None:
+        for arm in ("enc-dec", "dec-only"):
+            del files[f"{arm}/result.json"]
+        files["study.json"]["search"] = {"rates": [1e-3, 2e-3], "seeds": 1, "extend": 0}
+
+    folder = write_run(stop)
+    rows = results_table(read_results(folder))
+    assert {(row["run"], row["finished"], row["compared"]) for row in rows} == {
+        ("enc-dec", False, False),
+        ("dec-only", False, False),
+    }
+    with pytest.raises(UserError, match="has no finished run"):
+        read_study(folder)
+    for arm in ("enc-dec", "dec-only"):
+        (folder / arm / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match="has no validation loss of any run"):
+        read_results(folder)
 
 
 def test_further_hyperparameters_have_a_column_each() -> None:
