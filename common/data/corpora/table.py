@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from common.data.corpora import parsers
-from common.data.corpora.recurring import split_by_source
 from common.data.sources.records import Record
 
 Parser = Callable[[Sequence[bytes], Sequence[str]], list[Record]]
@@ -37,6 +36,12 @@ def divide_in_order(records: Sequence[Record]) -> list[str]:
     """
     held_out = round(0.05 * len(records))
     return ["train"] * (len(records) - 2 * held_out) + ["validation"] * held_out + ["test"] * held_out
+
+
+def _by_source(records: Sequence[Record]) -> list[str]:
+    from common.data.corpora.recurring import split_by_source  # imports SciPy, which no other corpus needs
+
+    return split_by_source(records)
 
 
 def _all_splits_in(file: str) -> dict[str, tuple[str, ...]]:
@@ -180,7 +185,7 @@ CORPORA: dict[str, Corpus] = {
         fields=("inputs", "targets", "template"),
         origin="T0's training mixture, from P3",
         licence="unstated",
-        divide=split_by_source,
+        divide=_by_source,
     ),
 }
 CORPORA |= {
