@@ -154,6 +154,9 @@ def _add_status(status: argparse.ArgumentParser) -> None:
 def _add_results(results: argparse.ArgumentParser) -> None:
     results.add_argument("source", metavar="STUDY_OR_DIR", help=f"a study under {RUNS}/, or its directory")
     results.add_argument(
+        "rows", nargs="*", metavar="COLUMN=VALUE", help="write only the rows with this value: group=all compared=True"
+    )
+    results.add_argument(
         "--out", action=AsPath, required=True, metavar="FILE", help="where the table goes: .csv or .parquet"
     )
 

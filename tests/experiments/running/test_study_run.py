@@ -1,5 +1,6 @@
 """A study from the user's own files to the report; what is done is not done again."""
 
+import csv
 import dataclasses
 import json
 from collections import Counter
@@ -96,6 +97,17 @@ def test_commands_read_the_directory(done: Done, copied: Path, capsys: pytest.Ca
     table = copied / "table.csv"
     assert main(["results", str(copied), "--out", str(table)]) == 0
     assert {"gpt", "t5like"} <= set(table.read_text().replace("\n", ",").split(","))
+    assert main(["results", str(copied), "arm=t5*,none", "metric=loss", "--out", str(table)]) == 0
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert {row["arm"] for row in rows} == {"t5like"} and {row["metric"] for row in rows} == {"loss"}
+    capsys.readouterr()
+    for selection, error in (
+        ("arms=gpt", "unknown column 'arms': did you mean 'arm'?"),
+        ("arm=gtp", "no row has arm=gtp; arm is gpt, t5like"),
+        ("gpt", "'gpt' selects no rows; valid: COLUMN=VALUE"),
+    ):
+        assert main(["results", str(copied), selection, "--out", str(table)]) == 2
+        assert error in capsys.readouterr().err
 
 
 # --- What is done is not done again
