@@ -143,8 +143,8 @@ def identity(run: Run) -> str:
     """Returns a hash of the fields that decide the trained model, hexadecimal.
 
     Fields at their defaults do not enter it, so that a field added later changes no identity. How a run is computed,
-    how it is watched, labels and prose do not enter it either. The data's content is not known here: a run directory
-    records it apart, and refuses other data.
+    how it is watched, labels and prose do not enter it either. What the data and `init.path` hold is not known here: a
+    run directory records hashes of it apart, and refuses other data and other weights.
     """
     fields = {path: value for path, value in dotted_fields(without_defaults(run)).items() if decides_result(path)}
     return hashlib.blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -1,5 +1,6 @@
-"""Checks the models on disk that runs start from: do parameters and token tables fit?"""
+"""Checks the models on disk that runs start from: do parameters and token tables fit, and are they still the same?"""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,23 +11,74 @@ from common.data.tokenizers.byte_pair import BytePairTokenizer
 from common.data.tokenizers.pieces import differing_ids, piece
 from common.data.tokenizers.tokenizer import Tokenizer
 from common.errors import UserError
+from common.files import read_object
 from common.model import skeleton
+from common.train import run_dir as rd
 from common.train.config import InitFrom
 from common.train.init_from import check_rules, loads_tables
 from common.train.run_files import RunFiles
-from common.train.stored import has_checkpoint
+from common.train.stored import FolderParameters, has_checkpoint
 from common.train.task import Initial
+from common.weights import folder
 from experiments.families import ModelConfig, builder
 from experiments.models.finding import FoundModel, find_model
 from experiments.run import Run
 
 TRAINED_WITH = ("recipe.dropout", "recipe.z_loss", "recipe.init")
 """Fields of a model's config that change no weight's name or shape."""
+INITIAL_CONTENT = "initial_content"
+"""Where `environment.json` has the hash of the weights that a run started from."""
+SAMPLE_BYTES = 4096
+"""How much of the beginning and of the end of a file of parameters is hashed: other weights differ everywhere."""
 
 
 def make_initial(init: InitFrom | None) -> Initial | None:
     """Returns the model that a run starts from; None if it starts fresh. Opens it only when called for."""
     return None if init is None else Initial(open=lambda: find_model(init.path).parameters, rules=init.rules)
+
+
+def initial_content(init: InitFrom | None, run_dir: Path) -> str | None:
+    """Returns a hash of the weights on disk that a run starts from, as its directory is to record it, hexadecimal.
+
+    None if it starts fresh, and where nothing is to be recorded: a run that has begun may go on when the model is gone,
+    or when its directory was written before hashes were. The hash is of a run's stored checksums, or of a sample of
+    each of a model folder's files, so that it costs next to nothing.
+
+    Raises UserError where a run has begun from other weights, and where one that has not finds no model.
+    """
+    if init is None:
+        return None
+    if not rd.has_begun(run_dir):
+        return _content(init)
+    before = read_object(run_dir / RunFiles.ENVIRONMENT).get(INITIAL_CONTENT)
+    try:
+        now = _content(init) if before is not None else None
+    except UserError:
+        return None
+    if now != before:
+        raise UserError(
+            f"{run_dir} began from other weights than {init.path} holds now (hash {before}, now {now}): choose another "
+            "--run-dir, or remove it"
+        )
+    return now
+
+
+def _content(init: InitFrom) -> str:
+    parameters = find_model(init.path).parameters
+    return _sampled(parameters.path) if isinstance(parameters, FolderParameters) else parameters.content()
+
+
+def _sampled(model_folder: Path) -> str:
+    """Returns a hash of name, size, beginning and end of each of a model folder's files of parameters."""
+    top, hashed = model_folder / folder.PARAMETERS, hashlib.blake2b(digest_size=16)
+    for path in sorted(path for path in top.glob("**/*") if path.is_file()):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            ends = file.read(SAMPLE_BYTES)
+            file.seek(max(0, size - SAMPLE_BYTES))
+            ends += file.read(SAMPLE_BYTES)
+        hashed.update(f"{path.relative_to(top).as_posix()} {size}\n".encode() + ends)
+    return hashed.hexdigest()
 
 
 def check_initial(name: str, run: Run, run_dir: Path | None) -> list[str]:

@@ -28,7 +28,7 @@ from common.train.run import SHARED_STORAGE_SECONDS
 from common.train.run_files import RunFiles
 from common.train.stored import has_checkpoint
 from experiments.members import Member
-from experiments.models.initial import check_initial, check_tokenizer
+from experiments.models.initial import check_initial, check_tokenizer, initial_content
 from experiments.run import complete_run
 from experiments.running.console import training_bar
 from experiments.running.pipeline import check_devices, make_task, open_data
@@ -182,6 +182,7 @@ class StudyWorker:
 
     def _train_and_score(self, member: Member) -> None:
         name, run, folder = member.name, member.run, self._folder.run_dir(member)
+        on_first_process(lambda: initial_content(run.init, folder))
         data = open_data(name, run)
         opened = OpenRun(name=name, run=run, folder=folder, data=data, tests=open_tests(run, data.tokenizer))
         if (result := finished_result(opened)) is not None:
@@ -190,14 +191,15 @@ class StudyWorker:
             return
         if on_first_process(lambda: folder == self._folder.path / name and self._folder.adopt(member)):
             self._say(f"{name}: trained in a neighbouring study, scored here")
-        init = self._start(member)
+        init, content = self._start(member), on_first_process(lambda: initial_content(run.init, folder))
         started = dataclasses.replace(run, init=init, after=None)
         self._announce(member)
         self._say(*check_initial(name, started, folder), *check_tokenizer(name, started, data.tokenizer, folder))
         began, progress = time.monotonic(), ProgressBars(self._console)
         progress.say(f"{name}: compiling")
         with training_bar(self._console, name) as bar:
-            fitted = fit(make_task(run, data, init, self._profile_steps), folder, bar)
+            task = make_task(run, data, init, initial_content=content, profile_steps=self._profile_steps)
+            fitted = fit(task, folder, bar)
         score_run(opened, fitted, progress)
         self._seconds += time.monotonic() - began
         self._flops_done += run.steps * run.flops_per_step
@@ -225,7 +227,10 @@ class StudyWorker:
         return InitFrom(path=str(self._folder.run_dir(before)), rules=after.rules)
 
     def _check_directories(self) -> None:
-        """Raises UserError where the directory of a run holds another run, which would be lost."""
+        """Raises UserError where the directory of a run holds another run, which would be lost.
+
+        It is another one too if the weights that it started from have been replaced.
+        """
         for member in self._folder.members().members:
             run_dir = self._folder.path / member.name
             if not rd.has_begun(run_dir):
@@ -236,6 +241,7 @@ class StudyWorker:
                     f"{run_dir} holds another config of {member.name} ({'; '.join(map(str, changes))}): "
                     "choose another --run-dir, or remove it"
                 )
+            initial_content(member.run.init, run_dir)
 
     def _say(self, *lines: str) -> None:
         """Prints each line once, in the first process."""

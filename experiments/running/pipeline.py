@@ -26,7 +26,7 @@ from common.train.config import InitFrom
 from common.train.programs import Setup, check_rows, lower_step, make_programs
 from common.train.task import Task
 from experiments.families import builder
-from experiments.models.initial import make_initial
+from experiments.models.initial import INITIAL_CONTENT, make_initial
 from experiments.run import Run, complete_run
 
 OPEN_DATA = 8
@@ -111,11 +111,14 @@ def check_devices(run: Run) -> None:
     check_rows(setup)
 
 
-def make_task(run: Run, data: Data, init: InitFrom | None, profile_steps: int = 0) -> Task:
+def make_task(
+    run: Run, data: Data, init: InitFrom | None, *, initial_content: str | None = None, profile_steps: int = 0
+) -> Task:
     """Returns all that training needs.
 
     Args:
       init: the model on disk that the run starts from: its own `init`, or where the run that it comes after is.
+      initial_content: a hash of that model for the run directory to record; None to record none.
       profile_steps: how many steps of this launch are traced into the run directory.
     """
     chip = chip_of(jax.devices()[0].device_kind)
@@ -126,7 +129,7 @@ def make_task(run: Run, data: Data, init: InitFrom | None, profile_steps: int = 
         validation=tuple(data.validation.validation_batches(run.evaluation.validation_batches)),
         config=to_json(run),
         complete_config=complete_run,
-        data=data.identity,
+        data=data.identity | ({} if initial_content is None else {INITIAL_CONTENT: initial_content}),
         tokenizer_files=saved_files(data.tokenizer),
         initial=make_initial(init),
         peak_flops_per_second=None if chip is None else chip.flops_per_second,

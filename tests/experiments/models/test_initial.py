@@ -1,6 +1,7 @@
 """Messages before an arm begins as another model: what does not fit and its cure, and whose tokens its rows are."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from common.data.tokenizers.pieces import differing_ids
 from common.data.tokenizers.sentence_piece import SentencePieceTokenizer, train_model
 from common.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from common.errors import UserError
-from common.files import read_json
+from common.files import read_json, write_json, write_rows
 from common.model import skeleton
+from common.train.config import InitFrom
+from common.train.run_files import RunFiles
 from common.trees import flatten
-from common.weights.folder import write_folder
+from common.weights.folder import read_leaf, write_folder
 from experiments.cli.main import main
 from experiments.families import ModelConfig, builder
-from experiments.models.initial import check_initial, check_tokenizer
+from experiments.models.initial import INITIAL_CONTENT, check_initial, check_tokenizer, initial_content
 from experiments.run import Run
 from experiments.study import Study
 from tests.experiments.tiny_study import WORDS, tiny_study
@@ -65,6 +68,43 @@ def initial(study: Study, arm: str = "gpt") -> list[str]:
 
 def tokenizers(study: Study, tokenizer: Tokenizer, arm: str = "gpt") -> list[str]:
     return check_tokenizer(arm, study.arms[arm], tokenizer, None)
+
+
+# --- The same weights
+
+
+def begun(path: Path, recorded: str | None = None) -> Path:
+    """Makes the directory of a run that has begun from weights of this hash, or from some of which none is known."""
+    path.mkdir()
+    write_json(path / RunFiles.ENVIRONMENT, {} if recorded is None else {INITIAL_CONTENT: recorded})
+    write_rows(path / RunFiles.METRICS, [{"step": 1}])
+    return path
+
+
+def test_replaced_weights_of_a_model_folder_are_noticed(study: Study, tmp_path: Path) -> None:
+    """One number that differs is enough; a folder of the same weights elsewhere is the same."""
+    model = study.arms["gpt"].model
+    init = InitFrom(path=str(write_model(tmp_path / "model", model, None)))
+    found = initial_content(init, tmp_path / "new")
+    assert found is not None and found == initial_content(init, begun(tmp_path / "run", found))
+    moved = InitFrom(path=str(shutil.copytree(init.path, tmp_path / "elsewhere")))
+    assert initial_content(moved, tmp_path / "run") == found
+    leaves = flatten(skeleton(builder(model, EXECUTION)).shapes)
+    name = min(leaves, key=lambda name: np.prod(leaves[name].shape)).replace(".", "/")
+    handle = read_leaf(Path(init.path), name)
+    handle[(0,) * handle.ndim].write(np.float32(1e-3)).result()
+    with pytest.raises(UserError, match=f"run began from other weights than .*model holds now .hash {found}, now "):
+        initial_content(init, tmp_path / "run")
+
+
+def test_what_was_begun_before_hashes_were_recorded_goes_on(tmp_path: Path, study: Study) -> None:
+    """And so does a run whose model is gone: it resumes from its own checkpoints."""
+    init = InitFrom(path=str(write_model(tmp_path / "model", study.arms["gpt"].model, None)))
+    assert initial_content(init, begun(tmp_path / "earlier")) is None and initial_content(None, tmp_path) is None
+    gone = InitFrom(path=str(tmp_path / "gone"))
+    assert initial_content(gone, begun(tmp_path / "run", "00")) is None
+    with pytest.raises(UserError, match="gone does not exist"):
+        initial_content(gone, tmp_path / "new")
 
 
 # --- Sizes

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ import pytest
 from common.config import apply_overrides
 from common.errors import UserError
 from common.files import read_json
-from common.train.config import AdamW, Budget
+from common.train.config import AdamW, Budget, InitFrom
 from common.train.loop import Fitted
 from common.train.run_files import RunFiles
 from common.trees import flatten
 from experiments.cli.main import main
-from experiments.models.initial import check_initial
+from experiments.models.initial import check_initial, initial_content
 from experiments.run import Run
 from experiments.running.study_folder import StudyFolder
 from experiments.study import Study
@@ -60,6 +61,18 @@ def test_a_model_that_does_not_fit_is_an_error_before_anything_is_written(
     assert check_initial("gpt", other, None) == [f"gpt: not as in {source}@4: recipe.norm_epsilon: 1e-06 -> 0.5"]
     # An arm that has checkpoints resumes from them and does not open the other model.
     assert check_initial("gpt", beginning(study, tmp_path / "gone"), run_dir[0] / "gpt") == []
+
+
+def test_a_hash_of_the_weights_that_a_run_starts_from(run_dir: tuple[Path, Fitted], tmp_path: Path) -> None:
+    """It is of the newest checkpoint, or the named one, wherever the run is."""
+    source = shutil.copytree(run_dir[0] / "gpt", tmp_path / "source")
+    newest, last, earlier = (
+        initial_content(InitFrom(path=path), tmp_path / "new") for path in (str(source), f"{source}@4", f"{source}@2")
+    )
+    assert newest == last != earlier
+    assert newest == initial_content(InitFrom(path=str(run_dir[0] / "gpt")), tmp_path / "new")
+    shutil.rmtree(source / RunFiles.CHECKPOINTS / "4")
+    assert initial_content(InitFrom(path=str(source)), tmp_path / "new") == earlier
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from common.report.certificate import certify
 from common.report.results import ArmResult
 from common.report.run_files import read_study
 from common.train import run_dir as rd
+from common.train.config import InitFrom
 from common.train.loop import fit
 from common.train.run_files import RunFiles, StudyFiles
 from experiments.cli.main import main
+from experiments.models.finding import find_model
 from experiments.run import After, Run
 from experiments.running import execute
 from experiments.running.execute import StudyWorker
@@ -196,6 +199,29 @@ def test_additions_train_only_what_is_new(done: Done, copied: Path, steps: Count
     assert rows[0] != rows[1], "another seed is another order of the data"
     again = worked(copied, study, "gpt", "tuned")
     assert (again.trained, again.failed) == ([], {}) and steps.total() == 3 * STEPS
+
+
+@pytest.mark.slow  # trains a run; the rule itself is tested with the models that runs start from
+def test_a_run_whose_initial_weights_were_replaced_is_another_run(
+    done: Done, copied: Path, steps: Counter[str]
+) -> None:
+    source = copied / "gpt"
+    tuned = dataclasses.replace(done.study.arms["gpt"], init=InitFrom(path=str(source)), learning_rate=1e-3)
+    study = Study(name="tuned", question="Better?", arms={"tuned": tuned})
+    path = copied.parent / "tuned"
+    assert worked(path, study).trained == ["tuned"]
+    environment = read_json(path / "tuned" / RunFiles.ENVIRONMENT)
+    assert environment["initial_content"] == find_model(str(source)).parameters.content()
+    assert worked(path, study).trained == []
+    shutil.rmtree(source / RunFiles.CHECKPOINTS / str(STEPS))  # an earlier checkpoint is in its place now
+    with pytest.raises(UserError, match="tuned began from other weights than"):
+        worked(path, study)
+    del environment["initial_content"]
+    (path / "tuned" / RunFiles.ENVIRONMENT).write_text(json.dumps(environment))
+    assert worked(path, study).trained == [], "earlier versions recorded no hash"
+    shutil.rmtree(source)
+    outcome = worked(path, study)
+    assert (outcome.trained, outcome.failed, steps) == ([], {}, {"tuned": STEPS})
 
 
 @pytest.mark.usefixtures("refused")
