@@ -32,6 +32,7 @@ from common.nn.attention import Attention
 from common.nn.layers import MLP, RMSNorm
 from common.nn.loss import cross_entropy
 from common.nn.parameters import Initialisers
+from common.nn.parametrization import Scaling
 from common.recipe import Execution
 from common.train.programs import Programs, Setup, make_programs
 from common.train.state import TrainState, init_state
@@ -258,7 +259,7 @@ def _head(c: ModelConfig, execution: Execution, batch: Batch) -> Program:
 
 
 def _init(c: ModelConfig, layers: int) -> Initialisers:
-    return Initialisers(c.recipe, residual_branches=layers)
+    return Initialisers(c.recipe, Scaling.of(c, layers), branches=1)
 
 
 def _stream(shape: tuple[int, ...], c: ModelConfig, execution: Execution) -> jax.Array:

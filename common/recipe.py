@@ -4,7 +4,36 @@ import dataclasses
 from typing import Annotated, Literal, Protocol
 
 from common.errors import UserError
-from common.ranges import Range, Tiny, Tokens, check_ranges
+from common.ranges import Layers, Range, Tiny, Tokens, Width, check_ranges
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Standard:
+    """No account of other sizes: the best learning rate of every width and depth is found by a search there."""
+
+    kind: Literal["standard"] = "standard"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompleteP:
+    """One learning rate for all widths and depths (arXiv 2505.01618, with AdamW): muP, and its extension to depth.
+
+    A model of the base sizes trains as under `standard`. A rate that is best there is near the best at other widths and
+    depths, if d_ff and the heads' total width grow with d_model. `common.nn.parametrization` has the factors.
+    """
+
+    kind: Literal["completep"] = "completep"
+    base_width: Width
+    """d_model of the model whose learning rates are searched."""
+    base_layers: Layers
+    """Its layers in each stack."""
+    base_head_dim: Width
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+Parametrization = Standard | CompleteP
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +55,9 @@ class Recipe:
     init: Literal["t5", "fan_in"] = "fan_in"
     """`t5`: T5X's values. `fan_in`: variance 1/fan_in, with smaller residual outputs and embeddings. See
     `common.nn.parameters.Initialisers`."""
+    parametrization: Parametrization = Standard()
+    """How initial values, multipliers and updates follow the model's sizes. Not part of what Hugging Face's and T5X's
+    formats can express."""
     scale_attention: bool = True
     """Whether to divide attention logits by sqrt(head_dim). T5 does not: its query initialiser includes the factor."""
     qk_norm: bool = False

@@ -11,7 +11,7 @@ from common.data.objectives.config import Supervised
 from common.errors import UserError
 from common.infer.config import NewTokens
 from common.ranges import MOST_STEPS, Count, Range, Rows, check_ranges
-from common.train.config import InitFrom, InitRule, InverseSqrt, TrainConfig, decides_result
+from common.train.config import InitFrom, InitRule, InverseSqrt, TrainConfig, check_optimizer, decides_result
 from experiments.families import ModelConfig
 
 LearningRate = Annotated[float, Range(0, 1000, "(]")]
@@ -86,6 +86,7 @@ class Run:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        check_optimizer(self.train.optimizer, self.model.recipe)
         if self.init is not None and self.after is not None:
             raise UserError(f"starts both from init.path {self.init.path!r} and after {self.after.arm!r}: choose one")
         if self.evaluation.splits and not isinstance(self.data.objective, Supervised):

@@ -15,8 +15,9 @@ from common.data.batch import Batch, Prompt
 from common.kernels.visibility import Visibility
 from common.nn.attention import Attention, KeysValues
 from common.nn.cache import Cache
-from common.nn.layers import MLP, Embedding, Head, dropout, dropout_keys, make_norm
+from common.nn.layers import MLP, AddBranch, Embedding, Head, dropout, dropout_keys, make_norm
 from common.nn.parameters import Initialisers
+from common.nn.parametrization import Scaling
 from common.nn.positions import bias_table, embed, learned_positions, relative_bias
 from common.nn.stack import run_layers, stack
 from common.recipe import Execution
@@ -28,7 +29,7 @@ class Layer(nnx.Module):
 
     def __init__(self, config: GptConfig, execution: Execution, init: Initialisers, *, rngs: nnx.Rngs):
         c = config
-        self.dropout_rate = c.recipe.dropout
+        self.add = AddBranch.of(c.recipe, init)
         self.attention_norm = make_norm(c.d_model, c.recipe, rngs)
         self.attention = Attention(c, execution, init, rngs=rngs)
         self.mlp_norm = make_norm(c.d_model, c.recipe, rngs)
@@ -48,9 +49,9 @@ class Layer(nnx.Module):
         if cache is not None:
             keys_values = cache.insert(keys_values, visibility.q_start)
         h_BLD = self.attention(h_BLD, keys_values, visibility, weights_key)
-        x_BLD = x_BLD + dropout(h_BLD, self.dropout_rate, attention_key)
+        x_BLD = self.add(x_BLD, h_BLD, attention_key)
         h_BLD = self.mlp(self.mlp_norm(x_BLD), hidden_key)
-        return x_BLD + dropout(h_BLD, self.dropout_rate, mlp_key), keys_values
+        return self.add(x_BLD, h_BLD, mlp_key), keys_values
 
 
 class Gpt(nnx.Module):
@@ -59,7 +60,7 @@ class Gpt(nnx.Module):
     def __init__(self, config: GptConfig, execution: Execution, *, rngs: nnx.Rngs):
         self.config, self.execution = config, execution
         c, recipe = config, config.recipe
-        init = Initialisers(recipe, residual_branches=2 * c.num_layers)
+        init = Initialisers(recipe, Scaling.of(c, c.num_layers), branches=2)
         self.embedding = Embedding(c.vocab_size, c.d_model, recipe, init, rngs=rngs)
         self.positions = learned_positions(c.max_positions, c.d_model, init, rngs)
         self.relative_bias = relative_bias(c.num_heads, c.input_attention == "bidirectional", recipe, init, rngs)

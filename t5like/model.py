@@ -21,8 +21,9 @@ from common.data.batch import Batch, Prompt
 from common.kernels.visibility import Visibility
 from common.nn.attention import Attention, KeysValues
 from common.nn.cache import Cache
-from common.nn.layers import MLP, Embedding, Head, dropout, dropout_keys, make_norm
+from common.nn.layers import MLP, AddBranch, Embedding, Head, dropout, dropout_keys, make_norm
 from common.nn.parameters import Initialisers
+from common.nn.parametrization import Scaling
 from common.nn.positions import bias_table, embed, learned_positions, relative_bias
 from common.nn.stack import run_layers, stack
 from common.recipe import Execution
@@ -45,7 +46,7 @@ class Layer(nnx.Module):
         self, config: T5LikeConfig, execution: Execution, init: Initialisers, *, crosses: bool, rngs: nnx.Rngs
     ):
         c = config
-        self.dropout_rate = c.recipe.dropout
+        self.add = AddBranch.of(c.recipe, init)
         self.final_memory = c.memory == "final"
         self.attention_norm = make_norm(c.d_model, c.recipe, rngs)
         self.attention = Attention(c, execution, init, rngs=rngs)
@@ -62,9 +63,9 @@ class Layer(nnx.Module):
         h_BID = self.attention_norm(x_BID)
         keys_values = self.attention.keys_values(h_BID, visibility.k_positions_BK)
         h_BID = self.attention(h_BID, keys_values, visibility, weights_key)
-        x_BID = x_BID + dropout(h_BID, self.dropout_rate, attention_key)
+        x_BID = self.add(x_BID, h_BID, attention_key)
         h_BID = self.mlp(self.mlp_norm(x_BID), hidden_key)
-        return x_BID + dropout(h_BID, self.dropout_rate, mlp_key), keys_values
+        return self.add(x_BID, h_BID, mlp_key), keys_values
 
     def memory(self, memory_BID: jax.Array, positions_BI: jax.Array) -> KeysValues:
         """Keys and values of the encoder's stream, normed by the norm of the attention that reads them.
@@ -98,12 +99,12 @@ class Layer(nnx.Module):
             assert memory is not None
             own = own.after(memory)
         h_BTD = self.attention(h_BTD, own, visibility.own, weights_key)
-        x_BTD = x_BTD + dropout(h_BTD, self.dropout_rate, attention_key)
+        x_BTD = self.add(x_BTD, h_BTD, attention_key)
         if self.cross_attention is not None:
             h_BTD = self.cross_attention(self.cross_norm(x_BTD), memory, visibility.cross, cross_weights_key)
-            x_BTD = x_BTD + dropout(h_BTD, self.dropout_rate, cross_key)
+            x_BTD = self.add(x_BTD, h_BTD, cross_key)
         h_BTD = self.mlp(self.mlp_norm(x_BTD), hidden_key)
-        return x_BTD + dropout(h_BTD, self.dropout_rate, mlp_key), own
+        return self.add(x_BTD, h_BTD, mlp_key), own
 
 
 class T5Like(nnx.Module):
@@ -114,8 +115,8 @@ class T5Like(nnx.Module):
         c, recipe = config, config.recipe
         self.merged, self.shared = c.cross_attention == "merged", c.parameters == "shared"
         sees_ahead = c.input_attention == "bidirectional"
-        encoder_init = Initialisers(recipe, residual_branches=2 * c.encoder_layers)
-        decoder_init = Initialisers(recipe, residual_branches=(2 if self.merged else 3) * c.decoder_layers)
+        encoder_init = Initialisers(recipe, Scaling.of(c, c.encoder_layers), branches=2)
+        decoder_init = Initialisers(recipe, Scaling.of(c, c.decoder_layers), branches=2 if self.merged else 3)
         self.embedding = Embedding(c.vocab_size, c.d_model, recipe, encoder_init, rngs=rngs)
         self.positions = learned_positions(c.max_positions, c.d_model, encoder_init, rngs)
         if not self.shared:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from common.infer.config import Beam, Greedy, Sample
     from common.infer.policy import Policy
     from common.infer.score import Score
-    from common.recipe import GPT2, LLAMA, T5_V1_0, T5_V1_1, Execution, Recipe
+    from common.recipe import GPT2, LLAMA, T5_V1_0, T5_V1_1, CompleteP, Execution, Recipe, Standard
     from common.report.claims import Parity
     from common.sharding.shape import MeshShape
     from common.train.config import (
@@ -84,7 +84,7 @@ MODULES = {
     "common.infer.policy": "Policy",
     "common.infer.score": "Score",
     "common.report.claims": "Parity",
-    "common.recipe": "GPT2 LLAMA T5_V1_0 T5_V1_1 Execution Recipe",
+    "common.recipe": "GPT2 LLAMA T5_V1_0 T5_V1_1 CompleteP Execution Recipe Standard",
     "common.sharding.shape": "MeshShape",
     "common.train.config": (
         "WSD Adafactor AdamW Anomalies Budget Constant Cosine Fresh InitFrom InverseSqrt Linear Rename Resize "

@@ -49,12 +49,12 @@ class Attention(nnx.Module):
         recipe = widths.recipe
         D, H, G, C = widths.d_model, widths.num_heads, widths.num_kv_heads, widths.head_dim
         self.rope_theta = recipe.rope_theta if recipe.positions == "rope" else None
-        self.scale = C**-0.5 if recipe.scale_attention else 1.0
+        self.scale = (init.scaling.base_head_dim**-0.5 if recipe.scale_attention else 1.0) / init.scaling.head_dim
         self.dropout_rate = recipe.dropout
         self.implementation = Implementation(
             kind=execution.attention, block=execution.attention_block, kernel_block=execution.attention_kernel_block
         )
-        self.query_DHC = param(rngs, init.query(D, C), (D, H, C), ("embed", "heads", "head_dim"))
+        self.query_DHC = param(rngs, init.query(D), (D, H, C), ("embed", "heads", "head_dim"))
         self.key_DGC = param(rngs, init.key_value(D), (D, G, C), ("embed", "kv_heads", "head_dim"))
         self.value_DGC = param(rngs, init.key_value(D), (D, G, C), ("embed", "kv_heads", "head_dim"))
         self.query_bias_HC = bias(rngs, recipe, (H, C), ("heads", "head_dim"))

@@ -4,6 +4,7 @@ Legend: B batch rows, L sequence, D model, F mlp, V vocab, P shards of a row, S 
 U positions of a shard in one chunk, E features out.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -139,8 +140,8 @@ class Embedding(nnx.Module):
     """The token table; a lookup is a gather."""
 
     def __init__(self, vocab_size: int, d_model: int, recipe: Recipe, init: Initialisers, *, rngs: nnx.Rngs):
-        self.scale = d_model**0.5 if recipe.scale_embeddings else 1.0
-        self.table_VD = param(rngs, init.embedding(d_model), (vocab_size, d_model), ("vocab", "embed"))
+        self.scale = init.scaling.base_width**0.5 if recipe.scale_embeddings else 1.0
+        self.table_VD = param(rngs, init.embedding(), (vocab_size, d_model), ("vocab", "embed"))
 
     def __call__(self, tokens_BL: jax.Array, dtype: jnp.dtype) -> jax.Array:
         return constrain(use(self.table_VD, dtype)[tokens_BL] * self.scale, "batch", "residual", None)
@@ -150,9 +151,9 @@ class Head(nnx.Module):
     """The output projection: a matrix of its own, or the embedding's if the recipe ties them."""
 
     def __init__(self, vocab_size: int, d_model: int, recipe: Recipe, init: Initialisers, *, rngs: nnx.Rngs):
-        self.scale = d_model**-0.5 if recipe.scale_logits else 1.0
+        self.scale = (init.scaling.base_width**-0.5 if recipe.scale_logits else 1.0) / init.scaling.width
         shape = (d_model, vocab_size)
-        self.weight_DV = None if recipe.tied_embeddings else param(rngs, init.head(d_model), shape, ("embed", "vocab"))
+        self.weight_DV = None if recipe.tied_embeddings else param(rngs, init.head(), shape, ("embed", "vocab"))
 
     def __call__(self, h_BLD: jax.Array) -> jax.Array:
         """Scales hidden states for the product with the weights."""
@@ -180,6 +181,22 @@ def dropout(x_BLD: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     shape = (*x_BLD.shape[:-2], 1, x_BLD.shape[-1])
     kept = jax.random.bernoulli(key, 1.0 - rate, shape)
     return jnp.where(kept, x_BLD / (1.0 - rate), 0).astype(x_BLD.dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AddBranch:
+    """Adds a branch's output to the residual stream, after dropout and the parametrization's multiplier."""
+
+    dropout_rate: float
+    scale: float
+
+    @classmethod
+    def of(cls, recipe: Recipe, init: Initialisers) -> "AddBranch":
+        return cls(dropout_rate=recipe.dropout, scale=1.0 / init.scaling.depth)
+
+    def __call__(self, x_BLD: jax.Array, y_BLD: jax.Array, key: jax.Array | None) -> jax.Array:
+        y_BLD = dropout(y_BLD, self.dropout_rate, key)
+        return x_BLD + (y_BLD if self.scale == 1.0 else y_BLD * self.scale)
 
 
 def dropout_keys(key: jax.Array | None, sites: int) -> tuple[jax.Array | None, ...]:

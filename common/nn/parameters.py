@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from common.nn.linear import Columns
+from common.nn.parametrization import Scaling
 from common.recipe import Recipe
 from common.sharding.rules import all_gather_parameter
 
@@ -57,22 +58,26 @@ def ones(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 class Initialisers:
-    """The initialiser of each kind of weight in a recipe.
+    """The initialiser of each kind of weight in a stack.
 
     `t5` uses T5X's standard deviations: query (d_model * head_dim)^-1/2, key and value d_model^-1/2, attention output
     (heads * head_dim)^-1/2, MLP d_model^-1/2 in and d_ff^-1/2 out (truncated), head d_model^-1/2 (truncated), embedding
     1, relative bias uniform with variance 1/fan_avg. `fan_in` uses fan_in^-1/2 throughout, divided by sqrt(residual
     branches) for residual outputs (GPT-2); embedding and head are so small that a fresh model's predictions are nearly
     uniform. Biases are initialised to zero.
+
+    Other sizes than the fan-in of a layer's matrices are those of the base model (`common.nn.parametrization`).
     """
 
-    def __init__(self, recipe: Recipe, residual_branches: int):
+    def __init__(self, recipe: Recipe, scaling: Scaling, branches: int):
+        """`branches`: residual branches of a layer."""
+        self.scaling = scaling
         self.t5 = recipe.init == "t5"
         self.tied = recipe.tied_embeddings
-        self.residual = 1.0 if self.t5 else residual_branches**-0.5
+        self.residual = 1.0 if self.t5 else (branches * scaling.base_layers) ** -0.5
 
-    def query(self, d_model: int, head_dim: int) -> Initialiser:
-        return normal((d_model * head_dim) ** -0.5 if self.t5 else d_model**-0.5)
+    def query(self, d_model: int) -> Initialiser:
+        return normal((d_model * self.scaling.base_head_dim) ** -0.5 if self.t5 else d_model**-0.5)
 
     def key_value(self, d_model: int) -> Initialiser:
         return normal(d_model**-0.5)
@@ -86,18 +91,19 @@ class Initialisers:
     def mlp_out(self, d_ff: int) -> Initialiser:
         return truncated_normal(d_ff**-0.5 * self.residual)
 
-    def embedding(self, d_model: int) -> Initialiser:
+    def embedding(self) -> Initialiser:
         if self.t5:
             return normal(1.0)
         # A tied table is also the head, so it must keep a fresh model's logits small.
-        return normal(1.0 / d_model if self.tied else d_model**-0.5)
+        return normal(1.0 / self.scaling.base_width if self.tied else self.scaling.base_width**-0.5)
 
-    def positions(self, d_model: int) -> Initialiser:
+    def positions(self) -> Initialiser:
         # The embedding's scale, so that neither dominates their sum.
-        return self.embedding(d_model)
+        return self.embedding()
 
-    def head(self, d_model: int) -> Initialiser:
-        return truncated_normal(d_model**-0.5) if self.t5 else normal(1.0 / d_model)
+    def head(self) -> Initialiser:
+        base_width = self.scaling.base_width
+        return truncated_normal(base_width**-0.5) if self.t5 else normal(1.0 / base_width)
 
     def relative_bias(self, num_heads: int, buckets: int) -> Initialiser:
-        return uniform(math.sqrt(3.0 / ((num_heads + buckets) / 2)))
+        return uniform(math.sqrt(3.0 / ((self.scaling.base_heads(num_heads) + buckets) / 2)))

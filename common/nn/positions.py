@@ -82,7 +82,7 @@ class LearnedPositions(nnx.Module):
 
     def __init__(self, max_positions: int, d_model: int, init: Initialisers, *, rngs: nnx.Rngs):
         shape = (max_positions, d_model)
-        self.table_SD = param(rngs, init.positions(d_model), shape, ("positions", "embed"))
+        self.table_SD = param(rngs, init.positions(), shape, ("positions", "embed"))
 
     def __call__(self, positions_BL: jax.Array, dtype: jnp.dtype) -> jax.Array:
         return use(self.table_SD, dtype)[positions_BL]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from common.errors import UserError
 from common.ranges import MOST_STEPS, Count, Every, Positive, Range, Seconds, Seed, Share, Steps, Tiny, check_ranges
-from common.recipe import Execution
+from common.recipe import CompleteP, Execution, Recipe
 from common.sharding.shape import MeshShape
 
 
@@ -123,6 +123,19 @@ class Adafactor:
 
 
 Optimizer = AdamW | Adafactor
+
+
+def check_optimizer(optimizer: Optimizer, recipe: Recipe) -> None:
+    """Raises UserError if the recipe's parametrization has no rule for this optimizer.
+
+    CompleteP's rates are for updates whose size does not depend on the parameter's, as Adam's. Adafactor's are relative
+    to the parameter's size, which is another rule of its own.
+    """
+    if isinstance(recipe.parametrization, CompleteP) and not isinstance(optimizer, AdamW):
+        raise UserError(
+            f"train.optimizer.kind is {optimizer.kind!r}: model.recipe.parametrization {recipe.parametrization.kind!r} "
+            "has rules for 'adamw' only; nearest: train.optimizer.kind=adamw"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from common.nn.parametrization import is_matrix
 from common.train.adafactor import make_adafactor
 from common.train.config import WSD, Adafactor, AdamW, Constant, Cosine, InverseSqrt, Linear, Optimizer, Schedule
 
@@ -53,23 +54,43 @@ def learning_rates(schedule: Schedule, peak: float, steps: int) -> np.ndarray:
         return np.asarray(jax.jit(make_schedule(schedule, peak, steps))(np.arange(steps, dtype=np.int32)))
 
 
-def make_optimizer(config: Optimizer, schedule: optax.Schedule, logical_axes: Any) -> optax.GradientTransformation:
-    """Returns the optimizer for parameters with these logical axes, from which it sees which are matrices."""
+def make_optimizer(
+    config: Optimizer, schedule: optax.Schedule, logical_axes: Any, scales: Any = None
+) -> optax.GradientTransformation:
+    """Returns the optimizer for parameters with these logical axes, from which it sees which are matrices.
+
+    `scales` are those of `common.nn.parametrization.update_scales`, which only AdamW can follow.
+    """
     match config:
         case AdamW():
-            return _make_adamw(config, schedule, logical_axes)
+            return _make_adamw(config, schedule, logical_axes, scales)
         case Adafactor():
+            assert scales is None, "check_optimizer refuses this"
             return make_adafactor(config, schedule, logical_axes)
 
 
-def _make_adamw(config: AdamW, schedule: optax.Schedule, logical_axes: Any) -> optax.GradientTransformation:
-    def decays(axes: tuple[str, ...]) -> bool:
-        return sum(axis not in ("layers", "head_dim") for axis in axes) >= 2  # a bias [heads, head_dim] is a vector
+def _make_adamw(
+    config: AdamW, schedule: optax.Schedule, logical_axes: Any, scales: Any
+) -> optax.GradientTransformation:
+    """Returns `optax.adamw` after clipping, with the same state, and with updates scaled parameter by parameter.
 
-    mask = jax.tree.map(decays, logical_axes, is_leaf=lambda x: isinstance(x, tuple))
-    return optax.chain(
-        optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            schedule, b1=config.b1, b2=config.b2, eps=config.epsilon, weight_decay=config.weight_decay, mask=mask
-        ),
-    )
+    Weight decay is added to scaled updates, so that it does not depend on their scale.
+    """
+    mask = jax.tree.map(is_matrix, logical_axes, is_leaf=lambda x: isinstance(x, tuple))
+    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.epsilon)
+    if scales is not None:
+        clip = _times(clip, jax.tree.map(lambda scale: scale.gradient, scales))
+        adam = _times(adam, jax.tree.map(lambda scale: scale.rate, scales))
+    decay = optax.add_decayed_weights(config.weight_decay, mask)
+    return optax.chain(clip, optax.chain(adam, decay, optax.scale_by_learning_rate(schedule)))
+
+
+def _times(transformation: optax.GradientTransformation, factors: Any) -> optax.GradientTransformation:
+    """Multiplies each parameter's update by its factor, a float."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = transformation.update(updates, state, params)
+        return jax.tree.map(lambda factor, u: u if factor == 1.0 else u * factor, factors, updates), state
+
+    return optax.GradientTransformation(transformation.init, update)

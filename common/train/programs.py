@@ -20,12 +20,13 @@ from common.compute.model_config import ModelConfig
 from common.data.batch import Batch, HostBatch
 from common.errors import UserError
 from common.model import Model, Skeleton, skeleton
-from common.recipe import Execution
+from common.nn.parametrization import update_scales
+from common.recipe import Execution, Parametrization
 from common.sharding.hosts import counts_here, place_rows, rows_here, start_sum
 from common.sharding.mesh import make_mesh
 from common.sharding.rules import Strategy, strategy
 from common.sharding.shape import ROW_AXES, MeshShape
-from common.train.config import Optimizer, TrainConfig
+from common.train.config import Optimizer, TrainConfig, check_optimizer
 from common.train.optimizer import make_optimizer
 from common.train.state import TrainState, abstract_state, make_init, state_shardings
 from common.train.step import Guard, Numbers, make_eval_step, make_train_step
@@ -59,6 +60,7 @@ class _Compiled:
 
     build: Callable[[nnx.Rngs], Model]
     z_loss: float
+    parametrization: Parametrization
     optimizer: Optimizer
     accumulation: int
     mesh: MeshShape
@@ -162,12 +164,14 @@ def make_programs(setup: Setup, devices: Sequence[jax.Device] | None = None) -> 
     """Makes mesh, shardings and jitted functions, for this machine's devices or others; computes nothing yet.
 
     Setups that differ only in learning rate, schedule, steps, seed, or in how a run is watched return the same object,
-    so that a process traces and compiles each program once for all of them.
+    so that a process traces and compiles each program once for all of them. Raises UserError as `check_optimizer` does.
     """
     train = setup.train
+    check_optimizer(train.optimizer, setup.model.recipe)
     compiled = _Compiled(
         build=setup.build,
         z_loss=setup.model.recipe.z_loss,
+        parametrization=setup.model.recipe.parametrization,
         optimizer=train.optimizer,
         accumulation=train.accumulation,
         mesh=train.mesh,
@@ -187,9 +191,10 @@ def _make_programs(compiled: _Compiled, devices: tuple[jax.Device, ...] | None) 
 
 def _programs(compiled: _Compiled, mesh: Mesh) -> Programs:
     model, execution = skeleton(compiled.build), compiled.execution
+    scales = update_scales(compiled.parametrization, model.logical_axes, model.shapes)
 
     def at_rate(rate: Any) -> optax.GradientTransformation:
-        return make_optimizer(compiled.optimizer, lambda _: rate, model.logical_axes)
+        return make_optimizer(compiled.optimizer, lambda _: rate, model.logical_axes, scales)
 
     optimizer = at_rate(np.float32(1))
     shardings = state_shardings(model, optimizer, mesh)

@@ -99,4 +99,5 @@ def require_recipe(recipe: Recipe, like: Recipe, name: str, free: Collection[str
     for field in dataclasses.fields(Recipe):
         value, theirs = getattr(recipe, field.name), getattr(like, field.name)
         if field.name not in (*_NOT_THE_NETWORK, *free) and value != theirs:
+            value, theirs = (getattr(one, "kind", one) for one in (value, theirs))
             raise UserError(f"model.recipe.{field.name} is {value!r}: {name} has {theirs!r}")
