@@ -20,7 +20,7 @@ from common.data.examples import RecordExamples
 from common.data.objectives.config import Supervised
 from common.data.tokenized.token_store import TokenStream
 from common.model import skeleton
-from common.recipe import GPT2, T5_V1_0, T5_V1_1, Execution, Recipe
+from common.recipe import GPT2, T5_V1_0, T5_V1_1, CompleteP, Execution, Recipe
 from common.sharding.shape import MeshShape
 from experiments.families import ModelConfig, builder
 from gpt.config import GptConfig
@@ -37,6 +37,8 @@ BIAS = T5_V1_1
 LEARNED = dataclasses.replace(GPT2, tied_embeddings=False)
 GEMMA = Recipe(mlp="geglu", tied_embeddings=True, scale_embeddings=True, qk_norm=True)
 """Options that no preset has: head norms and scaled embeddings."""
+COMPLETEP = Recipe(parametrization=CompleteP(base_width=8, base_layers=4, base_head_dim=4))
+"""Sizes other than its base's, so that no multiplier is 1."""
 MAX_POSITIONS = 48
 
 Pair = tuple[list[int], list[int]]
@@ -67,10 +69,12 @@ FAMILIES: dict[str, ModelConfig] = {
     "gpt-tied": gpt(dataclasses.replace(ROPE, tied_embeddings=True, mlp="gelu")),
     "gpt-learned": gpt(LEARNED),
     "gpt-gemma": gpt(GEMMA),
+    "gpt-completep": gpt(COMPLETEP),
     "t5like-rope": t5like(ROPE),
     "t5like-bias": t5like(BIAS),
     "t5like-tied": t5like(T5_V1_0),
     "t5like-learned": t5like(LEARNED),
+    "t5like-completep": t5like(COMPLETEP),
     "t5like-relaxed": t5like(GEMMA, encoder_layers=2, **RUNGS[4]),
 }
 

@@ -23,6 +23,7 @@ from experiments.models.weight_maps import gpt_from_relaxed, relaxed_from_gpt
 from t5like.config import RUNGS, T5LikeConfig
 from tests.helpers import (
     BIAS,
+    COMPLETEP,
     F32,
     GEMMA,
     LEARNED,
@@ -62,6 +63,7 @@ RECIPES = {
     "bias-two-sided": dataclasses.replace(BIAS, relative_sides="two"),
     "learned": LEARNED,
     "gemma": GEMMA,
+    "completep": COMPLETEP,
 }
 UNPACKED = [[pair] for pair in PAIRS]
 

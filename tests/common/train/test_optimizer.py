@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from common.errors import UserError
+from common.nn.parametrization import UpdateScale
 from common.train.config import WSD, AdamW, Constant, Cosine, InverseSqrt, Linear, Schedule
 from common.train.optimizer import make_optimizer, make_schedule
 
@@ -97,12 +98,25 @@ def draw(rng: np.random.Generator, scale: float) -> dict[str, np.ndarray]:
     return {name: scale * rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
 
 
+SCALES = {
+    "table": UpdateScale(rate=1.0, gradient=4.0),
+    "query": UpdateScale(rate=0.25, gradient=12.0),
+    "query_bias": UpdateScale(rate=1.0, gradient=12.0),
+    "stacked_norm": UpdateScale(rate=1.0, gradient=12.0),
+    "norm": UpdateScale(rate=1.0, gradient=4.0),
+}
+
+
+@pytest.mark.parametrize("scales", [None, SCALES], ids=["", "scaled"])
 @pytest.mark.parametrize("clip_norm", [0.5, 100.0, None])
-def test_adamw_is_numpys(clip_norm: float | None) -> None:
-    """Three steps: clipping by the norm over all leaves, bias-corrected moments, weight decay outside of them."""
+def test_adamw_is_numpys(clip_norm: float | None, scales: dict[str, UpdateScale] | None) -> None:
+    """Three steps: clipping by the norm over all leaves, bias-corrected moments, weight decay outside of them.
+
+    With scales, each parameter has its own epsilon and, for the moments' part of its update, its own rate.
+    """
     config = AdamW(b1=0.8, b2=0.9, epsilon=1e-3, weight_decay=0.3, clip_norm=clip_norm)
     schedule = make_schedule(Linear(warmup_steps=1), 0.1, 5)
-    optimizer = make_optimizer(config, schedule, AXES)
+    optimizer = make_optimizer(config, schedule, AXES, scales)
     rng = np.random.default_rng(0)
     params = draw(rng, 1.0)
     expected = {name: p.astype(np.float64) for name, p in params.items()}
@@ -117,15 +131,17 @@ def test_adamw_is_numpys(clip_norm: float | None) -> None:
 
     state = jax.jit(optimizer.init)(params)
     # By hand: warm-up from half the peak, then down from the peak by a quarter of it a step.
-    for number, (rate, scale) in enumerate([(0.05, 1.0), (0.1, 0.01), (0.075, 1.0)], start=1):
-        grads = draw(rng, scale)
+    for number, (rate, size) in enumerate([(0.05, 1.0), (0.1, 0.01), (0.075, 1.0)], start=1):
+        grads = draw(rng, size)
         params, state = update(grads, state, params)
         norm = math.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in grads.values()))
         for name, g in grads.items():
             g = g * min(1.0, (math.inf if clip_norm is None else clip_norm) / norm)
             first[name] = 0.8 * first[name] + 0.2 * g
             second[name] = 0.9 * second[name] + 0.1 * g**2
-            direction = (first[name] / (1 - 0.8**number)) / (np.sqrt(second[name] / (1 - 0.9**number)) + 1e-3)
+            scale = UpdateScale(rate=1.0, gradient=1.0) if scales is None else scales[name]
+            root = np.sqrt(second[name] / (1 - 0.9**number)) + 1e-3 / scale.gradient
+            direction = scale.rate * (first[name] / (1 - 0.8**number)) / root
             decay = 0.3 * expected[name] if name in DECAYED else 0.0
             expected[name] = expected[name] - rate * (direction + decay)
     for name, p in expected.items():
