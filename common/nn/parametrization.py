@@ -14,8 +14,8 @@ m_L = layers of the stack / base_layers and m_C = head_dim / base_head_dim, rela
 Weight decay removes the same share of a matrix per step at all sizes (learning rate x weight decay of the base model;
 the paper's weight decay of lambda m_N at a rate of eta / m_N). Initial residual outputs are not divided by the depth.
 
-The paper gives epsilon in residual blocks only, and its authors' public code divides by m_N m_L everywhere. Here epsilon follows the size of the gradient's entries, which outside of the layers does not depend
-on depth.
+The paper gives epsilon in residual blocks only, and its authors' public code divides by m_N m_L everywhere. Here
+epsilon follows the size of the gradient's entries, which outside of the layers does not depend on depth.
 
 The paper has no encoder-decoder; what follows is inferred. Each stack has its own m_L. Self-attention, cross-attention
 and MLP are residual branches alike: a decoder layer has three where the base model's has three, so their number cancels
