@@ -130,7 +130,8 @@ class Search:
     rates: tuple[LearningRate, ...]
     """Learning rates, ascending, at equal ratios. Random draws use the first and the last one, and those between."""
     also: tuple[Hyperparameter, ...] = ()
-    """Further hyperparameters; with a grid, every combination of their values and the rates is a trial."""
+    """Further hyperparameters; with a grid, every combination of their values and the rates is a trial. Each value of
+    an optimizer's or a model's number takes a compilation for each arm, those of a schedule take none."""
     draws: Annotated[int, Range(2, 10_000, unit="trials")] | None = None
     """How many random draws to try instead of the grid: of rates between the ends, uniform in the logarithm, and of
     each hyperparameter. More draws begin with the same ones, and so does a search with another hyperparameter."""

@@ -9,7 +9,7 @@ from common.analysis.seeds import t_interval
 from common.report import plots, study_plots
 from common.report.findings import Findings, Measure, measures
 from common.report.run_files import FinishedRun, StudyRuns
-from common.report.run_list import Choice
+from common.report.run_list import Choice, short_names
 from common.report.search import ArmTrials, reversals, trials_of, tuning
 from common.report.tables import plain_text
 from common.report.units import p_text, scientific, si
@@ -46,6 +46,7 @@ def large_parts(study: StudyRuns, findings: Findings) -> dict[str, Any]:
     arms, shown = by_arm(study), measures(study)
     drawn = study.seeds > 1 and findings.found
     return {
+        "tuned": _tuned(study),
         "measures": [f"{measure.name}, {measure.unit}" for measure in shown],
         "arm_rows": [_arm_row(study.listed.chosen.get(arm), runs, shown) for arm, runs in arms.items()],
         "comparisons": [
@@ -90,14 +91,18 @@ def arms_table(study: StudyRuns) -> "Table":
     caption = Text("means over seeds, 95 % intervals over seeds in brackets")
     table = Table(title=Text("Arms", "bold"), caption=caption, box=box.SIMPLE_HEAD)
     table.add_column("")
-    tuned = "hyperparameters" if any(run.listed.tried for run in study.compared) else "learning rate"
-    for head in ("seeds", tuned, "parameters", *(f"{measure.name}, {measure.unit}" for measure in shown)):
+    for head in ("seeds", _tuned(study), "parameters", *(f"{measure.name}, {measure.unit}" for measure in shown)):
         table.add_column(plain_text(head), justify="right")
     for arm, runs in by_arm(study).items():
         row = _arm_row(study.listed.chosen.get(arm), runs, shown)
         cells = (arm, str(row["seeds"]), row["rate"], row["parameters"], *row["means"])
         table.add_row(*map(plain_text, cells))
     return table
+
+
+def _tuned(study: StudyRuns) -> str:
+    """Returns the heading of what `Trial.words` says: the learning rate comes first."""
+    return "learning rate and others" if any(run.listed.tried for run in study.compared) else "learning rate"
 
 
 def _arm_row(choice: Choice | None, runs: Sequence[FinishedRun], shown: Sequence[Measure]) -> dict[str, Any]:
@@ -116,19 +121,18 @@ def search_parts(study: StudyRuns, findings: Findings) -> dict[str, Any]:
     trials = trials_of(study)
     if not trials:
         return {"trials": []}
-    several = any(trial.also for arm in trials for trial in arm.losses)
     return {
         "trials": [
             {
                 "chosen": arm.choice.trial.words if arm.choice else "not chosen yet",
                 "trials": len(arm.losses),
-                "tried": "; ".join(trial.words for trial in arm.losses) if several else _rates(arm),
+                "tried": _tried(arm),
                 "best": f"{min(arm.means.values()):.4f}" if arm.losses else "–",
                 "edge": _edges(study, arm),
             }
             for arm in trials
         ],
-        "tuned": "learning rate, then the other hyperparameters" if several else "learning rate",
+        "tuned": _tuned(study),
         "trial_seeds": study.study["search"]["seeds"],
         "trial_plots": study_plots.trial_plots(trials),
         "effort_plot": study_plots.effort_plot(trials),
@@ -136,8 +140,15 @@ def search_parts(study: StudyRuns, findings: Findings) -> dict[str, Any]:
     }
 
 
-def _rates(arm: ArmTrials) -> str:
-    return ", ".join(f"{trial.rate:g}" for trial in arm.losses)
+def _tried(arm: ArmTrials) -> str:
+    """Returns every rate that was tried; of several hyperparameters, the lowest and the highest value of each."""
+    trials = list(arm.losses)
+    if not any(trial.also for trial in trials):
+        return ", ".join(f"{trial.rate:g}" for trial in trials)
+    columns = {"learning rate": [trial.rate for trial in trials]}
+    names = short_names([path for path, _ in trials[0].also])
+    columns |= {names[path]: [dict(trial.also)[path] for trial in trials] for path in names}
+    return ", ".join(f"{name} {min(values):g} to {max(values):g}" for name, values in columns.items())
 
 
 def _edges(study: StudyRuns, arm: ArmTrials) -> str:

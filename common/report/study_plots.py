@@ -28,6 +28,8 @@ MOST_PANELS = 3
 """Most measures that are drawn side by side."""
 WIDEST_LABEL = 44
 """Characters in a line of a comparison's name."""
+MOST_ON_A_GRID = 12
+"""More values of a hyperparameter than this were drawn at random, so that some would share a place as ticks."""
 SHIFT = 0.24
 """How far below an arm's mean its seeds are drawn, in rows."""
 
@@ -180,7 +182,7 @@ def _trial_plot(trials: Sequence[ArmTrials], name: str, x_of: Callable[[Trial], 
             axes.set_xscale("symlog", linthresh=min((x for x in values if x > 0), default=1.0))
         for i, arm in enumerate(trials):
             _draw_trials(axes, i, arm, x_of)
-        axes.xaxis.set_major_locator(FixedLocator(values[:: max(1, len(values) // 6)]))
+        axes.xaxis.set_major_locator(FixedLocator(_ticks(values)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.3g}"))
         set_log_losses(axes)
@@ -188,6 +190,13 @@ def _trial_plot(trials: Sequence[ArmTrials], name: str, x_of: Callable[[Trial], 
         axes.set_ylabel("validation loss")
 
     return svg(f"loss against {name}", (5.2, 3.4), draw)
+
+
+def _ticks(values: Sequence[float]) -> Sequence[float]:
+    """Returns the values of a grid, thinned if there are many; of random draws, five places between the ends."""
+    if len(values) > MOST_ON_A_GRID and values[0] > 0:
+        return [float(f"{x:.2g}") for x in np.geomspace(values[0], values[-1], 5)]
+    return values[:: max(1, len(values) // 6)]
 
 
 def _draw_trials(axes: "Axes", i: int, arm: ArmTrials, x_of: Callable[[Trial], float]) -> None:

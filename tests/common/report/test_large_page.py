@@ -182,6 +182,7 @@ def test_a_search_of_several_hyperparameters() -> None:
     page = Page(text := render(study))
     assert page.open == [] and page.tags["svg"] == 3 + 3 and render(study) == text
     assert "0.002, weight_decay 0.1" in page.text and "not tuned" not in page.text
+    assert "learning rate 0.001 to 0.004, weight_decay 0 to 0.2" in page.text
     assert "weight_decay at the edge: not tuned" in Page(render(of_two(best=0.2))).text
     tuned = tuning(study, "a")
     assert tuned is not None and tuned.trials == 9 and tuned.edges == ()
