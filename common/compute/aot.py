@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from common.compute.collectives import Collective, collectives, scattered_bytes
+from common.compute.collectives import Collective, collectives, scattered_bytes, summed_gather_bytes
 from common.compute.hlo import parse
 from common.compute.memory import Memory, read_memory
 from common.compute.roofline import axes_name, links_per_device
@@ -54,6 +54,8 @@ class Compiled:
     """How many links carry a ring, by the axes of a collective; see `common.compute.roofline.links_per_device`."""
     scattered_bytes: int
     """Bytes of arrays that the optimised program reduce-scatters; the others it all-reduces and slices."""
+    summed_gather_bytes: int
+    """Bytes of arrays that the optimised program gathers by an all-reduce, which sends twice as much."""
     flops: int
     """FLOPs of matrix products, recomputed ones included, but not those inside kernels."""
     has_kernels: bool
@@ -91,7 +93,12 @@ def devices_of(topology: Topology) -> list[Any]:
     """Returns JAX devices for the topology, without hardware."""
     from jax.experimental import topologies
 
-    options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    rings = [topology.wraps(direction) for direction in range(len(topology.grid))]
+    # Without `wrap` the compiler assumes that no direction is a ring. In three dimensions it then replaces every gather
+    # along all of them by an all-reduce of zeros and one shard.
+    options: dict[str, Any] = {"wrap": [*rings, False][:3]}
+    if topology.slices > 1:
+        options["num_slices"] = topology.slices
     if topology.chip == "v4":
         options["chip_config_name"] = "megacore"  # one device per chip, as on rented machines
     one = dataclasses.replace(topology, slices=1)
@@ -161,6 +168,7 @@ def _read_dump(
         collectives=tuple(sent),
         ring_links={axes_name(axes): _ring_links(axes, mesh, topology) for axes in {one.axes for one in sent}},
         scattered_bytes=0 if optimised is None else scattered_bytes(optimised),
+        summed_gather_bytes=0 if optimised is None else summed_gather_bytes(optimised),
         flops=product_flops(partitioned),
         has_kernels="tpu_custom_call" in text,
         traffic_bytes=0 if optimised is None else memory_traffic(optimised),

@@ -60,21 +60,24 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
     return sorted(found, key=lambda collective: -collective.sent_bytes)
 
 
-def as_compiled(requested: Sequence[Collective], scattered: int) -> list[Collective]:
+def as_compiled(requested: Sequence[Collective], scattered: int, summed: int) -> list[Collective]:
     """Returns the collectives as the optimised program runs them.
 
-    It reduce-scatters `scattered` bytes (see `scattered_bytes`); the other reduce-scatters that the partitioned program
-    requests become all-reduces, which send twice as much.
+    It reduce-scatters `scattered` bytes (see `scattered_bytes`), and gathers all but `summed` bytes (see
+    `summed_gather_bytes`); the other reduce-scatters and all-gathers that the partitioned program requests become
+    all-reduces, which send twice as much.
     """
-    kept = min(1.0, scattered / max(reduce_scatter_bytes(requested), 1))
+    gathers = sum(collective.bytes for collective in requested if collective.kind == "all-gather")
+    kept = {
+        "reduce-scatter": min(1.0, scattered / max(reduce_scatter_bytes(requested), 1)),
+        "all-gather": max(0.0, 1 - summed / max(gathers, 1)),
+    }
     compiled = []
     for collective in requested:
-        if collective.kind == "reduce-scatter":
-            all_reduced = round(collective.bytes * (1 - kept))
-            compiled.append(dataclasses.replace(collective, bytes=collective.bytes - all_reduced))
+        all_reduced = round(collective.bytes * (1 - kept.get(collective.kind, 1.0)))
+        compiled.append(dataclasses.replace(collective, bytes=collective.bytes - all_reduced))
+        if all_reduced:
             compiled.append(dataclasses.replace(collective, kind="all-reduce", bytes=all_reduced))
-        else:
-            compiled.append(collective)
     return compiled
 
 
@@ -95,6 +98,32 @@ def scattered_bytes(optimised: Program) -> int:
             if instruction.opcode == "reduce-scatter" or (fused and instruction.opcode == "all-reduce"):
                 total += times * _operand_bytes(instruction, optimised.computations[name])
     return total
+
+
+def summed_gather_bytes(optimised: Program) -> int:
+    """Returns the size of the whole arrays that an optimised program gathers by an all-reduce in a step.
+
+    Each device then fills an array with zeros, writes its own shard into it, and all devices sum:
+
+        %own = bf16[64,8] dynamic-update-slice(%zeros, %shard, %place, %zero)
+        %whole = bf16[64,8] all-reduce(%own)
+    """
+    total = 0
+    for name, times in optimised.runs().items():
+        body = optimised.computations[name]
+        for instruction in body.values():
+            if instruction.opcode.removesuffix("-start") == "all-reduce":
+                operands = [body[operand] for operand in instruction.operands]
+                padded = [operand for operand in operands if _maker(optimised, operand) == "dynamic-update-slice"]
+                total += times * sum(array.bytes for operand in padded for array in operand.arrays)
+    return total
+
+
+def _maker(program: Program, instruction: Instruction) -> str:
+    """The opcode that computes a result, inside fusions."""
+    if instruction.opcode != "fusion":
+        return instruction.opcode
+    return _maker(program, program.root(instruction.called[0]))
 
 
 def groups_of(attributes: str, devices: int) -> np.ndarray:

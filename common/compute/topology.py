@@ -44,9 +44,16 @@ class Topology:
         return self.chips * self.chip_spec.devices_per_chip
 
     def wraps(self, direction: int) -> bool:
-        """Whether links close this direction to a ring: at 16 chips in two dimensions, at multiples of 4 in three."""
-        size = self.grid[direction]
-        return size == 16 if len(self.grid) == 2 else size % 4 == 0
+        """Whether links close this direction to a ring.
+
+        In two dimensions they do if it has 16 chips; in three, all or none do: optical switches join cubes of 4x4x4
+        chips, and smaller slices have none. Source: MaxText's `accelerator_to_spec_map.py`, field `wrap`.
+
+        >>> [[topology.wraps(i) for i in range(len(topology.grid))] for topology in map(parse_topology, (
+        ...     "v6e:8x16", "v5p:2x4x4", "v5p:4x4x8"))]
+        [[False, True], [False, False, False], [True, True, True]]
+        """
+        return self.grid[direction] == 16 if len(self.grid) == 2 else all(size % 4 == 0 for size in self.grid)
 
 
 def parse_topology(text: str, slices: int = 1) -> Topology:

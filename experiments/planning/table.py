@@ -49,7 +49,7 @@ def estimate_run(run: Run, topology: Topology, compiled: Compiled) -> ArmEstimat
         topology,
         flops=flops,
         traffic_bytes=compiled.traffic_bytes,
-        collectives=as_compiled(compiled.collectives, compiled.scattered_bytes),
+        collectives=as_compiled(compiled.collectives, compiled.scattered_bytes, compiled.summed_gather_bytes),
         ring_links=compiled.ring_links,
     )
     low, high = time.seconds

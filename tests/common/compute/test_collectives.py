@@ -11,7 +11,15 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from common.compute.collectives import Collective, as_compiled, axes_of, collectives, groups_of, scattered_bytes
+from common.compute.collectives import (
+    Collective,
+    as_compiled,
+    axes_of,
+    collectives,
+    groups_of,
+    scattered_bytes,
+    summed_gather_bytes,
+)
 from common.compute.hlo import parse
 
 SIZES = {"data": 2, "fsdp": 4}
@@ -158,9 +166,47 @@ ENTRY %main (x: bf16[64,8], y: bf16[64,8]) -> bf16[16,8] {
 def test_the_compiler_scatters_one_of_two_gradients() -> None:
     assert scattered_bytes(parse(FUSED)) == 64 * 8 * 2
     requested = [Collective(kind="reduce-scatter", axes=("fsdp",), group=4, times=2, bytes=2 * 64 * 8 * 2)]
-    compiled = as_compiled(requested, 64 * 8 * 2)
+    compiled = as_compiled(requested, 64 * 8 * 2, 0)
     assert [(one.kind, one.bytes) for one in compiled] == [("reduce-scatter", 1024), ("all-reduce", 1024)]
     assert sum(one.sent_bytes for one in compiled) == 1.5 * requested[0].sent_bytes
+
+
+SUMMED = """
+%placed (p: bf16[16,8]) -> bf16[64,8] {
+  %p = bf16[16,8]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %nothing = bf16[] constant(0)
+  %zeros = bf16[64,8]{1,0} broadcast(%nothing), dimensions={}
+  ROOT %own = bf16[64,8]{1,0} dynamic-update-slice(%zeros, %p, %zero, %zero)
+}
+
+%doubled (p: bf16[64,8]) -> bf16[64,8] {
+  %p = bf16[64,8]{1,0} parameter(0)
+  ROOT %twice = bf16[64,8]{1,0} add(%p, %p)
+}
+
+ENTRY %main (x: bf16[16,8], y: bf16[64,8]) -> (bf16[64,8], bf16[64,8], bf16[64,8]) {
+  %x = bf16[16,8]{1,0} parameter(0)
+  %y = bf16[64,8]{1,0} parameter(1)
+  %own = bf16[64,8]{1,0} fusion(%x), kind=kLoop, calls=%placed
+  %term = bf16[64,8]{1,0} fusion(%y), kind=kLoop, calls=%doubled
+  %gather = bf16[64,8]{1,0} all-gather(%x), replica_groups={{0,1,2,3}}, dimensions={0}
+  %sums = (bf16[64,8]{1,0}, bf16[64,8]{1,0}) all-reduce(%own, %term), replica_groups={{0,1,2,3}}, to_apply=%add
+  %first = bf16[64,8]{1,0} get-tuple-element(%sums), index=0
+  %second = bf16[64,8]{1,0} get-tuple-element(%sums), index=1
+  ROOT %all = (bf16[64,8]{1,0}, bf16[64,8]{1,0}, bf16[64,8]{1,0}) tuple(%gather, %first, %second)
+}
+"""
+
+
+def test_the_compiler_gathers_one_of_two_weights_by_an_all_reduce() -> None:
+    """A sum of terms that devices computed is no gather."""
+    assert summed_gather_bytes(parse(SUMMED)) == 64 * 8 * 2
+    requested = [Collective(kind="all-gather", axes=("fsdp",), group=4, times=2, bytes=2 * 64 * 8 * 2)]
+    compiled = as_compiled(requested, 0, 64 * 8 * 2)
+    assert [(one.kind, one.bytes) for one in compiled] == [("all-gather", 1024), ("all-reduce", 1024)]
+    assert sum(one.sent_bytes for one in compiled) == 1.5 * requested[0].sent_bytes
+    assert as_compiled(requested, 0, 0) == requested
 
 
 def test_groups_in_an_unknown_notation_are_an_error() -> None:

@@ -23,7 +23,7 @@ def grid_coordinates(*sides: int) -> np.ndarray:
         (grid_coordinates(4, 4), "v5e:4x4", 2),
         (grid_coordinates(4, 1) * 4, "v5e:16x16", 1 / 4),  # four steps apart: four groups share each link
         (grid_coordinates(4, 4, 8), "v5p:4x4x8", 6),
-        (grid_coordinates(2, 2, 4), "v5p:2x2x4", 1 + 1 + 2),
+        (grid_coordinates(2, 2, 4), "v5p:2x2x4", 3),  # smaller than a cube of 4x4x4: no rings
         (np.repeat(grid_coordinates(4, 4, 4), 2, axis=0), "tpu7x:4x4x4", 3),  # two devices share a chip's six links
         (np.zeros((2, 3), int), "tpu7x:4x4x4", ON_CHIP_LINKS),
     ],

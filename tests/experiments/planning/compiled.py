@@ -21,6 +21,7 @@ FITS = Compiled(
     collectives=(Collective(kind="reduce-scatter", axes=("fsdp",), group=4, times=3, bytes=int(4e9)),),
     ring_links={"fsdp": 2.0},
     scattered_bytes=int(1e9),
+    summed_gather_bytes=0,
     flops=int(CHIP.flops_per_second),
     has_kernels=False,
     traffic_bytes=int(CHIP.hbm_bytes_per_second) // 2,

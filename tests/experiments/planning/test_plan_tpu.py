@@ -65,6 +65,19 @@ def test_parameters_are_sharded_and_gathered_for_both_passes(tmp_path, topology)
     assert again == program and printed == ""
 
 
+@pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:4x4x4", "v6e:16x16"])
+def test_no_weight_is_gathered_by_an_all_reduce(tmp_path, topology) -> None:
+    """In the optimised program, apart from the vectors of norms, which are so small that the compiler may sum them."""
+    chips = parse_topology(topology).devices
+    run = run_on(tmp_path, "gpt", MeshShape(fsdp=chips))
+    run = with_data(with_model(run, d_model=1024, d_ff=2048, num_heads=8, num_kv_heads=8, head_dim=128), rows=chips)
+    program, _ = compile_run(run, topology)
+    gathered = sum(one.bytes for one in program.collectives if one.kind == "all-gather")
+    norms = (2 * run.model.num_layers + 1) * run.model.d_model
+    assert gathered > 2 * 2 * (run.model.param_count() - norms) * 0.5
+    assert program.summed_gather_bytes <= 2 * 4 * norms
+
+
 def test_the_update_needs_no_extra_memory(tmp_path) -> None:
     """In this step parameters take most memory. Besides gradients (more than VMEM holds) there is no tree of updates or
     new moments."""
