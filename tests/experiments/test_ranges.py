@@ -14,6 +14,7 @@ from common.data.sources.config import ByRate, BySize, SourceConfig, SourceMixtu
 from common.errors import UserError
 from common.infer.config import Beam, GenerationConfig, Greedy, Limits, Sample
 from common.ranges import ranges_of
+from common.recipe import CompleteP
 from common.report.claims import Parity
 from common.train.config import WSD, Adafactor, AdamW, Anomalies, Budget, Constant, Cosine, InverseSqrt, Linear
 from experiments import find
@@ -33,6 +34,7 @@ EXAMPLES = [
     *(SentencePieceConfig(), BytePairConfig()),
     *(SpanCorruption(), IidDenoising(), BertStyle(), PART, Mixture(parts=(PART,))),
     *(SOURCE, ByRate(rates=(1.0,)), BySize(), Stage(from_step=1, rates=(1.0,)), SourceMixture(parts=(SOURCE,))),
+    CompleteP(base_width=64, base_layers=2, base_head_dim=32),
     *(Linear(), Cosine(), WSD(), InverseSqrt(), Constant(), AdamW(), Adafactor()),
     *(Anomalies(), Budget(unit="flops", amount=1e20)),
     MultiTurn(turns=1, message_tokens=1, reply_tokens=1, repeats=1),

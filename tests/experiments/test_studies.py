@@ -99,6 +99,8 @@ def test_a_typo_anywhere_in_json_is_an_error(name: str) -> None:
         place = changed
         for key in path:
             place = place[key]
+        if place.keys() == {"kind"}:  # a variant without fields
+            continue
         field = next(key for key in place if key != "kind")
         place[f"{field}z"] = place.pop(field)
         with pytest.raises(UserError, match=f"unknown field '{field}z'.*did you mean '{field}'"):
