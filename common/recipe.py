@@ -124,8 +124,8 @@ class Execution:
     does not support the call: the platform's kernel that does, or `blocked` if there is none, as on a CPU."""
     attention_block: Tokens = 64
     """Queries per block of `blocked`."""
-    attention_kernel_block: Annotated[int, Range(128, 2**16, unit="tokens")] = 512
-    """Most queries and most keys in a block of the TPU kernels; a multiple of 128."""
+    attention_kernel_block: Annotated[int, Range(128, 2**16, unit="tokens")] | None = None
+    """Most queries and most keys in a block of the TPU kernels; a multiple of 128. None: by a table for the chip."""
     mlp_chunk: Tokens | None = None
     """Most positions of a row that an MLP processes at a time, forward and backward; None: all of them."""
     loss_chunk: Annotated[int, Range(1, 2**31 - 1, unit="positions")] = 1024
@@ -134,7 +134,7 @@ class Execution:
     def __post_init__(self) -> None:
         check_ranges(self)
         size = self.attention_kernel_block
-        if size % 128:
+        if size is not None and size % 128:
             raise UserError(
                 f"attention_kernel_block is {size}: it must be a multiple of 128; nearest: {round(size / 128) * 128}"
             )

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from common.kernels.blocked import blocked
+from common.kernels.blocks import DEFAULT_BLOCK, best_blocks
 from common.kernels.choice import AttentionCall, Implementation, Kind, choose
 from common.kernels.cudnn import cudnn
 from common.kernels.flash import flash
@@ -87,6 +88,11 @@ def _platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def _device_kind() -> str:
+    """Likewise the kind of these devices, as `jax.Device.device_kind`."""
+    return (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).device_kind
+
+
 def _on_one_device(
     kind: Kind,
     implementation: Implementation,
@@ -99,13 +105,15 @@ def _on_one_device(
 ) -> jax.Array:
     """Attention on one device; `shard` says which of a longer sequence's queries it holds (None: all)."""
     operands = q_BQHC, k_BGKC, v_BGKC
-    block, interpret = implementation.kernel_block, implementation.interpret
+    named, interpret = implementation.kernel_block, implementation.interpret
     if kind == "splash":
+        block = named or DEFAULT_BLOCK
         return splash(*operands, visibility, scale=scale, block=block, shard=shard, interpret=interpret)
     if shard is not None:
         visibility = dataclasses.replace(visibility, q_start=shard.index * q_BQHC.shape[1])
     if kind == "flash":
-        return flash(*operands, visibility, scale=scale, block=block, interpret=interpret)
+        pair = (named, named) if named else best_blocks(_device_kind(), q_BQHC, k_BGKC)
+        return flash(*operands, visibility, scale=scale, block=pair, interpret=interpret)
     if kind == "cudnn":
         return cudnn(*operands, visibility, scale=scale)
     assert kind == "blocked"

@@ -17,8 +17,8 @@ class Implementation:
     kind: Kind = "auto"
     block: int = 64
     """Queries that `blocked` takes at a time."""
-    kernel_block: int = 512
-    """The most queries and keys that a TPU kernel takes at a time."""
+    kernel_block: int | None = None
+    """The most queries and keys that a TPU kernel takes at a time; None: see `blocks.best_blocks`."""
     interpret: bool = False
     """Runs TPU kernels without a TPU, slowly: for tests."""
 

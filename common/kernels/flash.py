@@ -21,11 +21,15 @@ from jax.experimental.pallas import tpu as pltpu
 from common.kernels import flash_kernels as kernels
 from common.kernels.bias import BiasTable, relative_bucket
 from common.kernels.blocks import LANES, SUBLANES, even_block, pad_to, round_up
-from common.kernels.flash_kernels import Blocks, Cotangents, Inputs
+from common.kernels.flash_kernels import Blocks, Cotangents, Gradients, Inputs, Scalars
 from common.kernels.visibility import ATTENTION, Visibility
 
 GROUP_BYTES = 2**20
 """Bytes of one block of a group's queries. A kernel holds up to eight times as much, of a TPU's 16 MiB."""
+
+
+QUERY_SUM_BYTES = 2**21
+"""Most bytes that the backward kernel holds of the queries' gradients, in float32, in the same memory."""
 
 
 def flash(
@@ -35,13 +39,13 @@ def flash(
     visibility: Visibility,
     *,
     scale: float,
-    block: int = 512,
+    block: tuple[int, int] = (512, 512),
     interpret: bool = False,
 ) -> jax.Array:
     """Returns out_BQHC in the dtype of `q`, as `attention.attend` defines it; logits, softmax and sums are float32.
 
-    Computes tiles of at most `block` queries and `block` keys: a multiple of 128, or a smaller power of two where
-    `interpret` runs the kernel without a TPU. Lengths need not be multiples of it. The index of the first query is
+    Computes tiles of at most `block` (queries, keys): multiples of 128, or smaller powers of two where `interpret` runs
+    the kernel without a TPU. Lengths need not be multiples of it. The index of the first query is
     `q_offset`, plus `q_start` where the queries are one device's shard of a longer sequence.
 
     The bias goes by index, not by position. It is right only if position differences equal index differences, that is
@@ -56,12 +60,12 @@ def flash(
     assert visibility.q_segments_BQ.shape == (B, Q) and visibility.k_segments_BK.shape == (B, K)
     assert visibility.q_offset >= 0
     assert visibility.bias is None or visibility.bias.table_HR.shape[0] == H
-    assert block % LANES == 0 or (interpret and SUBLANES <= block < LANES and block.bit_count() == 1)
+    assert all(n % LANES == 0 or (interpret and SUBLANES <= n < LANES and n.bit_count() == 1) for n in block)
     if 0 in (B, Q, K):
         return jnp.zeros_like(q_BQHC)
     # All query heads of a group stay in fast memory while its keys pass by: many or wide heads need shorter blocks.
     fitting = GROUP_BYTES // (H // G * C * q_BQHC.dtype.itemsize) // LANES * LANES
-    block_q, block_k = even_block(Q, min(block, max(fitting, LANES))), even_block(K, block)
+    block_q, block_k = even_block(Q, min(block[0], max(fitting, LANES))), even_block(K, block[1])
     blocks = Blocks(
         queries=round_up(Q, block_q),
         keys=round_up(K, block_k),
@@ -69,18 +73,20 @@ def flash(
         block_k=block_k,
         causal=visibility.causal,
         prefix_length=visibility.prefix_length,
+        max_distance=None if visibility.bias is None else visibility.bias.max_distance,
         interpret=interpret,
     )
     start = jnp.int32(visibility.q_offset) + (0 if visibility.q_start is None else visibility.q_start)
     q_BGMCQ = jnp.moveaxis((q_BQHC * scale).reshape(B, Q, G, H // G, C), 1, 4)
     bias = visibility.bias
+    k_segments_BK = jnp.where(visibility.k_segments_BK == 0, -1, visibility.k_segments_BK)  # see `flash_kernels`
     inputs = Inputs(
         q=pad_to(q_BGMCQ, blocks.queries, axis=-1),
         k=pad_to(k_BGKC.swapaxes(2, 3), blocks.keys, axis=-1),
         v=pad_to(v_BGKC.swapaxes(2, 3), blocks.keys, axis=-1),
         bias=None if bias is None else bias_by_distance(bias, blocks, start).reshape(G, H // G, 1, -1),
         q_segments=pad_to(visibility.q_segments_BQ[:, None], blocks.queries, axis=-1),
-        k_segments=pad_to(visibility.k_segments_BK[:, None], blocks.keys, axis=-1),
+        k_segments=pad_to(k_segments_BK[:, None], blocks.keys, axis=-1, value=-1),
     )
     out_BGMCQ = _flash(start[None], inputs, blocks)
     return jnp.moveaxis(out_BGMCQ[..., :Q], 4, 1).reshape(B, Q, H, C)
@@ -90,7 +96,7 @@ def bias_by_distance(bias: BiasTable, blocks: Blocks, start: jax.Array) -> jax.A
     """Returns bias_HN (float32) at every distance from `keys - start` down to `1 - queries - start`.
 
     >>> table = BiasTable(table_HR=jnp.arange(8.0)[None], bidirectional=True, max_distance=8)
-    >>> other = dict(block_q=2, block_k=2, causal=False, prefix_length=0, interpret=True)
+    >>> other = dict(block_q=2, block_k=2, causal=False, prefix_length=0, max_distance=8, interpret=True)
     >>> bias_by_distance(table, Blocks(queries=4, keys=4, **other), jnp.int32(0)).tolist()
     [[7.0, 6.0, 6.0, 5.0, 0.0, 1.0, 2.0, 2.0]]
     """
@@ -119,10 +125,39 @@ def _backward(blocks: Blocks, residuals: Any, dout_BGMCQ: jax.Array) -> tuple[No
     start_1, inputs, out, log_sum = residuals
     delta = (dout_BGMCQ.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=3, keepdims=True)
     cotangents = Cotangents(dout=dout_BGMCQ, log_sum=log_sum, delta=delta)
-    dq = _call_dq(blocks, start_1, inputs, cotangents)
-    dk, dv, dbias = _call_dkv(blocks, start_1, inputs, cotangents)
-    dbias = None if dbias is None else dbias.sum(axis=0)
+    # The kernel holds the sums of all its queries in fast memory: long or wide ones take several calls.
+    _, _, M, C, Q = inputs.q.shape
+    length = max(QUERY_SUM_BYTES // (M * C * 4) // blocks.block_q, 1) * blocks.block_q
+    parts = [slice(begin, min(begin + length, Q)) for begin in range(0, Q, length)]
+    dtype = inputs.k.dtype if len(parts) == 1 else jnp.dtype(jnp.float32)
+    found = [_call_backward(*_query_part(part, blocks, start_1, inputs, cotangents), dtype) for part in parts]
+    dq = jnp.concatenate([part.dq for part in found], axis=-1)
+    dk = sum(part.dk for part in found).astype(inputs.k.dtype)
+    dv = sum(part.dv for part in found).astype(inputs.v.dtype)
+    dbias = None
+    if inputs.bias is not None:
+        dbias = jnp.zeros(inputs.bias.shape, jnp.float32)
+        for part, gradients in zip(parts, found, strict=True):
+            dbias = dbias.at[..., _distances(part, blocks)].add(gradients.dbias.sum(axis=0))
     return None, Inputs(q_segments=None, k_segments=None, q=dq, k=dk, v=dv, bias=dbias)
+
+
+def _query_part(
+    part: slice, blocks: Blocks, start_1: jax.Array, inputs: Inputs, cotangents: Cotangents
+) -> tuple[Blocks, jax.Array, Inputs, Cotangents]:
+    """Everything of the queries in `part` alone."""
+    inputs = inputs._replace(
+        q=inputs.q[..., part],
+        q_segments=inputs.q_segments[..., part],
+        bias=None if inputs.bias is None else inputs.bias[..., _distances(part, blocks)],
+    )
+    cotangents = Cotangents(*(x[..., part] for x in cotangents))
+    return dataclasses.replace(blocks, queries=part.stop - part.start), start_1 + part.start, inputs, cotangents
+
+
+def _distances(part: slice, blocks: Blocks) -> slice:
+    """Where the distances from the queries in `part` to all keys are among those of all queries."""
+    return slice(part.start, part.stop + blocks.keys)
 
 
 _flash.defvjp(_forward, _backward)
@@ -153,49 +188,50 @@ def _call_forward(blocks: Blocks, start_1: jax.Array, inputs: Inputs) -> kernels
         cost_estimate=_cost(blocks, inputs, (start_1, inputs), products=2),
         interpret=blocks.interpret,
         name="flash_forward",
-    )(start_1, inputs)[0]
+    )(segment_ranges(blocks, start_1, inputs.q_segments, inputs.k_segments), inputs)[0]
 
 
-def _call_dq(blocks: Blocks, start_1: jax.Array, inputs: Inputs, cotangents: Cotangents) -> jax.Array:
+def _call_backward(
+    blocks: Blocks, start_1: jax.Array, inputs: Inputs, cotangents: Cotangents, dtype: jnp.dtype
+) -> Gradients:
+    """dq_BGMCQ in the dtype of `q`, dk_BGCK and dv_BGCK in `dtype`, dbias_BGM1N: one for each batch row."""
     B, G, M, C, _ = inputs.q.shape
-    specs = _query_major_specs(blocks, inputs)
-    return pl.pallas_call(
-        partial(kernels.dq_kernel, blocks),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(B, G, blocks.q_blocks, blocks.k_blocks),
-            in_specs=[specs.inputs, specs.cotangents],
-            out_specs=specs.inputs.q,
-            scratch_shapes=[_scratch(M, C, blocks.block_q)],
-        ),
-        out_shape=_like(inputs.q),
-        compiler_params=_parallel_axes(3),
-        cost_estimate=_cost(blocks, inputs, (start_1, inputs, cotangents), products=3),
-        interpret=blocks.interpret,
-        name="flash_dq",
-    )(start_1, inputs, cotangents)
-
-
-def _call_dkv(blocks: Blocks, start_1: jax.Array, inputs: Inputs, cotangents: Cotangents) -> kernels.KeyOutputs:
-    """dk_BGCK, dv_BGCK and dbias_BGM1N: one gradient of the bias for each batch row."""
-    B, G, _, C, _ = inputs.q.shape
     specs = _key_major_specs(blocks, inputs)
     dbias = None if inputs.bias is None else jax.ShapeDtypeStruct((B, *inputs.bias.shape), jnp.float32)
+    dk = jax.ShapeDtypeStruct(inputs.k.shape, dtype)
     return pl.pallas_call(
-        partial(kernels.dkv_kernel, blocks),
+        partial(kernels.backward_kernel, blocks),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(B, G, blocks.k_blocks, blocks.q_blocks),
             in_specs=[specs.inputs, specs.cotangents],
-            out_specs=(kernels.KeyOutputs(dk=specs.inputs.k, dv=specs.inputs.v, dbias=specs.dbias),),
-            scratch_shapes=[kernels.KeyScratch(dk=_scratch(C, blocks.block_k), dv=_scratch(C, blocks.block_k))],
+            out_specs=(Gradients(dq=specs.dq, dk=specs.inputs.k, dv=specs.inputs.v, dbias=specs.dbias),),
+            scratch_shapes=[
+                kernels.GradientScratch(
+                    dq=_scratch(blocks.q_blocks, M, C, blocks.block_q),
+                    dk=_scratch(C, blocks.block_k),
+                    dv=_scratch(C, blocks.block_k),
+                )
+            ],
         ),
-        out_shape=(kernels.KeyOutputs(dk=_like(inputs.k), dv=_like(inputs.v), dbias=dbias),),
+        out_shape=(Gradients(dq=_like(inputs.q), dk=dk, dv=dk, dbias=dbias),),
         compiler_params=_parallel_axes(2),
-        cost_estimate=_cost(blocks, inputs, (start_1, inputs, cotangents), products=4),
+        cost_estimate=_cost(blocks, inputs, (start_1, inputs, cotangents), products=5),
         interpret=blocks.interpret,
-        name="flash_dkv",
-    )(start_1, inputs, cotangents)[0]
+        name="flash_backward",
+    )(segment_ranges(blocks, start_1, inputs.q_segments, inputs.k_segments), inputs, cotangents)[0]
+
+
+def segment_ranges(blocks: Blocks, start_1: jax.Array, q_segments: jax.Array, k_segments: jax.Array) -> Scalars:
+    """Returns `start` and the lowest and highest segment id in each block, from the padded ids of all rows."""
+    q_segments, k_segments = q_segments.reshape(-1, blocks.block_q), k_segments.reshape(-1, blocks.block_k)
+    return Scalars(
+        start=start_1,
+        q_segment_min=q_segments.min(axis=1),
+        q_segment_max=q_segments.max(axis=1),
+        k_segment_min=k_segments.min(axis=1),
+        k_segment_max=k_segments.max(axis=1),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -205,6 +241,8 @@ class _Specs:
     inputs: Inputs
     per_query: pl.BlockSpec
     """For an array with one number per query, [B, G, M, 1, Q]."""
+    dq: pl.BlockSpec
+    """For the gradient of the queries, complete with the last block of keys only."""
     dbias: pl.BlockSpec | None
     """For the bias's gradient, [B, G, M, 1, N]: one block has all of a batch row and group."""
 
@@ -218,7 +256,7 @@ def _query_major_specs(blocks: Blocks, inputs: Inputs) -> _Specs:
 
     Beyond the last key block that is seen, j stays there, so that no block is fetched in vain.
     """
-    return _specs(blocks, inputs, lambda start, i, j: (i, jnp.minimum(j, blocks.last_k_block(start, i))))
+    return _specs(blocks, inputs, lambda scalars, i, j: (i, jnp.minimum(j, blocks.last_k_block(scalars, i))))
 
 
 def _key_major_specs(blocks: Blocks, inputs: Inputs) -> _Specs:
@@ -226,15 +264,15 @@ def _key_major_specs(blocks: Blocks, inputs: Inputs) -> _Specs:
 
     Before the first query block that sees anything, i stays there, so that no block is fetched in vain.
     """
-    return _specs(blocks, inputs, lambda start, j, i: (jnp.maximum(i, blocks.first_q_block(start, j)), j))
+    return _specs(blocks, inputs, lambda scalars, j, i: (jnp.maximum(i, blocks.first_q_block(scalars, j)), j))
 
 
 def _specs(blocks: Blocks, inputs: Inputs, block_of: Any) -> _Specs:
-    """`block_of` maps `start` and the last two grid indices to (query block, key block)."""
+    """`block_of` maps the scalars and the last two grid indices to (query block, key block)."""
     _, _, M, C, _ = inputs.q.shape
 
     def spec(shape: tuple[int | None, ...], index: Any) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda b, g, x, y, start: index(b, g, *block_of(start, x, y)))
+        return pl.BlockSpec(shape, lambda b, g, x, y, scalars: index(b, g, *block_of(scalars, x, y)))
 
     per_query = spec((None, None, M, 1, blocks.block_q), lambda b, g, i, j: (b, g, 0, 0, i))
     of_keys = spec((None, None, C, blocks.block_k), lambda b, g, i, j: (b, g, 0, j))
@@ -250,7 +288,12 @@ def _specs(blocks: Blocks, inputs: Inputs, block_of: Any) -> _Specs:
         v=of_keys,
         bias=bias,
     )
-    return _Specs(inputs=specs, per_query=per_query, dbias=dbias)
+    # Until the last block of keys, the first block of queries stays: no unfinished block is written to HBM.
+    dq = pl.BlockSpec(
+        (None, None, M, C, blocks.block_q),
+        lambda b, g, j, i, scalars: (b, g, 0, 0, jnp.where(j == blocks.k_blocks - 1, i, 0)),
+    )
+    return _Specs(inputs=specs, per_query=per_query, dq=dq, dbias=dbias)
 
 
 def _scratch(*shape: int) -> Any:

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from common.kernels.flash import flash
+from common.kernels import flash as flash_module
+from common.kernels.bias import relative_bucket
+from common.kernels.flash import flash, segment_ranges
+from common.kernels.flash_kernels import Blocks
 from common.kernels.toeplitz import diagonal_sums, toeplitz_tile
 from tests.common.kernels.cases import (
     SCALE,
@@ -34,11 +37,13 @@ CASES = {
     "keys that no query sees": AttentionCase(causal=True, queries=33, keys=160),
     "cross, heads of 128": AttentionCase(queries=45, keys=130, bias=False, head_dim=128),
     "cross with a table": AttentionCase(queries=130, keys=45),
+    "even tiles": AttentionCase(queries=211, keys=211, heads=2, groups=1),
+    "even tiles, causal": AttentionCase(queries=211, keys=211, heads=2, groups=1, causal=True, head_dim=64),
     "grouped": AttentionCase(heads=6, groups=2, causal=True),
     "blocks of 128": AttentionCase(queries=250, keys=250, heads=1, groups=1, block=128, causal=True),
     "unequal blocks, a strip in two": AttentionCase(queries=120, keys=250, heads=1, groups=1, block=256),
 }
-SLOW_CASES = ("causal, whole blocks, heads of 64", "prefix", "cross, heads of 128", "blocks of 128")
+SLOW_CASES = ("even tiles", "causal, whole blocks, heads of 64", "prefix", "cross, heads of 128", "blocks of 128")
 """Larger ones, and one that is part of another."""
 EVERY_CASE = pytest.mark.parametrize(
     "case",
@@ -50,7 +55,7 @@ EVERY_CASE = pytest.mark.parametrize(
 
 
 def run(case: AttentionCase, q: jax.Array, k: jax.Array, v: jax.Array, table: jax.Array) -> jax.Array:
-    return flash(q, k, v, case.visibility(table), scale=SCALE, block=case.block, interpret=True)
+    return flash(q, k, v, case.visibility(table), scale=SCALE, block=(case.block, case.block), interpret=True)
 
 
 @functools.cache
@@ -68,6 +73,63 @@ def test_gradients_are_those_of_the_plain_implementation(case: AttentionCase) ->
     gradients, expected = computed(case)[1], output_and_gradients(plain, case, case.operands())[1]
     assert {name: e for name in expected if (e := error(gradients[name], expected[name])) > 1e-5} == {}
     assert (np.asarray(gradients["table"]) != 0).any() == case.bias
+
+
+@pytest.mark.parametrize("name", ["grouped", pytest.param("even tiles, causal", marks=pytest.mark.slow)])
+def test_gradients_of_queries_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls whose queries do not fit in fast memory together; compared with the plain implementation."""
+    case, calls = CASES[name], []
+    monkeypatch.setattr(flash_module, "QUERY_SUM_BYTES", 2 * case.block * case.heads // case.groups * case.head_dim * 4)
+    call = flash_module._call_backward
+    monkeypatch.setattr(flash_module, "_call_backward", lambda *args: calls.append(args[0].queries) or call(*args))
+    gradients = output_and_gradients(run, case, case.operands())[1]
+    assert len(calls) > 1 and max(calls) == 2 * case.block
+    expected = output_and_gradients(plain, case, case.operands())[1]
+    assert {name: e for name in expected if (e := error(gradients[name], expected[name])) > 1e-5} == {}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", ["even tiles", "even tiles, causal", "prefix and offset"])
+def test_even_tiles_have_no_mask_and_one_bias(name: str, bias: bool) -> None:
+    """The kind of each tile, compared with the dense mask and bias."""
+    case = dataclasses.replace(CASES[name], block=16, bias=bias)
+    table = case.operands()[3]
+    seen, size = case.visibility(table), case.block
+    sizes = [-(-n // size) * size for n in (case.queries, case.keys)]
+    blocks = Blocks(
+        queries=sizes[0],
+        keys=sizes[1],
+        block_q=size,
+        block_k=size,
+        causal=case.causal,
+        prefix_length=case.prefix,
+        max_distance=seen.bias.max_distance if seen.bias else None,
+        interpret=True,
+    )
+    padded = [
+        np.pad(np.asarray(x), ((0, 0), (0, n - x.shape[1])))
+        for x, n in zip((seen.q_segments_BQ, seen.k_segments_BK), sizes, strict=True)
+    ]
+    keys = np.where(padded[1] == 0, -1, padded[1])
+    scalars = segment_ranges(blocks, jnp.array([case.q_offset]), jnp.array(padded[0]), jnp.array(keys))
+    visible = dataclasses.replace(seen, q_segments_BQ=jnp.array(padded[0]), k_segments_BK=jnp.array(padded[1]))
+    mask = np.asarray(visible.mask_BQK())
+    distance = np.arange(sizes[1])[None] - np.arange(sizes[0])[:, None] - case.q_offset
+    bucket = np.zeros_like(distance)
+    if seen.bias:
+        bucket = np.asarray(
+            relative_bucket(jnp.array(distance), bidirectional=not case.causal, buckets=32, max_distance=48)
+        )
+    found = {"skip": 0, "even": 0, "mixed": 0}
+    for row, i, j in np.ndindex(case.rows, blocks.q_blocks, blocks.k_blocks):
+        any_seen, even = (bool(x) for x in blocks.kind(scalars, row, i, j))
+        tile = np.s_[i * size : (i + 1) * size, j * size : (j + 1) * size]
+        if not any_seen:
+            assert not mask[row][tile].any()
+        elif even:
+            assert mask[row][tile].all() and np.ptp(bucket[tile]) == 0
+        found["even" if any_seen and even else "mixed" if any_seen else "skip"] += 1
+    assert all(found.values()) or (name == "prefix and offset" and bias and found["skip"])  # all of them are near
 
 
 @pytest.mark.parametrize("name", ["bidirectional", "causal", "grouped"])
@@ -109,7 +171,7 @@ def test_a_query_without_keys_is_zero_with_zero_gradient(causal: bool) -> None:
     def blind(case: AttentionCase, q: jax.Array, k: jax.Array, v: jax.Array, table: jax.Array) -> jax.Array:
         seen = case.visibility(table)
         seen = dataclasses.replace(seen, k_segments_BK=jnp.full_like(seen.k_segments_BK, 7))
-        return flash(q, k, v, seen, scale=SCALE, block=32, interpret=True)
+        return flash(q, k, v, seen, scale=SCALE, block=(32, 32), interpret=True)
 
     out, gradients = output_and_gradients(blind, case, operands)
     assert all((np.asarray(x) == 0).all() for x in (out, *gradients.values()))
