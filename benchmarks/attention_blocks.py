@@ -20,6 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from common.compute.aot import environment
@@ -91,7 +92,7 @@ def compile_case(chip: str, head_dim: int, block_q: int, block_k: int) -> None:
         return flash(q, k, v, seen, scale=1.0, block=(block_q, block_k))
 
     def gradients(q, k, v, table, segments, dout):  # type: ignore[no-untyped-def]
-        out, backward = jax.vjp(lambda *x: attention(*x, segments), q, k, v, table)
+        out, backward = jax.vjp(partial(attention, segments=segments), q, k, v, table)
         return out, backward(dout)
 
     queries, keys = array(1, length, heads, head_dim), array(1, heads, length, head_dim)

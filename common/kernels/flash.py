@@ -26,10 +26,9 @@ from common.kernels.visibility import ATTENTION, Visibility
 
 GROUP_BYTES = 2**20
 """Bytes of one block of a group's queries. A kernel holds up to eight times as much, of a TPU's 16 MiB."""
-
-
 QUERY_SUM_BYTES = 2**21
-"""Most bytes that the backward kernel holds of the queries' gradients, in float32, in the same memory."""
+"""Most bytes that the backward kernel holds of the gradients of bfloat16 queries, in float32, in the same memory; of
+float32 queries half as much, since all that it reads and writes is twice as large."""
 
 
 def flash(
@@ -127,7 +126,8 @@ def _backward(blocks: Blocks, residuals: Any, dout_BGMCQ: jax.Array) -> tuple[No
     cotangents = Cotangents(dout=dout_BGMCQ, log_sum=log_sum, delta=delta)
     # The kernel holds the sums of all its queries in fast memory: long or wide ones take several calls.
     _, _, M, C, Q = inputs.q.shape
-    length = max(QUERY_SUM_BYTES // (M * C * 4) // blocks.block_q, 1) * blocks.block_q
+    most_bytes = QUERY_SUM_BYTES * 2 // inputs.q.dtype.itemsize
+    length = max(most_bytes // (M * C * 4) // blocks.block_q, 1) * blocks.block_q
     parts = [slice(begin, min(begin + length, Q)) for begin in range(0, Q, length)]
     dtype = inputs.k.dtype if len(parts) == 1 else jnp.dtype(jnp.float32)
     found = [_call_backward(*_query_part(part, blocks, start_1, inputs, cotangents), dtype) for part in parts]

@@ -79,7 +79,8 @@ def test_gradients_are_those_of_the_plain_implementation(case: AttentionCase) ->
 def test_gradients_of_queries_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls whose queries do not fit in fast memory together; compared with the plain implementation."""
     case, calls = CASES[name], []
-    monkeypatch.setattr(flash_module, "QUERY_SUM_BYTES", 2 * case.block * case.heads // case.groups * case.head_dim * 4)
+    of_one_block = case.block * case.heads // case.groups * case.head_dim * 4
+    monkeypatch.setattr(flash_module, "QUERY_SUM_BYTES", 2 * of_one_block * 2)  # float32: half as many queries
     call = flash_module._call_backward
     monkeypatch.setattr(flash_module, "_call_backward", lambda *args: calls.append(args[0].queries) or call(*args))
     gradients = output_and_gradients(run, case, case.operands())[1]
