@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from common.config import apply_overrides, from_json, to_json
+from common.config import apply_overrides, from_earlier_json, from_json, to_json
 from common.config_types import field_types
 from common.errors import UserError, nearest
 from common.files import read_object
@@ -109,9 +109,9 @@ def _expand(study: Study, override: str) -> Iterator[str]:
 
 def _read_config(path: Path) -> Study:
     found = read_object(path)
-    found.pop("schema_version", None)  # `study.json` of a directory has one
+    is_stored = found.pop("schema_version", None) is not None  # `study.json` of a directory, of any version
     try:
-        return from_json(Study, found)
+        return from_earlier_json(Study, found) if is_stored else from_json(Study, found)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 

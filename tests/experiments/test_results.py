@@ -17,8 +17,9 @@ def test_a_table_has_the_runs_of_its_study(table: Path) -> None:
     """All runs that follow from the losses in it, rate by rate and seed by seed, known by what decides them."""
     with table.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["metric"] == "loss"]
-    last = {(row["arm"], Trial(rate=float(row["learning_rate"])), int(row["seed"])): float(row["value"]) for row in rows}
-    members = members_of(find.load(table.stem), last)
+    trained = [(row["arm"], Trial(rate=float(row["learning_rate"])), int(row["seed"])) for row in rows]
+    losses = {key: float(row["value"]) for key, row in zip(trained, rows, strict=True)}  # those of the last steps
+    members = members_of(find.load(table.stem), losses)
     assert members.complete
     assert {member.name: member.identity for member in members.members} == {row["run"]: row["identity"] for row in rows}
     compared = {row["run"] for row in rows if row["compared"] == "True"}

@@ -152,6 +152,10 @@ class TestConfigFiles:
     def test_a_studys_directory_holds_one_too(self) -> None:
         Path("study.json").write_text(json.dumps(rd.described(to_json(STUDY))))
         assert choose("tiny", (), config=Path("study.json")).study == STUDY
+        earlier = json.loads(Path("study.json").read_text())
+        del earlier["factors"]  # as an earlier version wrote it, which had no such field
+        Path("study.json").write_text(json.dumps(earlier))
+        assert choose("tiny", (), config=Path("study.json")).study == STUDY
 
     def test_it_is_read_strictly(self, capsys: pytest.CaptureFixture[str]) -> None:
         file = self.printed(capsys)
