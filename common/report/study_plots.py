@@ -87,6 +87,7 @@ def differences_plot(found: Sequence[Finding]) -> "Markup":
             better = "right" if measure.higher_is_better else "left"
             axes.set_title(f"{measure.name}, {measure.unit}\n{better}: the first is better", fontsize=9, loc="left")
             axes.margins(x=0.08)
+            axes.locator_params(axis="x", nbins=6)
             axes.grid(False, axis="y")
             axes.tick_params(axis="y", length=0)
             axes.spines["left"].set_visible(False)
