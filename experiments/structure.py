@@ -7,6 +7,8 @@ Data      `cldr_translate/en_de`, as in first_light: short inputs, short targets
 Command   twinstack run structure --jobs 2
 Sizes     4 + 4 layers of width 128; d_ff makes training FLOPs equal. Parameters differ: sharing removes some.
 Rates     Searched for every combination alike, by validation loss of one seed; the chosen one trains with five seeds.
+Seen      Merging cross-attention into self-attention costs 25 points of exact match, reading layer by layer gains 15;
+          sharing and causal inputs change nothing that is resolved (2 cores, 2026-11-29; results/structure.csv).
 """
 
 import dataclasses
