@@ -37,4 +37,4 @@ def test_at_first_sight_there_are_studies_only() -> None:
     top = {path.stem for path in Path(TOP / "experiments").glob("*.py")} - {"__init__"}
     assert top == {*find.OWN, *SHARED}
     folders = {path.name for path in (TOP / "experiments").iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert folders == ROOMS.keys()
+    assert folders == {*ROOMS, "results"}
