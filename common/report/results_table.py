@@ -16,15 +16,9 @@ VALIDATION = "validation"
 """The task of the validation loss. A scored split may have the same name; its metric is another."""
 COLUMNS = {
     **{"study": "string", "run": "string", "identity": "string", "arm": "string", "seed": "int64"},
-    **{
-        "learning_rate": "float64",
-        "compared": "bool",
-        "finished": "bool",
-        "step": "int64",
-        "task": "string",
-        "group": "string",
-    },
-    **{"low": "float64", "high": "float64", "n": "int64", "higher_is_better": "bool"},
+    **{"learning_rate": "float64", "compared": "bool", "finished": "bool", "step": "int64", "task": "string"},
+    **{"group": "string", "metric": "string", "value": "float64", "low": "float64", "high": "float64", "n": "int64"},
+    "higher_is_better": "bool",
 }
 """Every table's columns with their Parquet types; those of labels stand before `compared`."""
 

@@ -73,7 +73,7 @@ def test_a_narrow_optimum_that_is_barely_ahead_depends_on_effort() -> None:
 
 
 def test_the_noise_of_trials_makes_few_reversals() -> None:
-    """Of arms with the same optimum, whose difference is 3 standard deviations of the noise, at most 3 in 100."""
+    """At most 3 of 100 searches reverse two arms with one optimum that differ by 3 standard deviations of the noise."""
     rng = np.random.default_rng(0)
     for trials, curvature in ((3, 0.02), (5, 0.1), (16, 0.5)):
         found = []

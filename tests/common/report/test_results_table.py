@@ -110,7 +110,8 @@ def test_both_formats_hold_the_same(study: StudyRuns, tmp_path: Path) -> None:
         write_table(rows, tmp_path / name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["table.PARQUET", "table.csv"]
     table = pyarrow.parquet.read_table(tmp_path / "table.PARQUET")
-    assert table.column_names == list(rows[0]) and set(COLUMNS) < set(rows[0])
+    assert table.column_names == list(rows[0])
+    assert set(rows[0]) == {*COLUMNS, "width", "label_n", "family"}
     assert [{**row, "width": row["width"] and str(row["width"])} for row in rows] == table.to_pylist()
     assert str(table.schema.field("low").type) == "double" and str(table.schema.field("seed").type) == "int64"
     with (tmp_path / "table.csv").open(newline="") as file:
